@@ -1,0 +1,683 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Build chasquid.pyz: the server and its packages in one file.
+
+    python3 build_zipapp.py
+
+That writes `chasquid.pyz` beside this file. It takes CPython 3.11 or later, and pip the
+first time, to fetch five packages into `.cache/`; from then on no network.
+
+The work has four steps, and this file tells them in this order.
+
+1. *Fetch.* Every package is pinned to one version and one SHA-256, and its bytes are
+   checked each time they are read. Nothing that is fetched is ever run here: modules are
+   taken out of wheels and source distributions as plain files.
+2. *Take.* Of each package come the modules that a mail server needs, a few lines of
+   METADATA (so that `importlib.metadata` can name it) and its licence. Three of the
+   modules are altered; each alteration says why, there and in the archive.
+3. *Compile.* An archive cannot keep bytecode from one start to the next, so bytecode goes
+   in: one tree for each version of CPython, named by its cache tag (`cpython-311/`). The
+   source stays at the root for any other. Only an interpreter can write its own
+   bytecode, so the trees are those of the interpreters found on this machine.
+4. *Write.* The same input gives the same bytes: sorted names, one date
+   (SOURCE_DATE_EPOCH, else 1980), fixed permissions.
+
+To get somebody else's archive bit by bit, name the same interpreters with `--pythons`, or
+none with `--no-bytecode`, on a Python whose zlib compresses alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import base64
+import email
+import hashlib
+import importlib.util
+import inspect
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+if sys.version_info < (3, 11):  # noqa: UP036 - who runs it with an older one should read this
+    sys.exit("build_zipapp: needs Python 3.11 or later; this is " + sys.version.split()[0])
+
+HERE = Path(__file__).resolve().parent
+
+Files = dict[str, bytes]
+"""Names in the archive, and what they hold."""
+
+
+class Unable(Exception):
+    """The archive cannot be built; the text is one sentence that says what to do."""
+
+
+# --- What is fetched, and what of it is taken ------------------------------------------
+
+
+class Package(NamedTuple):
+    """One pinned package.
+
+    `take` is a list of patterns for the modules that go into the archive; as in a
+    .gitignore, `!` leaves out and the last pattern that matches decides. `licence` is the
+    file with its terms, below the root of a source distribution or the dist-info folder of
+    a wheel; where that is one of the modules, the terms are its docstring.
+    """
+
+    name: str
+    version: str
+    file: str
+    sha256: str
+    take: str
+    licence: str
+
+    @property
+    def is_source(self) -> bool:
+        """Is it a source distribution, not a wheel?"""
+        return self.file.endswith(".tar.gz")
+
+    @property
+    def dist_info(self) -> str:
+        """The folder of its metadata, in a wheel and in the archive."""
+        return f"{self.name.replace('-', '_')}-{self.version}.dist-info"
+
+
+PACKAGES = (
+    Package(
+        "dnspython",
+        "2.9.2",
+        "dnspython-2.9.2-py3-none-any.whl",
+        "af15f7d385a6ae2fb35a796fde2138004c8c42c7389090e2addc83e3b3340fd8",
+        # Out go DNSSEC validation, zones, QUIC, Windows and the asynchronous libraries.
+        # `update` stays, because any answer may claim to be one and is parsed by it. A
+        # record type that is missing here is still read, as opaque bytes.
+        """
+        dns/*.py
+        !dns/dnssec.py !dns/dnssecalgs/* !dns/quic/_[!_]*
+        !dns/_trio_backend.py !dns/_asyncio_backend.py !dns/win32util.py
+        !dns/zone* !dns/btree* !dns/versioned.py !dns/namedict.py !dns/grange.py
+        !dns/e164.py !dns/tsigkeyring.py
+        !dns/rdtypes/*/* !dns/rdtypes/base64base.py !dns/rdtypes/euibase.py
+        dns/rdtypes/*/__init__.py !dns/rdtypes/CH/*
+        dns/rdtypes/IN/A.py dns/rdtypes/IN/AAAA.py dns/rdtypes/IN/SRV.py
+        dns/rdtypes/IN/HTTPS.py dns/rdtypes/IN/SVCB.py
+        dns/rdtypes/ANY/CNAME.py dns/rdtypes/ANY/DNAME.py dns/rdtypes/ANY/NS.py
+        dns/rdtypes/ANY/MX.py dns/rdtypes/ANY/TXT.py dns/rdtypes/ANY/SPF.py
+        dns/rdtypes/ANY/PTR.py dns/rdtypes/ANY/SOA.py dns/rdtypes/ANY/TLSA.py
+        dns/rdtypes/ANY/CAA.py dns/rdtypes/ANY/DS.py dns/rdtypes/ANY/DNSKEY.py
+        dns/rdtypes/ANY/RRSIG.py dns/rdtypes/ANY/OPT.py dns/rdtypes/ANY/TSIG.py
+        """,
+        "licenses/LICENSE",
+    ),
+    Package(
+        "dkimpy",
+        "1.1.8",
+        "dkimpy-1.1.8.tar.gz",
+        "b5f60fb47bbf5d8d762f134bcea0c388eba6b498342a682a21f1686545094b77",
+        # Out go the tests and the command line tools.
+        """
+        dkim/*.py !dkim/tests/*
+        !dkim/__main__.py !dkim/arcsign.py !dkim/arcverify.py !dkim/asyncsupport.py
+        !dkim/dkimsign.py !dkim/dkimverify.py !dkim/dknewkey.py
+        """,
+        "LICENSE",
+    ),
+    Package(
+        "pyspf",
+        "2.0.14",
+        "pyspf-2.0.14.tar.gz",
+        "57a7ef01bda090173aafb6af0106251686ed73f03db4e911fcd34c57fc347186",
+        "spf.py",
+        "spf.py",
+    ),
+    Package(
+        "idna",
+        "3.20",
+        "idna-3.20-py3-none-any.whl",
+        "ab7ae7122974553370f0bdb919e1a960b2cd1bc1ef0276416d896db81c14582c",
+        "idna/*.py !idna/__main__.py !idna/cli.py",
+        "licenses/LICENSE.md",
+    ),
+    Package(
+        "precis-i18n",
+        "1.1.2",
+        "precis_i18n-1.1.2-py3-none-any.whl",
+        "8e6cce33bdd8cb6289b9e85cdd7be74c30a1111cadb9d759492349c8c10b0840",
+        "precis_i18n/*.py",
+        "licenses/LICENSE.txt",
+    ),
+)
+
+# Before and after, each found exactly once. dkimpy's licence wants alterations marked.
+ALTERED = {
+    # On 3.12 and later the docstring's backslashes would print a SyntaxWarning at each
+    # start that compiles this module.
+    "spf.py": (
+        'def quote_value(s):\n    """',
+        'def quote_value(s):\n    # Altered for chasquid.pyz: a raw docstring.\n    r"""',
+    ),
+    # With it, an aiodns that the host happens to have would pull in asyncio.
+    "dkim/__init__.py": (
+        "USE_ASYNC = True\n",
+        "USE_ASYNC = False  # Altered for chasquid.pyz: was True.\n",
+    ),
+}
+
+REPLACED = {
+    "dns/_features.py": b'''\
+# Copyright (C) Dnspython Contributors, see LICENSE for text of ISC license
+# Replaced for chasquid.pyz: idna is in the archive, and whatever else dnspython could make
+# use of (trio, httpx, aioquic, cryptography) is left alone even where the host has it.
+
+_known: dict[str, bool] = {"idna": True}
+
+
+def have(feature: str) -> bool:
+    """Is *feature* available?"""
+    return _known.get(feature, False)
+
+
+def force(feature: str, enabled: bool) -> None:
+    """Force the status of *feature* to be *enabled*."""
+    _known[feature] = enabled
+''',
+}
+
+
+# --- 1. Fetch --------------------------------------------------------------------------
+
+# pip asks a source distribution for its metadata, even one that it only downloads, and
+# would run its setup.py for that. Told not to isolate the build, it takes the setuptools
+# that it can import, and this stand-in answers without a look at setup.py.
+STAND_IN = """\
+import email
+import os
+
+
+class __legacy__:
+    @staticmethod
+    def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
+        with open("PKG-INFO", encoding="utf-8") as stream:
+            said = email.message_from_file(stream)
+        folder = "%s-%s.dist-info" % (said["Name"], said["Version"])
+        os.mkdir(os.path.join(metadata_directory, folder))
+        path = os.path.join(metadata_directory, folder, "METADATA")
+        with open(path, "w", encoding="utf-8") as stream:
+            for field in ("Metadata-Version", "Name", "Version"):
+                stream.write("%s: %s\\n" % (field, said[field]))
+        return folder
+"""
+
+
+def fetch(packages: Sequence[Package], cache: Path) -> None:
+    """Bring what `cache` lacks into it, by way of pip and the index that pip is set to."""
+    wanted = [package for package in packages if cached(package, cache) is None]
+    if not wanted:
+        return
+    if importlib.util.find_spec("pip") is None:
+        names = ", ".join(package.file for package in wanted)
+        raise Unable(
+            f"{sys.executable} has no pip to fetch packages with: install pip for it, run this"
+            f" with the Python of a virtual environment, or put {names} into {cache}"
+        )
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        download(wanted, Path(folder))
+        for package in wanted:
+            if cached(package, Path(folder)) is None:
+                raise Unable(f"pip fetched something else than the pinned {package.file}")
+            os.replace(Path(folder, package.file), cache / package.file)
+
+
+def cached(package: Package, cache: Path) -> bytes | None:
+    """The bytes of the package, or None where they are not there or not the pinned ones."""
+    try:
+        data = (cache / package.file).read_bytes()
+    except FileNotFoundError:
+        return None
+    return data if hashlib.sha256(data).hexdigest() == package.sha256 else None
+
+
+def download(packages: Sequence[Package], folder: Path) -> None:
+    """Let pip download the packages, hash by hash, into `folder`."""
+    (folder / "setuptools").mkdir()
+    (folder / "setuptools" / "__init__.py").touch()
+    (folder / "setuptools" / "build_meta.py").write_text(STAND_IN, encoding="utf-8")
+    wishes = folder / "requirements.txt"
+    wishes.write_text("\n".join(requirements(packages)), encoding="utf-8")
+    paths = [str(folder), os.environ.get("PYTHONPATH", "")]
+    # pip 23 has to be told not to call setup.py itself, and later ones lose that option; as
+    # a variable it is ignored where it is unknown.
+    settings = {"PIP_USE_PEP517": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
+    command += ["--disable-pip-version-check", "--no-build-isolation", "--require-hashes"]
+    command += ["--requirement", str(wishes), "--dest", str(folder)]
+    print(f"build_zipapp: fetching {len(packages)} packages", file=sys.stderr)
+    done = subprocess.run(
+        command, env=os.environ | settings, capture_output=True, text=True, errors="replace"
+    )
+    if done.returncode:
+        raise Unable(
+            f"pip could not fetch the packages ({reason(done.stderr)}): see that the network"
+            f" and pip's index can be reached, or put the files into {folder.parent}"
+        )
+
+
+def requirements(packages: Sequence[Package]) -> Iterator[str]:
+    """The lines of a requirements file that only the pinned files can satisfy."""
+    for package in packages:
+        yield ("--no-binary " if package.is_source else "--only-binary ") + package.name
+    for package in packages:
+        yield f"{package.name}=={package.version} --hash=sha256:{package.sha256}"
+
+
+def reason(text: str) -> str:
+    """Why a program says that it gave up: its last ERROR line, or else its last line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    return (errors or lines or ["it gave no reason"])[-1]
+
+
+# --- 2. Take ---------------------------------------------------------------------------
+
+NOTICE = """\
+chasquid.pyz, a mail server.
+
+SPDX-License-Identifier: Apache-2.0
+
+Licensed under the Apache License, Version 2.0 (the "License"); you may not use it except
+in compliance with the License. You may obtain a copy of the License at
+
+    http://www.apache.org/licenses/LICENSE-2.0
+
+Unless required by applicable law or agreed to in writing, software distributed under the
+License is distributed on an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND,
+either express or implied. See the License for the specific language governing permissions
+and limitations under the License.
+
+The packages that travel in this archive have licences of their own: each lies in the
+folder NAME-VERSION.dist-info/licenses of its package.
+"""
+
+METADATA_FIELDS = (
+    "Metadata-Version",
+    "Name",
+    "Version",
+    "Summary",
+    "Home-page",
+    "Author",
+    "Author-email",
+    "License",
+    "License-Expression",
+    "Requires-Python",
+)
+
+
+def taken(packages: Sequence[Package], cache: Path) -> Files:
+    """Modules, metadata and licences of all packages."""
+    files: Files = {}
+    for package in packages:
+        data = cached(package, cache)
+        if data is None:
+            raise Unable(f"{cache / package.file} is missing or has changed: run this once more")
+        try:
+            files |= taken_from(package, unpacked(package, data))
+        except KeyError as missing:
+            raise Unable(f"{package.file} holds no {missing}: adapt its entry") from None
+    return files
+
+
+def unpacked(package: Package, data: bytes) -> Files:
+    """All the files of a wheel, or those below the one root of a source distribution."""
+    if not package.is_source:
+        with zipfile.ZipFile(io.BytesIO(data)) as wheel:
+            return {name: wheel.read(name) for name in wheel.namelist() if name[-1] != "/"}
+    files: Files = {}
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        for member in tar:
+            stream = tar.extractfile(member)
+            if stream is not None:
+                files[member.name.partition("/")[2]] = stream.read()
+    return files
+
+
+def taken_from(package: Package, files: Files) -> Files:
+    """What of one unpacked package goes into the archive."""
+    kept = {name: altered(name, data) for name, data in files.items() if wants(package.take, name)}
+    about = "" if package.is_source else package.dist_info + "/"
+    metadata = files[about + ("PKG-INFO" if package.is_source else "METADATA")]
+    if package.licence in kept:
+        terms, name = first_text(kept[package.licence]), "LICENSE"
+    else:
+        terms, name = files[about + package.licence], Path(package.licence).name
+    return kept | {
+        f"{package.dist_info}/METADATA": shortened(metadata),
+        f"{package.dist_info}/licenses/{name}": terms,
+    }
+
+
+def first_text(module: bytes) -> bytes:
+    """The first string that stands by itself in a module: its docstring, as people see it."""
+    for node in ast.parse(module).body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            return inspect.cleandoc(str(node.value.value)).encode() + b"\n"
+    raise KeyError("docstring")
+
+
+def wants(patterns: str, name: str) -> bool:
+    """Does the last of the patterns that match say yes? (`*` crosses slashes here.)"""
+    verdict = False
+    for pattern in patterns.split():
+        if fnmatchcase(name, pattern.removeprefix("!")):
+            verdict = not pattern.startswith("!")
+    return verdict
+
+
+def altered(name: str, data: bytes) -> bytes:
+    """The module as it goes into the archive."""
+    if name in REPLACED:
+        return REPLACED[name]
+    if name in ALTERED:
+        before, after = (text.encode() for text in ALTERED[name])
+        if data.count(before) != 1:
+            raise Unable(f"{name} is not the one that ALTERED was written for: adapt the entry")
+        return data.replace(before, after)
+    return data
+
+
+def shortened(metadata: bytes) -> bytes:
+    """The header of a METADATA file: the readme below it would only take room."""
+    said = email.message_from_bytes(metadata)
+    lines = [f"{field}: {said[field]}\n" for field in METADATA_FIELDS if said[field]]
+    return "".join(lines).encode()
+
+
+def own_files(source: Path) -> Files:
+    """The server itself, its metadata and its notice."""
+    try:
+        data = source.read_bytes()
+        version = checked_version(source.name, ast.parse(data))
+    except FileNotFoundError:
+        raise Unable(f"there is no {source}: build_zipapp.py belongs beside it") from None
+    except SyntaxError as error:
+        raise Unable(f"{source.name}:{error.lineno}: {error.msg}") from None
+    about = f"chasquid-{version}.dist-info"
+    metadata = (
+        f"Metadata-Version: 2.4\nName: chasquid\nVersion: {version}\n"
+        "Summary: A mail server in one file\nLicense-Expression: Apache-2.0\n"
+        "Requires-Python: >=3.11\n"
+    )
+    return {
+        "chasquid.py": data,
+        f"{about}/METADATA": metadata.encode(),
+        f"{about}/licenses/NOTICE": NOTICE.encode(),
+    }
+
+
+def checked_version(name: str, module: ast.Module) -> str:
+    """The version that the module states, given that it has a `main` too."""
+    if not any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in module.body):
+        raise Unable(f"{name} has no function main() for the archive to call: define one")
+    for node in module.body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(node.value, ast.Constant):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if [ast.unparse(target) for target in targets] == ["__version__"]:
+                return str(node.value.value)
+    raise Unable(f'{name} does not state its version: add a line __version__ = "…"')
+
+
+# --- 3. Compile ------------------------------------------------------------------------
+
+PROBE = """\
+import importlib.util, sys
+print(sys.implementation.cache_tag, importlib.util.MAGIC_NUMBER.hex(), sys.version.split()[0])
+"""
+
+# Flag 1 means: checked by hash, but never; the loader then opens no source. -I and -S keep
+# the environment out, so that asserts, which dkimpy relies on, are always compiled in.
+COMPILER = """\
+import base64, importlib.util, json, marshal, sys
+done = {}
+for name, text in json.load(sys.stdin).items():
+    source = base64.b64decode(text)
+    code = compile(source, "chasquid.pyz/" + name, "exec", dont_inherit=True)
+    head = importlib.util.MAGIC_NUMBER + b"\\1\\0\\0\\0" + importlib.util.source_hash(source)
+    done[name + "c"] = base64.b64encode(head + marshal.dumps(code)).decode()
+json.dump(done, sys.stdout)
+"""
+
+
+class Interpreter(NamedTuple):
+    """A CPython that runs."""
+
+    path: str
+    tag: str  # of its bytecode, and so the name of its tree
+    magic: bytes  # before releases one tag may have several kinds of bytecode
+    version: str
+
+
+def run_python(path: str, script: str, text: str = "") -> str:
+    """What a script prints that is given `text`, with no environment or site in its way."""
+    command = [path, "-I", "-S", "-W", "ignore", "-c", script]
+    try:
+        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=600)
+    except OSError as error:
+        raise Unable(f"{path} does not run: {error.strerror}") from None
+    except subprocess.TimeoutExpired:
+        raise Unable(f"{path} took more than ten minutes") from None
+    if done.returncode:
+        raise Unable(f"{path} failed: {reason(done.stderr)}")
+    return done.stdout
+
+
+def probed(path: str) -> Interpreter:
+    """What kind of Python this is; Unable where it is none that can be used."""
+    words = run_python(path, PROBE).split()
+    if len(words) != 3 or not re.fullmatch(r"cpython-3(1[1-9]|[2-9]\d)", words[0]):
+        raise Unable(f"{path} is not CPython 3.11 or later")
+    return Interpreter(path, words[0], bytes.fromhex(words[1]), words[2])
+
+
+def named(paths: Sequence[str]) -> list[Interpreter]:
+    """The interpreters that were asked for: all of them, and each kind once."""
+    found = [probed(path) for path in paths]
+    if len({python.tag for python in found}) < len(found):
+        raise Unable("--pythons names two interpreters of the same version: leave one out")
+    return found
+
+
+def at_hand() -> list[Interpreter]:
+    """This interpreter, then one of each other version that the machine has."""
+    found: dict[str, Interpreter] = {}
+    for path in [sys.executable, *candidates()]:
+        try:
+            python = probed(path)
+        except Unable:
+            print(
+                f"build_zipapp: skipped {path}, no working CPython 3.11 or later", file=sys.stderr
+            )
+        else:
+            found.setdefault(python.tag, python)
+    return list(found.values())
+
+
+def candidates() -> Iterator[str]:
+    """Where other interpreters may be: the search path, then those that pyenv keeps."""
+    versions = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv", "versions")
+    folders = [Path(name) for name in os.get_exec_path() if name]
+    folders += sorted(versions.glob("*/bin"), reverse=True)
+    for folder in folders:
+        for path in sorted(folder.glob("python3.*")):
+            if re.fullmatch(r"python3\.(1[1-9]|[2-9]\d)", path.name):
+                yield str(path)
+
+
+def bytecode(python: Interpreter, files: Files) -> Files:
+    """The tree of one interpreter: every module of `files`, compiled."""
+    sources = {
+        name: base64.b64encode(data).decode()
+        for name, data in files.items()
+        if name.endswith(".py")
+    }
+    compiled: dict[str, str] = json.loads(run_python(python.path, COMPILER, json.dumps(sources)))
+    return {f"{python.tag}/{name}": base64.b64decode(text) for name, text in compiled.items()}
+
+
+# --- 4. Write --------------------------------------------------------------------------
+
+# The first lines must make sense to any Python that might be called python3, or even
+# python, so they are written for 2.7. What is imported later is not: hence no import of
+# chasquid above the check. A tree is used only where its bytecode is exactly this
+# interpreter's, for a tree without a source beside it has nothing to fall back to.
+MAIN = """\
+# SPDX-License-Identifier: Apache-2.0
+import sys
+
+if sys.version_info < (3, 11):
+    sys.stderr.write(
+        "chasquid.pyz needs Python 3.11 or later; this is %d.%d.%d (%s)\\n"
+        % (tuple(sys.version_info[:3]) + (sys.executable,))
+    )
+    sys.exit(1)
+if sys.flags.optimize:
+    sys.stderr.write(
+        "chasquid.pyz must run without -O and PYTHONOPTIMIZE: they drop checks of signatures\\n"
+    )
+    sys.exit(1)
+
+from importlib.util import MAGIC_NUMBER
+
+TREES = {TREES}
+if TREES.get(sys.implementation.cache_tag) == MAGIC_NUMBER.hex():
+    sys.path.insert(0, sys.path[0] + "/" + sys.implementation.cache_tag)
+
+import chasquid
+
+sys.exit(chasquid.main())
+"""
+
+SHEBANG = b"#!/usr/bin/env python3\n"
+
+
+def contents(own: Files, packages: Files, pythons: Sequence[Interpreter]) -> Files:
+    """Everything that goes into the archive."""
+    files = own | packages
+    trees = {python.tag: python.magic.hex() for python in pythons}
+    main = MAIN.replace("{TREES}", repr(dict(sorted(trees.items()))))
+    compiled: Files = {}
+    for python in pythons:
+        compiled |= bytecode(python, files)
+    return files | compiled | {"__main__.py": main.encode()}
+
+
+def archived(files: Files, date: float) -> bytes:
+    """The bytes of the archive, which depend on nothing but the arguments."""
+    stream = io.BytesIO()
+    stream.write(SHEBANG)
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name in sorted(files):
+            entry = zipfile.ZipInfo(name, time.gmtime(date)[:6])
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            entry.create_system = 3  # Unix, on whichever system this runs
+            entry.external_attr = 0o100644 << 16
+            archive.writestr(entry, files[name], compresslevel=9)
+    return stream.getvalue()
+
+
+def date_of_entries() -> float:
+    """SOURCE_DATE_EPOCH, or else the first moment that a zip file can tell."""
+    earliest, latest = 315532800, 4354819198  # 1980 and the end of 2107
+    text = os.environ.get("SOURCE_DATE_EPOCH") or str(earliest)
+    if not text.isascii() or not text.isdigit() or int(text) > latest:
+        raise Unable(f"SOURCE_DATE_EPOCH is {text!r}: make it seconds since 1970, or unset it")
+    return max(int(text), earliest)
+
+
+def write(path: Path, data: bytes) -> None:
+    """Put the archive in place, executable, whole or not at all."""
+    if not path.parent.is_dir():
+        raise Unable(f"there is no folder {path.parent} to write into: make it first")
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        fresh.write_bytes(data)
+        fresh.chmod(0o755)
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+# --- The command -----------------------------------------------------------------------
+
+
+def build(output: Path, cache: Path, pythons: Sequence[Interpreter]) -> str:
+    """Build the archive; a line that says what came of it."""
+    date = date_of_entries()
+    own = own_files(HERE / "chasquid.py")
+    fetch(PACKAGES, cache)
+    data = archived(contents(own, taken(PACKAGES, cache), pythons), date)
+    write(output, data)
+    versions = ", ".join(python.version for python in pythons)
+    what = f"bytecode of CPython {versions}" if versions else "no bytecode"
+    return f"{output}: {len(data):,} bytes, {what}"
+
+
+def arguments(words: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, understood."""
+    parser = argparse.ArgumentParser(description="Build chasquid.pyz.")
+    parser.add_argument("--output", type=Path, default=HERE / "chasquid.pyz", metavar="FILE")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=HERE / ".cache",
+        metavar="DIR",
+        help="where fetched packages are kept (default: .cache beside this file)",
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--pythons",
+        metavar="LIST",
+        help="interpreters to compile with, such as"
+        " python3.11,python3.13 (default: each version found on this machine)",
+    )
+    which.add_argument(
+        "--no-bytecode", action="store_true", help="source only: smaller, and slower to start"
+    )
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Build what the command line asks for; 0, or 1 and a sentence on standard error."""
+    asked = arguments(words)
+    try:
+        if asked.no_bytecode:
+            pythons = []
+        elif asked.pythons is not None:
+            pythons = named([name.strip() for name in asked.pythons.split(",") if name.strip()])
+        else:
+            pythons = at_hand()
+        print(build(asked.output, asked.cache.resolve(), pythons))
+    except Unable as sentence:
+        print(f"build_zipapp: {sentence}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"build_zipapp: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("build_zipapp: stopped before the archive was written", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

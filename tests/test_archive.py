@@ -1,0 +1,597 @@
+# SPDX-License-Identifier: Apache-2.0
+"""chasquid.pyz and what builds it.
+
+Most of these build small archives from packages made up here, and need neither network
+nor the real packages. Those that look at the real ones take them from `.cache/`, which
+`python3 build_zipapp.py` fills, and are skipped while it is empty.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import types
+import zipfile
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent.parent
+SPEC = importlib.util.spec_from_file_location("build_zipapp", HERE / "build_zipapp.py")
+assert SPEC and SPEC.loader
+builder = importlib.util.module_from_spec(SPEC)
+sys.modules["build_zipapp"] = builder  # NamedTuple looks its module up
+SPEC.loader.exec_module(builder)
+
+STAND_IN = '''\
+"""Stands in for the server: loads every package and tells what it saw."""
+__version__ = "7.8.9"
+
+
+def main():
+    import importlib.metadata, json, os, sys
+    import dkim, dns.asyncresolver, dns.name, dns.resolver, dns.update, idna, precis_i18n, spf
+    os.chdir("/")  # what is loaded from here on is found all the same
+    import idna.uts46data
+    names = "chasquid dnspython dkimpy pyspf idna precis-i18n".split()
+    json.dump({
+        "arguments": sys.argv[1:],
+        "files": {name: sys.modules[name].__file__
+                  for name in ("chasquid", "dns.resolver", "dkim", "spf", "idna.uts46data")},
+        "versions": {name: importlib.metadata.version(name) for name in names},
+        "modules": sorted(sys.modules),
+        "tlsa": dns.rdata.get_rdata_class(1, 52).__name__,
+        "idna": dns.name.have_idna_2008,
+    }, sys.stdout)
+    return 3
+'''
+
+
+def run(*command: object, **options: object) -> subprocess.CompletedProcess[str]:
+    words = [str(word) for word in command]
+    return subprocess.run(words, capture_output=True, text=True, timeout=120, **options)
+
+
+def checkout(folder: Path, source: str = STAND_IN) -> Path:
+    """A folder with the builder and a module to build from; the builder's path."""
+    folder.mkdir()
+    (folder / "chasquid.py").write_text(source, encoding="utf-8")
+    return Path(shutil.copy(HERE / "build_zipapp.py", folder))
+
+
+# --- Packages made up for the purpose --------------------------------------------------
+
+SETUP_PY = "open({marker!r}, 'w').close()\nfrom setuptools import setup\nsetup(name='sweet')\n"
+
+
+def source_package(folder: Path, marker: Path, **changed: str) -> builder.Package:
+    """A source distribution whose setup.py would leave a mark."""
+    files = {
+        "sweet-1.5/PKG-INFO": "Metadata-Version: 1.1\nName: sweet\nVersion: 1.5\nLicense: MIT\n"
+        "Requires: bitter\n\nA long readme.\n",
+        "sweet-1.5/setup.py": SETUP_PY.format(marker=str(marker)),
+        "sweet-1.5/LICENSE": "Be kind.\n",
+        "sweet-1.5/sweet/__init__.py": "taste = 'sweet'\n",
+        "sweet-1.5/sweet/test_it.py": "",
+        "sweet-1.5/sweet/_fast.so": "ELF",
+    }
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as tar:
+        for name, text in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text.encode()))
+    (folder / "sweet-1.5.tar.gz").write_bytes(stream.getvalue())
+    digest = hashlib.sha256(stream.getvalue()).hexdigest()
+    package = builder.Package(
+        "sweet", "1.5", "sweet-1.5.tar.gz", digest, "sweet/*.py !sweet/test_*", "LICENSE"
+    )
+    return package._replace(**changed)
+
+
+def wheel_package(folder: Path) -> builder.Package:
+    """A wheel of one module, whose licence is its docstring."""
+    name = "sour_cream-2-py3-none-any.whl"
+    with zipfile.ZipFile(folder / name, "w") as wheel:
+        wheel.writestr("sour.py", "#!x\nfrom __future__ import annotations\n'''Be\n  fair.'''\n")
+        wheel.writestr(
+            "sour_cream-2.dist-info/METADATA",
+            "Metadata-Version: 2.1\nName: sour-cream\nVersion: 2\n\n",
+        )
+        wheel.writestr("sour_cream-2.dist-info/WHEEL", "Wheel-Version: 1.0\n")
+    digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    return builder.Package("sour-cream", "2", name, digest, "sour.py", "sour.py")
+
+
+@pytest.fixture
+def own_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is all that pip knows."""
+    if importlib.util.find_spec("pip") is None:
+        pytest.skip("this Python has no pip")
+    index = tmp_path / "index"
+    index.mkdir()
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    return index
+
+
+# --- Fetching --------------------------------------------------------------------------
+
+
+def test_packages_are_fetched_once_and_no_setup_py_is_run(own_index: Path, tmp_path: Path) -> None:
+    cache, marker = tmp_path / "cache", tmp_path / "setup.py was run"
+    packages = [source_package(own_index, marker), wheel_package(own_index)]
+    builder.fetch(packages, cache)
+    assert sorted(path.name for path in cache.iterdir()) == sorted(
+        package.file for package in packages
+    )
+    assert not marker.exists()
+    shutil.rmtree(own_index)
+    builder.fetch(packages, cache)  # from here on there is nowhere to fetch from
+
+
+def test_a_damaged_copy_is_fetched_anew(own_index: Path, tmp_path: Path) -> None:
+    package = wheel_package(own_index)
+    (tmp_path / package.file).write_bytes(b"damaged")
+    with pytest.raises(builder.Unable, match="missing or has changed"):
+        builder.taken([package], tmp_path)
+    builder.fetch([package], tmp_path)
+    assert builder.cached(package, tmp_path)
+
+
+def test_another_file_than_the_pinned_one_is_refused(own_index: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "setup.py was run"
+    package = source_package(own_index, marker, sha256="0" * 64)
+    with pytest.raises(
+        builder.Unable,
+        match="pip could not fetch the packages .*DO NOT MATCH THE HASHES.*: see that",
+    ):
+        builder.fetch([package], tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert not marker.exists()
+
+
+def test_without_pip_one_sentence_says_what_to_do(tmp_path: Path) -> None:
+    script = checkout(tmp_path / "checkout")
+    done = run(sys.executable, "-I", "-S", script, "--no-bytecode")  # -S hides pip too
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "has no pip to fetch packages with: install pip" in done.stderr
+
+
+# --- Taking ----------------------------------------------------------------------------
+
+
+def test_of_a_package_come_modules_metadata_and_licence(tmp_path: Path) -> None:
+    packages = [source_package(tmp_path, tmp_path / "marker"), wheel_package(tmp_path)]
+    files = builder.taken(packages, tmp_path)
+    assert files["sweet-1.5.dist-info/METADATA"] == (
+        b"Metadata-Version: 1.1\nName: sweet\nVersion: 1.5\nLicense: MIT\n"
+    )
+    assert files["sweet-1.5.dist-info/licenses/LICENSE"] == b"Be kind.\n"
+    assert files["sour_cream-2.dist-info/licenses/LICENSE"] == b"Be\nfair.\n"
+    assert {name for name in files if ".dist-info/" not in name} == {"sweet/__init__.py", "sour.py"}
+
+
+def test_a_licence_that_is_not_where_it_was_ends_the_build(tmp_path: Path) -> None:
+    package = source_package(tmp_path, tmp_path / "marker", licence="COPYING")
+    with pytest.raises(builder.Unable, match="holds no 'COPYING': adapt its entry"):
+        builder.taken([package], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "verdict"),
+    [
+        ("a/b.py", True),
+        ("a/b/c.py", True),
+        ("a/b/d.py", False),
+        ("a/b/_e.py", False),
+        ("a/b/__init__.py", True),
+        ("a/b.so", False),
+        ("other.py", False),
+    ],
+)
+def test_the_last_pattern_that_matches_decides(name: str, verdict: bool) -> None:
+    assert builder.wants("a/*.py !a/b/_[!_]* !a/b/* a/b/__init__.py a/b/c.py", name) is verdict
+
+
+def test_an_alteration_that_does_not_fit_ends_the_build() -> None:
+    with pytest.raises(builder.Unable, match=r"spf\.py is not the one"):
+        builder.altered("spf.py", b"def quote_value(s): pass\n")
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        ("__version__ = '1'\n", "no function main"),
+        ("def main(): pass\n", "does not state its version"),
+        ("__version__ = version()\ndef main(): pass\n", "does not state its version"),
+        ("def main()\n", r"chasquid\.py:1: "),
+    ],
+)
+def test_a_module_that_cannot_be_built_from(tmp_path: Path, source: str, complaint: str) -> None:
+    (tmp_path / "chasquid.py").write_text(source)
+    with pytest.raises(builder.Unable, match=complaint):
+        builder.own_files(tmp_path / "chasquid.py")
+
+
+def test_the_version_may_be_annotated(tmp_path: Path) -> None:
+    (tmp_path / "chasquid.py").write_text("__version__: str = '4.5'\ndef main(): pass\n")
+    files = builder.own_files(tmp_path / "chasquid.py")
+    assert b"\nVersion: 4.5\n" in files["chasquid-4.5.dist-info/METADATA"]
+    notice = files["chasquid-4.5.dist-info/licenses/NOTICE"].decode()
+    assert "SPDX-License-Identifier: Apache-2.0\n" in notice
+
+
+# --- Compiling and writing -------------------------------------------------------------
+
+
+def small_archive(tmp_path: Path) -> bytes:
+    own = {"chasquid.py": b"def main(): return 'a' in {'b', 'c'}\n"}
+    python = builder.probed(sys.executable)
+    return builder.archived(builder.contents(own, {}, [python]), builder.date_of_entries())
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
+    assert small_archive(tmp_path) == small_archive(tmp_path)
+
+
+def test_entries_are_sorted_and_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1750000000")
+    with zipfile.ZipFile(io.BytesIO(small_archive(tmp_path))) as archive:
+        entries = archive.infolist()
+    assert [entry.filename for entry in entries] == sorted(entry.filename for entry in entries)
+    assert {entry.date_time for entry in entries} == {(2025, 6, 15, 15, 6, 40)}
+    assert {(entry.create_system, entry.external_attr >> 16) for entry in entries} == {
+        (3, 0o100644)
+    }
+
+
+@pytest.mark.parametrize("text", ["", "0", "315532800"])
+def test_no_date_is_before_what_a_zip_file_can_tell(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", text)
+    assert builder.date_of_entries() == 315532800
+
+
+@pytest.mark.parametrize("text", ["yesterday", "-1", "1.5", "99999999999"])
+def test_a_date_that_is_none_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", text)
+    with pytest.raises(builder.Unable, match="seconds since 1970"):
+        builder.date_of_entries()
+
+
+def test_bytecode_is_never_checked_against_a_source(tmp_path: Path) -> None:
+    python = builder.probed(sys.executable)
+    files = builder.bytecode(python, {"a/b.py": b"assert 0", "a/c.txt": b""})
+    assert list(files) == [f"{sys.implementation.cache_tag}/a/b.pyc"]
+    head = files[f"{sys.implementation.cache_tag}/a/b.pyc"][:16]
+    assert head == (
+        importlib.util.MAGIC_NUMBER + b"\1\0\0\0" + importlib.util.source_hash(b"assert 0")
+    )
+
+
+def test_what_is_no_python_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(builder.Unable, match="does not run"):
+        builder.named([str(tmp_path / "python3.99")])
+    broken = tmp_path / "python3.12"
+    broken.write_text("#!/bin/sh\necho not installed >&2\nexit 127\n")
+    broken.chmod(0o755)
+    with pytest.raises(builder.Unable, match="failed: not installed"):
+        builder.named([str(broken)])
+    with pytest.raises(builder.Unable, match="of the same version"):
+        builder.named([sys.executable, sys.executable])
+
+
+# --- __main__ --------------------------------------------------------------------------
+
+
+def main_source(trees: str = "{}") -> str:
+    return str(builder.MAIN.replace("{TREES}", trees))
+
+
+def run_main(source: str, **seen: object) -> tuple[int, str]:
+    """Run __main__ with a `sys` of our making; its exit status and what it complained of."""
+    said = io.StringIO()
+    fake = types.SimpleNamespace(
+        **{
+            "version_info": (3, 11, 0, "final", 0),
+            "executable": "/opt/bin/python3",
+            "flags": types.SimpleNamespace(optimize=0),
+            "implementation": sys.implementation,
+            "path": ["chasquid.pyz"],
+            "stderr": said,
+            "exit": sys.exit,
+            **seen,
+        }
+    )
+    modules = {
+        "sys": fake,
+        "importlib.util": importlib.util,
+        "chasquid": types.SimpleNamespace(main=lambda: fake.path[0]),
+    }
+    names = {"__builtins__": {"__import__": lambda name, *_: modules[name], "tuple": tuple}}
+    with pytest.raises(SystemExit) as stop:
+        exec(compile(source, "__main__.py", "exec"), names)
+    return stop.value.code, said.getvalue()
+
+
+@pytest.mark.parametrize("version", [(2, 7, 18, "final", 0), (3, 10, 13, "final", 0)])
+def test_an_old_python_is_told_so_in_one_line(version: tuple[object, ...]) -> None:
+    status, said = run_main(main_source(), version_info=version)
+    number = ".".join(map(str, version[:3]))
+    assert (status, said) == (
+        1,
+        f"chasquid.pyz needs Python 3.11 or later; this is {number} (/opt/bin/python3)\n",
+    )
+
+
+def test_main_is_written_for_old_parsers() -> None:
+    tree = ast.parse(main_source(), feature_version=(3, 7))
+    new = (ast.JoinedStr, ast.AnnAssign, ast.NamedExpr, ast.Match, ast.AsyncFunctionDef)
+    assert not [node for node in ast.walk(tree) if isinstance(node, new)]
+    imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    checks = [node for node in tree.body if isinstance(node, ast.If)]
+    assert imports[0].lineno < checks[0].lineno < imports[1].lineno
+
+
+@pytest.mark.parametrize(
+    "command", ["python2", "python3.6", "python3.8", "python3.9", "python3.10"]
+)
+def test_an_old_python_where_there_is_one(command: str, tmp_path: Path) -> None:
+    python = shutil.which(command)
+    if python is None or run(python, "-c", "").returncode:
+        pytest.skip(f"no {command} here")
+    path = tmp_path / "chasquid.pyz"
+    path.write_bytes(small_archive(tmp_path))
+    done = run(python, path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("chasquid.pyz needs Python 3.11 or later; this is ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_optimised_away_checks_are_not_run_without() -> None:
+    status, said = run_main(main_source(), flags=types.SimpleNamespace(optimize=1))
+    assert status == 1
+    assert said.startswith("chasquid.pyz must run without -O")
+
+
+def test_a_tree_is_used_only_by_the_python_that_it_is_for() -> None:
+    tag, magic = sys.implementation.cache_tag, importlib.util.MAGIC_NUMBER.hex()
+    assert run_main(main_source(repr({tag: magic})))[0] == f"chasquid.pyz/{tag}"
+    assert run_main(main_source(repr({tag: "00000000"})))[0] == "chasquid.pyz"
+    assert run_main(main_source(repr({"cpython-300": magic})))[0] == "chasquid.pyz"
+
+
+# --- The real packages -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cache() -> Path:
+    folder: Path = HERE / ".cache"
+    if any(builder.cached(package, folder) is None for package in builder.PACKAGES):
+        pytest.skip("the packages are not in .cache: python3 build_zipapp.py fetches them")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An archive of the stand-in, with bytecode of this Python."""
+    script = checkout(tmp_path_factory.mktemp("built") / "checkout")
+    done = run(sys.executable, script, "--cache", cache, "--pythons", sys.executable)
+    assert done.returncode == 0, done.stderr
+    path = script.with_name("chasquid.pyz")
+    assert done.stdout == (
+        f"{path}: {path.stat().st_size:,} bytes, bytecode of CPython {sys.version.split()[0]}\n"
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def entries(built: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(built) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def test_another_folder_another_umask_another_hour(
+    built: Path, cache: Path, tmp_path: Path
+) -> None:
+    script = checkout(tmp_path / "elsewhere")
+    os.utime(script.with_name("chasquid.py"), (1, 1))
+    output = tmp_path / "other.pyz"
+    command = [script, "--cache", cache, "--pythons", sys.executable, "--output", output]
+    done = run(sys.executable, *command, cwd="/", umask=0o077)
+    assert done.returncode == 0, done.stderr
+    assert output.read_bytes() == built.read_bytes()
+    assert output.stat().st_mode & 0o777 == built.stat().st_mode & 0o777 == 0o755
+
+
+def test_what_is_in_the_archive(built: Path, entries: dict[str, bytes]) -> None:
+    tree = f"{sys.implementation.cache_tag}/"
+    modules = {name for name in entries if name.endswith(".py")}
+    assert {name for name in entries if name.startswith(tree)} == {
+        f"{tree}{name}c" for name in modules - {"__main__.py"}
+    }
+    assert {"chasquid.py", "spf.py", "dkim/__init__.py", "dns/update.py"} < modules
+    rest = set(entries) - modules - {f"{tree}{name}c" for name in modules}
+    assert {name.partition("/")[0] for name in rest} == {
+        "chasquid-7.8.9.dist-info",
+        *(package.dist_info for package in builder.PACKAGES),
+    }
+    assert built.read_bytes().startswith(b"#!/usr/bin/env python3\n")
+    assert built.stat().st_size < 1_500_000
+
+
+def test_every_package_brings_its_terms(entries: dict[str, bytes]) -> None:
+    for package, words in {
+        "dnspython-2.9.2": b"ISC License",
+        "dkimpy-1.1.8": b"Altered source versions must be plainly marked",
+        "pyspf-2.0.14": b"under the same terms as Python itself",
+        "idna-3.20": b"BSD 3-Clause License",
+        "precis_i18n-1.1.2": b"Permission is hereby granted",
+    }.items():
+        texts = [
+            data
+            for name, data in entries.items()
+            if name.startswith(f"{package}.dist-info/licenses/")
+        ]
+        assert [words in text for text in texts] == [True], package
+
+
+@pytest.mark.filterwarnings("ignore")  # of the escapes that the alteration is about
+def test_pyspf_is_altered_in_one_docstring_alone(entries: dict[str, bytes], cache: Path) -> None:
+    (package,) = [package for package in builder.PACKAGES if package.name == "pyspf"]
+    original = builder.unpacked(package, builder.cached(package, cache))["spf.py"]
+    trees = [ast.parse(original), ast.parse(entries["spf.py"])]
+    for tree in trees:
+        (function,) = [node for node in tree.body if getattr(node, "name", "") == "quote_value"]
+        assert isinstance(function, ast.FunctionDef)
+        function.body = function.body[1:]
+    assert ast.dump(trees[0]) == ast.dump(trees[1])
+
+
+def test_alterations_are_marked(entries: dict[str, bytes]) -> None:
+    for name in builder.ALTERED:
+        assert entries[name].count(b" Altered for chasquid.pyz: ") == 1
+    for name in builder.REPLACED:
+        assert entries[name].count(b" Replaced for chasquid.pyz: ") == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_module_warns_when_it_is_compiled(entries: dict[str, bytes]) -> None:
+    for name, data in entries.items():
+        if name.endswith(".py"):
+            compile(data, name, "exec", dont_inherit=True)
+
+
+def test_whatever_dnspython_imports_is_there(entries: dict[str, bytes]) -> None:
+    """Imports that are left open are those of features that are off, or of Windows."""
+    is_open = {"dns._asyncio_backend", "dns._trio_backend", "dns.win32util"}
+    for name, data in entries.items():
+        if not name.startswith("dns/") or name == "dns/quic/__init__.py":
+            continue
+        for node in ast.walk(ast.parse(data)):
+            wanted: list[str] = []
+            if isinstance(node, ast.Import):
+                wanted = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                wanted = [node.module]
+            for module in wanted:
+                path = module.replace(".", "/")
+                if module.startswith("dns.") and module not in is_open:
+                    assert f"{path}.py" in entries or f"{path}/__init__.py" in entries, name
+
+
+def test_it_runs_on_the_archive_alone(built: Path) -> None:
+    done = run(sys.executable, "-I", "-S", built, "hello", "--world")
+    assert done.returncode == 3, done.stderr  # what main() gave back
+    assert done.stderr == ""
+    said = json.loads(done.stdout)
+    tree = f"{built}/{sys.implementation.cache_tag}/"
+    assert said["arguments"] == ["hello", "--world"]
+    assert {Path(path).suffix for path in said["files"].values()} == {".pyc"}
+    assert all(path.startswith(tree) for path in said["files"].values())
+    assert said["tlsa"] == "TLSA"
+    assert said["idna"] is True
+    assert said["versions"] == {
+        "chasquid": "7.8.9",
+        **{package.name: package.version for package in builder.PACKAGES},
+    }
+    unwelcome = {"asyncio", "trio", "httpx", "httpx2", "aioquic", "aiodns", "cryptography"}
+    assert not unwelcome & set(said["modules"])
+
+
+def test_what_the_host_has_is_left_alone(built: Path, tmp_path: Path) -> None:
+    """Even where newer packages wait on the path, none is loaded."""
+    for name in ("trio", "httpx2", "httpcore2", "h2", "aioquic", "aiodns", "cryptography", "wmi"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(f'{__name__} was loaded')\n")
+        about = tmp_path / f"{name}-999.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 999\n")
+    done = run(sys.executable, built, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 3, done.stderr
+
+
+def test_without_bytecode_it_runs_as_well(cache: Path, tmp_path: Path) -> None:
+    script = checkout(tmp_path / "checkout")
+    done = run(sys.executable, script, "--cache", cache, "--no-bytecode")
+    assert done.stdout.endswith(" bytes, no bytecode\n"), done.stderr
+    done = run(sys.executable, "-I", "-S", "-W", "error", script.with_name("chasquid.pyz"))
+    assert done.returncode == 3, done.stderr
+    assert {Path(path).suffix for path in json.loads(done.stdout)["files"].values()} == {".py"}
+
+
+def test_an_answer_of_any_kind_can_be_read(built: Path, tmp_path: Path) -> None:
+    """A name server may send what it likes; none of it meets a module that was left out."""
+    reader = tmp_path / "reader.py"
+    reader.write_text(
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import dns.exception, dns.message\n"
+        "for opcode in range(16):\n"
+        "    for kind in range(300):\n"
+        "        wire = bytes([0, 1, 0x80 | opcode << 3, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0])\n"
+        "        wire += bytes([kind >> 8, kind & 255, 0, 1, 0, 0, 0, 0, 0, 2, 7, 7])\n"
+        "        try:\n"
+        "            dns.message.from_wire(wire)\n"
+        "        except dns.exception.DNSException:\n"
+        "            pass\n"
+        "print('read')\n"
+    )
+    done = run(sys.executable, "-I", "-S", reader, built)
+    assert done.stdout == "read\n", done.stderr
+
+
+def test_the_server_tells_its_version(cache: Path, tmp_path: Path) -> None:
+    if "\ndef main(" not in (HERE / "chasquid.py").read_text(encoding="utf-8"):
+        pytest.skip("chasquid.py has no main() yet")
+    output = tmp_path / "chasquid.pyz"
+    done = run(
+        sys.executable,
+        HERE / "build_zipapp.py",
+        "--cache",
+        cache,
+        "--output",
+        output,
+        "--pythons",
+        sys.executable,
+    )
+    assert done.returncode == 0, done.stderr
+    done = run(sys.executable, "-I", "-S", output, "version")
+    assert done.returncode == 0, done.stderr
+    for package in builder.PACKAGES:
+        assert package.name in done.stdout
+        assert package.version in done.stdout
+
+
+def test_pip_installs_the_same_packages() -> None:
+    """pyproject.toml pins what the archive holds."""
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((HERE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert sorted(project["dependencies"]) == sorted(
+        f"{package.name}=={package.version}" for package in builder.PACKAGES
+    )
+
+
+@pytest.mark.interop
+def test_the_pinned_packages_can_be_fetched(tmp_path: Path) -> None:
+    script = checkout(tmp_path / "checkout")
+    done = run(sys.executable, script, "--pythons", sys.executable)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (script.parent / ".cache").iterdir()) == sorted(
+        package.file for package in builder.PACKAGES
+    )
+    done = run(sys.executable, "-I", "-S", script.with_name("chasquid.pyz"))
+    assert done.returncode == 3, done.stderr
