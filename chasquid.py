@@ -11,10 +11,10 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
 
     GROUND       errors, limits, ids, the clock
     TEXT         addresses, IDNA and PRECIS, dates, text made safe; pure functions
-    DISK         durable writes, directories that are synced, worker threads
     CONFIG       the key/value text format, Config, domain directories
     RECORD       the server log, the mail log, counters
-    LOOP         tasks on one selector, timers, workers, child processes
+    LOOP         tasks on one selector, timers, worker threads, child processes
+    DISK         durable writes, directories that are synced
     STREAM       buffered sockets, TLS, deadlines
     NAMES        DNS on the loop, with a cache
     USERS        the users file, passwords
@@ -39,6 +39,7 @@ import collections
 import contextlib
 import errno
 import heapq
+import itertools
 import json
 import os
 import queue as thread_queue
@@ -278,149 +279,6 @@ def host_and_port(text: str, default_port: int) -> tuple[str, int]:
     if port > 65535:
         raise ValueError(f"{text!r}: the port must be at most 65535")
     return match[1] or match[3] or "", port
-
-
-# ======================================================================================
-# ROOM: DISK
-#
-# Every write that must outlive a power cut goes through this room. A file counts as
-# written when its data is synced and then the directory that names it; before that,
-# nobody is told that it exists.
-#
-# The functions block; whoever runs on the loop hands them to `Workers`, a few threads
-# that each carry one write from beginning to end. The file system joins what several
-# threads sync at the same time, which is where the speed comes from.
-# ======================================================================================
-
-
-def sync_directory(path: str) -> None:
-    """Make the entries of the directory `path` durable. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def make_directory(path: str, mode: int = 0o700) -> None:
-    """Make the directory `path` and those above it, durably. Raises OSError."""
-    if os.path.isdir(path):
-        return
-    parent = os.path.dirname(path) or "."
-    make_directory(parent, mode)
-    try:
-        os.mkdir(path, mode)
-    except FileExistsError:
-        return
-    sync_directory(parent)
-
-
-def write_all(fd: int, data: bytes) -> None:
-    """Write all of `data` to `fd`. Raises OSError."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-
-
-def create_synced(path: str, chunks: Iterable[bytes], mode: int = 0o600) -> None:
-    """Create `path`, which must not exist, and sync its data; its name is not synced yet.
-
-    Nothing is left behind where that fails. Raises OSError.
-    """
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    try:
-        for chunk in chunks:
-            write_all(fd, chunk)
-        os.fsync(fd)
-    except BaseException:
-        os.unlink(path)
-        raise
-    finally:
-        os.close(fd)
-
-
-def move_synced(source: str, target: str) -> None:
-    """Rename `source` to `target` and make the new name durable. Raises OSError."""
-    os.rename(source, target)
-    sync_directory(os.path.dirname(target))
-
-
-def append_synced(path: str, data: bytes) -> None:
-    """Append `data` to the file at `path` and sync it. Raises OSError."""
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND)
-    try:
-        write_all(fd, data)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def replace_durably(path: str, data: bytes, mode: int = 0o600) -> None:
-    """Write `data` to `path` so that a crash leaves the old content or the new one.
-
-    The mode and the owner of an existing file are kept. Raises OSError.
-    """
-    temporary = f"{path}.{new_id()}.tmp"
-    create_synced(temporary, [data], mode)
-    try:
-        try:
-            old = os.stat(path)
-            os.chmod(temporary, stat.S_IMODE(old.st_mode))
-            if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
-                os.chown(temporary, old.st_uid, old.st_gid)
-        except FileNotFoundError:
-            os.chmod(temporary, mode)
-        move_synced(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
-
-
-class Workers:
-    """A few threads for what blocks or computes.
-
-    A job is called in one of them, and then `done` in the same thread with the result
-    or the error; nothing is said about the order of jobs.
-    """
-
-    def __init__(self, count: int, name: str = "worker") -> None:
-        self._jobs: thread_queue.SimpleQueue[
-            tuple[Callable[[], object], Callable[[object, BaseException | None], None]] | None
-        ] = thread_queue.SimpleQueue()
-        self._threads: list[threading.Thread] = []
-        self._count = count
-        self._name = name
-
-    def submit(
-        self, job: Callable[[], object], done: Callable[[object, BaseException | None], None]
-    ) -> None:
-        """Have `job` called in a thread; threads start when they are first needed."""
-        self._jobs.put((job, done))
-        if len(self._threads) < self._count:
-            thread = threading.Thread(
-                target=self._work, name=f"{self._name}-{len(self._threads)}", daemon=True
-            )
-            self._threads.append(thread)
-            thread.start()
-
-    def close(self) -> None:
-        """Let the jobs under way finish and end the threads."""
-        for _ in self._threads:
-            self._jobs.put(None)
-        for thread in self._threads:
-            thread.join()
-        self._threads.clear()
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                result = job[0]()
-            except BaseException as error:
-                job[1](None, error)
-            else:
-                job[1](result, None)
-            job = None  # a thread that waits must not keep the last message alive
 
 
 # ======================================================================================
@@ -1008,6 +866,52 @@ class Record:
 # ======================================================================================
 
 
+class Workers:
+    """A few threads for what blocks or computes.
+
+    A job is called in one of them, and then `done` in the same thread with the result
+    or the error; nothing is said about the order of jobs.
+    """
+
+    def __init__(self, count: int, name: str = "worker") -> None:
+        self._jobs: thread_queue.SimpleQueue[
+            tuple[Callable[[], object], Callable[[object, BaseException | None], None]] | None
+        ] = thread_queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._count = count
+        self._name = name
+
+    def submit(
+        self, job: Callable[[], object], done: Callable[[object, BaseException | None], None]
+    ) -> None:
+        """Have `job` called in a thread; threads start when they are first needed."""
+        self._jobs.put((job, done))
+        if len(self._threads) < self._count:
+            thread = threading.Thread(
+                target=self._work, name=f"{self._name}-{len(self._threads)}", daemon=True
+            )
+            self._threads.append(thread)
+            thread.start()
+
+    def close(self) -> None:
+        """Let the jobs under way finish and end the threads."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                result = job[0]()
+            except BaseException as error:
+                job[1](None, error)
+            else:
+                job[1](result, None)
+            job = None  # a thread that waits must not keep the last message alive
+
+
 class Expired(ChasquidError):
     """A deadline passed while a task was waiting."""
 
@@ -1210,6 +1114,26 @@ class Loop:
         finally:
             task.shielded = False
 
+    async def work_together(self, job: Callable[[], object], count: int) -> None:
+        """Have `count` worker threads call `job`, which shares the work out itself.
+
+        The task goes on when all have ended.
+        """
+        task = self.current
+        ended = itertools.count(1)
+
+        def done(result: object, error: BaseException | None) -> None:
+            if next(ended) == count:
+                self.post(lambda: self.wake(task, result, error))
+
+        task.shielded = True
+        for _ in range(count):
+            self._workers.submit(job, done)
+        try:
+            await _pause()
+        finally:
+            task.shielded = False
+
     def _turn(self) -> None:
         self._asleep = True
         timeout = 0.0 if self._ready or self._posted else self._until_timer()
@@ -1351,6 +1275,10 @@ class Event:
 
     def clear(self) -> None:
         self.is_set = False
+
+    @property
+    def is_awaited(self) -> bool:
+        return bool(self._waiting)
 
     async def wait(self) -> None:
         task = self._loop.current
@@ -1531,6 +1459,189 @@ class Programs:
         if not pipe.closed:
             self._loop.forget(pipe.fileno())
             pipe.close()
+
+
+# ======================================================================================
+# ROOM: DISK
+#
+# Every write that must outlive a power cut goes through this room. A file counts as
+# written when its data is synced and then the directory that names it; before that,
+# nobody is told that it exists.
+#
+# The functions block, and are for commands and worker threads. `Disk` is for the loop.
+# It does itself what only touches the page cache (open, write, rename), and leaves to
+# threads what waits for the device: each system call in a thread costs two changes of the
+# interpreter lock, which is dearer than the call. What is to be synced at the same time is
+# synced as one batch, in which a directory that several need comes once.
+# ======================================================================================
+
+
+def sync_directory(path: str) -> None:
+    """Make the entries of the directory `path` durable. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def make_directory(path: str, mode: int = 0o700) -> None:
+    """Make the directory `path` and those above it, durably. Raises OSError."""
+    if os.path.isdir(path):
+        return
+    parent = os.path.dirname(path) or "."
+    make_directory(parent, mode)
+    try:
+        os.mkdir(path, mode)
+    except FileExistsError:
+        return
+    sync_directory(parent)
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of `data` to `fd`. Raises OSError."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def create_synced(path: str, chunks: Iterable[bytes], mode: int = 0o600) -> None:
+    """Create `path`, which must not exist, and sync its data; its name is not synced yet.
+
+    Nothing is left behind where that fails. Raises OSError.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        for chunk in chunks:
+            write_all(fd, chunk)
+        os.fsync(fd)
+    except BaseException:
+        os.unlink(path)
+        raise
+    finally:
+        os.close(fd)
+
+
+def move_synced(source: str, target: str) -> None:
+    """Rename `source` to `target` and make the new name durable. Raises OSError."""
+    os.rename(source, target)
+    sync_directory(os.path.dirname(target))
+
+
+def append_synced(path: str, data: bytes) -> None:
+    """Append `data` to the file at `path` and sync it. Raises OSError."""
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND)
+    try:
+        write_all(fd, data)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def replace_durably(path: str, data: bytes, mode: int = 0o600) -> None:
+    """Write `data` to `path` so that a crash leaves the old content or the new one.
+
+    The mode and the owner of an existing file are kept. Raises OSError.
+    """
+    temporary = f"{path}.{new_id()}.tmp"
+    create_synced(temporary, [data], mode)
+    try:
+        try:
+            old = os.stat(path)
+            os.chmod(temporary, stat.S_IMODE(old.st_mode))
+            if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
+                os.chown(temporary, old.st_uid, old.st_gid)
+        except FileNotFoundError:
+            os.chmod(temporary, mode)
+        move_synced(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+
+
+_SYNC_THREADS = 2  # more of them spend the time on the interpreter lock
+
+
+class _Batch:
+    """What is synced together: descriptors and directories, and who waits for it."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.targets: dict[int | str, None] = {}
+        self.errors: dict[int | str, OSError] = {}
+        self.done = Event(loop)
+
+    def sync(self) -> None:
+        """Sync what is left, one after another; several threads do so at a time."""
+        while True:
+            try:
+                target, _ = self.targets.popitem()
+            except KeyError:
+                return
+            try:
+                if isinstance(target, int):
+                    os.fsync(target)
+                else:
+                    sync_directory(target)
+            except OSError as error:
+                self.errors[target] = error
+
+
+class Disk:
+    """Durable writes on the loop. All of it raises OSError.
+
+    What asks to be synced while a batch is under way goes into the next one: a sync that
+    has begun may have missed what was just written.
+    """
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._next: _Batch | None = None
+        self._busy = False
+
+    async def create(self, path: str, data: bytes) -> None:
+        """Create `path`, which must not exist, and sync its data; its name is not synced yet."""
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            write_all(fd, data)
+            await self.sync(fd)
+        except BaseException:
+            os.unlink(path)
+            raise
+        finally:
+            os.close(fd)
+
+    async def sync(self, target: int | str) -> None:
+        """Make durable what was written to a descriptor, or the entries of a directory."""
+        if self._next is None:
+            self._next = _Batch(self._loop)
+            if not self._busy:
+                self._busy = True
+                self._loop.spawn(self._sync_batches(), "disk")
+        batch = self._next
+        batch.targets[target] = None
+        await batch.done.wait()
+        if target in batch.errors:
+            raise batch.errors[target]
+
+    async def move(self, source: str, target: str) -> None:
+        """Rename `source` to `target` and make the new name durable."""
+        os.rename(source, target)
+        await self.sync(os.path.dirname(target))
+
+    async def remove(self, path: str, size: int) -> None:
+        """Remove a file of `size` octets; that this is durable is not promised."""
+        if size <= MEMORY_LIMIT:
+            os.unlink(path)
+        else:
+            await self._loop.work(lambda: os.unlink(path))
+
+    async def _sync_batches(self) -> None:
+        while (batch := self._next) is not None:
+            self._next = None
+            await self._loop.work_together(batch.sync, min(_SYNC_THREADS, len(batch.targets)))
+            batch.done.set()
+        self._busy = False
 
 
 # ======================================================================================
@@ -2851,16 +2962,19 @@ class MaildirCourier:
     def __init__(
         self,
         loop: Loop,
+        disk: Disk,
         template: str,
         data_dir: str,
         hostname: str,
         user_exists: Callable[[str, str], bool],
     ) -> None:
         self._loop = loop
+        self._disk = disk
         self._template = template.replace("%data_dir%", data_dir)
         self._host = hostname.replace("/", r"\057").replace(":", r"\072")
         self._user_exists = user_exists
         self._number = 0
+        self._known: set[str] = set()  # Maildirs that were seen whole
 
     async def deliver(self, shipment: Shipment, targets: Sequence[Target]) -> list[Result]:
         return [await self._deliver(shipment, target.value) for target in targets]
@@ -2870,11 +2984,7 @@ class MaildirCourier:
         if not self._user_exists(user, domain):
             return Result(FAILED, "5.1.1", f"there is no user {address}")
         try:
-            directory = self.directory(address)
-            now = self._loop.clock.time()
-            self._number += 1
-            name = f"{int(now)}.M{int(now % 1 * 1e6)}P{os.getpid()}Q{self._number}.{self._host}"
-            path = await self._loop.work(lambda: self._store(directory, name, shipment, address))
+            path = await self._store(self.directory(address), shipment, address)
         except ValueError as error:
             return Result(FAILED, "5.1.3", str(error))
         except OSError as error:
@@ -2892,28 +3002,43 @@ class MaildirCourier:
         path = self._template.replace("%to_user%", user).replace("%to_domain%", domain)
         return path.replace("%to%", address)
 
-    @staticmethod
-    def _store(directory: str, name: str, shipment: Shipment, address: str) -> str:
-        for part in ("tmp", "new", "cur"):
-            make_directory(os.path.join(directory, part))
+    async def _store(self, directory: str, shipment: Shipment, address: str) -> str:
+        now = self._loop.clock.time()
+        self._number += 1
+        name = f"{int(now)}.M{int(now % 1 * 1e6)}P{os.getpid()}Q{self._number}.{self._host}"
         head = f"Return-Path: <{shipment.sender}>\nDelivered-To: {address}\n".encode()
         temporary = os.path.join(directory, "tmp", name)
-        size = len(head)
+        if directory not in self._known or not os.path.isdir(directory):
+            await self._loop.work(lambda: self._make(directory))
+            self._known.add(directory)
+        if shipment.message.data is not None:
+            data = head + b"".join(with_lf(shipment.message.chunks()))
+            size = len(data)
+            await self._disk.create(temporary, data)
+        else:
+            size = await self._loop.work(lambda: self._copy(temporary, head, shipment.message))
+        path = os.path.join(directory, "new", f"{name},S={size}")
+        await self._disk.move(temporary, path)
+        return path
+
+    @staticmethod
+    def _make(directory: str) -> None:
+        for part in ("tmp", "new", "cur"):
+            make_directory(os.path.join(directory, part))
+
+    @staticmethod
+    def _copy(path: str, head: bytes, message: Message) -> int:
+        """Write a message that is too large for memory; return the size of the file."""
+        size = 0
 
         def content() -> Iterator[bytes]:
             nonlocal size
-            yield head
-            for chunk in with_lf(shipment.message.chunks()):
+            for chunk in itertools.chain([head], with_lf(message.chunks())):
                 size += len(chunk)
                 yield chunk
 
-        pieces: Iterable[bytes] = content()
-        if shipment.message.data is not None:
-            pieces = [b"".join(pieces)]
-        create_synced(temporary, pieces)
-        path = os.path.join(directory, "new", f"{name},S={size}")
-        move_synced(temporary, path)
-        return path
+        create_synced(path, content())
+        return size
 
 
 class _ProgramCourier:
@@ -3590,11 +3715,12 @@ class Draft:
     Once `add` has failed, the draft is discarded and stays so.
     """
 
-    def __init__(self, loop: Loop, directory: str) -> None:
+    def __init__(self, loop: Loop, disk: Disk, directory: str) -> None:
         self.id = new_id()
         self.size = 0
         self.eight_bit = False
         self._loop = loop
+        self._disk = disk
         self._path = os.path.join(directory, "tmp", self.id)
         self._fd = -1
         self._pieces: list[bytes] = []
@@ -3628,7 +3754,17 @@ class Draft:
         data = b"".join(self._pieces)
         new = os.path.join(os.path.dirname(os.path.dirname(self._path)), "new")
         target = os.path.join(new, f"{self.id},S={self.size}")
-        await self._loop.work(lambda: self._store(data + envelope.to_line(), target))
+        self._append(data + envelope.to_line())
+        await self._disk.sync(self._fd)
+        os.close(self._fd)
+        self._fd = -1
+        try:
+            await self._disk.move(self._path, target)
+        except BaseException:
+            for path in (self._path, target):
+                if os.path.exists(path):
+                    os.unlink(path)
+            raise
         small = self.size == len(data)
         return Message(envelope.prefix, target, self.size, data if small else None)
 
@@ -3657,26 +3793,10 @@ class Draft:
         self._held = 0
         await self._loop.work(lambda: self._append(data))
 
-    def _open(self) -> None:
+    def _append(self, data: bytes) -> None:
         if self._fd < 0:
             self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-
-    def _append(self, data: bytes) -> None:
-        self._open()
         write_all(self._fd, data)
-
-    def _store(self, data: bytes, target: str) -> None:
-        self._append(data)
-        os.fsync(self._fd)
-        os.close(self._fd)
-        self._fd = -1
-        try:
-            move_synced(self._path, target)
-        except BaseException:
-            for path in (self._path, target):
-                if os.path.exists(path):
-                    os.unlink(path)
-            raise
 
 
 class QueueSettings(NamedTuple):
@@ -3699,6 +3819,7 @@ class Queue:
     def __init__(
         self,
         loop: Loop,
+        disk: Disk,
         record: Record,
         settings: QueueSettings,
         couriers: Couriers,
@@ -3708,6 +3829,7 @@ class Queue:
         on_result: Callable[[Item, Recipient], None] = lambda item, recipient: None,
     ) -> None:
         self._loop = loop
+        self._disk = disk
         self._record = record
         self._settings = settings
         self._couriers = couriers
@@ -3744,7 +3866,7 @@ class Queue:
     def draft(self) -> Draft:
         """Return a message to be filled. Raises QueueFull."""
         self.check_room()
-        return Draft(self._loop, self._settings.directory)
+        return Draft(self._loop, self._disk, self._settings.directory)
 
     def check_room(self) -> None:
         """Raise QueueFull where the queue takes no more messages from outside."""
@@ -3811,7 +3933,7 @@ class Queue:
                 else:
                     await self._wait(item)
             if item.removed:
-                await self._loop.work(lambda: os.unlink(item.message.path))
+                await self._disk.remove(item.message.path, item.message.size)
         finally:
             del self.items[item.id]
 
@@ -3879,7 +4001,7 @@ class Queue:
             if failed:
                 await self._report(item, failed)
             if not any(recipient.is_open for recipient in item.recipients):
-                await self._loop.work(lambda: os.unlink(item.message.path))
+                await self._disk.remove(item.message.path, item.message.size)
                 self._record.mail(item.id, f"done after {plural(item.attempts, 'attempt')}")
                 return True
             item.next_attempt = now + self._pause(item.attempts)
@@ -3936,7 +4058,7 @@ class Queue:
         """Queue a notification for the sender, if there is one. Raises OSError."""
         if item.envelope.sender:
             data, utf8 = notification(item, failed, self._settings, self._loop.clock.time())
-            draft = Draft(self._loop, self._settings.directory)
+            draft = Draft(self._loop, self._disk, self._settings.directory)
             await draft.add(data)
             envelope = Envelope(
                 draft.id, "", self._addressees(item.envelope.sender), self._loop.clock.time(),
@@ -4991,6 +5113,7 @@ class Daemon:
         self._signature = file_signature(config.config_dir)
         self._names = Names(loop, ask or DnsClient(loop, config.dns_server).ask)
         programs = Programs(loop, spawn)
+        self._disk = Disk(loop)
         couriers = Couriers(
             self._local_courier(programs),
             PipeCourier(programs),
@@ -5005,8 +5128,9 @@ class Daemon:
             config.suffix_separators[:1] or "+",
         )
         self.queue = Queue(
-            loop, self.record, settings, couriers, self._expand, self._is_local, random, on_result
-        )
+            loop, self._disk, self.record, settings, couriers, self._expand, self._is_local, random,
+            on_result,
+        )  # fmt: skip
         self._site = Site(
             loop, self.record, config, self._domains.accounts, self._domains.aliases, self.queue,
             certificates.default,
@@ -5064,7 +5188,7 @@ class Daemon:
         if config.lmtp_address:
             return LmtpCourier(self.loop, self._names, config.lmtp_address, config.hostname)
         return MaildirCourier(
-            self.loop, config.maildir, config.data_dir, config.hostname,
+            self.loop, self._disk, config.maildir, config.data_dir, config.hostname,
             lambda user, domain: self._domains.accounts.exists(user, domain),
         )  # fmt: skip
 
