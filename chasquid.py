@@ -1471,8 +1471,8 @@ class Programs:
 # The functions block, and are for commands and worker threads. `Disk` is for the loop.
 # It does itself what only touches the page cache (open, write, rename), and leaves to
 # threads what waits for the device: each system call in a thread costs two changes of the
-# interpreter lock, which is dearer than the call. What is to be synced at the same time is
-# synced as one batch, in which a directory that several need comes once.
+# interpreter lock, which is dearer than the call. What is to be synced or removed at the
+# same time is one batch, in which a directory that several need comes once.
 # ======================================================================================
 
 
@@ -1560,44 +1560,47 @@ def replace_durably(path: str, data: bytes, mode: int = 0o600) -> None:
         raise
 
 
-_SYNC_THREADS = 2  # more of them spend the time on the interpreter lock
+_DISK_THREADS = 8  # at most
+_QUICK_SYNC = 0.002  # seconds; a device that is no slower is served best by one thread
 
 
 class _Batch:
-    """What is synced together: descriptors and directories, and who waits for it."""
+    """What is done together: jobs by what they are for, and who waits for them."""
 
     def __init__(self, loop: Loop) -> None:
-        self.targets: dict[int | str, None] = {}
-        self.errors: dict[int | str, OSError] = {}
+        self.jobs: dict[tuple[str, int | str], Callable[[], None]] = {}
+        self.errors: dict[tuple[str, int | str], OSError] = {}
         self.done = Event(loop)
 
-    def sync(self) -> None:
-        """Sync what is left, one after another; several threads do so at a time."""
+    def work(self) -> None:
+        """Do the jobs that are left, one after another; several threads do so at a time."""
         while True:
             try:
-                target, _ = self.targets.popitem()
+                key, job = self.jobs.popitem()
             except KeyError:
                 return
             try:
-                if isinstance(target, int):
-                    os.fsync(target)
-                else:
-                    sync_directory(target)
+                job()
             except OSError as error:
-                self.errors[target] = error
+                self.errors[key] = error
 
 
 class Disk:
     """Durable writes on the loop. All of it raises OSError.
 
-    What asks to be synced while a batch is under way goes into the next one: a sync that
-    has begun may have missed what was just written.
+    A file system joins what several threads sync at the same time, which pays on a slow
+    device; on a quick one the threads would lose more by waiting for the interpreter. So
+    their number follows the time that a job takes.
+
+    What is asked for while a batch is under way goes into the next one: a sync that has
+    begun may have missed what was just written.
     """
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
         self._next: _Batch | None = None
         self._busy = False
+        self._usual = 0.0  # seconds that a job takes, averaged over the last ones
 
     async def create(self, path: str, data: bytes) -> None:
         """Create `path`, which must not exist, and sync its data; its name is not synced yet."""
@@ -1611,35 +1614,42 @@ class Disk:
         finally:
             os.close(fd)
 
-    async def sync(self, target: int | str) -> None:
-        """Make durable what was written to a descriptor, or the entries of a directory."""
-        if self._next is None:
-            self._next = _Batch(self._loop)
-            if not self._busy:
-                self._busy = True
-                self._loop.spawn(self._sync_batches(), "disk")
-        batch = self._next
-        batch.targets[target] = None
-        await batch.done.wait()
-        if target in batch.errors:
-            raise batch.errors[target]
+    async def sync(self, fd: int) -> None:
+        """Make durable what was written to `fd`."""
+        await self._join("sync", fd, lambda: os.fsync(fd))
 
     async def move(self, source: str, target: str) -> None:
         """Rename `source` to `target` and make the new name durable."""
         os.rename(source, target)
-        await self.sync(os.path.dirname(target))
+        directory = os.path.dirname(target)
+        await self._join("sync", directory, lambda: sync_directory(directory))
 
-    async def remove(self, path: str, size: int) -> None:
-        """Remove a file of `size` octets; that this is durable is not promised."""
-        if size <= MEMORY_LIMIT:
-            os.unlink(path)
-        else:
-            await self._loop.work(lambda: os.unlink(path))
+    async def remove(self, path: str) -> None:
+        """Remove a file; that this is durable is not promised."""
+        await self._join("remove", path, lambda: os.unlink(path))
 
-    async def _sync_batches(self) -> None:
+    async def _join(self, what: str, of: int | str, job: Callable[[], None]) -> None:
+        """Have `job` done with the next batch; who asks for the same shares it."""
+        if self._next is None:
+            self._next = _Batch(self._loop)
+            if not self._busy:
+                self._busy = True
+                self._loop.spawn(self._work(), "disk")
+        batch = self._next
+        batch.jobs[what, of] = job
+        await batch.done.wait()
+        if (what, of) in batch.errors:
+            raise batch.errors[what, of]
+
+    async def _work(self) -> None:
         while (batch := self._next) is not None:
             self._next = None
-            await self._loop.work_together(batch.sync, min(_SYNC_THREADS, len(batch.targets)))
+            count = len(batch.jobs)
+            threads = min(count, _DISK_THREADS, 1 + int(self._usual / _QUICK_SYNC))
+            start = self._loop.clock.monotonic()
+            await self._loop.work_together(batch.work, threads)
+            seconds = (self._loop.clock.monotonic() - start) * threads / count
+            self._usual += (seconds - self._usual) / 8
             batch.done.set()
         self._busy = False
 
@@ -3933,7 +3943,7 @@ class Queue:
                 else:
                     await self._wait(item)
             if item.removed:
-                await self._disk.remove(item.message.path, item.message.size)
+                await self._disk.remove(item.message.path)
         finally:
             del self.items[item.id]
 
@@ -4001,7 +4011,7 @@ class Queue:
             if failed:
                 await self._report(item, failed)
             if not any(recipient.is_open for recipient in item.recipients):
-                await self._disk.remove(item.message.path, item.message.size)
+                await self._disk.remove(item.message.path)
                 self._record.mail(item.id, f"done after {plural(item.attempts, 'attempt')}")
                 return True
             item.next_attempt = now + self._pause(item.attempts)
