@@ -1561,7 +1561,7 @@ def replace_durably(path: str, data: bytes, mode: int = 0o600) -> None:
 
 
 _DISK_THREADS = 8  # at most
-_QUICK_SYNC = 0.002  # seconds; a device that is no slower is served best by one thread
+_QUICK_SYNC = 0.005  # seconds; a device that is no slower is served best by one thread
 
 
 class _Batch:
