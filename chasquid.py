@@ -756,6 +756,8 @@ class Sink:
         self._file: IO[str] | None = None
         self._syslog: socket.socket | None = None
         self._lock = threading.Lock()
+        self._second = -1  # the second that was last written, and its text
+        self._second_text = ""
         self.reopen()
 
     def reopen(self) -> None:
@@ -785,11 +787,16 @@ class Sink:
                     # RFC 3164: facility mail (2), severity info (6)
                     self._syslog.send(f"<22>chasquid[{os.getpid()}]: {text}".encode())
                 elif self._file is not None:
-                    stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
-                    self._file.write(f"{stamp}.{int(now % 1 * 1000):03} {text}\n")
+                    self._file.write(f"{self._stamp(now)}.{int(now % 1 * 1000):03} {text}\n")
                     self._file.flush()
             except (OSError, ValueError):
                 pass  # the mail goes on when its log cannot
+
+    def _stamp(self, now: float) -> str:
+        if int(now) != self._second:
+            self._second = int(now)
+            self._second_text = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
+        return self._second_text
 
     def _open_syslog(self) -> None:
         for path in ("/dev/log", "/var/run/syslog"):
@@ -2836,11 +2843,12 @@ def _parse_parameters(text: str | None) -> dict[str, str]:
 
 
 def is_host_name(text: str) -> bool:
-    """Tell whether HELO may name the client so: a domain or an address literal."""
-    try:
-        return bool(text) and len(text) <= 255 and bool(_parse_domain(text))
-    except ValueError:
-        return False
+    """Tell whether HELO may name the client so.
+
+    RFC 5321, 4.1.1.1 wants a domain or an address literal. Too many clients say something
+    else, and nothing is decided by it (4.1.4), so it need only be harmless in Received.
+    """
+    return re.fullmatch(r"""[^\s()<>@,;"\\]{1,255}""", text) is not None
 
 
 class DataDecoder:
@@ -3894,6 +3902,9 @@ class Queue:
             draft.discard()
             self._record.error("queue", f"a message cannot be stored: {reason(error)}")
             raise QueueFull("the message cannot be stored now", "4.3.1") from error
+        except BaseException:
+            draft.discard()
+            raise
         item = Item(envelope, message)
         recipients = ", ".join(dict.fromkeys(one.original for one in envelope.addressees))
         self._record.count("messages", "queued")
