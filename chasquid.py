@@ -85,7 +85,6 @@ T = TypeVar("T")
 # ======================================================================================
 
 COMMAND_LINE_LIMIT = 1000  # octets with CRLF; RFC 5321, 4.5.3.1.4 asks for 512 at least
-TEXT_LINE_LIMIT = 1_000_000  # octets of one line of a message before it is refused
 HEADER_LIMIT = 256 * 1024  # octets of a header block
 MEMORY_LIMIT = 64 * 1024  # octets of one message held in memory
 CHUNK = 64 * 1024  # octets read or written at a time
@@ -166,8 +165,8 @@ def reason(error: BaseException) -> str:
 # ======================================================================================
 
 _ASCII_USER = re.compile(r"[!-~]+")
-_ASCII_DOMAIN = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
+ASCII_DOMAIN = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
@@ -186,7 +185,7 @@ def domain_to_unicode(domain: str) -> str:
     """
     if domain.startswith("["):
         return domain
-    if _ASCII_DOMAIN.fullmatch(domain) and "xn--" not in domain.lower():
+    if ASCII_DOMAIN.fullmatch(domain) and "xn--" not in domain.lower():
         return domain.lower()
     import idna  # rarely needed: most domains are ASCII
 
@@ -237,7 +236,7 @@ def normalize_address(address: str) -> str:
 
 def printable(text: str, limit: int = 500) -> str:
     """Return `text` on one line, without control characters, at most `limit` long."""
-    text = _UNPRINTABLE.sub(" ", text).strip()
+    text = UNPRINTABLE.sub(" ", text).strip()
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
@@ -265,6 +264,17 @@ def duration_text(seconds: float) -> str:
     return f"{whole // 86400}d {whole % 86400 // 3600}h"
 
 
+def is_ip_address(text: str) -> bool:
+    """Tell whether `text` is an IPv4 or IPv6 address, without brackets."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, text)
+        except (OSError, ValueError):
+            continue
+        return True
+    return False
+
+
 def host_and_port(text: str, default_port: int) -> tuple[str, int]:
     """Split "host", "host:port", "[::1]:port" or ":port". Raises ValueError.
 
@@ -272,7 +282,7 @@ def host_and_port(text: str, default_port: int) -> tuple[str, int]:
     """
     match = re.fullmatch(r"\[([0-9A-Fa-f:.%\w]+)\](?::(\d+))?|([^:\[\]]*)(?::(\d+))?", text)
     if match is None:
-        if text.count(":") > 1 and re.fullmatch(r"[0-9A-Fa-f:.]+", text):
+        if is_ip_address(text):
             return text, default_port
         raise ValueError(f"{text!r} is no host:port")
     port = int(match[2] or match[4] or default_port)
@@ -380,11 +390,15 @@ def _tokens(data: bytes, path: str) -> list[_Token]:
     return tokens
 
 
+_NESTING_LIMIT = 30
+
+
 class _TextParser:
     def __init__(self, tokens: list[_Token], path: str) -> None:
         self._tokens = tokens
         self._next = 0
         self._path = path
+        self._depth = 0
 
     def entries(self, closing: str) -> Iterator[Entry]:
         """Yield entries up to the mark `closing`, or to the end of the file for ""."""
@@ -429,8 +443,13 @@ class _TextParser:
 
     def _value(self) -> Value:
         token = self._take()
-        if token.text in (b"{", b"<"):
-            return tuple(self.entries("}" if token.text == b"{" else ">"))
+        if token.text in (b"{", b"<") and token.kind == "mark":
+            if self._depth == _NESTING_LIMIT:
+                self._fail(token, f"expected at most {_NESTING_LIMIT} messages in one another")
+            self._depth += 1
+            entries = tuple(self.entries("}" if token.text == b"{" else ">"))
+            self._depth -= 1
+            return entries
         if token.kind == "word":
             return Word(token.text.decode("ascii"))
         if token.kind != "string":
@@ -532,11 +551,11 @@ def _port(value: Value) -> int:
 def _duration(value: Value) -> float:
     """A Go duration: numbers with units, as in "1h30m" or "1.5s"."""
     text = _text(value)
-    units = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-    if not re.fullmatch(r"(\d+(\.\d*)?(ns|us|µs|ms|s|m|h))+", text):
+    one = r"(\d+\.?\d*|\.\d+)(ns|us|\u00b5s|\u03bcs|ms|s|m|h)"  # micro sign, Greek mu
+    if not re.fullmatch(f"({one})+", text):
         raise _WrongValue('expected a duration such as "20h", "1h30m" or "30s"')
-    parts = re.findall(r"(\d+(?:\.\d*)?)(ns|us|µs|ms|s|m|h)", text)
-    seconds = sum(float(number) * units[unit] for number, unit in parts)
+    units = {"ns": 1e-9, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+    seconds = sum(float(number) * units.get(unit, 1e-6) for number, unit in re.findall(one, text))
     if seconds <= 0:
         raise _WrongValue("expected a duration of more than nothing")
     return seconds
@@ -546,10 +565,10 @@ def _listen_address(value: Value) -> str:
     text = _text(value)
     if text != "systemd":
         try:
-            host_and_port(text, 0)
+            _, port = host_and_port(text, -1)
         except ValueError:
-            text = ""
-        if ":" not in text:
+            port = -1
+        if port < 0:
             raise _WrongValue('expected "systemd", "host:port" or ":port"')
     return text
 
@@ -560,7 +579,7 @@ def _server_address(value: Value) -> str:
         host, _ = host_and_port(text, 53)
     except ValueError:
         host = ""
-    if not re.fullmatch(r"[0-9.]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*", host):
+    if not is_ip_address(host):
         raise _WrongValue('expected the address of a name server, "ip" or "ip:port"')
     return text
 
@@ -590,8 +609,15 @@ def _hostname(value: Value) -> str:
         domain_to_ascii(text)
     except ValueError:
         text = ""
-    if not text or re.search(r"[\s/\[\]@]", text):
+    if not text or UNPRINTABLE.search(text) or re.search(r"[\s/\[\]@]", text):
         raise _WrongValue('expected a host name such as "mail.example.com"')
+    return text
+
+
+def _directory(value: Value) -> str:
+    text = _text(value)
+    if not text or "\0" in text:
+        raise _WrongValue("expected the path of a directory")
     return text
 
 
@@ -622,7 +648,7 @@ _KEYS: dict[str, Callable[[Value], object]] = {
     "mail_delivery_agent_args": _text,
     "lmtp_address": _lmtp_address,
     "maildir": _maildir,
-    "data_dir": _text,
+    "data_dir": _directory,
     "suffix_separators": _text,
     "drop_characters": _text,
     "mail_log_path": _log_path,
@@ -650,7 +676,7 @@ def load_config(config_dir: str, overrides: str = "") -> Config:
     path = os.path.join(config_dir, "chasquid.conf")
     values: dict[str, object] = {"hostname": socket.gethostname()}
     values.update(_read_keys(read_file(path), path))
-    values.update(_read_keys(overrides.encode(), "--config-overrides"))
+    values.update(_read_keys(os.fsencode(overrides), "--config-overrides"))
     config = Config(config_dir=os.path.abspath(config_dir), **values)  # type: ignore[arg-type]
     if config.mail_delivery_agent_bin and config.lmtp_address:
         raise ConfigError(path, 0, "expected mail_delivery_agent_bin or lmtp_address, not both")
@@ -697,7 +723,7 @@ def config_text(config: Config) -> str:
         value = getattr(config, key)
         for one in value if isinstance(value, tuple) else (value,):
             if _KEYS[key] is _duration:
-                lines.append(f'{key}: "{one:g}s"')
+                lines.append(f'{key}: "{one:.9f}'.rstrip("0").rstrip(".") + 's"')
             else:
                 lines.append(f"{key}: {one if isinstance(one, int) else quote(one)}")
     return "\n".join(lines) + "\n"
@@ -758,6 +784,7 @@ class Sink:
         self._lock = threading.Lock()
         self._second = -1  # the second that was last written, and its text
         self._second_text = ""
+        self._journal = False  # systemd's journal adds the time itself
         self.reopen()
 
     def reopen(self) -> None:
@@ -766,6 +793,7 @@ class Sink:
             self._file = sys.stdout
         elif self._target == "<stderr>":
             self._file = sys.stderr
+            self._journal = self._is_journal()
         elif self._target == "<syslog>":
             self._open_syslog()
         else:
@@ -787,16 +815,26 @@ class Sink:
                     # RFC 3164: facility mail (2), severity info (6)
                     self._syslog.send(f"<22>chasquid[{os.getpid()}]: {text}".encode())
                 elif self._file is not None:
-                    self._file.write(f"{self._stamp(now)}.{int(now % 1 * 1000):03} {text}\n")
+                    stamp = "" if self._journal else f"{self._stamp(now)} "
+                    self._file.write(f"{stamp}{text}\n")
                     self._file.flush()
             except (OSError, ValueError):
                 pass  # the mail goes on when its log cannot
+
+    @staticmethod
+    def _is_journal() -> bool:
+        """Tell whether standard error goes to the journal; see systemd.exec(5)."""
+        try:
+            status = os.fstat(2)
+        except OSError:
+            return False
+        return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
     def _stamp(self, now: float) -> str:
         if int(now) != self._second:
             self._second = int(now)
             self._second_text = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
-        return self._second_text
+        return f"{self._second_text}.{int(now % 1 * 1000):03}"
 
     def _open_syslog(self) -> None:
         for path in ("/dev/log", "/var/run/syslog"):
@@ -891,14 +929,24 @@ class Workers:
     def submit(
         self, job: Callable[[], object], done: Callable[[object, BaseException | None], None]
     ) -> None:
-        """Have `job` called in a thread; threads start when they are first needed."""
-        self._jobs.put((job, done))
+        """Have `job` called in a thread; threads start when they are first needed.
+
+        Raises ChasquidError where there is no thread and none can be started.
+        """
         if len(self._threads) < self._count:
-            thread = threading.Thread(
-                target=self._work, name=f"{self._name}-{len(self._threads)}", daemon=True
-            )
-            self._threads.append(thread)
+            self._start_thread()
+        self._jobs.put((job, done))
+
+    def _start_thread(self) -> None:
+        name = f"{self._name}-{len(self._threads)}"
+        thread = threading.Thread(target=self._work, name=name, daemon=True)
+        try:
             thread.start()
+        except RuntimeError as error:
+            if not self._threads:
+                raise ChasquidError(f"no worker thread can be started: {error}") from error
+        else:
+            self._threads.append(thread)
 
     def close(self) -> None:
         """Let the jobs under way finish and end the threads."""
@@ -936,7 +984,7 @@ class Task:
     """A running coroutine: its state, its deadline, and who waits for its end."""
 
     __slots__ = (
-        "cancelled", "coroutine", "deadline", "done", "error", "joiners", "loop", "name",
+        "begun", "cancelled", "coroutine", "deadline", "done", "error", "joiners", "loop", "name",
         "result", "shielded", "timer", "waiting", "waits",
     )  # fmt: skip
 
@@ -944,6 +992,7 @@ class Task:
         self.loop = loop
         self.coroutine = coroutine
         self.name = name
+        self.begun = False
         self.done = False
         self.result: Any = None
         self.error: BaseException | None = None
@@ -1115,8 +1164,8 @@ class Loop:
             self.post(lambda: self.wake(task, result, error))
 
         task.shielded = True
-        self._workers.submit(job, done)
         try:
+            self._workers.submit(job, done)
             return await _pause()  # type: ignore[no-any-return]
         finally:
             task.shielded = False
@@ -1134,9 +1183,9 @@ class Loop:
                 self.post(lambda: self.wake(task, result, error))
 
         task.shielded = True
-        for _ in range(count):
-            self._workers.submit(job, done)
         try:
+            for _ in range(count):
+                self._workers.submit(job, done)
             await _pause()
         finally:
             task.shielded = False
@@ -1146,6 +1195,7 @@ class Loop:
         timeout = 0.0 if self._ready or self._posted else self._until_timer()
         events = self._selector.select(timeout)
         self._asleep = False
+        self._fire_timers()  # first, or who is always ready would never be late
         for key, mask in events:
             if key.data is None:
                 self._drain_wakeups()
@@ -1153,7 +1203,6 @@ class Loop:
                 self._dispatch(key.fd, key.data, mask)
         while self._posted:
             self._posted.popleft()()
-        self._fire_timers()
         for _ in range(len(self._ready)):
             self._step(*self._ready.popleft())
 
@@ -1230,6 +1279,10 @@ class Loop:
 
     def _step(self, task: Task, value: Any, error: BaseException | None) -> None:
         self.current = task
+        if task.cancelled and task.begun and not task.shielded:
+            task.cancelled = False
+            error = Cancelled()
+        task.begun = True  # a task that was cancelled before still comes to its first wait
         try:
             if error is None:
                 task.coroutine.send(value)
@@ -1237,7 +1290,8 @@ class Loop:
                 task.coroutine.throw(error)
         except StopIteration as stop:
             self._finish(task, stop.value, None)
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, SystemExit) as end:
+            self._finish(task, None, end)
             raise
         except BaseException as failure:
             self._finish(task, None, failure)
@@ -1252,7 +1306,7 @@ class Loop:
     def _finish(self, task: Task, result: Any, error: BaseException | None) -> None:
         task.done, task.result, task.error = True, result, error
         self._tasks.discard(task)
-        if error is not None and not task.joiners and not isinstance(error, Cancelled):
+        if isinstance(error, Exception) and not task.joiners:
             self._on_crash(task.name, error)
         for joiner in task.joiners:
             self.wake(joiner)
@@ -1485,7 +1539,7 @@ class Programs:
 
 def sync_directory(path: str) -> None:
     """Make the entries of the directory `path` durable. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    fd = os.open(path or ".", os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
     finally:
@@ -1501,8 +1555,21 @@ def make_directory(path: str, mode: int = 0o700) -> None:
     try:
         os.mkdir(path, mode)
     except FileExistsError:
+        if not os.path.isdir(path):
+            raise
         return
+    give_to_owner_above(path)
     sync_directory(parent)
+
+
+def give_to_owner_above(path: str) -> None:
+    """Give what root has just made to the owner of the directory that it is in.
+
+    Otherwise a command run as root leaves files that the server cannot read.
+    """
+    if os.geteuid() == 0:
+        above = os.stat(os.path.dirname(path) or ".")
+        os.chown(path, above.st_uid, above.st_gid)
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -1560,6 +1627,7 @@ def replace_durably(path: str, data: bytes, mode: int = 0o600) -> None:
                 os.chown(temporary, old.st_uid, old.st_gid)
         except FileNotFoundError:
             os.chmod(temporary, mode)
+            give_to_owner_above(temporary)
         move_synced(temporary, path)
     except BaseException:
         if os.path.exists(temporary):
@@ -2005,7 +2073,7 @@ class Names:
         for record in answer.records:
             preference, _, host = record.partition(" ")
             exchangers.append((int(preference), host.rstrip(".").lower()))
-        if [host for _, host in exchangers] == [""]:
+        if exchangers and not any(host for _, host in exchangers):
             raise PermanentFailure(f"the domain {domain} accepts no mail (null MX)", "5.1.10")
         if exchangers:
             return sorted(pair for pair in exchangers if pair[1])
@@ -2054,17 +2122,6 @@ class Names:
             del self._cache[key]
         for key in list(self._cache)[: len(self._cache) - _CACHE_LIMIT * 9 // 10]:
             del self._cache[key]
-
-
-def is_ip_address(text: str) -> bool:
-    """Tell whether `text` is an IPv4 or IPv6 address, without brackets."""
-    for family in (socket.AF_INET, socket.AF_INET6):
-        try:
-            socket.inet_pton(family, text)
-        except (OSError, ValueError):
-            continue
-        return True
-    return False
 
 
 class DnsClient:
@@ -2322,8 +2379,10 @@ def _parse_password(entry: Entry, path: str) -> Password:
         return Plain(_octets(_message(kind, path, {"password"})["password"], path))
     fields = _message(kind, path, {"logN", "r", "p", "keyLen", "salt", "encrypted"})
     log_n, r, p, length = (_number(fields[key], path) for key in ("logN", "r", "p", "keyLen"))
-    if not (1 <= log_n < 40 and 128 * r * ((1 << log_n) + p + 2) <= _SCRYPT_MEMORY):
-        raise ConfigError(path, kind.line, "expected costs of scrypt that fit into 512 MB")
+    fits = log_n < min(40, 16 * r) and 128 * r * ((1 << log_n) + p + 2) <= _SCRYPT_MEMORY
+    if not (fits and p <= 64 and length <= 1024):  # N < 2 ** (128 * r / 8): RFC 7914, 2
+        text = "expected costs of scrypt that fit into 512 MB, p up to 64, keyLen up to 1024"
+        raise ConfigError(path, kind.line, text)
     return Scrypt(
         log_n, r, p, length, _octets(fields["salt"], path), _octets(fields["encrypted"], path)
     )
@@ -2336,7 +2395,7 @@ def _octets(entry: Entry, path: str) -> bytes:
 
 
 def _number(entry: Entry, path: str) -> int:
-    if isinstance(entry.value, Word) and entry.value.isdigit() and 0 < int(entry.value) < 1 << 31:
+    if isinstance(entry.value, Word) and re.fullmatch(r"0*[1-9]\d{0,8}", entry.value):
         return int(entry.value)
     raise ConfigError(path, entry.line, f"{entry.key}: expected a whole number of at least 1")
 
@@ -2485,8 +2544,8 @@ def _parse_targets(right: str, domain: str) -> tuple[Target, ...]:
             if len(rest) != 2 or rest[0] != "via":
                 raise ValueError(f"expected 'address via host/host', found {part!r}")
             via = tuple(filter(None, rest[1].split("/")))
-            for host in via:
-                host_and_port(host, 25)
+            if not via or not all(host_and_port(host, 25)[0] for host in via):
+                raise ValueError(f"expected hosts after 'via', found {rest[1]!r}")
         local, of = split_address(address)
         if not local or address.endswith("@"):
             raise ValueError(f"expected an address, found {part!r}")
@@ -2521,6 +2580,16 @@ class Aliases:
         """Tell whether `domain` (in Unicode, lower case) is served here."""
         return domain in self._tables
 
+    def postmaster_domain(self, hostname: str) -> str:
+        """Return the domain whose postmaster is the one of `hostname` (RFC 5321, 4.5.1).
+
+        That is the host itself where it is a domain of ours, else the first that has one.
+        """
+        for domain in (hostname, *sorted(self._tables)):
+            if self.is_local(domain) and any(self._look_up("postmaster", domain)):
+                return domain
+        return hostname if self.is_local(hostname) else next(iter(sorted(self._tables)), hostname)
+
     def clean(self, user: str) -> str:
         """Return `user` without suffix and without drop characters."""
         for separator in self._separators:
@@ -2533,12 +2602,17 @@ class Aliases:
         Raises NoSuchUser where it is of one of our domains and unknown, and AliasLoop.
         """
         found: dict[Target, None] = {}
-        if not self._expand(Target("address", address), 0, found):
+        if not self._expand(Target("address", address), 0, found, set()):
             raise NoSuchUser(f"there is no user or alias {printable(address, 200)}")
         return list(found)
 
-    def _expand(self, target: Target, depth: int, found: dict[Target, None]) -> bool:
-        """Add what `target` stands for to `found`; false where it is unknown."""
+    def _expand(
+        self, target: Target, depth: int, found: dict[Target, None], done: set[Target]
+    ) -> bool:
+        """Add what `target` stands for to `found`; false where it is unknown.
+
+        What is in `done` was expanded to its end, so many ways to it cost no more than one.
+        """
         if depth > ALIAS_DEPTH_LIMIT:
             text = f"the aliases behind {target.value} go deeper than {ALIAS_DEPTH_LIMIT} steps"
             raise AliasLoop(text)
@@ -2546,26 +2620,38 @@ class Aliases:
         if target.kind == "pipe" or target.via or not self.is_local(domain):
             found[target] = None
             return True
-        try:
-            user = normalize_user(user)
-        except ValueError:
-            return False
         name, next_targets = self._look_up(user, domain)
+        mailbox = Target("address", f"{name}@{domain}")
         if not next_targets:
             if name:
-                found[Target("address", f"{name}@{domain}")] = None
+                found[mailbox] = None
             return bool(name)
         for one in next_targets:
             one = self._fill_in(one, user)
-            if one == Target("address", f"{name}@{domain}"):
-                found[one] = None  # the alias names its own mailbox
-            elif not self._expand(one, depth + 1, found):
+            if self._names_itself(one, name, domain):
+                found[mailbox] = None
+            elif one not in done and not self._expand(one, depth + 1, found, done):
                 found[one] = None  # its delivery will fail, and the sender will hear of it
+            done.add(one)
         return True
 
+    def _names_itself(self, target: Target, name: str, domain: str) -> bool:
+        """Tell whether the alias `name` has `target`, its own mailbox, on its right side."""
+        user, of = split_address(target.value)
+        if target.kind == "pipe" or target.via or of != domain or not name:
+            return False
+        return self._look_up(user, domain)[0] == name
+
     def _look_up(self, user: str, domain: str) -> tuple[str, tuple[Target, ...]]:
-        """Return the name that was found and its targets; a user has no targets."""
+        """Return the name that was found and its targets; a user has no targets.
+
+        The name is "" for what only "*" answers to, or nobody.
+        """
         table = self._tables[domain]
+        try:
+            user = normalize_user(user)
+        except ValueError:
+            return "", ()
         names = dict.fromkeys((user, self.clean(user)))
         for name in names:
             if name in table and name != "*":
@@ -2659,8 +2745,10 @@ class Message(NamedTuple):
         for chunk in self.chunks():
             block += chunk
             found = header_block(block)
-            if found is not None or len(block) > HEADER_LIMIT + len(self.prefix):
-                return found or block
+            if found is not None:
+                return found
+            if len(block) > HEADER_LIMIT + len(self.prefix):
+                break
         return block
 
 
@@ -2690,6 +2778,9 @@ def fold(name: str, *parts: str) -> bytes:
 # ======================================================================================
 
 
+_REPLY_LINE_LIMIT = 512  # octets with CRLF
+
+
 class Reply(NamedTuple):
     """A reply (RFC 5321, 4.2). `status` is the enhanced code (RFC 3463), "" for none.
 
@@ -2702,13 +2793,15 @@ class Reply(NamedTuple):
     close: bool = False
 
     def encode(self) -> bytes:
+        """Return the lines, none longer than RFC 5321, 4.5.3.1.5 allows."""
         status = f"{self.status} " if self.status else ""
-        lines = [printable(line) for line in self.text.split("\n")]
-        last = len(lines) - 1
-        return "".join(
-            f"{self.code}{' ' if number == last else '-'}{status}{line}\r\n"
-            for number, line in enumerate(lines)
-        ).encode()
+        room = _REPLY_LINE_LIMIT - len(f"{self.code} {status}\r\n")
+        texts = [_shortened(printable(line), room) for line in self.text.split("\n")]
+        last = len(texts) - 1
+        return b"".join(
+            f"{self.code}{' ' if number == last else '-'}{status}".encode() + text + b"\r\n"
+            for number, text in enumerate(texts)
+        )
 
     @property
     def is_error(self) -> bool:
@@ -2716,6 +2809,12 @@ class Reply(NamedTuple):
 
     def __str__(self) -> str:
         return " ".join(filter(None, (str(self.code), self.status, self.text.replace("\n", " "))))
+
+
+def _shortened(text: str, limit: int) -> bytes:
+    """Return `text` in UTF-8, cut between characters to at most `limit` octets."""
+    data = text.encode()
+    return data if len(data) <= limit else data[:limit].decode("utf-8", "ignore").encode()
 
 
 class Refused(Exception):
@@ -2739,10 +2838,11 @@ def parse_command(line: bytes) -> tuple[str, str]:
         text = line.decode()
     except UnicodeDecodeError:
         _refuse(500, "5.5.2", "the command is no valid UTF-8")
-    if _UNPRINTABLE.search(text.replace("\t", " ")):
+    if UNPRINTABLE.search(text.replace("\t", " ")):
         _refuse(500, "5.5.2", "the command holds a control character")
     verb, _, argument = text.strip(" \t").partition(" ")
-    return verb.upper(), argument.strip(" \t")
+    # letters elsewhere may become ASCII in upper case: "\u017f" is "S" then
+    return verb.upper() if verb.isascii() else verb, argument.strip(" \t")
 
 
 class Path(NamedTuple):
@@ -2773,7 +2873,7 @@ _PATH = re.compile(
 )
 _DOT_STRING = re.compile(r"[\w!#$%&'*+/=?^`{|}~.\x80-\U0010ffff-]+")
 _QUOTED_STRING = re.compile(r'"((?:[^"\\\x00-\x1f\x7f]|\\[ -~])*)"')
-_LITERAL = re.compile(r"\[(?:IPv6:([0-9A-Fa-f:.]+)|([0-9.]+))\]", re.IGNORECASE)
+ADDRESS_LITERAL = re.compile(r"\[(?:IPv6:([0-9A-Fa-f:.]+)|([0-9.]+))\]", re.IGNORECASE)
 # RFC 5321, 4.1.2: esmtp-param = esmtp-keyword ["=" esmtp-value]
 _PARAMETER = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([!-<>-~\x80-\U0010ffff]+))?")
 _ADDRESS_LIMIT = 320  # octets: 64 for the local-part, 255 for the domain
@@ -2799,12 +2899,12 @@ def parse_address(text: str, status: str = "5.1.3") -> str:
     """
     if len(text.encode()) > _ADDRESS_LIMIT:
         _refuse(501, status, f"the address is longer than {_ADDRESS_LIMIT} octets")
+    if UNPRINTABLE.search(text):
+        _refuse(501, status, "the address holds a control character")
     local, domain = split_address(text)
     quoted = _QUOTED_STRING.fullmatch(local)
     if quoted is not None:
-        content = re.sub(r"\\(.)", r"\1", quoted[1])
-        if _DOT_STRING.fullmatch(content):
-            local = content
+        local = _canonical(re.sub(r"\\(.)", r"\1", quoted[1]))
     elif not _DOT_STRING.fullmatch(local):
         _refuse(501, status, "the local-part of the address is malformed")
     if not domain:
@@ -2817,14 +2917,22 @@ def parse_address(text: str, status: str = "5.1.3") -> str:
         _refuse(501, status, "the domain of the address is malformed")
 
 
+def _canonical(content: str) -> str:
+    """Return a local-part with this content: without quotes, or with as few as it needs."""
+    if _DOT_STRING.fullmatch(content):
+        return content
+    escaped = content.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
 def _parse_domain(domain: str) -> str:
-    literal = _LITERAL.fullmatch(domain)
+    literal = ADDRESS_LITERAL.fullmatch(domain)
     if literal is not None:
-        if not is_ip_address(literal[1] or literal[2]):
+        if not is_ip_address(literal[1] or literal[2]) or bool(literal[1]) != (":" in domain[6:]):
             raise ValueError(domain)
         return domain
     unicode = domain_to_unicode(domain)
-    if domain.isascii() and not _ASCII_DOMAIN.fullmatch(domain):
+    if domain.endswith(".") or (domain.isascii() and not ASCII_DOMAIN.fullmatch(domain)):
         raise ValueError(domain)
     return unicode
 
@@ -2873,14 +2981,13 @@ class DataDecoder:
         data = self._held + data
         end = data.find(self._END)
         if end >= 0:
-            self.done = True
-            self.rest = data[end + len(self._END) :]
-            piece = data[: end + 2]
+            piece, rest = data[: end + 2], data[end + len(self._END) :]
         else:
             held = next((n for n in (4, 3, 2, 1) if data.endswith(self._END[:n])), 0)
-            piece = data[: len(data) - held]
+            piece, rest = data[: len(data) - held], b""
             self._held = data[len(data) - held :]
         check_newlines(piece)
+        self.done, self.rest = end >= 0, rest
         skip = min(self._skip, len(piece))
         self._skip -= skip
         return piece.replace(b"\r\n.", b"\r\n")[skip:]
@@ -3079,7 +3186,7 @@ class _ProgramCourier:
             outcome = await self._programs.run(
                 argv, shipment.message.chunks(), PROGRAM_SECONDS, environment
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:
             return Result(DEFERRED, "4.3.0", f"{program} cannot be started: {reason(error)}")
         except Expired:
             return Result(DEFERRED, "4.3.0", f"{program} took more than {PROGRAM_SECONDS:g}s")
@@ -3208,14 +3315,14 @@ class Client:
         commands += [f"RCPT TO:<{address}>" for address in recipients]
         commands.append("DATA")
         mail, *rcpts, data = await self._group(commands)
-        if mail.is_error:
+        if mail.code // 100 != 2:
             rcpts = [mail] * len(recipients)
         results = [self._result(reply) for reply in rcpts]
         accepted = [number for number, one in enumerate(results) if one.state == SENT]
         if data.code != 354:
-            failure = mail if mail.is_error else data
+            failure = mail if mail.code // 100 != 2 else data
             for number in accepted:
-                results[number] = self._result(failure, "answers DATA with")
+                results[number] = self._result(failure, "answers DATA with", wanted=3)
         elif not accepted:
             await self._send_nothing()
         else:
@@ -3303,12 +3410,15 @@ class Client:
             failure = PermanentFailure if reply.code >= 500 else TemporaryFailure
             raise failure(f"{self.place} {doing} {reply}", reply.status)
 
-    def _result(self, reply: Reply, doing: str = "says") -> Result:
+    def _result(self, reply: Reply, doing: str = "says", wanted: int = 2) -> Result:
+        """Turn a reply into a result; `wanted` is the first digit that means success."""
         text = f"{self.place} {doing} {printable(str(reply), 400)}"
-        if not reply.is_error:
+        if reply.code // 100 == wanted == 2:
             return Result(SENT, reply.status, text, self.place)
-        state = FAILED if reply.code >= 500 else DEFERRED
-        return Result(state, reply.status, text, self.place)
+        if reply.code >= 500:
+            return Result(FAILED, reply.status, text, self.place)
+        status = reply.status if reply.code >= 400 else "4.5.0"  # an answer to no question of ours
+        return Result(DEFERRED, status, text, self.place)
 
 
 class LmtpCourier:
@@ -3408,7 +3518,7 @@ class SmtpCourier:
         if target.via:
             return [host_and_port(host, self._port) for host in target.via][:HOST_LIMIT]
         domain = split_address(target.value)[1]
-        literal = _LITERAL.fullmatch(domain)
+        literal = ADDRESS_LITERAL.fullmatch(domain)
         if literal is not None:
             return [(literal[1] or literal[2], self._port)]
         exchangers = await self._names.mail_exchangers(domain_to_ascii(domain))
@@ -3796,14 +3906,14 @@ class Draft:
 
     def _look_for_header(self, piece: bytes) -> None:
         start = max(0, len(self._head) - 3)
-        self._head += piece[: HEADER_LIMIT + 4]
+        self._head += piece
         end = 0 if self._head.startswith(b"\r\n") else self._head.find(b"\r\n\r\n", start)
+        if (end if end >= 0 else len(self._head)) > HEADER_LIMIT:
+            text = f"the header of the message is larger than {HEADER_LIMIT // 1024} kB"
+            raise PermanentFailure(text, "5.3.4")
         if end >= 0:
             self._header = header_block(bytes(self._head))
             self._head.clear()
-        elif len(self._head) > HEADER_LIMIT:
-            text = f"the header of the message is larger than {HEADER_LIMIT // 1024} kB"
-            raise PermanentFailure(text, "5.3.4")
 
     async def _spill(self) -> None:
         data = b"".join(self._pieces)
@@ -4107,7 +4217,9 @@ def notification(
 ) -> tuple[bytes, bool]:
     """Return a delivery status notification (RFC 3464, 6533), and if it needs SMTPUTF8."""
     envelope = item.envelope
-    names = [envelope.sender, *(recipient.original for recipient in failed)]
+    names = [envelope.sender]
+    for recipient in failed:
+        names += [recipient.original, recipient.target.value]
     utf8 = not all(name.isascii() for name in names) or envelope.smtputf8
     boundary = f"=_{new_id()}"
     kind = "global-delivery-status" if utf8 else "delivery-status"
@@ -4172,7 +4284,8 @@ def _delivery_status(
         code = "smtp" if result.remote else "X-chasquid"
         group.append(f"Diagnostic-Code: {code}; {printable(result.text, 800)}")
         groups.append(group)
-    return "\r\n\r\n".join("\r\n".join(group) for group in groups).encode() + b"\r\n"
+    text = "\r\n\r\n".join("\r\n".join(group) for group in groups) + "\r\n"
+    return text.encode() if utf8 else text.encode("ascii", "replace")
 
 
 def _returned_content(item: Item, utf8: bool) -> bytes:
@@ -4248,10 +4361,7 @@ class Site:
         self.tls_context = tls_context
         self.password_slots = Slots(loop, _PASSWORD_SLOTS)
         self.closing = False
-
-    @property
-    def hostname(self) -> str:
-        return self.config.hostname
+        self.hostname = domain_to_ascii(config.hostname)
 
     @property
     def size_limit(self) -> int:
@@ -4314,6 +4424,8 @@ class Session:
         try:
             with self._loop.deadline(CONNECTION_SECONDS):
                 if self._port.implicit_tls:
+                    if self._site.tls_context is None:
+                        raise TLSFailed("there is no certificate, so no TLS on this port")
                     await self._secure()
                 await self._converse()
         except (Disconnected, TLSFailed) as error:
@@ -4330,6 +4442,10 @@ class Session:
         finally:
             self._reset()
             await self._stream.finish()
+
+    @property
+    def _own_domain(self) -> str:
+        return domain_to_unicode(self._site.hostname)
 
     @property
     def phase(self) -> Phase:
@@ -4590,12 +4706,16 @@ class Session:
         return Reply(250, "2.1.5", "the recipient is accepted")
 
     def _with_domain(self, address: str) -> str:
-        """Complete "postmaster", which needs no domain (RFC 5321, 4.1.1.3)."""
-        if split_address(address)[1]:
-            return address
-        if address.lower() != "postmaster":
+        """Complete "postmaster", which needs no domain (RFC 5321, 4.1.1.3).
+
+        It is also at our hostname, from where notifications come, served or not.
+        """
+        local, domain = split_address(address)
+        if local.lower() == "postmaster" and domain in ("", self._own_domain):
+            return f"{local}@{self._site.aliases.postmaster_domain(self._own_domain)}"
+        if not domain:
             raise Refused(Reply(501, "5.1.3", "the recipient's address needs a domain"))
-        return f"{address}@{domain_to_unicode(self._site.hostname)}"
+        return address
 
     def _expand(self, address: str) -> list[Target]:
         local = self._site.aliases.is_local(split_address(address)[1])
@@ -4732,20 +4852,24 @@ class Session:
             if "date" not in fields:
                 prefix += fold("Date", rfc5322_date(now))
             if "message-id" not in fields:
-                prefix += fold("Message-ID", f"<{id}@{domain_to_ascii(self._site.hostname)}>")
+                prefix += fold("Message-ID", f"<{id}@{self._site.hostname}>")
         return prefix
 
     def _received(self, transaction: Transaction, id: str) -> Iterator[str]:
         """RFC 5321, 4.4; where our users are is nobody's business."""
         literal = f"[IPv6:{self.peer}]" if ":" in self.peer else f"[{self.peer}]"
-        yield f"from {self._hello}" + ("" if self._user else f" ({literal})")
+        hello, sender = self._hello, transaction.sender
+        if not transaction.smtputf8:
+            hello = hello.encode("ascii", "replace").decode("ascii")
+            sender = address_to_ascii(sender)
+        yield f"from {hello}" + ("" if self._user else f" ({literal})")
         protocol = "ESMTP" if self._extended else "SMTP"
         if transaction.smtputf8:
             protocol = "UTF8SMTP"  # RFC 6531, 4.3
         protocol += ("S" if self._stream.tls else "") + ("A" if self._user else "")
         yield f"by {self._site.hostname} (chasquid) with {protocol} id {id}"
         tls = f", {self._stream.tls_text}" if self._stream.tls else ""
-        yield f"(over {self._port.name}{tls}, envelope from <{transaction.sender}>)"
+        yield f"(over {self._port.name}{tls}, envelope from <{sender}>)"
 
     def _trace(self) -> str:
         user = f" user={self._user}" if self._user else ""
@@ -5156,7 +5280,7 @@ class Daemon:
             loop, self.record, config, self._domains.accounts, self._domains.aliases, self.queue,
             certificates.default,
         )  # fmt: skip
-        self._listeners = Listeners(config, certificates.default is not None, self.record)
+        self._listeners = Listeners(config)
         self._control = Control(loop, self.record, self)
         self._sessions: dict[Session, Task] = {}
         self._stopping = Event(loop)
@@ -5367,7 +5491,7 @@ class Listeners:
     submission, submission_tls; see sd_listen_fds(3).
     """
 
-    def __init__(self, config: Config, with_tls: bool, record: Record) -> None:
+    def __init__(self, config: Config) -> None:
         self.sockets: list[tuple[Port, socket.socket]] = []
         inherited = self._inherited()
         kinds = (
@@ -5380,10 +5504,7 @@ class Listeners:
         )  # fmt: skip
         for port, name, key, addresses in kinds:
             for address in addresses:
-                if port.implicit_tls and not with_tls:
-                    text = f"{key} {address}: not listening there, for want of a certificate"
-                    record.warning("daemon", text)
-                elif address == "systemd":
+                if address == "systemd":
                     self.sockets += [(port, raw) for raw in inherited.get(name, [])]
                 else:
                     self.sockets += [(port, raw) for raw in self._bind(address, config, key)]
@@ -5453,7 +5574,11 @@ class DataDirectory:
 
         try:
             make_directory(self.path)
-            self._fd = os.open(os.path.join(self.path, "lock"), os.O_RDWR | os.O_CREAT, 0o600)
+            path = os.path.join(self.path, "lock")
+            existed = os.path.exists(path)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            if not existed:
+                give_to_owner_above(path)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._fd)
@@ -5461,7 +5586,7 @@ class DataDirectory:
             raise ConfigError(self.path, 0, "another server is using this data_dir") from None
         except OSError as error:
             text = f"data_dir cannot be used: {error.strerror}"
-            raise ConfigError(self.path, 0, text) from error
+            raise ConfigError(error.filename or self.path, 0, text) from error
 
     def release(self) -> None:
         if self._fd >= 0:
