@@ -806,14 +806,22 @@ class Sink:
                 self._file.close()
             self._file = file
 
+    def close(self) -> None:
+        """Close the file; the standard streams stay open."""
+        with self._lock:
+            if self._syslog is not None:
+                self._syslog.close()
+            elif self._file is not None and not self._target.startswith("<"):
+                self._file.close()
+            self._syslog = self._file = None
+
     def write(self, text: str) -> None:
         """Write one line, with the time in front; a failure to write is swallowed."""
         now = self._clock.time()
         with self._lock:
             try:
                 if self._syslog is not None:
-                    # RFC 3164: facility mail (2), severity info (6)
-                    self._syslog.send(f"<22>chasquid[{os.getpid()}]: {text}".encode())
+                    self._send_to_syslog(text)
                 elif self._file is not None:
                     stamp = "" if self._journal else f"{self._stamp(now)} "
                     self._file.write(f"{stamp}{text}\n")
@@ -836,7 +844,21 @@ class Sink:
             self._second_text = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
         return f"{self._second_text}.{int(now % 1 * 1000):03}"
 
+    def _send_to_syslog(self, text: str) -> None:
+        # RFC 3164: facility mail (2), severity info (6)
+        line = f"<22>chasquid[{os.getpid()}]: {text}".encode()
+        try:
+            assert self._syslog is not None
+            self._syslog.send(line)
+        except (ConnectionError, FileNotFoundError):  # syslogd was started anew
+            self._open_syslog()
+            if self._syslog is not None:
+                self._syslog.send(line)
+
     def _open_syslog(self) -> None:
+        if self._syslog is not None:
+            self._syslog.close()
+            self._syslog = None
         for path in ("/dev/log", "/var/run/syslog"):
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             connection.setblocking(False)
@@ -889,6 +911,10 @@ class Record:
     def reopen(self) -> None:
         self._log.reopen()
         self._mail_log.reopen()
+
+    def close(self) -> None:
+        self._log.close()
+        self._mail_log.close()
 
 
 # ======================================================================================
@@ -1173,14 +1199,17 @@ class Loop:
     async def work_together(self, job: Callable[[], object], count: int) -> None:
         """Have `count` worker threads call `job`, which shares the work out itself.
 
-        The task goes on when all have ended.
+        The task goes on when all have ended; the first error of any is raised.
         """
         task = self.current
         ended = itertools.count(1)
+        errors: list[BaseException] = []
 
         def done(result: object, error: BaseException | None) -> None:
+            if error is not None:
+                errors.append(error)
             if next(ended) == count:
-                self.post(lambda: self.wake(task, result, error))
+                self.post(lambda: self.wake(task, None, errors[0] if errors else None))
 
         task.shielded = True
         try:
@@ -1316,6 +1345,9 @@ class Loop:
             task.cancel()
         while self._tasks:
             self._turn()
+
+    def close(self) -> None:
+        """Give back the loop's own descriptors, when nothing runs any more."""
         self._selector.close()
         self._wake_receiver.close()
         self._wake_sender.close()
@@ -1558,18 +1590,18 @@ def make_directory(path: str, mode: int = 0o700) -> None:
         if not os.path.isdir(path):
             raise
         return
-    give_to_owner_above(path)
+    if os.geteuid() == 0:
+        os.chown(path, *owner_above(path), follow_symlinks=False)
     sync_directory(parent)
 
 
-def give_to_owner_above(path: str) -> None:
-    """Give what root has just made to the owner of the directory that it is in.
+def owner_above(path: str) -> tuple[int, int]:
+    """Return user and group of the directory that `path` is in.
 
-    Otherwise a command run as root leaves files that the server cannot read.
+    What root makes is given to them, or the server could not read it. Raises OSError.
     """
-    if os.geteuid() == 0:
-        above = os.stat(os.path.dirname(path) or ".")
-        os.chown(path, above.st_uid, above.st_gid)
+    above = os.stat(os.path.dirname(path) or ".")
+    return above.st_uid, above.st_gid
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -1579,15 +1611,20 @@ def write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
-def create_synced(path: str, chunks: Iterable[bytes], mode: int = 0o600) -> None:
+def create_synced(
+    path: str, chunks: Iterable[bytes], mode: int = 0o600, owner: tuple[int, int] | None = None
+) -> None:
     """Create `path`, which must not exist, and sync its data; its name is not synced yet.
 
     Nothing is left behind where that fails. Raises OSError.
     """
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         for chunk in chunks:
             write_all(fd, chunk)
+        os.fchmod(fd, mode)
+        if owner is not None:
+            os.fchown(fd, *owner)
         os.fsync(fd)
     except BaseException:
         os.unlink(path)
@@ -1617,17 +1654,14 @@ def replace_durably(path: str, data: bytes, mode: int = 0o600) -> None:
 
     The mode and the owner of an existing file are kept. Raises OSError.
     """
+    path = os.path.realpath(path)
     temporary = f"{path}.{new_id()}.tmp"
-    create_synced(temporary, [data], mode)
+    owner = owner_above(path)
+    if os.path.exists(path):
+        old = os.stat(path)
+        mode, owner = stat.S_IMODE(old.st_mode), (old.st_uid, old.st_gid)
+    create_synced(temporary, [data], mode, owner if os.geteuid() == 0 else None)
     try:
-        try:
-            old = os.stat(path)
-            os.chmod(temporary, stat.S_IMODE(old.st_mode))
-            if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
-                os.chown(temporary, old.st_uid, old.st_gid)
-        except FileNotFoundError:
-            os.chmod(temporary, mode)
-            give_to_owner_above(temporary)
         move_synced(temporary, path)
     except BaseException:
         if os.path.exists(temporary):
@@ -1644,7 +1678,8 @@ class _Batch:
 
     def __init__(self, loop: Loop) -> None:
         self.jobs: dict[tuple[str, int | str], Callable[[], None]] = {}
-        self.errors: dict[tuple[str, int | str], OSError] = {}
+        self.succeeded: set[tuple[str, int | str]] = set()
+        self.errors: dict[tuple[str, int | str], BaseException] = {}
         self.done = Event(loop)
 
     def work(self) -> None:
@@ -1656,8 +1691,18 @@ class _Batch:
                 return
             try:
                 job()
-            except OSError as error:
+            except BaseException as error:
                 self.errors[key] = error
+            else:
+                self.succeeded.add(key)
+
+    def check(self, key: tuple[str, int | str]) -> None:
+        """Raise OSError unless the job of `key` is known to have succeeded."""
+        if key not in self.succeeded:
+            error = self.errors.get(key)
+            if isinstance(error, OSError):
+                raise error
+            raise OSError(errno.EIO, f"the disk was not reached: {error}") from error
 
 
 class Disk:
@@ -1710,23 +1755,35 @@ class Disk:
             if not self._busy:
                 self._busy = True
                 self._loop.spawn(self._work(), "disk")
-        batch = self._next
+        batch, task = self._next, self._loop.current
         batch.jobs[what, of] = job
-        await batch.done.wait()
-        if (what, of) in batch.errors:
-            raise batch.errors[what, of]
+        task.shielded = True  # the job cannot be taken back
+        try:
+            await batch.done.wait()
+        finally:
+            task.shielded = False
+        batch.check((what, of))
 
     async def _work(self) -> None:
-        while (batch := self._next) is not None:
-            self._next = None
-            count = len(batch.jobs)
-            threads = min(count, _DISK_THREADS, 1 + int(self._usual / _QUICK_SYNC))
-            start = self._loop.clock.monotonic()
+        try:
+            while (batch := self._next) is not None:
+                self._next = None
+                await self._do(batch)
+        finally:
+            self._busy = False
+
+    async def _do(self, batch: _Batch) -> None:
+        count = len(batch.jobs)
+        threads = min(count, _DISK_THREADS, 1 + int(self._usual / _QUICK_SYNC))
+        start = self._loop.clock.monotonic()
+        try:
             await self._loop.work_together(batch.work, threads)
-            seconds = (self._loop.clock.monotonic() - start) * threads / count
-            self._usual += (seconds - self._usual) / 8
+        except ChasquidError as error:  # no thread; who waits is told by `check`
+            batch.errors.update(dict.fromkeys(batch.jobs, error))
+        finally:
             batch.done.set()
-        self._busy = False
+        seconds = (self._loop.clock.monotonic() - start) * threads / count
+        self._usual += (seconds - self._usual) / 8
 
 
 # ======================================================================================
@@ -1890,11 +1947,11 @@ class Stream:
         try:
             with self._loop.deadline(2.0):
                 await self.flush()
-                if self.tls is None:
-                    self._socket.shutdown(socket.SHUT_WR)
-                    for _ in range(64):
-                        await self._fill()
-                        self._in.clear()
+                self._say_goodbye()
+                self._socket.shutdown(socket.SHUT_WR)  # with TLS, what comes then is not read
+                for _ in range(64):
+                    await self._fill()
+                    self._in.clear()
         except (Disconnected, Expired, OSError):
             pass
         self.close()
@@ -1904,10 +1961,14 @@ class Stream:
         if self._socket.fileno() < 0:
             return
         self._loop.forget(self._socket.fileno())
+        self._say_goodbye()
+        self._socket.close()
+
+    def _say_goodbye(self) -> None:
+        """End TLS, so that the other side knows that nothing was cut off; RFC 8446, 6.1."""
         if self.tls is not None:
             with contextlib.suppress(OSError, ValueError):
-                self.tls.unwrap()  # says goodbye; it need not be answered
-        self._socket.close()
+                self.tls.unwrap()  # it need not be answered
 
     async def _fill(self) -> None:
         if self._out:
@@ -1950,7 +2011,7 @@ async def connect(loop: Loop, host: str, port: int) -> Stream:
     raw.setblocking(False)
     try:
         code = raw.connect_ex(target)
-        if code in (errno.EINPROGRESS, errno.EAGAIN):
+        if code == errno.EINPROGRESS:
             await loop.writable(raw.fileno())
             code = raw.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     except BaseException as error:
@@ -2897,10 +2958,10 @@ def parse_address(text: str, status: str = "5.1.3") -> str:
     A name without a domain ("postmaster", RFC 5321, 4.1.1.3) is returned as it is.
     Raises Refused with the enhanced code `status`.
     """
-    if len(text.encode()) > _ADDRESS_LIMIT:
-        _refuse(501, status, f"the address is longer than {_ADDRESS_LIMIT} octets")
     if UNPRINTABLE.search(text):
         _refuse(501, status, "the address holds a control character")
+    if len(text.encode()) > _ADDRESS_LIMIT:
+        _refuse(501, status, f"the address is longer than {_ADDRESS_LIMIT} octets")
     local, domain = split_address(text)
     quoted = _QUOTED_STRING.fullmatch(local)
     if quoted is not None:
@@ -3721,6 +3782,8 @@ class Envelope(NamedTuple):
     def from_line(cls, line: bytes) -> Envelope:
         """Raises ValueError, TypeError or KeyError where the line is no envelope."""
         value = json.loads(line)
+        if not isinstance(value, dict):
+            raise ValueError("the line is no JSON object")
         addressees = tuple(
             Addressee(Target(kind, address, tuple(via)), original)
             for (kind, address, via), original in value.pop("addressees")
@@ -3804,17 +3867,17 @@ def read_item(path: str) -> Item:
     if match is None:
         raise UnreadableItem(f"{path}: expected a name like ID,S=SIZE")
     size = int(match[2])
-    with open(path, "rb") as file:
-        file.seek(size)
-        lines = file.read().split(b"\n")
     try:
+        with open(path, "rb") as file:
+            file.seek(size)
+            lines = file.read().split(b"\n")
         envelope = Envelope.from_line(lines[0])
         if envelope.id != match[1]:
             raise ValueError("its name is not the id of its envelope")
         item = Item(envelope, Message(envelope.prefix, path, size))
         for line in filter(None, lines[1:]):
             item.apply(line)
-    except (ValueError, TypeError, KeyError, IndexError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
         text = f"{path}: expected a message of {size} octets and its envelope: {error}"
         raise UnreadableItem(text) from error
     return item
@@ -3828,6 +3891,8 @@ def read_queue(directory: str) -> tuple[list[Item], list[tuple[str, str]]]:
             names = sorted(os.listdir(os.path.join(directory, place)))
         except FileNotFoundError:
             continue
+        except OSError as error:
+            raise ChasquidError(f"the queue cannot be read: {reason(error)}") from error
         for name in names:
             path = os.path.join(directory, place, name)
             try:
@@ -5246,47 +5311,72 @@ class Daemon:
         remote: Courier | None = None,
         on_result: Callable[[Item, Recipient], None] = lambda item, recipient: None,
     ) -> None:
-        clock = clock or Clock()
         self.config = config
-        self.lock = DataDirectory(config.data_dir)
-        self.lock.take()
+        with contextlib.ExitStack() as undo:  # where the start fails, nothing is left behind
+            self._assemble(undo, clock or Clock(), ask, spawn, random, remote, on_result)
+            self._resources = undo.pop_all()
+
+    def _assemble(
+        self,
+        undo: contextlib.ExitStack,
+        clock: Clock,
+        ask: Ask | None,
+        spawn: Spawn,
+        random: Callable[[], float],
+        remote: Courier | None,
+        on_result: Callable[[Item, Recipient], None],
+    ) -> None:
+        """Put the parts together; `undo` gets what is to be given back at the end."""
+        config = self.config
+        lock = DataDirectory(config.data_dir)
+        lock.take()
+        undo.callback(lock.release)
         self.record = Record(Sink(config.log_path, clock), Sink(config.mail_log_path, clock))
-        self._workers = Workers(_WORKER_COUNT)
-        self.loop = loop = Loop(clock, self._workers, self.record.crash)
+        undo.callback(self.record.close)
+        workers = Workers(_WORKER_COUNT)
+        undo.callback(workers.close)
+        self.loop = loop = Loop(clock, workers, self.record.crash)
+        undo.callback(loop.close)
         certificates = Certificates(config)
         self._domains = load_domains(config)
         self._signature = file_signature(config.config_dir)
         self._names = Names(loop, ask or DnsClient(loop, config.dns_server).ask)
-        programs = Programs(loop, spawn)
         self._disk = Disk(loop)
+        programs = Programs(loop, spawn)
         couriers = Couriers(
             self._local_courier(programs),
             PipeCourier(programs),
             remote or self._smtp_courier(random),
             self._is_local,
         )
-        settings = QueueSettings(
-            os.path.join(config.data_dir, "queue"),
-            domain_to_ascii(config.hostname),
-            config.give_up_send_after,
-            config.max_queue_items,
-            config.suffix_separators[:1] or "+",
-        )
         self.queue = Queue(
-            loop, self._disk, self.record, settings, couriers, self._expand, self._is_local, random,
-            on_result,
+            loop, self._disk, self.record, self._queue_settings(), couriers, self._expand,
+            self._is_local, random, on_result,
         )  # fmt: skip
         self._site = Site(
             loop, self.record, config, self._domains.accounts, self._domains.aliases, self.queue,
             certificates.default,
         )  # fmt: skip
         self._listeners = Listeners(config)
+        undo.callback(self._listeners.close)
         self._control = Control(loop, self.record, self)
+        undo.callback(self._control.close)
+        self._control.open()
         self._sessions: dict[Session, Task] = {}
         self._stopping = Event(loop)
         self._reload_now = Event(loop)
         self._reopen_logs = False
         self._report_start(certificates)
+
+    def _queue_settings(self) -> QueueSettings:
+        config = self.config
+        return QueueSettings(
+            os.path.join(config.data_dir, "queue"),
+            domain_to_ascii(config.hostname),
+            config.give_up_send_after,
+            config.max_queue_items,
+            config.suffix_separators[:1] or "+",
+        )
 
     @property
     def addresses(self) -> list[tuple[Port, str, int]]:
@@ -5295,12 +5385,8 @@ class Daemon:
 
     def run(self) -> None:
         """Serve until `stop` is called. Raises ConfigError."""
-        try:
+        with self._resources:
             self.loop.run(self._main())
-        finally:
-            self._workers.close()
-            self._listeners.close()
-            self.lock.release()
 
     def stop(self) -> None:
         """End the server. May be called from a signal handler or another thread."""
@@ -5371,7 +5457,6 @@ class Daemon:
 
     async def _main(self) -> None:
         self.queue.recover()
-        self._control.open()
         tasks = [
             self.loop.spawn(self._accept(port, raw), f"listener {port.name}")
             for port, raw in self._listeners.sockets
@@ -5577,8 +5662,8 @@ class DataDirectory:
             path = os.path.join(self.path, "lock")
             existed = os.path.exists(path)
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-            if not existed:
-                give_to_owner_above(path)
+            if not existed and os.geteuid() == 0:
+                os.fchown(self._fd, *owner_above(path))
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._fd)
@@ -5657,7 +5742,8 @@ class Control:
             self._loop.forget(self._socket.fileno())
             self._socket.close()
             self._socket = None
-            os.unlink(self._path)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path)
 
     async def serve(self) -> None:
         assert self._socket is not None
@@ -5686,6 +5772,8 @@ class Control:
     async def _obey(self, line: bytes) -> dict[str, Any]:
         try:
             command, argument = json.loads(line)
+            if not isinstance(argument, str):
+                raise TypeError("the argument is no string")
             return {"lines": await self._commands[command](argument)}
         except (ValueError, TypeError, KeyError):
             return {"error": "the request is not understood; is the server another version?"}
@@ -5733,9 +5821,10 @@ def ask_running_server(data_dir: str, command: str, argument: str) -> list[str] 
         raise ChasquidError(text) from error
     finally:
         raw.close()
-    if "lines" not in answer:
-        raise ChasquidError(answer.get("error", "the server closed the connection"))
-    return list(answer["lines"])
+    answer = answer if isinstance(answer, dict) else {}
+    if not isinstance(answer.get("lines"), list):
+        raise ChasquidError(answer.get("error") or "the server gave no answer that is one")
+    return [str(line) for line in answer["lines"]]
 
 
 def target_text(target: Target) -> str:
@@ -5989,14 +6078,30 @@ def _show_once(stored: list[str]) -> int:
 # --- users ---
 
 
-def _split_user(address: str) -> tuple[str, str]:
-    """Return user and domain, both normalised. Raises ChasquidError."""
+def _parse_address(text: str) -> str:
+    """Return `text` as an address. Raises ChasquidError."""
     try:
-        user, domain = split_address(normalize_address(address))
+        return parse_address(text)
+    except Refused as refused:
+        raise ChasquidError(f"{printable(text, 100)!r}: {refused.reply.text}") from None
+
+
+def _parse_domain_name(text: str) -> str:
+    """Return `text` as a domain in Unicode. Raises ChasquidError."""
+    try:
+        return domain_to_unicode(text)
     except ValueError as error:
         raise ChasquidError(str(error)) from None
-    if not domain:
-        raise ChasquidError(f"expected USER@DOMAIN, found {address!r}")
+
+
+def _split_user(text: str) -> tuple[str, str]:
+    """Return user and domain, both normalised. Raises ChasquidError."""
+    try:
+        user, domain = split_address(normalize_address(_parse_address(text)))
+    except ValueError as error:
+        raise ChasquidError(str(error)) from None
+    if not domain or domain.startswith("["):
+        raise ChasquidError(f"expected USER@DOMAIN, found {printable(text, 100)!r}")
     return user, domain
 
 
@@ -6012,18 +6117,18 @@ def _ask_password(arguments: argparse.Namespace, twice: bool) -> bytes:
     Raises ChasquidError.
     """
     if arguments.password is not None:
-        password = str(arguments.password)
+        password = os.fsencode(arguments.password)
     elif sys.stdin.isatty():
         import getpass  # only for a terminal
 
-        password = getpass.getpass("Password: ")
-        if twice and password != getpass.getpass("Once more: "):
+        password = os.fsencode(getpass.getpass("Password: "))
+        if twice and password != os.fsencode(getpass.getpass("Once more: ")):
             raise ChasquidError("the two passwords differ; nothing was changed")
     else:
-        password = sys.stdin.readline().rstrip("\r\n")
+        password = sys.stdin.buffer.readline().rstrip(b"\r\n")
     if not password:
         raise ChasquidError("the password is empty; nothing was changed")
-    return password.encode()
+    return password
 
 
 def _write_users(directory: str, users: Mapping[str, Password]) -> None:
@@ -6073,7 +6178,7 @@ def _authenticate(arguments: argparse.Namespace) -> int:
 def _check_userdb(arguments: argparse.Namespace) -> int:
     directories = domain_directories(_load(arguments).config_dir)
     if arguments.domain:
-        domain = domain_to_unicode(arguments.domain)
+        domain = _parse_domain_name(arguments.domain)
         if domain not in directories:
             raise ChasquidError(f"there is no domain {domain}")
         directories = {domain: directories[domain]}
@@ -6092,10 +6197,7 @@ def _aliases_resolve(arguments: argparse.Namespace) -> int:
     lines = ask_running_server(config.data_dir, "aliases-resolve", arguments.address)
     if lines is None:
         print("chasquid: no server is running; these are the files' words", file=sys.stderr)
-        try:
-            address = parse_address(arguments.address)
-        except Refused as refused:
-            raise ChasquidError(refused.reply.text) from None
+        address = _parse_address(arguments.address)
         lines = [target_text(target) for target in load_domains(config).aliases.expand(address)]
     print("\n".join(lines))
     return 0
@@ -6198,7 +6300,8 @@ def _queue_remove(config: Config, id: str) -> int:
 def _queue(arguments: argparse.Namespace) -> int:
     action = _QUEUE_ACTIONS[arguments.action]
     if arguments.action != "list" and not arguments.id:
-        raise ChasquidError(f"expected the id of a message after 'queue {arguments.action}'")
+        print(f"chasquid: expected an id after 'queue {arguments.action}'", file=sys.stderr)
+        return 2
     return action(_load(arguments), arguments.id or "")
 
 

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ALIASES: the file and what an address stands for."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from lower import chasquid, searched
+
+Target = chasquid.Target
+HERE = "here.example"
+
+
+def to(address: str, *via: str) -> chasquid.Target:
+    return Target("address", address, via)
+
+
+def parse(text: str | bytes) -> dict[str, tuple[chasquid.Target, ...]]:
+    data = text.encode() if isinstance(text, str) else text
+    return chasquid.parse_aliases(data, "aliases", HERE)
+
+
+def aliases(
+    text: str, users: str = "", separators: str = "+", drops: str = ".", **others: str
+) -> chasquid.Aliases:
+    """Aliases of here.example, and of other domains: `there="…"` is there.example."""
+    tables = {HERE: parse(text)}
+    for name, other in others.items():
+        domain = f"{name}.example"
+        tables[domain] = chasquid.parse_aliases(other.encode(), "aliases", domain)
+    known = {tuple(user.split("@")) if "@" in user else (user, HERE) for user in users.split()}
+    return chasquid.Aliases(tables, lambda user, at: (user, at) in known, separators, drops)
+
+
+def expand(table: chasquid.Aliases, address: str) -> list[str]:
+    return [target.value for target in table.expand(address)]
+
+
+# --- The file -------------------------------------------------------------------------------
+
+
+def test_a_line_names_its_targets():
+    assert parse(
+        "# comment\r\n"
+        "\n"
+        "pepe: jose\n"
+        "  JOSE : a@X.example ,b@y.example,\n"
+        "ñandú: c@xn--aca-6ma.example\n"
+        "pipe: | /bin/cat -n, x\n"
+        "far: d@z.example via mx1.z.example/[2001:db8::1]:2525/192.0.2.1:24\n"
+        "*: postmaster\n"
+        "both: e via m, f\n"
+    ) == {
+        "pepe": (to("jose@here.example"),),
+        "jose": (to("a@x.example"), to("b@y.example")),
+        "ñandú": (to("c@ñaca.example"),),
+        "pipe": (Target("pipe", "/bin/cat -n, x"),),
+        "far": (to("d@z.example", "mx1.z.example", "[2001:db8::1]:2525", "192.0.2.1:24"),),
+        "*": (to("postmaster@here.example"),),
+        "both": (to("e@here.example", "m"), to("f@here.example")),
+    }
+
+
+def test_a_later_line_overrides_an_earlier_one():
+    assert parse("a: b\nA: c") == {"a": (to("c@here.example"),)}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "alone", "a:", ": b", "a: ,", "a@here.example: b", "a: |", "a: b c", "a: b via",
+        "a: b via c d", "a: b via c:x", "a: b@", "a: @b", "a: b@ñ..x", "a b: c", "a: b via /",
+        b"\xff: a",
+    ],
+)  # fmt: skip
+def test_a_malformed_line_is_refused_with_its_number(line):
+    raw = line if isinstance(line, bytes) else line.encode()
+    with pytest.raises(chasquid.ConfigError, match=r"^aliases:3: ") as caught:
+        parse(b"# comment\n\n" + raw + b"\nfine: x\n")
+    assert "\n" not in str(caught.value)
+
+
+@searched
+@given(st.binary(max_size=60))
+def test_any_octets_are_read_or_refused(data):
+    try:
+        table = parse(data)
+    except chasquid.ConfigError as error:
+        assert 1 <= error.line <= data.count(b"\n") + 1
+        return
+    assert all(table.values())
+
+
+LOCALS = st.sampled_from(["ann", "bob", "c.d", "e+f", "ñandú", "*"])
+HOSTS = st.sampled_from(["mx.example", "192.0.2.1:25", "[2001:db8::1]:26"])
+TARGETS = st.builds(
+    lambda local, domain, via: to(f"{local}@{domain}", *via),
+    LOCALS,
+    st.sampled_from([HERE, "away.example", "ñaca.example"]),
+    st.lists(HOSTS, max_size=2),
+)
+RIGHTS = st.lists(TARGETS, min_size=1, max_size=3).map(tuple) | st.sampled_from(
+    [(Target("pipe", "/bin/cat"),), (Target("pipe", "/bin/sh -c 'a, b: c'"),)]
+)
+
+
+def written(targets: tuple[chasquid.Target, ...]) -> str:
+    return ", ".join(
+        f"| {one.value}"
+        if one.kind == "pipe"
+        else one.value + (f" via {'/'.join(one.via)}" if one.via else "")
+        for one in targets
+    )
+
+
+@searched
+@given(st.dictionaries(LOCALS, RIGHTS, max_size=5))
+def test_what_is_written_is_read_back(table):
+    lines = [f"{name}: {written(targets)}" for name, targets in table.items()]
+    assert parse("\n".join(lines)) == table
+
+
+def test_aliases_are_read_from_their_directory(tmp_path):
+    assert chasquid.load_aliases(str(tmp_path), HERE) == {}
+    (tmp_path / "aliases").write_text("a: b")
+    assert chasquid.load_aliases(str(tmp_path), HERE) == {"a": (to("b@here.example"),)}
+    (tmp_path / "aliases").write_text("a b")
+    with pytest.raises(chasquid.ConfigError) as caught:
+        chasquid.load_aliases(str(tmp_path), HERE)
+    assert (caught.value.path, caught.value.line) == (str(tmp_path / "aliases"), 1)
+
+
+# --- Expansion ------------------------------------------------------------------------------
+
+
+def test_an_address_that_is_not_ours_stands_for_itself():
+    assert expand(aliases("a: b"), "A.b+c@Away.example") == ["A.b+c@Away.example"]
+
+
+def test_a_user_stands_for_the_mailbox_without_suffix_drops_and_case():
+    table = aliases("", users="ab")
+    for address in ("ab", "AB", "a.b", "a.b+c", "ab+c+d", ".a.b.+x"):
+        assert expand(table, f"{address}@here.example") == ["ab@here.example"]
+
+
+def test_what_is_there_under_the_name_as_it_came_goes_first():
+    table = aliases("a.b: dotted\na.b+c: suffixed\nab: plain", users="dotted suffixed plain")
+    assert expand(table, "a.b@here.example") == ["dotted@here.example"]
+    assert expand(table, "a.b+c@here.example") == ["suffixed@here.example"]
+    assert expand(table, "a.b+d@here.example") == ["plain@here.example"]
+
+
+def test_several_separators_and_no_drop_characters():
+    table = aliases("", users="a.b ab", separators="+-", drops="")
+    assert expand(table, "a.b-x+y@here.example") == ["a.b@here.example"]
+    assert expand(table, "ab+x-y@here.example") == ["ab@here.example"]
+
+
+def test_aliases_win_over_users_and_users_over_the_catch_all():
+    table = aliases("ann: bob\n*: eve", users="ann bob eve")
+    assert expand(table, "ann@here.example") == ["bob@here.example"]
+    assert expand(table, "eve@here.example") == ["eve@here.example"]
+    assert expand(table, "who@here.example") == ["eve@here.example"]
+
+
+def test_the_name_of_the_catch_all_is_no_address():
+    with pytest.raises(chasquid.NoSuchUser):
+        aliases("ann: bob", users="ann").expand("*@here.example")
+
+
+def test_an_unknown_user_is_told_as_such():
+    with pytest.raises(chasquid.NoSuchUser, match="who@here.example"):
+        aliases("a: b").expand("who@here.example")
+
+
+@pytest.mark.parametrize("user", ["", "a b", "\u2028ñ", "ñ\x00"])
+def test_a_name_that_cannot_be_a_user_is_unknown(user):
+    with pytest.raises(chasquid.NoSuchUser):
+        aliases("*: ann", users="ann").expand(f"{user}@here.example")
+
+
+def test_aliases_lead_on_through_aliases_and_domains():
+    table = aliases("a: b, c@there.example", users="b", there="c: d, e@away.example")
+    assert expand(table, "a@here.example") == [
+        "b@here.example",
+        "d@there.example",
+        "e@away.example",
+    ]
+
+
+def test_each_final_recipient_comes_once():
+    table = aliases("all: x, y, x\nx: z@away.example\ny: z@away.example, w@away.example")
+    assert expand(table, "all@here.example") == ["z@away.example", "w@away.example"]
+
+
+@pytest.mark.parametrize("target", ["ann", "Ann", "ANN@Here.Example", "a.nn", "ann+box"])
+def test_an_alias_that_names_its_own_mailbox_keeps_a_copy_there(target):
+    table = aliases(f"ann: {target}, copy@away.example", users="ann")
+    assert expand(table, "ann@here.example") == ["ann@here.example", "copy@away.example"]
+
+
+def test_an_alias_that_names_its_own_mailbox_does_so_under_each_spelling():
+    table = aliases("ann: ann, copy@away.example", users="ann")
+    assert expand(table, "A.nn+x@here.example") == ["ann@here.example", "copy@away.example"]
+
+
+def test_pipes_and_addresses_through_servers_are_final():
+    table = aliases("a: | /bin/cat\nb: a via mx.example\nc: a, b", users="a")
+    assert table.expand("c@here.example") == [
+        Target("pipe", "/bin/cat"),
+        to("a@here.example", "mx.example"),
+    ]
+
+
+def test_an_alias_to_nobody_stays_as_a_recipient_that_will_fail():
+    assert expand(aliases("a: gone, b", users="b"), "a@here.example") == [
+        "gone@here.example",
+        "b@here.example",
+    ]
+
+
+def test_a_star_on_the_right_is_the_name_that_was_asked_for():
+    table = aliases("*: *@away.example\nann: *@there.example", there="*: *@far.example")
+    assert expand(table, "who@here.example") == ["who@away.example"]
+    assert expand(table, "ann@here.example") == ["ann@far.example"]
+
+
+def test_the_postmaster_of_the_host_is_that_of_a_domain_that_has_one():
+    none = aliases("a: b", there="c: d")
+    assert none.postmaster_domain("mx.example") == HERE
+    assert none.postmaster_domain("there.example") == "there.example"
+    one = aliases("a: b", there="postmaster: d")
+    assert one.postmaster_domain("mx.example") == "there.example"
+    both = aliases("", users="postmaster", there="postmaster: d")
+    assert both.postmaster_domain("there.example") == "there.example"
+    assert both.postmaster_domain("mx.example") == HERE
+    assert aliases("*: a", there="b: c").postmaster_domain("mx.example") == HERE
+
+
+@pytest.mark.parametrize(
+    "text", ["a: b\nb: a", "a: b\nb: c\nc: d\nd: b, x@away.example", "*: x\na: y\n"]
+)
+def test_aliases_that_go_in_a_circle_are_refused_or_end(text):
+    with pytest.raises(chasquid.AliasLoop):
+        aliases(text).expand("a@here.example")
+
+
+def test_a_catch_all_between_two_domains_that_never_ends_is_refused():
+    with pytest.raises(chasquid.AliasLoop):
+        aliases("*: *@there.example", there="*: *@here.example").expand("who@here.example")
+
+
+def chain(steps: int) -> str:
+    return "".join(f"n{number}: n{number + 1}\n" for number in range(steps))
+
+
+def test_ten_steps_are_taken_and_eleven_refused():
+    limit = chasquid.ALIAS_DEPTH_LIMIT
+    assert expand(aliases(chain(limit), users=f"n{limit}"), "n0@here.example") == [
+        f"n{limit}@here.example"
+    ]
+    with pytest.raises(chasquid.AliasLoop):
+        aliases(chain(limit + 1), users=f"n{limit + 1}").expand("n0@here.example")
+
+
+def test_aliases_that_meet_again_and_again_are_expanded_once():
+    """Ten names on each of four steps: ten thousand ways to ten mailboxes."""
+    rows = [
+        f"s{step}x{one}: " + ", ".join(f"s{step + 1}x{next}" for next in range(10))
+        for step in range(4)
+        for one in range(10)
+    ]
+    looked_up = []
+
+    def exists(user: str, domain: str) -> bool:
+        looked_up.append(user)
+        assert len(looked_up) < 2000, "each name is expanded once, whatever leads to it"
+        return user.startswith("s4")
+
+    table = chasquid.Aliases({HERE: parse("\n".join(rows))}, exists, "+", ".")
+    assert expand(table, "s0x0@here.example") == [f"s4x{n}@here.example" for n in range(10)]
+
+
+@searched
+@given(
+    st.dictionaries(
+        st.sampled_from("abcd*"), st.lists(st.sampled_from("abcdef*"), min_size=1, max_size=3)
+    ),
+    st.sets(st.sampled_from("abcdef")),
+    st.sampled_from("abcdef"),
+)
+def test_every_expansion_ends_and_names_each_recipient_once(table, users, user):
+    text = "\n".join(f"{name}: {', '.join(right)}" for name, right in table.items())
+    try:
+        found = aliases(text, users=" ".join(users)).expand(f"{user}@here.example")
+    except chasquid.NoSuchUser:
+        assert user not in table and user not in users and "*" not in table
+        return
+    except chasquid.AliasLoop:
+        return
+    assert found
+    assert len(found) == len(set(found))

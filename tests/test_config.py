@@ -1,0 +1,457 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CONFIG: the text format, the keys of chasquid.conf, the directories of the domains."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from lower import chasquid, searched, searched_briefly
+
+Entry, Word, ConfigError = chasquid.Entry, chasquid.Word, chasquid.ConfigError
+
+
+def parse(text: str | bytes) -> list[chasquid.Entry]:
+    data = text.encode() if isinstance(text, str) else text
+    return chasquid.parse_text_format(data, "file")
+
+
+def value(text: str) -> chasquid.Value:
+    (entry,) = parse(f"k: {text}")
+    return entry.value
+
+
+# --- The text format ------------------------------------------------------------------------
+
+
+def test_entries_have_a_key_a_value_and_a_line():
+    assert parse('# first\n\na: "x" # a comment\nb: 5\n') == [
+        Entry("a", b"x", 3),
+        Entry("b", Word("5"), 4),
+    ]
+
+
+def test_nothing_and_comments_alone_are_no_entries():
+    assert parse("") == parse("# only this") == parse("\r\n \t\n#\n") == []
+
+
+def test_a_number_sign_in_a_string_begins_no_comment():
+    assert value('"a#b"') == b"a#b"
+
+
+def test_strings_in_a_row_are_one_string():
+    assert value('"a" \'b\'\n  "c"') == b"abc"
+
+
+def test_either_quote_holds_the_other():
+    assert value("'say \"so\"'") == b'say "so"'
+    assert value('"it\'s"') == b"it's"
+
+
+@pytest.mark.parametrize(
+    ("text", "octets"),
+    [
+        (r'"\n\r\t\a\b\f\v\\\"\'\?"', b"\n\r\t\a\b\f\v\\\"'?"),
+        (r'"\0\7\12\1234"', b"\x00\x07\n\x534"),
+        (r'"\377"', b"\xff"),
+        (r'"\x41\X4a\xfg"', b"AJ\x0fg"),
+        (r'"\u00f1\U0001F600"', "ñ😀".encode()),
+        ('"ñ"', "ñ".encode()),
+    ],
+)
+def test_escapes_are_those_of_c(text, octets):
+    assert value(text) == octets
+
+
+def test_octets_that_are_no_utf8_may_stand_in_a_string():
+    assert parse(b'k: "\xff\xfe"')[0].value == b"\xff\xfe"
+
+
+@pytest.mark.parametrize(
+    "text", [r'"\q"', r'"\x"', r'"\u12"', r'"\ud800"', r'"\U00110000"', r'"\8"']
+)
+def test_an_escape_that_c_does_not_have_is_refused(text):
+    with pytest.raises(ConfigError, match=r"^file:1: expected"):
+        value(text)
+
+
+@pytest.mark.parametrize("text", ["a { b: 1 }", "a: { b: 1 }", "a < b: 1 >", "a: < b: 1; >"])
+def test_a_message_may_be_written_in_several_ways(text):
+    assert parse(text) == [Entry("a", (Entry("b", Word("1"), 1),), 1)]
+
+
+def test_messages_nest_and_keep_the_lines_of_their_entries():
+    assert parse("a {\n b {\n  c: 1,\n  c: 2;\n }\n}") == [
+        Entry("a", (Entry("b", (Entry("c", "1", 3), Entry("c", "2", 4)), 2),), 1)
+    ]
+
+
+def test_a_list_is_an_entry_for_each_of_its_values():
+    assert parse('a: ["x", 5]') == [Entry("a", b"x", 1), Entry("a", Word("5"), 1)]
+    assert parse("a: []") == []
+    assert len(parse("a: [{ b: 1 }, { b: 2 }]")) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "word"),
+    [
+        ("a", 1, "expected ':'"),
+        ("a:", 1, "expected a value"),
+        ("\na: :", 2, "expected a value"),
+        ("a: 1\nb = 2", 2, "expected"),
+        ("a {\n b: 1\n", 3, "expected a key or '}'"),
+        ("a { b: 1 >", 1, "expected a key or '}'"),
+        ("}", 1, "expected a key"),
+        ('"a": 1', 1, "expected a key"),
+        ('\n\na: "x', 3, "not closed"),
+        ('a: "x\n"', 1, "not closed"),
+        ("a: [1 2]", 1, "expected ',' or ']'"),
+        ("a: [1,", 1, "expected a value"),
+        ("a: [1", 1, "expected ',' or ']'"),
+        ("a: 1 2", 1, "expected ':'"),
+        ("a: \x00", 1, "expected"),
+        ("ñ: 1", 1, "expected"),
+    ],
+)
+def test_what_is_no_text_format_is_refused_with_its_line(text, line, word):
+    with pytest.raises(ConfigError) as caught:
+        parse(text)
+    assert caught.value.line == line
+    assert word in str(caught.value)
+
+
+def test_a_file_that_nests_without_end_is_refused():
+    with pytest.raises(ConfigError):
+        parse("a{" * 100_000)
+
+
+@searched
+@given(st.binary(max_size=80))
+@example(b'a: "\\')
+@example(b"a: '")
+@example(b"[")
+def test_the_parser_takes_any_octets_or_says_where_it_stopped(data):
+    try:
+        parse(data)
+    except ConfigError as error:
+        assert 1 <= error.line <= data.count(b"\n") + 1
+        assert "expected" in str(error)
+
+
+@searched
+@given(st.text(st.sampled_from("ab:{}<>[],;\"'\\#\n 1xu"), max_size=60))
+def test_the_parser_takes_any_tangle_of_its_marks_or_says_where_it_stopped(text):
+    try:
+        parse(text)
+    except ConfigError as error:
+        assert 1 <= error.line <= text.count("\n") + 1
+
+
+@searched
+@given(st.binary())
+@example(b'\\"\n\x00\x7f1')
+def test_octets_survive_quoting(data):
+    assert value(chasquid.quote(data)) == data
+    assert chasquid.quote(data).isascii()
+
+
+@searched
+@given(st.text())
+@example('\\"\n\x00\x7f1')
+def test_text_survives_quoting(text):
+    assert value(chasquid.quote(text)) == text.encode()
+
+
+WORDS = st.from_regex(r"[A-Za-z0-9_.+-]{1,8}", fullmatch=True)
+TREES = st.recursive(
+    st.lists(st.tuples(WORDS, WORDS.map(Word) | st.binary(max_size=8)), max_size=4),
+    lambda inner: st.lists(st.tuples(WORDS, WORDS.map(Word) | inner), max_size=4),
+    max_leaves=12,
+)
+
+
+def written(tree: list, opening: str = "{", closing: str = "}") -> str:
+    parts = []
+    for key, one in tree:
+        if isinstance(one, bytes):
+            parts.append(f"{key}: {chasquid.quote(one)}")
+        elif isinstance(one, str):
+            parts.append(f"{key}: {one}")
+        else:
+            parts.append(f"{key} {opening}\n{written(one, opening, closing)}{closing}")
+    return "\n".join(parts) + "\n"
+
+
+def plain(entries: tuple | list) -> list:
+    return [
+        (entry.key, plain(entry.value) if isinstance(entry.value, tuple) else entry.value)
+        for entry in entries
+    ]
+
+
+@searched_briefly
+@given(TREES, st.sampled_from(["{}", "<>"]))
+def test_what_is_written_is_read_back(tree, marks):
+    assert plain(parse(written(tree, *marks))) == tree
+
+
+# --- chasquid.conf --------------------------------------------------------------------------
+
+
+def load(tmp_path, text: str | bytes, overrides: str = "") -> chasquid.Config:
+    (tmp_path / "chasquid.conf").write_bytes(text.encode() if isinstance(text, str) else text)
+    return chasquid.load_config(str(tmp_path), overrides)
+
+
+def test_an_empty_file_means_the_defaults(tmp_path):
+    config = load(tmp_path, "")
+    assert config == chasquid.Config(str(tmp_path), socket.gethostname())
+    assert config.max_data_size_mb == 50
+    assert config.smtp_address == ("systemd",)
+    assert (config.suffix_separators, config.drop_characters) == ("+", ".")
+    assert (config.mail_log_path, config.log_path) == ("<syslog>", "<stderr>")
+    assert (config.give_up_send_after, config.reload_every) == (20 * 3600, 30)
+    assert (config.max_queue_items, config.outgoing_smtp_port) == (200, 25)
+
+
+GO_CONFIG = r"""
+# The name of this machine, as it appears in EHLO.
+hostname: "mx.example.org"
+
+# At most this large, in megabytes.
+max_data_size_mb: 20
+
+# Where to listen; "systemd" takes the sockets that were passed in.
+smtp_address: "systemd"
+smtp_address: ":25"
+submission_address: "192.0.2.1:587"
+submission_over_tls_address: "[2001:db8::1]:465"
+
+# Numbers for whoever watches the server. Not for the public.
+monitoring_address: "127.0.0.1:1099"
+
+mail_delivery_agent_bin: "/usr/bin/procmail"
+mail_delivery_agent_args: "-f"
+mail_delivery_agent_args: "%from%"
+mail_delivery_agent_args: "-d"
+mail_delivery_agent_args: "%to_user%"
+
+data_dir: "/var/lib/chasquid"
+
+suffix_separators: "+-"
+drop_characters: "._"
+
+mail_log_path: "<stdout>"
+
+dovecot_auth: true
+dovecot_userdb_path: "/run/dovecot/auth-userdb"
+dovecot_client_path: "/run/dovecot/auth-client"
+
+haproxy_incoming: false
+max_queue_items: 500
+give_up_send_after: "12h30m"
+"""
+
+
+def test_a_configuration_for_the_go_server_works_unchanged(tmp_path):
+    config = load(tmp_path, GO_CONFIG)
+    assert config.hostname == "mx.example.org"
+    assert config.max_data_size_mb == 20
+    assert config.smtp_address == ("systemd", ":25")
+    assert config.submission_over_tls_address == ("[2001:db8::1]:465",)
+    assert config.mail_delivery_agent_bin == "/usr/bin/procmail"
+    assert config.mail_delivery_agent_args == ("-f", "%from%", "-d", "%to_user%")
+    assert (config.suffix_separators, config.drop_characters) == ("+-", "._")
+    assert config.give_up_send_after == 12.5 * 3600
+    assert config.max_queue_items == 500
+
+
+GOOD = [
+    ("hostname", '"mail.example.com"', "mail.example.com"),
+    ("hostname", '"ñandú.example"', "ñandú.example"),
+    ("max_data_size_mb", "1", 1),
+    ("max_data_size_mb", "0x10", 16),
+    ("smtp_address", '"systemd"', ("systemd",)),
+    ("smtp_address", '[":25", "127.0.0.1:2525"]', (":25", "127.0.0.1:2525")),
+    ("smtp_address", '"127.0.0.1:0"', ("127.0.0.1:0",)),
+    ("submission_address", '"[::1]:587"', ("[::1]:587",)),
+    ("submission_over_tls_address", '"localhost:465"', ("localhost:465",)),
+    ("mail_delivery_agent_bin", '"/bin/true"', "/bin/true"),
+    ("mail_delivery_agent_args", '["-f", ""]', ("-f", "")),
+    ("lmtp_address", '"/run/lmtp"', "/run/lmtp"),
+    ("lmtp_address", '"127.0.0.1:24"', "127.0.0.1:24"),
+    ("lmtp_address", '""', ""),
+    ("maildir", '"/home/%to_user%/Maildir"', "/home/%to_user%/Maildir"),
+    ("maildir", '"%data_dir%/%to%"', "%data_dir%/%to%"),
+    ("data_dir", '"/srv/mail"', "/srv/mail"),
+    ("suffix_separators", '""', ""),
+    ("drop_characters", '"._"', "._"),
+    ("mail_log_path", '"<syslog>"', "<syslog>"),
+    ("mail_log_path", '"/var/log/mail"', "/var/log/mail"),
+    ("log_path", '"<stdout>"', "<stdout>"),
+    ("dns_server", '["192.0.2.53", "[::1]:5353", "::1", "127.0.0.1:53"]',
+     ("192.0.2.53", "[::1]:5353", "::1", "127.0.0.1:53")),
+    ("outgoing_smtp_port", "2525", 2525),
+    ("max_received_headers", "10", 10),
+    ("max_queue_items", "5", 5),
+    ("give_up_send_after", '"1h30m"', 5400.0),
+    ("give_up_send_after", '"1.5s"', 1.5),
+    ("reload_every", '"500ms"', 0.5),
+    ("reload_every", '"20µs"', 20e-6),
+    ("reload_every", '"20μs"', 20e-6),  # the Greek letter, which Go takes as well
+    ("reload_every", '".5s"', 0.5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "text", "expected"), GOOD)
+def test_a_good_value(tmp_path, key, text, expected):
+    assert getattr(load(tmp_path, f"{key}: {text}"), key) == pytest.approx(expected)
+
+
+BAD = [
+    ("hostname", '""'), ("hostname", "mail.example.com"), ("hostname", '"a b"'),
+    ("hostname", '"a\\r\\nb"'), ("hostname", '"a\\000b"'), ("hostname", '"ñ..example"'),
+    ("hostname", '"[192.0.2.1]"'), ("hostname", '"me@example.com"'), ("hostname", '"\\377"'),
+    ("max_data_size_mb", "0"), ("max_data_size_mb", "-1"), ("max_data_size_mb", '"50"'),
+    ("max_data_size_mb", "many"), ("max_data_size_mb", "1.5"), ("max_data_size_mb", "{ }"),
+    ("smtp_address", "25"), ("smtp_address", '"25"'), ("smtp_address", '"localhost"'),
+    ("smtp_address", '"host:99999"'), ("smtp_address", '"host:smtp"'), ("smtp_address", '""'),
+    ("smtp_address", '"::1"'), ("smtp_address", '"[::1]"'),  # these name no port
+    ("submission_address", '[":587", "x"]'), ("submission_over_tls_address", '"host:"'),
+    ("mail_delivery_agent_bin", "true"), ("mail_delivery_agent_args", "5"),
+    ("lmtp_address", '"dovecot"'), ("lmtp_address", '":24"'), ("lmtp_address", '"host:0"'),
+    ("maildir", '"relative/%to_user%"'), ("maildir", '"/mail/%user%"'), ("maildir", '"/mail"'),
+    ("data_dir", "5"), ("data_dir", '""'), ("suffix_separators", "1"), ("drop_characters", "x"),
+    ("mail_log_path", '"<none>"'), ("log_path", '"<syslog"'),
+    ("dns_server", '"dns.example.org"'), ("dns_server", '":53"'), ("dns_server", '"1.2.3.4:x"'),
+    ("dns_server", '"999.1.1.1"'), ("dns_server", '"1.2.3"'),
+    ("outgoing_smtp_port", "65536"), ("outgoing_smtp_port", "0"),
+    ("max_received_headers", "0"), ("max_queue_items", "0"),
+    ("give_up_send_after", "20"), ("give_up_send_after", '"20"'), ("give_up_send_after", '"0s"'),
+    ("give_up_send_after", '"-1h"'), ("give_up_send_after", '"1d"'), ("reload_every", '""'),
+    ("reload_every", '"1h 30m"'), ("reload_every", '"soon"'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "text"), BAD)
+def test_a_bad_value_is_refused_with_its_line_and_what_was_expected(tmp_path, key, text):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, f"# a comment\n\n{key}: {text}\n")
+    assert str(caught.value).startswith(f"{tmp_path}/chasquid.conf:3: {key}: expected")
+    assert caught.value.line == 3
+    assert "\n" not in str(caught.value)
+
+
+def test_every_key_was_tried_with_good_and_bad_values(tmp_path):
+    keys = set(chasquid.Config._fields) - {"config_dir", "not_in_force"}
+    assert {key for key, _, _ in GOOD} == keys
+    assert {key for key, _ in BAD} == keys
+
+
+@pytest.mark.parametrize(
+    ("key", "near"), [("hostnam", "hostname"), ("smtp_adress", "smtp_address")]
+)
+def test_an_unknown_key_is_refused_with_one_that_is_near(tmp_path, key, near):
+    with pytest.raises(ConfigError, match=f":2: expected a known key.*is it '{near}'"):
+        load(tmp_path, f'hostname: "a"\n{key}: "x"\n')
+
+
+def test_an_unknown_key_that_is_near_to_none_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="found 'zzzzzz'$"):
+        load(tmp_path, "zzzzzz: 1")
+
+
+@pytest.mark.parametrize("key", ["hostname", "max_queue_items"])
+def test_a_key_that_stands_once_may_not_stand_twice(tmp_path, key):
+    one = '"a"' if key == "hostname" else "1"
+    with pytest.raises(ConfigError, match=f":2: {key}: expected once"):
+        load(tmp_path, f"{key}: {one}\n{key}: {one}\n")
+
+
+def test_an_agent_and_lmtp_at_once_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="not both"):
+        load(tmp_path, 'mail_delivery_agent_bin: "/bin/a"\nlmtp_address: "/run/b"')
+
+
+def test_overrides_replace_what_the_file_says(tmp_path):
+    config = load(
+        tmp_path,
+        'hostname: "a"\nsmtp_address: ":1"\nsmtp_address: ":2"\nmax_queue_items: 7',
+        'hostname: "b" smtp_address: ":3"',
+    )
+    assert (config.hostname, config.smtp_address, config.max_queue_items) == ("b", (":3",), 7)
+
+
+def test_a_mistake_in_the_overrides_is_told_as_one_in_the_overrides(tmp_path):
+    with pytest.raises(ConfigError, match=r"^--config-overrides:1: max_queue_items: expected"):
+        load(tmp_path, "", "max_queue_items: x")
+
+
+def test_overrides_that_are_no_utf8_are_refused(tmp_path):
+    with pytest.raises(ConfigError):
+        load(tmp_path, "", 'hostname: "\udcff"')
+
+
+def test_relative_directories_become_absolute(tmp_path):
+    config = load(tmp_path, 'data_dir: "data"')
+    assert config.data_dir == os.path.abspath("data")
+    assert os.path.isabs(config.config_dir)
+
+
+def test_a_missing_or_unreadable_file_is_told(tmp_path):
+    with pytest.raises(ConfigError, match="chasquid.conf: it cannot be read: No such file"):
+        chasquid.load_config(str(tmp_path))
+    (tmp_path / "chasquid.conf").mkdir()
+    with pytest.raises(ConfigError, match="chasquid.conf: it cannot be read"):
+        chasquid.load_config(str(tmp_path))
+
+
+def test_the_printed_configuration_reads_back_as_itself(tmp_path):
+    text = "\n".join(f"{key}: {text}" for key, text, _ in {one[0]: one for one in GOOD}.values())
+    text = text.replace('lmtp_address: ""', 'lmtp_address: "/x"').replace('"/bin/true"', '""')
+    config = load(tmp_path, text)
+    assert load(tmp_path, chasquid.config_text(config)) == config
+
+
+@searched_briefly
+@given(st.integers(1, 10_000_000), st.integers(1, 10**12))
+def test_durations_and_numbers_survive_being_printed(tmp_path_factory, seconds, number):
+    directory = tmp_path_factory.getbasetemp()
+    config = chasquid.Config(
+        str(directory), "a", give_up_send_after=float(seconds), max_queue_items=number
+    )
+    again = load(directory, chasquid.config_text(config))
+    assert again.give_up_send_after == seconds
+    assert again.max_queue_items == number
+
+
+# --- Domains --------------------------------------------------------------------------------
+
+
+def test_each_directory_is_a_domain_in_unicode(tmp_path):
+    for name in ("Example.org", "xn--aca-6ma.example", ".git"):
+        (tmp_path / "domains" / name).mkdir(parents=True)
+    (tmp_path / "domains" / "README").write_text("")
+    assert chasquid.domain_directories(str(tmp_path)) == {
+        "example.org": str(tmp_path / "domains" / "Example.org"),
+        "ñaca.example": str(tmp_path / "domains" / "xn--aca-6ma.example"),
+    }
+
+
+def test_without_the_directory_there_are_no_domains(tmp_path):
+    assert chasquid.domain_directories(str(tmp_path)) == {}
+
+
+def test_a_directory_that_is_no_domain_is_refused(tmp_path):
+    (tmp_path / "domains" / "ñ..example").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="expected a domain name"):
+        chasquid.domain_directories(str(tmp_path))
+
+
+def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path):
+    (tmp_path / "domains").write_text("")
+    with pytest.raises(ConfigError, match="it cannot be read"):
+        chasquid.domain_directories(str(tmp_path))

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order of the rooms: read from the syntax tree of the module, not from its author."""
+
+from __future__ import annotations
+
+import ast
+import bisect
+import re
+import subprocess
+import symtable
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+from lower import SOURCE, chasquid
+
+TEXT = SOURCE.read_text(encoding="utf-8")
+LINES = TEXT.splitlines()
+TREE = ast.parse(TEXT)
+RULER = "# " + "=" * 86
+MAP = "MAP"
+
+
+class Banner(NamedTuple):
+    name: str
+    line: int  # of "# ROOM: NAME", counted from 1
+    essay: tuple[str, ...]
+
+
+def banners() -> list[Banner]:
+    found = []
+    for number, line in enumerate(LINES, 1):
+        if match := re.fullmatch(r"# ROOM: (.+)", line):
+            essay = []
+            for below in LINES[number:]:
+                if below == RULER or not below.startswith("#"):
+                    break
+                essay.append(below[1:].strip())
+            found.append(Banner(match[1], number, tuple(filter(None, essay))))
+    return found
+
+
+BANNERS = banners()
+ROOMS = [MAP] + [banner.name for banner in BANNERS]
+STARTS = [banner.line for banner in BANNERS]
+
+
+def room_of(line: int) -> int:
+    """The number of the room that `line` is in; 0 is the map."""
+    return bisect.bisect_right(STARTS, line)
+
+
+def module_names() -> dict[str, int]:
+    """Each name that the module defines, with its room; imports belong to the map."""
+    names: dict[str, int] = {}
+    for node in TREE.body:
+        bound: list[str] = []
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            bound = [node.name]
+        else:
+            bound = [
+                child.id
+                for child in ast.walk(node)
+                if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store)
+            ]
+        for name in bound:
+            names.setdefault(name, room_of(node.lineno))
+    return names
+
+
+NAMES = module_names()
+
+
+class Use(NamedTuple):
+    name: str
+    line: int
+    room: int
+    annotation: bool
+
+
+def scopes(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
+    for child in table.get_children():
+        yield child
+        yield from scopes(child)
+
+
+def uses_in_scopes() -> Iterator[Use]:
+    """Names of the module that functions, classes and comprehensions mention."""
+    for scope in scopes(symtable.symtable(TEXT, "chasquid.py", "exec")):
+        for symbol in scope.get_symbols():
+            if symbol.is_global() and symbol.is_referenced():
+                line = scope.get_lineno()
+                yield Use(symbol.get_name(), line, room_of(line), False)
+
+
+class ModuleLevel(ast.NodeVisitor):
+    """Finds what is evaluated while the module is loaded, outside classes and functions."""
+
+    def __init__(self) -> None:
+        self.found: list[Use] = []
+
+    def visit_Name(self, node: ast.Name) -> None:
+        if isinstance(node.ctx, ast.Load):
+            self.found.append(Use(node.id, node.lineno, room_of(node.lineno), False))
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        if node.value is not None:
+            self.visit(node.value)
+
+    def visit_Lambda(self, node: ast.Lambda) -> None:
+        pass  # its body has a scope of its own
+
+    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        defaults = [one for one in node.args.kw_defaults if one is not None]
+        for child in (*node.decorator_list, *node.args.defaults, *defaults):
+            self.visit(child)
+
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        for child in (*node.decorator_list, *node.bases, *node.keywords):
+            self.visit(child)
+
+
+def uses_at_module_level() -> list[Use]:
+    visitor = ModuleLevel()
+    visitor.visit(TREE)
+    return visitor.found
+
+
+def annotations() -> Iterator[ast.expr]:
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.arg) and node.annotation is not None:
+            yield node.annotation
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.returns is not None:
+            yield node.returns
+        elif isinstance(node, ast.AnnAssign):
+            yield node.annotation
+
+
+def names_in(expression: ast.expr, line: int) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(expression):
+        if isinstance(node, ast.Name):
+            yield node.id, line
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            try:
+                inner = ast.parse(node.value, mode="eval").body
+            except SyntaxError:
+                continue
+            yield from names_in(inner, line)
+
+
+def uses_in_annotations() -> Iterator[Use]:
+    quoted = [
+        child
+        for node in TREE.body
+        if isinstance(node, ast.Assign)
+        for child in ast.walk(node.value)
+        if isinstance(child, ast.Subscript)
+    ]
+    for expression in (*annotations(), *quoted):
+        for name, line in names_in(expression, expression.lineno):
+            yield Use(name, line, room_of(line), True)
+
+
+USES = sorted({*uses_in_scopes(), *uses_at_module_level(), *uses_in_annotations()})
+
+
+def told(use: Use) -> str:
+    where = "an annotation in " if use.annotation else ""
+    here, there = ROOMS[use.room], ROOMS[NAMES[use.name]]
+    return f"line {use.line}: {where}{here} names {use.name}, which is of {there}"
+
+
+def test_the_module_has_rooms_and_the_search_for_uses_finds_them():
+    assert len(BANNERS) > 10
+    found = {(use.name, ROOMS[use.room], use.annotation) for use in USES}
+    assert ("ConfigError", "CONFIG", False) in found
+    assert ("Clock", "LOOP", True) in found
+    assert ("COMMAND_LINE_LIMIT", "STREAM", False) in found  # the default of a parameter
+    assert ("Entry", "CONFIG", True) in found  # inside a quoted annotation
+
+
+def test_no_room_names_a_higher_one_when_it_runs():
+    wrong = [use for use in USES if not use.annotation and NAMES.get(use.name, 0) > use.room]
+    assert [told(use) for use in wrong] == []
+
+
+def test_no_room_names_a_higher_one_in_its_annotations():
+    wrong = [use for use in USES if use.annotation and NAMES.get(use.name, 0) > use.room]
+    assert [told(use) for use in wrong] == []
+
+
+def test_no_private_name_crosses_the_wall_of_its_room():
+    wrong = [
+        use
+        for use in USES
+        if use.name.startswith("_")
+        and not use.name.startswith("__")
+        and NAMES.get(use.name, use.room) != use.room
+    ]
+    assert [told(use) for use in wrong] == []
+
+
+def test_a_name_is_defined_in_one_room_only():
+    places: dict[str, set[str]] = {}
+    for node in TREE.body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            places.setdefault(node.name, set()).add(f"{ROOMS[room_of(node.lineno)]}:{node.lineno}")
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
+def test_the_map_in_the_docstring_lists_the_banners_in_order():
+    docstring = ast.get_docstring(TREE) or ""
+    rows = re.findall(r"^    ([A-Z][A-Z ]*?)  +\S", docstring, re.MULTILINE)
+    assert rows == [banner.name for banner in BANNERS]
+
+
+def test_the_rooms_to_read_first_exist():
+    docstring = ast.get_docstring(TREE) or ""
+    sentence = re.search(r"Read (.+?) first", docstring)
+    assert sentence
+    named = re.findall(r"[A-Z]{3,}", sentence[1])
+    assert len(named) == 3
+    assert set(named) <= set(ROOMS)
+
+
+@pytest.mark.parametrize("banner", BANNERS, ids=lambda banner: banner.name)
+def test_a_banner_has_rulers_and_an_essay(banner):
+    assert LINES[banner.line - 2] == RULER
+    assert LINES[banner.line] == "#"
+    assert len(banner.essay) >= 2
+    assert len(" ".join(banner.essay)) > 150
+    below = LINES[banner.line :]
+    end = next(number for number, line in enumerate(below) if not line.startswith("#"))
+    assert below[end - 1] == RULER
+    assert RULER not in below[: end - 1]
+
+
+def test_what_the_module_exports_exists():
+    assert [name for name in chasquid.__all__ if not hasattr(chasquid, name)] == []
+
+
+HEAVY = (
+    "argparse asyncio difflib dkim dns email getpass hashlib hmac http idna ipaddress logging "
+    "multiprocessing precis_i18n random shutil spf subprocess tempfile urllib"
+).split()
+
+
+def test_importing_the_module_loads_nothing_that_is_rarely_needed():
+    code = f"import sys; sys.path.insert(0, {str(SOURCE.parent)!r}); import chasquid"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-X", "importtime", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "chasquid" in loaded
+    assert {name.partition(".")[0] for name in loaded} & set(HEAVY) == set()
+
+
+def test_importing_the_module_touches_nothing_of_the_process():
+    code = (
+        "import sys, signal, threading, socket; sys.path.insert(0, sys.argv[1])\n"
+        "before = [signal.getsignal(n) for n in signal.valid_signals()]\n"
+        "interval = sys.getswitchinterval()\n"
+        "import chasquid\n"
+        "assert before == [signal.getsignal(n) for n in signal.valid_signals()]\n"
+        "assert interval == sys.getswitchinterval()\n"
+        "assert threading.active_count() == 1 and socket.getdefaulttimeout() is None\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code, str(SOURCE.parent)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
