@@ -44,6 +44,7 @@ import json
 import os
 import queue as thread_queue
 import re
+import select
 import selectors
 import signal
 import socket
@@ -54,6 +55,7 @@ import threading
 import time
 import types
 from collections.abc import (
+    AsyncIterator,
     Awaitable,
     Callable,
     Coroutine,
@@ -90,6 +92,7 @@ MEMORY_LIMIT = 64 * 1024  # octets of one message held in memory
 CHUNK = 64 * 1024  # octets read or written at a time
 RECIPIENT_LIMIT = 100  # per transaction; RFC 5321, 4.5.3.1.8
 ERROR_LIMIT = 3  # error replies before the connection is closed
+RECIPIENT_ERROR_LIMIT = 20  # unknown recipients before that
 CONNECTION_SECONDS = 20 * 60.0
 COMMAND_SECONDS = 60.0
 TRANSFER_SECONDS = 3 * 60.0  # between two pieces of a message; RFC 5321, 4.5.3.2.5
@@ -683,12 +686,14 @@ def load_config(config_dir: str, overrides: str = "") -> Config:
     return config._replace(data_dir=os.path.abspath(config.data_dir))
 
 
-def read_file(path: str) -> bytes:
-    """Return what `path` holds. Raises ConfigError."""
+def read_file(path: str, missing: bytes | None = None) -> bytes:
+    """Return what `path` holds, or `missing` where there is no such file. Raises ConfigError."""
     try:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
+        if missing is not None and isinstance(error, FileNotFoundError):
+            return missing
         raise ConfigError(path, 0, f"it cannot be read: {error.strerror}") from error
 
 
@@ -784,11 +789,24 @@ class Sink:
         self._lock = threading.Lock()
         self._second = -1  # the second that was last written, and its text
         self._second_text = ""
+        self._is_pipe = False
         self._journal = False  # systemd's journal adds the time itself
         self.reopen()
 
     def reopen(self) -> None:
         """Open the file anew, as after a rotation; nothing where it is no file."""
+        self._open()
+        self._is_pipe = self._file is not None and self._writes_to_pipe(self._file)
+
+    @staticmethod
+    def _writes_to_pipe(file: IO[str]) -> bool:
+        try:
+            mode = os.fstat(file.fileno()).st_mode
+        except (OSError, ValueError):
+            return False
+        return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISCHR(mode)
+
+    def _open(self) -> None:
         if self._target == "<stdout>":
             self._file = sys.stdout
         elif self._target == "<stderr>":
@@ -824,8 +842,7 @@ class Sink:
                     self._send_to_syslog(text)
                 elif self._file is not None:
                     stamp = "" if self._journal else f"{self._stamp(now)} "
-                    self._file.write(f"{stamp}{text}\n")
-                    self._file.flush()
+                    self._write_line(f"{stamp}{text}\n")
             except (OSError, ValueError):
                 pass  # the mail goes on when its log cannot
 
@@ -843,6 +860,20 @@ class Sink:
             self._second = int(now)
             self._second_text = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
         return f"{self._second_text}.{int(now % 1 * 1000):03}"
+
+    def _write_line(self, line: str) -> None:
+        """Write a line, unless it goes to a pipe that nobody empties.
+
+        A pipe that can be written at all takes PIPE_BUF octets without blocking.
+        """
+        assert self._file is not None
+        if self._is_pipe:
+            if not select.select([], [self._file], [], 0)[1]:
+                return
+            line = line.encode("utf-8", "replace")[: select.PIPE_BUF - 1].decode("utf-8", "ignore")
+            line = line.rstrip("\n") + "\n"
+        self._file.write(line)
+        self._file.flush()
 
     def _send_to_syslog(self, text: str) -> None:
         # RFC 3164: facility mail (2), severity info (6)
@@ -1341,9 +1372,11 @@ class Loop:
             self.wake(joiner)
 
     def _end(self) -> None:
-        for task in list(self._tasks):
-            task.cancel()
+        told: set[Task] = set()
         while self._tasks:
+            for task in self._tasks - told:
+                task.cancel()
+                told.add(task)
             self._turn()
 
     def close(self) -> None:
@@ -1388,9 +1421,14 @@ class Slots:
 
     def __init__(self, loop: Loop, count: int) -> None:
         self._loop = loop
+        self._count = count
         self._free = count
         self._queue: collections.deque[Task] = collections.deque()
         self._granted: set[Task] = set()
+
+    @property
+    def is_unused(self) -> bool:
+        return self._free == self._count
 
     async def __aenter__(self) -> None:
         if self._free:
@@ -1518,15 +1556,20 @@ class Programs:
             into += data[: PROGRAM_OUTPUT_LIMIT - len(into)]
 
     async def _exit_status(self, process: subprocess.Popen[bytes]) -> int:
-        if hasattr(os, "pidfd_open"):
+        try:
             fd = os.pidfd_open(process.pid)
-            try:
-                await self._loop.readable(fd)
-            finally:
-                self._loop.forget(fd)
-                os.close(fd)
-            return process.wait()
-        pause = 0.002  # where there are no process descriptors (macOS), look now and then
+        except (AttributeError, OSError):
+            return await self._poll_exit_status(process)
+        try:
+            await self._loop.readable(fd)
+        finally:
+            self._loop.forget(fd)
+            os.close(fd)
+        return process.wait()
+
+    async def _poll_exit_status(self, process: subprocess.Popen[bytes]) -> int:
+        """Look now and then, where there are no process descriptors (macOS)."""
+        pause = 0.002
         while (status := process.poll()) is None:
             await self._loop.sleep(pause)
             pause = min(pause * 1.5, 0.1)
@@ -1745,8 +1788,9 @@ class Disk:
         await self._join("sync", directory, lambda: sync_directory(directory))
 
     async def remove(self, path: str) -> None:
-        """Remove a file; that this is durable is not promised."""
-        await self._join("remove", path, lambda: os.unlink(path))
+        """Remove a file, if it is there; that this is durable is not promised."""
+        with contextlib.suppress(FileNotFoundError):
+            await self._join("remove", path, lambda: os.unlink(path))
 
     async def _join(self, what: str, of: int | str, job: Callable[[], None]) -> None:
         """Have `job` done with the next batch; who asks for the same shares it."""
@@ -1867,6 +1911,18 @@ class Stream:
         del self._in[:limit]
         return data
 
+    async def be_fair(self) -> None:
+        """Give the other tasks a turn now and then, however much is there to be read.
+
+        Also send what was written where it becomes much. Raises Disconnected, Expired.
+        """
+        if len(self._out) >= CHUNK:
+            await self.flush()
+        self._streak += 1
+        if self._streak > self._STREAK:
+            self._streak = 0
+            await self._loop.turn()
+
     def unread(self, data: bytes) -> None:
         """Put `data` back in front of what is read next."""
         self._in[:0] = data
@@ -1979,10 +2035,7 @@ class Stream:
         self._in += data
 
     async def _receive(self) -> bytes:
-        self._streak += 1
-        if self._streak > self._STREAK:
-            self._streak = 0
-            await self._loop.turn()
+        await self.be_fair()
         while True:
             try:
                 return self._socket.recv(CHUNK)
@@ -1995,6 +2048,13 @@ class Stream:
                 return b""
             except OSError as error:
                 raise Disconnected(f"the connection broke: {reason(error)}") from error
+
+
+def send_at_once(connected: socket.socket) -> None:
+    """Have the system send what we write without waiting for more."""
+    if connected.family != socket.AF_UNIX:
+        with contextlib.suppress(OSError):  # macOS says so of a connection that is gone already
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 async def connect(loop: Loop, host: str, port: int) -> Stream:
@@ -2024,8 +2084,7 @@ async def connect(loop: Loop, host: str, port: int) -> Stream:
         loop.forget(raw.fileno())
         raw.close()
         raise Disconnected(f"cannot connect to {place}: {os.strerror(code)}")
-    if family != socket.AF_UNIX:
-        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    send_at_once(raw)
     return Stream(loop, raw)
 
 
@@ -2485,7 +2544,7 @@ def load_users(directory: str) -> dict[str, Password]:
     Raises ConfigError.
     """
     path = os.path.join(directory, "users")
-    return parse_users(read_file(path), path) if os.path.exists(path) else {}
+    return parse_users(read_file(path, missing=b""), path)
 
 
 class Accounts:
@@ -2495,6 +2554,14 @@ class Accounts:
         self._domains = domains
         self._costs = {domain: self._usual_costs(users) for domain, users in domains.items()}
         self._default_costs = Scrypt(14, 8, 1, 32, os.urandom(16), os.urandom(32))
+
+    def without_users(self, domains: Iterable[str]) -> list[str]:
+        """Return those of `domains` that have no users here."""
+        return [domain for domain in domains if not self._domains.get(domain)]
+
+    def with_users(self) -> list[str]:
+        """Return the domains that have users."""
+        return [domain for domain, users in self._domains.items() if users]
 
     def exists(self, user: str, domain: str) -> bool:
         """Tell whether the normalised `user` has a mailbox in `domain`."""
@@ -2542,10 +2609,10 @@ class Accounts:
 #     *: …                           whoever is neither user nor alias
 #     …: *@elsewhere                 "*" on the right is the name that was asked for
 #
-# An address is looked up as it came, then without its drop characters and its suffix
-# ("a.b+c" → "ab"). Aliases win over users, and users over "*". A name that stands on its
-# own right side means the mailbox of that name. A later line overrides an earlier one.
-# Expansion goes ten steps deep at most.
+# An address is looked up as it came, then without its suffix and its drop characters, then
+# without its suffix alone ("a.b+c", "ab", "a.b"). Aliases win over users, and users over
+# "*". A name that stands on its own right side means the mailbox of that name. A later
+# line overrides an earlier one. Expansion goes ten steps deep at most.
 #
 # The room knows which domains and users there are, and nothing of how mail is delivered.
 # ======================================================================================
@@ -2619,7 +2686,7 @@ def _parse_targets(right: str, domain: str) -> tuple[Target, ...]:
 def load_aliases(directory: str, domain: str) -> dict[str, tuple[Target, ...]]:
     """Read the aliases file of a domain's directory, if there is one. Raises ConfigError."""
     path = os.path.join(directory, "aliases")
-    return parse_aliases(read_file(path), path, domain) if os.path.exists(path) else {}
+    return parse_aliases(read_file(path, missing=b""), path, domain)
 
 
 class Aliases:
@@ -2653,9 +2720,12 @@ class Aliases:
 
     def clean(self, user: str) -> str:
         """Return `user` without suffix and without drop characters."""
+        return "".join(one for one in self._without_suffix(user) if one not in self._drops)
+
+    def _without_suffix(self, user: str) -> str:
         for separator in self._separators:
             user = user.partition(separator)[0]
-        return "".join(one for one in user if one not in self._drops)
+        return user
 
     def expand(self, address: str) -> list[Target]:
         """Return the final recipients of `address`, each once.
@@ -2713,7 +2783,7 @@ class Aliases:
             user = normalize_user(user)
         except ValueError:
             return "", ()
-        names = dict.fromkeys((user, self.clean(user)))
+        names = dict.fromkeys((user, self.clean(user), self._without_suffix(user)))
         for name in names:
             if name in table and name != "*":
                 return name, table[name]
@@ -2742,7 +2812,9 @@ class Aliases:
 
 # RFC 5322, 3.6.8: field-name = 1*ftext, printable ASCII but ":"; 4.5.8 lets white space
 # stand before the colon, and some programs put it there.
-_FIELD_NAME = re.compile(rb"([!-9;-~]+)[ \t]*:")
+_FIELD = re.compile(rb"(?:\A|\r\n)([!-9;-~]+)[ \t]*:")
+# The start of a line that is neither a field nor the continuation of one.
+_NO_FIELD = re.compile(rb"(?:\A(?=[ \t])|(?:\A|\r\n)(?![ \t]|[!-9;-~]+[ \t]*:|\Z))")
 
 
 def header_block(data: bytes) -> bytes | None:
@@ -2757,20 +2829,13 @@ def header_block(data: bytes) -> bytes | None:
     return None if end < 0 else data[: end + 2]
 
 
-def header_fields(block: bytes) -> list[tuple[str, str]]:
-    """Return names in lower case and unfolded values. Raises ValueError with the bad line."""
-    fields: list[tuple[str, str]] = []
-    for line in block.split(b"\r\n")[:-1] if block else []:
-        if line[:1] in (b" ", b"\t") and fields:
-            name, value = fields[-1]
-            fields[-1] = (name, value + line.decode("utf-8", "replace"))
-            continue
-        match = _FIELD_NAME.match(line)
-        if match is None:
-            raise ValueError(printable(line.decode("utf-8", "replace"), 60))
-        value = line[match.end() :].decode("utf-8", "replace").strip()
-        fields.append((match[1].decode("ascii").lower(), value))
-    return fields
+def header_names(block: bytes) -> list[str]:
+    """Return the names of the fields in lower case. Raises ValueError with a bad line."""
+    bad = _NO_FIELD.search(block)
+    if bad is not None:
+        line = block[bad.end() : bad.end() + 200].partition(b"\r\n")[0]
+        raise ValueError(printable(line.decode("utf-8", "replace"), 60))
+    return [match[1].decode("ascii").lower() for match in _FIELD.finditer(block)]
 
 
 class Message(NamedTuple):
@@ -2963,9 +3028,8 @@ def parse_address(text: str, status: str = "5.1.3") -> str:
     if len(text.encode()) > _ADDRESS_LIMIT:
         _refuse(501, status, f"the address is longer than {_ADDRESS_LIMIT} octets")
     local, domain = split_address(text)
-    quoted = _QUOTED_STRING.fullmatch(local)
-    if quoted is not None:
-        local = _canonical(re.sub(r"\\(.)", r"\1", quoted[1]))
+    if _QUOTED_STRING.fullmatch(local):
+        local = local_part(local_part_content(local))
     elif not _DOT_STRING.fullmatch(local):
         _refuse(501, status, "the local-part of the address is malformed")
     if not domain:
@@ -2978,9 +3042,15 @@ def parse_address(text: str, status: str = "5.1.3") -> str:
         _refuse(501, status, "the domain of the address is malformed")
 
 
-def _canonical(content: str) -> str:
-    """Return a local-part with this content: without quotes, or with as few as it needs."""
-    if _DOT_STRING.fullmatch(content):
+def local_part_content(local: str) -> str:
+    """Return what a local-part says, without quotes and backslashes."""
+    quoted = _QUOTED_STRING.fullmatch(local)
+    return re.sub(r"\\(.)", r"\1", quoted[1]) if quoted else local
+
+
+def local_part(content: str) -> str:
+    """Return the local-part that says `content`: quoted where it is no Dot-string."""
+    if _DOT_STRING.fullmatch(content) and "" not in content.split("."):
         return content
     escaped = content.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'
@@ -2993,7 +3063,8 @@ def _parse_domain(domain: str) -> str:
             raise ValueError(domain)
         return domain
     unicode = domain_to_unicode(domain)
-    if domain.endswith(".") or (domain.isascii() and not ASCII_DOMAIN.fullmatch(domain)):
+    malformed = unicode.isascii() and not ASCII_DOMAIN.fullmatch(unicode)
+    if malformed or unicode.startswith("[") or unicode.endswith("."):
         raise ValueError(domain)
     return unicode
 
@@ -3317,7 +3388,10 @@ _GREETING_SECONDS = 5 * 60.0
 _REPLY_SECONDS = 5 * 60.0
 _DATA_SECONDS = 2 * 60.0
 _FINAL_SECONDS = 10 * 60.0
-_REPLY_LINES_LIMIT = 200
+_TLS_SECONDS = 60.0
+_ATTEMPT_SECONDS = 60 * 60.0  # for all of it, or a server that drips holds a slot for ever
+_REPLY_LINES_LIMIT = 100
+_ADDRESS_COUNT_LIMIT = 4  # addresses of one host that are tried in one attempt
 
 
 class Client:
@@ -3347,7 +3421,7 @@ class Client:
 
     async def hello(self, hostname: str) -> None:
         reply = await self._command(f"{'LHLO' if self._lmtp else 'EHLO'} {hostname}")
-        if reply.code in (500, 502) and not self._lmtp:
+        if reply.code in (500, 501, 502, 504) and not self._lmtp:
             reply = await self._command(f"HELO {hostname}")
             self.extensions = {}
         else:
@@ -3362,8 +3436,11 @@ class Client:
         reply = await self._command("STARTTLS")
         if reply.code != 220:
             raise TLSFailed(f"{self.place} answers STARTTLS with {reply}")
-        with self._loop.deadline(_REPLY_SECONDS):
-            await self._stream.start_tls(context, False, hostname)
+        try:
+            with self._loop.deadline(_TLS_SECONDS):
+                await self._stream.start_tls(context, False, hostname)
+        except Expired as error:
+            raise TLSFailed(f"{self.place} did not finish the TLS handshake in time") from error
 
     async def authenticate(self, user: str, password: str) -> None:
         """Log in with AUTH PLAIN (RFC 4616). Raises TemporaryFailure, PermanentFailure."""
@@ -3441,10 +3518,19 @@ class Client:
         await self._reply(_FINAL_SECONDS)
 
     async def _final_replies(self, count: int) -> list[Reply]:
-        """Read one reply for all, or with LMTP one for each; RFC 2033, 4.2."""
-        if self._lmtp:
-            return [await self._reply(_FINAL_SECONDS) for _ in range(count)]
-        return [await self._reply(_FINAL_SECONDS)] * count
+        """Read one reply for all, or with LMTP one for each; RFC 2033, 4.2.
+
+        Where the connection breaks now, nobody knows what became of the message; it must
+        not be sent to another server at once, but later.
+        """
+        replies: list[Reply] = []
+        try:
+            while len(replies) < (count if self._lmtp else 1):
+                replies.append(await self._reply(_FINAL_SECONDS))
+        except (Disconnected, Expired, TemporaryFailure) as error:
+            lost = Reply(451, "4.4.2", f"nothing after the message was sent: {error}")
+            return replies + [lost] * (count - len(replies))
+        return replies if self._lmtp else replies * count
 
     async def _command(self, line: str, seconds: float = _REPLY_SECONDS) -> Reply:
         self._stream.write(f"{line}\r\n".encode())
@@ -3458,7 +3544,7 @@ class Client:
                 while more:
                     line = await self._stream.read_line(COMMAND_LINE_LIMIT * 8)
                     code, more, text = parse_reply_line(line)
-                    lines.append(text)
+                    lines.append(text[:COMMAND_LINE_LIMIT])
                     if len(lines) > _REPLY_LINES_LIMIT:
                         raise ValueError(f"a reply of more than {_REPLY_LINES_LIMIT} lines")
         except (ValueError, LineTooLong, BareNewline) as error:
@@ -3467,9 +3553,9 @@ class Client:
         return Reply(code, status, "\n".join(lines))
 
     def _expect(self, reply: Reply, doing: str) -> None:
-        if reply.is_error:
+        if reply.code // 100 != 2:
             failure = PermanentFailure if reply.code >= 500 else TemporaryFailure
-            raise failure(f"{self.place} {doing} {reply}", reply.status)
+            raise failure(f"{self.place} {doing} {printable(str(reply))}", reply.status)
 
     def _result(self, reply: Reply, doing: str = "says", wanted: int = 2) -> Result:
         """Turn a reply into a result; `wanted` is the first digit that means success."""
@@ -3606,7 +3692,7 @@ class SmtpCourier:
                 continue
             if not ips:
                 failures.append(Result(DEFERRED, "4.4.1", f"the server {host} has no address"))
-            for ip in ips:
+            for ip in ips[:_ADDRESS_COUNT_LIMIT]:
                 outcome = await self._try_address(shipment, addresses, host, ip, port)
                 if isinstance(outcome, list):
                     return outcome
@@ -3621,15 +3707,9 @@ class SmtpCourier:
     ) -> list[Result] | Result:
         """Return a result for each address, or one for a server that we cannot talk to."""
         place = f"{host} ({ip}:{port})"
-        client = None
         try:
-            client = await self._open(host, ip, port, place)
-            if shipment.smtputf8 and "SMTPUTF8" not in client.extensions:
-                text = f"{place} cannot take an internationalised message (no SMTPUTF8)"
-                return [Result(FAILED, "5.6.7", text, place)] * len(addresses)
-            results = await client.transfer(shipment, addresses)
-            await client.quit()
-            return results
+            with self._loop.deadline(_ATTEMPT_SECONDS):
+                return await self._deliver_to(shipment, addresses, host, ip, port, place)
         except Expired:
             return Result(DEFERRED, "4.4.2", f"{place} did not answer in time", place)
         except PermanentFailure as error:
@@ -3637,9 +3717,26 @@ class SmtpCourier:
         except (Disconnected, TLSFailed, TemporaryFailure) as error:
             status = error.status if isinstance(error, TemporaryFailure) else "4.4.1"
             return Result(DEFERRED, status, f"{place}: {error}", place)
+
+    async def _deliver_to(
+        self,
+        shipment: Shipment,
+        addresses: Sequence[str],
+        host: str,
+        ip: str,
+        port: int,
+        place: str,
+    ) -> list[Result]:
+        client = await self._open(host, ip, port, place)
+        try:
+            if shipment.smtputf8 and "SMTPUTF8" not in client.extensions:
+                text = f"{place} cannot take an internationalised message (no SMTPUTF8)"
+                return [Result(FAILED, "5.6.7", text, place)] * len(addresses)
+            results = await client.transfer(shipment, addresses)
+            await client.quit()
+            return results
         finally:
-            if client is not None:
-                client.close()
+            client.close()
 
     async def _open(self, host: str, ip: str, port: int, place: str) -> Client:
         """Connect with as much security as the server has. Raises as `Client` does."""
@@ -3741,6 +3838,7 @@ _PAUSES = (60.0, 300.0, 600.0, 1200.0)  # seconds after the 1st, 2nd, 3rd, any l
 _JITTER = 60.0
 _LOCAL_SLOTS = 16  # attempts at a time, each kind for itself: slow servers elsewhere must
 _REMOTE_SLOTS = 100  # not hold up mail that is delivered here
+_DESTINATION_SLOTS = 5  # attempts at a time for one destination elsewhere
 PENDING = "pending"
 
 
@@ -3834,7 +3932,10 @@ class Item:
         return self.envelope.id
 
     def journal_line(self, at: float) -> bytes:
-        """Return what is to be written down after an attempt at the time `at`."""
+        """Return what is to be written down at the time `at`.
+
+        A failure that was not reported yet is left out: after a crash it must be found again.
+        """
         value = {
             "at": at,
             "attempt": self.attempts,
@@ -3842,7 +3943,7 @@ class Item:
             "results": {
                 str(number): list(recipient.result)
                 for number, recipient in enumerate(self.recipients)
-                if recipient.state != PENDING
+                if recipient.state in (SENT, DEFERRED) or recipient.reported
             },
         }
         return b"\n" + json.dumps(value, separators=(",", ":")).encode() + b"\n"
@@ -3883,9 +3984,18 @@ def read_item(path: str) -> Item:
     return item
 
 
-def read_queue(directory: str) -> tuple[list[Item], list[tuple[str, str]]]:
-    """Return the items below a queue's `directory`, and path and reason of what is none."""
-    items, unreadable = [], []
+class QueueContents(NamedTuple):
+    """The items of a queue, paths and reasons of files that are none, and paths of files
+    that could not be read now but may be later."""
+
+    items: list[Item]
+    unreadable: list[tuple[str, str]]
+    unread: list[tuple[str, str]]
+
+
+def read_queue(directory: str) -> QueueContents:
+    """Read the queue below `directory`. Raises ChasquidError."""
+    contents = QueueContents([], [], [])
     for place in ("new", "cur"):
         try:
             names = sorted(os.listdir(os.path.join(directory, place)))
@@ -3896,10 +4006,14 @@ def read_queue(directory: str) -> tuple[list[Item], list[tuple[str, str]]]:
         for name in names:
             path = os.path.join(directory, place, name)
             try:
-                items.append(read_item(path))
-            except (UnreadableItem, OSError) as error:
-                unreadable.append((path, str(error)))
-    return items, unreadable
+                contents.items.append(read_item(path))
+            except UnreadableItem as error:
+                contents.unreadable.append((path, str(error)))
+            except FileNotFoundError:
+                pass  # delivered meanwhile
+            except OSError as error:
+                contents.unread.append((path, reason(error)))
+    return contents
 
 
 class Draft:
@@ -4030,6 +4144,7 @@ class Queue:
         self._random = random
         self._on_result = on_result
         self._slots = {True: Slots(loop, _LOCAL_SLOTS), False: Slots(loop, _REMOTE_SLOTS)}
+        self._destinations: dict[tuple[str, ...], Slots] = {}
         self._closing = False
         self.expand = expand
         self.items: dict[str, Item] = {}
@@ -4048,13 +4163,35 @@ class Queue:
         except OSError as error:
             text = f"the queue cannot be written: {error.strerror}"
             raise ConfigError(error.filename or directory, 0, text) from error
-        items, unreadable = read_queue(directory)
-        for path, why in unreadable:
-            self._record.error("queue", f"set aside in bad: {why}")
-            os.rename(path, os.path.join(directory, "bad", os.path.basename(path)))
-        for item in items:
-            self._record.mail(item.id, f"from=<{item.envelope.sender}> found in the queue")
-            self._start(item)
+        contents = read_queue(directory)
+        for path, why in contents.unreadable:
+            self._set_aside(path, why)
+        for path, why in contents.unread:
+            self._record.error("queue", f"{why}; reading it again in a minute")
+            self._loop.spawn(self._read_later(path), f"reading of {path}")
+        for item in contents.items:
+            self._take_up(item)
+
+    def _set_aside(self, path: str, why: str) -> None:
+        self._record.error("queue", f"set aside in bad: {why}")
+        target = os.path.join(self._settings.directory, "bad", os.path.basename(path))
+        os.rename(path, target)
+
+    def _take_up(self, item: Item) -> None:
+        self._record.mail(item.id, f"from=<{item.envelope.sender}> found in the queue")
+        self._start(item)
+
+    async def _read_later(self, path: str) -> None:
+        while True:
+            await self._loop.sleep(_PAUSES[0])
+            try:
+                self._take_up(read_item(path))
+                return
+            except UnreadableItem as error:
+                self._set_aside(path, str(error))
+                return
+            except OSError as error:
+                self._record.error("queue", f"{reason(error)}; reading it again in a minute")
 
     def draft(self) -> Draft:
         """Return a message to be filled. Raises QueueFull."""
@@ -4104,12 +4241,16 @@ class Queue:
             await item.task.join()
         self._record.mail(item.id, "removed by the operator")
 
-    async def close(self) -> None:
-        """Let attempts under way end; what is left stays on the disk."""
+    def begin_closing(self) -> None:
+        """Begin no more attempts."""
         self._closing = True
-        for item in list(self.items.values()):
+        for item in self.items.values():
             if item.nudge is not None:
                 item.nudge.set()
+
+    async def close(self) -> None:
+        """Let attempts under way end; what is left stays on the disk."""
+        self.begin_closing()
         for item in list(self.items.values()):
             if item.task is not None:
                 await item.task.join()
@@ -4143,21 +4284,41 @@ class Queue:
         item.nudge = None
 
     async def _attempt(self, item: Item) -> None:
-        """Try each open recipient once; those that travel together in one go."""
+        """Try each open recipient once; those that travel together in one go.
+
+        Where some are done while others still wait for a slow server, that is written down.
+        """
         groups: dict[tuple[str, ...], list[Recipient]] = {}
         for recipient in item.recipients:
             if recipient.is_open:
                 key = self._couriers.route(recipient.target).key
                 groups.setdefault((*key, self._sender_for(item, recipient)), []).append(recipient)
-        tasks = [
-            self._loop.spawn(self._deliver(item, group), f"delivery of {item.id}")
-            for group in list(groups.values())[1:]
-        ]
-        for group in list(groups.values())[:1]:
+        if not groups:
+            return  # all that is left is to report
+        first, *others = groups.values()
+        under_way = 1 + len(others)
+
+        async def deliver(group: list[Recipient]) -> None:
+            nonlocal under_way
             await self._deliver(item, group)
+            under_way -= 1
+            if under_way:
+                await self._write_progress(item)
+
+        tasks = [
+            self._loop.spawn(deliver(group), f"delivery of {item.id}") for group in others
+        ]  # fmt: skip
+        await deliver(first)
         for task in tasks:
             await task.join()
         item.attempts += 1
+
+    async def _write_progress(self, item: Item) -> None:
+        path, line = item.message.path, item.journal_line(self._loop.clock.time())
+        try:
+            await self._loop.work(lambda: append_synced(path, line))
+        except OSError as error:
+            self._record.error("queue", f"{item.id} cannot be written: {reason(error)}")
 
     async def _deliver(self, item: Item, group: list[Recipient]) -> None:
         route = self._couriers.route(group[0].target)
@@ -4167,7 +4328,7 @@ class Queue:
             item.id, sender, item.message, envelope.smtputf8, envelope.eight_bit
         )  # fmt: skip
         targets = [recipient.target for recipient in group]
-        async with self._slots[route.local]:
+        async with self._destination(route), self._slots[route.local]:
             try:
                 results = await route.courier.deliver(shipment, targets)
             except Exception as error:  # a fault of ours must not lose the message
@@ -4183,6 +4344,20 @@ class Queue:
                 f"({result.status}): {result.text}",
             )
             self._on_result(item, recipient)
+
+    @contextlib.asynccontextmanager
+    async def _destination(self, route: Route) -> AsyncIterator[None]:
+        """Hold one of the few slots of a destination elsewhere."""
+        if route.local:
+            yield
+            return
+        slots = self._destinations.setdefault(route.key, Slots(self._loop, _DESTINATION_SLOTS))
+        try:
+            async with slots:
+                yield
+        finally:
+            if slots.is_unused:
+                self._destinations.pop(route.key, None)
 
     async def _settle(self, item: Item) -> bool:
         """Report failures, then write down what is left, or remove; true when it is over.
@@ -4207,6 +4382,9 @@ class Queue:
         except OSError as error:
             self._record.error("queue", f"{item.id} cannot be written: {reason(error)}")
             item.next_attempt = now + _PAUSES[0]
+            if not os.path.exists(item.message.path):
+                self._record.mail(item.id, "its file is gone from the queue; forgotten")
+                return True
         return False
 
     def _pause(self, attempts: int) -> float:
@@ -4248,14 +4426,20 @@ class Queue:
         if not (foreign and leaves and self._is_local(own_domain)):
             return sender
         separator = self._settings.suffix_separator
-        return f"{user}{separator}fwd_from={local}={domain}@{own_domain}"
+        old = f"{local_part_content(local)}={domain}"
+        content = f"{local_part_content(user)}{separator}fwd_from={old}"
+        return f"{local_part(content)}@{own_domain}"
 
     async def _report(self, item: Item, failed: list[Recipient]) -> None:
         """Queue a notification for the sender, if there is one. Raises OSError."""
         if item.envelope.sender:
             data, utf8 = notification(item, failed, self._settings, self._loop.clock.time())
             draft = Draft(self._loop, self._disk, self._settings.directory)
-            await draft.add(data)
+            try:
+                await draft.add(data)
+            except BaseException:
+                draft.discard()
+                raise
             envelope = Envelope(
                 draft.id, "", self._addressees(item.envelope.sender), self._loop.clock.time(),
                 b"", smtputf8=utf8, eight_bit=draft.eight_bit,
@@ -4281,11 +4465,13 @@ def notification(
     item: Item, failed: Sequence[Recipient], settings: QueueSettings, now: float
 ) -> tuple[bytes, bool]:
     """Return a delivery status notification (RFC 3464, 6533), and if it needs SMTPUTF8."""
-    envelope = item.envelope
-    names = [envelope.sender]
+    sender = _in_ascii_where_possible(item.envelope.sender)
+    names = [sender]
     for recipient in failed:
-        names += [recipient.original, recipient.target.value]
-    utf8 = not all(name.isascii() for name in names) or envelope.smtputf8
+        names += [_in_ascii_where_possible(recipient.original), _final_recipient(recipient)]
+    utf8 = not all(name.isascii() for name in names)
+    if item.envelope.smtputf8 and not utf8:
+        utf8 = not item.message.header().isascii()
     boundary = f"=_{new_id()}"
     kind = "global-delivery-status" if utf8 else "delivery-status"
     parts = [
@@ -4295,20 +4481,37 @@ def notification(
         + _delivery_status(item, failed, settings, utf8),
         _returned_content(item, utf8),
     ]
+    encoding = "7bit" if all(part.isascii() for part in parts) else "8bit"
     header = (
         f"From: Mail Delivery System <postmaster@{settings.hostname}>\r\n"
-        f"To: <{envelope.sender}>\r\n"
+        f"To: <{sender}>\r\n"
         "Subject: Mail delivery failed: returning message to sender\r\n"
         f"Message-ID: <{new_id()}@{settings.hostname}>\r\n"
         f"Date: {rfc5322_date(now)}\r\n"
         "Auto-Submitted: auto-replied\r\n"
         "MIME-Version: 1.0\r\n"
+        f"Content-Transfer-Encoding: {encoding}\r\n"
         "Content-Type: multipart/report; report-type=delivery-status;\r\n"
         f'\tboundary="{boundary}"\r\n\r\n'
     ).encode()
     delimiter = f"--{boundary}\r\n".encode()
     body = b"".join(delimiter + part + b"\r\n" for part in parts)
     return header + body + f"--{boundary}--\r\n".encode(), utf8
+
+
+def _in_ascii_where_possible(address: str) -> str:
+    """Return `address` with its domain in A-labels, so that fewer servers are asked too much."""
+    try:
+        return address_to_ascii(address)
+    except ValueError:
+        return address
+
+
+def _final_recipient(recipient: Recipient) -> str:
+    target = recipient.target
+    return _in_ascii_where_possible(
+        target.value if target.kind == "address" else recipient.original
+    )
 
 
 def _explanation(item: Item, failed: Sequence[Recipient], settings: QueueSettings) -> bytes:
@@ -4340,10 +4543,13 @@ def _delivery_status(
         ]
     ]
     for recipient in failed:
-        final = recipient.target.value if recipient.target.kind == "address" else recipient.original
         result = recipient.result
-        group = [f"Original-Recipient: {form}; {recipient.original}"]
-        group += [f"Final-Recipient: {form}; {final}", "Action: failed", f"Status: {result.status}"]
+        group = [
+            f"Original-Recipient: {form}; {_in_ascii_where_possible(recipient.original)}",
+            f"Final-Recipient: {form}; {_final_recipient(recipient)}",
+            "Action: failed",
+            f"Status: {result.status}",
+        ]
         if result.remote:
             group.append(f"Remote-MTA: dns; {result.remote.partition(' ')[0]}")
         code = "smtp" if result.remote else "X-chasquid"
@@ -4480,7 +4686,9 @@ class Session:
         self._hello = ""
         self._extended = False
         self._user = ""  # who has logged in, as an address
+        self._verb = ""
         self._errors = 0
+        self._unknown_recipients = 0
         self._transaction: Transaction | None = None
 
     async def run(self) -> None:
@@ -4531,6 +4739,7 @@ class Session:
             reply = await self._next_reply()
             if reply is not None:
                 close = self._write(self._count_error(reply))
+            await self._stream.be_fair()
             if self._site.closing and not close:
                 close = self._write(Reply(421, "4.3.2", "the server is shutting down", close=True))
 
@@ -4551,7 +4760,9 @@ class Session:
             self.idle = False
 
     async def _execute(self, line: bytes) -> Reply | None:
+        self._verb = ""
         verb, argument = parse_command(line)
+        self._verb = verb
         if verb in _HTTP_VERBS:
             return Reply(502, "5.7.0", "this is a mail server and speaks no HTTP", close=True)
         command = _COMMANDS.get(verb)
@@ -4567,14 +4778,23 @@ class Session:
         return await command.action(self, argument)
 
     def _count_error(self, reply: Reply) -> Reply:
-        """Close the connection after some errors; a client of another protocol makes many."""
+        """Close the connection after some errors; a client of another protocol makes many.
+
+        Unknown recipients count apart, and those above the limit not at all: a server that
+        sends to a list with some dead addresses must get to its DATA.
+        """
         if not reply.is_error:
             return reply
         self._site.record.count("rejections", str(reply.code))
         sender = f" from=<{self._transaction.sender}>" if self._transaction else ""
         self._log(f"rejected{sender}: {reply}")
-        self._errors += 1
-        if self._errors < ERROR_LIMIT or reply.close:
+        if reply.close or reply.status == "4.5.3":
+            return reply
+        if self._verb == "RCPT" and reply.code == 550:
+            self._unknown_recipients += 1
+        else:
+            self._errors += 1
+        if self._errors < ERROR_LIMIT and self._unknown_recipients < RECIPIENT_ERROR_LIMIT:
             return reply
         text = f"too many errors, closing the connection; the last one: {reply.text}"
         return Reply(421, "4.7.0", text, close=True)
@@ -4617,7 +4837,7 @@ class Session:
         return Reply(250, "", "\n".join(keywords))
 
     def _greeted(self, argument: str, extended: bool) -> None:
-        name = argument.split()[0]
+        name = argument.split(" ")[0]
         if not is_host_name(name):
             text = "expected the name of your host, or its address in brackets"
             raise Refused(Reply(501, "5.5.2", text))
@@ -4819,7 +5039,9 @@ class Session:
             return Reply(503, "5.5.1", self.phase.then)
         try:
             transaction = self._open_draft()
-        except Refused:
+        except Refused as refused:
+            assert self._transaction is not None
+            self._transaction.failure = refused.reply  # or the next chunk would begin a message
             await self._read_chunk(size, None)
             raise
         await self._read_chunk(size, transaction)
@@ -4900,7 +5122,7 @@ class Session:
     def _check_header(self, block: bytes) -> set[str]:
         """Return the names of the fields. Raises Refused where the header is not sane."""
         try:
-            names = [name for name, _ in header_fields(block)]
+            names = header_names(block)
         except ValueError as error:
             text = f"the header holds a line that is no field: {error}"
             raise Refused(Reply(554, "5.6.0", text)) from None
@@ -5211,6 +5433,7 @@ _WORKER_COUNT = 8
 _STOP_SECONDS = 10.0
 _ACCEPT_PAUSE = 1.0  # when there are no descriptors left
 _BACKLOG = 1024
+_SPARE_DESCRIPTORS = 300  # a message that comes in, a delivery, a name look-up: one each
 _CONTROL_LIMIT = 64 * 1024  # octets of a request to the control socket
 _CONTROL_SECONDS = 30.0
 _UNIX_PATH_LIMIT = 100  # a little less than what sun_path holds
@@ -5219,6 +5442,15 @@ _UNIX_PATH_LIMIT = 100  # a little less than what sun_path holds
 def random_fraction() -> float:
     """Return a random number from 0 up to, but not including, 1."""
     return int.from_bytes(os.urandom(6), "big") / (1 << 48)
+
+
+def session_limit() -> int:
+    """Return how many connections leave descriptors for the queue and the couriers."""
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = 100_000 if soft == resource.RLIM_INFINITY else soft
+    return max(limit // 2, limit - _SPARE_DESCRIPTORS)
 
 
 class Certificates:
@@ -5357,12 +5589,13 @@ class Daemon:
             loop, self.record, config, self._domains.accounts, self._domains.aliases, self.queue,
             certificates.default,
         )  # fmt: skip
-        self._listeners = Listeners(config)
+        self._listeners = Listeners(config, loop)
         undo.callback(self._listeners.close)
         self._control = Control(loop, self.record, self)
         undo.callback(self._control.close)
         self._control.open()
         self._sessions: dict[Session, Task] = {}
+        self._session_limit = session_limit()
         self._stopping = Event(loop)
         self._reload_now = Event(loop)
         self._reopen_logs = False
@@ -5480,6 +5713,7 @@ class Daemon:
 
     async def _wind_up(self) -> None:
         self._site.closing = True
+        self.queue.begin_closing()
         for session, task in self._sessions.items():
             if session.idle:
                 task.cancel()
@@ -5514,11 +5748,17 @@ class Daemon:
                 self.record.error("listener", text)
                 await self.loop.sleep(_ACCEPT_PAUSE)
             else:
-                if raw.family != socket.AF_UNIX:
-                    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._begin(port, raw, peer[0] if peer else "local")
 
     def _begin(self, port: Port, raw: socket.socket, peer: str) -> None:
+        if len(self._sessions) >= self._session_limit:
+            self.record.count("connections", "refused")
+            with contextlib.suppress(OSError):
+                raw.setblocking(False)
+                raw.send(b"421 4.3.2 too many connections; try again later\r\n")
+            raw.close()
+            return
+        send_at_once(raw)
         peer = peer.removeprefix("::ffff:").partition("%")[0]
         session = Session(self._site, Stream(self.loop, raw), port, peer)
 
@@ -5558,6 +5798,7 @@ class Daemon:
             domains, certificates = await self.loop.work(
                 lambda: (load_domains(self.config), Certificates(self.config))
             )
+            self._check_still_there(domains)
         except (ChasquidError, OSError) as error:
             self.record.error("daemon", f"not read again, the old stays in force: {reason(error)}")
             return
@@ -5568,6 +5809,16 @@ class Daemon:
             self._site.tls_context = certificates.default
         self.record.info("daemon", "users, aliases and certificates read again")
 
+    def _check_still_there(self, domains: Domains) -> None:
+        """Raise ChasquidError where all users of a domain have vanished.
+
+        A file that was cut short, or a disk that is not mounted, must not turn mail away.
+        """
+        gone = domains.accounts.without_users(self._domains.accounts.with_users())
+        if gone:
+            text = f"{', '.join(gone)}: all users are gone; if that is meant, start the server anew"
+            raise ChasquidError(text)
+
 
 class Listeners:
     """The listening sockets, ours or systemd's. Raises ConfigError.
@@ -5576,7 +5827,8 @@ class Listeners:
     submission, submission_tls; see sd_listen_fds(3).
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, loop: Loop) -> None:
+        self._loop = loop
         self.sockets: list[tuple[Port, socket.socket]] = []
         inherited = self._inherited()
         kinds = (
@@ -5600,7 +5852,9 @@ class Listeners:
 
     def close(self) -> None:
         for _, raw in self.sockets:
-            raw.close()
+            if raw.fileno() >= 0:
+                self._loop.forget(raw.fileno())
+                raw.close()
 
     @staticmethod
     def _inherited() -> dict[str, list[socket.socket]]:
@@ -6213,11 +6467,10 @@ def _queue_directory(config: Config) -> str:
 
 
 def _queue_items(config: Config) -> list[Item]:
-    items, unreadable = read_queue(_queue_directory(config))
-    for path, why in unreadable:
-        if os.path.exists(path):  # else it was delivered while we were reading
-            print(f"chasquid: {why}", file=sys.stderr)
-    return sorted(items, key=lambda item: item.envelope.received)
+    contents = read_queue(_queue_directory(config))
+    for _, why in contents.unreadable + contents.unread:
+        print(f"chasquid: {why}", file=sys.stderr)
+    return sorted(contents.items, key=lambda item: item.envelope.received)
 
 
 def _due(item: Item, now: float) -> str:

@@ -38,15 +38,10 @@ def test_what_follows_the_empty_line_never_changes_the_header(head, body):
         assert head.startswith(block + b"\r\n")
 
 
-def test_fields_have_lower_case_names_and_unfolded_values():
+def test_fields_have_lower_case_names():
     block = b"From: a\r\nSubject:b\r\n\tc\r\n  d\r\nX-Odd \t: e:f\r\nEmpty:\r\n"
-    assert chasquid.header_fields(block) == [
-        ("from", "a"),
-        ("subject", "b\tc  d"),
-        ("x-odd", "e:f"),
-        ("empty", ""),
-    ]
-    assert chasquid.header_fields(b"") == []
+    assert chasquid.header_names(block) == ["from", "subject", "x-odd", "empty"]
+    assert chasquid.header_names(b"") == []
 
 
 @pytest.mark.parametrize(
@@ -56,7 +51,7 @@ def test_fields_have_lower_case_names_and_unfolded_values():
 )  # fmt: skip
 def test_a_line_that_is_no_field_is_refused(block):
     with pytest.raises(ValueError):
-        chasquid.header_fields(block)
+        chasquid.header_names(block)
 
 
 FIELDS = st.lists(
@@ -72,9 +67,7 @@ FIELDS = st.lists(
 @given(FIELDS)
 def test_folded_fields_are_read_back(fields):
     block = b"".join(chasquid.fold(name, *parts) for name, parts in fields)
-    assert chasquid.header_fields(block) == [
-        (name.lower(), "\t".join(parts)) for name, parts in fields
-    ]
+    assert chasquid.header_names(block) == [name.lower() for name, _ in fields]
 
 
 def test_a_message_in_memory_comes_with_what_stands_in_front():
