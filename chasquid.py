@@ -3911,10 +3911,16 @@ class Recipient:
 
 
 class Item:
-    """A message in the queue. `next_attempt` is in seconds since 1970, 0 for at once."""
+    """A message in the queue.
+
+    `next_attempt` is for people, in seconds since 1970. What decides is `due`, on the
+    monotonic clock, and `waited`: the seconds that the message had been in a running
+    queue at the time `since`. A small host may find out at any moment that it is 2026.
+    """
 
     __slots__ = (
-        "attempts", "envelope", "message", "next_attempt", "nudge", "recipients", "removed", "task",
+        "attempts", "due", "envelope", "message", "next_attempt", "nudge", "recipients", "removed",
+        "since", "task", "waited",
     )  # fmt: skip
 
     def __init__(self, envelope: Envelope, message: Message) -> None:
@@ -3923,6 +3929,9 @@ class Item:
         self.recipients = [Recipient(addressee) for addressee in envelope.addressees]
         self.attempts = 0
         self.next_attempt = 0.0
+        self.due = 0.0
+        self.waited = 0.0
+        self.since = 0.0
         self.removed = False
         self.nudge: Event | None = None
         self.task: Task | None = None
@@ -3940,6 +3949,7 @@ class Item:
             "at": at,
             "attempt": self.attempts,
             "next": self.next_attempt,
+            "waited": self.waited,
             "results": {
                 str(number): list(recipient.result)
                 for number, recipient in enumerate(self.recipients)
@@ -3954,9 +3964,10 @@ class Item:
             value = json.loads(line)
             results = {int(key): Result(*one) for key, one in value["results"].items()}
             attempts, next_attempt = int(value["attempt"]), float(value["next"])
+            waited = float(value["waited"])
         except (ValueError, TypeError, KeyError, AttributeError):
             return
-        self.attempts, self.next_attempt = attempts, next_attempt
+        self.attempts, self.next_attempt, self.waited = attempts, next_attempt, waited
         for number, result in results.items():
             self.recipients[number].result = result
             self.recipients[number].reported = result.state == FAILED
@@ -4229,7 +4240,7 @@ class Queue:
 
     def retry(self, item: Item) -> None:
         """Attempt `item` now instead of when it is due."""
-        item.next_attempt = 0.0
+        item.next_attempt = item.due = 0.0
         if item.nudge is not None:
             item.nudge.set()
 
@@ -4257,13 +4268,16 @@ class Queue:
 
     def _start(self, item: Item) -> None:
         self.items[item.id] = item
+        item.since = self._loop.clock.monotonic()
+        pause = item.next_attempt - self._loop.clock.time()
+        item.due = item.since + min(max(0.0, pause), _PAUSES[-1] + _JITTER)
         item.task = self._loop.spawn(self._deliver_all(item), f"queue {item.id}")
 
     async def _deliver_all(self, item: Item) -> None:
         """Attempt until nothing is pending, pausing in between."""
         try:
             while not item.removed and not self._closing:
-                if item.next_attempt <= self._loop.clock.time():
+                if item.due <= self._loop.clock.monotonic():
                     await self._attempt(item)
                     if await self._settle(item):
                         return
@@ -4277,7 +4291,7 @@ class Queue:
     async def _wait(self, item: Item) -> None:
         item.nudge = Event(self._loop)
         try:
-            with self._loop.deadline(max(0.0, item.next_attempt - self._loop.clock.time())):
+            with self._loop.deadline(item.due - self._loop.clock.monotonic()):
                 await item.nudge.wait()
         except Expired:
             pass
@@ -4364,8 +4378,8 @@ class Queue:
 
         Where the disk refuses, nothing is forgotten: it is tried again in a minute.
         """
-        now = self._loop.clock.time()
-        if now - item.envelope.received >= self._settings.give_up_after:
+        self._count_wait(item)
+        if item.waited >= self._settings.give_up_after:
             self._give_up(item)
         try:
             failed = [r for r in item.recipients if r.state == FAILED and not r.reported]
@@ -4375,17 +4389,25 @@ class Queue:
                 await self._disk.remove(item.message.path)
                 self._record.mail(item.id, f"done after {plural(item.attempts, 'attempt')}")
                 return True
-            item.next_attempt = now + self._pause(item.attempts)
-            await self._write_down(item, now)
-            left = duration_text(item.next_attempt - now)
-            self._record.mail(item.id, f"next attempt in {left}")
+            self._postpone(item, self._pause(item.attempts))
+            await self._write_down(item)
         except OSError as error:
             self._record.error("queue", f"{item.id} cannot be written: {reason(error)}")
-            item.next_attempt = now + _PAUSES[0]
+            self._postpone(item, _PAUSES[0])
             if not os.path.exists(item.message.path):
                 self._record.mail(item.id, "its file is gone from the queue; forgotten")
                 return True
         return False
+
+    def _count_wait(self, item: Item) -> None:
+        now = self._loop.clock.monotonic()
+        item.waited += now - item.since
+        item.since = now
+
+    def _postpone(self, item: Item, seconds: float) -> None:
+        item.next_attempt = self._loop.clock.time() + seconds
+        item.due = self._loop.clock.monotonic() + seconds
+        self._record.mail(item.id, f"next attempt in {duration_text(seconds)}")
 
     def _pause(self, attempts: int) -> float:
         return _PAUSES[min(attempts, len(_PAUSES)) - 1] + self._random() * _JITTER
@@ -4399,8 +4421,8 @@ class Queue:
                 self._record.mail(item.id, f"to={recipient.target.value} given up after {after}")
                 self._on_result(item, recipient)
 
-    async def _write_down(self, item: Item, now: float) -> None:
-        path, line = item.message.path, item.journal_line(now)
+    async def _write_down(self, item: Item) -> None:
+        path, line = item.message.path, item.journal_line(self._loop.clock.time())
         target = os.path.join(self._settings.directory, "cur", os.path.basename(path))
 
         def write() -> None:
