@@ -1605,10 +1605,10 @@ class Programs:
 # nobody is told that it exists.
 #
 # The functions block, and are for commands and worker threads. `Disk` is for the loop.
-# It does itself what only touches the page cache (open, write, rename), and leaves to
-# threads what waits for the device: each system call in a thread costs two changes of the
-# interpreter lock, which is dearer than the call. What is to be synced or removed at the
-# same time is one batch, in which a directory that several need comes once.
+# What comes at the same time is one batch: all files are written and synced, all are renamed,
+# each directory is synced once, and what is done with is removed. So the device is asked
+# less often, and the loop and the threads change places less often, which costs more than
+# most system calls.
 # ======================================================================================
 
 
@@ -1716,97 +1716,157 @@ _DISK_THREADS = 8  # at most
 _QUICK_SYNC = 0.005  # seconds; a device that is no slower is served best by one thread
 
 
+class _Commit:
+    """A file on its way to its name: to be written, synced, renamed, its directory synced.
+
+    `fd` is where `data` goes, -1 for a file that is to be made as `temporary`. `name` is
+    what it is called now, if anything. `safe` is set when all is done; `error` says why it
+    will not be.
+    """
+
+    __slots__ = ("data", "error", "fd", "name", "path", "safe", "temporary")
+
+    def __init__(self, fd: int, data: bytes, temporary: str, path: str) -> None:
+        self.fd = fd
+        self.data = data
+        self.temporary = temporary
+        self.path = path
+        self.name = temporary if fd >= 0 else ""
+        self.safe = False
+        self.error: BaseException | None = None
+
+    def write(self) -> None:
+        """Write and sync. Raises OSError."""
+        if self.fd >= 0:
+            write_all(self.fd, self.data)
+            os.fsync(self.fd)
+        else:
+            create_synced(self.temporary, [self.data])
+            self.name = self.temporary
+
+    def rename(self) -> None:
+        """Raises OSError."""
+        os.rename(self.temporary, self.path)
+        self.name = self.path
+
+
 class _Batch:
-    """What is done together: jobs by what they are for, and who waits for them."""
+    """What is done together, by worker threads, and who waits for it."""
 
     def __init__(self, loop: Loop) -> None:
-        self.jobs: dict[tuple[str, int | str], Callable[[], None]] = {}
-        self.succeeded: set[tuple[str, int | str]] = set()
-        self.errors: dict[tuple[str, int | str], BaseException] = {}
+        self.commits: list[_Commit] = []
+        self.removals: list[str] = []
         self.done = Event(loop)
+        self._unwritten: list[_Commit] = []
 
-    def work(self) -> None:
-        """Do the jobs that are left, one after another; several threads do so at a time."""
+    def add(self, commit: _Commit) -> None:
+        self.commits.append(commit)
+        self._unwritten.append(commit)
+
+    def write(self) -> None:
+        """Write and sync the files that are left; several threads may do so at a time."""
         while True:
             try:
-                key, job = self.jobs.popitem()
-            except KeyError:
+                commit = self._unwritten.pop()
+            except IndexError:
                 return
             try:
-                job()
+                commit.write()
             except BaseException as error:
-                self.errors[key] = error
-            else:
-                self.succeeded.add(key)
+                commit.error = error
 
-    def check(self, key: tuple[str, int | str]) -> None:
-        """Raise OSError unless the job of `key` is known to have succeeded."""
-        if key not in self.succeeded:
-            error = self.errors.get(key)
-            if isinstance(error, OSError):
-                raise error
-            raise OSError(errno.EIO, f"the disk was not reached: {error}") from error
+    def finish(self) -> None:
+        """Write what is left, rename, sync each directory once, and remove."""
+        self.write()
+        directories: dict[str, list[_Commit]] = {}
+        for commit in self.commits:
+            try:
+                if commit.error is None:
+                    commit.rename()
+                    directories.setdefault(os.path.dirname(commit.path), []).append(commit)
+            except BaseException as error:
+                commit.error = error
+        for directory, commits in directories.items():
+            self._finish_directory(directory, commits)
+        for path in self.removals:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+    @staticmethod
+    def _finish_directory(directory: str, commits: list[_Commit]) -> None:
+        error: BaseException | None = None
+        try:
+            sync_directory(directory)
+        except BaseException as failure:
+            error = failure
+        for commit in commits:
+            commit.safe, commit.error = error is None, error
 
 
 class Disk:
     """Durable writes on the loop. All of it raises OSError.
 
-    A file system joins what several threads sync at the same time, which pays on a slow
-    device; on a quick one the threads would lose more by waiting for the interpreter. So
-    their number follows the time that a job takes.
-
     What is asked for while a batch is under way goes into the next one: a sync that has
     begun may have missed what was just written.
+
+    A file system joins what several threads sync at the same time, which pays on a slow
+    device; on a quick one the threads would lose more by waiting for the interpreter. So
+    their number follows the time that a batch takes.
     """
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
         self._next: _Batch | None = None
         self._busy = False
-        self._usual = 0.0  # seconds that a job takes, averaged over the last ones
+        self._usual = 0.0  # seconds that one file takes, averaged over the last batches
 
-    async def create(self, path: str, data: bytes) -> None:
-        """Create `path`, which must not exist, and sync its data; its name is not synced yet."""
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            write_all(fd, data)
-            await self.sync(fd)
-        except BaseException:
-            os.unlink(path)
-            raise
-        finally:
-            os.close(fd)
+    async def create(self, temporary: str, data: bytes, path: str) -> None:
+        """Make a file with `data` durable under the name `path`, by way of `temporary`.
 
-    async def sync(self, fd: int) -> None:
-        """Make durable what was written to `fd`."""
-        await self._join("sync", fd, lambda: os.fsync(fd))
+        Neither name is left where that fails.
+        """
+        await self._commit(_Commit(-1, data, temporary, path))
 
-    async def move(self, source: str, target: str) -> None:
-        """Rename `source` to `target` and make the new name durable."""
-        os.rename(source, target)
-        directory = os.path.dirname(target)
-        await self._join("sync", directory, lambda: sync_directory(directory))
+    async def commit(self, fd: int, data: bytes, temporary: str, path: str) -> None:
+        """Write `data` to the end of the file behind `fd`, then as `create`."""
+        await self._commit(_Commit(fd, data, temporary, path))
+
+    async def _commit(self, commit: _Commit) -> None:
+        batch = self._batch()
+        batch.add(commit)
+        await self._end_of(batch)
+        if not commit.safe:
+            if commit.name:
+                with contextlib.suppress(OSError):
+                    os.unlink(commit.name)
+            if isinstance(commit.error, OSError):
+                raise commit.error
+            raise OSError(errno.EIO, f"the disk was not reached: {commit.error}") from commit.error
 
     async def remove(self, path: str) -> None:
         """Remove a file, if it is there; that this is durable is not promised."""
-        with contextlib.suppress(FileNotFoundError):
-            await self._join("remove", path, lambda: os.unlink(path))
+        batch = self._batch()
+        batch.removals.append(path)
+        await self._end_of(batch)
+        if os.path.lexists(path):
+            os.unlink(path)  # raises what the batch has met
 
-    async def _join(self, what: str, of: int | str, job: Callable[[], None]) -> None:
-        """Have `job` done with the next batch; who asks for the same shares it."""
+    def _batch(self) -> _Batch:
+        """Return the batch that begins next."""
         if self._next is None:
             self._next = _Batch(self._loop)
             if not self._busy:
                 self._busy = True
                 self._loop.spawn(self._work(), "disk")
-        batch, task = self._next, self._loop.current
-        batch.jobs[what, of] = job
+        return self._next
+
+    async def _end_of(self, batch: _Batch) -> None:
+        task = self._loop.current
         task.shielded = True  # the job cannot be taken back
         try:
             await batch.done.wait()
         finally:
             task.shielded = False
-        batch.check((what, of))
 
     async def _work(self) -> None:
         try:
@@ -1817,13 +1877,16 @@ class Disk:
             self._busy = False
 
     async def _do(self, batch: _Batch) -> None:
-        count = len(batch.jobs)
+        count = max(1, len(batch.commits))
         threads = min(count, _DISK_THREADS, 1 + int(self._usual / _QUICK_SYNC))
         start = self._loop.clock.monotonic()
         try:
-            await self._loop.work_together(batch.work, threads)
-        except ChasquidError as error:  # no thread; who waits is told by `check`
-            batch.errors.update(dict.fromkeys(batch.jobs, error))
+            if threads > 1:
+                await self._loop.work_together(batch.write, threads)
+            await self._loop.work(batch.finish)
+        except ChasquidError as error:  # there is no thread
+            for commit in batch.commits:
+                commit.error = error
         finally:
             batch.done.set()
         seconds = (self._loop.clock.monotonic() - start) * threads / count
@@ -3185,12 +3248,16 @@ SENT, DEFERRED, FAILED = "sent", "deferred", "failed"
 
 
 class Result(NamedTuple):
-    """What became of one recipient; `remote` names the server that said so, if one did."""
+    """What became of one recipient, for people in `text`.
+
+    `remote` names the server that was reached, and `reply` is what it said, if it did.
+    """
 
     state: str
     status: str
     text: str
     remote: str = ""
+    reply: str = ""
 
 
 class Shipment(NamedTuple):
@@ -3268,14 +3335,15 @@ class MaildirCourier:
         if directory not in self._known or not os.path.isdir(directory):
             await self._loop.work(lambda: self._make(directory))
             self._known.add(directory)
+        new = os.path.join(directory, "new", name)
         if shipment.message.data is not None:
             data = head + b"".join(with_lf(shipment.message.chunks()))
-            size = len(data)
-            await self._disk.create(temporary, data)
+            path = f"{new},S={len(data)}"
+            await self._disk.create(temporary, data, path)
         else:
             size = await self._loop.work(lambda: self._copy(temporary, head, shipment.message))
-        path = os.path.join(directory, "new", f"{name},S={size}")
-        await self._disk.move(temporary, path)
+            path = f"{new},S={size}"
+            await self._loop.work(lambda: move_synced(temporary, path))
         return path
 
     @staticmethod
@@ -3549,23 +3617,31 @@ class Client:
                         raise ValueError(f"a reply of more than {_REPLY_LINES_LIMIT} lines")
         except (ValueError, LineTooLong, BareNewline) as error:
             raise TemporaryFailure(f"{self.place} does not speak SMTP: {error}", "4.5.0") from error
-        status, lines[0] = parse_status(code, lines[0])
-        return Reply(code, status, "\n".join(lines))
+        status, rest = parse_status(code, lines[0])
+        if rest == lines[0]:
+            status = ""  # the server has given none
+        return Reply(code, status, "\n".join([rest, *lines[1:]]))
 
     def _expect(self, reply: Reply, doing: str) -> None:
         if reply.code // 100 != 2:
             failure = PermanentFailure if reply.code >= 500 else TemporaryFailure
-            raise failure(f"{self.place} {doing} {printable(str(reply))}", reply.status)
+            raise failure(f"{self.place} {doing} {printable(str(reply))}", self._status(reply))
+
+    @staticmethod
+    def _status(reply: Reply) -> str:
+        return reply.status or f"{reply.code // 100}.0.0"
 
     def _result(self, reply: Reply, doing: str = "says", wanted: int = 2) -> Result:
         """Turn a reply into a result; `wanted` is the first digit that means success."""
-        text = f"{self.place} {doing} {printable(str(reply), 400)}"
+        said = printable(str(reply), 400)
+        state = DEFERRED
         if reply.code // 100 == wanted == 2:
-            return Result(SENT, reply.status, text, self.place)
-        if reply.code >= 500:
-            return Result(FAILED, reply.status, text, self.place)
-        status = reply.status if reply.code >= 400 else "4.5.0"  # an answer to no question of ours
-        return Result(DEFERRED, status, text, self.place)
+            state = SENT
+        elif reply.code >= 500:
+            state = FAILED
+        # an answer to no question of ours has no status that means anything
+        status = self._status(reply) if state != DEFERRED or reply.code >= 400 else "4.5.0"
+        return Result(state, status, f"{self.place} {doing} {said}", self.place, said)
 
 
 class LmtpCourier:
@@ -4072,17 +4148,16 @@ class Draft:
         data = b"".join(self._pieces)
         new = os.path.join(os.path.dirname(os.path.dirname(self._path)), "new")
         target = os.path.join(new, f"{self.id},S={self.size}")
-        self._append(data + envelope.to_line())
-        await self._disk.sync(self._fd)
-        os.close(self._fd)
-        self._fd = -1
-        try:
-            await self._disk.move(self._path, target)
-        except BaseException:
-            for path in (self._path, target):
-                if os.path.exists(path):
-                    os.unlink(path)
-            raise
+        tail = data + envelope.to_line()
+        if self._fd < 0:
+            await self._disk.create(self._path, tail, target)
+        else:
+            fd, self._fd = self._fd, -1
+            try:
+                await self._loop.work(lambda: os.fsync(fd))  # nobody else should wait for so much
+                await self._disk.commit(fd, tail, self._path, target)
+            finally:
+                os.close(fd)
         small = self.size == len(data)
         return Message(envelope.prefix, target, self.size, data if small else None)
 
@@ -4417,7 +4492,9 @@ class Queue:
         for recipient in item.recipients:
             if recipient.is_open:
                 text = f"not delivered within {after}; the last attempt: {recipient.result.text}"
-                recipient.result = Result(FAILED, "4.4.7", text, recipient.result.remote)
+                recipient.result = recipient.result._replace(
+                    state=FAILED, status="4.4.7", text=text
+                )  # fmt: skip
                 self._record.mail(item.id, f"to={recipient.target.value} given up after {after}")
                 self._on_result(item, recipient)
 
@@ -4574,8 +4651,8 @@ def _delivery_status(
         ]
         if result.remote:
             group.append(f"Remote-MTA: dns; {result.remote.partition(' ')[0]}")
-        code = "smtp" if result.remote else "X-chasquid"
-        group.append(f"Diagnostic-Code: {code}; {printable(result.text, 800)}")
+        diagnosis = f"smtp; {result.reply}" if result.reply else f"X-chasquid; {result.text}"
+        group.append(f"Diagnostic-Code: {printable(diagnosis, 800)}")
         groups.append(group)
     text = "\r\n\r\n".join("\r\n".join(group) for group in groups) + "\r\n"
     return text.encode() if utf8 else text.encode("ascii", "replace")
@@ -6376,7 +6453,7 @@ def _split_user(text: str) -> tuple[str, str]:
         user, domain = split_address(normalize_address(_parse_address(text)))
     except ValueError as error:
         raise ChasquidError(str(error)) from None
-    if not domain or domain.startswith("["):
+    if not domain or domain.startswith("[") or "/" in user or user in (".", ".."):
         raise ChasquidError(f"expected USER@DOMAIN, found {printable(text, 100)!r}")
     return user, domain
 

@@ -154,6 +154,10 @@ def on_disk(call, crashes=None, threads=4):
     return run(main, crashes=crashes, threads=threads)
 
 
+async def create(disk, path):
+    await disk.create(f"{path}.tmp", b"x", str(path))
+
+
 def test_many_files_created_and_moved_at_once_are_all_there(tmp_path):
     (tmp_path / "tmp").mkdir()
     (tmp_path / "new").mkdir()
@@ -161,8 +165,8 @@ def test_many_files_created_and_moved_at_once_are_all_there(tmp_path):
     async def call(loop, disk):
         async def deliver(number):
             name = str(number)
-            await disk.create(str(tmp_path / "tmp" / name), name.encode() * 100)
-            await disk.move(str(tmp_path / "tmp" / name), str(tmp_path / "new" / name))
+            temporary, path = str(tmp_path / "tmp" / name), str(tmp_path / "new" / name)
+            await disk.create(temporary, name.encode() * 100, path)
             if number % 2:
                 await disk.remove(str(tmp_path / "new" / name))
 
@@ -184,17 +188,19 @@ def test_an_error_comes_to_those_whom_it_concerns_and_to_nobody_else(tmp_path):
                 return type(error)
 
         works = [
-            disk.create(str(tmp_path / "good"), b"x"),
+            create(disk, tmp_path / "good"),
             disk.remove(str(tmp_path / "none")),
             disk.remove(str(tmp_path / "none")),
-            disk.create(str(tmp_path / "none" / "bad"), b"x"),
-            disk.sync(10_000),
+            create(disk, tmp_path / "none" / "bad"),
+            disk.create(str(tmp_path / "tmp"), b"x", str(tmp_path / "none" / "worse")),
+            disk.commit(10_000, b"x", str(tmp_path / "tmp"), str(tmp_path / "f")),
         ]
         tasks = [loop.spawn(outcome(work), "works") for work in works]
         return [await task.join() for task in tasks]
 
     results = on_disk(call)
-    assert results == [None, None, None, FileNotFoundError, OSError]
+    none = FileNotFoundError
+    assert results == [None, None, None, none, none, OSError]
     assert os.listdir(tmp_path) == ["good"]
 
 
@@ -203,10 +209,11 @@ def test_a_file_that_exists_is_not_created_again_on_the_loop(tmp_path):
 
     async def call(loop, disk):
         with pytest.raises(FileExistsError):
-            await disk.create(str(tmp_path / "f"), b"new")
+            await disk.create(str(tmp_path / "f"), b"new", str(tmp_path / "g"))
 
     on_disk(call)
     assert (tmp_path / "f").read_bytes() == b"old"
+    assert not (tmp_path / "g").exists()
 
 
 @pytest.mark.parametrize("threads", [1, 4])
@@ -214,16 +221,19 @@ def test_a_job_that_fails_in_a_way_that_nobody_foresaw_is_told_and_the_disk_goes
     tmp_path, threads
 ):
     async def call(loop, disk):
-        async def removes(path):
+        async def fails(work):
             with pytest.raises((OSError, ValueError)), loop.deadline(1):
-                await disk.remove(path)
+                await work
 
-        bad = loop.spawn(removes("a\0b"), "bad")  # no system call takes that
-        worse = loop.spawn(removes(str(tmp_path)), "worse")  # no file
-        await bad.join()
-        await worse.join()
+        works = [
+            disk.remove(str(tmp_path)),  # no file
+            disk.create("a\0b", b"x", str(tmp_path / "f")),  # no system call takes that
+            disk.create(str(tmp_path / "f"), "no octets", str(tmp_path / "g")),
+        ]
+        for task in [loop.spawn(fails(work), "fails") for work in works]:
+            await task.join()
         with loop.deadline(5):
-            await disk.create(str(tmp_path / "after"), b"x")
+            await create(disk, tmp_path / "after")
 
     on_disk(call, crashes=[], threads=threads)
     assert os.listdir(tmp_path) == ["after"]
@@ -247,11 +257,11 @@ def test_a_moment_without_threads_is_told_and_the_disk_goes_on(tmp_path):
     async def main():
         disk = chasquid.Disk(loop)
         with pytest.raises((OSError, chasquid.ChasquidError)) as caught, loop.deadline(1):
-            await disk.create(str(tmp_path / "first"), b"x")
+            await create(disk, tmp_path / "first")
         assert not isinstance(caught.value, chasquid.Expired)
         workers.tired = False
         with loop.deadline(5):
-            await disk.create(str(tmp_path / "second"), b"x")
+            await create(disk, tmp_path / "second")
 
     try:
         loop.run(main())
@@ -263,8 +273,7 @@ def test_a_moment_without_threads_is_told_and_the_disk_goes_on(tmp_path):
 def test_who_is_cancelled_while_a_file_is_synced_leaves_none_behind(tmp_path):
     async def call(loop, disk):
         tasks = [
-            loop.spawn(disk.create(str(tmp_path / f"f{number}"), b"x"), "creates")
-            for number in range(12)
+            loop.spawn(create(disk, tmp_path / f"f{number}"), "creates") for number in range(12)
         ]
         for number, task in enumerate(tasks):
             if number % 3 == 0:
@@ -277,7 +286,7 @@ def test_who_is_cancelled_while_a_file_is_synced_leaves_none_behind(tmp_path):
                 kept.append(f"f{number}")
             except chasquid.Cancelled:
                 pass
-        await disk.create(str(tmp_path / "after"), b"x")
+        await create(disk, tmp_path / "after")
         return [*kept, "after"]
 
     assert sorted(on_disk(call)) == sorted(os.listdir(tmp_path))

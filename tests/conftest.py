@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes the module importable from the tests, and starts servers for them."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from support import Server  # it imports the module
+
+# A busy machine is no reason to fail.
+hypothesis.settings.register_profile("chasquid", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("chasquid")
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Start a server for this test: `server = serve(max_queue_items=1)`."""
+    with contextlib.ExitStack() as stack:
+        count = 0
+
+        def serve(**keywords: Any) -> Server:
+            nonlocal count
+            count += 1
+            return stack.enter_context(Server(tmp_path / f"server-{count}", **keywords))
+
+        yield serve

@@ -1,0 +1,594 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The programs that serve, each as a context manager around one private instance."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import shutil
+import signal
+import socket
+import socketserver
+import subprocess
+import threading
+from collections.abc import Iterable, Mapping
+from email.message import EmailMessage
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import dns.exception
+import dns.flags
+import dns.message
+import dns.name
+import dns.rcode
+import dns.rdataclass
+import dns.rdatatype
+import dns.rrset
+
+from .tools import (
+    LOOPBACK,
+    accepts,
+    free_port,
+    make_certificate,
+    need_root,
+    program,
+    read_maildir,
+    run,
+    wait_for,
+    wait_for_letters,
+)
+
+# Where `.ci/run` unpacks Exim, whose package cannot be installed beside Postfix.
+EXIM_PLACE = os.environ.get("EXIM_PLACE", "/var/cache/chasquid-interop/exim/usr/sbin")
+
+# Whom Postfix and Dovecot write mailboxes as.
+MAIL_USER = "nobody"
+
+
+class Peer:
+    """A program that runs in a directory of its own for the length of a `with`.
+
+    What it prints goes into the file `output`, and its logs are those that fit `logs`.
+    """
+
+    logs = "*.log"
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._process: subprocess.Popen[bytes] | None = None
+        directory.mkdir(parents=True)
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, f"{self.name} is not running"
+        return self._process.pid
+
+    def log(self) -> str:
+        """Return what the program has printed and logged."""
+        paths = [*self.directory.glob("output"), *sorted(self.directory.glob(self.logs))]
+        return "".join(path.read_text("utf-8", "replace") for path in paths)
+
+    def wait_for_log(self, text: str, seconds: float = 20.0) -> None:
+        wait_for(f"{text!r} in the log of {self.name}", lambda: text in self.log(), seconds)
+
+    def start(self) -> None:
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """End the program, by force if it takes more than ten seconds."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what it may have left behind
+
+    def _run(self, command: Iterable[object], *ports: int, **options: object) -> None:
+        """Start `command` and wait until it accepts connections on all `ports`."""
+        with (self.directory / "output").open("ab") as output:
+            self._process = process = subprocess.Popen(
+                [str(word) for word in command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                **options,  # type: ignore[call-overload]
+            )
+
+        def ready() -> bool:
+            status = process.poll()
+            if status is not None:
+                raise AssertionError(f"{self.name} ended with {status}:\n{self.log()}")
+            return all(accepts(port) for port in ports)
+
+        wait_for(f"{self.name} to listen on {ports}", ready, 30)
+
+
+class MailboxPeer(Peer):
+    """A peer that delivers into Maildirs below `mail`, one for each local part."""
+
+    def maildir(self, address: str) -> Path:
+        return self.directory / "mail" / address.partition("@")[0]
+
+    def letters(self, address: str) -> list[EmailMessage]:
+        return read_maildir(self.maildir(address))
+
+    def wait_for_letters(
+        self, address: str, count: int = 1, seconds: float = 20.0
+    ) -> list[EmailMessage]:
+        return wait_for_letters(self.maildir(address), count, seconds)
+
+    def _make_mail_directory(self) -> None:
+        directory = self.directory / "mail"
+        directory.mkdir()
+        shutil.chown(directory, MAIL_USER, pwd.getpwnam(MAIL_USER).pw_gid)
+
+
+class NameServer:
+    """A name server over UDP and TCP that knows what `records` says.
+
+    `records` has a name (without the last dot) and a type for each list of values, all as
+    in a zone file: `{"dest.example": {"MX": ["10 mx.dest.example."]}}`. Any other name does
+    not exist. Instead of the types, `"SERVFAIL"` (or another code) may stand for a name.
+    The records may be changed at any time.
+    """
+
+    name = "NameServer"
+
+    def __init__(self, records: Mapping[str, Mapping[str, list[str]] | str] | None = None) -> None:
+        self.records = dict(records or {})
+        self.port = free_port()
+        self.address = f"{LOOPBACK}:{self.port}"
+        self.questions: list[str] = []
+        self._servers: list[socketserver.BaseServer] = []
+
+    def __enter__(self) -> NameServer:
+        for kind, handler in (
+            (socketserver.ThreadingUDPServer, _UdpQuestion),
+            (socketserver.ThreadingTCPServer, _TcpQuestion),
+        ):
+            server = kind((LOOPBACK, self.port), handler)
+            server.daemon_threads = True
+            server.answer = self.answer  # type: ignore[union-attr]
+            self._servers.append(server)
+            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
+
+    def log(self) -> str:
+        return "\n".join(self.questions) + "\n"
+
+    def answer(self, question: bytes, limit: int) -> bytes:
+        """Return the answer in wire format, truncated to `limit` octets."""
+        query = dns.message.from_wire(question)
+        response = dns.message.make_response(query, recursion_available=True)
+        asked = query.question[0]
+        name = asked.name.to_unicode(omit_final_dot=True).lower()
+        kind = dns.rdatatype.to_text(asked.rdtype)
+        self.questions.append(f"{name} {kind}")
+        known = self.records.get(name)
+        if isinstance(known, str):
+            response.set_rcode(dns.rcode.from_text(known))
+        elif known is not None:
+            if values := known.get(kind):
+                rrset = dns.rrset.from_text_list(asked.name, 60, "IN", kind, values)
+                response.answer.append(rrset)
+        elif not any(other.endswith(f".{name}") for other in self.records):
+            response.set_rcode(dns.rcode.NXDOMAIN)
+        try:
+            return response.to_wire(max_size=limit)
+        except dns.exception.TooBig:
+            response.answer.clear()
+            response.flags |= dns.flags.TC
+            return response.to_wire()
+
+
+class _UdpQuestion(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        question, socket_ = self.request
+        socket_.sendto(self.server.answer(question, 1232), self.client_address)
+
+
+class _TcpQuestion(socketserver.StreamRequestHandler):
+    def handle(self) -> None:
+        size = int.from_bytes(self.rfile.read(2), "big")
+        answer = self.server.answer(self.rfile.read(size), 65535)
+        self.wfile.write(len(answer).to_bytes(2, "big") + answer)
+
+
+class Postfix(MailboxPeer):
+    """Postfix with queues, processes and configuration of its own.
+
+    It receives mail for the `mailboxes` of `domain`, with STARTTLS, and sends all else to
+    `relay_port` of this machine. `settings` go into main.cf as they are.
+    """
+
+    hostname = "mx.dest.example"
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        domain: str = "dest.example",
+        mailboxes: Iterable[str] = ("dora", "diego"),
+        relay_port: int = 0,
+        settings: Mapping[str, object] | None = None,
+    ) -> None:
+        need_root()
+        super().__init__(directory)
+        self._postfix = program("postfix")
+        self.port = free_port()
+        self.config = directory / "config"
+        self.config.mkdir()
+        (directory / "queue").mkdir()
+        self._make_mail_directory()
+        certificate = make_certificate(directory / "certs", self.hostname)
+        self.certificate = certificate.fullchain
+        user = pwd.getpwnam(MAIL_USER)
+        known = "".join(f"{name}@{domain} {name}/\n" for name in mailboxes)
+        (self.config / "mailboxes").write_text(known)
+        main = {
+            "compatibility_level": "3.6",
+            "config_directory": self.config,
+            "queue_directory": directory / "queue",
+            "data_directory": directory / "data",
+            "maillog_file": directory / "postfix.log",
+            "maillog_file_prefixes": directory,
+            "mail_owner": "postfix",
+            "setgid_group": "postdrop",
+            "inet_interfaces": LOOPBACK,
+            "inet_protocols": "ipv4",
+            "myhostname": self.hostname,
+            "mydestination": "",
+            "mynetworks": "127.0.0.0/8",
+            "alias_maps": "",
+            "alias_database": "",
+            "local_recipient_maps": "",
+            "biff": "no",
+            "smtputf8_enable": "yes",
+            "relayhost": f"[{LOOPBACK}]:{relay_port}" if relay_port else "",
+            "default_transport": "smtp" if relay_port else "error: nothing leaves this machine",
+            "virtual_mailbox_domains": domain,
+            "virtual_mailbox_base": directory / "mail",
+            "virtual_mailbox_maps": f"texthash:{self.config}/mailboxes",
+            "virtual_uid_maps": f"static:{user.pw_uid}",
+            "virtual_gid_maps": f"static:{user.pw_gid}",
+            "smtpd_tls_security_level": "may",
+            "smtpd_tls_cert_file": certificate.fullchain,
+            "smtpd_tls_key_file": certificate.privkey,
+            "smtpd_tls_received_header": "yes",
+            "smtpd_tls_loglevel": "1",
+            "smtpd_peername_lookup": "no",
+            "smtp_tls_security_level": "may",
+            "smtp_tls_loglevel": "1",
+            "smtp_host_lookup": "native",
+            "smtp_dns_support_level": "disabled",
+            **(settings or {}),
+        }
+        lines = [f"{key} = {value}\n" for key, value in main.items()]
+        (self.config / "main.cf").write_text("".join(lines))
+        (self.config / "master.cf").write_text(_MASTER_CF.format(port=self.port))
+
+    def start(self) -> None:
+        self._run([self._postfix, "-c", self.config, "start-fg"], self.port)
+
+    def stop(self) -> None:
+        """End Postfix through its master, which is not the process that was started."""
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            os.kill(int((self.directory / "queue/pid/master.pid").read_text()), signal.SIGTERM)
+            if self._process is not None:
+                self._process.wait(10)
+        super().stop()
+
+    def send(self, sender: str, recipients: Iterable[str], message: EmailMessage) -> None:
+        """Hand in a message with Postfix's own sendmail."""
+        sendmail = program("sendmail", "/usr/sbin")
+        command = [sendmail, "-C", str(self.config), "-i", "-f", sender, "--", *recipients]
+        run(*command, input=message.as_bytes().decode().replace("\r\n", "\n"))
+
+    def queue(self) -> str:
+        return run(program("postqueue"), "-c", str(self.config), "-p").stdout
+
+
+_MASTER_CF = """\
+127.0.0.1:{port} inet n - n - - smtpd
+pickup    unix  n - n 60  1 pickup
+cleanup   unix  n - n -   0 cleanup
+qmgr      unix  n - n 300 1 qmgr
+tlsmgr    unix  - - n 300 1 tlsmgr
+rewrite   unix  - - n -   - trivial-rewrite
+bounce    unix  - - n -   0 bounce
+defer     unix  - - n -   0 bounce
+trace     unix  - - n -   0 bounce
+verify    unix  - - n -   1 verify
+flush     unix  n - n 1000? 0 flush
+proxymap  unix  - - n -   - proxymap
+smtp      unix  - - n -   - smtp
+relay     unix  - - n -   - smtp
+showq     unix  n - n -   - showq
+error     unix  - - n -   - error
+retry     unix  - - n -   - error
+discard   unix  - - n -   - discard
+virtual   unix  - n n -   - virtual
+anvil     unix  - - n -   1 anvil
+scache    unix  - - n -   1 scache
+postlog   unix-dgram n - n - 1 postlogd
+"""
+
+
+class Exim(MailboxPeer):
+    """Exim as a daemon that receives for the `mailboxes` of `domain`, with STARTTLS.
+
+    What it is handed for other domains it sends to `relay_port` of this machine.
+    """
+
+    hostname = "mx.exim.example"
+    logs = "log/*"
+    user = "Debian-exim"  # built into the program
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        domain: str = "exim.example",
+        mailboxes: Iterable[str] = ("elsa", "emil"),
+        relay_port: int = 0,
+    ) -> None:
+        need_root()
+        super().__init__(directory)
+        self._exim = program("exim4", EXIM_PLACE)
+        self.port = free_port()
+        self.config = directory / "exim.conf"
+        certificate = make_certificate(directory / "certs", self.hostname)
+        self.certificate = certificate.fullchain
+        self.config.write_text(
+            _EXIM_CONF.format(
+                exim=self._exim,
+                hostname=self.hostname,
+                directory=directory,
+                port=self.port,
+                domain=domain,
+                mailboxes=":".join(mailboxes),
+                relay_port=relay_port or 9,
+                certificate=certificate,
+            )
+        )
+        for name in ("spool", "log", "mail"):
+            (directory / name).mkdir()
+            shutil.chown(directory / name, self.user, self.user)
+        shutil.chown(certificate.privkey, self.user)
+
+    def start(self) -> None:
+        self._run([self._exim, "-C", self.config, "-bdf", "-q1m"], self.port)
+
+    def send(self, sender: str, recipients: Iterable[str], message: EmailMessage) -> None:
+        command = [self._exim, "-C", str(self.config), "-i", "-f", sender, "--", *recipients]
+        run(*command, input=message.as_bytes().decode().replace("\r\n", "\n"))
+
+
+_EXIM_CONF = """\
+exim_path = {exim}
+primary_hostname = {hostname}
+spool_directory = {directory}/spool
+log_file_path = {directory}/log/%slog
+pid_file_path = {directory}/spool/exim.pid
+local_interfaces = 127.0.0.1
+daemon_smtp_ports = {port}
+disable_ipv6
+keep_environment =
+host_lookup =
+rfc1413_query_timeout = 0s
+never_users =
+deliver_drop_privilege
+smtputf8_advertise_hosts = *
+tls_advertise_hosts = *
+tls_certificate = {certificate.fullchain}
+tls_privatekey = {certificate.privkey}
+acl_smtp_rcpt = recipient
+log_selector = +tls_cipher +received_recipients +smtp_protocol_error +pipelining
+qualify_domain = {domain}
+
+begin acl
+recipient:
+  accept domains = {domain}
+         verify = recipient
+  deny   domains = {domain}
+         message = no such mailbox here
+  deny   message = relay not permitted
+
+begin routers
+mailbox:
+  driver = accept
+  domains = {domain}
+  local_parts = {mailboxes}
+  transport = maildir
+elsewhere:
+  driver = manualroute
+  domains = ! {domain}
+  route_list = * 127.0.0.1
+  self = send
+  transport = relay
+
+begin transports
+maildir:
+  driver = appendfile
+  maildir_format
+  directory = {directory}/mail/$local_part_data
+  create_directory
+  delivery_date_add
+  envelope_to_add
+  return_path_add
+relay:
+  driver = smtp
+  port = {relay_port}
+  allow_localhost
+  tls_verify_certificates =
+  tls_try_verify_hosts =
+
+begin retry
+* * F,1m,1s
+"""
+
+
+class Dovecot(MailboxPeer):
+    """Dovecot with LMTP on a socket and a port, and IMAP without TLS on another port.
+
+    `users` are addresses with their passwords; those in `full` have no room left.
+    """
+
+    def __init__(
+        self, directory: Path, *, users: Mapping[str, str], full: Iterable[str] = ()
+    ) -> None:
+        need_root()
+        super().__init__(directory)
+        self._dovecot = program("dovecot")
+        self.lmtp_socket = directory / "lmtp"
+        self.lmtp_port = free_port()
+        self.imap_port = free_port()
+        self._make_mail_directory()
+        self.user = pwd.getpwnam(MAIL_USER)
+        lines = []
+        for address, password in users.items():
+            quota = "userdb_quota_rule=*:bytes=1" if address in full else ""
+            home = self.maildir(address)
+            ids = f"{self.user.pw_uid}:{self.user.pw_gid}"
+            lines.append(f"{address}:{{PLAIN}}{password}:{ids}::{home}::{quota}\n")
+        (directory / "users").write_text("".join(lines))
+        (directory / "dovecot.conf").write_text(
+            _DOVECOT_CONF.format(
+                directory=directory,
+                lmtp_socket=self.lmtp_socket,
+                lmtp_port=self.lmtp_port,
+                imap_port=self.imap_port,
+                user=self.user,
+            )
+        )
+
+    def start(self) -> None:
+        command = [self._dovecot, "-F", "-c", self.directory / "dovecot.conf"]
+        self._run(command, self.lmtp_port, self.imap_port)
+
+    def adopt(self, address: str, maildir: Path) -> None:
+        """Let `address` see a Maildir that somebody else has written, by a move."""
+        shutil.copytree(maildir, self.maildir(address), dirs_exist_ok=True)
+        for path in (self.maildir(address), *self.maildir(address).rglob("*")):
+            os.chown(path, self.user.pw_uid, self.user.pw_gid)
+
+
+_DOVECOT_CONF = """\
+base_dir = {directory}/run
+state_dir = {directory}/state
+log_path = {directory}/dovecot.log
+instance_name = {directory.name}
+listen = 127.0.0.1
+protocols = imap lmtp
+ssl = no
+disable_plaintext_auth = no
+auth_username_format = %Lu
+first_valid_uid = {user.pw_uid}
+first_valid_gid = {user.pw_gid}
+mail_location = maildir:~
+mail_plugins = quota
+plugin {{
+  quota = count:User
+  quota_vsizes = yes
+}}
+passdb {{
+  driver = passwd-file
+  args = {directory}/users
+}}
+userdb {{
+  driver = passwd-file
+  args = {directory}/users
+}}
+service lmtp {{
+  unix_listener {lmtp_socket} {{
+    mode = 0666
+  }}
+  inet_listener lmtp {{
+    address = 127.0.0.1
+    port = {lmtp_port}
+  }}
+}}
+service imap-login {{
+  inet_listener imap {{
+    port = {imap_port}
+  }}
+  inet_listener imaps {{
+    port = 0
+  }}
+}}
+"""
+
+
+class SmtpSink(Peer):
+    """Postfix's smtp-sink, which takes any mail; `options` make it worse at that.
+
+    `mail` has a file for each message, with the envelope on top.
+    """
+
+    def __init__(self, directory: Path, *options: str) -> None:
+        need_root()
+        super().__init__(directory)
+        self._options = options
+        self.port = free_port()
+        self.mail = directory / "mail"
+        self.mail.mkdir()
+        shutil.chown(self.mail, "postfix")
+
+    def start(self) -> None:
+        command = [program("smtp-sink"), "-4", "-v", *self._options, "-u", "postfix"]
+        command += ["-d", f"{self.mail}/%M.", f"{LOOPBACK}:{self.port}", "100"]
+        self._run(command, self.port)
+
+    def letters(self) -> list[str]:
+        """Return what has come in, the envelope as X-Mail-Args and X-Rcpt-Args on top."""
+        texts = [path.read_text("utf-8", "replace") for path in sorted(self.mail.iterdir())]
+        return [text for text in texts if "X-Rcpt-Args" in text]
+
+    def wait_for_letters(self, count: int = 1, seconds: float = 20.0) -> list[str]:
+        what = f"{count} message(s) in smtp-sink"
+        wait_for(what, lambda: len(self.letters()) >= count, seconds)
+        return self.letters()
+
+
+def unix_socket_accepts(path: Path) -> bool:
+    """Tell if something listens on a socket of the file system."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was answered with 250 is delivered, whatever happens to the server or its disk."""
+
+from __future__ import annotations
+
+import os
+import smtplib
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from .peers import Postfix
+from .server import Chasquid
+from .tools import letter, need_root, subjects, unavailable, wait_for
+
+USERS = {"ana@here.example": "secret", "bob@here.example": "hidden"}
+ROUNDS = int(os.environ.get("KILL_ROUNDS", "20"))
+
+
+def begin_letter(client: smtplib.SMTP, recipient: str = "ana@here.example") -> None:
+    """Go as far as the 354."""
+    client.ehlo()
+    assert client.docmd("MAIL FROM:<carl@client.example>")[0] == 250
+    assert client.docmd(f"RCPT TO:<{recipient}>")[0] == 250
+    assert client.docmd("DATA")[0] == 354
+
+
+def end_letter(client: smtplib.SMTP, subject: str, octets: int = 1000) -> tuple[int, bytes]:
+    body = ("x" * 78 + "\r\n") * (octets // 80)
+    client.send(f"Subject: {subject}\r\n\r\n{body}.\r\n")
+    return client.getreply()
+
+
+def send_letter(
+    client: smtplib.SMTP, subject: str, recipient: str = "ana@here.example", octets: int = 1000
+) -> tuple[int, bytes]:
+    begin_letter(client, recipient)
+    return end_letter(client, subject, octets)
+
+
+class TestKill:
+    def test_after_250_nothing_is_lost(self, chasquid):
+        for number in range(ROUNDS):
+            with chasquid.smtp() as client:
+                assert send_letter(client, f"round {number:02}")[0] == 250
+                time.sleep(number % 4 * 0.002)  # so that each step of a delivery is hit
+                chasquid.kill()
+                client.close()
+            chasquid.start()
+        sent = {f"round {number:02}" for number in range(ROUNDS)}
+        wait_for("all letters", lambda: sent == set(subjects(chasquid.letters("ana@here.example"))))
+        wait_for("an empty queue", lambda: not chasquid.queue_ids())
+
+    def test_with_several_under_way_those_answered_with_250_arrive(self, chasquid):
+        accepted = set()
+        for number in range(max(1, ROUNDS // 4)):
+            clients = [smtplib.SMTP("127.0.0.1", chasquid.smtp_port, timeout=20) for _ in range(4)]
+            for client in clients:
+                begin_letter(client)
+            for index, client in enumerate(clients):
+                client.send(f"Subject: {number}-{index}\r\n\r\nHello.\r\n.\r\n")
+            assert clients[0].getreply()[0] == 250
+            chasquid.kill()
+            accepted.add(f"{number}-0")
+            for index, client in enumerate(clients[1:], 1):
+                try:
+                    if client.getreply()[0] == 250:
+                        accepted.add(f"{number}-{index}")
+                except (smtplib.SMTPServerDisconnected, OSError):
+                    pass
+                finally:
+                    client.close()
+            clients[0].close()
+            chasquid.start()
+        wait_for(
+            "all accepted letters",
+            lambda: accepted <= set(subjects(chasquid.letters("ana@here.example"))),
+        )
+
+    def test_while_waiting_for_another_server_nothing_is_lost(self, start, names):
+        names.records["dest.example"] = {"MX": ["10 mx.dest.example."]}
+        names.records["mx.dest.example"] = {"A": ["127.0.0.1"]}
+        postfix = start(Postfix)
+        chasquid = start(Chasquid, names, users=USERS, outgoing_smtp_port=postfix.port)
+        postfix.stop()
+        recipients = ["bob@here.example", "dora@dest.example"]
+        message = letter("survivor", "ana@here.example", *recipients)
+        chasquid.submit("ana@here.example", recipients, message)
+        chasquid.wait_for_letters("bob@here.example")
+        chasquid.wait_for_log("next attempt in")
+        chasquid.kill()
+        postfix.start()
+        chasquid.start()
+        chasquid.command("queue", "retry", "all")
+        assert subjects(postfix.wait_for_letters("dora@dest.example")) == ["survivor"]
+        wait_for("an empty queue", lambda: not chasquid.queue_ids())
+        assert len(chasquid.letters("bob@here.example")) == 1, "what was done was written down"
+
+    def test_in_the_middle_of_a_letter_nothing_is_owed(self, chasquid):
+        with chasquid.smtp() as client:
+            begin_letter(client)
+            client.send("Subject: half\r\n\r\n" + ("y" * 78 + "\r\n") * 10_000)
+            wait_for("a file", lambda: list((chasquid.data_dir / "queue" / "tmp").iterdir()))
+            chasquid.kill()
+            client.close()
+        chasquid.start()
+        assert not list((chasquid.data_dir / "queue" / "tmp").iterdir())
+        assert not chasquid.queue_ids()
+        with chasquid.smtp() as client:
+            assert send_letter(client, "whole")[0] == 250
+        assert subjects(chasquid.wait_for_letters("ana@here.example")) == ["whole"]
+
+
+class TestTerm:
+    def test_who_is_idle_hears_421(self, chasquid):
+        with chasquid.smtp() as client:
+            client.ehlo()
+            chasquid.terminate()
+            code, text = client.getreply()
+            assert code == 421
+            assert text.startswith(b"4.3.2")
+            client.close()
+        assert chasquid.wait_for_end() == 0
+
+    def test_a_letter_under_way_may_be_finished(self, chasquid):
+        with chasquid.smtp() as client:
+            begin_letter(client)
+            client.send("Subject: in time\r\n\r\n")
+            chasquid.terminate()
+            chasquid.wait_for_log("stopping")
+            client.send("Hello.\r\n.\r\n")
+            assert client.getreply()[0] == 250
+            assert client.getreply()[0] == 421
+            client.close()
+        assert chasquid.wait_for_end() == 0
+        chasquid.start()
+        assert subjects(chasquid.wait_for_letters("ana@here.example")) == ["in time"]
+
+    def test_a_client_that_dawdles_does_not_hold_it_up(self, chasquid):
+        with chasquid.smtp() as client:
+            begin_letter(client)
+            client.send("Subject: never\r\n\r\n")
+            chasquid.terminate()
+            assert chasquid.wait_for_end(20) == 0
+            client.close()
+        chasquid.start()
+        assert not chasquid.queue_ids()
+        assert not chasquid.letters("ana@here.example")
+
+    def test_the_ports_are_free_again_at_once(self, chasquid):
+        with chasquid.smtp() as client:
+            assert send_letter(client, "before")[0] == 250
+            chasquid.terminate()
+            assert chasquid.wait_for_end() == 0
+            chasquid.start()
+            client.close()
+        with chasquid.smtp() as client:
+            assert send_letter(client, "after")[0] == 250
+        assert subjects(chasquid.wait_for_letters("ana@here.example", 2)) == ["after", "before"]
+
+
+class TestHup:
+    def test_a_new_user_is_known(self, chasquid):
+        chasquid.command("user-add", "new@here.example", "--password", "fresh")
+        chasquid.hang_up()
+        chasquid.wait_for_log("read again")
+        with chasquid.smtp() as client:
+            assert send_letter(client, "welcome", "new@here.example")[0] == 250
+        chasquid.wait_for_letters("new@here.example")
+
+    def test_a_mistake_leaves_the_old_in_force(self, chasquid):
+        aliases = chasquid.config_dir / "domains" / "here.example" / "aliases"
+        aliases.write_text("this is no alias\n")
+        chasquid.hang_up()
+        chasquid.wait_for_log(f"{aliases}:1")
+        with chasquid.smtp() as client:
+            assert send_letter(client, "still here")[0] == 250
+        chasquid.wait_for_letters("ana@here.example")
+
+
+@pytest.fixture
+def small_disk(place):
+    """A file system of four megabytes."""
+    need_root()
+    path = place / "disk"
+    path.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m,mode=0755", "tmpfs", str(path)],
+        capture_output=True,
+        text=True,
+    )
+    if mounted.returncode != 0:
+        unavailable(f"a file system cannot be mounted: {mounted.stderr.strip()}")
+    yield path
+    wait_for(
+        "the disk to be unmounted",
+        lambda: subprocess.run(["umount", str(path)], capture_output=True).returncode == 0,
+    )
+
+
+def fill(disk: Path) -> Path:
+    """Use up all space; return the file to remove."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file:
+        for size in (65536, 4096, 512, 1):
+            try:
+                while True:
+                    file.write(b"x" * size)
+            except OSError:
+                continue
+    return filler
+
+
+class TestFullDisk:
+    # the disk stands before `start`, so that it outlives what is started on it
+    @pytest.mark.parametrize("octets", [1000, 200_000], ids=["small", "large"])
+    def test_mail_is_refused_for_now_until_there_is_space(self, small_disk, start, names, octets):
+        chasquid = start(Chasquid, names, users=USERS, data_dir=str(small_disk / "data"))
+        filler = fill(small_disk)
+        with chasquid.smtp() as client:
+            code, text = send_letter(client, "no space", octets=octets)
+            assert code in (451, 452), text
+            assert text.startswith(b"4.3.1")
+            assert client.noop()[0] == 250
+            assert not chasquid.queue_ids()
+            filler.unlink()
+            assert send_letter(client, "space", octets=octets)[0] == 250
+        assert subjects(chasquid.wait_for_letters("ana@here.example")) == ["space"]
+        assert not list((small_disk / "data/queue/tmp").iterdir())
+
+    def test_a_letter_larger_than_the_space_left_is_refused_for_now(self, small_disk, start, names):
+        chasquid = start(Chasquid, names, users=USERS, data_dir=str(small_disk / "data"))
+        with chasquid.smtp() as client:
+            code, text = send_letter(client, "too much", octets=8_000_000)
+            assert code in (451, 452), text
+            assert send_letter(client, "enough")[0] == 250
+        assert subjects(chasquid.wait_for_letters("ana@here.example")) == ["enough"]
+        assert not list((small_disk / "data/queue/tmp").iterdir())
+
+    def test_an_accepted_letter_waits_for_space_in_the_maildir(self, small_disk, start, names):
+        maildir = f"{small_disk}/%to_domain%/%to_user%"
+        chasquid = start(Chasquid, names, users=USERS, maildir=maildir)
+        filler = fill(small_disk)
+        with chasquid.smtp() as client:
+            assert send_letter(client, "accepted")[0] == 250
+        chasquid.wait_for_log("next attempt in")
+        filler.unlink()
+        chasquid.command("queue", "retry", "all")
+        new = small_disk / "here.example" / "ana" / "new"
+        [path] = wait_for("the letter", lambda: new.exists() and list(new.iterdir()))
+        assert b"Subject: accepted\n" in path.read_bytes()
+        assert not list((new.parent / "tmp").iterdir())
+        wait_for("an empty queue", lambda: not chasquid.queue_ids())
+
+    def test_a_disk_that_fills_between_attempts_loses_nothing(self, small_disk, start, names):
+        names.records["dest.example"] = {"A": ["127.0.0.1"]}
+        postfix = start(Postfix)
+        chasquid = start(
+            Chasquid,
+            names,
+            users=USERS,
+            data_dir=str(small_disk / "data"),
+            outgoing_smtp_port=postfix.port,
+        )
+        postfix.stop()
+        message = letter("patient", "ana@here.example", "dora@dest.example")
+        chasquid.submit("ana@here.example", ["dora@dest.example"], message)
+        chasquid.wait_for_log("next attempt in")
+        filler = fill(small_disk)
+        before = chasquid.log()
+        chasquid.command("queue", "retry", "all")
+        wait_for("another attempt", lambda: len(chasquid.log()) > len(before))
+        time.sleep(0.5)  # for what follows the attempt
+        filler.unlink()
+        chasquid.restart()
+        postfix.start()
+        chasquid.command("queue", "retry", "all")
+        assert subjects(postfix.wait_for_letters("dora@dest.example")) == ["patient"]

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests with other software stand on; it knows none of that software."""
+
+from __future__ import annotations
+
+import email.parser
+import email.policy
+import os
+import random
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from email.message import EmailMessage
+from pathlib import Path
+from typing import NamedTuple, NoReturn, TypeVar
+
+import pytest
+
+T = TypeVar("T")
+
+LOOPBACK = "127.0.0.1"
+
+
+def unavailable(why: str) -> NoReturn:
+    """Skip the test that runs; fail it where nothing may be missing."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{why}, and in CI nothing may be missing", pytrace=False)
+    pytest.skip(why)
+
+
+def program(name: str, *places: str | Path) -> str:
+    """Return the path of a program, from `places` or else from PATH; see unavailable()."""
+    search = os.pathsep.join([*map(str, places), os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+    found = shutil.which(name, path=search)
+    return found or unavailable(f"{name} is not installed")
+
+
+def need_root() -> None:
+    if os.geteuid() != 0:
+        unavailable("this needs root")
+
+
+def wait_for(what: str, look: Callable[[], T], seconds: float = 20.0) -> T:
+    """Return what `look` returns as soon as that is true; an AssertionError after `seconds`."""
+    end = time.monotonic() + seconds
+    while True:
+        found = look()
+        if found:
+            return found
+        if time.monotonic() > end:
+            raise AssertionError(f"waited {seconds:g} s in vain for {what}; last seen: {found!r}")
+        time.sleep(0.02)
+
+
+# Below the range from which the system takes the ports of outgoing connections.
+_PORTS = range(20000, 32000)
+_given: set[int] = set()
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that is free for UDP and TCP; never the same twice."""
+    for port in random.sample(_PORTS, 200):
+        if port not in _given and _is_free(port):
+            _given.add(port)
+            return port
+    raise AssertionError("no port is free")
+
+
+def _is_free(port: int) -> bool:
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+        with socket.socket(socket.AF_INET, kind) as probe:
+            try:
+                probe.bind((LOOPBACK, port))
+            except OSError:
+                return False
+    return True
+
+
+def accepts(port: int) -> bool:
+    """Tell if something listens on a port of 127.0.0.1."""
+    try:
+        socket.create_connection((LOOPBACK, port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+class Certificate(NamedTuple):
+    """Two PEM files; the certificate is self-signed, so it is its own authority."""
+
+    fullchain: Path
+    privkey: Path
+
+
+def make_certificate(directory: Path, *names: str) -> Certificate:
+    """Make a certificate for `names` with the openssl program."""
+    directory.mkdir(parents=True, exist_ok=True)
+    made = Certificate(directory / "fullchain.pem", directory / "privkey.pem")
+    run(
+        *[program("openssl"), "req", "-x509", "-nodes", "-days", "2", "-newkey", "ec"],
+        *["-pkeyopt", "ec_paramgen_curve:P-256", "-subj", f"/CN={names[0]}"],
+        *["-addext", "subjectAltName=" + ",".join(f"DNS:{name}" for name in names)],
+        *["-keyout", str(made.privkey), "-out", str(made.fullchain)],
+    )
+    return made
+
+
+def run(
+    *command: str, input: str | None = None, check: bool = True, seconds: float = 60.0
+) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end; unless `check` is off it must succeed."""
+    done = subprocess.run(command, input=input, capture_output=True, text=True, timeout=seconds)
+    if check and done.returncode != 0:
+        raise AssertionError(
+            f"{' '.join(command)}: exit status {done.returncode}\n{done.stdout}{done.stderr}"
+        )
+    return done
+
+
+def letter(subject: str, sender: str, *recipients: str, body: str = "Hello.\n") -> EmailMessage:
+    """Return a small message that is easily told from the others by its subject."""
+    message = EmailMessage(policy=email.policy.SMTP)
+    message["From"] = sender
+    message["To"] = ", ".join(recipients)
+    message["Subject"] = subject
+    message["Date"] = "Thu, 01 Oct 2026 12:00:00 +0000"
+    message["Message-ID"] = f"<{abs(hash(subject))}@test.invalid>"
+    message.set_content(body)
+    return message
+
+
+def read_maildir(directory: Path) -> list[EmailMessage]:
+    """Return the messages in new and cur, the oldest first."""
+    paths = [path for part in ("new", "cur") for path in (directory / part).glob("*")]
+    paths.sort(key=lambda path: (path.stat().st_mtime_ns, path.name))
+    parse = email.parser.BytesParser(policy=email.policy.default).parsebytes
+    return [parse(path.read_bytes()) for path in paths]
+
+
+def wait_for_letters(directory: Path, count: int = 1, seconds: float = 20.0) -> list[EmailMessage]:
+    """Return the messages of a Maildir as soon as there are at least `count`."""
+    what = f"{count} message(s) in {directory}"
+    wait_for(what, lambda: len(read_maildir(directory)) >= count, seconds)
+    return read_maildir(directory)
+
+
+def subjects(messages: list[EmailMessage]) -> list[str]:
+    return sorted(message["Subject"] for message in messages)

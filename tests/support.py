@@ -1,0 +1,676 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of the upper rooms stand on.
+
+Server      a real server in a thread, with a configuration directory of its own
+Wire        the client's end of a connection
+play        holds a dialogue that is written as text
+Peer        a server in a thread that follows such a text
+FakeClock   a clock that is moved by hand
+Inline      workers that work at once, so that a test takes the same way every time
+run         runs a coroutine on a loop
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import functools
+import hashlib
+import os
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import chasquid
+
+T = TypeVar("T")
+
+MODULE = Path(chasquid.__file__)
+SECONDS = 20.0  # after which a test has waited long enough for anything
+HOST = "mail.here.example"
+USERS = {"here.example": {"ana": "secret", "ben": "secret"}}
+
+
+def wait_for(condition: Callable[[], T], what: str) -> T:
+    """Return the first true value of `condition`; fail where it stays false."""
+    end = time.monotonic() + SECONDS
+    while not (value := condition()):
+        assert time.monotonic() < end, f"waited in vain for {what}"
+        time.sleep(0.002)
+    return value
+
+
+# --- files ---
+
+
+def users_file(users: Mapping[str, str]) -> bytes:
+    """Return a users file whose hashes cost next to nothing."""
+    salt = b"salt"
+    return chasquid.format_users(
+        {
+            name: chasquid.Scrypt(
+                1, 1, 1, 16, salt,
+                hashlib.scrypt(password.encode(), salt=salt, n=2, r=1, p=1, dklen=16),
+            )
+            for name, password in users.items()
+        }
+    )  # fmt: skip
+
+
+@functools.cache
+def certificate(*names: str) -> tuple[str, str]:
+    """Return a certificate for `names` and its key."""
+    return chasquid.self_signed_certificate(names, time.time())
+
+
+def write_certificate(directory: Path, *names: str) -> Path:
+    """Write a certificate for `names` into `directory`; return the path of the chain."""
+    directory.mkdir(parents=True, exist_ok=True)
+    chain, key = certificate(*names)
+    (directory / "fullchain.pem").write_text(chain)
+    (directory / "privkey.pem").write_text(key)
+    return directory / "fullchain.pem"
+
+
+def trusting(certificate_file: Path | None = None) -> ssl.SSLContext:
+    """Return a client's context that trusts this certificate alone, or whatever comes."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    if certificate_file is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.check_hostname = True
+        context.load_verify_locations(certificate_file)
+    return context
+
+
+def config_text(settings: Mapping[str, Any]) -> str:
+    lines = []
+    for key, value in settings.items():
+        for one in value if isinstance(value, (list, tuple)) else (value,):
+            lines.append(f"{key}: {one if isinstance(one, int) else chasquid.quote(str(one))}")
+    return "\n".join(lines) + "\n"
+
+
+# --- DNS ---
+
+
+class Zone:
+    """The answers to DNS questions, from a table of (name, kind) to records.
+
+    A name that is not in the table does not exist; an exception in it is raised. `asked`
+    holds the questions in the order in which they came.
+    """
+
+    def __init__(self, table: Mapping[tuple[str, str], Sequence[str] | Exception]) -> None:
+        self._table = table
+        self.asked: list[tuple[str, str]] = []
+
+    async def ask(self, name: str, kind: str) -> chasquid.Answer:
+        self.asked.append((name, kind))
+        found = self._table.get((name, kind))
+        if isinstance(found, Exception):
+            raise found
+        exists = any(known == name for known, _ in self._table)
+        return chasquid.Answer(exists, tuple(found or ()), 300.0)
+
+
+# --- a server ---
+
+
+class Server:
+    """A server in a thread, with a configuration directory below `directory`.
+
+    `users` and `aliases` are by domain, `certificates` are names of hosts. Keywords that
+    `Daemon` takes go there, all others into chasquid.conf.
+    """
+
+    _FOR_DAEMON = frozenset(("clock", "ask", "spawn", "random", "remote", "on_result"))
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        users: Mapping[str, Mapping[str, str]] = USERS,
+        aliases: Mapping[str, str] | None = None,
+        certificates: Iterable[str] = (HOST,),
+        **keywords: Any,
+    ) -> None:
+        self.directory = directory
+        self.config_dir = directory / "config"
+        certificates = list(certificates)
+        settings = {
+            "hostname": HOST,
+            "smtp_address": "127.0.0.1:0",
+            "submission_address": "127.0.0.1:0",
+            "submission_over_tls_address": "127.0.0.1:0",
+            "data_dir": directory / "data",
+            "mail_log_path": directory / "mail.log",
+            "log_path": directory / "server.log",
+            "reload_every": "1h",
+        }
+        self._daemon_keywords = {k: v for k, v in keywords.items() if k in self._FOR_DAEMON}
+        self._daemon_keywords.setdefault("ask", Zone({}).ask)
+        settings |= {k: v for k, v in keywords.items() if k not in self._FOR_DAEMON}
+        for domain, names in users.items():
+            self.write(f"domains/{domain}/users", users_file(names))
+        for domain, text in (aliases or {}).items():
+            self.write(f"domains/{domain}/aliases", text.encode())
+        for name in certificates:
+            write_certificate(self.config_dir / "certs" / name, name)
+        self.write("chasquid.conf", config_text(settings).encode())
+        self.data_dir = Path(str(settings["data_dir"]))
+        self.daemon: chasquid.Daemon
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def write(self, name: str, data: bytes) -> Path:
+        """Write a file of the configuration directory."""
+        path = self.config_dir / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        return path
+
+    def make(self) -> chasquid.Daemon:
+        config = chasquid.load_config(str(self.config_dir))
+        return chasquid.Daemon(config, **self._daemon_keywords)
+
+    def start(self) -> None:
+        self.daemon = self.make()
+        self._thread = threading.Thread(target=self._run, name="server", daemon=True)
+        self._thread.start()
+        turned = self._turns()
+        wait_for(lambda: turned.is_set() or self._error, "the server to start")
+
+    def _turns(self) -> threading.Event:
+        """Return what is set when the loop has dealt with what it knows of now."""
+        loop, turned = self.daemon.loop, threading.Event()
+
+        async def turn() -> None:
+            for _ in range(3):
+                await loop.turn()
+            turned.set()
+
+        loop.post(lambda: loop.spawn(turn(), "turns"))
+        return turned
+
+    def stop(self) -> None:
+        """Stop the server, and wait until it is down."""
+        if self._thread is not None:
+            self.daemon.stop()
+            self.join()
+
+    def join(self) -> None:
+        assert self._thread is not None
+        self._thread.join(SECONDS)
+        assert not self._thread.is_alive(), "the server did not stop"
+        self._thread = None
+        if self._error is not None:
+            raise self._error
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self.daemon.run()
+        except BaseException as error:
+            self._error = error
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        assert not self.daemon.record.counters["crashes",], self.log
+
+    def settle(self) -> None:
+        """Wait until the loop has dealt with what it was sent before."""
+        assert self._turns().wait(SECONDS), "the loop does not turn"
+
+    def port(self, name: str = "smtp") -> int:
+        return next(number for port, _, number in self.daemon.addresses if port.name == name)
+
+    def connect(self, port: str = "smtp") -> Wire:
+        return Wire.to("127.0.0.1", self.port(port))
+
+    def maildir(self, user: str, domain: str = "here.example") -> Path:
+        return self.data_dir / "mail" / domain / user
+
+    def mail(self, user: str, domain: str = "here.example") -> list[bytes]:
+        """Return what is in the Maildir of a user, when the queue has become empty."""
+        wait_for(lambda: not self.queued(), "the queue to become empty")
+        new = self.maildir(user, domain).glob("new/*")
+        paths = sorted(new, key=lambda path: path.stat().st_mtime_ns)
+        return [path.read_bytes() for path in paths]
+
+    def queued(self, *places: str) -> list[str]:
+        """Return the files of the queue, as "new/NAME"."""
+        queue = self.data_dir / "queue"
+        return [
+            f"{place}/{path.name}"
+            for place in places or ("tmp", "new", "cur", "bad")
+            for path in sorted((queue / place).iterdir())
+        ]
+
+    @property
+    def log(self) -> str:
+        return (self.directory / "server.log").read_text()
+
+    @property
+    def mail_log(self) -> str:
+        return (self.directory / "mail.log").read_text()
+
+
+# --- the client's end ---
+
+
+class Wire:
+    """The client's end of a connection, blocking. What was said is kept in `said`."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        connected.settimeout(SECONDS)
+        if connected.family != socket.AF_UNIX:
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket = connected
+        self.said: list[str] = []
+        self._in = b""
+
+    @classmethod
+    def to(cls, host: str, port: int) -> Wire:
+        return cls(socket.create_connection((host, port), SECONDS))
+
+    def __enter__(self) -> Wire:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.socket.close()
+
+    def send(self, data: bytes) -> None:
+        self.said.append(f"C= {data[:200]!r}")
+        self.socket.sendall(data)
+
+    def say(self, line: str) -> None:
+        self.said.append(f"C: {line[:200]}")
+        self.socket.sendall(line.encode() + b"\r\n")
+
+    def line(self) -> str:
+        """Return the next line; "" where the other side has closed."""
+        while b"\r\n" not in self._in:
+            data = self._receive()
+            if not data:
+                assert not self._in, f"half a line before the end: {self._in!r}"
+                self.said.append("(closed)")
+                return ""
+            self._in += data
+        line, _, self._in = self._in.partition(b"\r\n")
+        self.said.append(f"S: {line.decode()}")
+        return line.decode()
+
+    def continues(self, line: str) -> bool:
+        """Tell whether the line after `line` stands in the middle of the same reply."""
+        while b"\r\n" not in self._in and (data := self._receive()):
+            self._in += data
+        return line[3:4] == "-" and self._in[3:4] == b"-"
+
+    def reply(self) -> str:
+        """Return the next reply, its lines joined by newlines."""
+        lines = [self.line()]
+        while lines[-1][3:4] == "-":
+            lines.append(self.line())
+        return "\n".join(lines)
+
+    def ask(self, line: str) -> str:
+        self.say(line)
+        return self.reply()
+
+    def is_closed(self) -> bool:
+        """Tell whether the other side closes now, without another word."""
+        return not self._in and not self._receive()
+
+    def has_more(self) -> bool:
+        """Tell whether something has come already that was not read."""
+        self.socket.setblocking(False)
+        try:
+            return bool(self._in or self.socket.recv(1, socket.MSG_PEEK))
+        except BlockingIOError:
+            return False
+        finally:
+            self.socket.settimeout(SECONDS)
+
+    def read_message(self) -> bytes:
+        """Read what DATA transfers, up to the final dot, as it is on the wire."""
+        data = bytearray()
+        while not data.endswith(b"\r\n.\r\n") and data != b".\r\n":
+            if not self._in:
+                self._in = self._receive()
+                assert self._in, f"closed within a message: {bytes(data[-80:])!r}"
+            line, newline, self._in = self._in.partition(b"\n")
+            data += line + newline
+        return bytes(data)
+
+    def start_tls(self, context: ssl.SSLContext, server_side: bool = False, name: str = "") -> None:
+        assert not self._in, f"came before TLS: {self._in!r}"
+        self.said.append("(TLS)")
+        self.socket = context.wrap_socket(
+            self.socket, server_side=server_side, server_hostname=name or None
+        )
+
+    def _receive(self) -> bytes:
+        try:
+            return self.socket.recv(65536)
+        except (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError):
+            return b""
+
+
+# --- dialogues ---
+
+
+def _fill_in(text: str) -> str:
+    """Put base64 where the text says {b64:…}, with Python's escapes."""
+
+    def encoded(match: re.Match[str]) -> str:
+        octets = match[1].encode("latin-1", "backslashreplace").decode("unicode_escape")
+        return base64.b64encode(octets.encode("latin-1")).decode()
+
+    return re.sub(r"\{b64:(.*?)\}", encoded, text)
+
+
+def matches(pattern: str, text: str) -> bool:
+    """Tell whether `text` is as `pattern` says, where "…" stands for anything."""
+    parts = (re.escape(part) for part in pattern.split("…"))
+    return re.fullmatch(".*".join(parts), text, re.DOTALL) is not None
+
+
+def _octets(text: str) -> bytes:
+    return text.encode().decode("unicode_escape").encode("latin-1")
+
+
+def _lines(text: str) -> Iterator[tuple[str, str]]:
+    for line in text.splitlines():
+        line = line.strip()
+        if line and not line.startswith("#"):
+            kind, _, rest = line.partition(" ")
+            yield kind, rest
+
+
+def play(server: Server, text: str, port: str = "smtp") -> None:
+    """Hold a dialogue with `server`.
+
+    # a comment
+    C: a line that we send            {b64:\\0ana\\0secret} is sent as base64
+    C= octets\\r\\nwith escapes       sent as they are
+    C×1000 a line that we send 1000 times, without a wait
+    S: 250 a line that must come      "…" stands for anything
+    S: 250-…                          any number of lines, none of them the last
+    * TLS                             do the handshake
+    * closed                          the server closes the connection
+    * hang up                         we do, and the server notices
+    * again                           a new connection, where the old one is over
+    * port submission                 … to that port
+    * mail for ana: 2                 so many messages are in the Maildir in the end
+    * mail for ana holds: text        the last of them has this in it
+    * mail for ana lacks: text        none of them has this in it
+    * nothing is left                 the queue is empty, and was so all the time
+    """
+    steps = list(_lines(text))
+    while steps and steps[0][0] == "*" and steps[0][1].startswith("port "):
+        port = steps.pop(0)[1].removeprefix("port ")
+    wire = server.connect(port)
+    try:
+        for kind, rest in steps:
+            if kind == "*" and rest == "again":
+                wire.close()
+                said, wire = wire.said, server.connect(port)
+                wire.said = said
+            else:
+                _step(server, wire, kind, rest)
+    finally:
+        wire.close()
+
+
+def _step(server: Server, wire: Wire, kind: str, rest: str) -> None:
+    seen = "\n".join(wire.said[-12:])
+    if kind == "C:":
+        wire.say(_fill_in(rest))
+    elif kind == "C=":
+        wire.send(_octets(rest))
+    elif kind.startswith("C×"):
+        wire.send(f"{rest}\r\n".encode() * int(kind[2:]))
+    elif kind == "S:":
+        line = wire.line()
+        while rest[3:] == "-…" and wire.continues(line):
+            line = wire.line()
+        assert matches(rest, line), f"expected {rest!r}, found {line!r} after\n{seen}"
+    elif kind == "*":
+        _direct(server, wire, rest, seen)
+    else:
+        raise AssertionError(f"a dialogue has no {kind!r}")
+
+
+def _direct(server: Server, wire: Wire, what: str, seen: str) -> None:
+    if what == "TLS":
+        wire.start_tls(trusting())
+    elif what == "closed":
+        assert wire.is_closed(), f"not closed after\n{seen}"
+    elif what == "hang up":
+        wire.close()
+        wait_for(lambda: "ended early" in server.mail_log, "the server to notice")
+    elif match := re.fullmatch(r"mail for (\S+): (\d+)", what):
+        found = server.mail(match[1])
+        assert len(found) == int(match[2]), (found, seen)
+    elif match := re.fullmatch(r"mail for (\S+) holds: (.*)", what):
+        assert _octets(match[2]) in server.mail(match[1])[-1], (server.mail(match[1]), seen)
+    elif match := re.fullmatch(r"mail for (\S+) lacks: (.*)", what):
+        assert not any(_octets(match[2]) in one for one in server.mail(match[1])), seen
+    elif what == "nothing is left":
+        wait_for(lambda: not server.queued(), "the queue to become empty")
+        assert " queued, " not in server.mail_log
+    else:
+        raise AssertionError(f"a dialogue has no {what!r}")
+
+
+# --- a server that follows a text ---
+
+
+class Peer:
+    """A server in a thread, on loopback or at a path; each script is one connection.
+
+    S: a line that it sends           C: a line that must come, "…" for anything
+    C. a message is read, up to the final dot; it is kept in `messages`
+    S= octets\\r\\nwith escapes       sent as they are
+    * TLS                             do the handshake
+    * nothing more                    nothing has come yet beyond what was read
+    * close                           close the connection here
+    * closed                          the client closes the connection
+    """
+
+    def __init__(self, *scripts: str, names: Sequence[str] = (), path: str = "") -> None:
+        self._scripts = scripts
+        self._names = names
+        self.problems: list[str] = []
+        self.messages: list[bytes] = []
+        if path:
+            self._listener = socket.socket(socket.AF_UNIX)
+            self._listener.bind(path)
+            self._listener.listen(8)
+        else:
+            self._listener = socket.create_server(("127.0.0.1", 0))
+            self.port: int = self._listener.getsockname()[1]
+        self._listener.settimeout(SECONDS)
+        self._thread = threading.Thread(target=self._run, name="peer", daemon=True)
+
+    def __enter__(self) -> Peer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self._thread.join(SECONDS * 1.5)
+        self._listener.close()
+        assert not self.problems, "\n".join(self.problems)
+
+    def _run(self) -> None:
+        for number, script in enumerate(self._scripts, 1):
+            last = number == len(self._scripts)
+            try:
+                raw, _ = self._listener.accept()
+            except OSError:
+                self.problems.append(f"connection {number} did not come")
+                return
+            if last:
+                self._listener.close()  # no further connection is expected
+            wire = Wire(raw)
+            try:
+                for kind, rest in _lines(script):
+                    if (kind, rest) == ("*", "close"):
+                        break
+                    self._step(wire, kind, rest)
+            except (AssertionError, OSError) as error:
+                self.problems.append(f"connection {number}: {error!r} after {wire.said}")
+            finally:
+                wire.close()
+
+    def _step(self, wire: Wire, kind: str, rest: str) -> None:
+        if kind in ("S:", "S="):
+            # a client may close before it has heard everything; a later step will tell
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                wire.say(rest) if kind == "S:" else wire.send(_octets(rest))
+        elif kind == "C:":
+            line = wire.line()
+            assert matches(rest, line), f"expected {rest!r}, found {line!r}"
+        elif kind == "C.":
+            self.messages.append(wire.read_message())
+        elif (kind, rest) == ("*", "nothing more"):
+            assert not wire.has_more(), "more has come than may have"
+        elif (kind, rest) == ("*", "closed"):
+            assert wire.is_closed(), "the client has not closed"
+        elif (kind, rest) == ("*", "TLS"):
+            with contextlib.suppress(ssl.SSLError):  # a client may refuse the certificate
+                wire.start_tls(_server_context(tuple(self._names)), server_side=True)
+        else:
+            raise AssertionError(f"a script has no {kind} {rest}")
+
+
+@functools.cache
+def _server_context(names: tuple[str, ...]) -> ssl.SSLContext:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as name:
+        chain = write_certificate(Path(name), *names)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(chain, chain.parent / "privkey.pem")
+    return context
+
+
+# --- a loop ---
+
+
+class FakeClock(chasquid.Clock):
+    """A clock that stands until it is moved."""
+
+    def __init__(self, now: float = 1_700_000_000.0) -> None:
+        self.now = now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+    def time(self) -> float:
+        return self.now
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class RunningClock(chasquid.Clock):
+    """The real clock, which `advance` moves ahead."""
+
+    def __init__(self) -> None:
+        self._ahead = 0.0
+
+    def advance(self, seconds: float) -> None:
+        self._ahead += seconds
+
+    def time(self) -> float:
+        return time.time() + self._ahead
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self._ahead
+
+
+class Inline(chasquid.Workers):
+    """Workers that do a job when they get it, in the thread of who gave it."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    def submit(
+        self,
+        job: Callable[[], object],
+        done: Callable[[object, BaseException | None], None],
+    ) -> None:
+        try:
+            result = job()
+        except BaseException as error:
+            done(None, error)
+        else:
+            done(result, None)
+
+
+def run(
+    main: Callable[[chasquid.Loop], Coroutine[Any, Any, T]],
+    *,
+    clock: chasquid.Clock | None = None,
+    workers: chasquid.Workers | None = None,
+) -> T:
+    """Run `main` on a loop; no task may crash meanwhile."""
+    crashes: list[str] = []
+    workers = workers or chasquid.Workers(2)
+    loop = chasquid.Loop(
+        clock or chasquid.Clock(), workers, lambda name, error: crashes.append(f"{name}: {error!r}")
+    )
+
+    async def limited() -> T:
+        with loop.deadline(SECONDS):
+            return await main(loop)
+
+    try:
+        return loop.run(limited() if clock is None else main(loop))
+    finally:
+        workers.close()
+        loop.close()
+        assert not crashes, crashes
+
+
+def shipment(
+    data: bytes = b"Subject: hello\r\n\r\nIt works.\r\n",
+    sender: str = "eva@there.example",
+    **fields: Any,
+) -> chasquid.Shipment:
+    """Return a shipment of a small message."""
+    message = chasquid.Message(fields.pop("prefix", b""), "", len(data), data)
+    values = {"smtputf8": False, "eight_bit": not data.isascii(), **fields}
+    return chasquid.Shipment("abc", sender, message, **values)
+
+
+def address(value: str, *via: str) -> chasquid.Target:
+    return chasquid.Target("address", value, via)
+
+
+def record(directory: Path, clock: chasquid.Clock | None = None) -> chasquid.Record:
+    """Return a record that writes server.log and mail.log into `directory`."""
+    clock = clock or chasquid.Clock()
+    log, mail_log = (
+        chasquid.Sink(os.path.join(directory, name), clock) for name in ("server.log", "mail.log")
+    )
+    return chasquid.Record(log, mail_log)

@@ -1,0 +1,609 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Room COMMANDS: each command, what it prints, and with which status it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from support import HOST, MODULE, SECONDS, Peer, Server, Wire, config_text, users_file, wait_for
+
+import chasquid
+
+Serve = Callable[..., Server]
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+class Place:
+    """A configuration directory, and commands that use it."""
+
+    def __init__(self, directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.config_dir = directory / "config"
+        self.data_dir = directory / "data"
+        self._capsys = capsys
+        self.configure()
+        self.write("domains/here.example/users", users_file({"ana": "secret"}).decode())
+
+    def configure(self, **settings: object) -> None:
+        log = str(self.config_dir / "log")
+        defaults = {"hostname": HOST, "data_dir": self.data_dir, "mail_log_path": log}
+        self.write("chasquid.conf", config_text({**defaults, **settings}))
+
+    def write(self, name: str, text: str) -> Path:
+        path = self.config_dir / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    def run(self, *arguments: str) -> Ended:
+        """Run a command in this process."""
+        self._capsys.readouterr()
+        try:
+            status = chasquid.main(["--config-dir", str(self.config_dir), *arguments])
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return Ended(status, *self._capsys.readouterr())
+
+    def fails(self, *arguments: str) -> str:
+        """Run a command that must fail with one line; return the line."""
+        ended = self.run(*arguments)
+        assert ended.status == 1, ended
+        assert ended.out == ""
+        assert ended.err.startswith("chasquid: ")
+        assert ended.err.count("\n") == 1 and ended.err.endswith("\n")
+        return ended.err.removeprefix("chasquid: ").strip()
+
+    def users(self, domain: str = "here.example") -> dict[str, chasquid.Password]:
+        return chasquid.load_users(str(self.config_dir / "domains" / domain))
+
+
+@pytest.fixture
+def place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Place:
+    return Place(tmp_path, capsys)
+
+
+def program(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run the module as a program."""
+    options = {"capture_output": True, "text": True, "timeout": SECONDS, **options}
+    words = [sys.executable, str(MODULE), *(str(one) for one in arguments)]
+    return subprocess.run(words, **options)  # type: ignore[call-overload, no-any-return]
+
+
+# --- as a program ---
+
+
+def test_without_a_command_and_a_configuration_it_says_how_to_begin(tmp_path: Path) -> None:
+    ended = program("--config-dir", tmp_path)
+    assert ended.returncode == 0
+    assert f"python3 {MODULE} try" in ended.stdout
+    assert str(tmp_path) in ended.stdout
+    assert ended.stderr == ""
+
+
+def test_without_a_command_but_a_configuration_it_serves(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    words = [sys.executable, str(MODULE), "--config-dir", str(server.config_dir)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        log = tmp_path / "server.log"
+        line = "listening for submission over TLS on "
+        wait_for(lambda: log.exists() and line in log.read_text(), "the server to listen")
+        text = log.read_text().partition("listening for smtp on [127.0.0.1]:")[2]
+        with Wire.to("127.0.0.1", int(text.split()[0])) as wire:
+            assert wire.reply().startswith(f"220 {HOST} ")
+            assert wire.ask("QUIT").startswith("221 ")
+        process.send_signal(signal.SIGHUP)
+        wait_for(lambda: "read again" in log.read_text(), "the files to be read again")
+        process.terminate()
+        assert process.communicate(timeout=SECONDS) == (b"", b"")
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["no-such-command"],
+        ["user-add"],
+        ["queue"],
+        ["queue", "burn"],
+        ["--config-dir"],
+        ["version", "now"],
+        ["try", "--twice"],
+    ],
+)
+def test_wrong_usage_ends_with_2_and_no_traceback(arguments: Sequence[str]) -> None:
+    ended = program(*arguments)
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert ended.stderr.startswith("usage: chasquid ")
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("action", ["show", "retry", "remove"])
+def test_an_id_that_is_missing_is_wrong_usage(place: Place, action: str) -> None:
+    ended = place.run("queue", action)
+    assert ended.status == 2
+    assert "id" in ended.err
+
+
+def test_help_names_every_command() -> None:
+    ended = program("--help")
+    assert ended.returncode == 0
+    for name in ("serve", "try", "user-add", "user-remove", "authenticate", "check-userdb",
+                 "aliases-resolve", "print-config", "queue", "version"):  # fmt: skip
+        assert f"\n    {name} " in ended.stdout
+
+
+def test_version_names_what_is_bundled(place: Place) -> None:
+    ended = place.run("version")
+    assert ended.status == 0
+    lines = ended.out.splitlines()
+    assert lines[0] == f"chasquid {chasquid.__version__}"
+    assert [line.split()[0] for line in lines[1:]] == [
+        "Python", "dnspython", "dkimpy", "pyspf", "idna", "precis-i18n"
+    ]  # fmt: skip
+
+
+def test_an_error_is_one_line_and_the_status_1(tmp_path: Path) -> None:
+    ended = program("--config-dir", tmp_path / "none", "print-config")
+    path = tmp_path / "none" / "chasquid.conf"
+    assert ended.returncode == 1
+    assert ended.stderr == f"chasquid: {path}: it cannot be read: No such file or directory\n"
+
+
+def test_output_that_nobody_reads_is_no_traceback(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    words = [sys.executable, str(MODULE), "--config-dir", str(server.config_dir), "print-config"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.Popen(words, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert "Traceback" not in process.communicate(timeout=SECONDS)[1]
+
+
+# --- what keeps every command from working ---
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "expected"),
+    [
+        ('hostname: "x"\nno_such_key: 1\n', 2, "expected a known key, found 'no_such_key'"),
+        ('hostnme: "x"\n', 1, "found 'hostnme'; is it 'hostname'?"),
+        ("hostname: x\n", 1, "hostname: expected a string in quotes"),
+        ('\n\nmax_data_size_mb: "50"\n', 3, "max_data_size_mb: expected a whole number"),
+        ('hostname: "x"\nhostname: "y"\n', 2, "hostname: expected once, found again"),
+        ('hostname: "x', 1, "a string that is not closed"),
+        ('hostname\n"x"', 2, "expected ':' after 'hostname'"),
+        ('give_up_send_after: "soon"', 1, "expected a duration such as"),
+        ("\xff", 1, "expected a key or a value"),
+    ],
+)
+def test_a_mistake_in_the_configuration_is_told_with_file_and_line(
+    place: Place, text: str, line: int, expected: str
+) -> None:
+    path = place.write("chasquid.conf", text)
+    for command in (["serve"], ["print-config"], ["queue", "list"], ["check-userdb"]):
+        error = place.fails(*command)
+        assert error.startswith(f"{path}:{line}: ")
+        assert expected in error
+
+
+def test_an_override_that_is_wrong_is_told(place: Place) -> None:
+    error = place.fails("--config-overrides", "no_such_key: 1", "print-config")
+    assert error.startswith("--config-overrides:1: ")
+
+
+def test_a_certificate_that_does_not_fit_is_told(place: Place) -> None:
+    path = place.write("certs/x/fullchain.pem", "no certificate")
+    place.write("certs/x/privkey.pem", "no key")
+    place.configure(smtp_address="127.0.0.1:0", log_path=str(place.config_dir / "server.log"))
+    assert place.fails("serve").startswith(f"{path}: expected a certificate chain")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("users", "users: { key: 7 }"), ("users", "hello"), ("aliases", "no colon\n")],
+)
+def test_a_mistake_in_a_domain_is_told_with_file_and_line(
+    place: Place, name: str, text: str
+) -> None:
+    path = place.write(f"domains/here.example/{name}", text)
+    assert place.fails("check-userdb").startswith(f"{path}:1: ")
+    ended = place.run("aliases-resolve", "ana@here.example")
+    assert (ended.status, ended.out) == (1, "")
+    assert ended.err.splitlines()[-1].startswith(f"chasquid: {path}:1: ")
+
+
+# --- users ---
+
+
+def test_a_user_is_added_with_a_password_that_works(place: Place) -> None:
+    ended = place.run("user-add", "Ben@Here.Example", "--password", "geheim")
+    assert ended == (0, "ben@here.example is added\n", "")
+    assert set(place.users()) == {"ana", "ben"}
+    assert isinstance(place.users()["ben"], chasquid.Scrypt)
+    assert place.run("authenticate", "ben@here.example", "--password", "geheim") == (
+        0, "ben@here.example may log in with this password\n", ""
+    )  # fmt: skip
+    error = place.fails("authenticate", "ben@here.example", "--password", "Geheim")
+    assert error == "ben@here.example may not log in with this password"
+
+
+def test_the_password_may_come_from_standard_input(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    words = ("--config-dir", server.config_dir)
+    ended = program(*words, "user-add", "ben@here.example", input="geheim\n")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    ended = program(*words, "authenticate", "ben@here.example", input="geheim\n")
+    assert ended.returncode == 0
+    ended = program(*words, "authenticate", "ben@here.example", input="\n")
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+
+
+def test_a_password_is_changed(place: Place) -> None:
+    ended = place.run("user-add", "ana@here.example", "--password", "new")
+    assert ended == (0, "ana@here.example has a new password\n", "")
+    assert chasquid.check_password(place.users()["ana"], b"new")
+
+
+def test_a_user_who_only_receives_never_logs_in(place: Place) -> None:
+    assert place.run("user-add", "box@here.example", "--receive-only").status == 0
+    assert place.users()["box"] == chasquid.Denied()
+    place.fails("authenticate", "box@here.example", "--password", "x")
+
+
+def test_the_first_user_of_a_domain_makes_the_domain(place: Place) -> None:
+    assert place.run("user-add", "ida@bücher.example", "--password", "x").status == 0
+    assert list(place.users("bücher.example")) == ["ida"]
+    path = place.config_dir / "domains" / "bücher.example" / "users"
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_domain_directory_in_a_labels_is_used(place: Place) -> None:
+    place.write("domains/xn--bcher-kva.example/aliases", "")
+    assert place.run("user-add", "ida@bücher.example", "--password", "x").status == 0
+    assert list(place.users("xn--bcher-kva.example")) == ["ida"]
+
+
+@pytest.mark.parametrize(
+    "name", ["ida", "ida@", "@here.example", "i da@here.example", "ida@a..b", "ida@[/x]",
+             "ida@[/../../../x", "", "ida@../x", "\udcff@here.example"]
+)  # fmt: skip
+def test_what_is_no_address_is_no_user(place: Place, name: str) -> None:
+    before = sorted((place.config_dir / "domains").rglob("*"))
+    place.fails("user-add", name, "--password", "x")
+    assert sorted((place.config_dir / "domains").rglob("*")) == before
+
+
+def test_an_empty_password_is_refused(place: Place) -> None:
+    assert "empty" in place.fails("user-add", "ben@here.example", "--password", "")
+    assert "ben" not in place.users()
+
+
+def test_a_password_that_is_no_utf8_is_no_traceback(place: Place) -> None:
+    ended = place.run("user-add", "ben@here.example", "--password", "\udcff")
+    assert ended.status in (0, 1)
+
+
+def test_a_user_is_removed(place: Place) -> None:
+    assert place.run("user-remove", "ANA@here.example").status == 0
+    assert place.users() == {}
+    error = place.fails("user-remove", "ana@here.example")
+    assert error.endswith("users: there is no user 'ana'")
+
+
+def test_a_users_file_that_cannot_be_written_is_told(place: Place) -> None:
+    (place.config_dir / "domains" / "new.example").write_text("a file")
+    error = place.fails("user-add", "ida@new.example", "--password", "x")
+    assert "new.example" in error
+
+
+def test_users_are_counted(place: Place) -> None:
+    place.write("domains/here.example/aliases", "team: ana\nall: team\n")
+    place.write("domains/there.example/users", "")
+    ended = place.run("check-userdb")
+    assert ended == (
+        0,
+        "here.example: 1 user, 2 names in aliases\nthere.example: 0 users, 0 names in aliases\n",
+        "",
+    )
+    assert place.run("check-userdb", "HERE.example").out.startswith("here.example: 1 user")
+    assert "no domain" in place.fails("check-userdb", "else.example")
+
+
+@pytest.mark.parametrize("name", ["a..b", "a b", "-", "\udcff", "xn--0"])
+def test_a_domain_that_is_none_is_told(place: Place, name: str) -> None:
+    place.fails("check-userdb", name)
+
+
+# --- configuration ---
+
+
+def test_the_configuration_is_printed_as_it_can_be_read(place: Place) -> None:
+    place.configure(
+        smtp_address=["127.0.0.1:25", "systemd"],
+        give_up_send_after="400h30m0.25s",
+        reload_every="1500ms",
+        suffix_separators="+-",
+        mail_delivery_agent_bin="/bin/agent",
+        mail_delivery_agent_args=["-f", '%from% "quoted" \\ žofie\n'],
+        max_queue_items=7,
+        dns_server=["192.0.2.1", "[2001:db8::1]:53"],
+    )
+    before = chasquid.load_config(str(place.config_dir))
+    ended = place.run("print-config")
+    assert ended.status == 0
+    place.write("chasquid.conf", ended.out)
+    assert chasquid.load_config(str(place.config_dir)) == before
+    assert place.run("print-config").out == ended.out
+
+
+def test_overrides_replace_what_the_file_says(place: Place) -> None:
+    place.configure(smtp_address=["127.0.0.1:25", "127.0.0.1:26"])
+    override = 'smtp_address: "127.0.0.1:27" max_queue_items: 3'
+    out = place.run("--config-overrides", override, "print-config").out
+    assert [line for line in out.splitlines() if line.startswith("smtp_address")] == [
+        'smtp_address: "127.0.0.1:27"'
+    ]
+    assert "max_queue_items: 3\n" in out
+
+
+# --- aliases ---
+
+
+def test_aliases_are_resolved_from_the_files_without_a_server(place: Place) -> None:
+    place.write(
+        "domains/here.example/aliases",
+        "team: ana, eva@there.example via a.example/b.example\nrun: | cat -n\nround: round2\n"
+        "round2: round\n",
+    )
+    ended = place.run("aliases-resolve", "TEAM+x@here.example")
+    assert ended.status == 0
+    assert ended.out == "ana@here.example\neva@there.example via a.example/b.example\n"
+    assert place.run("aliases-resolve", "run@here.example").out == "| cat -n\n"
+    assert place.run("aliases-resolve", "eva@else.example").out == "eva@else.example\n"
+    for name, text in (("no@here.example", "no user"), ("round@here.example", "deeper than")):
+        ended = place.run("aliases-resolve", name)
+        assert (ended.status, ended.out) == (1, "")
+        assert text in ended.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["a b@here.example", "ana@", "", "<ana@x>", "\udcff@here.example"])
+def test_what_is_no_address_is_not_resolved(place: Place, name: str) -> None:
+    ended = place.run("aliases-resolve", name)
+    assert (ended.status, ended.out) == (1, "")
+    assert "Traceback" not in ended.err
+
+
+def test_aliases_are_resolved_by_the_server_that_runs(
+    serve: Serve, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = serve(aliases={"here.example": "team: ana\n"})
+    server.write("domains/here.example/aliases", b"team: ben\n")  # which is not read yet
+    command = ["--config-dir", str(server.config_dir), "aliases-resolve"]
+    assert chasquid.main([*command, "team@here.example"]) == 0
+    assert capsys.readouterr() == ("ana@here.example\n", "")
+    assert chasquid.main([*command, "nobody@here.example"]) == 1
+    assert capsys.readouterr().err == ("chasquid: there is no user or alias nobody@here.example\n")
+
+
+# --- the queue ---
+
+
+class Deferring:
+    """A courier that never gets anything done, but counts how often it was asked."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    async def deliver(
+        self, shipment: chasquid.Shipment, targets: Sequence[chasquid.Target]
+    ) -> list[chasquid.Result]:
+        self.count += 1
+        return [chasquid.Result(chasquid.DEFERRED, "4.0.0", "not today")] * len(targets)
+
+
+class Waiting:
+    """A server with messages that wait, and commands on it."""
+
+    def __init__(self, server: Server, courier: Deferring, capsys: pytest.CaptureFixture[str]):
+        self.server = server
+        self.courier = courier
+        self._capsys = capsys
+
+    def send(self, subject: str = "hello") -> str:
+        """Leave a message in the queue; return its id."""
+        before = len(self.server.queued("cur"))
+        with self.server.connect() as wire:
+            wire.reply()
+            wire.ask("EHLO client.example")
+            wire.ask("MAIL FROM:<eva@there.example>")
+            assert wire.ask("RCPT TO:<out@here.example>").startswith("250 ")
+            wire.ask("DATA")
+            id = wire.ask(f"Subject: {subject}\r\n\r\nbody\r\n.").split()[-1]
+        wait_for(lambda: len(self.server.queued("cur")) > before, "the first attempt")
+        return id
+
+    def run(self, *arguments: str) -> Ended:
+        self._capsys.readouterr()
+        command = ["--config-dir", str(self.server.config_dir), "queue", *arguments]
+        status = chasquid.main(command)
+        return Ended(status, *self._capsys.readouterr())
+
+
+@pytest.fixture
+def waiting(serve: Serve, capsys: pytest.CaptureFixture[str]) -> Waiting:
+    courier = Deferring()
+    aliases = {"here.example": "out: ida@far.example\n"}
+    return Waiting(serve(remote=courier, aliases=aliases), courier, capsys)
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
+def test_the_queue_is_listed_and_shown(waiting: Waiting, running: bool) -> None:
+    id = waiting.send("žofie")
+    if not running:
+        waiting.server.stop()
+    ended = waiting.run("list")
+    assert (ended.status, ended.err) == (0, "")
+    first, second, last = ended.out.splitlines()
+    assert first.startswith(f"{id}  ")
+    assert "from <eva@there.example>, 1 attempt, next attempt in 1m" in first
+    assert second == "    ida@far.example  deferred: not today"
+    assert last == "1 message"
+    ended = waiting.run("show", id)
+    assert ended.status == 0
+    assert "from      <eva@there.example>\n" in ended.out
+    assert "to        ida@far.example (for out@here.example)\n" in ended.out
+    assert "\nReceived: from client.example" in ended.out
+    assert ended.out.endswith("\nSubject: žofie\n")
+    assert "body" not in ended.out
+
+
+def test_a_running_server_retries_and_removes(waiting: Waiting) -> None:
+    first, second = waiting.send(), waiting.send()
+    assert waiting.run("retry", first) == (0, "1 message will be attempted now\n", "")
+    wait_for(lambda: waiting.courier.count == 3, "another attempt")
+    assert waiting.run("retry", "all").out == "2 messages will be attempted now\n"
+    wait_for(lambda: waiting.courier.count == 5, "more attempts")
+    assert waiting.run("remove", first) == (0, f"{first} is removed\n", "")
+    assert waiting.run("list").out.endswith("\n1 message\n")
+    assert waiting.run("remove", second).status == 0
+    assert waiting.run("list").out == "0 messages\n"
+    assert waiting.server.queued() == []
+
+
+def test_a_stopped_server_is_retried_and_removed_from_by_its_files(waiting: Waiting) -> None:
+    first, second = waiting.send(), waiting.send()
+    waiting.server.stop()
+    assert waiting.run("retry", first) == (0, "done; no server is running\n", "")
+    states = {line.split()[0]: line for line in waiting.run("list").out.splitlines()}
+    assert states[first].endswith("due now")
+    assert "next attempt in" in states[second]
+    assert waiting.run("retry", "all").status == 0
+    assert waiting.run("list").out.count("due now") == 2
+    assert waiting.run("remove", second) == (0, "done; no server is running\n", "")
+    waiting.server.start()
+    wait_for(lambda: waiting.courier.count == 3, "the attempt that was asked for")
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
+@pytest.mark.parametrize("action", ["show", "retry", "remove"])
+@pytest.mark.parametrize("id", ["abc", "../../x", "*", "\udcff"])
+def test_a_message_that_is_not_there_is_told(
+    waiting: Waiting, running: bool, action: str, id: str
+) -> None:
+    if not running:
+        waiting.server.stop()
+    ended = waiting.run(action, id)
+    assert (ended.status, ended.out) == (1, "")
+    assert "there is no message " in ended.err
+    assert ended.err.count("\n") == 1
+
+
+def test_a_file_that_is_none_of_the_queues_is_told_and_the_rest_listed(waiting: Waiting) -> None:
+    id = waiting.send()
+    (waiting.server.data_dir / "queue" / "new" / "hello").write_text("hello")
+    ended = waiting.run("list")
+    assert ended.status == 0
+    assert ended.out.startswith(id)
+    assert "hello: expected a name like ID,S=SIZE" in ended.err
+    (waiting.server.data_dir / "queue" / "new" / "hello").unlink()
+
+
+def test_a_queue_that_does_not_exist_is_empty(place: Place) -> None:
+    assert place.run("queue", "list") == (0, "0 messages\n", "")
+    assert not place.data_dir.exists()
+
+
+def test_a_queue_that_cannot_be_read_is_told(place: Place) -> None:
+    (place.data_dir / "queue").mkdir(parents=True)
+    (place.data_dir / "queue" / "new").write_text("")
+    for arguments in (["list"], ["show", "abc"], ["retry", "all"], ["remove", "abc"]):
+        place.fails("queue", *arguments)
+
+
+@pytest.mark.parametrize(
+    "answer", ["* close", "S: hello", "S: 7", "S: []", 'S: {"lines": 7}', "S= half\n* close"]
+)
+def test_an_answer_that_is_none_is_told(place: Place, tmp_path: Path, answer: str) -> None:
+    place.data_dir.mkdir()
+    with Peer(f"C: …\n{answer}", path=str(place.data_dir / "control")):
+        place.fails("queue", "retry", "all")
+
+
+def test_a_queue_that_is_locked_is_not_touched(place: Place) -> None:
+    lock = chasquid.DataDirectory(str(place.data_dir))
+    lock.take()
+    try:
+        assert "another server is using" in place.fails("queue", "retry", "all")
+    finally:
+        lock.release()
+
+
+# --- try ---
+
+
+def test_try_once_sends_a_message_into_a_maildir(tmp_path: Path) -> None:
+    directory = tmp_path / "new" / "try"
+    for _ in range(2):  # the second time it is all there
+        ended = program("try", "--once", "--dir", directory)
+        assert (ended.returncode, ended.stderr) == (0, "")
+        assert "sent by submission (TLSv1.3 " in ended.stdout
+        path = ended.stdout.partition("\nstored as ")[2].partition(":\n")[0]
+        assert Path(path).is_file()
+        assert Path(path).read_text() in ended.stdout
+    assert len(list(directory.glob("data/mail/try.test/you/new/*"))) == 2
+    for name in ("password", "certs/localhost/privkey.pem", "domains/try.test/users"):
+        assert (directory / name).stat().st_mode & 0o077 == 0
+
+
+def test_try_shows_what_comes_in(tmp_path: Path) -> None:
+    words = [sys.executable, str(MODULE), "try", "--dir", str(tmp_path / "try")]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        lines = [process.stdout.readline()]
+        while not lines[-1].startswith("Each delivery is shown below"):
+            assert lines[-1], process.communicate()
+            lines.append(process.stdout.readline())
+        port = next(line.split()[1] for line in lines if line.startswith("  smtp "))
+        with Wire.to("127.0.0.1", int(port.rpartition(":")[2])) as wire:
+            wire.reply()
+            wire.ask("EHLO client.example")
+            wire.ask("MAIL FROM:<eva@there.example>")
+            assert wire.ask("RCPT TO:<anybody@try.test>").startswith("250 ")
+            wire.ask("DATA")
+            assert wire.ask("Subject: x\r\n\r\n.").startswith("250 ")
+        assert process.stdout.readline() == "\n"
+        shown = "sent: from eva@there.example to anybody@try.test: stored as "
+        assert process.stdout.readline().startswith(shown)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=SECONDS) == ("", "")
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_try_in_a_place_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    ended = program("try", "--once", "--dir", tmp_path / "file" / "try")
+    assert ended.returncode == 1
+    assert ended.stderr.count("\n") == 1
+    assert "cannot be used" in ended.stderr

@@ -1,0 +1,656 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Room DAEMON: wiring, reload, the control socket, certificates, start and end."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from support import (
+    HOST,
+    MODULE,
+    SECONDS,
+    USERS,
+    Peer,
+    RunningClock,
+    Server,
+    Wire,
+    certificate,
+    trusting,
+    users_file,
+    wait_for,
+    write_certificate,
+)
+
+import chasquid
+
+Serve = Callable[..., Server]
+EVE = "eva@there.example"
+
+
+class Deferring:
+    """A courier that never gets anything done, but counts how often it was asked."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    async def deliver(
+        self, shipment: chasquid.Shipment, targets: Sequence[chasquid.Target]
+    ) -> list[chasquid.Result]:
+        self.count += 1
+        return [chasquid.Result(chasquid.DEFERRED, "4.0.0", "not today")] * len(targets)
+
+
+def greeted(server: Server) -> Wire:
+    wire = server.connect()
+    assert wire.reply().startswith("220 ")
+    assert wire.ask("EHLO client.example").startswith("250-")
+    return wire
+
+
+def rcpt(server: Server, address: str) -> str:
+    """Return the reply to this recipient."""
+    with greeted(server) as wire:
+        assert wire.ask("MAIL FROM:<>").startswith("250 ")
+        return wire.ask(f"RCPT TO:<{address}>")
+
+
+def send(server: Server, recipient: str = "ana@here.example") -> str:
+    """Send a message; return its id."""
+    with greeted(server) as wire:
+        assert wire.ask("MAIL FROM:<>").startswith("250 ")
+        assert wire.ask(f"RCPT TO:<{recipient}>").startswith("250 ")
+        assert wire.ask("DATA").startswith("354 ")
+        return wire.ask("Subject: x\r\n\r\n.").split()[-1]
+
+
+def login(server: Server, user: str, password: str) -> str:
+    import base64
+
+    secret = base64.b64encode(f"\0{user}\0{password}".encode()).decode()
+    with server.connect("submission over TLS") as wire:
+        wire.start_tls(trusting())
+        assert wire.reply().startswith("220 ")
+        assert wire.ask("EHLO client.example").startswith("250-")
+        return wire.ask(f"AUTH PLAIN {secret}")
+
+
+def certificate_of(server: Server, name: str = "", port: str = "submission over TLS") -> str:
+    """Return the certificate that the server shows to who asks for `name`, as PEM."""
+    with server.connect(port) as wire:
+        wire.start_tls(trusting(), name=name)
+        der = wire.socket.getpeercert(True)  # type: ignore[attr-defined]
+    return ssl.DER_cert_to_PEM_cert(der)
+
+
+def reload(server: Server) -> None:
+    """Have the server read its files again, and wait until it has."""
+    before = server.log.count("read again")
+    server.daemon.reload()
+    wait_for(lambda: server.log.count("read again") > before, "the files to be read again")
+
+
+# --- what is read again ---
+
+
+def test_new_users_are_known_after_a_reload(serve: Serve) -> None:
+    server = serve()
+    assert rcpt(server, "ida@here.example").startswith("550 ")
+    server.write("domains/here.example/users", users_file({"ida": "geheim"}))
+    reload(server)
+    assert rcpt(server, "ida@here.example").startswith("250 ")
+    assert rcpt(server, "ana@here.example").startswith("550 ")
+    assert login(server, "ida@here.example", "geheim").startswith("235 ")
+
+
+def test_a_new_domain_is_known_after_a_reload(serve: Serve) -> None:
+    server = serve()
+    assert rcpt(server, "ida@new.example").startswith("503 5.7.1 ")
+    server.write("domains/new.example/users", users_file({"ida": "geheim"}))
+    reload(server)
+    assert rcpt(server, "ida@new.example").startswith("250 ")
+    send(server, "ida@new.example")
+    assert len(server.mail("ida", "new.example")) == 1
+
+
+def test_new_aliases_are_known_after_a_reload(serve: Serve) -> None:
+    server = serve()
+    server.write("domains/here.example/aliases", b"team: ana, ben\n")
+    reload(server)
+    send(server, "team@here.example")
+    assert len(server.mail("ana")) == len(server.mail("ben")) == 1
+
+
+def test_files_that_changed_are_read_again_without_being_told(serve: Serve) -> None:
+    server = serve(reload_every="10ms")
+    server.write("domains/here.example/users", users_file({"ida": "geheim"}))
+    wait_for(lambda: "read again" in server.log, "the users to be read")
+    assert rcpt(server, "ida@here.example").startswith("250 ")
+
+
+def test_files_that_did_not_change_are_left_alone(serve: Serve) -> None:
+    clock = RunningClock()
+    server = serve(clock=clock, reload_every="30s")
+    for _ in range(3):
+        clock.advance(31)
+        server.settle()
+    assert "read again" not in server.log
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "where"),
+    [
+        ("domains/here.example/users", b"users: {\n  key: oops\n}\n", "users:"),
+        ("domains/here.example/aliases", b"# fine\nno colon\n", "aliases:2:"),
+        (f"certs/{HOST}/fullchain.pem", b"no certificate", "fullchain.pem"),
+        (f"certs/{HOST}/privkey.pem", certificate("other.example")[1].encode(), "fullchain.pem"),
+    ],
+    ids=["users", "aliases", "certificate", "key"],
+)
+def test_a_bad_file_leaves_the_old_in_force(
+    serve: Serve, name: str, data: bytes, where: str
+) -> None:
+    server = serve(aliases={"here.example": "team: ana\n"})
+    server.write(name, data)
+    server.write("domains/new.example/users", users_file({"ida": "geheim"}))
+    reload(server)
+    assert "the old stays in force" in server.log
+    assert where in server.log.partition("the old stays in force")[2]
+    assert rcpt(server, "team@here.example").startswith("250 ")
+    assert rcpt(server, "ida@new.example").startswith("503 ")
+    assert login(server, "ana@here.example", "secret").startswith("235 ")
+    assert certificate_of(server) == certificate(HOST)[0]
+
+
+def test_a_new_certificate_is_shown_after_a_reload(serve: Serve) -> None:
+    server = serve()
+    assert certificate_of(server) == certificate(HOST)[0]
+    write_certificate(server.config_dir / "certs" / HOST, HOST, "new.example")
+    reload(server)
+    assert certificate_of(server) == certificate(HOST, "new.example")[0]
+
+
+def test_a_first_certificate_turns_starttls_on(serve: Serve) -> None:
+    server = serve(certificates=())
+    write_certificate(server.config_dir / "certs" / HOST, HOST)
+    reload(server)
+    with greeted(server) as wire:
+        assert wire.ask("STARTTLS").startswith("220 ")
+        wire.start_tls(trusting())
+        assert wire.ask("EHLO client.example").endswith("250 AUTH PLAIN LOGIN")
+    assert login(server, "ana@here.example", "secret").startswith("235 ")
+
+
+def test_a_certificate_that_goes_away_stays_in_force(serve: Serve) -> None:
+    server = serve()
+    (server.config_dir / "certs" / HOST / "fullchain.pem").unlink()
+    reload(server)
+    assert certificate_of(server) == certificate(HOST)[0]
+
+
+def test_a_reload_opens_the_logs_anew(serve: Serve) -> None:
+    server = serve()
+    for name in ("server.log", "mail.log"):
+        (server.directory / name).rename(server.directory / f"{name}.1")
+    server.daemon.reload()
+    wait_for(lambda: (server.directory / "mail.log").exists(), "the log")
+    wait_for(lambda: "read again" in server.log, "the line in the log")
+    id = send(server)
+    server.mail("ana")
+    assert id in server.mail_log
+
+
+# --- certificates ---
+
+
+def test_each_name_gets_its_certificate(serve: Serve) -> None:
+    server = serve(certificates=("a.example", HOST, "z.example"))
+    for name in (HOST, "a.example", "z.example"):
+        assert certificate_of(server, name) == certificate(name)[0]
+    assert certificate_of(server, "Z.Example") == certificate("z.example")[0]
+    assert certificate_of(server, "unknown.example") == certificate(HOST)[0]
+    assert certificate_of(server) == certificate(HOST)[0]
+
+
+def test_a_wildcard_is_for_one_label(serve: Serve) -> None:
+    server = serve()
+    write_certificate(server.config_dir / "certs" / "wild", "*.wild.example")
+    reload(server)
+    wild = certificate("*.wild.example")[0]
+    assert certificate_of(server, "mail.wild.example") == wild
+    assert certificate_of(server, "a.mail.wild.example") == certificate(HOST)[0]
+
+
+def test_the_certificate_is_verified_by_who_trusts_it(serve: Serve) -> None:
+    server = serve()
+    chain = server.config_dir / "certs" / HOST / "fullchain.pem"
+    with server.connect("submission over TLS") as wire:
+        wire.start_tls(trusting(chain), name=HOST)
+        assert wire.reply().startswith("220 ")
+
+
+def test_without_a_certificate_tls_and_logins_are_off(serve: Serve) -> None:
+    server = serve(certificates=())
+    assert "TLS is off, and nobody can log in" in server.log
+    with server.connect() as wire:
+        wire.reply()
+        hello = wire.ask("EHLO client.example")
+        assert "STARTTLS" not in hello and "AUTH" not in hello
+        assert wire.ask("STARTTLS").startswith("454 4.7.0 ")
+        assert wire.ask("AUTH PLAIN AGFuYUBoZXJlLmV4YW1wbGUAc2VjcmV0").startswith("538 ")
+        assert wire.ask("MAIL FROM:<>").startswith("250 ")
+    with server.connect("submission over TLS") as wire:
+        assert wire.is_closed()
+
+
+# --- the control socket ---
+
+
+def ask(server: Server, *request: object) -> dict[str, object]:
+    """Send a request as it is and return the answer."""
+    return ask_raw(server, json.dumps(request).encode() + b"\r\n")
+
+
+def ask_raw(server: Server, data: bytes) -> dict[str, object]:
+    with socket.socket(socket.AF_UNIX) as raw:
+        raw.settimeout(SECONDS)
+        raw.connect(str(server.data_dir / "control"))
+        raw.sendall(data)
+        answer = b""
+        while piece := raw.recv(4096):
+            answer += piece
+    return json.loads(answer)  # type: ignore[no-any-return]
+
+
+def test_the_control_socket_is_for_its_owner_alone(serve: Serve) -> None:
+    path = serve().data_dir / "control"
+    assert stat.S_ISSOCK(path.stat().st_mode)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_an_address_is_resolved(serve: Serve) -> None:
+    aliases = "team: ana, eva@there.example via relay.example\nprogram: | cat -n\n"
+    server = serve(aliases={"here.example": aliases})
+    assert ask(server, "aliases-resolve", "team@here.example") == {
+        "lines": ["ana@here.example", "eva@there.example via relay.example"]
+    }
+    assert ask(server, "aliases-resolve", "program@here.example") == {"lines": ["| cat -n"]}
+    assert ask(server, "aliases-resolve", "eva@else.example") == {"lines": ["eva@else.example"]}
+    assert ask(server, "aliases-resolve", "nobody@here.example") == {
+        "error": "there is no user or alias nobody@here.example"
+    }
+    assert "error" in ask(server, "aliases-resolve", "a b@here.example")
+
+
+def test_messages_are_attempted_again(serve: Serve) -> None:
+    courier = Deferring()
+    server = serve(remote=courier, aliases={"here.example": f"out: {EVE}\n"})
+    ids = [send(server, "out@here.example") for _ in range(2)]
+    wait_for(lambda: len(server.queued("cur")) == 2, "the first attempts")
+    assert ask(server, "queue-retry", ids[0]) == {"lines": ["1 message will be attempted now"]}
+    wait_for(lambda: courier.count == 3, "another attempt")
+    assert ask(server, "queue-retry", "all") == {"lines": ["2 messages will be attempted now"]}
+    wait_for(lambda: courier.count == 5, "two more attempts")
+
+
+def test_a_message_is_removed(serve: Serve) -> None:
+    server = serve(remote=Deferring(), aliases={"here.example": f"out: {EVE}\n"})
+    id = send(server, "out@here.example")
+    wait_for(lambda: server.queued("cur"), "the first attempt")
+    assert ask(server, "queue-remove", id) == {"lines": [f"{id} is removed"]}
+    assert server.queued() == []
+    assert "error" in ask(server, "queue-remove", id)
+    assert "error" in ask(server, "queue-retry", id)
+
+
+def test_a_message_whose_file_is_gone_can_be_removed(serve: Serve) -> None:
+    server = serve(remote=Deferring(), aliases={"here.example": f"out: {EVE}\n"})
+    id = send(server, "out@here.example")
+    (name,) = wait_for(lambda: server.queued("cur"), "the first attempt")
+    (server.data_dir / "queue" / name).unlink()
+    assert ask(server, "queue-remove", id) == {"lines": [f"{id} is removed"]}
+    assert "error" in ask(server, "queue-remove", id)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"hello\r\n", b"[]\r\n", b"7\r\n", b'["queue-retry"]\r\n', b'["no-such", "x"]\r\n',
+     b'["queue-retry", 7]\r\n', b'["queue-retry", null]\r\n', b'["queue-remove", []]\r\n',
+     b'[["x"], "y"]\r\n', b'["aliases-resolve", ""]\r\n',
+     b"\xff\xfe\r\n", b'["aliases-resolve", "\\ud800@here.example"]\r\n'],
+)  # fmt: skip
+def test_what_is_no_request_gets_an_error(serve: Serve, data: bytes) -> None:
+    assert "error" in ask_raw(serve(), data)
+
+
+def test_a_request_that_is_no_line_ends_that_connection_alone(serve: Serve) -> None:
+    server = serve()
+    with socket.socket(socket.AF_UNIX) as raw:
+        raw.settimeout(SECONDS)
+        raw.connect(str(server.data_dir / "control"))
+        raw.sendall(b"x" * 100_000 + b"\n")
+        with pytest.raises((ConnectionResetError, BrokenPipeError, AssertionError)):
+            assert raw.recv(100)
+    assert "lines" in ask(server, "queue-retry", "all")
+
+
+def test_a_deep_data_dir_has_a_control_socket_as_well(serve: Serve, tmp_path: Path) -> None:
+    data_dir = tmp_path.joinpath(*["a-directory-with-a-long-name"] * 6)
+    server = serve(data_dir=data_dir)
+    assert len(str(data_dir)) > 108
+    lines = chasquid.ask_running_server(str(data_dir), "aliases-resolve", "ana@here.example")
+    assert lines == ["ana@here.example"]
+    server.stop()
+    assert not (data_dir / "control").exists()
+
+
+def test_a_control_socket_that_a_crash_left_is_no_server(serve: Serve) -> None:
+    server = serve()
+    server.stop()
+    path = server.data_dir / "control"
+    with socket.socket(socket.AF_UNIX) as raw:
+        raw.bind(str(path))
+    assert chasquid.ask_running_server(str(server.data_dir), "queue-retry", "all") is None
+    server.start()
+    assert "lines" in ask(server, "queue-retry", "all")
+
+
+def test_a_server_whose_control_socket_was_removed_still_stops(serve: Serve) -> None:
+    server = serve()
+    (server.data_dir / "control").unlink()
+    id = send(server)
+    server.stop()
+    assert "stopped" in server.log
+    assert id in server.mail_log
+
+
+# --- several servers ---
+
+
+def test_two_servers_in_one_process_send_mail_to_each_other(serve: Serve) -> None:
+    there = serve(users={"there.example": {"eva": "secret"}}, hostname="mail.there.example")
+    aliases = {"here.example": f"out: eva@there.example via 127.0.0.1:{there.port()}\n"}
+    here = serve(aliases=aliases)
+    send(here, "out@here.example")
+    here.mail("ana")
+    (message,) = there.mail("eva", "there.example")
+    assert message.count(b"\nReceived: from ") == 2
+    assert b"with ESMTPS id" in message
+
+
+def test_a_second_server_on_the_same_data_dir_is_refused(serve: Serve) -> None:
+    server = serve()
+    with pytest.raises(chasquid.ConfigError, match="another server is using this data_dir"):
+        server.make()
+    assert rcpt(server, "ana@here.example").startswith("250 ")
+
+
+def test_the_data_dir_is_free_again_after_the_end(serve: Serve) -> None:
+    server = serve()
+    server.stop()
+    server.start()
+    assert rcpt(server, "ana@here.example").startswith("250 ")
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        (f"certs/{HOST}/fullchain.pem", b"no certificate"),
+        ("domains/here.example/aliases", b"no colon\n"),
+    ],
+)
+def test_the_data_dir_is_free_again_after_a_start_that_failed(
+    tmp_path: Path, name: str, data: bytes
+) -> None:
+    server = Server(tmp_path)
+    path = server.config_dir / name
+    old = path.read_bytes() if path.exists() else b""
+    server.write(name, data)
+    with pytest.raises(chasquid.ConfigError):
+        server.make()
+    server.write(name, old)
+    with server:
+        assert rcpt(server, "ana@here.example").startswith("250 ")
+
+
+# --- start ---
+
+
+def test_a_port_that_is_taken_is_a_sentence(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        place = f"127.0.0.1:{other.getsockname()[1]}"
+        server = Server(tmp_path, submission_address=place)
+        with pytest.raises(chasquid.ConfigError) as caught:
+            server.make()
+    assert caught.value.path == str(server.config_dir / "chasquid.conf")
+    expected = f"submission_address: cannot listen on {place}: Address already in use"
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"smtp_address": "192.0.2.1:0"}, "smtp_address: cannot listen on 192.0.2.1:0"),
+        ({"smtp_address": "no.such.host.invalid:0"}, "smtp_address: 'no.such.host.invalid:0'"),
+        (
+            {
+                "smtp_address": "systemd",
+                "submission_address": "systemd",
+                "submission_over_tls_address": "systemd",
+            },
+            "expected smtp_address or another address to listen on",
+        ),
+        ({"data_dir": "/dev/null/data"}, "/dev/null"),
+        ({"log_path": "/dev/null/log"}, "/dev/null/log: the log cannot be opened"),
+    ],
+    ids=["not our address", "no address", "nowhere", "data_dir", "log"],
+)
+def test_what_keeps_a_server_from_starting_is_a_sentence(
+    tmp_path: Path, settings: dict[str, str], text: str
+) -> None:
+    server = Server(tmp_path, **settings)
+    with pytest.raises(chasquid.ConfigError) as caught:
+        server.make()
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_server_without_domains_starts_and_says_so(serve: Serve) -> None:
+    server = serve(users={})
+    assert "all mail for here is refused" in server.log
+    assert rcpt(server, "ana@here.example").startswith("503 5.7.1 ")
+
+
+def test_several_addresses_are_listened_on(serve: Serve) -> None:
+    server = serve(smtp_address=["127.0.0.1:0", "127.0.0.1:0"])
+    ports = [number for port, _, number in server.daemon.addresses if port.name == "smtp"]
+    assert len(set(ports)) == 2
+    for port in ports:
+        with Wire.to("127.0.0.1", port) as wire:
+            assert wire.reply().startswith("220 ")
+
+
+def test_mail_for_here_goes_to_the_agent_where_one_is_named(serve: Serve, tmp_path: Path) -> None:
+    server = serve(
+        mail_delivery_agent_bin="/bin/sh",
+        mail_delivery_agent_args=["-c", f'cat > "{tmp_path}/$0"', "%to_user%.got"],
+    )
+    send(server)
+    server.mail("ana")
+    assert b"Subject: x\r\n\r\n" in (tmp_path / "ana.got").read_bytes()
+
+
+def test_mail_for_here_goes_by_lmtp_where_it_is_named(serve: Serve) -> None:
+    script = f"""
+        S: 220 dovecot
+        C: LHLO {HOST}
+        S: 250 dovecot
+        C: MAIL FROM:<>
+        S: 250 fine
+        C: RCPT TO:<ana@here.example>
+        S: 250 fine
+        C: DATA
+        S: 354 go on
+        C.
+        S: 250 2.0.0 in the box
+        C: QUIT
+        S: 221 bye
+    """
+    with Peer(script) as peer:
+        server = serve(lmtp_address=f"127.0.0.1:{peer.port}")
+        send(server)
+        server.mail("ana")
+    assert b"\r\nSubject: x\r\n" in peer.messages[0]
+
+
+def test_keys_that_are_not_in_force_are_said(tmp_path: Path) -> None:
+    server = Server(tmp_path, dovecot_auth="true")
+    with server:
+        assert "dovecot_auth is set, but this version does not act on it" in server.log
+
+
+# --- the end ---
+
+
+def test_a_server_stops_at_once_where_nothing_is_under_way(serve: Serve) -> None:
+    server = serve()
+    port = server.port()
+    with greeted(server) as idle:
+        server.daemon.stop()
+        assert idle.reply().startswith("421 4.3.2 ")
+        assert idle.is_closed()
+    server.join()
+    with pytest.raises(ConnectionRefusedError):
+        Wire.to("127.0.0.1", port)
+
+
+def test_a_message_under_way_is_let_in_before_the_end(serve: Serve) -> None:
+    server = serve()
+    with greeted(server) as wire:
+        assert wire.ask("MAIL FROM:<>").startswith("250 ")
+        assert wire.ask("RCPT TO:<ana@here.example>").startswith("250 ")
+        assert wire.ask("DATA").startswith("354 ")
+        server.daemon.stop()
+        server.settle()
+        assert wire.ask("Subject: x\r\n\r\n.").startswith("250 ")
+        assert wire.reply().startswith("421 4.3.2 ")
+        assert wire.is_closed()
+    server.join()
+    server.start()
+    assert len(server.mail("ana")) == 1
+
+
+def test_a_message_that_takes_too_long_does_not_hold_up_the_end(serve: Serve) -> None:
+    clock = RunningClock()
+    server = serve(clock=clock)
+    with greeted(server) as wire:
+        assert wire.ask("MAIL FROM:<>").startswith("250 ")
+        assert wire.ask("RCPT TO:<ana@here.example>").startswith("250 ")
+        assert wire.ask("DATA").startswith("354 ")
+        server.daemon.stop()
+        wait_for(lambda: "stopping" in server.log, "the server to stop")
+        server.settle()
+        assert server.is_running
+        clock.advance(11)
+        server.daemon.loop.post(lambda: None)
+        assert wire.reply().startswith("421 4.3.2 ")
+        wire.close()
+        server.join()
+    assert server.queued() == []
+
+
+def test_what_is_not_delivered_is_kept_over_the_end(serve: Serve) -> None:
+    courier = Deferring()
+    server = serve(remote=courier, aliases={"here.example": f"out: {EVE}\n"})
+    id = send(server, "out@here.example")
+    wait_for(lambda: server.queued("cur"), "the first attempt")
+    server.stop()
+    assert [name.partition(",")[0] for name in server.queued()] == [f"cur/{id}"]
+    server.start()
+    assert "lines" in ask(server, "queue-retry", id)
+    wait_for(lambda: courier.count == 2, "another attempt")
+
+
+def test_a_server_can_be_stopped_before_it_runs(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    daemon = server.make()
+    daemon.stop()
+    daemon.run()
+    assert "stopped" in server.log
+
+
+def test_nothing_is_left_open_after_the_end(tmp_path: Path) -> None:
+    def descriptors() -> int:
+        gc.collect()  # a server's logs are open until it is forgotten
+        return len(os.listdir("/dev/fd"))
+
+    with Server(tmp_path / "first") as server:
+        send(server)
+        server.mail("ana")
+    before = descriptors()
+    for number in range(3):
+        with Server(tmp_path / str(number)) as server:
+            send(server)
+            server.mail("ana")
+    assert descriptors() == before
+
+
+# --- systemd ---
+
+START_WITH_SOCKETS = """
+import os, socket, sys
+sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+print(*(one.getsockname()[1] for one in sockets), flush=True)
+held = [os.dup(one.fileno()) for one in sockets]
+held = [fd if fd > 10 else os.dup2(fd, 20 + fd) for fd in held]
+for number, fd in enumerate(held):
+    os.dup2(fd, 3 + number)
+os.environ["LISTEN_PID"] = str(os.getpid())
+os.environ["LISTEN_FDS"] = "2"
+os.environ["LISTEN_FDNAMES"] = "smtp:submission"
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+def test_sockets_of_systemd_are_served_and_systemd_is_told(tmp_path: Path) -> None:
+    server = Server(
+        tmp_path, users=USERS, smtp_address="systemd", submission_address="systemd",
+        submission_over_tls_address="systemd",
+    )  # fmt: skip
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices:
+        notices.bind(str(tmp_path / "notify"))
+        notices.settimeout(SECONDS)
+        process = subprocess.Popen(
+            [sys.executable, "-c", START_WITH_SOCKETS, MODULE, "--config-dir", server.config_dir,
+             "serve"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")},
+        )  # fmt: skip
+        try:
+            assert process.stdout is not None
+            smtp, submission = (int(word) for word in process.stdout.readline().split())
+            assert notices.recv(100) == b"READY=1"
+            with Wire.to("127.0.0.1", smtp) as wire:
+                assert wire.reply().startswith(f"220 {HOST} ")
+                assert wire.ask("EHLO client.example").startswith("250-")
+                assert wire.ask("MAIL FROM:<>").startswith("250 ")
+            with Wire.to("127.0.0.1", submission) as wire:
+                assert wire.reply().startswith(f"220 {HOST} ")
+                assert wire.ask("EHLO client.example").startswith("250-")
+                assert wire.ask("MAIL FROM:<>").startswith("530 ")
+            process.terminate()
+            assert notices.recv(100) == b"STOPPING=1"
+            assert process.wait(SECONDS) == 0
+            assert process.communicate() == ("", "")
+        finally:
+            process.kill()
+            process.wait()

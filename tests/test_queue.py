@@ -1,0 +1,1362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Room QUEUE: its files, its schedule, its notifications, and what a crash leaves.
+
+Time stands still in these tests and is moved by hand; what is written is written at once.
+A crash is a copy of the directory at some moment, from which a new queue starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import email
+import email.policy
+import itertools
+import json
+import os
+import queue
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from email.message import EmailMessage
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from support import HOST, SECONDS, FakeClock, Inline, address, record, run
+
+import chasquid
+from chasquid import (
+    DEFERRED,
+    FAILED,
+    SENT,
+    Addressee,
+    Envelope,
+    Item,
+    Message,
+    Result,
+    Shipment,
+    Target,
+)
+
+MESSAGE = b"Subject: hello\r\n\r\nIt works.\r\n"
+HOUR = 3600.0
+GIVE_UP = 20 * HOUR
+OURS = "here.example"
+
+
+class Script:
+    """A courier that does as it is told: `plan` has for an address its next states.
+
+    Without a plan it delivers. `deliveries` has id, address and state of all it did.
+    """
+
+    def __init__(self) -> None:
+        self.plan: dict[str, list[str]] = {}
+        self.deliveries: list[tuple[str, str, str]] = []
+        self.messages: list[tuple[Shipment, list[str]]] = []
+        self.contents: list[bytes] = []
+        self.hold: list[chasquid.Event] = []
+        self.fault: Exception | None = None
+
+    async def deliver(self, shipment: Shipment, targets: Sequence[Target]) -> list[Result]:
+        if self.fault is not None:
+            raise self.fault
+        for event in self.hold:
+            await event.wait()
+        self.messages.append((shipment, [target.value for target in targets]))
+        self.contents.append(b"".join(shipment.message.chunks()))
+        return [self._result(shipment, target) for target in targets]
+
+    def _result(self, shipment: Shipment, target: Target) -> Result:
+        states = self.plan.get(target.value, [])
+        state = states.pop(0) if states else SENT
+        self.deliveries.append((shipment.id, target.value, state))
+        status = {SENT: "2.0.0", DEFERRED: "4.2.1", FAILED: "5.1.1"}[state]
+        return Result(
+            state,
+            status,
+            f"{target.value} is {state}",
+            "mx.there.example (192.0.2.1:25)",
+            f"550 {status} no, {target.value}",
+        )
+
+
+class Bench:
+    """A queue on a loop, with couriers that are scripts."""
+
+    def __init__(self, loop: chasquid.Loop, directory: Path, clock: FakeClock, **options: Any):
+        self.loop = loop
+        self.clock = clock
+        self.directory = directory / "queue"
+        self.local, self.remote, self.pipe = Script(), Script(), Script()
+        self.results: list[tuple[str, str]] = []
+        couriers = chasquid.Couriers(
+            self.local, self.pipe, options.get("remote", self.remote), self.is_local
+        )
+        settings = chasquid.QueueSettings(
+            str(self.directory), HOST, GIVE_UP, options.get("limit", 200), "+"
+        )
+        self.queue = chasquid.Queue(
+            loop, chasquid.Disk(loop), record(directory, clock), settings, couriers,
+            options.get("expand", lambda name: [address(name)]), self.is_local,
+            options.get("random", lambda: 0.5),
+            lambda item, recipient: self.results.append((recipient.target.value, recipient.state)),
+        )  # fmt: skip
+
+    @staticmethod
+    def is_local(domain: str) -> bool:
+        return domain == OURS
+
+    async def accept(
+        self,
+        *targets: str | Target | Addressee,
+        sender: str = "ana@here.example",
+        data: bytes = MESSAGE,
+        prefix: bytes = b"Received: by us\r\n",
+        smtputf8: bool = False,
+    ) -> Item:
+        draft = self.queue.draft()
+        await draft.add(data)
+        addressees = []
+        for one in targets:
+            if isinstance(one, str):
+                one = address(one)
+            addressees.append(one if isinstance(one, Addressee) else Addressee(one, one.value))
+        envelope = Envelope(
+            draft.id, sender, tuple(addressees), self.clock.time(), prefix, smtputf8,
+            draft.eight_bit,
+        )  # fmt: skip
+        return await self.queue.accept(draft, envelope, "by a test")
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        for _ in range(2000):
+            if condition():
+                return
+            await self.loop.turn()
+        raise AssertionError("waited in vain")
+
+    async def quiet(self) -> None:
+        """Let everything happen that happens without time passing."""
+        await self.until(lambda: all(item.nudge is not None for item in self.queue.items.values()))
+
+    async def advance(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+        for _ in range(3):
+            await self.loop.turn()
+        await self.quiet()
+
+    def files(self, *places: str) -> list[str]:
+        return files(self.directory, *places)
+
+    def path(self, item: Item) -> Path:
+        (path,) = self.directory.glob(f"*/{item.id},S=*")
+        return path
+
+    def journal(self, item: Item) -> list[dict[str, Any]]:
+        """Return the envelope and the journal of an item as they are in its file."""
+        path = self.path(item)
+        size = int(path.name.partition("S=")[2])
+        return [json.loads(line) for line in path.read_bytes()[size:].split(b"\n") if line]
+
+    @property
+    def mail_log(self) -> str:
+        return (self.directory.parent / "mail.log").read_text()
+
+    @property
+    def log(self) -> str:
+        return (self.directory.parent / "server.log").read_text()
+
+
+def files(directory: Path, *places: str) -> list[str]:
+    """Return the places and names of the files, as in "new/ID"."""
+    return sorted(
+        f"{place}/{path.name.partition(',')[0]}"
+        for place in places or ("tmp", "new", "cur", "bad")
+        for path in (directory / place).iterdir()
+    )
+
+
+def on_bench(
+    directory: Path,
+    test: Callable[[Bench], Coroutine[Any, Any, None]],
+    clock: FakeClock | None = None,
+    **options: Any,
+) -> Bench:
+    clock = clock or FakeClock()
+    made: list[Bench] = []
+
+    async def main(loop: chasquid.Loop) -> None:
+        bench = Bench(loop, directory, clock, **options)
+        made.append(bench)
+        bench.queue.recover()
+        await test(bench)
+
+    run(main, clock=clock, workers=Inline())
+    return made[0]
+
+
+# --- the truth table of files ---
+
+
+def test_an_accepted_message_is_in_new_with_its_envelope(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        bench.local.hold.append(chasquid.Event(bench.loop))
+        item = await bench.accept("ben@here.example")
+        assert bench.files() == [f"new/{item.id}"]
+        path = bench.path(item)
+        assert path.name == f"{item.id},S={len(MESSAGE)}"
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert path.read_bytes().startswith(MESSAGE)
+        (envelope,) = bench.journal(item)
+        assert envelope["sender"] == "ana@here.example"
+        bench.local.hold[0].set()
+
+    on_bench(tmp_path, test)
+
+
+def test_a_delivered_message_is_gone(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        await bench.accept("ben@here.example", "eva@there.example", Target("pipe", "cat"))
+        await bench.quiet()
+        assert bench.files() == []
+        assert bench.queue.items == {}
+        assert bench.local.contents == bench.remote.contents == [b"Received: by us\r\n" + MESSAGE]
+        assert bench.pipe.deliveries[0][1:] == ("cat", SENT)
+        assert "done after 1 attempt" in bench.mail_log
+
+    on_bench(tmp_path, test)
+
+
+def test_a_message_that_was_attempted_is_in_cur_with_a_line_for_the_attempt(
+    tmp_path: Path,
+) -> None:
+    async def test(bench: Bench) -> None:
+        bench.local.plan = {"ben@here.example": [DEFERRED]}
+        item = await bench.accept("ana@here.example", "ben@here.example")
+        await bench.quiet()
+        assert bench.files() == [f"cur/{item.id}"]
+        _, line = bench.journal(item)
+        assert line["attempt"] == 1
+        assert line["next"] == bench.clock.time() + 60 + 30
+        assert {key: result[0] for key, result in line["results"].items()} == {
+            "0": SENT,
+            "1": DEFERRED,
+        }
+
+    on_bench(tmp_path, test)
+
+
+def test_a_large_message_goes_to_tmp_as_it_comes(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        draft = bench.queue.draft()
+        for _ in range(5):
+            await draft.add(b"Subject: x\r\n\r\n" + b"a line\r\n" * 4096)
+        (path,) = (bench.directory / "tmp").iterdir()
+        assert path.stat().st_size >= 5 * 32768 - chasquid.MEMORY_LIMIT
+        draft.discard()
+        assert bench.files() == []
+
+    on_bench(tmp_path, test)
+
+
+def test_a_large_message_is_delivered_whole(tmp_path: Path) -> None:
+    data = b"Subject: x\r\n\r\n" + b"a line\r\n" * 50_000
+
+    async def test(bench: Bench) -> None:
+        await bench.accept("ben@here.example", data=data)
+        await bench.quiet()
+        assert bench.local.contents == [b"Received: by us\r\n" + data]
+
+    on_bench(tmp_path, test)
+
+
+# --- what is found at the start ---
+
+
+def crashed(tmp_path: Path, make: Callable[[Path], None]) -> Bench:
+    """Let `make` prepare a queue's directory, start a queue on it, and let it work."""
+    directory = tmp_path / "queue"
+    for place in ("tmp", "new", "cur", "bad"):
+        (directory / place).mkdir(parents=True)
+    make(directory)
+    return on_bench(tmp_path, lambda bench: bench.quiet())
+
+
+def envelope(*names: str, id: str = "abc", sender: str = "ana@here.example") -> Envelope:
+    addressees = tuple(Addressee(address(name), name) for name in names)
+    return Envelope(id, sender, addressees, FakeClock().time(), b"A: b\r\n")
+
+
+def item_file(*names: str, journal: bytes = b"", **fields: str) -> bytes:
+    return MESSAGE + envelope(*names, **fields).to_line() + journal
+
+
+def journal_line(*states: str, next_attempt: float = 0.0) -> bytes:
+    item = Item(envelope(*(f"{n}@here.example" for n in range(len(states)))), None)  # type: ignore[arg-type]
+    item.attempts, item.next_attempt = 1, next_attempt
+    for recipient, state in zip(item.recipients, states, strict=True):
+        recipient.result = Result(state, "2.0.0", "text")
+        recipient.reported = state == FAILED
+    return item.journal_line(FakeClock().time())
+
+
+NAME = f"abc,S={len(MESSAGE)}"
+
+
+def test_what_is_in_tmp_is_swept(tmp_path: Path) -> None:
+    bench = crashed(
+        tmp_path, lambda queue: (queue / "tmp" / "abc").write_bytes(item_file("b@here.example"))
+    )
+    assert bench.files() == []
+    assert bench.local.deliveries == []
+
+
+def test_what_is_in_new_is_delivered_to_all(tmp_path: Path) -> None:
+    def make(queue: Path) -> None:
+        (queue / "new" / NAME).write_bytes(item_file("a@here.example", "b@there.example"))
+
+    bench = crashed(tmp_path, make)
+    assert bench.local.deliveries == [("abc", "a@here.example", SENT)]
+    assert bench.remote.deliveries == [("abc", "b@there.example", SENT)]
+    assert bench.local.contents == [b"A: b\r\n" + MESSAGE]
+    assert bench.files() == []
+
+
+@pytest.mark.parametrize("place", ["new", "cur"])
+def test_what_the_journal_says_is_done_is_not_done_again(tmp_path: Path, place: str) -> None:
+    # in new: the crash came after the journal was written and before the file was moved
+    def make(queue: Path) -> None:
+        line = journal_line(SENT, DEFERRED, FAILED)
+        names = (f"{n}@here.example" for n in range(3))
+        (queue / place / NAME).write_bytes(item_file(*names, journal=line))
+
+    bench = crashed(tmp_path, make)
+    assert bench.local.deliveries == [("abc", "1@here.example", SENT)]
+    # a failure is written down after its notification
+    assert len(bench.local.messages) == 1
+    assert bench.files() == []
+
+
+def test_what_is_not_due_waits(tmp_path: Path) -> None:
+    def make(queue: Path) -> None:
+        line = journal_line(DEFERRED, next_attempt=FakeClock().time() + 100)
+        (queue / "cur" / NAME).write_bytes(item_file("0@here.example", journal=line))
+
+    directory = tmp_path / "queue"
+    for place in ("tmp", "new", "cur", "bad"):
+        (directory / place).mkdir(parents=True)
+    make(directory)
+
+    async def test(bench: Bench) -> None:
+        await bench.advance(99)
+        assert bench.local.deliveries == []
+        await bench.advance(2)
+        assert bench.local.deliveries == [("abc", "0@here.example", SENT)]
+
+    on_bench(tmp_path, test)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 10, 60])
+def test_a_torn_last_line_counts_as_not_written(tmp_path: Path, cut: int) -> None:
+    def make(queue: Path) -> None:
+        lines = journal_line(DEFERRED, DEFERRED) + journal_line(SENT, DEFERRED)[:-cut]
+        names = ("0@here.example", "1@here.example")
+        (queue / "cur" / NAME).write_bytes(item_file(*names, journal=lines))
+
+    bench = crashed(tmp_path, make)
+    delivered = {name for _, name, _ in bench.local.deliveries}
+    # without its last newline alone, a line is whole
+    assert delivered == ({"1@here.example"} if cut == 1 else {"0@here.example", "1@here.example"})
+    assert bench.files() == []
+
+
+def test_a_line_behind_a_torn_one_counts(tmp_path: Path) -> None:
+    def make(queue: Path) -> None:
+        lines = journal_line(DEFERRED, DEFERRED)[:-20] + journal_line(SENT, DEFERRED)
+        names = ("0@here.example", "1@here.example")
+        (queue / "cur" / NAME).write_bytes(item_file(*names, journal=lines))
+
+    bench = crashed(tmp_path, make)
+    assert bench.local.deliveries == [("abc", "1@here.example", SENT)]
+
+
+def test_a_message_whose_text_looks_like_a_journal_is_a_message(tmp_path: Path) -> None:
+    data = MESSAGE + journal_line(SENT)
+
+    async def test(bench: Bench) -> None:
+        bench.local.plan = {"0@here.example": [DEFERRED]}
+        item = await bench.accept("0@here.example", data=data)
+        await bench.quiet()
+        found = chasquid.read_item(str(bench.path(item)))
+        assert [one.state for one in found.recipients] == [DEFERRED]
+
+    on_bench(tmp_path, test)
+
+
+GARBAGE = {
+    "a name that is none": ("hello", item_file("a@here.example")),
+    "a name without a size": ("abc", item_file("a@here.example")),
+    "an empty file": (NAME, b""),
+    "a message without an envelope": (NAME, MESSAGE),
+    "half an envelope": (NAME, item_file("a@here.example")[:-30]),
+    "no JSON": (NAME, MESSAGE + b"hello\n"),
+    "a number": (NAME, MESSAGE + b"0\n"),
+    "a size beyond any file": ("abc,S=" + "9" * 30, item_file("a@here.example")),
+    "JSON that is no envelope": (NAME, MESSAGE + b"[1, 2]\n"),
+    "an envelope without a sender": (NAME, MESSAGE + b'{"id":"abc","addressees":[]}\n'),
+    "an envelope that says more": (
+        NAME,
+        item_file("a@here.example").replace(b'{"id"', b'{"colour":"red","id"'),
+    ),
+    "another id": (NAME, item_file("a@here.example", id="abd")),
+    "another size": ("abc,S=7", item_file("a@here.example")),
+    "a size beyond the end": ("abc,S=99999", item_file("a@here.example")),
+    "octets": (NAME, MESSAGE + bytes(range(256))),
+    "a journal for somebody else": (
+        NAME,
+        item_file("0@here.example", journal=journal_line(SENT, SENT)),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", GARBAGE)
+def test_what_cannot_be_read_is_set_aside_and_the_rest_delivered(tmp_path: Path, kind: str) -> None:
+    name, data = GARBAGE[kind]
+
+    def make(queue: Path) -> None:
+        (queue / "new" / name).write_bytes(data)
+        good = item_file("good@here.example", id="good")
+        (queue / "new" / f"good,S={len(MESSAGE)}").write_bytes(good)
+
+    bench = crashed(tmp_path, make)
+    assert bench.local.deliveries == [("good", "good@here.example", SENT)]
+    assert [path.read_bytes() for path in (bench.directory / "bad").iterdir()] == [data]
+    assert "set aside in bad" in bench.log
+
+
+@settings(max_examples=200)
+@given(st.binary(max_size=300), st.integers(0, 300))
+def test_reading_an_item_never_fails_in_another_way(data: bytes, size: int) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        path = os.path.join(name, f"abc,S={size}")
+        Path(path).write_bytes(data)
+        with pytest.raises(chasquid.UnreadableItem):
+            chasquid.read_item(path)
+
+
+@settings(max_examples=200)
+@given(st.binary(max_size=100), st.binary(max_size=100))
+def test_garbage_behind_the_envelope_loses_nothing(before: bytes, behind: bytes) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        path = os.path.join(name, NAME)
+        journal = before + journal_line(SENT, DEFERRED) + behind
+        Path(path).write_bytes(item_file("0@here.example", "1@here.example", journal=journal))
+        item = chasquid.read_item(path)
+    assert [one.state for one in item.recipients] == [SENT, DEFERRED]
+
+
+names = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+targets = st.builds(
+    Target,
+    st.sampled_from(["address", "pipe"]),
+    names,
+    st.lists(names, max_size=3).map(tuple),
+)
+envelopes = st.builds(
+    Envelope,
+    id=st.just("abc"),
+    sender=names,
+    addressees=st.lists(st.builds(Addressee, targets, names), max_size=4).map(tuple),
+    received=st.floats(0, 2e9),
+    prefix=st.binary(max_size=100),
+    smtputf8=st.booleans(),
+    eight_bit=st.booleans(),
+)
+
+
+@given(envelopes)
+def test_an_envelope_is_read_as_it_was_written(value: Envelope) -> None:
+    line = value.to_line()
+    assert line.count(b"\n") == 1 and line.endswith(b"\n")
+    assert Envelope.from_line(line) == value
+
+
+@given(
+    envelopes,
+    st.lists(st.sampled_from([SENT, DEFERRED, FAILED, chasquid.PENDING]), min_size=4, max_size=4),
+    names,
+    st.integers(0, 1000),
+    st.floats(0, 2e9),
+)
+def test_a_journal_is_read_as_it_was_written(
+    value: Envelope, states: list[str], text: str, attempts: int, next_attempt: float
+) -> None:
+    written, read = (Item(value, Message(b"", "", 0)) for _ in range(2))
+    written.attempts, written.next_attempt = attempts, next_attempt
+    for recipient, state in zip(written.recipients, states, strict=False):
+        recipient.result = Result(state, "4.0.0" if state != "pending" else "", text)
+        recipient.reported = state == FAILED
+        if state == chasquid.PENDING:
+            recipient.result = Result(state, "", "")
+    line = written.journal_line(1.0)
+    assert line.startswith(b"\n") and line.endswith(b"\n") and line.count(b"\n") == 2
+    read.apply(line)
+    assert (read.attempts, read.next_attempt) == (attempts, next_attempt)
+    assert [one.result for one in read.recipients] == [one.result for one in written.recipients]
+
+
+def test_a_queue_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "queue").write_bytes(b"")
+    with pytest.raises(chasquid.ConfigError, match="queue"):
+        on_bench(tmp_path, lambda bench: bench.quiet())
+
+
+@pytest.mark.parametrize("place", ["tmp", "new", "cur"])
+def test_a_queue_with_a_file_for_a_directory_is_a_sentence(tmp_path: Path, place: str) -> None:
+    (tmp_path / "queue").mkdir()
+    (tmp_path / "queue" / place).write_bytes(b"")
+    with pytest.raises(chasquid.ConfigError):
+        on_bench(tmp_path, lambda bench: bench.quiet())
+
+
+def test_a_directory_in_new_does_not_keep_the_queue_from_starting(tmp_path: Path) -> None:
+    (tmp_path / "queue" / "new" / "a-directory").mkdir(parents=True)
+    on_bench(tmp_path, lambda bench: bench.quiet())
+
+
+# --- the schedule ---
+
+
+def test_the_pauses_are_1_5_10_and_20_minutes_with_jitter(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        bench.remote.plan = {"eva@there.example": [DEFERRED] * 6}
+        await bench.accept("eva@there.example")
+        await bench.quiet()
+        for count, pause in enumerate([60, 300, 600, 1200, 1200, 1200], 1):
+            assert len(bench.remote.deliveries) == count
+            await bench.advance(pause + 14)
+            assert len(bench.remote.deliveries) == count
+            await bench.advance(2)
+        assert [state for _, _, state in bench.remote.deliveries] == [DEFERRED] * 6 + [SENT]
+        assert bench.files() == []
+
+    on_bench(tmp_path, test, random=lambda: 0.25)
+
+
+def test_what_cannot_be_delivered_is_given_up_and_reported(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        bench.remote.plan = {"eva@there.example": [DEFERRED] * 1000}
+        item = await bench.accept("eva@there.example")
+        await bench.quiet()
+        await bench.advance(GIVE_UP - 1)
+        assert bench.files() == [f"cur/{item.id}"]
+        assert bench.local.messages == []
+        await bench.advance(1300)
+        assert bench.files() == []
+        (report,) = bench.local.contents
+        assert b"not delivered within 20h 0m" in report
+        assert b"Status: 4.4.7" in report
+        assert ("eva@there.example", FAILED) in bench.results
+
+    on_bench(tmp_path, test)
+
+
+def test_a_last_attempt_is_made_before_giving_up(tmp_path: Path) -> None:
+    def make(queue: Path) -> None:
+        line = envelope("a@there.example")._replace(received=1.0).to_line()
+        (queue / "cur" / NAME).write_bytes(MESSAGE + line)
+
+    bench = crashed(tmp_path, make)
+    assert bench.remote.deliveries == [("abc", "a@there.example", SENT)]
+    assert bench.local.messages == []
+
+
+def test_only_those_who_are_left_are_attempted_again(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        bench.local.plan = {
+            "a@here.example": [DEFERRED],
+            "b@here.example": [SENT],
+            "c@here.example": [FAILED],
+        }
+        await bench.accept(*bench.local.plan)
+        await bench.quiet()
+        await bench.advance(100)
+        assert [name for name, *_ in bench.results].count("b@here.example") == 1
+        states = [(name, state) for _, name, state in bench.local.deliveries]
+        assert states == [
+            ("a@here.example", DEFERRED), ("b@here.example", SENT), ("c@here.example", FAILED),
+            ("ana@here.example", SENT), ("a@here.example", SENT),
+        ]  # fmt: skip
+
+    on_bench(tmp_path, test)
+
+
+def test_those_who_share_a_way_go_in_one_attempt(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        await bench.accept("a@there.example", "b@there.example", "c@else.example")
+        await bench.quiet()
+        groups = sorted(names for _, names in bench.remote.messages)
+        assert groups == [["a@there.example", "b@there.example"], ["c@else.example"]]
+
+    on_bench(tmp_path, test)
+
+
+def test_a_slow_destination_does_not_hold_up_another(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        slow = chasquid.Event(bench.loop)
+        bench.remote.hold.append(slow)
+        await bench.accept("eva@there.example", "ben@here.example")
+        await bench.until(lambda: bench.local.deliveries)
+        assert bench.remote.deliveries == []
+        slow.set()
+        await bench.quiet()
+        assert bench.files() == []
+
+    on_bench(tmp_path, test)
+
+
+def test_a_fault_of_a_courier_loses_nothing(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        bench.remote.fault = ZeroDivisionError("oops")
+        item = await bench.accept("eva@there.example")
+        await bench.quiet()
+        assert bench.files() == [f"cur/{item.id}"]
+        assert "ZeroDivisionError: oops" in bench.log
+        bench.remote.fault = None
+        await bench.advance(100)
+        assert bench.files() == []
+        assert [state for _, _, state in bench.remote.deliveries] == [SENT]
+
+    on_bench(tmp_path, test)
+
+
+def test_an_item_is_retried_when_the_operator_says_so(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        bench.remote.plan = {"eva@there.example": [DEFERRED]}
+        item = await bench.accept("eva@there.example")
+        await bench.quiet()
+        bench.queue.retry(item)
+        await bench.until(lambda: len(bench.remote.deliveries) == 2)
+        await bench.quiet()
+        assert bench.files() == []
+
+    on_bench(tmp_path, test)
+
+
+def test_an_item_is_removed_when_the_operator_says_so(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        bench.remote.plan = {"eva@there.example": [DEFERRED]}
+        item = await bench.accept("eva@there.example")
+        await bench.quiet()
+        await bench.queue.remove(item)
+        assert bench.files() == []
+        assert bench.queue.items == {}
+        assert len(bench.remote.deliveries) == 1
+        assert bench.local.messages == []
+
+    on_bench(tmp_path, test)
+
+
+def test_an_item_is_removed_when_its_attempt_has_ended(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        slow = chasquid.Event(bench.loop)
+        bench.remote.hold.append(slow)
+        bench.remote.plan = {"eva@there.example": [DEFERRED]}
+        item = await bench.accept("eva@there.example")
+        removal = bench.loop.spawn(bench.queue.remove(item), "removal")
+        for _ in range(5):
+            await bench.loop.turn()
+        slow.set()
+        await removal.join()
+        assert bench.files() == []
+
+    on_bench(tmp_path, test)
+
+
+def test_a_full_queue_takes_no_more(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        bench.remote.plan = {"eva@there.example": [DEFERRED]}
+        await bench.accept("eva@there.example")
+        with pytest.raises(chasquid.QueueFull) as caught:
+            bench.queue.draft()
+        assert caught.value.status == "4.3.1"
+        await bench.quiet()
+        await bench.advance(100)
+        bench.queue.draft()
+
+    on_bench(tmp_path, test, limit=1)
+
+
+def test_a_full_queue_still_takes_notifications(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        bench.remote.plan = {"eva@there.example": [FAILED]}
+        await bench.accept("eva@there.example")
+        await bench.quiet()
+        assert [name for _, name, _ in bench.local.deliveries] == ["ana@here.example"]
+
+    on_bench(tmp_path, test, limit=1)
+
+
+def test_a_queue_that_closes_keeps_what_is_left(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        bench.remote.plan = {"eva@there.example": [DEFERRED]}
+        item = await bench.accept("eva@there.example")
+        await bench.quiet()
+        await bench.queue.close()
+        assert bench.files() == [f"cur/{item.id}"]
+
+    async def again(bench: Bench) -> None:
+        await bench.quiet()
+        assert len(bench.queue.items) == 1
+        await bench.advance(100)
+        assert bench.files() == []
+
+    clock = FakeClock()
+    on_bench(tmp_path, test, clock)
+    on_bench(tmp_path, again, clock)
+
+
+@pytest.mark.parametrize("turns", range(12))
+def test_the_end_does_not_wait_for_what_was_accepted_last(tmp_path: Path, turns: int) -> None:
+    async def test(bench: Bench) -> None:
+        bench.remote.plan = {"eva@there.example": [DEFERRED]}
+        bench.loop.spawn(bench.accept("eva@there.example"), "accept")
+        for _ in range(turns):
+            await bench.loop.turn()
+
+    thread = threading.Thread(target=on_bench, args=(tmp_path, test), daemon=True)
+    thread.start()
+    thread.join(SECONDS / 4)
+    assert not thread.is_alive(), "the loop does not end"
+    # it was accepted or not, but it is not half of either
+    assert files(tmp_path / "queue", "tmp", "bad") == []
+
+
+# --- forwarding ---
+
+
+def test_the_sender_is_rewritten_where_we_forward_for_others(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        forwarded = Addressee(address("eva@there.example"), "ana@here.example")
+        await bench.accept(forwarded, sender="boss@far.example")
+        await bench.quiet()
+        ((shipment, _),) = bench.remote.messages
+        assert shipment.sender == "ana+fwd_from=boss=far.example@here.example"
+
+    on_bench(tmp_path, test)
+
+
+@pytest.mark.parametrize(
+    ("sender", "target", "original"),
+    [
+        ("ben@here.example", "eva@there.example", "ana@here.example"),
+        ("", "eva@there.example", "ana@here.example"),
+        ("boss@far.example", "ben@here.example", "ana@here.example"),
+        ("boss@far.example", "eva@there.example", "eva@there.example"),
+    ],
+    ids=["from us", "a notification", "to us", "not forwarded"],
+)
+def test_the_sender_is_kept_elsewhere(
+    tmp_path: Path, sender: str, target: str, original: str
+) -> None:
+    async def test(bench: Bench) -> None:
+        await bench.accept(Addressee(address(target), original), sender=sender)
+        await bench.quiet()
+        ((shipment, _),) = bench.remote.messages + bench.local.messages
+        assert shipment.sender == sender
+
+    on_bench(tmp_path, test)
+
+
+def test_forwarded_and_direct_mail_to_one_server_go_separately(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        forwarded = Addressee(address("eva@there.example"), "ana@here.example")
+        await bench.accept(forwarded, "ida@there.example", sender="boss@far.example")
+        await bench.quiet()
+        assert sorted((one.sender, names) for one, names in bench.remote.messages) == [
+            ("ana+fwd_from=boss=far.example@here.example", ["eva@there.example"]),
+            ("boss@far.example", ["ida@there.example"]),
+        ]
+
+    on_bench(tmp_path, test)
+
+
+# --- notifications ---
+
+
+def report(
+    tmp_path: Path,
+    *targets: str | Addressee,
+    sender: str = "ana@here.example",
+    data: bytes = MESSAGE,
+    plan: dict[str, list[str]] | None = None,
+    smtputf8: bool = False,
+) -> tuple[EmailMessage, Bench]:
+    """Have a message fail, and return the notification, without what a parser mends."""
+
+    async def test(bench: Bench) -> None:
+        default = {one if isinstance(one, str) else one.target.value: [FAILED] for one in targets}
+        bench.remote.plan = plan or default
+        await bench.accept(*targets, sender=sender, data=data, smtputf8=smtputf8)
+        await bench.quiet()
+
+    bench = on_bench(tmp_path, test)
+    (content,) = bench.local.contents
+    parsed = email.message_from_bytes(content, policy=email.policy.SMTPUTF8)
+    assert not parsed.defects and not any(part.defects for part in parsed.walk())
+    return cast(EmailMessage, parsed), bench
+
+
+def parts(parsed: EmailMessage) -> list[EmailMessage]:
+    found = list(parsed.iter_parts())
+    assert len(found) == 3
+    return cast("list[EmailMessage]", found)
+
+
+def test_a_notification_is_a_report(tmp_path: Path) -> None:
+    parsed, bench = report(tmp_path, "eva@there.example")
+    assert parsed.get_content_type() == "multipart/report"
+    assert parsed.get_param("report-type") == "delivery-status"
+    assert parsed["From"] == f"Mail Delivery System <postmaster@{HOST}>"
+    assert parsed["To"].addresses[0].addr_spec == "ana@here.example"
+    assert parsed["Auto-Submitted"] == "auto-replied"
+    assert parsed["Date"].datetime.timestamp() == int(bench.clock.time())
+    assert parsed["Message-ID"].endswith(f"@{HOST}>")
+    ((shipment, names),) = bench.local.messages
+    assert (shipment.sender, names) == ("", ["ana@here.example"])
+
+
+def test_a_notification_explains_in_words(tmp_path: Path) -> None:
+    parsed, _ = report(tmp_path, "eva@there.example")
+    text = parts(parsed)[0].get_content()
+    assert parts(parsed)[0].get_content_type() == "text/plain"
+    assert "could not be delivered to this recipient:" in text
+    assert "eva@there.example is failed" in text
+
+
+def test_a_notification_has_the_fields_of_rfc_3464(tmp_path: Path) -> None:
+    forwarded = Addressee(address("eva@there.example"), "out@here.example")
+    parsed, bench = report(tmp_path, forwarded, "ida@there.example")
+    status = parts(parsed)[1]
+    assert status.get_content_type() == "message/delivery-status"
+    message, *recipients = cast("list[EmailMessage]", status.get_payload())
+    assert message["Reporting-MTA"] == f"dns; {HOST}"
+    assert message["Arrival-Date"]
+    assert len(recipients) == 2
+    first = recipients[0]
+    assert first["Original-Recipient"] == "rfc822; out@here.example"
+    assert first["Final-Recipient"] == "rfc822; eva@there.example"
+    assert first["Action"] == "failed"
+    assert first["Status"] == "5.1.1"
+    assert first["Remote-MTA"] == "dns; mx.there.example"
+    assert first["Diagnostic-Code"] == "smtp; 550 5.1.1 no, eva@there.example"
+
+
+def test_a_notification_returns_the_message(tmp_path: Path) -> None:
+    parsed, _ = report(tmp_path, "eva@there.example")
+    returned = parts(parsed)[2]
+    assert returned.get_content_type() == "message/rfc822"
+    (original,) = cast("list[EmailMessage]", returned.get_payload())
+    assert original["Subject"] == "hello"
+    assert original["Received"] == "by us"
+    assert original.get_payload() == "It works.\r\n"
+
+
+def test_a_notification_returns_the_header_alone_of_what_is_large(tmp_path: Path) -> None:
+    parsed, bench = report(tmp_path, "eva@there.example", data=MESSAGE + b"a line\r\n" * 40_000)
+    returned = parts(parsed)[2]
+    assert returned.get_content_type() == "text/rfc822-headers"
+    assert returned.get_content() == "Received: by us\r\nSubject: hello\r\n"
+    assert len(bench.local.contents[0]) < 5000
+
+
+def test_a_notification_is_never_much_larger_than_256_kb(tmp_path: Path) -> None:
+    data = b"X-A: b\r\n" * 31_000 + b"\r\n" + b"a line\r\n" * 40_000
+    _, bench = report(tmp_path, "eva@there.example", data=data)
+    assert len(bench.local.contents[0]) < 256 * 1024 + 4096
+
+
+def test_a_notification_is_international_where_an_address_is(tmp_path: Path) -> None:
+    parsed, bench = report(
+        tmp_path, "žofie@there.example", data="Subject: žofie\r\n\r\n".encode(), smtputf8=True
+    )
+    _, status, returned = parts(parsed)
+    assert status.get_content_type() == "message/global-delivery-status"
+    assert returned.get_content_type() == "message/global"
+    text = bench.local.contents[0].decode()
+    assert "Final-Recipient: utf-8; žofie@there.example\r\n" in text
+    assert bench.local.messages[0][0].smtputf8
+
+
+def part_of(content: bytes, kind: bytes) -> bytes:
+    """Return the body part of this kind, with its header."""
+    return next(part for part in content.split(b"\r\n--=_") if b"Content-Type: " + kind in part)
+
+
+def test_the_delivery_status_is_ascii_where_it_is_not_the_international_one(
+    tmp_path: Path,
+) -> None:
+    # RFC 3464, 2.1: message/delivery-status is 7bit; the server's text is not ours
+    async def test(bench: Bench) -> None:
+        bench.remote.plan = {"eva@there.example": [FAILED]}
+
+        class Speaking(Script):
+            def _result(self, shipment: Shipment, target: Target) -> Result:
+                return Result(FAILED, "5.1.1", "mx says: žofie není doma " + "x" * 900, "mx (::1)")
+
+        bench.queue = chasquid.Queue(
+            bench.loop, chasquid.Disk(bench.loop), record(tmp_path, bench.clock),
+            chasquid.QueueSettings(str(bench.directory), HOST, GIVE_UP, 10, "+"),
+            chasquid.Couriers(bench.local, bench.pipe, Speaking(), bench.is_local),
+            lambda name: [address(name)], bench.is_local, lambda: 0.5,
+        )  # fmt: skip
+        await bench.accept("eva@there.example")
+        await bench.quiet()
+
+    bench = on_bench(tmp_path, test)
+    (content,) = bench.local.contents
+    assert part_of(content, b"message/delivery-status").isascii()
+
+
+def test_the_delivery_status_is_international_where_a_final_recipient_is(tmp_path: Path) -> None:
+    forwarded = Addressee(address("žofie@there.example"), "out@here.example")
+    _, bench = report(tmp_path, forwarded)
+    (content,) = bench.local.contents
+    assert b"message/global-delivery-status" in content or content.isascii()
+
+
+def test_several_failures_of_an_attempt_share_a_notification(tmp_path: Path) -> None:
+    names = [f"{name}@there.example" for name in "abc"]
+    parsed, _ = report(
+        tmp_path, *names, plan={names[0]: [FAILED], names[1]: [SENT], names[2]: [FAILED]}
+    )
+    _, *recipients = cast("list[EmailMessage]", parts(parsed)[1].get_payload())
+    assert [one["Final-Recipient"] for one in recipients] == [
+        f"rfc822; {names[0]}", f"rfc822; {names[2]}"
+    ]  # fmt: skip
+
+
+def test_each_failure_is_reported_once(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        bench.remote.plan = {"a@there.example": [FAILED], "b@there.example": [DEFERRED] * 2}
+        await bench.accept("a@there.example", "b@there.example")
+        await bench.quiet()
+        assert b"still being tried" in bench.local.contents[0]
+        await bench.advance(100)
+        await bench.advance(400)
+        assert len(bench.local.contents) == 1
+        assert bench.files() == []
+
+    on_bench(tmp_path, test)
+
+
+def test_nobody_is_told_of_what_the_null_sender_sent(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        bench.remote.plan = {"eva@there.example": [FAILED]}
+        await bench.accept("eva@there.example", sender="")
+        await bench.quiet()
+        assert bench.local.messages == []
+        assert bench.files() == []
+
+    on_bench(tmp_path, test)
+
+
+def test_a_notification_that_fails_makes_no_other(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        bench.remote.plan = {"eva@there.example": [FAILED], "eve@far.example": [FAILED]}
+        await bench.accept("eva@there.example", sender="eve@far.example")
+        await bench.quiet()
+        assert [name for _, name, _ in bench.remote.deliveries] == [
+            "eva@there.example",
+            "eve@far.example",
+        ]
+        assert bench.files() == []
+
+    on_bench(tmp_path, test)
+
+
+def test_a_notification_for_a_sender_behind_an_alias_is_expanded(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        bench.remote.plan = {"eva@there.example": [FAILED]}
+        await bench.accept("eva@there.example", sender="team@here.example")
+        await bench.quiet()
+        delivered = sorted(name for _, name, _ in bench.local.deliveries)
+        assert delivered == ["ana@here.example", "ben@here.example"]
+
+    def expand(name: str) -> list[Target]:
+        return [address("ana@here.example"), address("ben@here.example")]
+
+    on_bench(tmp_path, test, expand=expand)
+
+
+def test_a_sender_who_is_gone_does_not_hold_up_the_rest(tmp_path: Path) -> None:
+    def expand(name: str) -> list[Target]:
+        raise chasquid.NoSuchUser(f"there is no {name}")
+
+    async def test(bench: Bench) -> None:
+        bench.remote.plan = {"eva@there.example": [FAILED]}
+        bench.local.plan = {"ana@here.example": [FAILED]}
+        await bench.accept("eva@there.example")
+        await bench.quiet()
+        assert bench.files() == []
+
+    on_bench(tmp_path, test, expand=expand)
+
+
+# --- a disk that refuses ---
+
+
+def broken(place: Path) -> Callable[[], None]:
+    """Put a file in the place of a directory; return what puts the directory back."""
+    away = place.with_name(f"{place.name}-away")
+    place.rename(away)
+    place.write_bytes(b"")
+
+    def mend() -> None:
+        place.unlink()
+        away.rename(place)
+
+    return mend
+
+
+@pytest.mark.parametrize("place", ["tmp", "new"])
+def test_a_message_that_cannot_be_stored_is_refused(tmp_path: Path, place: str) -> None:
+    async def test(bench: Bench) -> None:
+        mend = broken(bench.directory / place)
+        with pytest.raises(chasquid.QueueFull):
+            await bench.accept("ben@here.example")
+        mend()
+        assert bench.files() == []
+        assert bench.queue.items == {}
+        await bench.accept("ben@here.example")
+        await bench.quiet()
+        assert len(bench.local.deliveries) == 1
+
+    on_bench(tmp_path, test)
+
+
+@pytest.mark.parametrize("place", ["tmp", "new"])
+def test_a_notification_that_cannot_be_stored_is_tried_again(tmp_path: Path, place: str) -> None:
+    async def test(bench: Bench) -> None:
+        bench.remote.plan = {"eva@there.example": [FAILED]}
+        event = chasquid.Event(bench.loop)
+        bench.remote.hold.append(event)
+        item = await bench.accept("eva@there.example")
+        os.rename(bench.path(item), bench.directory / "cur" / bench.path(item).name)
+        item.message = item.message._replace(path=str(bench.path(item)), data=None)
+        mend = broken(bench.directory / place)
+        event.set()
+        await bench.quiet()
+        assert bench.local.deliveries == []
+        mend()
+        assert bench.files() == [f"cur/{item.id}"]
+        await bench.advance(61)
+        await bench.quiet()
+        assert len(bench.local.deliveries) == 1
+        assert len(bench.remote.deliveries) == 1
+        assert bench.files() == []
+
+    on_bench(tmp_path, test)
+
+
+def test_a_result_that_cannot_be_written_down_is_not_forgotten(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        bench.local.plan = {"a@here.example": [SENT], "b@here.example": [DEFERRED]}
+        event = chasquid.Event(bench.loop)
+        bench.local.hold.append(event)
+        item = await bench.accept("a@here.example", "b@here.example")
+        mend = broken(bench.directory / "cur")
+        event.set()
+        await bench.quiet()
+        assert "cannot be written" in bench.log
+        assert bench.files("new") == [f"new/{item.id}"]
+        mend()
+        await bench.advance(61)
+        states = [(name, state) for _, name, state in bench.local.deliveries]
+        assert states == [
+            ("a@here.example", SENT), ("b@here.example", DEFERRED), ("b@here.example", SENT)
+        ]  # fmt: skip
+        assert bench.files() == []
+
+    on_bench(tmp_path, test)
+
+
+# --- any order of events, and crashes ---
+
+
+class Life(threading.Thread):
+    """A queue from its start to a crash, on a loop that obeys one command at a time."""
+
+    def __init__(self, directory: Path, clock: FakeClock, couriers: Callable[[Bench], None]):
+        super().__init__(daemon=True)
+        self._commands: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._directory = directory
+        self._clock = clock
+        self._couriers = couriers
+        self.bench: Bench
+
+    def run(self) -> None:
+        async def main(loop: chasquid.Loop) -> None:
+            self.bench = Bench(loop, self._directory, self._clock)
+            self._couriers(self.bench)
+            self.bench.queue.recover()
+            self._answers.put((None, None))
+            while (command := self._commands.get()) is not None:
+                try:
+                    self._answers.put((await command(self.bench), None))
+                except BaseException as error:
+                    self._answers.put((None, error))
+
+        try:
+            run(main, clock=self._clock, workers=Inline())
+        except BaseException as error:
+            self._answers.put((None, error))
+        else:
+            self._answers.put((None, None))
+
+    def begin(self) -> None:
+        self.start()
+        self._answer()
+
+    def do(self, command: Callable[[Bench], Coroutine[Any, Any, Any]]) -> Any:
+        self._commands.put(command)
+        return self._answer()
+
+    def end(self) -> None:
+        self._commands.put(None)
+        self._answer()
+        self.join(SECONDS)
+
+    def _answer(self) -> Any:
+        value, error = self._answers.get(timeout=SECONDS)
+        if error is not None:
+            raise error
+        return value
+
+
+Debt = tuple[str, str]
+PEOPLE = ["a@here.example", "b@here.example", "c@there.example", "d@there.example"]
+SENDER = "ana@here.example"
+
+
+class QueueMachine(RuleBasedStateMachine):
+    """Accepts, delivers, lets time pass and crashes, in any order.
+
+    After each step, what is owed must be on the disk, or have been delivered, or have
+    failed with a notification that is itself on the disk or was handed over.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._home = Path(tempfile.mkdtemp(dir=_SHORT_LIVED))
+        self._numbers = itertools.count()
+        self._directory = self._home / str(next(self._numbers))
+        self._directory.mkdir()
+        self.clock = FakeClock()
+        self.plan: dict[str, list[str]] = {name: [] for name in PEOPLE}
+        self.owed: dict[Debt, str] = {}  # and the sender
+        self.delivered: set[Debt] = set()
+        self.failed: set[Debt] = set()
+        self.notified: set[Debt] = set()  # notifications that were handed over
+        self.journaled: set[Debt] = set()  # successes that the disk knows
+        self.this_life: set[Debt] = set()
+        self.wrong: list[str] = []
+        self.life = self._new_life()
+
+    def _new_life(self) -> Life:
+        life = Life(self._directory, self.clock, self._wire)
+        life.begin()
+        return life
+
+    def _wire(self, bench: Bench) -> None:
+        machine = self
+
+        class Courier(Script):
+            async def deliver(self, shipment: Shipment, targets: Sequence[Target]) -> list[Result]:
+                await bench.loop.turn()
+                results = [machine.attempt(shipment, target) for target in targets]
+                await bench.loop.turn()
+                return results
+
+        bench.queue = chasquid.Queue(
+            bench.loop, chasquid.Disk(bench.loop), record(self._directory, self.clock),
+            chasquid.QueueSettings(str(bench.directory), HOST, GIVE_UP, 1000, "+"),
+            chasquid.Couriers(Courier(), Courier(), Courier(), bench.is_local),
+            lambda name: [address(name)], bench.is_local, lambda: 0.5,
+        )  # fmt: skip
+
+    def attempt(self, shipment: Shipment, target: Target) -> Result:
+        """Be the courier: on the thread of the loop, while the machine waits."""
+        if target.value == SENDER:
+            self.notified |= _reported(b"".join(shipment.message.chunks()))
+            return Result(SENT, "2.0.0", "told")
+        debt = (shipment.id, target.value)
+        if debt in self.journaled:
+            self.wrong.append(f"{debt} was delivered after its success was written down")
+        if debt in self.this_life:
+            self.wrong.append(f"{debt} was delivered twice without a crash")
+        states = self.plan[target.value]
+        state = states.pop(0) if states else SENT
+        if state == SENT:
+            self.delivered.add(debt)
+            self.this_life.add(debt)
+        elif state == FAILED:
+            self.failed.add(debt)
+        return Result(state, {SENT: "2.0.0", DEFERRED: "4.0.0", FAILED: "5.0.0"}[state], state)
+
+    # --- what happens ---
+
+    @rule(
+        names=st.lists(st.sampled_from(PEOPLE), min_size=1, unique=True),
+        sender=st.sampled_from([SENDER, ""]),
+        turns=st.integers(0, 12),
+    )
+    def accept(self, names: list[str], sender: str, turns: int) -> None:
+        async def begin(bench: Bench) -> chasquid.Task:
+            task = bench.loop.spawn(bench.accept(*names, sender=sender), "accept")
+            for _ in range(turns):
+                await bench.loop.turn()
+            return task
+
+        task = self.life.do(begin)
+        if task.done:  # that is when the client gets its 250
+            self.owed |= {(task.result.id, name): sender for name in names}
+
+    @rule(
+        name=st.sampled_from(PEOPLE),
+        states=st.lists(st.sampled_from([DEFERRED, FAILED, SENT]), max_size=4),
+    )
+    def decide(self, name: str, states: list[str]) -> None:
+        self.plan[name] = states
+
+    @rule(turns=st.integers(1, 30))
+    def turn(self, turns: int) -> None:
+        self.go_on(turns)
+
+    def go_on(self, turns: int) -> None:
+        async def turn(bench: Bench) -> None:
+            for _ in range(turns):
+                await bench.loop.turn()
+
+        self.life.do(turn)
+
+    @rule(seconds=st.sampled_from([1.0, 70.0, 400.0, 2000.0, GIVE_UP]))
+    def let_time_pass(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+
+    @rule(turns=st.integers(0, 12), cut=st.integers(0, 40), tear=st.booleans())
+    def crash(self, turns: int, cut: int, tear: bool) -> None:
+        self.go_on(turns)
+        old, new = self._directory, self._home / str(next(self._numbers))
+        shutil.copytree(old, new)
+        if self.life.do(_is_quiet):
+            # who waits for the next attempt has written down what became of the last
+            self.journaled |= self.this_life
+        self.life.end()
+        shutil.rmtree(old)
+        if tear:
+            self._tear(new / "queue", cut)
+        self._directory = new
+        self.this_life.clear()
+        self.life = self._new_life()
+
+    def _tear(self, directory: Path, cut: int) -> None:
+        """Cut off the end of each file's last line, as if a crash had come within it.
+
+        Where something was done since that relies on the line, it was synced.
+        """
+        for path in _paths(directory):
+            written = Written(path)
+            known = {(written.id, name) for name in written.states} & self.journaled
+            if written.lines > 1 and not known:
+                data = path.read_bytes()
+                path.write_bytes(data[: -1 - min(cut, len(data.rstrip().rpartition(b"\n")[2]))])
+
+    # --- what must hold ---
+
+    @invariant()
+    def nothing_went_wrong(self) -> None:
+        assert not self.wrong, self.wrong
+        assert not list((self._directory / "queue" / "bad").iterdir())
+
+    @invariant()
+    def nothing_owed_is_forgotten(self) -> None:
+        waiting, told = set(), set(self.notified)
+        for path in _paths(self._directory / "queue"):
+            written = Written(path)
+            waiting |= {
+                (written.id, name) for name, state in written.states.items() if state != FAILED
+            }
+            told |= _reported(path.read_bytes())
+        for debt, sender in self.owed.items():
+            if debt in self.delivered or debt in waiting or debt in told:
+                continue
+            assert not sender and self._may_have_failed(debt), f"{debt} is forgotten"
+
+    def _may_have_failed(self, debt: Debt) -> bool:
+        return debt in self.failed or self.clock.time() - FakeClock().time() >= GIVE_UP
+
+    def teardown(self) -> None:
+        """In the end, everything that is owed is delivered or reported."""
+        try:
+            self.plan = {name: [] for name in PEOPLE}
+
+            async def finish(bench: Bench) -> None:
+                for _ in range(20):
+                    self.clock.advance(2000)
+                    for _ in range(60):
+                        await bench.loop.turn()
+
+            self.life.do(finish)
+            assert files(self._directory / "queue") == []
+            for debt, sender in self.owed.items():
+                done = debt in self.delivered or debt in self.notified
+                assert done or (not sender and self._may_have_failed(debt)), debt
+            assert not self.wrong
+        finally:
+            self.life.end()
+            shutil.rmtree(self._home)
+
+
+class Written:
+    """What a file of the queue says, read as its format is described and by nobody else."""
+
+    def __init__(self, path: Path) -> None:
+        self.id, _, size = path.name.partition(",S=")
+        lines = [line for line in path.read_bytes()[int(size) :].split(b"\n") if line]
+        names = [target[1] for target, _ in json.loads(lines[0])["addressees"]]
+        self.lines = len(lines)
+        self.states = dict.fromkeys(names, "pending")
+        for line in lines[1:]:
+            with contextlib.suppress(ValueError):
+                for number, result in json.loads(line)["results"].items():
+                    self.states[names[int(number)]] = result[0]
+
+
+def _paths(directory: Path) -> list[Path]:
+    return [*directory.glob("new/*"), *directory.glob("cur/*")]
+
+
+async def _is_quiet(bench: Bench) -> bool:
+    return all(item.nudge is not None for item in bench.queue.items.values())
+
+
+def _reported(content: bytes) -> set[Debt]:
+    """Return the failures that a notification is about."""
+    if b"report-type=delivery-status" not in content:
+        return set()
+    lines = content.decode().split("\r\n")
+    (id,) = (line.partition(": ")[2] for line in lines if line.startswith("X-Chasquid-Queue-ID"))
+    return {(id, line.partition("; ")[2]) for line in lines if line.startswith("Final-Recipient: ")}
+
+
+# Many small files that are synced: where there is a file system in memory, take it.
+_SHORT_LIVED = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+TestQueueMachine = QueueMachine.TestCase
+TestQueueMachine.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
