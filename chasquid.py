@@ -1665,7 +1665,8 @@ def create_synced(
     try:
         for chunk in chunks:
             write_all(fd, chunk)
-        os.fchmod(fd, mode)
+        if mode != 0o600:
+            os.fchmod(fd, mode)
         if owner is not None:
             os.fchown(fd, *owner)
         os.fsync(fd)
@@ -1755,8 +1756,9 @@ class _Batch:
 
     def __init__(self, loop: Loop) -> None:
         self.commits: list[_Commit] = []
-        self.removals: list[str] = []
+        self.removals: dict[str, OSError | None] = {}
         self.done = Event(loop)
+        self.failure: OSError | None = None  # where the batch was not even begun
         self._unwritten: list[_Commit] = []
 
     def add(self, commit: _Commit) -> None:
@@ -1789,8 +1791,10 @@ class _Batch:
         for directory, commits in directories.items():
             self._finish_directory(directory, commits)
         for path in self.removals:
-            with contextlib.suppress(OSError):
+            try:
                 os.unlink(path)
+            except OSError as error:
+                self.removals[path] = error
 
     @staticmethod
     def _finish_directory(directory: str, commits: list[_Commit]) -> None:
@@ -1839,17 +1843,19 @@ class Disk:
             if commit.name:
                 with contextlib.suppress(OSError):
                     os.unlink(commit.name)
-            if isinstance(commit.error, OSError):
-                raise commit.error
-            raise OSError(errno.EIO, f"the disk was not reached: {commit.error}") from commit.error
+            error = commit.error or batch.failure
+            if isinstance(error, OSError):
+                raise error
+            raise OSError(errno.EIO, f"the file was not written: {error}") from error
 
     async def remove(self, path: str) -> None:
         """Remove a file, if it is there; that this is durable is not promised."""
         batch = self._batch()
-        batch.removals.append(path)
+        batch.removals[path] = None
         await self._end_of(batch)
-        if os.path.lexists(path):
-            os.unlink(path)  # raises what the batch has met
+        error = batch.removals[path] or batch.failure
+        if error is not None and not isinstance(error, FileNotFoundError):
+            raise error
 
     def _batch(self) -> _Batch:
         """Return the batch that begins next."""
@@ -1885,8 +1891,7 @@ class Disk:
                 await self._loop.work_together(batch.write, threads)
             await self._loop.work(batch.finish)
         except ChasquidError as error:  # there is no thread
-            for commit in batch.commits:
-                commit.error = error
+            batch.failure = OSError(errno.EAGAIN, f"the disk was not reached: {error}")
         finally:
             batch.done.set()
         seconds = (self._loop.clock.monotonic() - start) * threads / count
