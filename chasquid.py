@@ -4631,7 +4631,10 @@ def _explanation(item: Item, failed: Sequence[Recipient], settings: QueueSetting
     if any(recipient.is_open for recipient in item.recipients):
         lines += ["Delivery to the other recipients is still being tried.", ""]
     lines += ["What was sent is attached, or its header where it is large.", ""]
-    return "\r\n".join(printable(line, 900) if line.strip() else "" for line in lines).encode()
+    indents = (line[: len(line) - len(line.lstrip(" "))] for line in lines)
+    return "\r\n".join(
+        indent + printable(line, 900) for indent, line in zip(indents, lines, strict=True)
+    ).encode()
 
 
 def _delivery_status(
