@@ -4779,6 +4779,52 @@ CHUNKS = Phase("chunks", "finish the message with BDAT … LAST, or say RSET")
 _ANY = frozenset((CONNECTED, GREETED, MAIL, RECIPIENTS, CHUNKS))
 
 
+class _LoginDialogue:
+    """Gets user and password from a client that said AUTH (RFC 4954). Raises Refused."""
+
+    def __init__(self, loop: Loop, stream: Stream) -> None:
+        self._loop = loop
+        self._stream = stream
+
+    async def plain(self, initial: str) -> tuple[str, bytes]:
+        """RFC 4616: [authzid] NUL authcid NUL passwd."""
+        answer = self._decode(initial) if initial else await self._challenge("")
+        parts = answer.split(b"\0")
+        if len(parts) != 3:
+            raise Refused(Reply(501, "5.5.2", "expected identity, user and password"))
+        identity, user, password = parts
+        if identity not in (b"", user):
+            raise Refused(Reply(535, "5.7.8", "nobody may log in here for somebody else"))
+        return self._user_name(user), password
+
+    async def login(self, initial: str) -> tuple[str, bytes]:
+        """An old mechanism that Outlook and others still use: two prompts, in base64."""
+        user = self._decode(initial) if initial else await self._challenge("VXNlcm5hbWU6")
+        return self._user_name(user), await self._challenge("UGFzc3dvcmQ6")
+
+    async def _challenge(self, text: str) -> bytes:
+        self._stream.write(f"334 {text}\r\n".encode())
+        with self._loop.deadline(COMMAND_SECONDS):
+            answer = await self._stream.read_line(_CHALLENGE_LIMIT)
+        if answer == b"*":
+            raise Refused(Reply(501, "5.7.0", "the login was cancelled"))
+        return self._decode(answer.decode("latin-1"))
+
+    @staticmethod
+    def _decode(text: str) -> bytes:
+        try:
+            return b"" if text == "=" else base64.b64decode(text.encode("ascii"), validate=True)
+        except (binascii.Error, UnicodeEncodeError):
+            raise Refused(Reply(501, "5.5.2", "expected base64")) from None
+
+    @staticmethod
+    def _user_name(octets: bytes) -> str:
+        try:
+            return octets.decode()
+        except UnicodeDecodeError:
+            raise Refused(Reply(501, "5.5.2", "expected a user name in UTF-8")) from None
+
+
 class Session:
     """One connection, from the greeting to its end."""
 
@@ -4978,50 +5024,14 @@ class Session:
         if self._user:
             raise Refused(Reply(503, "5.5.1", "you have logged in already"))
         mechanism, _, initial = argument.partition(" ")
+        dialogue = _LoginDialogue(self._loop, self._stream)
         if mechanism.upper() == "PLAIN":
-            user, password = await self._auth_plain(initial)
+            user, password = await dialogue.plain(initial)
         elif mechanism.upper() == "LOGIN":
-            user, password = await self._auth_login(initial)
+            user, password = await dialogue.login(initial)
         else:
             raise Refused(Reply(504, "5.5.4", "the mechanisms here are PLAIN and LOGIN"))
         return await self._check_login(user, password)
-
-    async def _auth_plain(self, initial: str) -> tuple[str, bytes]:
-        """RFC 4616: [authzid] NUL authcid NUL passwd."""
-        answer = self._decode(initial) if initial else await self._challenge("")
-        parts = answer.split(b"\0")
-        if len(parts) != 3:
-            raise Refused(Reply(501, "5.5.2", "expected identity, user and password"))
-        identity, user, password = parts
-        if identity not in (b"", user):
-            raise Refused(Reply(535, "5.7.8", "nobody may log in here for somebody else"))
-        return self._user_name(user), password
-
-    async def _auth_login(self, initial: str) -> tuple[str, bytes]:
-        user = self._decode(initial) if initial else await self._challenge("VXNlcm5hbWU6")
-        return self._user_name(user), await self._challenge("UGFzc3dvcmQ6")
-
-    async def _challenge(self, text: str) -> bytes:
-        self._stream.write(f"334 {text}\r\n".encode())
-        with self._loop.deadline(COMMAND_SECONDS):
-            answer = await self._stream.read_line(_CHALLENGE_LIMIT)
-        if answer == b"*":
-            raise Refused(Reply(501, "5.7.0", "the login was cancelled"))
-        return self._decode(answer.decode("latin-1"))
-
-    @staticmethod
-    def _decode(text: str) -> bytes:
-        try:
-            return b"" if text == "=" else base64.b64decode(text.encode("ascii"), validate=True)
-        except (binascii.Error, UnicodeEncodeError):
-            raise Refused(Reply(501, "5.5.2", "expected base64")) from None
-
-    @staticmethod
-    def _user_name(octets: bytes) -> str:
-        try:
-            return octets.decode()
-        except UnicodeDecodeError:
-            raise Refused(Reply(501, "5.5.2", "expected a user name in UTF-8")) from None
 
     async def _check_login(self, user: str, password: bytes) -> Reply:
         start = self._loop.clock.monotonic()
