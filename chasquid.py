@@ -3901,8 +3901,9 @@ class Couriers:
 #     bad/ID    cannot be read                 for the operator to look at
 #
 # A file is its own journal: the message as received (CRLF), then JSON lines: the envelope,
-# and one for each attempt that left something to do. The size of the message stands in
-# the name ("ID,S=1234", as Maildir++ has it), so the journal is found without reading it.
+# and one whenever something is done or put off while more is left to do. The size of the
+# message stands in the name ("ID,S=1234", as Maildir++ has it), so the journal is found
+# without reading it.
 #
 # - 250 means that file and directory are synced.
 # - A journal line counts when it is synced. A torn line is ignored: each line begins with
