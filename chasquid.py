@@ -1815,7 +1815,8 @@ class Disk:
 
     A file system joins what several threads sync at the same time, which pays on a slow
     device; on a quick one the threads would lose more by waiting for the interpreter. So
-    their number follows the time that a batch takes.
+    their number follows the time that a batch takes. The queue and the Maildirs have a
+    `Disk` each, so that what comes in and what is delivered do not wait for one another.
     """
 
     def __init__(self, loop: Loop) -> None:
@@ -3920,6 +3921,9 @@ _PAUSES = (60.0, 300.0, 600.0, 1200.0)  # seconds after the 1st, 2nd, 3rd, any l
 _JITTER = 60.0
 _LOCAL_SLOTS = 16  # attempts at a time, each kind for itself: slow servers elsewhere must
 _REMOTE_SLOTS = 100  # not hold up mail that is delivered here
+_LOCAL_BACKLOG = 64  # deliveries here that may wait before senders are slowed down,
+_CATCH_UP_SECONDS = 2.0  # at most by this for each message
+_CATCH_UP_STEPS = 100
 _DESTINATION_SLOTS = 5  # attempts at a time for one destination elsewhere
 PENDING = "pending"
 
@@ -4237,6 +4241,7 @@ class Queue:
         self._on_result = on_result
         self._slots = {True: Slots(loop, _LOCAL_SLOTS), False: Slots(loop, _REMOTE_SLOTS)}
         self._destinations: dict[tuple[str, ...], Slots] = {}
+        self._local_under_way = 0  # deliveries here that wait or are being made
         self._closing = False
         self.expand = expand
         self.items: dict[str, Item] = {}
@@ -4317,7 +4322,18 @@ class Queue:
             f"from=<{envelope.sender}> to={recipients} queued, {message.size} octets, {trace}",
         )
         self._start(item)
+        await self._let_deliveries_catch_up()
         return item
+
+    async def _let_deliveries_catch_up(self) -> None:
+        """Slow the senders down a little where mail comes in faster than it is delivered here.
+
+        Otherwise a quick sender would fill the queue, and be sent away.
+        """
+        for _ in range(_CATCH_UP_STEPS):
+            if self._local_under_way < min(_LOCAL_BACKLOG, self._settings.limit):
+                return
+            await self._loop.sleep(_CATCH_UP_SECONDS / _CATCH_UP_STEPS)
 
     def retry(self, item: Item) -> None:
         """Attempt `item` now instead of when it is due."""
@@ -4442,9 +4458,13 @@ class Queue:
 
     @contextlib.asynccontextmanager
     async def _destination(self, route: Route) -> AsyncIterator[None]:
-        """Hold one of the few slots of a destination elsewhere."""
+        """Hold one of the few slots of a destination elsewhere, or count a delivery here."""
         if route.local:
-            yield
+            self._local_under_way += 1
+            try:
+                yield
+            finally:
+                self._local_under_way -= 1
             return
         slots = self._destinations.setdefault(route.key, Slots(self._loop, _DESTINATION_SLOTS))
         try:
@@ -5691,7 +5711,6 @@ class Daemon:
         self._domains = load_domains(config)
         self._signature = file_signature(config.config_dir)
         self._names = Names(loop, ask or DnsClient(loop, config.dns_server).ask)
-        self._disk = Disk(loop)
         programs = Programs(loop, spawn)
         couriers = Couriers(
             self._local_courier(programs),
@@ -5700,7 +5719,7 @@ class Daemon:
             self._is_local,
         )
         self.queue = Queue(
-            loop, self._disk, self.record, self._queue_settings(), couriers, self._expand,
+            loop, Disk(loop), self.record, self._queue_settings(), couriers, self._expand,
             self._is_local, random, on_result,
         )  # fmt: skip
         self._site = Site(
@@ -5770,7 +5789,7 @@ class Daemon:
         if config.lmtp_address:
             return LmtpCourier(self.loop, self._names, config.lmtp_address, config.hostname)
         return MaildirCourier(
-            self.loop, self._disk, config.maildir, config.data_dir, config.hostname,
+            self.loop, Disk(self.loop), config.maildir, config.data_dir, config.hostname,
             lambda user, domain: self._domains.accounts.exists(user, domain),
         )  # fmt: skip
 
