@@ -1402,10 +1402,6 @@ class Event:
     def clear(self) -> None:
         self.is_set = False
 
-    @property
-    def is_awaited(self) -> bool:
-        return bool(self._waiting)
-
     async def wait(self) -> None:
         task = self._loop.current
         self._waiting.add(task)
