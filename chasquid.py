@@ -38,6 +38,7 @@ import binascii
 import collections
 import contextlib
 import errno
+import functools
 import heapq
 import itertools
 import json
@@ -1215,17 +1216,9 @@ class Loop:
 
     async def work(self, job: Callable[[], T]) -> T:
         """Have `job` called in a worker thread and return its result."""
-        task = self.current
-
-        def done(result: object, error: BaseException | None) -> None:
-            self.post(lambda: self.wake(task, result, error))
-
-        task.shielded = True
-        try:
-            self._workers.submit(job, done)
-            return await _pause()  # type: ignore[no-any-return]
-        finally:
-            task.shielded = False
+        results: list[T] = []
+        await self.work_together(lambda: results.append(job()), 1)
+        return results[0]
 
     async def work_together(self, job: Callable[[], object], count: int) -> None:
         """Have `count` worker threads call `job`, which shares the work out itself.
@@ -2620,13 +2613,8 @@ class Accounts:
         self._costs = {domain: self._usual_costs(users) for domain, users in domains.items()}
         self._default_costs = Scrypt(14, 8, 1, 32, os.urandom(16), os.urandom(32))
 
-    def without_users(self, domains: Iterable[str]) -> list[str]:
-        """Return those of `domains` that have no users here."""
-        return [domain for domain in domains if not self._domains.get(domain)]
-
-    def with_users(self) -> list[str]:
-        """Return the domains that have users."""
-        return [domain for domain, users in self._domains.items() if users]
+    def domains_with_users(self) -> set[str]:
+        return {domain for domain, users in self._domains.items() if users}
 
     def exists(self, user: str, domain: str) -> bool:
         """Tell whether the normalised `user` has a mailbox in `domain`."""
@@ -3107,6 +3095,14 @@ def parse_address(text: str, status: str = "5.1.3") -> str:
         _refuse(501, status, "the domain of the address is malformed")
 
 
+def address_from_person(text: str) -> str:
+    """As `parse_address`, for what a person typed. Raises ChasquidError."""
+    try:
+        return parse_address(text)
+    except Refused as refused:
+        raise ChasquidError(f"{printable(text, 100)!r}: {refused.reply.text}") from None
+
+
 def local_part_content(local: str) -> str:
     """Return what a local-part says, without quotes and backslashes."""
     quoted = _QUOTED_STRING.fullmatch(local)
@@ -3300,7 +3296,6 @@ class MaildirCourier:
         self._host = hostname.replace("/", r"\057").replace(":", r"\072")
         self._user_exists = user_exists
         self._number = 0
-        self._known: set[str] = set()  # Maildirs that were seen whole
 
     async def deliver(self, shipment: Shipment, targets: Sequence[Target]) -> list[Result]:
         return [await self._deliver(shipment, target.value) for target in targets]
@@ -3334,9 +3329,10 @@ class MaildirCourier:
         name = f"{int(now)}.M{int(now % 1 * 1e6)}P{os.getpid()}Q{self._number}.{self._host}"
         head = f"Return-Path: <{shipment.sender}>\nDelivered-To: {address}\n".encode()
         temporary = os.path.join(directory, "tmp", name)
-        if directory not in self._known or not os.path.isdir(directory):
-            await self._loop.work(lambda: self._make(directory))
-            self._known.add(directory)
+        parts = [os.path.join(directory, part) for part in ("tmp", "new", "cur")]
+        if not all(map(os.path.isdir, parts)):
+            for part in parts:
+                await self._loop.work(functools.partial(make_directory, part))
         new = os.path.join(directory, "new", name)
         if shipment.message.data is not None:
             data = head + b"".join(with_lf(shipment.message.chunks()))
@@ -3347,11 +3343,6 @@ class MaildirCourier:
             path = f"{new},S={size}"
             await self._loop.work(lambda: move_synced(temporary, path))
         return path
-
-    @staticmethod
-    def _make(directory: str) -> None:
-        for part in ("tmp", "new", "cur"):
-            make_directory(os.path.join(directory, part))
 
     @staticmethod
     def _copy(path: str, head: bytes, message: Message) -> int:
@@ -3747,7 +3738,7 @@ class SmtpCourier:
         if literal is not None:
             return [(literal[1] or literal[2], self._port)]
         exchangers = await self._names.mail_exchangers(domain_to_ascii(domain))
-        ours = domain_to_ascii(self._hostname)
+        ours = self._hostname
         own = [preference for preference, host in exchangers if host == ours]
         if own:  # RFC 5321, 5.1: only those that are nearer to the destination than we are
             exchangers = [pair for pair in exchangers if pair[0] < own[0]]
@@ -3825,7 +3816,7 @@ class SmtpCourier:
             name = domain_to_ascii(host)
             try:
                 await client.start_tls(self._context(security == "valid"), name)
-                await client.hello(domain_to_ascii(self._hostname))
+                await client.hello(self._hostname)
                 return client
             except (TLSFailed, Disconnected) as error:
                 client.close()
@@ -3842,7 +3833,7 @@ class SmtpCourier:
             stream = await connect(self._loop, ip, port)
         client = Client(self._loop, stream, place)
         try:
-            await client.greet(domain_to_ascii(self._hostname))
+            await client.greet(self._hostname)
         except BaseException:
             client.close()
             raise
@@ -4158,9 +4149,9 @@ class Draft:
         if self._fd < 0:
             await self._disk.create(self._path, tail, target)
         else:
+            await self._loop.work(lambda: os.fsync(self._fd))  # nobody else should wait for it
             fd, self._fd = self._fd, -1
             try:
-                await self._loop.work(lambda: os.fsync(fd))  # nobody else should wait for so much
                 await self._disk.commit(fd, tail, self._path, target)
             finally:
                 os.close(fd)
@@ -4644,14 +4635,12 @@ def _explanation(item: Item, failed: Sequence[Recipient], settings: QueueSetting
         "",
     ]
     for recipient in failed:
-        lines += [f"  {recipient.original}", f"    {recipient.result.text}", ""]
+        address, why = printable(recipient.original, 400), printable(recipient.result.text, 800)
+        lines += [f"  {address}", f"    {why}", ""]
     if any(recipient.is_open for recipient in item.recipients):
         lines += ["Delivery to the other recipients is still being tried.", ""]
     lines += ["What was sent is attached, or its header where it is large.", ""]
-    indents = (line[: len(line) - len(line.lstrip(" "))] for line in lines)
-    return "\r\n".join(
-        indent + printable(line, 900) for indent, line in zip(indents, lines, strict=True)
-    ).encode()
+    return "\r\n".join(lines).encode()
 
 
 def _delivery_status(
@@ -5694,6 +5683,7 @@ class Daemon:
     ) -> None:
         """Put the parts together; `undo` gets what is to be given back at the end."""
         config = self.config
+        self._hostname = domain_to_ascii(config.hostname)
         lock = DataDirectory(config.data_dir)
         lock.take()
         undo.callback(lock.release)
@@ -5738,7 +5728,7 @@ class Daemon:
         config = self.config
         return QueueSettings(
             os.path.join(config.data_dir, "queue"),
-            domain_to_ascii(config.hostname),
+            self._hostname,
             config.give_up_send_after,
             config.max_queue_items,
             config.suffix_separators[:1] or "+",
@@ -5769,10 +5759,7 @@ class Daemon:
 
     def resolve(self, address: str) -> list[Target]:
         """Return the final recipients of `address`. Raises ChasquidError."""
-        try:
-            return self._expand(parse_address(address))
-        except Refused as refused:
-            raise ChasquidError(refused.reply.text) from None
+        return self._expand(address_from_person(address))
 
     # --- its parts ---
 
@@ -5783,7 +5770,7 @@ class Daemon:
                 programs, config.mail_delivery_agent_bin, config.mail_delivery_agent_args
             )
         if config.lmtp_address:
-            return LmtpCourier(self.loop, self._names, config.lmtp_address, config.hostname)
+            return LmtpCourier(self.loop, self._names, config.lmtp_address, self._hostname)
         return MaildirCourier(
             self.loop, Disk(self.loop), config.maildir, config.data_dir, config.hostname,
             lambda user, domain: self._domains.accounts.exists(user, domain),
@@ -5792,7 +5779,7 @@ class Daemon:
     def _smtp_courier(self, random: Callable[[], float]) -> Courier:
         config = self.config
         return SmtpCourier(
-            self.loop, self._names, self.record, config.hostname, config.outgoing_smtp_port, random
+            self.loop, self._names, self.record, self._hostname, config.outgoing_smtp_port, random
         )
 
     def _is_local(self, domain: str) -> bool:
@@ -5947,9 +5934,11 @@ class Daemon:
 
         A file that was cut short, or a disk that is not mounted, must not turn mail away.
         """
-        gone = domains.accounts.without_users(self._domains.accounts.with_users())
+        before, now = self._domains.accounts, domains.accounts
+        gone = before.domains_with_users() - now.domains_with_users()
         if gone:
-            text = f"{', '.join(gone)}: all users are gone; if that is meant, start the server anew"
+            names = ", ".join(sorted(gone))
+            text = f"{names}: all users are gone; if that is meant, start the server anew"
             raise ChasquidError(text)
 
 
@@ -6465,14 +6454,6 @@ def _show_once(stored: list[str]) -> int:
 # --- users ---
 
 
-def _parse_address(text: str) -> str:
-    """Return `text` as an address. Raises ChasquidError."""
-    try:
-        return parse_address(text)
-    except Refused as refused:
-        raise ChasquidError(f"{printable(text, 100)!r}: {refused.reply.text}") from None
-
-
 def _parse_domain_name(text: str) -> str:
     """Return `text` as a domain in Unicode. Raises ChasquidError."""
     try:
@@ -6484,7 +6465,7 @@ def _parse_domain_name(text: str) -> str:
 def _split_user(text: str) -> tuple[str, str]:
     """Return user and domain, both normalised. Raises ChasquidError."""
     try:
-        user, domain = split_address(normalize_address(_parse_address(text)))
+        user, domain = split_address(normalize_address(address_from_person(text)))
     except ValueError as error:
         raise ChasquidError(str(error)) from None
     if not domain or domain.startswith("[") or "/" in user or user in (".", ".."):
@@ -6584,7 +6565,7 @@ def _aliases_resolve(arguments: argparse.Namespace) -> int:
     lines = ask_running_server(config.data_dir, "aliases-resolve", arguments.address)
     if lines is None:
         print("chasquid: no server is running; these are the files' words", file=sys.stderr)
-        address = _parse_address(arguments.address)
+        address = address_from_person(arguments.address)
         lines = [target_text(target) for target in load_domains(config).aliases.expand(address)]
     print("\n".join(lines))
     return 0
