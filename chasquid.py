@@ -20,11 +20,11 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     USERS        the users file, passwords
     ALIASES      the aliases file and its expansion
     MESSAGE      the header block, trace fields, a stored message
+    KEYS         DER and PEM, RSA and Ed25519, a self-signed certificate
     SMTP         replies, commands, parameters, transparency; no input or output
     COURIERS     Maildir, delivery agent, LMTP, pipe, SMTP
     QUEUE        items, their files, the schedule, notifications
     SERVER       the session, the transaction, the command table
-    CERTIFICATE  a self-signed certificate, from arithmetic alone
     DAEMON       wiring, listeners, certificates, reload, control socket
     COMMANDS     the command line
 
@@ -2948,6 +2948,504 @@ def fold(name: str, *parts: str) -> bytes:
 
 
 # ======================================================================================
+# ROOM: KEYS
+#
+# Keys and certificates, from arithmetic alone, so that no compiled package and no openssl
+# is needed: DER and PEM (X.690, RFC 7468), RSA and Ed25519 keys as DKIM uses them, what
+# DANE reads in a certificate, and a self-signed certificate for trying things out.
+#
+# - RSA: keys are made and read here; signatures are dkimpy's business.
+# - Ed25519 (RFC 8032): keys and signatures, in a millisecond or two each.
+# - The self-signed certificate is X.509 version 3 (RFC 5280), on the curve P-256 (SEC 2,
+#   2.4.2), signed with ECDSA and SHA-256 (FIPS 186-5).
+#
+# The arithmetic does not run in constant time: who can measure this process to the
+# microsecond, on this machine, may learn about its keys.
+# ======================================================================================
+
+_RSA_OID = "1.2.840.113549.1.1.1"
+_ED25519_OID = "1.3.101.112"
+_RSA_EXPONENT = 65537
+_RSA_LIMITS = (1024, 8192)  # bits of a modulus; RFC 8301, 3.2 asks for 1024 at least
+
+
+class RsaKey(NamedTuple):
+    """An RSA private key; the fields of RFC 8017, A.1.2."""
+
+    modulus: int
+    exponent: int
+    private_exponent: int
+    prime1: int
+    prime2: int
+    exponent1: int
+    exponent2: int
+    coefficient: int
+
+    @property
+    def public(self) -> bytes:
+        """The SubjectPublicKeyInfo in DER; RFC 5280, 4.1."""
+        algorithm = _der(0x30, _oid(_RSA_OID), _der(0x05))
+        numbers = _der(0x30, _der_integer(self.modulus), _der_integer(self.exponent))
+        return _der(0x30, algorithm, _der(0x03, b"\0", numbers))
+
+    def to_pem(self) -> str:
+        """Return the key as PKCS#8 (RFC 5958)."""
+        numbers = _der(0x30, _der_integer(0), *map(_der_integer, self))
+        algorithm = _der(0x30, _oid(_RSA_OID), _der(0x05))
+        return _pem("PRIVATE KEY", _der(0x30, _der_integer(0), algorithm, _der(0x04, numbers)))
+
+
+class Ed25519Key(NamedTuple):
+    """An Ed25519 private key; `seed` has 32 octets (RFC 8032, 5.1.5)."""
+
+    seed: bytes
+
+    @property
+    def public(self) -> bytes:
+        """The public key, 32 octets."""
+        return _ed_encode(_ed_multiply(self._expanded()[0], _ED_BASE))
+
+    def sign(self, message: bytes) -> bytes:
+        """Return the signature, 64 octets; RFC 8032, 5.1.6."""
+        secret, prefix = self._expanded()
+        public = self.public
+        nonce = _ed_hash(prefix, message) % _ED_ORDER
+        commitment = _ed_encode(_ed_multiply(nonce, _ED_BASE))
+        challenge = _ed_hash(commitment, public, message)
+        return commitment + ((nonce + challenge * secret) % _ED_ORDER).to_bytes(32, "little")
+
+    def to_pem(self) -> str:
+        """Return the key as PKCS#8 (RFC 8410, 7)."""
+        algorithm = _der(0x30, _oid(_ED25519_OID))
+        seed = _der(0x04, _der(0x04, self.seed))
+        return _pem("PRIVATE KEY", _der(0x30, _der_integer(0), algorithm, seed))
+
+    def _expanded(self) -> tuple[int, bytes]:
+        import hashlib  # loads OpenSSL's hashes; only for signatures
+
+        digest = hashlib.sha512(self.seed).digest()
+        secret = int.from_bytes(digest[:32], "little")
+        return secret & ((1 << 254) - 8) | (1 << 254), digest[32:]
+
+
+PrivateKey = RsaKey | Ed25519Key
+
+
+def new_key(algorithm: str) -> PrivateKey:
+    """Return a fresh key: "ed25519", or "rsa" and its bits, as in "rsa2048".
+
+    An RSA key takes up to half a minute.
+    """
+    if algorithm == "ed25519":
+        return Ed25519Key(os.urandom(32))
+    bits = int(algorithm.removeprefix("rsa"))
+    while True:
+        p, q = _random_prime(bits // 2), _random_prime(bits // 2)
+        if p != q:
+            return _rsa_key(p, q)
+
+
+def parse_private_key(pem: bytes, path: str) -> PrivateKey:
+    """Return the RSA (PKCS#1 or PKCS#8) or Ed25519 (PKCS#8) key in `pem`.
+
+    `path` is for the message of the ConfigError that says what is wrong.
+    """
+    match = re.search(rb"-----BEGIN ([A-Z0-9 ]+)-----(.*?)-----END \1-----", pem, re.DOTALL)
+    if match is None:
+        raise ConfigError(path, 0, "expected a private key in PEM")
+    kind = match[1].decode()
+    try:
+        data = base64.b64decode(match[2])
+        if kind == "RSA PRIVATE KEY":
+            return _parse_rsa_key(data)
+        if kind == "PRIVATE KEY":
+            return _parse_pkcs8(data)
+    except (ValueError, IndexError, TypeError) as error:
+        raise ConfigError(path, 0, f"expected a key that can be used: {error}") from None
+    hint = "; decrypt it with 'openssl pkey'" if "ENCRYPTED" in kind or b"Proc-Type" in pem else ""
+    raise ConfigError(path, 0, f"expected an RSA or Ed25519 key, found {kind}{hint}")
+
+
+def _parse_pkcs8(data: bytes) -> PrivateKey:
+    """RFC 5958, 2: SEQUENCE of version, algorithm and the key in an OCTET STRING."""
+    _, (_, algorithm), (_, key), *_ = _elements(_only(data, 0x30))
+    oid = next(content for _, content in _elements(algorithm))
+    if oid == _only(_oid(_RSA_OID), 0x06):
+        return _parse_rsa_key(key)
+    if oid == _only(_oid(_ED25519_OID), 0x06):
+        seed = _only(key, 0x04)
+        if len(seed) != 32:
+            raise ValueError("an Ed25519 key has 32 octets")
+        return Ed25519Key(seed)
+    raise ValueError("the algorithm is neither RSA nor Ed25519")
+
+
+def _parse_rsa_key(data: bytes) -> RsaKey:
+    """RFC 8017, A.1.2: nine INTEGERs, the first of them the version."""
+    numbers = [_integer(content) for tag, content in _elements(_only(data, 0x30)) if tag == 0x02]
+    if len(numbers) != 9:
+        raise ValueError("an RSA key has nine numbers")
+    key = RsaKey(*numbers[1:])
+    if key.prime1 * key.prime2 != key.modulus:
+        raise ValueError("the numbers of the RSA key do not fit together")
+    least, most = _RSA_LIMITS
+    if not least <= key.modulus.bit_length() <= most:
+        raise ValueError(f"an RSA key must have {least} to {most} bits")
+    return key
+
+
+def rsa_public_numbers(data: bytes) -> tuple[int, int]:
+    """Return modulus and exponent of a SubjectPublicKeyInfo or RSAPublicKey in DER.
+
+    Raises ValueError where they are none that a signature should be checked with.
+    """
+    parts = list(_elements(_only(data, 0x30)))
+    if parts and parts[0][0] == 0x30:  # an algorithm comes first: SubjectPublicKeyInfo
+        parts = list(_elements(_only(parts[-1][1][1:], 0x30)))
+    if [tag for tag, _ in parts] != [0x02, 0x02]:
+        raise ValueError("the public key is no RSA key in DER")
+    modulus, exponent = (_integer(content) for _, content in parts)
+    if not _RSA_LIMITS[0] <= modulus.bit_length() <= _RSA_LIMITS[1]:
+        raise ValueError(f"an RSA key of {modulus.bit_length()} bits is not acceptable")
+    if not 2 < exponent < 1 << 32 or exponent % 2 == 0:
+        raise ValueError("the exponent of the RSA key is not acceptable")
+    return modulus, exponent
+
+
+def ed25519_verify(public: bytes, message: bytes, signature: bytes) -> bool:
+    """Tell whether `signature` is valid; RFC 8032, 5.1.7."""
+    point = _ed_decode(public)
+    s = int.from_bytes(signature[32:], "little")
+    if len(signature) != 64 or point is None or s >= _ED_ORDER:
+        return False
+    challenge = _ed_hash(signature[:32], public, message) % _ED_ORDER
+    x, y, z, t = point
+    return _ed_encode(_ed_multiply(s, _ED_BASE, challenge, (-x, y, z, -t))) == signature[:32]
+
+
+_ED_PRIME = (1 << 255) - 19
+_ED_ORDER = (1 << 252) + 27742317777372353535851937790883648493
+_ED_D = -121665 * pow(121666, -1, _ED_PRIME) % _ED_PRIME
+
+_EdPoint = tuple[int, int, int, int]  # extended homogeneous coordinates; RFC 8032, 5.1.4
+_ED_ZERO: _EdPoint = (0, 1, 1, 0)
+
+
+def _ed_hash(*parts: bytes) -> int:
+    import hashlib  # loads OpenSSL's hashes; only for signatures
+
+    return int.from_bytes(hashlib.sha512(b"".join(parts)).digest(), "little")
+
+
+def _ed_add(one: _EdPoint, other: _EdPoint) -> _EdPoint:
+    """RFC 8032, 5.1.4."""
+    (x1, y1, z1, t1), (x2, y2, z2, t2) = one, other
+    a, b = (y1 - x1) * (y2 - x2) % _ED_PRIME, (y1 + x1) * (y2 + x2) % _ED_PRIME
+    c, d = 2 * t1 * t2 * _ED_D % _ED_PRIME, 2 * z1 * z2 % _ED_PRIME
+    e, f, g, h = b - a, d - c, d + c, b + a
+    return e * f % _ED_PRIME, g * h % _ED_PRIME, f * g % _ED_PRIME, e * h % _ED_PRIME
+
+
+def _ed_multiply(one: int, point: _EdPoint, two: int = 0, other: _EdPoint = _ED_ZERO) -> _EdPoint:
+    """Return `one` times `point` plus `two` times `other`, in one pass over the bits."""
+    table = (_ED_ZERO, point, other, _ed_add(point, other))
+    result = _ED_ZERO
+    for bit in range(max(one, two).bit_length() - 1, -1, -1):
+        result = _ed_add(result, result)
+        chosen = (one >> bit & 1) | (two >> bit & 1) << 1
+        if chosen:
+            result = _ed_add(result, table[chosen])
+    return result
+
+
+def _ed_encode(point: _EdPoint) -> bytes:
+    """RFC 8032, 5.1.2."""
+    x, y, z, _ = point
+    inverse = pow(z, -1, _ED_PRIME)
+    x, y = x * inverse % _ED_PRIME, y * inverse % _ED_PRIME
+    return (y | (x & 1) << 255).to_bytes(32, "little")
+
+
+def _ed_decode(octets: bytes) -> _EdPoint | None:
+    """RFC 8032, 5.1.3; None where no point is encoded so."""
+    if len(octets) != 32:
+        return None
+    y = int.from_bytes(octets, "little")
+    sign, y = y >> 255, y & ((1 << 255) - 1)
+    u, v = y * y - 1, _ED_D * y * y + 1
+    x = u * pow(v, 3, _ED_PRIME) * pow(u * pow(v, 7, _ED_PRIME), (_ED_PRIME - 5) // 8, _ED_PRIME)
+    if (v * x * x + u) % _ED_PRIME == 0:
+        x *= pow(2, (_ED_PRIME - 1) // 4, _ED_PRIME)
+    x %= _ED_PRIME
+    if y >= _ED_PRIME or (v * x * x - u) % _ED_PRIME or (x == 0 and sign):
+        return None
+    if x & 1 != sign:
+        x = _ED_PRIME - x
+    return x, y, 1, x * y % _ED_PRIME
+
+
+_ED_BASE: _EdPoint = (
+    0x216936D3CD6E53FEC0A4E231FDD6DC5C692CC7609525A7B2C9562D608F25D51A,
+    0x6666666666666666666666666666666666666666666666666666666666666658,
+    1,
+    0x67875F0FD78B766566EA4E8E64ABE37D20F09F80775152F56DDE8AB3A5B7DDA3,
+)
+
+
+def _rsa_key(p: int, q: int) -> RsaKey:
+    """Return the key with the primes `p` and `q`; RFC 8017, 3.2."""
+    p, q = max(p, q), min(p, q)
+    d = pow(_RSA_EXPONENT, -1, (p - 1) * (q - 1))
+    return RsaKey(p * q, _RSA_EXPONENT, d, p, q, d % (p - 1), d % (q - 1), pow(q, -1, p))
+
+
+@functools.cache
+def _small_primes() -> tuple[int, ...]:
+    limit = 8192
+    sieve = bytearray([1]) * limit
+    for number in range(3, 91, 2):
+        sieve[number * number :: number] = bytes(len(range(number * number, limit, number)))
+    return tuple(number for number in range(3, limit, 2) if sieve[number])
+
+
+def _random_prime(bits: int) -> int:
+    """Return a prime with its two highest bits set, that fits the public exponent.
+
+    From a random place upwards, what small primes divide is passed over.
+    """
+    while True:
+        start = int.from_bytes(os.urandom(bits // 8), "big") | 3 << (bits - 2) | 1
+        remainders = [(prime, start % prime) for prime in _small_primes()]
+        for step in range(0, 4096, 2):
+            if any((rest + step) % prime == 0 for prime, rest in remainders):
+                continue
+            number = start + step
+            if (number - 1) % _RSA_EXPONENT and _is_prime(number):
+                return number
+
+
+def _is_prime(number: int) -> bool:
+    """Miller and Rabin's test (FIPS 186-5, B.3.1), twenty rounds."""
+    if pow(2, number - 1, number) != 1:
+        return False
+    twos = (number - 1 & -(number - 1)).bit_length() - 1
+    odd = number - 1 >> twos
+    for _ in range(20):
+        base = int.from_bytes(os.urandom(number.bit_length() // 8), "big") % (number - 3) + 2
+        power = pow(base, odd, number)
+        if power in (1, number - 1):
+            continue
+        for _ in range(twos - 1):
+            power = power * power % number
+            if power == number - 1:
+                break
+        else:
+            return False
+    return True
+
+
+def public_key_info(certificate: bytes) -> bytes:
+    """Return the SubjectPublicKeyInfo of a certificate, both in DER; RFC 5280, 4.1.
+
+    Raises ValueError.
+    """
+    body = next(_elements(_only(certificate, 0x30)), (0, b""))[1]
+    parts = [part for part in _elements(body) if part[0] != 0xA0]  # [0]: the version
+    if len(parts) < 6:
+        raise ValueError("the certificate is cut short")
+    return _der(*parts[5])  # after serial number, signature, issuer, validity and subject
+
+
+_P = 0xFFFFFFFF00000001000000000000000000000000FFFFFFFFFFFFFFFFFFFFFFFF
+_N = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
+_G = (
+    0x6B17D1F2E12C4247F8BCE6E563A440F277037D812DEB33A0F4A13945D898C296,
+    0x4FE342E2FE1A7F9B8EE7EB4A7C0F9E162BCE33576B315ECECBB6406837BF51F5,
+)
+_CURVE_OID = "1.2.840.10045.3.1.7"
+_KEY_OID = "1.2.840.10045.2.1"
+_SIGNATURE_OID = "1.2.840.10045.4.3.2"
+_COMMON_NAME_OID = "2.5.4.3"
+_ALTERNATIVE_NAMES_OID = "2.5.29.17"
+_CONSTRAINTS_OID = "2.5.29.19"
+_CERTIFICATE_SECONDS = 10 * 365 * 86400
+
+
+def self_signed_certificate(names: Sequence[str], now: float) -> tuple[str, str]:
+    """Return a certificate for `names` (hosts and addresses) and its key, both as PEM.
+
+    It is valid for ten years from a day before `now`, seconds since 1970.
+    """
+    secret = _random_below(_N)
+    x, y = _multiply(secret, _G)
+    public = b"\x04" + x.to_bytes(32, "big") + y.to_bytes(32, "big")
+    algorithm = _der(0x30, _oid(_SIGNATURE_OID))
+    common_name = _der(0x30, _oid(_COMMON_NAME_OID), _der(0x0C, names[0].encode()))
+    name = _der(0x30, _der(0x31, common_name))
+    validity = _der(0x30, _der_time(now - 86400), _der_time(now + _CERTIFICATE_SECONDS))
+    key_kind = _der(0x30, _oid(_KEY_OID), _oid(_CURVE_OID))
+    extensions = _der(0x30, _alternative_names(names), _no_authority())
+    body = _der(
+        0x30,
+        _der(0xA0, _der_integer(2)),
+        _der_integer(_random_below(1 << 127)),
+        algorithm,
+        name,
+        validity,
+        name,
+        _der(0x30, key_kind, _der(0x03, b"\0", public)),
+        _der(0xA3, extensions),
+    )
+    certificate = _der(0x30, body, algorithm, _der(0x03, b"\0", _sign(secret, body)))
+    key = _der(
+        0x30,
+        _der_integer(1),
+        _der(0x04, secret.to_bytes(32, "big")),
+        _der(0xA0, _oid(_CURVE_OID)),
+        _der(0xA1, _der(0x03, b"\0", public)),
+    )
+    return _pem("CERTIFICATE", certificate), _pem("EC PRIVATE KEY", key)
+
+
+def certificate_names(pem: bytes) -> set[str]:
+    """Return the host names that the first certificate in `pem` is for, in lower case.
+
+    They stand as [2] IA5String in the extension subjectAltName; RFC 5280, 4.2.1.6.
+    """
+    match = re.search(rb"-----BEGIN CERTIFICATE-----(.*?)-----END", pem, re.DOTALL)
+    try:
+        der = base64.b64decode(match[1]) if match else b""
+    except binascii.Error:
+        der = b""
+    position = der.find(_oid(_ALTERNATIVE_NAMES_OID))
+    if position < 0:
+        return set()
+    position += len(_oid(_ALTERNATIVE_NAMES_OID))
+    value = next((content for tag, content in _elements(der[position:]) if tag == 0x04), b"")
+    names = next((content for tag, content in _elements(value) if tag == 0x30), b"")
+    return {
+        content.decode("ascii", "replace").lower()
+        for tag, content in _elements(names)
+        if tag == 0x82
+    }
+
+
+def _only(der: bytes, tag: int) -> bytes:
+    """Return the content of the element that `der` begins with. Raises ValueError."""
+    found = next(_elements(der), (0, b""))
+    if found[0] != tag:
+        raise ValueError("the DER is not what was expected")
+    return found[1]
+
+
+def _integer(content: bytes) -> int:
+    return int.from_bytes(content, "big", signed=True)
+
+
+def _elements(der: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield tag and content of the elements in `der`; stop where it is cut short."""
+    while len(der) >= 2:
+        tag, length, start = der[0], der[1], 2
+        if length & 0x80:
+            start += length & 0x7F
+            length = int.from_bytes(der[2:start], "big")
+        yield tag, der[start : start + length]
+        der = der[start + length :]
+
+
+def _der(tag: int, *contents: bytes) -> bytes:
+    content = b"".join(contents)
+    length = len(content)
+    if length < 0x80:
+        return bytes([tag, length]) + content
+    octets = length.to_bytes((length.bit_length() + 7) // 8, "big")
+    return bytes([tag, 0x80 | len(octets)]) + octets + content
+
+
+def _der_integer(value: int) -> bytes:
+    return _der(0x02, value.to_bytes(value.bit_length() // 8 + 1, "big"))
+
+
+def _der_time(seconds: float) -> bytes:
+    """RFC 5280, 4.1.2.5: UTCTime up to 2049, GeneralizedTime from then on."""
+    t = time.gmtime(seconds)
+    tag, form = (0x17, "%y%m%d%H%M%SZ") if t.tm_year < 2050 else (0x18, "%Y%m%d%H%M%SZ")
+    return _der(tag, time.strftime(form, t).encode())
+
+
+def _oid(dotted: str) -> bytes:
+    first, second, *rest = (int(part) for part in dotted.split("."))
+    octets = bytearray([first * 40 + second])
+    for number in rest:
+        group = [number & 0x7F]
+        while number := number >> 7:
+            group.append(number & 0x7F | 0x80)
+        octets += bytes(reversed(group))
+    return _der(0x06, bytes(octets))
+
+
+def _alternative_names(names: Sequence[str]) -> bytes:
+    content = b""
+    for name in names:
+        if is_ip_address(name):
+            family = socket.AF_INET6 if ":" in name else socket.AF_INET
+            content += _der(0x87, socket.inet_pton(family, name))
+        else:
+            content += _der(0x82, domain_to_ascii(name).encode())
+    return _der(0x30, _oid(_ALTERNATIVE_NAMES_OID), _der(0x04, _der(0x30, content)))
+
+
+def _no_authority() -> bytes:
+    """The critical extension basicConstraints, with cA left at false."""
+    return _der(0x30, _oid(_CONSTRAINTS_OID), _der(0x01, b"\xff"), _der(0x04, _der(0x30)))
+
+
+def _pem(kind: str, der: bytes) -> str:
+    text = base64.b64encode(der).decode("ascii")
+    lines = "\n".join(text[start : start + 64] for start in range(0, len(text), 64))
+    return f"-----BEGIN {kind}-----\n{lines}\n-----END {kind}-----\n"
+
+
+def _random_below(limit: int) -> int:
+    """Return a random number from 1 to `limit` - 1."""
+    return int.from_bytes(os.urandom(48), "big") % (limit - 1) + 1
+
+
+def _sign(secret: int, data: bytes) -> bytes:
+    """Return an ECDSA signature; FIPS 186-5, 6.4."""
+    import hashlib  # loads OpenSSL's hashes; only for a new certificate
+
+    digest = int.from_bytes(hashlib.sha256(data).digest(), "big")
+    while True:
+        nonce = _random_below(_N)
+        r = _multiply(nonce, _G)[0] % _N
+        s = pow(nonce, -1, _N) * (digest + r * secret) % _N
+        if r and s:
+            return _der(0x30, _der_integer(r), _der_integer(s))
+
+
+def _multiply(factor: int, point: tuple[int, int]) -> tuple[int, int]:
+    """Return `factor` times `point`, by doubling and adding from the top bit."""
+    result = point
+    for bit in bin(factor)[3:]:
+        result = _add(result, result)
+        if bit == "1":
+            result = _add(result, point)
+    return result
+
+
+def _add(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+    """Add two points, neither of them the inverse of the other (that never comes up here)."""
+    (x1, y1), (x2, y2) = one, other
+    if one == other:
+        slope = (3 * x1 * x1 - 3) * pow(2 * y1, -1, _P)
+    else:
+        slope = (y2 - y1) * pow(x2 - x1, -1, _P)
+    x3 = (slope * slope - x1 - x2) % _P
+    return x3, (slope * (x1 - x3) - y1) % _P
+
+
+# ======================================================================================
 # ROOM: SMTP
 #
 # The protocol as values: replies, commands, paths, parameters, transparency. Octets go
@@ -5345,196 +5843,6 @@ _COMMANDS: dict[str, _Command] = {
     "HELP": _Command(Session._help, _ANY, "optional", "HELP [command]"),
     "QUIT": _Command(Session._quit, _ANY, "none", "QUIT"),
 }  # fmt: skip
-
-
-# ======================================================================================
-# ROOM: CERTIFICATE
-#
-# A self-signed certificate made with nothing but arithmetic, for trying things out on a
-# machine that has no openssl; and the names that a certificate is for.
-#
-# The key is on the curve P-256 (SEC 2, 2.4.2), the signature ECDSA with SHA-256
-# (FIPS 186-5), the certificate X.509 version 3 (RFC 5280) in DER.
-#
-# The arithmetic does not run in constant time. That is of no matter for the one signature
-# that a new key makes here; do not use it for anything else.
-# ======================================================================================
-
-_P = 0xFFFFFFFF00000001000000000000000000000000FFFFFFFFFFFFFFFFFFFFFFFF
-_N = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
-_G = (
-    0x6B17D1F2E12C4247F8BCE6E563A440F277037D812DEB33A0F4A13945D898C296,
-    0x4FE342E2FE1A7F9B8EE7EB4A7C0F9E162BCE33576B315ECECBB6406837BF51F5,
-)
-_CURVE_OID = "1.2.840.10045.3.1.7"
-_KEY_OID = "1.2.840.10045.2.1"
-_SIGNATURE_OID = "1.2.840.10045.4.3.2"
-_COMMON_NAME_OID = "2.5.4.3"
-_ALTERNATIVE_NAMES_OID = "2.5.29.17"
-_CONSTRAINTS_OID = "2.5.29.19"
-_CERTIFICATE_SECONDS = 10 * 365 * 86400
-
-
-def self_signed_certificate(names: Sequence[str], now: float) -> tuple[str, str]:
-    """Return a certificate for `names` (hosts and addresses) and its key, both as PEM.
-
-    It is valid for ten years from a day before `now`, seconds since 1970.
-    """
-    secret = _random_below(_N)
-    x, y = _multiply(secret, _G)
-    public = b"\x04" + x.to_bytes(32, "big") + y.to_bytes(32, "big")
-    algorithm = _der(0x30, _oid(_SIGNATURE_OID))
-    common_name = _der(0x30, _oid(_COMMON_NAME_OID), _der(0x0C, names[0].encode()))
-    name = _der(0x30, _der(0x31, common_name))
-    validity = _der(0x30, _der_time(now - 86400), _der_time(now + _CERTIFICATE_SECONDS))
-    key_kind = _der(0x30, _oid(_KEY_OID), _oid(_CURVE_OID))
-    extensions = _der(0x30, _alternative_names(names), _no_authority())
-    body = _der(
-        0x30,
-        _der(0xA0, _der_integer(2)),
-        _der_integer(_random_below(1 << 127)),
-        algorithm,
-        name,
-        validity,
-        name,
-        _der(0x30, key_kind, _der(0x03, b"\0", public)),
-        _der(0xA3, extensions),
-    )
-    certificate = _der(0x30, body, algorithm, _der(0x03, b"\0", _sign(secret, body)))
-    key = _der(
-        0x30,
-        _der_integer(1),
-        _der(0x04, secret.to_bytes(32, "big")),
-        _der(0xA0, _oid(_CURVE_OID)),
-        _der(0xA1, _der(0x03, b"\0", public)),
-    )
-    return _pem("CERTIFICATE", certificate), _pem("EC PRIVATE KEY", key)
-
-
-def certificate_names(pem: bytes) -> set[str]:
-    """Return the host names that the first certificate in `pem` is for, in lower case.
-
-    They stand as [2] IA5String in the extension subjectAltName; RFC 5280, 4.2.1.6.
-    """
-    match = re.search(rb"-----BEGIN CERTIFICATE-----(.*?)-----END", pem, re.DOTALL)
-    try:
-        der = base64.b64decode(match[1]) if match else b""
-    except binascii.Error:
-        der = b""
-    position = der.find(_oid(_ALTERNATIVE_NAMES_OID))
-    if position < 0:
-        return set()
-    position += len(_oid(_ALTERNATIVE_NAMES_OID))
-    value = next((content for tag, content in _elements(der[position:]) if tag == 0x04), b"")
-    names = next((content for tag, content in _elements(value) if tag == 0x30), b"")
-    return {
-        content.decode("ascii", "replace").lower()
-        for tag, content in _elements(names)
-        if tag == 0x82
-    }
-
-
-def _elements(der: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield tag and content of the elements in `der`; stop where it is cut short."""
-    while len(der) >= 2:
-        tag, length, start = der[0], der[1], 2
-        if length & 0x80:
-            start += length & 0x7F
-            length = int.from_bytes(der[2:start], "big")
-        yield tag, der[start : start + length]
-        der = der[start + length :]
-
-
-def _der(tag: int, *contents: bytes) -> bytes:
-    content = b"".join(contents)
-    length = len(content)
-    if length < 0x80:
-        return bytes([tag, length]) + content
-    octets = length.to_bytes((length.bit_length() + 7) // 8, "big")
-    return bytes([tag, 0x80 | len(octets)]) + octets + content
-
-
-def _der_integer(value: int) -> bytes:
-    return _der(0x02, value.to_bytes(value.bit_length() // 8 + 1, "big"))
-
-
-def _der_time(seconds: float) -> bytes:
-    """RFC 5280, 4.1.2.5: UTCTime up to 2049, GeneralizedTime from then on."""
-    t = time.gmtime(seconds)
-    tag, form = (0x17, "%y%m%d%H%M%SZ") if t.tm_year < 2050 else (0x18, "%Y%m%d%H%M%SZ")
-    return _der(tag, time.strftime(form, t).encode())
-
-
-def _oid(dotted: str) -> bytes:
-    first, second, *rest = (int(part) for part in dotted.split("."))
-    octets = bytearray([first * 40 + second])
-    for number in rest:
-        group = [number & 0x7F]
-        while number := number >> 7:
-            group.append(number & 0x7F | 0x80)
-        octets += bytes(reversed(group))
-    return _der(0x06, bytes(octets))
-
-
-def _alternative_names(names: Sequence[str]) -> bytes:
-    content = b""
-    for name in names:
-        if is_ip_address(name):
-            family = socket.AF_INET6 if ":" in name else socket.AF_INET
-            content += _der(0x87, socket.inet_pton(family, name))
-        else:
-            content += _der(0x82, domain_to_ascii(name).encode())
-    return _der(0x30, _oid(_ALTERNATIVE_NAMES_OID), _der(0x04, _der(0x30, content)))
-
-
-def _no_authority() -> bytes:
-    """The critical extension basicConstraints, with cA left at false."""
-    return _der(0x30, _oid(_CONSTRAINTS_OID), _der(0x01, b"\xff"), _der(0x04, _der(0x30)))
-
-
-def _pem(kind: str, der: bytes) -> str:
-    text = base64.b64encode(der).decode("ascii")
-    lines = "\n".join(text[start : start + 64] for start in range(0, len(text), 64))
-    return f"-----BEGIN {kind}-----\n{lines}\n-----END {kind}-----\n"
-
-
-def _random_below(limit: int) -> int:
-    """Return a random number from 1 to `limit` - 1."""
-    return int.from_bytes(os.urandom(48), "big") % (limit - 1) + 1
-
-
-def _sign(secret: int, data: bytes) -> bytes:
-    """Return an ECDSA signature; FIPS 186-5, 6.4."""
-    import hashlib  # loads OpenSSL's hashes; only for a new certificate
-
-    digest = int.from_bytes(hashlib.sha256(data).digest(), "big")
-    while True:
-        nonce = _random_below(_N)
-        r = _multiply(nonce, _G)[0] % _N
-        s = pow(nonce, -1, _N) * (digest + r * secret) % _N
-        if r and s:
-            return _der(0x30, _der_integer(r), _der_integer(s))
-
-
-def _multiply(factor: int, point: tuple[int, int]) -> tuple[int, int]:
-    """Return `factor` times `point`, by doubling and adding from the top bit."""
-    result = point
-    for bit in bin(factor)[3:]:
-        result = _add(result, result)
-        if bit == "1":
-            result = _add(result, point)
-    return result
-
-
-def _add(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
-    """Add two points, neither of them the inverse of the other (that never comes up here)."""
-    (x1, y1), (x2, y2) = one, other
-    if one == other:
-        slope = (3 * x1 * x1 - 3) * pow(2 * y1, -1, _P)
-    else:
-        slope = (y2 - y1) * pow(x2 - x1, -1, _P)
-    x3 = (slope * slope - x1 - x2) % _P
-    return x3, (slope * (x1 - x3) - y1) % _P
 
 
 # ======================================================================================
