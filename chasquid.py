@@ -2882,13 +2882,174 @@ def header_block(data: bytes) -> bytes | None:
     return None if end < 0 else data[: end + 2]
 
 
-def header_names(block: bytes) -> list[str]:
-    """Return the names of the fields in lower case. Raises ValueError with a bad line."""
+class Field(NamedTuple):
+    """A header field: its name in lower case, and all of it as it came, with its CRLFs."""
+
+    name: str
+    raw: bytes
+
+    @property
+    def value(self) -> bytes:
+        """What stands after the colon, CRLFs included."""
+        return self.raw.partition(b":")[2]
+
+
+def header_fields(block: bytes) -> list[Field]:
+    """Return the fields of a header block. Raises ValueError with a bad line."""
     bad = _NO_FIELD.search(block)
     if bad is not None:
         line = block[bad.end() : bad.end() + 200].partition(b"\r\n")[0]
         raise ValueError(printable(line.decode("utf-8", "replace"), 60))
-    return [match[1].decode("ascii").lower() for match in _FIELD.finditer(block)]
+    found = [(match.start(1), match[1].decode("ascii").lower()) for match in _FIELD.finditer(block)]
+    ends = [*(start for start, _ in found), len(block)][1:]
+    return [Field(name, block[start:end]) for (start, name), end in zip(found, ends, strict=True)]
+
+
+# RFC 5322, 3.2.4 and 3.2.2, without the structure of comments, which nest.
+_OUTSIDE_COMMENT = re.compile(
+    r'(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<open>\()|[^"()\\]+|\\.', re.DOTALL
+)
+_INSIDE_COMMENT = re.compile(r"(?P<open>\()|(?P<close>\))|[^()\\]+|\\.", re.DOTALL)
+
+
+def without_comments(text: str, quoted: str | None = None) -> str:
+    """Return the text of a structured field without its comments.
+
+    Where `quoted` is given, it stands for each quoted string. Raises ValueError where a
+    comment or a quoted string is not closed.
+    """
+    kept, depth, position = [], 0, 0
+    while position < len(text):
+        pattern = _INSIDE_COMMENT if depth else _OUTSIDE_COMMENT
+        match = pattern.match(text, position)
+        if match is None:
+            raise ValueError("a quoted string or a comment is not closed")
+        position = match.end()
+        if match.lastgroup == "open":
+            depth += 1
+            kept.append(" ")
+        elif match.lastgroup == "close":
+            depth -= 1
+        elif not depth:
+            kept.append(quoted if quoted and match.lastgroup == "quoted" else match[0])
+    if depth:
+        raise ValueError("a comment is not closed")
+    return "".join(kept)
+
+
+_ANGLE_ADDRESS = re.compile(r"[^<>]*<(?:@[^<>:]*:)?[^<>@]+@([^<>@]+)>\s*")
+_BARE_ADDRESS = re.compile(r"[^<>@]+@([^<>@]+)")
+_AFTER_AT = re.compile(r"@([^\s<>@,;:\"()\\]+)")
+
+
+def author_domains(value: bytes) -> list[str]:
+    """Return the domains of the addresses in a From field, as A-labels, each once.
+
+    From a field that is malformed, every domain that a reader might take for one is
+    returned. A domain that is none is left out. (RFC 5322, 3.6.2 and 3.4)
+    """
+    text = value.decode("utf-8", "replace")
+    try:
+        plain = without_comments(text, quoted="x")
+        parts = re.split(r"[,;]", re.sub(r"(^|[,;])[^<>@,;:]*:", r"\1", plain))
+        found = [_domain_of(part) for part in parts if part.strip()]
+    except ValueError:
+        found = _AFTER_AT.findall(text)
+    domains: dict[str, None] = {}
+    for domain in found:
+        with contextlib.suppress(ValueError):
+            domains[domain_to_ascii(re.sub(r"\s+", "", domain).rstrip("."))] = None
+    return list(domains)
+
+
+def _domain_of(part: str) -> str:
+    match = _ANGLE_ADDRESS.fullmatch(part) or _BARE_ADDRESS.fullmatch(part)
+    if match is None:
+        raise ValueError("the address is malformed")
+    return match[1]
+
+
+def claims_results_of(field: Field, hostname: str) -> bool:
+    """Tell whether `field` is an Authentication-Results field in the name of `hostname`.
+
+    One whose server cannot be read counts, for who reads it later may read it so.
+    (RFC 8601, 2.2 and 5)
+    """
+    if field.name != "authentication-results":
+        return False
+    try:
+        text = without_comments(field.value.decode("utf-8", "replace"))
+        words = text.partition(";")[0].split()
+        server = domain_to_ascii(words[0].strip('"').rstrip("."))
+    except (ValueError, IndexError):
+        return True
+    return server == hostname
+
+
+class BodyHash:
+    """The SHA-256 of a body in a canonical form of DKIM (RFC 6376, 3.4.3 and 3.4.4).
+
+    The body comes in pieces, split anywhere, with CRLF; what it needs of memory does not
+    grow with it. What may turn out to be the end of a line or of the body is only counted.
+    """
+
+    def __init__(self, relaxed: bool) -> None:
+        import hashlib  # loads OpenSSL's hashes; only for signatures
+
+        self.length = 0  # octets of the canonical form so far
+        self._relaxed = relaxed
+        self._hash = hashlib.sha256()
+        self._held = b""  # a CR at the end of a piece
+        self._lines = 0  # ends of lines since the last content
+        self._space = False  # white space since the last content, on the same line
+
+    def feed(self, piece: bytes) -> None:
+        data = self._held + piece
+        self._held = b"\r" if data.endswith(b"\r") else b""
+        data = data[: len(data) - len(self._held)]
+        blanks = b" \t\r\n" if self._relaxed else b"\r\n"
+        content = data.lstrip(blanks)
+        self._count(data[: len(data) - len(content)])
+        if content:
+            core = content.rstrip(blanks)
+            self._emit_counted()
+            self._emit(self._canonical(core))
+            self._count(content[len(core) :])
+
+    def digest(self) -> bytes:
+        """End the body and return its hash."""
+        if self._space:
+            self._emit_counted()
+        if self.length or not self._relaxed:
+            self._emit(b"\r\n")
+        return self._hash.digest()
+
+    def _count(self, blanks: bytes) -> None:
+        lines = blanks.count(b"\n")
+        self._lines += lines
+        last = blanks[blanks.rfind(b"\n") + 1 :]
+        self._space = bool(last) or (self._space and not lines)
+
+    def _emit_counted(self) -> None:
+        while self._lines:
+            count = min(self._lines, CHUNK)
+            self._emit(b"\r\n" * count)
+            self._lines -= count
+        if self._space:
+            self._emit(b" ")
+        self._space = False
+
+    def _emit(self, data: bytes) -> None:
+        self.length += len(data)
+        self._hash.update(data)
+
+    def _canonical(self, core: bytes) -> bytes:
+        if not self._relaxed:
+            return core
+        core = core.replace(b"\t", b" ")
+        while b"  " in core:  # quicker than a pattern, and each round halves the longest run
+            core = core.replace(b"  ", b" ")
+        return core.replace(b" \r\n", b"\r\n")
 
 
 class Message(NamedTuple):
@@ -5743,7 +5904,7 @@ class Session:
     def _check_header(self, block: bytes) -> set[str]:
         """Return the names of the fields. Raises Refused where the header is not sane."""
         try:
-            names = header_names(block)
+            names = [field.name for field in header_fields(block)]
         except ValueError as error:
             text = f"the header holds a line that is no field: {error}"
             raise Refused(Reply(554, "5.6.0", text)) from None

@@ -38,10 +38,14 @@ def test_what_follows_the_empty_line_never_changes_the_header(head, body):
         assert head.startswith(block + b"\r\n")
 
 
+def names(block: bytes) -> list[str]:
+    return [field.name for field in chasquid.header_fields(block)]
+
+
 def test_fields_have_lower_case_names():
     block = b"From: a\r\nSubject:b\r\n\tc\r\n  d\r\nX-Odd \t: e:f\r\nEmpty:\r\n"
-    assert chasquid.header_names(block) == ["from", "subject", "x-odd", "empty"]
-    assert chasquid.header_names(b"") == []
+    assert names(block) == ["from", "subject", "x-odd", "empty"]
+    assert names(b"") == []
 
 
 @pytest.mark.parametrize(
@@ -51,7 +55,7 @@ def test_fields_have_lower_case_names():
 )  # fmt: skip
 def test_a_line_that_is_no_field_is_refused(block):
     with pytest.raises(ValueError):
-        chasquid.header_names(block)
+        chasquid.header_fields(block)
 
 
 FIELDS = st.lists(
@@ -67,7 +71,7 @@ FIELDS = st.lists(
 @given(FIELDS)
 def test_folded_fields_are_read_back(fields):
     block = b"".join(chasquid.fold(name, *parts) for name, parts in fields)
-    assert chasquid.header_names(block) == [name.lower() for name, _ in fields]
+    assert names(block) == [name.lower() for name, _ in fields]
 
 
 def test_a_message_in_memory_comes_with_what_stands_in_front():
