@@ -21,6 +21,8 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     ALIASES      the aliases file and its expansion
     MESSAGE      the header block, trace fields, a stored message
     KEYS         DER and PEM, RSA and Ed25519, a self-signed certificate
+    SENDER       SPF, DKIM, DMARC, and the signatures of our own mail
+    TLS POLICY   DANE, MTA-STS, security levels
     SMTP         replies, commands, parameters, transparency; no input or output
     COURIERS     Maildir, delivery agent, LMTP, pipe, SMTP
     QUEUE        items, their files, the schedule, notifications
@@ -514,6 +516,8 @@ class Config(NamedTuple):
     mail_log_path: str = "<syslog>"
     log_path: str = "<stderr>"
     dns_server: tuple[str, ...] = ()
+    dns_trust_ad: bool = False
+    dmarc_policy: str = "enforce"
     outgoing_smtp_port: int = 25
     max_received_headers: int = 50
     max_queue_items: int = 200
@@ -533,6 +537,19 @@ def _text(value: Value) -> str:
         return value.decode()
     except UnicodeDecodeError:
         raise _WrongValue("expected a string in UTF-8") from None
+
+
+def _flag(value: Value) -> bool:
+    if value not in (Word("true"), Word("false")):
+        raise _WrongValue("expected true or false")
+    return value == "true"
+
+
+def _dmarc_policy(value: Value) -> str:
+    text = _text(value)
+    if text not in ("enforce", "report"):
+        raise _WrongValue(f'expected "enforce" or "report", found {text!r}')
+    return text
 
 
 def _count(value: Value) -> int:
@@ -658,6 +675,8 @@ _KEYS: dict[str, Callable[[Value], object]] = {
     "mail_log_path": _log_path,
     "log_path": _log_path,
     "dns_server": _server_address,
+    "dns_trust_ad": _flag,
+    "dmarc_policy": _dmarc_policy,
     "outgoing_smtp_port": _port,
     "max_received_headers": _count,
     "max_queue_items": _count,
@@ -728,7 +747,9 @@ def config_text(config: Config) -> str:
     for key in _KEYS:
         value = getattr(config, key)
         for one in value if isinstance(value, tuple) else (value,):
-            if _KEYS[key] is _duration:
+            if isinstance(one, bool):
+                lines.append(f"{key}: {str(one).lower()}")
+            elif _KEYS[key] is _duration:
                 lines.append(f'{key}: "{one:.9f}'.rstrip("0").rstrip(".") + 's"')
             else:
                 lines.append(f"{key}: {one if isinstance(one, int) else quote(one)}")
@@ -1405,6 +1426,32 @@ class Event:
             self._waiting.discard(task)
 
 
+async def together(loop: Loop, waits: Sequence[Coroutine[Any, Any, Any]]) -> None:
+    """Run all of `waits` at the same time, and wait for their end.
+
+    What one of them raises is raised here when all have ended. Where the wait itself is
+    cut short, they are cancelled.
+    """
+    errors = []
+
+    async def guarded(wait: Coroutine[Any, Any, Any]) -> None:
+        try:
+            await wait
+        except Exception as error:
+            errors.append(error)
+
+    tasks = [loop.spawn(guarded(wait), loop.current.name) for wait in waits]
+    try:
+        for task in tasks:
+            await task.join()
+    finally:
+        for task in tasks:
+            if not task.done:
+                task.cancel()
+    if errors:
+        raise errors[0]
+
+
 class Slots:
     """At most `count` tasks at a time are inside `async with slots:`, in order of coming."""
 
@@ -1924,6 +1971,9 @@ class TLSFailed(ChasquidError):
         self.unverified = unverified
 
 
+_DER = 2  # _ssl.ENCODING_DER
+
+
 class Stream:
     """A non-blocking connection, buffered both ways."""
 
@@ -2043,6 +2093,13 @@ class Stream:
                 await self._loop.readable(tls.fileno())
             except ssl.SSLWantWriteError:
                 await self._loop.writable(tls.fileno())
+
+    @property
+    def certificates(self) -> list[bytes]:
+        """The chain that the other side has shown, its own first, in DER."""
+        inner = getattr(self.tls, "_sslobj", None)  # public only from Python 3.13 on
+        chain = inner.get_unverified_chain() if inner is not None else None
+        return [one.public_bytes(_DER) for one in chain or ()]
 
     @property
     def tls_text(self) -> str:
@@ -2165,6 +2222,15 @@ def server_tls_context(fullchain: str, privkey: str) -> ssl.SSLContext:
     return context
 
 
+def anchored_tls_context(authority: bytes) -> ssl.SSLContext:
+    """Return a context for the client side that trusts one certificate, in DER, alone."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # it need not be a root
+    context.load_verify_locations(cadata=authority)
+    return context
+
+
 def client_tls_context(verify: bool, authorities: str | None = None) -> ssl.SSLContext:
     """Return a context for the client side; `authorities` is a file beyond the system's.
 
@@ -2197,6 +2263,7 @@ def client_tls_context(verify: bool, authorities: str | None = None) -> ssl.SSLC
 # ======================================================================================
 
 DNS_SECONDS = 15.0  # for one question, over all servers
+_QUESTION_SLOTS = 100  # asked at a time; each holds a descriptor
 _CACHE_LIMIT = 10_000  # answers
 _TTL_LIMITS = (1.0, 86400.0)
 _FAILURE_SECONDS = 5.0  # a failure is remembered this long; RFC 2308, 7.1 allows 5 minutes
@@ -2206,11 +2273,13 @@ class Answer(NamedTuple):
     """What is known of a name: `exists` is false for NXDOMAIN, `ttl` is in seconds.
 
     A record is in presentation form; TXT is its strings joined, an octet a character.
+    `authentic`: a server that we trust in this has checked the signatures (DNSSEC).
     """
 
     exists: bool
     records: tuple[str, ...]
     ttl: float
+    authentic: bool = False
 
 
 Ask = Callable[[str, str], Awaitable[Answer]]
@@ -2222,6 +2291,7 @@ class Names:
     def __init__(self, loop: Loop, ask: Ask) -> None:
         self._loop = loop
         self._ask = ask
+        self._slots = Slots(loop, _QUESTION_SLOTS)
         self._cache: dict[tuple[str, str], tuple[float, Answer | TemporaryFailure]] = {}
         self._under_way: dict[tuple[str, str], Task] = {}
 
@@ -2280,7 +2350,8 @@ class Names:
         result: Answer | TemporaryFailure
         try:
             with self._loop.deadline(DNS_SECONDS):
-                result = await self._ask(*key)
+                async with self._slots:
+                    result = await self._ask(*key)
             ttl = max(_TTL_LIMITS[0], min(result.ttl, _TTL_LIMITS[1]))
         except TemporaryFailure as error:
             result, ttl = error, _FAILURE_SECONDS
@@ -2305,12 +2376,15 @@ class Names:
 class DnsClient:
     """Asks name servers through dnspython, its sockets on our loop.
 
-    `servers` are "ip" or "ip:port"; without any, those of the system.
+    `servers` are "ip" or "ip:port"; without any, those of the system. That an answer is
+    authentic is believed of servers on this machine, or of all with `trust_ad`: on the
+    way from any other, the bit that says so could be changed (RFC 4035, 4.9.3).
     """
 
-    def __init__(self, loop: Loop, servers: Sequence[str]) -> None:
+    def __init__(self, loop: Loop, servers: Sequence[str], trust_ad: bool = False) -> None:
         self._loop = loop
         self._servers = servers
+        self._trust_ad = trust_ad
         self._resolver: Any = None
         self._backend: Any = None
 
@@ -2329,7 +2403,7 @@ class DnsClient:
         except dns.resolver.NXDOMAIN as error:
             responses: Any = error.kwargs["responses"]
             ttls = [one.resolve_chaining().minimum_ttl for one in responses.values()]
-            return Answer(False, (), min(ttls))
+            return Answer(False, (), min(ttls))  # nothing rests on whether this is authentic
         except dns.exception.Timeout:
             text = f"no name server answered for {name} {kind} in time"
             raise TemporaryFailure(text, "4.4.3") from None
@@ -2340,7 +2414,15 @@ class DnsClient:
             if isinstance(error, dns.resolver.YXDOMAIN):
                 raise TemporaryFailure(f"the DNS name {name} is too long", "4.4.3") from None
             return Answer(False, (), _TTL_LIMITS[0])  # the name itself is malformed
-        return Answer(True, self._records(found), found.chaining_result.minimum_ttl)
+        authentic = self._is_authentic(found)
+        return Answer(True, self._records(found), found.chaining_result.minimum_ttl, authentic)
+
+    def _is_authentic(self, found: Any) -> bool:
+        import dns.flags
+
+        server = str(found.nameserver)
+        trusted = self._trust_ad or server == "::1" or server.startswith("127.")
+        return trusted and bool(found.response.flags & dns.flags.AD)
 
     def _records(self, found: Any) -> tuple[str, ...]:
         if found.rrset is None:
@@ -2356,6 +2438,7 @@ class DnsClient:
             dns._features.force(feature, False)
         dns._features.force("idna", True)
         import dns.asyncresolver
+        import dns.flags
         import dns.nameserver
         import dns.resolver
 
@@ -2369,6 +2452,8 @@ class DnsClient:
             resolver.nameservers = [
                 dns.nameserver.Do53Nameserver(host, port) for host, port in places
             ]
+        resolver.set_flags(dns.flags.RD | dns.flags.AD)  # AD asks for AD; RFC 6840, 5.7
+        resolver.use_edns(0, 0, 1232)
         self._resolver = resolver
         self._backend = _dns_backend(self._loop)
 
@@ -3607,6 +3692,1290 @@ def _add(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
 
 
 # ======================================================================================
+# ROOM: SENDER
+#
+# Who a message is from, as far as the DNS can tell: SPF (RFC 7208) with pyspf, DKIM (RFC
+# 6376, 8301, 8463) with dkimpy, DMARC (RFC 9989), what we write down about it (RFC 8601),
+# and the signatures of our own mail.
+#
+# - Nothing here refuses a message. A check ends in a result, whatever the sender put into
+#   the message or into the DNS; what follows from it is decided by SERVER.
+# - The libraries are given only what they deal with in little time: short records, keys of
+#   a sensible size, a few signatures, white space that is not endless. The rest is a
+#   policy result or a permanent error.
+# - The libraries ask no name server. pyspf is run as a function of the answers that are
+#   known; what it misses is fetched, and it is run again. A key is fetched before dkimpy
+#   is called.
+# - "Nobody could say" is never taken for "no": it becomes `temperror`, and rejects nothing.
+# ======================================================================================
+
+_SPF_SECONDS = 20.0  # RFC 7208, 4.6.4
+_SPF_ROUNDS = 64
+_SPF_ADDRESSES = 10  # of mail exchangers, or of names of an address; RFC 7208, 4.6.4
+_DKIM_SECONDS = 20.0
+_DMARC_SECONDS = 20.0
+_TXT_LIMIT = 4096  # octets of a record
+_EXPLANATION_LIMIT = 200
+_SIGNATURE_COUNT_LIMIT = 5  # signatures of a message that are looked at
+_SIGNATURE_SIZE_LIMIT = 16 * 1024  # octets of one signature field
+_SIGNED_NAMES_LIMIT = 200  # names in h=
+_CLOCK_SLOP = 300.0  # seconds by which clocks may differ
+_AUTHORS_LIMIT = 10  # domains in From that are judged
+_DMARC_WALK = 8  # names asked on the way up; RFC 9989
+
+
+class Spf(NamedTuple):
+    """A result of SPF; `identity` is "mailfrom" or "helo", `domain` the one that was asked."""
+
+    result: str
+    identity: str = ""
+    domain: str = ""
+    explanation: str = ""
+
+
+class Signature(NamedTuple):
+    """What became of a DKIM signature: a result of RFC 8601, 2.7.1, and why.
+
+    `domain`, `selector` and `b` (its first characters, RFC 6008) are "" where the
+    signature does not say them in a form that can be repeated.
+    """
+
+    result: str
+    reason: str = ""
+    domain: str = ""
+    selector: str = ""
+    b: str = ""
+
+
+class Dmarc(NamedTuple):
+    """A result of DMARC for the From domain `domain`, and what its owner asks for.
+
+    `policy` is "none", "quarantine" or "reject", and of interest where the result is "fail".
+    """
+
+    result: str
+    domain: str = ""
+    policy: str = "none"
+
+
+# --- SPF ---
+
+
+class _Unknown(BaseException):
+    """pyspf asks what is not known yet. No Exception, for it catches those."""
+
+
+_SpfAnswers = dict[tuple[str, str], "Answer | TemporaryFailure"]
+
+
+@functools.cache
+def _spf_query() -> Any:
+    """Return pyspf's query, made to look into a table instead of the DNS."""
+    import spf  # 60 ms, with dnspython and what it loads; not before the first check
+
+    class Query(spf.query):  # type: ignore[misc]
+        def __init__(
+            self, ip: str, sender: str, hello: str, receiver: str, answers: _SpfAnswers,
+            validated: dict[Any, Any],
+        ) -> None:  # fmt: skip
+            super().__init__(i=ip, s=sender, h=hello, receiver=receiver)
+            self.missing: set[tuple[str, str]] = set()
+            self._answers = answers
+            self._validated = validated  # kept from run to run, for it takes the most time
+
+        def validate_mechanism(self, mech: str) -> Any:
+            key = (mech, self.d)
+            if key not in self._validated:
+                self._validated[key] = super().validate_mechanism(mech)
+            return self._validated[key]
+
+        def dns(self, name: Any, qtype: str, cnames: Any = None, ignore_void: bool = False) -> Any:
+            """Count void look-ups as pyspf does; aliases are followed by the resolver."""
+            key = (str(name).lower().removesuffix("."), qtype)
+            if not all(0 < len(label) < 64 for label in key[0].split(".")):
+                return []
+            values = self._values(key)
+            if not values and not ignore_void:
+                self.void_lookups += 1
+                if self.void_lookups > spf.MAX_VOID_LOOKUPS:
+                    raise spf.PermError("more names without records than are allowed")
+            return values
+
+        def _values(self, key: tuple[str, str]) -> list[Any]:
+            if not key[0].isascii():
+                return []  # RFC 8616, 4: does not match
+            if key not in self._answers:
+                self.missing.add(key)
+                raise _Unknown
+            answer = self._answers[key]
+            if isinstance(answer, TemporaryFailure):
+                raise spf.TempError(str(answer))
+            if key[1] == "MX":
+                pairs = (record.partition(" ") for record in answer.records)
+                return [(int(preference), host) for preference, _, host in pairs]
+            if key[1] != "TXT":
+                return list(answer.records)
+            texts = [record.encode("latin-1") for record in answer.records]
+            if any(len(text) > _TXT_LIMIT and spf.RE_SPF.match(text) for text in texts):
+                raise spf.PermError(f"a record is longer than {_TXT_LIMIT} octets")
+            return [(text,) for text in texts if len(text) <= _TXT_LIMIT]
+
+    return Query
+
+
+async def check_spf(names: Names, loop: Loop, ip: str, sender: str, hello: str, host: str) -> Spf:
+    """Return what SPF says of a client at `ip` that gave the reverse-path `sender`.
+
+    For the null reverse-path the identity is `hello` (RFC 7208, 2.4). `host` is our name.
+    """
+    local, domain = split_address(sender)
+    identity = "mailfrom" if sender else "helo"
+    try:
+        domain = domain_to_ascii(domain if sender else hello.rstrip("."))
+    except ValueError:
+        return Spf("none", identity)
+    is_name = ASCII_DOMAIN.fullmatch(domain) and "." in domain and not is_ip_address(domain)
+    ip = ip.partition("%")[0]
+    if not is_name or not is_ip_address(ip):
+        return Spf("none", identity, domain if is_name else "")
+    local = local.replace("@", "_") or "postmaster"  # pyspf splits at the first "@"
+    answers: _SpfAnswers = {}
+    validated: dict[Any, Any] = {}
+    try:
+        with loop.deadline(_SPF_SECONDS):
+            for _ in range(_SPF_ROUNDS):
+                query = _spf_query()(ip, f"{local}@{domain}", hello, host, answers, validated)
+                result, explanation = _run_spf(query)
+                if not query.missing:
+                    return Spf(result, identity, domain, explanation)
+                await _fetch(names, loop, query.missing, ":" in ip, answers)
+    except Expired:
+        return Spf("temperror", identity, domain, "the name servers took too long")
+    return Spf("permerror", identity, domain, "the records lead too far")
+
+
+def _run_spf(query: Any) -> tuple[str, str]:
+    """Run pyspf once; its result counts where nothing is missing."""
+    try:
+        result, _, explanation = query.check()
+    except _Unknown:
+        return "", ""
+    except Exception as error:  # it lets slip several kinds that it does not mean to
+        return "permerror", printable(str(error), _EXPLANATION_LIMIT)
+    cleaned = printable(str(explanation).encode("ascii", "replace").decode(), _EXPLANATION_LIMIT)
+    return str(result), cleaned
+
+
+async def _fetch(
+    names: Names, loop: Loop, keys: Iterable[tuple[str, str]], six: bool, answers: _SpfAnswers
+) -> None:
+    """Get the answers to `keys`, and to what will surely be asked next, all at once."""
+
+    async def get(name: str, kind: str) -> None:
+        try:
+            answers[name, kind] = answer = await names.query(name, kind)
+        except TemporaryFailure as failure:
+            answers[name, kind] = failure
+            return
+        if kind in ("MX", "PTR"):
+            hosts = {record.split(" ")[-1].rstrip(".").lower() for record in answer.records}
+            if len(hosts) <= _SPF_ADDRESSES:
+                wanted = {(host, "AAAA" if six else "A") for host in hosts if host}
+                await together(loop, [get(*key) for key in wanted - answers.keys()])
+
+    await together(loop, [get(*key) for key in keys])
+
+
+def received_spf(spf: Spf, ip: str, sender: str, hello: str, host: str) -> bytes:
+    """Return the trace field of RFC 7208, 9.1."""
+    said = {
+        "pass": f"{spf.domain} lets {ip} send its mail",
+        "fail": f"{spf.domain} does not let {ip} send its mail",
+        "softfail": f"{spf.domain} would rather not have {ip} send its mail",
+        "neutral": f"{spf.domain} says nothing of {ip}",
+        "none": "there is no SPF record" + (f" of {spf.domain}" if spf.domain else ""),
+    }.get(spf.result, spf.explanation or "the check came to no end")
+    parts = [f"{spf.result} ({_comment(f'{host}: {said}')})"]
+    values = {"client-ip": ip, "envelope-from": sender, "helo": hello, "receiver": host,
+              "identity": spf.identity}  # fmt: skip
+    parts += [f"{key}={_value(value)};" for key, value in values.items() if value]
+    return fold("Received-SPF", *parts)
+
+
+# --- DKIM: verifying ---
+
+
+class _Unacceptable(Exception):
+    """A signature that ends with `signature` before anything was computed."""
+
+    def __init__(self, result: str, reason: str) -> None:
+        super().__init__(reason)
+        self.result = result
+
+
+class _Claim(NamedTuple):
+    """A signature field whose form is right: its tags, and the names in h= in lower case."""
+
+    field: Field
+    tags: dict[bytes, bytes]
+    names: list[str]
+    signature: Signature  # what is known of it so far
+
+    @property
+    def relaxed_body(self) -> bool:
+        return self.tags.get(b"c", b"").endswith(b"/relaxed")
+
+    @property
+    def key_name(self) -> str:
+        return f"{self.signature.selector}._domainkey.{self.signature.domain}"
+
+
+_LONG_SPACE = re.compile(rb"\s{101}")
+_BASE64 = re.compile(rb"[A-Za-z0-9+/]+={0,2}")
+_CANONICAL_FORMS = {
+    b"simple", b"relaxed", b"simple/simple", b"simple/relaxed", b"relaxed/simple",
+    b"relaxed/relaxed",
+}  # fmt: skip
+
+
+@functools.cache
+def _dkim() -> Any:
+    """Return dkimpy, with our Ed25519 in the place of PyNaCl."""
+    import dkim  # 70 ms, with dnspython; not before the first signature
+
+    class BadSignature(Exception):
+        pass
+
+    class VerifyKey:
+        def __init__(self, text: bytes, encoder: object) -> None:
+            self._key = base64.b64decode(text)
+            if len(self._key) != 32:
+                raise ValueError("an Ed25519 key has 32 octets")
+
+        def verify(self, message: bytes, signature: bytes) -> None:
+            if not ed25519_verify(self._key, message, signature):
+                raise BadSignature
+
+    dkim.nacl = types.SimpleNamespace(
+        signing=types.SimpleNamespace(VerifyKey=VerifyKey),
+        encoding=types.SimpleNamespace(Base64Encoder=None),
+        exceptions=types.SimpleNamespace(ValueError=ValueError, BadSignatureError=BadSignature),
+    )
+    return dkim
+
+
+async def verify_signatures(
+    names: Names, loop: Loop, fields: Sequence[Field], body: Callable[[], Iterable[bytes]]
+) -> list[Signature]:
+    """Return what becomes of each DKIM signature among `fields`, from the top, up to five.
+
+    `body` returns the octets after the header's empty line; it is called in a worker
+    thread, where a signature makes that necessary, and may raise OSError.
+    """
+    found = [field for field in fields if field.name == "dkim-signature"]
+    results: list[Signature] = []
+    claims: dict[int, tuple[_Claim, bytes]] = {}  # by place in `results`
+    now = loop.clock.time()
+
+    async def prepare(place: int, field: Field) -> None:
+        try:
+            claim = _read_signature(field)
+            results[place] = claim.signature
+            _check_claim(claim)
+            _check_times(claim.tags, now)
+            claims[place] = claim, await _key_record(names, claim)
+        except _Unacceptable as refused:
+            results[place] = results[place]._replace(result=refused.result, reason=str(refused))
+
+    results += [Signature("neutral")] * min(len(found), _SIGNATURE_COUNT_LIMIT)
+    try:
+        with loop.deadline(_DKIM_SECONDS):
+            await together(loop, [prepare(n, found[n]) for n in range(len(results))])
+    except Expired:
+        late = "the name servers took too long"
+        results = [
+            one if n in claims or one.reason else one._replace(result="temperror", reason=late)
+            for n, one in enumerate(results)
+        ]
+    if claims:
+        checked = await loop.work(lambda: _check_claims(list(claims.values()), fields, body()))
+        for place, signature in zip(claims, checked, strict=True):
+            results[place] = signature
+    return results
+
+
+def _read_signature(field: Field) -> _Claim:
+    """Raises _Unacceptable."""
+    if len(field.raw) > _SIGNATURE_SIZE_LIMIT or _LONG_SPACE.search(field.raw):
+        raise _Unacceptable("policy", "the field is too long, or holds too much white space")
+    dkim = _dkim()
+    try:
+        raw = dkim.util.parse_tag_value(field.value.replace(b"\r\n", b""))
+        dkim.validate_signature_fields({**raw, b"t": b"1", b"x": b"9999999999"})
+        tags = {name: re.sub(rb"\s+", b"", value) for name, value in raw.items()}
+        names = [name.lower() for name in tags[b"h"].decode("ascii").split(":")]
+        signature = _identified(tags)
+    except Exception:  # it lets slip several kinds that it does not mean to
+        raise _Unacceptable("neutral", "the field is malformed") from None
+    return _Claim(field, tags, names, signature)
+
+
+def _identified(tags: Mapping[bytes, bytes]) -> Signature:
+    """Return domain, selector and the beginning of b=. Raises ValueError, KeyError."""
+    domain, selector = tags[b"d"].decode("ascii").lower(), tags[b"s"].decode("ascii").lower()
+    if not (ASCII_DOMAIN.fullmatch(domain) and ASCII_DOMAIN.fullmatch(selector)):
+        raise ValueError("d= or s= is no name")
+    if not (_BASE64.fullmatch(tags[b"b"]) and _BASE64.fullmatch(tags[b"bh"])):
+        raise ValueError("b= or bh= is no base64")
+    return Signature("neutral", "", domain, selector, tags[b"b"][:8].decode("ascii"))
+
+
+def _check_claim(claim: _Claim) -> None:
+    """Check what a signature says of itself (RFC 6376, 6.1.1). Raises _Unacceptable."""
+    tags = claim.tags
+    if tags[b"a"] == b"rsa-sha1":
+        raise _Unacceptable("policy", "SHA-1 proves nothing any more")  # RFC 8301, 3.1
+    if tags[b"a"] not in (b"rsa-sha256", b"ed25519-sha256"):
+        raise _Unacceptable("neutral", "the algorithm is unknown")
+    if tags.get(b"c", b"simple") not in _CANONICAL_FORMS:
+        raise _Unacceptable("neutral", "the canonical form is unknown")
+    if "from" not in claim.names:
+        raise _Unacceptable("permerror", "From is not signed")
+    if len(claim.names) > _SIGNED_NAMES_LIMIT:
+        raise _Unacceptable("policy", "h= names too many fields")
+    identity = tags.get(b"i", b"@" + tags[b"d"]).decode("latin-1").lower().rpartition("@")[2]
+    if identity != claim.signature.domain and not identity.endswith(f".{claim.signature.domain}"):
+        raise _Unacceptable("permerror", "i= is not within d=")
+
+
+def _check_times(tags: Mapping[bytes, bytes], now: float) -> None:
+    """RFC 6376, 3.5; a signature from the future may mean that our own clock is behind."""
+    times = {}
+    for tag in (b"t", b"x"):
+        text = tags.get(tag, b"")
+        if tag in tags and not re.fullmatch(rb"\d{1,12}", text):
+            raise _Unacceptable("neutral", f"{tag.decode()}= is no time")
+        times[tag] = int(text or 0)
+    if times[b"x"] and times[b"x"] <= times[b"t"]:
+        raise _Unacceptable("neutral", "x= is before t=")
+    if times[b"x"] and now > times[b"x"] + _CLOCK_SLOP:
+        raise _Unacceptable("policy", "the signature has expired")
+    if times[b"t"] > now + _CLOCK_SLOP:
+        raise _Unacceptable("temperror", "the signature is from the future")
+
+
+async def _key_record(names: Names, claim: _Claim) -> bytes:
+    """Return the key as the shortest record that says it. Raises _Unacceptable."""
+    try:
+        answer = await names.query(claim.key_name, "TXT")
+    except TemporaryFailure as failure:
+        raise _Unacceptable("temperror", str(failure)) from None
+    if not answer.records:
+        raise _Unacceptable("permerror", "there is no key")
+    refused = _Unacceptable("permerror", "there is no key")
+    for record in answer.records[:_SIGNATURE_COUNT_LIMIT]:
+        try:
+            return _key_of_record(record, claim.tags)
+        except _Unacceptable as error:
+            refused = error
+    raise refused
+
+
+def _key_of_record(record: str, tags: Mapping[bytes, bytes]) -> bytes:
+    """Return the record with its key alone, checked against a signature's `tags`.
+
+    RFC 6376, 3.6.1 and 6.1.2. Raises _Unacceptable.
+    """
+    if len(record) > _TXT_LIMIT:
+        raise _Unacceptable("permerror", f"the key record is longer than {_TXT_LIMIT} octets")
+    try:
+        raw = _dkim().util.parse_tag_value(record.encode("latin-1"))
+    except Exception:
+        raise _Unacceptable("permerror", "the key record is malformed") from None
+    key = {name: re.sub(rb"\s+", b"", value) for name, value in raw.items()}
+    kind, public = key.get(b"k", b"rsa"), key.get(b"p", b"")
+    flags = key.get(b"t", b"").split(b":")
+    if key.get(b"v", b"DKIM1") != b"DKIM1" or b"p" not in key:
+        raise _Unacceptable("permerror", "the record is no DKIM key")
+    if not public:
+        raise _Unacceptable("permerror", "the key is revoked")
+    if kind != tags[b"a"].partition(b"-")[0]:
+        raise _Unacceptable("permerror", "the key is for another algorithm")
+    if b"h" in key and b"sha256" not in key[b"h"].split(b":"):
+        raise _Unacceptable("permerror", "the key is not for SHA-256")
+    if not {b"*", b"email"} & set(key.get(b"s", b"*").split(b":")):
+        raise _Unacceptable("permerror", "the key is not for mail")
+    if b"s" in flags and tags.get(b"i", b"@" + tags[b"d"]).rpartition(b"@")[2] != tags[b"d"]:
+        raise _Unacceptable("permerror", "the key is not for subdomains")
+    if b"y" in flags:
+        raise _Unacceptable("neutral", "the key is only being tested")
+    try:
+        decoded = base64.b64decode(public, validate=True)
+        if kind == b"rsa":
+            rsa_public_numbers(decoded)
+    except (ValueError, IndexError) as error:
+        raise _Unacceptable("policy", f"the key cannot be used: {error}") from None
+    return b"v=DKIM1; k=" + kind + b"; p=" + public
+
+
+def _check_claims(
+    claims: Sequence[tuple[_Claim, bytes]], fields: Sequence[Field], body: Iterable[bytes],
+) -> list[Signature]:  # fmt: skip
+    """Hash the body once for all signatures, then check each. Computes; for a worker."""
+    hashes = {relaxed: BodyHash(relaxed) for relaxed in {one.relaxed_body for one, _ in claims}}
+    for piece in body:
+        for one in hashes.values():
+            one.feed(piece)
+    digests = {relaxed: (one.digest(), one.length) for relaxed, one in hashes.items()}
+    results = []
+    for claim, record in claims:
+        digest, length = digests[claim.relaxed_body]
+        try:
+            _check_body(claim, digest, length)
+            valid = _is_valid(claim, record, fields)
+            outcome = ("pass", "") if valid else ("fail", "the signature does not fit")
+        except _Unacceptable as refused:
+            outcome = (refused.result, str(refused))
+        except Exception:  # dkimpy lets slip several kinds that it does not mean to
+            outcome = ("neutral", "the signature cannot be processed")
+        results.append(claim.signature._replace(result=outcome[0], reason=outcome[1]))
+    return results
+
+
+def _check_body(claim: _Claim, digest: bytes, length: int) -> None:
+    said = claim.tags.get(b"l")
+    if said is not None and (not said.isdigit() or int(said) != length):
+        # RFC 6376, 8.2: whatever was added behind the signed part would seem signed
+        raise _Unacceptable("policy", "only a part of the body is signed")
+    if base64.b64decode(claim.tags[b"bh"]) != digest:
+        raise _Unacceptable("fail", "the body was changed")
+
+
+def _is_valid(claim: _Claim, record: bytes, fields: Sequence[Field]) -> bool:
+    """Have dkimpy check the header and the signature.
+
+    It takes fields from the bottom, and one From more than h= has: so only these are given.
+    """
+    wanted = collections.Counter(claim.names)
+    wanted["from"] += 1
+    given = []
+    for field in reversed(fields):
+        if wanted[field.name] > 0:
+            wanted[field.name] -= 1
+            given.append([field.raw.partition(b":")[0].rstrip(), field.value])
+    verifier = _dkim().DKIM()
+    verifier.headers = given[::-1]
+    tags = {name: value for name, value in claim.tags.items() if name not in (b"bh", b"l")}
+    name, _, value = claim.field.raw.partition(b":")
+    return bool(
+        verifier.verify_sig(
+            tags, [one.encode() for one in claim.names], (name, value),
+            lambda name, timeout=0: record,
+        )
+    )  # fmt: skip
+
+
+# --- DKIM: signing ---
+
+# What is signed where it is there, and, for the first group, signed once more than it is
+# there, so that none can be added (RFC 6376, 5.4 and 8.15). Lists add to the second group.
+_SIGNED_AND_CLOSED = (
+    "from", "to", "cc", "subject", "date", "message-id", "reply-to", "in-reply-to", "references",
+    "mime-version", "content-type", "content-transfer-encoding",
+)  # fmt: skip
+_SIGNED = (
+    "sender", "content-disposition", "content-description", "content-id", "resent-date",
+    "resent-from", "resent-sender", "resent-to", "resent-cc", "resent-message-id", "list-id",
+    "list-help", "list-unsubscribe", "list-unsubscribe-post", "list-subscribe", "list-post",
+    "list-owner", "list-archive", "autocrypt", "openpgp",
+)  # fmt: skip
+_SIGNED_TWICE_LIMIT = 20  # of one name: a header full of "To" must not make h= endless
+
+
+class DkimKey(NamedTuple):
+    """A key of a domain: what is in domains/DOMAIN/dkim:SELECTOR.pem. Names are A-labels."""
+
+    domain: str
+    selector: str
+    key: PrivateKey
+
+    @property
+    def name(self) -> str:
+        """Where the DNS record stands."""
+        return f"{self.selector}._domainkey.{self.domain}"
+
+    @property
+    def record(self) -> str:
+        """The text of the DNS record; RFC 6376, 3.6.1, and RFC 8463, 4."""
+        kind = "ed25519" if isinstance(self.key, Ed25519Key) else "rsa"
+        return f"v=DKIM1; k={kind}; p={base64.b64encode(self.key.public).decode('ascii')}"
+
+
+def load_dkim_keys(directory: str, domain: str) -> tuple[DkimKey, ...]:
+    """Read the keys in a domain's directory, in the order of their selectors.
+
+    Raises ConfigError.
+    """
+    found = []
+    for name in sorted(os.listdir(directory)) if os.path.isdir(directory) else []:
+        if name.startswith("dkim:") and name.endswith(".pem"):
+            found.append(load_dkim_key(os.path.join(directory, name), domain, name[5:-4]))
+    return tuple(found)
+
+
+def load_dkim_key(path: str, domain: str, selector: str) -> DkimKey:
+    """Read one key. Raises ConfigError."""
+    try:
+        names = domain_to_ascii(domain), domain_to_ascii(selector)
+    except ValueError as error:
+        raise ConfigError(path, 0, f"expected a selector after 'dkim:': {error}") from None
+    if not ASCII_DOMAIN.fullmatch(names[1]):
+        raise ConfigError(path, 0, "expected a selector after 'dkim:', such as 'dkim:mail.pem'")
+    return DkimKey(*names, parse_private_key(read_file(path), path))
+
+
+class Signer:
+    """Signs what our users send; `keys` are by domain, in Unicode, and may be replaced."""
+
+    def __init__(self, loop: Loop, record: Record, keys: Mapping[str, Sequence[DkimKey]]) -> None:
+        self._loop = loop
+        self._record = record
+        self.keys = keys
+
+    async def sign(self, domain: str, header: bytes, body: Callable[[], Iterable[bytes]]) -> bytes:
+        """Return a field for each key of `domain`; b"" where it has none.
+
+        `header` is all that will stand above the body. Raises TemporaryFailure.
+        """
+        keys = self.keys.get(domain, ())
+        if not keys:
+            return b""
+        now = self._loop.clock.time()
+        try:
+            signed = await self._loop.work(lambda: sign(keys, header, body(), now))
+        except Exception as error:  # whatever it is, the message must not leave without
+            self._record.error("dkim", f"cannot sign for {domain}: {reason(error)}")
+            raise TemporaryFailure("the message cannot be signed now", "4.7.0") from error
+        self._record.count("dkim signatures", "made")
+        return signed
+
+    async def sign_for_host(
+        self, host: str, header: bytes, body: Callable[[], Iterable[bytes]]
+    ) -> bytes:
+        """As `sign`, with the keys of `host`, or of the nearest domain above it that has some."""
+        domain = host
+        while domain and not self.keys.get(domain):
+            domain = domain.partition(".")[2]
+        return await self.sign(domain, header, body)
+
+
+def sign(keys: Sequence[DkimKey], header: bytes, body: Iterable[bytes], now: float) -> bytes:
+    """Return a DKIM-Signature field for each key. Computes; for a worker thread.
+
+    Raises ValueError where the header is malformed, OSError where `body` does.
+    """
+    fields = header_fields(header)
+    hashed = BodyHash(relaxed=True)
+    for piece in body:
+        hashed.feed(piece)
+    digest = base64.b64encode(hashed.digest())
+    return b"".join(_sign_with(key, fields, digest, now) for key in keys)
+
+
+def _sign_with(key: DkimKey, fields: Sequence[Field], digest: bytes, now: float) -> bytes:
+    dkim = _dkim()
+    algorithm = b"ed25519-sha256" if isinstance(key.key, Ed25519Key) else b"rsa-sha256"
+    signer = dkim.DKIM(signature_algorithm=algorithm)
+    signer.hasher = dkim.HASH_ALGORITHMS[algorithm]
+    signer.headers = [[one.raw.partition(b":")[0].rstrip(), one.value] for one in fields]
+    names = [name.encode() for name in _names_to_sign(fields)]
+    tags = [
+        (b"v", b"1"),
+        (b"a", algorithm),
+        (b"c", b"relaxed/relaxed"),
+        (b"d", key.domain.encode()),
+        (b"s", key.selector.encode()),
+        (b"t", str(int(now)).encode()),
+        (b"h", b" : ".join(names)),  # the spaces are where it may be folded
+        (b"bh", digest),
+        (b"b", b"0" * 60),  # longer than a line, so that it is folded before it is known
+    ]
+    policy = dkim.CanonicalizationPolicy.from_c_value(b"relaxed/relaxed")
+    secret = _DkimpyKey(key.key) if isinstance(key.key, Ed25519Key) else _rsa_for_dkimpy(key.key)
+    value = signer.gen_header(tags, names, policy, b"DKIM-Signature", secret)
+    return b"DKIM-Signature: " + bytes(value)
+
+
+def _names_to_sign(fields: Sequence[Field]) -> list[str]:
+    there = collections.Counter(field.name for field in fields)
+    names = []
+    for name in _SIGNED_AND_CLOSED:
+        names += [name] * (min(there[name], _SIGNED_TWICE_LIMIT) + 1)
+    for name in _SIGNED:
+        names += [name] * min(there[name], _SIGNED_TWICE_LIMIT)
+    return names
+
+
+class _DkimpyKey:
+    """An Ed25519 key with the manners of PyNaCl."""
+
+    def __init__(self, key: Ed25519Key) -> None:
+        self._key = key
+
+    def sign(self, message: bytes) -> types.SimpleNamespace:
+        return types.SimpleNamespace(signature=self._key.sign(message))
+
+
+def _rsa_for_dkimpy(key: RsaKey) -> dict[str, int]:
+    names = (
+        "modulus", "publicExponent", "privateExponent", "prime1", "prime2", "exponent1",
+        "exponent2", "coefficient",
+    )  # fmt: skip
+    return dict(zip(names, key, strict=True))
+
+
+# --- DMARC ---
+
+_DmarcRecord = dict[str, str]  # a tag's name, and its value in lower case
+_DMARC_STEPS = {"reject": "quarantine", "quarantine": "none", "none": "none"}
+
+
+async def check_dmarc(
+    names: Names, loop: Loop, authors: Sequence[str], spf: Spf, signatures: Sequence[Signature]
+) -> Dmarc:
+    """Return what DMARC (RFC 9989) says of a message whose From has the domains `authors`.
+
+    Where there are several, the strictest result counts.
+    """
+    if not authors:
+        return Dmarc("none")
+    results = []
+    try:
+        with loop.deadline(_DMARC_SECONDS):
+            for author in authors[:_AUTHORS_LIMIT]:
+                results.append(await _check_author(names, author, spf, signatures))
+    except (TemporaryFailure, Expired):
+        results.append(Dmarc("temperror", authors[len(results)]))
+    order = ("none", "quarantine", "reject")
+    return max(results, key=lambda one: (one.result == "fail", order.index(one.policy)))
+
+
+async def _check_author(
+    names: Names, author: str, spf: Spf, signatures: Sequence[Signature]
+) -> Dmarc:
+    """Raises TemporaryFailure where that keeps us from a result."""
+    found = await _walk(names, author)
+    top = _organisational_domain(author, found)
+    records = dict(found)
+    record = records.get(author) or records.get(top) or (found[-1][1] if found else None)
+    if record is None:
+        return Dmarc("none", author)
+    policy = await _policy(names, author, author in records, record)
+    doubtful = False
+    for domain, result, mode in [(spf.domain, spf.result, record.get("aspf"))] + [
+        (one.domain, one.result, record.get("adkim")) for one in signatures
+    ]:
+        if result not in ("pass", "temperror"):
+            continue
+        if domain == author or (
+            mode != "s" and await _same_organisation(names, top, author, domain)
+        ):
+            if result == "pass":
+                return Dmarc("pass", author, policy)
+            doubtful = True
+    return Dmarc("temperror" if doubtful else "fail", author, policy)
+
+
+async def _same_organisation(names: Names, top: str, author: str, domain: str) -> bool:
+    if domain.rpartition(".")[2] != author.rpartition(".")[2]:
+        return False  # not even the last label is the same: no walk is needed
+    return _organisational_domain(domain, await _walk(names, domain)) == top
+
+
+async def _policy(names: Names, author: str, own: bool, record: _DmarcRecord) -> str:
+    """Return what the record asks for; `own`: it stands at the author's domain itself."""
+    policy = record["p"]
+    if not own:
+        subdomains = record.get("sp", policy)
+        if record.get("np", subdomains) == subdomains or await _has_records(names, author):
+            policy = subdomains
+        else:
+            policy = record["np"]
+    return _DMARC_STEPS[policy] if record.get("t") == "y" else policy
+
+
+async def _has_records(names: Names, domain: str) -> bool:
+    for kind in ("A", "MX", "AAAA"):
+        if (await names.query(domain, kind)).records:
+            return True
+    return False
+
+
+async def _walk(names: Names, domain: str) -> list[tuple[str, _DmarcRecord]]:
+    """Return the DMARC records at `domain` and above, the longest name first."""
+    labels = domain.split(".")
+    if len(labels) >= _DMARC_WALK:
+        places = [labels, *(labels[-count:] for count in range(_DMARC_WALK - 1, 0, -1))]
+    else:
+        places = [labels[start:] for start in range(len(labels))]
+    found = []
+    for place in places:
+        name = ".".join(place)
+        record = _dmarc_record((await names.query(f"_dmarc.{name}", "TXT")).records)
+        if record is not None:
+            found.append((name, record))
+            if record.get("psd") == "n" or (record.get("psd") == "y" and name != domain):
+                break
+    return found
+
+
+def _dmarc_record(texts: Sequence[str]) -> _DmarcRecord | None:
+    """Return the one valid record among `texts`; None where there is none, or several."""
+    records = []
+    for text in texts:
+        if len(text) > _TXT_LIMIT or not re.match(r"v\s*=\s*DMARC1\s*(;|$)", text):
+            continue
+        pairs = (part.partition("=") for part in text.split(";"))
+        records.append({key.strip().lower(): value.strip().lower() for key, _, value in pairs})
+    if len(records) != 1:
+        return None
+    (record,) = records
+    for key in ("p", "sp", "np"):
+        if record.get(key) not in _DMARC_STEPS:
+            record.pop(key, None)
+    if "p" not in record:
+        if "rua" not in record:
+            return None
+        record["p"] = "none"  # who asks for reports means something by the record
+    return record
+
+
+def _organisational_domain(domain: str, found: Sequence[tuple[str, _DmarcRecord]]) -> str:
+    for name, record in found:
+        if record.get("psd") == "n":
+            return name
+        if record.get("psd") == "y" and name != domain:
+            return ".".join(domain.split(".")[-(name.count(".") + 2) :])
+    return found[-1][0] if found else domain
+
+
+# --- what is written down ---
+
+
+def authentication_results(
+    host: str, spf: Spf, sender: str, signatures: Sequence[Signature], dmarc: Dmarc
+) -> bytes:
+    """Return our Authentication-Results field; RFC 8601, 2.2."""
+    local = split_address(sender)[0]
+    who = f"{local}@{spf.domain}" if _TOKEN_TEXT.fullmatch(local) else spf.domain
+    parts = [f"spf={spf.result}"]
+    if spf.domain:
+        parts[0] += f" smtp.mailfrom={who}" if spf.identity == "mailfrom" else f" smtp.helo={who}"
+    for one in signatures:
+        text = f"dkim={one.result}" + (f" ({_comment(one.reason)})" if one.reason else "")
+        values = {"header.d": one.domain, "header.s": one.selector, "header.b": one.b}
+        parts.append(text + "".join(f" {k}={_value(v)}" for k, v in values.items() if v))
+    if not signatures:
+        parts.append("dkim=none")
+    text = f"dmarc={dmarc.result}"
+    if dmarc.result not in ("none", "permerror"):
+        text += f" (p={dmarc.policy})"
+    parts.append(text + (f" header.from={dmarc.domain}" if dmarc.domain else ""))
+    return fold("Authentication-Results", f"{host};", *(f"{one};" for one in parts[:-1]), parts[-1])
+
+
+_TOKEN_TEXT = re.compile(r"[A-Za-z0-9!#$%&'*+^_`{|}~.-]+")
+
+
+def _value(text: str) -> str:
+    """RFC 2045, 5.1: a token, or a quoted-string."""
+    if _TOKEN_TEXT.fullmatch(text):
+        return text
+    escaped = printable(text).replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def _comment(text: str) -> str:
+    return re.sub(r"[()\\]", " ", printable(text, _EXPLANATION_LIMIT))
+
+
+# ======================================================================================
+# ROOM: TLS POLICY
+#
+# How safe a connection must be. SMTP's TLS gives way to anybody who stands in between and
+# takes "STARTTLS" out of a reply; what holds against that is what is known beforehand:
+#
+# - DANE (RFC 7672): the domain's signed DNS says what certificate its server has.
+# - MTA-STS (RFC 8461): a policy, fetched over HTTPS and kept, says that there must be TLS
+#   with a valid certificate, and by which names the servers go. DANE wins over it.
+# - Security levels, as chasquid keeps them: a domain that has once shown TLS, or TLS with a
+#   valid certificate, must do so again. One file a domain, in data_dir/domaininfo:
+#
+#       name: "example.com"
+#       incoming_sec_level: TLS_CLIENT          or PLAIN
+#       outgoing_sec_level: TLS_SECURE          or TLS_INSECURE, PLAIN
+#
+# - What cannot be found out now (a name server that fails, where the domain is signed) is
+#   no reason to be content with less: it is a temporary failure.
+#
+# The room says what must be; COURIERS and SERVER see to it that it is.
+# ======================================================================================
+
+PLAIN, TLS_CLIENT, TLS_INSECURE, TLS_SECURE = LEVELS = (
+    "PLAIN", "TLS_CLIENT", "TLS_INSECURE", "TLS_SECURE",
+)  # fmt: skip
+_DOMAIN_INFO_LIMIT = 10_000  # domains kept in memory
+_STS_SECONDS = 60.0  # RFC 8461, 3.3
+_STS_SIZE_LIMIT = 10 * 1024  # octets of a policy
+_HTTP_HEADER_LIMIT = 32 * 1024
+_STS_AGE_LIMIT = 31_557_600  # seconds; RFC 8461, 3.2
+_STS_PAUSE = 300.0  # after a policy that could not be had; RFC 8461, 3.3
+_STS_REFRESH = 6 * 3600.0
+_STS_FRESH = 20 * 3600.0  # a policy younger than this need not be fetched again
+
+
+class DomainInfo(NamedTuple):
+    """The best that was seen of a domain, as levels; see LEVELS, which ascend."""
+
+    incoming: str = PLAIN
+    outgoing: str = PLAIN
+
+
+class SecurityLevels:
+    """What was seen of each domain, in memory and below `directory`."""
+
+    def __init__(self, loop: Loop, record: Record, directory: str) -> None:
+        self._loop = loop
+        self._record = record
+        self._directory = directory
+        self._known: dict[str, DomainInfo] = {}
+
+    async def accepts(self, domain: str, tls: bool) -> bool:
+        """Tell whether mail from `domain` may come in with or without `tls`; remember TLS."""
+        level = TLS_CLIENT if tls else PLAIN
+        info = await self.of(domain)
+        self._record.count("security levels", "in", level)
+        if LEVELS.index(level) > LEVELS.index(info.incoming):
+            await self._keep(domain, info._replace(incoming=level))
+        return LEVELS.index(level) >= LEVELS.index(info.incoming)
+
+    async def saw_outgoing(self, domain: str, level: str) -> None:
+        """Remember that a server of `domain` has offered `level`."""
+        info = await self.of(domain)
+        self._record.count("security levels", "out", level)
+        if LEVELS.index(level) > LEVELS.index(info.outgoing):
+            await self._keep(domain, info._replace(outgoing=level))
+
+    async def of(self, domain: str) -> DomainInfo:
+        """Return what is known of `domain`, in Unicode."""
+        if domain not in self._known:
+            path = self._path(domain)
+            try:
+                info = await self._loop.work(lambda: read_domain_info(path))
+            except ConfigError as error:
+                self._record.error("security levels", f"{error}; going on without")
+                info = DomainInfo()
+            if len(self._known) >= _DOMAIN_INFO_LIMIT:
+                self._known.clear()
+            self._known[domain] = info
+        return self._known[domain]
+
+    async def forget(self, domain: str) -> bool:
+        """Forget what was seen of `domain`; false where that was nothing. Raises OSError."""
+        known = await self.of(domain) != DomainInfo()
+        self._known.pop(domain, None)
+        path = self._path(domain)
+        removed = await self._loop.work(lambda: remove_domain_info(path))
+        return known or removed
+
+    def _path(self, domain: str) -> str:
+        return domain_info_path(self._directory, domain)
+
+    async def _keep(self, domain: str, info: DomainInfo) -> None:
+        self._known[domain] = info
+        self._record.info("security levels", f"{domain} is now {' and '.join(info)}")
+        path = self._path(domain)
+        text = (
+            f"name: {quote(domain)}\nincoming_sec_level: {info.incoming}\n"
+            f"outgoing_sec_level: {info.outgoing}\n"
+        )
+
+        def write() -> None:
+            make_directory(os.path.dirname(path))
+            replace_durably(path, text.encode())
+
+        try:
+            await self._loop.work(write)
+        except OSError as error:
+            self._record.error("security levels", f"{path} cannot be written: {reason(error)}")
+
+
+def domain_info_path(directory: str, domain: str) -> str:
+    """Return the file of `domain`: "s:" and the name, escaped as in a URL's query."""
+    escaped = re.sub(rb"[^A-Za-z0-9_.~-]", lambda match: b"%%%02X" % match[0][0], domain.encode())
+    return os.path.join(directory, f"s:{escaped.decode('ascii')}")
+
+
+def read_domain_info(path: str) -> DomainInfo:
+    """Read a file of domaininfo; nothing was seen where there is none. Raises ConfigError."""
+    values = {}
+    for entry in parse_text_format(read_file(path, missing=b""), path):
+        if entry.key in ("incoming_sec_level", "outgoing_sec_level"):
+            if entry.value not in LEVELS:
+                raise ConfigError(path, entry.line, f"expected one of {', '.join(LEVELS)}")
+            values[entry.key.partition("_")[0]] = str(entry.value)
+    return DomainInfo(**values)
+
+
+def remove_domain_info(path: str) -> bool:
+    """Remove a file of domaininfo; false where there is none. Raises OSError."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+# --- DANE ---
+
+
+class Tlsa(NamedTuple):
+    """A TLSA record that can be used with SMTP (RFC 6698, 2.1; RFC 7672, 3.1).
+
+    Usage 2 names an authority in the server's chain, usage 3 the server's own certificate.
+    """
+
+    usage: int
+    selector: int
+    matching: int
+    data: bytes
+
+    def matches(self, certificate: bytes) -> bool:
+        """Tell whether the record is about `certificate`, in DER."""
+        import hashlib  # loads OpenSSL's hashes; only for DANE
+
+        try:
+            content = public_key_info(certificate) if self.selector else certificate
+        except (ValueError, IndexError):
+            return False
+        if self.matching:
+            content = (hashlib.sha256, hashlib.sha512)[self.matching - 1](content).digest()
+        return content == self.data
+
+
+def parse_tlsa(record: str) -> Tlsa | None:
+    """Return a record in presentation form; None where it cannot be used."""
+    usage, selector, matching, *data = record.split()
+    try:
+        tlsa = Tlsa(int(usage), int(selector), int(matching), bytes.fromhex("".join(data)))
+    except ValueError:
+        return None
+    usable = tlsa.usage in (2, 3) and tlsa.selector in (0, 1) and tlsa.matching in (0, 1, 2)
+    return tlsa if usable and tlsa.data else None
+
+
+# --- MTA-STS ---
+
+
+class StsPolicy(NamedTuple):
+    """A policy (RFC 8461, 3.2), the id under which it was announced, and when it was had."""
+
+    id: str
+    mode: str
+    mx: tuple[str, ...]
+    max_age: int
+    fetched: float
+
+    def allows(self, host: str) -> bool:
+        """Tell whether a mail exchanger is among those that the policy names; 4.1."""
+        return host in self.mx or f"*.{host.partition('.')[2]}" in self.mx
+
+
+def parse_sts_policy(text: bytes, id: str, now: float) -> StsPolicy:
+    """Parse a policy. Raises ValueError with what was expected."""
+    values: dict[str, list[str]] = {}
+    for line in text.decode("utf-8", "replace").replace("\r\n", "\n").split("\n"):
+        key, colon, value = line.partition(":")
+        if colon:
+            values.setdefault(key.strip(), []).append(value.strip())
+    (version,), (mode,), (age,) = (values.get(key, [""])[:1] for key in _STS_KEYS)
+    if version != "STSv1":
+        raise ValueError("expected version: STSv1")
+    if mode not in ("enforce", "testing", "none"):
+        raise ValueError("expected mode: enforce, testing or none")
+    if not re.fullmatch(r"\d{1,10}", age):
+        raise ValueError("expected max_age: seconds")
+    mx = tuple(name.lower().rstrip(".") for name in values.get("mx", ()))
+    if not mx and mode != "none":
+        raise ValueError("expected mx: a name")
+    return StsPolicy(id, mode, mx, min(int(age), _STS_AGE_LIMIT), now)
+
+
+_STS_KEYS = ("version", "mode", "max_age")
+FetchPolicy = Callable[[str], Awaitable[bytes]]
+
+
+class StsPolicies:
+    """The policies that are in force, each in a file of `directory`.
+
+    `fetch` gets the text of a domain's policy, and raises ChasquidError.
+    """
+
+    def __init__(
+        self, loop: Loop, record: Record, names: Names, fetch: FetchPolicy, directory: str
+    ) -> None:
+        self._loop = loop
+        self._record = record
+        self._names = names
+        self._fetch = fetch
+        self._directory = directory
+        self._not_before: dict[str, float] = {}  # domains whose policy could not be had
+        self._policies: dict[str, StsPolicy] = {}
+        self._under_way: dict[str, Task] = {}
+
+    def load(self) -> None:
+        """Read what is kept on the disk. Blocks; for the start."""
+        for name in os.listdir(self._directory) if os.path.isdir(self._directory) else []:
+            try:
+                with open(os.path.join(self._directory, name), "rb") as file:
+                    value = json.load(file)
+                self._policies[name] = StsPolicy(**{**value, "mx": tuple(value["mx"])})
+            except (OSError, ValueError, TypeError, KeyError):
+                continue  # it is fetched again when it is needed
+
+    async def policy(self, domain: str) -> StsPolicy | None:
+        """Return the policy of `domain`, in A-labels, if there is one; RFC 8461, 3.3."""
+        known = self._known(domain)
+        id = await self._announced(domain)
+        if id and (known is None or known.id != id):
+            await self._renew(domain, id)
+            known = self._known(domain)
+        return known
+
+    async def refresh_forever(self) -> None:
+        """Fetch again, now and then, what would one day be too old."""
+        while True:
+            await self._loop.sleep(_STS_REFRESH)
+            now = self._loop.clock.time()
+            for domain, policy in list(self._policies.items()):
+                if now > policy.fetched + policy.max_age:
+                    await self._drop(domain)
+                elif now > policy.fetched + min(_STS_FRESH, policy.max_age / 2):
+                    id = await self._announced(domain)
+                    if id:
+                        await self._renew(domain, id)
+
+    def _known(self, domain: str) -> StsPolicy | None:
+        policy = self._policies.get(domain)
+        if policy is None or self._loop.clock.time() > policy.fetched + policy.max_age:
+            return None
+        return policy
+
+    async def _announced(self, domain: str) -> str:
+        """Return the id in the TXT record (3.1), or "" where none can be had."""
+        try:
+            answer = await self._names.query(f"_mta-sts.{domain}", "TXT")
+        except TemporaryFailure:
+            return ""
+        texts = [text for text in answer.records if re.match(r"v=STSv1\s*;", text)]
+        ids = re.findall(r";\s*id\s*=\s*([A-Za-z0-9]{1,32})\s*(?:;|$)", texts[0]) if texts else []
+        return str(ids[0]) if len(texts) == 1 and ids else ""
+
+    async def _renew(self, domain: str, id: str) -> None:
+        """Fetch a policy, once for all who wait for it; the old one stays where that fails."""
+        if self._loop.clock.monotonic() < self._not_before.get(domain, 0.0):
+            return
+        if domain not in self._under_way:
+            self._under_way[domain] = self._loop.spawn(
+                self._try_to_fetch(domain, id), f"MTA-STS policy of {domain}"
+            )
+        await self._under_way[domain].join()
+
+    async def _try_to_fetch(self, domain: str, id: str) -> None:
+        try:
+            with self._loop.deadline(_STS_SECONDS):
+                text = await self._fetch(domain)
+            policy = parse_sts_policy(text, id, self._loop.clock.time())
+        except (ChasquidError, ValueError, OSError) as error:
+            self._not_before[domain] = self._loop.clock.monotonic() + _STS_PAUSE
+            self._record.count("mta-sts", "failed")
+            self._record.info("mta-sts", f"the policy of {domain} cannot be had: {reason(error)}")
+            return
+        finally:
+            del self._under_way[domain]
+        self._not_before.pop(domain, None)
+        self._policies[domain] = policy
+        self._record.count("mta-sts", "fetched")
+        self._record.info(
+            "mta-sts", f"{domain} has the policy {policy.mode}, {', '.join(policy.mx)}"
+        )
+        await self._write(domain, policy)
+
+    async def _write(self, domain: str, policy: StsPolicy) -> None:
+        path = os.path.join(self._directory, domain)
+
+        def write() -> None:
+            make_directory(self._directory)
+            replace_durably(path, json.dumps(policy._asdict()).encode() + b"\n")
+
+        try:
+            await self._loop.work(write)
+        except OSError as error:
+            self._record.error("mta-sts", f"{path} cannot be written: {reason(error)}")
+
+    async def _drop(self, domain: str) -> None:
+        del self._policies[domain]
+        path = os.path.join(self._directory, domain)
+        with contextlib.suppress(OSError):
+            await self._loop.work(lambda: os.unlink(path))
+
+
+class HttpsPolicies:
+    """Fetches policies over HTTPS: "https://mta-sts.DOMAIN/.well-known/mta-sts.txt".
+
+    Redirects are not followed, and only a text/plain counts (RFC 8461, 3.3).
+    """
+
+    def __init__(
+        self, loop: Loop, names: Names, context: Callable[[], ssl.SSLContext], port: int = 443
+    ) -> None:
+        self._loop = loop
+        self._names = names
+        self._context = context
+        self._port = port
+
+    async def fetch(self, domain: str) -> bytes:
+        """Raises ChasquidError."""
+        host = f"mta-sts.{domain}"
+        failure: ChasquidError = Disconnected(f"{host} has no address")
+        for ip in await self._names.addresses(host):
+            try:
+                return self._policy_in(await self._get(host, ip))
+            except (Disconnected, TLSFailed) as error:
+                failure = error
+        raise failure
+
+    async def _get(self, host: str, ip: str) -> bytes:
+        """Return the whole response."""
+        stream = await connect(self._loop, ip, self._port)
+        try:
+            await stream.start_tls(self._context(), False, host)
+            stream.write(
+                f"GET /.well-known/mta-sts.txt HTTP/1.1\r\nHost: {host}\r\n"
+                f"User-Agent: chasquid/{__version__}\r\nConnection: close\r\n\r\n".encode()
+            )
+            received = b""
+            with contextlib.suppress(Disconnected):  # the end
+                while len(received) <= _HTTP_HEADER_LIMIT + 2 * _STS_SIZE_LIMIT:
+                    received += await stream.read_some()
+            return received
+        finally:
+            stream.close()
+
+    @staticmethod
+    def _policy_in(response: bytes) -> bytes:
+        import http.client  # 22 ms, and only for domains with a policy
+        import io
+
+        class Connection:
+            def makefile(self, mode: str) -> io.BytesIO:
+                return io.BytesIO(response)
+
+        parsed = http.client.HTTPResponse(Connection())  # type: ignore[arg-type]
+        try:
+            parsed.begin()
+            body = parsed.read(_STS_SIZE_LIMIT + 1)
+            complete = parsed.isclosed() or parsed.length in (0, None)
+        except (http.client.HTTPException, ValueError, OSError) as error:
+            raise ChasquidError(f"the answer is no HTTP: {reason(error)}") from None
+        if parsed.status != 200:
+            raise ChasquidError(f"the web server answers with status {parsed.status}")
+        if parsed.headers.get_content_type() != "text/plain":
+            raise ChasquidError("the policy is not text/plain")
+        if len(body) > _STS_SIZE_LIMIT:
+            raise ChasquidError(f"the policy is larger than {_STS_SIZE_LIMIT // 1024} kB")
+        if not complete:
+            raise ChasquidError("the policy was cut short")
+        return body
+
+
+# --- both, and the levels ---
+
+
+class Demand(NamedTuple):
+    """What a connection to a server must at least be, and who says so.
+
+    With `tlsa`, the certificate must match one of these records. `vouched` is true where
+    DNSSEC or MTA-STS say that the host is the domain's (RFC 8689, 4.2.1).
+    """
+
+    least: str = PLAIN
+    tlsa: tuple[Tlsa, ...] = ()
+    why: str = ""
+    vouched: bool = False
+
+    def allows(self, level: str) -> bool:
+        return LEVELS.index(level) >= LEVELS.index(self.least)
+
+
+class TlsPolicies:
+    """Finds out how safe the connection to a server of a domain must be."""
+
+    def __init__(self, names: Names, levels: SecurityLevels, sts: StsPolicies) -> None:
+        self._names = names
+        self._sts = sts
+        self.levels = levels
+
+    async def demand(self, domain: str, host: str, port: int, by_mx: bool) -> Demand:
+        """Return what is demanded of `host`, in A-labels, for mail to `domain`, in Unicode.
+
+        `by_mx`: the host is there because of the domain's DNS, not because somebody here
+        named it. Raises TemporaryFailure where the host must not be used.
+        """
+        seen = (await self.levels.of(domain)).outgoing
+        demand = Demand(seen, why=f"it was {seen} before") if seen != PLAIN else Demand()
+        if is_ip_address(host):
+            return demand
+        mx_authentic = True
+        policy = None
+        if by_mx:
+            ascii = domain_to_ascii(domain)
+            mx_authentic = (await self._names.query(ascii, "MX")).authentic
+            policy = await self._sts.policy(ascii)
+        signed = mx_authentic and await self._is_signed(host)
+        if signed:
+            tlsa = await self._tlsa(host, port)
+            usable = tuple(filter(None, map(parse_tlsa, tlsa)))
+            if usable:
+                return Demand(TLS_SECURE, usable, "DANE", vouched=True)
+            if tlsa:  # RFC 7672, 2.2: records that cannot be used still promise TLS
+                demand = max(demand, Demand(TLS_INSECURE, (), "DANE"), key=_strictness)
+        demand = demand._replace(vouched=signed and by_mx)
+        if policy is not None and policy.mode == "enforce":
+            if not policy.allows(host):
+                text = f"{host} is none of the servers in the MTA-STS policy of {domain}"
+                raise TemporaryFailure(text, "4.7.5")
+            return Demand(TLS_SECURE, (), "MTA-STS", vouched=True)
+        return demand
+
+    async def _is_signed(self, host: str) -> bool:
+        """Tell whether the addresses of `host` are authentic; RFC 7672, 2.2.2."""
+        for kind in ("A", "AAAA"):
+            answer = await self._names.query(host, kind)
+            if answer.records:
+                return answer.authentic
+        return False
+
+    async def _tlsa(self, host: str, port: int) -> tuple[str, ...]:
+        answer = await self._names.query(f"_{port}._tcp.{host}", "TLSA")
+        return answer.records if answer.authentic else ()
+
+
+def _strictness(demand: Demand) -> int:
+    return LEVELS.index(demand.least)
+
+
+# ======================================================================================
 # ROOM: SMTP
 #
 # The protocol as values: replies, commands, paths, parameters, transparency. Octets go
@@ -3902,6 +5271,7 @@ def parse_status(code: int, text: str) -> tuple[str, str]:
 # ======================================================================================
 
 SENT, DEFERRED, FAILED = "sent", "deferred", "failed"
+JUNK_FOLDER = ".Junk"
 
 
 class Result(NamedTuple):
@@ -3923,8 +5293,11 @@ class Shipment(NamedTuple):
     id: str
     sender: str
     message: Message
-    smtputf8: bool
-    eight_bit: bool
+    smtputf8: bool = False
+    eight_bit: bool = False
+    junk: bool = False  # for the folder of what is probably junk
+    require_tls: bool = False  # RFC 8689, 2
+    tls_optional: bool = False  # RFC 8689, 3: "TLS-Required: No"
 
 
 class Courier(Protocol):
@@ -3964,7 +5337,7 @@ class MaildirCourier:
         if not self._user_exists(user, domain):
             return Result(FAILED, "5.1.1", f"there is no user {address}")
         try:
-            path = await self._store(self.directory(address), shipment, address)
+            path = await self._store(self._folder(address, shipment), shipment, address)
         except ValueError as error:
             return Result(FAILED, "5.1.3", str(error))
         except OSError as error:
@@ -3972,6 +5345,11 @@ class MaildirCourier:
             text = f"the message cannot be written into the Maildir: {reason(error)}"
             return Result(DEFERRED, "4.2.2" if full else "4.3.0", text)
         return Result(SENT, "2.0.0", f"stored as {path}")
+
+    def _folder(self, address: str, shipment: Shipment) -> str:
+        """Return the Maildir, or its subfolder in Maildir++. Raises ValueError."""
+        directory = self.directory(address)
+        return os.path.join(directory, JUNK_FOLDER) if shipment.junk else directory
 
     def directory(self, address: str) -> str:
         """Return the Maildir of `address`. Raises ValueError where it would lie elsewhere."""
@@ -4131,6 +5509,10 @@ class Client:
     def tls_text(self) -> str:
         return self._stream.tls_text
 
+    @property
+    def certificates(self) -> list[bytes]:
+        return self._stream.certificates
+
     async def greet(self, hostname: str) -> None:
         """Read the greeting and say EHLO (HELO where the server knows no EHLO) or LHLO.
 
@@ -4210,6 +5592,8 @@ class Client:
             parts.append("BODY=8BITMIME")
         if shipment.smtputf8:
             parts.append("SMTPUTF8")
+        if shipment.require_tls:
+            parts.append("REQUIRETLS")
         return " ".join(parts)
 
     async def _group(self, commands: Sequence[str]) -> list[Reply]:
@@ -4336,11 +5720,25 @@ class LmtpCourier:
         raise failure
 
 
+class _Server(NamedTuple):
+    """One address of a server, and what a connection there must be."""
+
+    host: str
+    ip: str
+    port: int
+    demand: Demand
+
+    @property
+    def place(self) -> str:
+        return f"{self.host} ({self.ip}:{self.port})"
+
+
 class SmtpCourier:
     """Delivers to other servers: by MX, or through the servers that `via` names.
 
     TLS is opportunistic (RFC 7435): with a certificate that is valid, else with any, else
-    without. All recipients of a destination share a transaction.
+    without; but never less than TLS POLICY demands. All recipients of a destination share
+    a transaction.
     """
 
     def __init__(
@@ -4348,6 +5746,7 @@ class SmtpCourier:
         loop: Loop,
         names: Names,
         record: Record,
+        policies: TlsPolicies,
         hostname: str,
         port: int,
         random: Callable[[], float],
@@ -4355,6 +5754,7 @@ class SmtpCourier:
         self._loop = loop
         self._names = names
         self._record = record
+        self._policies = policies
         self._hostname = hostname
         self._port = port
         self._random = random
@@ -4374,7 +5774,7 @@ class SmtpCourier:
         results: list[Result] = []
         for start in range(0, len(addresses), RECIPIENT_LIMIT):
             batch = addresses[start : start + RECIPIENT_LIMIT]
-            results += await self._deliver(shipment, batch, hosts)
+            results += await self._deliver(shipment, batch, hosts, targets[0])
         return results
 
     def _presentable(
@@ -4408,20 +5808,32 @@ class SmtpCourier:
         return [(host, self._port) for _, host in shuffled][:HOST_LIMIT]
 
     async def _deliver(
-        self, shipment: Shipment, addresses: Sequence[str], hosts: Sequence[tuple[str, int]]
+        self,
+        shipment: Shipment,
+        addresses: Sequence[str],
+        hosts: Sequence[tuple[str, int]],
+        target: Target,
     ) -> list[Result]:
         """Try the hosts in turn; the first that talks to us decides."""
         failures: list[Result] = []
         for host, port in hosts:
             try:
-                ips = await self._names.addresses(domain_to_ascii(host))
-            except (TemporaryFailure, ValueError) as error:
-                failures.append(Result(DEFERRED, "4.4.3", reason(error)))
+                domain = host if target.via else split_address(target.value)[1]
+                name = domain_to_ascii(host)
+                demand = await self._demand(shipment, domain, name, port, not target.via)
+                ips = await self._names.addresses(name)
+            except (TemporaryFailure, PermanentFailure) as error:
+                state = FAILED if isinstance(error, PermanentFailure) else DEFERRED
+                failures.append(Result(state, error.status, str(error)))
+                continue
+            except ValueError as error:
+                failures.append(Result(DEFERRED, "4.4.3", str(error)))
                 continue
             if not ips:
                 failures.append(Result(DEFERRED, "4.4.1", f"the server {host} has no address"))
             for ip in ips[:_ADDRESS_COUNT_LIMIT]:
-                outcome = await self._try_address(shipment, addresses, host, ip, port)
+                server = _Server(name, ip, port, demand)
+                outcome = await self._try_server(shipment, addresses, server, domain)
                 if isinstance(outcome, list):
                     return outcome
                 failures.append(outcome)
@@ -4430,14 +5842,30 @@ class SmtpCourier:
         chosen = failures[0] if lasting else next(f for f in failures if f.state == DEFERRED)
         return [chosen] * len(addresses)
 
-    async def _try_address(
-        self, shipment: Shipment, addresses: Sequence[str], host: str, ip: str, port: int
+    async def _demand(
+        self, shipment: Shipment, domain: str, host: str, port: int, by_mx: bool
+    ) -> Demand:
+        """Raises TemporaryFailure, and PermanentFailure where REQUIRETLS cannot be had."""
+        if shipment.tls_optional and not shipment.require_tls:
+            return Demand()
+        demand = await self._policies.demand(domain, host, port, by_mx)
+        if not shipment.require_tls:
+            return demand
+        if by_mx and not demand.vouched:
+            text = f"neither DNSSEC nor MTA-STS says that {host} is a server of {domain}"
+            raise PermanentFailure(f"{text}, and REQUIRETLS needs that", "5.7.30")
+        if demand.tlsa:
+            return demand
+        return demand._replace(least=TLS_SECURE, why="REQUIRETLS")
+
+    async def _try_server(
+        self, shipment: Shipment, addresses: Sequence[str], server: _Server, domain: str
     ) -> list[Result] | Result:
         """Return a result for each address, or one for a server that we cannot talk to."""
-        place = f"{host} ({ip}:{port})"
+        place = server.place
         try:
             with self._loop.deadline(_ATTEMPT_SECONDS):
-                return await self._deliver_to(shipment, addresses, host, ip, port, place)
+                return await self._deliver_to(shipment, addresses, server, domain)
         except Expired:
             return Result(DEFERRED, "4.4.2", f"{place} did not answer in time", place)
         except PermanentFailure as error:
@@ -4447,50 +5875,107 @@ class SmtpCourier:
             return Result(DEFERRED, status, f"{place}: {error}", place)
 
     async def _deliver_to(
-        self,
-        shipment: Shipment,
-        addresses: Sequence[str],
-        host: str,
-        ip: str,
-        port: int,
-        place: str,
+        self, shipment: Shipment, addresses: Sequence[str], server: _Server, domain: str
     ) -> list[Result]:
-        client = await self._open(host, ip, port, place)
+        client, level = await self._open(server)
         try:
-            if shipment.smtputf8 and "SMTPUTF8" not in client.extensions:
-                text = f"{place} cannot take an internationalised message (no SMTPUTF8)"
-                return [Result(FAILED, "5.6.7", text, place)] * len(addresses)
+            if not shipment.tls_optional:
+                await self._policies.levels.saw_outgoing(domain, level)
+            for needed, extension, status in (
+                (shipment.smtputf8, "SMTPUTF8", "5.6.7"),
+                (shipment.require_tls, "REQUIRETLS", "5.7.30"),
+            ):
+                if needed and extension not in client.extensions:
+                    text = f"{server.place} does not have {extension}, which the message needs"
+                    return [Result(FAILED, status, text, server.place)] * len(addresses)
             results = await client.transfer(shipment, addresses)
             await client.quit()
             return results
         finally:
             client.close()
 
-    async def _open(self, host: str, ip: str, port: int, place: str) -> Client:
-        """Connect with as much security as the server has. Raises as `Client` does."""
-        for security in ("valid", "any"):
-            client = await self._greet(ip, port, place)
-            if "STARTTLS" not in client.extensions:
-                return client
-            name = domain_to_ascii(host)
-            try:
-                await client.start_tls(self._context(security == "valid"), name)
-                await client.hello(self._hostname)
-                return client
-            except (TLSFailed, Disconnected) as error:
-                client.close()
-                self._record.info("smtp client", f"{place}: {error}; trying with less")
-                if not (isinstance(error, TLSFailed) and error.unverified):
-                    break
-            except BaseException:
-                client.close()
-                raise
-        return await self._greet(ip, port, place)
+    async def _open(self, server: _Server) -> tuple[Client, str]:
+        """Connect with as much security as the server has; return also the level reached.
 
-    async def _greet(self, ip: str, port: int, place: str) -> Client:
+        Raises as `Client` does, and TemporaryFailure where that is not enough.
+        """
+        if server.demand.tlsa:
+            return await self._open_with_dane(server), TLS_SECURE
+        failure = TLSFailed("")
+        for verify, level in ((True, TLS_SECURE), (False, TLS_INSECURE)):
+            if not server.demand.allows(level):
+                break
+            client = await self._greet(server)
+            if "STARTTLS" not in client.extensions:
+                if server.demand.allows(PLAIN):
+                    return client, PLAIN
+                client.close()
+                raise self._too_little(server, "it does not offer TLS")
+            failed = await self._try_tls(client, self._context(verify), server)
+            if failed is None:
+                return client, level
+            failure = failed
+            if not failure.unverified:
+                break
+        if not server.demand.allows(PLAIN):
+            raise self._too_little(server, str(failure))
+        return await self._greet(server), PLAIN
+
+    async def _try_tls(
+        self, client: Client, context: ssl.SSLContext, server: _Server
+    ) -> TLSFailed | None:
+        """Return None, or, with the client closed, why there is no TLS."""
+        try:
+            await client.start_tls(context, server.host)
+            await client.hello(self._hostname)
+            return None
+        except (TLSFailed, Disconnected) as error:
+            client.close()
+            self._record.info("smtp client", f"{server.place}: {error}")
+            return error if isinstance(error, TLSFailed) else TLSFailed(str(error))
+        except BaseException:
+            client.close()
+            raise
+
+    async def _open_with_dane(self, server: _Server) -> Client:
+        """Connect to a server whose certificate is in the DNS; RFC 7672, 3.1.
+
+        Where the record names an authority (usage 2), its certificate is known only from
+        the handshake; so a second connection is made that trusts it alone.
+        """
+        client = await self._greet_for_dane(server)
+        failure = await self._try_tls(client, self._context(False), server)
+        if failure is not None:
+            raise self._too_little(server, str(failure))
+        chain, tlsa = client.certificates, server.demand.tlsa
+        if any(one.usage == 3 and one.matches(chain[0]) for one in tlsa):
+            return client
+        client.close()
+        failure = TLSFailed("the certificate matches no TLSA record")
+        for authority in chain:
+            if any(one.usage == 2 and one.matches(authority) for one in tlsa):
+                client = await self._greet_for_dane(server)
+                failure = await self._try_tls(client, anchored_tls_context(authority), server)
+                if failure is None:
+                    return client
+        raise self._too_little(server, str(failure))
+
+    async def _greet_for_dane(self, server: _Server) -> Client:
+        client = await self._greet(server)
+        if "STARTTLS" not in client.extensions:
+            client.close()
+            raise self._too_little(server, "it does not offer TLS")
+        return client
+
+    def _too_little(self, server: _Server, why: str) -> TemporaryFailure:
+        self._record.count("security levels", "refused", "out")
+        said = server.demand.why or server.demand.least
+        return TemporaryFailure(f"{why}; less is not safe ({said})", "4.7.5")
+
+    async def _greet(self, server: _Server) -> Client:
         with self._loop.deadline(_CONNECT_SECONDS):
-            stream = await connect(self._loop, ip, port)
-        client = Client(self._loop, stream, place)
+            stream = await connect(self._loop, server.ip, server.port)
+        client = Client(self._loop, stream, server.place)
         try:
             await client.greet(self._hostname)
         except BaseException:
@@ -4602,6 +6087,9 @@ class Envelope(NamedTuple):
     prefix: bytes
     smtputf8: bool = False
     eight_bit: bool = False
+    junk: bool = False
+    require_tls: bool = False
+    tls_optional: bool = False
 
     def to_line(self) -> bytes:
         value = self._asdict()
@@ -4762,13 +6250,17 @@ def read_queue(directory: str) -> QueueContents:
 class Draft:
     """A message on its way in: in memory while it is small, then in tmp.
 
-    Once `add` has failed, the draft is discarded and stays so.
+    Of its header, fields that claim to be our results are left out; the header is held
+    back for that until it is whole. Once `add` has failed, the draft is discarded and
+    stays so.
     """
 
-    def __init__(self, loop: Loop, disk: Disk, directory: str) -> None:
+    def __init__(self, loop: Loop, disk: Disk, directory: str, hostname: str) -> None:
         self.id = new_id()
         self.size = 0
         self.eight_bit = False
+        self._hostname = hostname
+        self._body_at = 0  # where the body begins in what is stored
         self._loop = loop
         self._disk = disk
         self._path = os.path.join(directory, "tmp", self.id)
@@ -4785,16 +6277,37 @@ class Draft:
         """
         self.size += len(piece)
         self.eight_bit = self.eight_bit or not piece.isascii()
-        self._pieces.append(piece)
-        self._held += len(piece)
         if self._header is None:
             self._look_for_header(piece)
+        else:
+            self._hold(piece)
         if self._held > MEMORY_LIMIT:
             await self._spill()
 
-    def header(self) -> bytes:
-        """Return the header block of the complete message."""
-        return bytes(self._head) if self._header is None else self._header
+    def complete(self) -> bytes:
+        """Take the message as complete; return its header block as it came."""
+        if self._header is None:  # all of it is header
+            self._take_header(len(self._head))
+        assert self._header is not None
+        return self._header
+
+    def body(self) -> Iterator[bytes]:
+        """Yield what is stored after the header's empty line. Raises OSError."""
+        skip = self._body_at
+        for chunk in self._stored():
+            yield chunk[skip:]
+            skip = max(0, skip - len(chunk))
+
+    def _stored(self) -> Iterator[bytes]:
+        if self._fd >= 0:
+            with open(self._path, "rb", buffering=0) as file:
+                while chunk := file.read(CHUNK):
+                    yield chunk
+        yield from self._pieces
+
+    def _hold(self, piece: bytes) -> None:
+        self._pieces.append(piece)
+        self._held += len(piece)
 
     async def store(self, envelope: Envelope) -> Message:
         """Write the rest and the envelope, and move it all into new. Raises OSError.
@@ -4833,8 +6346,25 @@ class Draft:
             text = f"the header of the message is larger than {HEADER_LIMIT // 1024} kB"
             raise PermanentFailure(text, "5.3.4")
         if end >= 0:
-            self._header = header_block(bytes(self._head))
-            self._head.clear()
+            self._take_header(end + 2 if end else 0)
+
+    def _take_header(self, end: int) -> None:
+        """Split what was held back at `end`, where the empty line begins."""
+        self._header = bytes(self._head[:end])
+        kept = self._without_forged_results(self._header)
+        self.size -= end - len(kept)
+        self._body_at = len(kept) + 2
+        self._hold(kept)
+        self._hold(bytes(self._head[end:]))
+        self._head.clear()
+
+    def _without_forged_results(self, header: bytes) -> bytes:
+        try:
+            fields = header_fields(header)
+        except ValueError:
+            return header  # it is refused later
+        kept = [one.raw for one in fields if not claims_results_of(one, self._hostname)]
+        return header if len(kept) == len(fields) else b"".join(kept)
 
     async def _spill(self) -> None:
         data = b"".join(self._pieces)
@@ -4858,11 +6388,15 @@ class QueueSettings(NamedTuple):
     suffix_separator: str
 
 
+Sign = Callable[[bytes, Callable[[], Iterable[bytes]]], Awaitable[bytes]]
+
+
 class Queue:
     """The messages that we answer for, and the tasks that deliver them.
 
     `is_local` tells whether a domain is served here, `expand` what an address stands for.
-    `on_result` is told of each recipient's result, as it happens.
+    `sign` returns the fields to put in front of a notification's header, given that and the
+    body. `on_result` is told of each recipient's result, as it happens.
     """
 
     def __init__(
@@ -4875,11 +6409,13 @@ class Queue:
         expand: Callable[[str], list[Target]],
         is_local: Callable[[str], bool],
         random: Callable[[], float],
+        sign: Sign,
         on_result: Callable[[Item, Recipient], None] = lambda item, recipient: None,
     ) -> None:
         self._loop = loop
         self._disk = disk
         self._record = record
+        self._sign = sign
         self._settings = settings
         self._couriers = couriers
         self._is_local = is_local
@@ -4939,7 +6475,11 @@ class Queue:
     def draft(self) -> Draft:
         """Return a message to be filled. Raises QueueFull."""
         self.check_room()
-        return Draft(self._loop, self._disk, self._settings.directory)
+        return self._new_draft()
+
+    def _new_draft(self) -> Draft:
+        settings = self._settings
+        return Draft(self._loop, self._disk, settings.directory, settings.hostname)
 
     def check_room(self) -> None:
         """Raise QueueFull where the queue takes no more messages from outside."""
@@ -5082,7 +6622,8 @@ class Queue:
         envelope = item.envelope
         sender = self._sender_for(item, group[0])
         shipment = Shipment(
-            item.id, sender, item.message, envelope.smtputf8, envelope.eight_bit
+            item.id, sender, item.message, envelope.smtputf8, envelope.eight_bit,
+            envelope.junk, envelope.require_tls, envelope.tls_optional,
         )  # fmt: skip
         targets = [recipient.target for recipient in group]
         async with self._destination(route), self._slots[route.local]:
@@ -5205,15 +6746,19 @@ class Queue:
         """Queue a notification for the sender, if there is one. Raises OSError."""
         if item.envelope.sender:
             data, utf8 = notification(item, failed, self._settings, self._loop.clock.time())
-            draft = Draft(self._loop, self._disk, self._settings.directory)
+            header, _, body = data.partition(b"\r\n\r\n")
+            prefix = await self._sign(header + b"\r\n", lambda: [body])
+            draft = self._new_draft()
             try:
                 await draft.add(data)
+                draft.complete()
             except BaseException:
                 draft.discard()
                 raise
             envelope = Envelope(
                 draft.id, "", self._addressees(item.envelope.sender), self._loop.clock.time(),
-                b"", smtputf8=utf8, eight_bit=draft.eight_bit,
+                prefix, smtputf8=utf8, eight_bit=draft.eight_bit,
+                require_tls=item.envelope.require_tls,
             )  # fmt: skip
             try:
                 await self.accept(draft, envelope, f"notification of {item.id}")
@@ -5334,7 +6879,8 @@ def _delivery_status(
 def _returned_content(item: Item, utf8: bool) -> bytes:
     """The message where it is small, its header otherwise (RFC 6522, RFC 6533)."""
     message = item.message
-    if len(message.prefix) + message.size <= NOTIFICATION_ORIGINAL_LIMIT:
+    small = len(message.prefix) + message.size <= NOTIFICATION_ORIGINAL_LIMIT
+    if small and not item.envelope.require_tls:  # RFC 8689, 5: its body must not come back
         kind = "message/global" if utf8 else "message/rfc822"
         content = b"".join(message.chunks())
     else:
@@ -5393,9 +6939,15 @@ class Site:
         accounts: Accounts,
         aliases: Aliases,
         queue: Queue,
+        names: Names,
+        signer: Signer,
+        levels: SecurityLevels,
         tls_context: ssl.SSLContext | None,
     ) -> None:
         self.loop = loop
+        self.names = names
+        self.signer = signer
+        self.levels = levels
         self.record = record
         self.config = config
         self.accounts = accounts
@@ -5415,9 +6967,11 @@ class Site:
 class Transaction:
     """One message on its way in: its envelope so far, and what was received of it."""
 
-    def __init__(self, sender: str, smtputf8: bool) -> None:
+    def __init__(self, sender: str, smtputf8: bool, require_tls: bool, spf: Spf) -> None:
         self.sender = sender
         self.smtputf8 = smtputf8
+        self.require_tls = require_tls
+        self.spf = spf
         self.addressees: dict[Addressee, None] = {}
         self.recipient_count = 0
         self.draft: Draft | None = None
@@ -5488,6 +7042,146 @@ class _LoginDialogue:
             return octets.decode()
         except UnicodeDecodeError:
             raise Refused(Reply(501, "5.5.2", "expected a user name in UTF-8")) from None
+
+
+class Origin(NamedTuple):
+    """Who is at the other end: `user` is "" where nobody logged in, `tls` where there is none."""
+
+    port: Port
+    peer: str
+    hello: str
+    extended: bool
+    user: str
+    tls: str
+
+
+class Reception:
+    """Judges a complete message, and finds the fields to put in front of it.
+
+    What our users send is signed; what comes from elsewhere is verified.
+    """
+
+    def __init__(self, site: Site, origin: Origin, transaction: Transaction) -> None:
+        self._site = site
+        self._origin = origin
+        self._transaction = transaction
+
+    async def judge(self, draft: Draft) -> tuple[Envelope, str]:
+        """Return the envelope, and where the message came from, in words. Raises Refused."""
+        transaction = self._transaction
+        header = draft.complete()
+        fields = self._check_header(header)
+        received = self._received(draft.id)
+        junk = False
+        if self._origin.user:
+            prefix, results = await self._sign(draft, header, fields, received), ""
+        else:
+            prefix, results, junk = await self._verify(draft, fields)
+            prefix += received
+        required = [one.value.strip().lower() for one in fields if one.name == "tls-required"]
+        envelope = Envelope(
+            draft.id, transaction.sender, tuple(transaction.addressees),
+            self._site.loop.clock.time(), prefix, transaction.smtputf8, draft.eight_bit, junk,
+            transaction.require_tls, required == [b"no"],
+        )  # fmt: skip
+        return envelope, self._trace(results)
+
+    def _check_header(self, block: bytes) -> list[Field]:
+        """Raises Refused where the header is not sane."""
+        try:
+            fields = header_fields(block)
+        except ValueError as error:
+            text = f"the header holds a line that is no field: {error}"
+            raise Refused(Reply(554, "5.6.0", text)) from None
+        names = collections.Counter(field.name for field in fields)
+        if names["received"] > self._site.config.max_received_headers:
+            text = "the message has come through too many servers: it may be in a loop"
+            raise Refused(Reply(554, "5.4.6", text))
+        if names["from"] > 1 and not self._origin.user:
+            # RFC 5322, 3.6; which of them a reader shows is anybody's guess
+            raise Refused(Reply(554, "5.6.0", "the header has more than one From field"))
+        return fields
+
+    async def _sign(
+        self, draft: Draft, header: bytes, fields: Sequence[Field], received: bytes
+    ) -> bytes:
+        """Return signatures, the trace, and what our user left out (RFC 6409, 8).
+
+        Raises Refused.
+        """
+        names = {field.name for field in fields}
+        prefix = received
+        if "date" not in names:
+            prefix += fold("Date", rfc5322_date(self._site.loop.clock.time()))
+        if "message-id" not in names:
+            prefix += fold("Message-ID", f"<{draft.id}@{self._site.hostname}>")
+        domain = split_address(self._transaction.sender)[1]
+        try:
+            return await self._site.signer.sign(domain, prefix + header, draft.body) + prefix
+        except TemporaryFailure as error:
+            raise Refused(Reply(451, error.status, str(error))) from error
+
+    async def _verify(self, draft: Draft, fields: Sequence[Field]) -> tuple[bytes, str, bool]:
+        """Return trace fields, the results in short, and if it is junk. Raises Refused."""
+        site, spf, sender = self._site, self._transaction.spf, self._transaction.sender
+        authors = [author for one in fields if one.name == "from"
+                   for author in author_domains(one.value)]  # fmt: skip
+        signatures, dmarc = await self._check_author(draft, fields, authors)
+        for signature in signatures:
+            site.record.count("dkim", signature.result)
+        site.record.count("dmarc", dmarc.result)
+        junk = False
+        if dmarc.result == "fail" and site.config.dmarc_policy == "enforce":
+            if dmarc.policy == "reject":
+                text = f"{dmarc.domain} asks to reject mail that cannot be shown to be its own"
+                raise Refused(Reply(550, "5.7.1", f"DMARC: {text}"))
+            junk = dmarc.policy == "quarantine"
+        trace = authentication_results(site.hostname, spf, sender, signatures, dmarc)
+        trace += received_spf(spf, self._origin.peer, sender, self._origin.hello, site.hostname)
+        dkim = ",".join(one.result for one in signatures) or "none"
+        return trace, f" spf={spf.result} dkim={dkim} dmarc={dmarc.result}", junk
+
+    async def _check_author(
+        self, draft: Draft, fields: Sequence[Field], authors: Sequence[str]
+    ) -> tuple[list[Signature], Dmarc]:
+        site = self._site
+        signatures: list[Signature] = []
+        try:
+            signatures = await verify_signatures(site.names, site.loop, fields, draft.body)
+            dmarc = await check_dmarc(
+                site.names, site.loop, authors, self._transaction.spf, signatures
+            )
+        except Exception as error:  # a fault of ours must neither reject nor let in
+            site.record.crash(f"checks of {draft.id}", error)
+            dmarc = Dmarc("temperror")
+        return signatures, dmarc
+
+    def _received(self, id: str) -> bytes:
+        """RFC 5321, 4.4; where our users are is nobody's business."""
+        origin, transaction = self._origin, self._transaction
+        literal = f"[IPv6:{origin.peer}]" if ":" in origin.peer else f"[{origin.peer}]"
+        hello, sender = origin.hello, transaction.sender
+        if not transaction.smtputf8:
+            hello = hello.encode("ascii", "replace").decode("ascii")
+            sender = address_to_ascii(sender)
+        protocol = "ESMTP" if origin.extended else "SMTP"
+        if transaction.smtputf8:
+            protocol = "UTF8SMTP"  # RFC 6531, 4.3
+        protocol += ("S" if origin.tls else "") + ("A" if origin.user else "")
+        tls = f", {origin.tls}" if origin.tls else ""
+        return fold(
+            "Received",
+            f"from {hello}" + ("" if origin.user else f" ({literal})"),
+            f"by {self._site.hostname} (chasquid) with {protocol} id {id}",
+            f"(over {origin.port.name}{tls}, envelope from <{sender}>)",
+            f"; {rfc5322_date(self._site.loop.clock.time())}",
+        )
+
+    def _trace(self, results: str) -> str:
+        origin = self._origin
+        user = f" user={origin.user}" if origin.user else ""
+        tls = f" ({origin.tls})" if origin.tls else ""
+        return f"by {origin.port.name} from {origin.peer} {origin.hello}{user}{tls}{results}"
 
 
 class Session:
@@ -5649,7 +7343,7 @@ class Session:
             "HELP",
         ]
         if self._stream.tls is not None:
-            keywords.append("AUTH PLAIN LOGIN")
+            keywords += ["REQUIRETLS", "AUTH PLAIN LOGIN"]
         elif self._site.tls_context is not None:
             keywords.append("STARTTLS")
         return Reply(250, "", "\n".join(keywords))
@@ -5722,27 +7416,48 @@ class Session:
         sender, parameters = parse_path(argument, "FROM:")
         if sender and not split_address(sender)[1]:
             raise Refused(Reply(501, "5.1.7", "the sender's address needs a domain"))
-        smtputf8 = self._check_parameters(parameters)
+        self._check_parameters(parameters)
+        smtputf8, require_tls = "SMTPUTF8" in parameters, "REQUIRETLS" in parameters
         self._check_utf8(sender, smtputf8)
         self._check_room()
-        self._transaction = Transaction(sender, smtputf8)
+        spf = Spf("none") if self._user else await self._check_sender(sender)
+        self._transaction = Transaction(sender, smtputf8, require_tls, spf)
         return Reply(250, "2.1.0", "the sender is accepted")
 
-    def _check_parameters(self, parameters: Mapping[str, str]) -> bool:
-        """Check MAIL's parameters; return whether SMTPUTF8 is among them."""
+    async def _check_sender(self, sender: str) -> Spf:
+        """Judge a sender who has not logged in. Raises Refused."""
+        site = self._site
+        spf = await check_spf(site.names, self._loop, self.peer, sender, self._hello, site.hostname)
+        site.record.count("spf", spf.result)
+        if spf.result == "fail":
+            text = f"{spf.domain} does not let {self.peer} send its mail"
+            explanation = f": {spf.explanation}" if spf.explanation else ""
+            raise Refused(Reply(550, "5.7.23", f"SPF: {text}{explanation}"))
+        domain = split_address(sender)[1]
+        if not domain or spf.result != "pass":
+            return spf  # anybody could set the level of somebody else's domain
+        if not await site.levels.accepts(domain, self._stream.tls is not None):
+            site.record.count("security levels", "refused", "in")
+            text = f"{domain} has sent its mail with TLS before: say STARTTLS"
+            raise Refused(Reply(550, "5.7.3", text))
+        return spf
+
+    def _check_parameters(self, parameters: Mapping[str, str]) -> None:
+        """Check MAIL's parameters. Raises Refused."""
         for name, value in parameters.items():
-            known = name in ("SIZE", "BODY", "SMTPUTF8", "AUTH") and self._extended
-            if not known:
+            known = ("SIZE", "BODY", "SMTPUTF8", "AUTH", "REQUIRETLS")
+            if name not in known or not self._extended:
                 raise Refused(Reply(555, "5.5.4", f"the parameter {name} is unknown"))
             if name == "SIZE" and not value.isdecimal():
                 raise Refused(Reply(501, "5.5.4", "expected SIZE=octets"))
             if name == "BODY" and value.upper() not in ("7BIT", "8BITMIME"):
                 raise Refused(Reply(501, "5.5.4", "expected BODY=7BIT or BODY=8BITMIME"))
-            if name == "SMTPUTF8" and value:
-                raise Refused(Reply(501, "5.5.4", "SMTPUTF8 takes no value"))
+            if name in ("SMTPUTF8", "REQUIRETLS") and value:
+                raise Refused(Reply(501, "5.5.4", f"{name} takes no value"))
+            if name == "REQUIRETLS" and self._stream.tls is None:
+                raise Refused(Reply(530, "5.7.10", "REQUIRETLS needs TLS: say STARTTLS first"))
         if int(parameters.get("SIZE", "0")) > self._site.size_limit:
             raise Refused(self._too_big())
-        return "SMTPUTF8" in parameters
 
     @staticmethod
     def _check_utf8(address: str, smtputf8: bool) -> None:
@@ -5880,70 +7595,25 @@ class Session:
         return Reply(552, "5.3.4", f"the message is larger than {limit} MB")
 
     async def _finish_message(self, transaction: Transaction) -> Reply:
-        """Check the complete message and hand it to the queue."""
+        """Answer for the complete message, or say why not."""
         try:
             draft = transaction.draft
             if draft is None:
                 assert transaction.failure is not None
                 return transaction.failure
-            fields = self._check_header(draft.header())
-            envelope = Envelope(
-                draft.id, transaction.sender, tuple(transaction.addressees),
-                self._loop.clock.time(), self._prefix(transaction, draft.id, fields),
-                transaction.smtputf8, draft.eight_bit,
+            origin = Origin(
+                self._port, self.peer, self._hello, self._extended, self._user,
+                self._stream.tls_text,
             )  # fmt: skip
+            envelope, trace = await Reception(self._site, origin, transaction).judge(draft)
             transaction.draft = None  # from here on the queue answers for it
             try:
-                await self._site.queue.accept(draft, envelope, self._trace())
+                await self._site.queue.accept(draft, envelope, trace)
             except QueueFull as error:
                 return Reply(451, error.status, str(error))
             return Reply(250, "2.0.0", f"accepted as {draft.id}")
         finally:
             self._reset()
-
-    def _check_header(self, block: bytes) -> set[str]:
-        """Return the names of the fields. Raises Refused where the header is not sane."""
-        try:
-            names = [field.name for field in header_fields(block)]
-        except ValueError as error:
-            text = f"the header holds a line that is no field: {error}"
-            raise Refused(Reply(554, "5.6.0", text)) from None
-        if names.count("received") > self._site.config.max_received_headers:
-            text = "the message has come through too many servers: it may be in a loop"
-            raise Refused(Reply(554, "5.4.6", text))
-        return set(names)
-
-    def _prefix(self, transaction: Transaction, id: str, fields: set[str]) -> bytes:
-        """Return the fields to put in front: Received, and what our users left out."""
-        now = self._loop.clock.time()
-        prefix = fold("Received", *self._received(transaction, id), f"; {rfc5322_date(now)}")
-        if self._user:  # RFC 6409, 8
-            if "date" not in fields:
-                prefix += fold("Date", rfc5322_date(now))
-            if "message-id" not in fields:
-                prefix += fold("Message-ID", f"<{id}@{self._site.hostname}>")
-        return prefix
-
-    def _received(self, transaction: Transaction, id: str) -> Iterator[str]:
-        """RFC 5321, 4.4; where our users are is nobody's business."""
-        literal = f"[IPv6:{self.peer}]" if ":" in self.peer else f"[{self.peer}]"
-        hello, sender = self._hello, transaction.sender
-        if not transaction.smtputf8:
-            hello = hello.encode("ascii", "replace").decode("ascii")
-            sender = address_to_ascii(sender)
-        yield f"from {hello}" + ("" if self._user else f" ({literal})")
-        protocol = "ESMTP" if self._extended else "SMTP"
-        if transaction.smtputf8:
-            protocol = "UTF8SMTP"  # RFC 6531, 4.3
-        protocol += ("S" if self._stream.tls else "") + ("A" if self._user else "")
-        yield f"by {self._site.hostname} (chasquid) with {protocol} id {id}"
-        tls = f", {self._stream.tls_text}" if self._stream.tls else ""
-        yield f"(over {self._port.name}{tls}, envelope from <{sender}>)"
-
-    def _trace(self) -> str:
-        user = f" user={self._user}" if self._user else ""
-        tls = f" ({self._stream.tls_text})" if self._stream.tls else ""
-        return f"by {self._port.name} from {self.peer} {self._hello}{user}{tls}"
 
     # --- the rest ---
 
@@ -5990,7 +7660,7 @@ _COMMANDS: dict[str, _Command] = {
     ),
     "MAIL": _Command(
         Session._mail, frozenset((GREETED,)), "required",
-        "MAIL FROM:<address> [SIZE=n] [BODY=7BIT|8BITMIME] [SMTPUTF8]",
+        "MAIL FROM:<address> [SIZE=n] [BODY=7BIT|8BITMIME] [SMTPUTF8] [REQUIRETLS]",
     ),
     "RCPT": _Command(
         Session._rcpt, frozenset((MAIL, RECIPIENTS)), "required", "RCPT TO:<address>"
@@ -6028,6 +7698,9 @@ _BACKLOG = 1024
 _SPARE_DESCRIPTORS = 300  # a message that comes in, a delivery, a name look-up: one each
 _CONTROL_LIMIT = 64 * 1024  # octets of a request to the control socket
 _CONTROL_SECONDS = 30.0
+DOMAIN_INFO_DIRECTORY = "domaininfo"  # below data_dir
+DOMAIN_FORGOTTEN = "what was seen of {} is forgotten"
+DOMAIN_UNKNOWN = "nothing was known of {}"
 _UNIX_PATH_LIMIT = 100  # a little less than what sun_path holds
 
 
@@ -6088,10 +7761,11 @@ class Domains(NamedTuple):
 
     accounts: Accounts
     aliases: Aliases
+    keys: Mapping[str, Sequence[DkimKey]]
 
 
 def load_domains(config: Config) -> Domains:
-    """Read users and aliases of all domains. Raises ConfigError."""
+    """Read users, aliases and keys of all domains. Raises ConfigError."""
     directories = domain_directories(config.config_dir)
     accounts = Accounts({name: load_users(path) for name, path in directories.items()})
     aliases = Aliases(
@@ -6100,7 +7774,8 @@ def load_domains(config: Config) -> Domains:
         config.suffix_separators,
         config.drop_characters,
     )
-    return Domains(accounts, aliases)
+    keys = {name: load_dkim_keys(path, name) for name, path in directories.items()}
+    return Domains(accounts, aliases, keys)
 
 
 def file_signature(config_dir: str) -> tuple[tuple[str, int, int, int], ...]:
@@ -6133,11 +7808,14 @@ class Daemon:
         spawn: Spawn = spawn_program,
         random: Callable[[], float] = random_fraction,
         remote: Courier | None = None,
+        fetch_policy: FetchPolicy | None = None,
         on_result: Callable[[Item, Recipient], None] = lambda item, recipient: None,
     ) -> None:
         self.config = config
         with contextlib.ExitStack() as undo:  # where the start fails, nothing is left behind
-            self._assemble(undo, clock or Clock(), ask, spawn, random, remote, on_result)
+            self._assemble(
+                undo, clock or Clock(), ask, spawn, random, remote, fetch_policy, on_result
+            )
             self._resources = undo.pop_all()
 
     def _assemble(
@@ -6148,11 +7826,13 @@ class Daemon:
         spawn: Spawn,
         random: Callable[[], float],
         remote: Courier | None,
+        fetch_policy: FetchPolicy | None,
         on_result: Callable[[Item, Recipient], None],
     ) -> None:
         """Put the parts together; `undo` gets what is to be given back at the end."""
         config = self.config
         self._hostname = domain_to_ascii(config.hostname)
+        self._own_domain = domain_to_unicode(self._hostname)
         lock = DataDirectory(config.data_dir)
         lock.take()
         undo.callback(lock.release)
@@ -6165,7 +7845,13 @@ class Daemon:
         certificates = Certificates(config)
         self._domains = load_domains(config)
         self._signature = file_signature(config.config_dir)
-        self._names = Names(loop, ask or DnsClient(loop, config.dns_server).ask)
+        client = DnsClient(loop, config.dns_server, config.dns_trust_ad)
+        self._names = Names(loop, ask or client.ask)
+        self._signer = Signer(loop, self.record, self._domains.keys)
+        self.levels = SecurityLevels(
+            loop, self.record, os.path.join(config.data_dir, DOMAIN_INFO_DIRECTORY)
+        )
+        self._sts = self._sts_policies(fetch_policy)
         programs = Programs(loop, spawn)
         couriers = Couriers(
             self._local_courier(programs),
@@ -6175,11 +7861,11 @@ class Daemon:
         )
         self.queue = Queue(
             loop, Disk(loop), self.record, self._queue_settings(), couriers, self._expand,
-            self._is_local, random, on_result,
+            self._is_local, random, self._sign_notification, on_result,
         )  # fmt: skip
         self._site = Site(
             loop, self.record, config, self._domains.accounts, self._domains.aliases, self.queue,
-            certificates.default,
+            self._names, self._signer, self.levels, certificates.default,
         )  # fmt: skip
         self._listeners = Listeners(config, loop)
         undo.callback(self._listeners.close)
@@ -6247,9 +7933,24 @@ class Daemon:
 
     def _smtp_courier(self, random: Callable[[], float]) -> Courier:
         config = self.config
+        policies = TlsPolicies(self._names, self.levels, self._sts)
         return SmtpCourier(
-            self.loop, self._names, self.record, self._hostname, config.outgoing_smtp_port, random
-        )
+            self.loop, self._names, self.record, policies, self._hostname,
+            config.outgoing_smtp_port, random,
+        )  # fmt: skip
+
+    def _sts_policies(self, fetch: FetchPolicy | None) -> StsPolicies:
+        context = functools.cache(lambda: client_tls_context(verify=True))
+        fetch = fetch or HttpsPolicies(self.loop, self._names, context).fetch
+        directory = os.path.join(self.config.data_dir, "sts-cache")
+        return StsPolicies(self.loop, self.record, self._names, fetch, directory)
+
+    async def _sign_notification(self, header: bytes, body: Callable[[], Iterable[bytes]]) -> bytes:
+        """Sign with the keys of our host; better unsigned than never."""
+        try:
+            return await self._signer.sign_for_host(self._own_domain, header, body)
+        except TemporaryFailure:
+            return b""
 
     def _is_local(self, domain: str) -> bool:
         return self._domains.aliases.is_local(domain)
@@ -6278,6 +7979,7 @@ class Daemon:
     # --- running ---
 
     async def _main(self) -> None:
+        self._sts.load()
         self.queue.recover()
         tasks = [
             self.loop.spawn(self._accept(port, raw), f"listener {port.name}")
@@ -6286,6 +7988,7 @@ class Daemon:
         tasks += [
             self.loop.spawn(self._control.serve(), "control"),
             self.loop.spawn(self._reload_forever(), "reload"),
+            self.loop.spawn(self._sts.refresh_forever(), "MTA-STS policies"),
         ]
         for port, host, number in self.addresses:
             self.record.info("daemon", f"listening for {port.name} on [{host}]:{number}")
@@ -6394,9 +8097,10 @@ class Daemon:
         self._domains = domains
         self._site.accounts = domains.accounts
         self._site.aliases = domains.aliases
+        self._signer.keys = domains.keys
         if certificates.default is not None:
             self._site.tls_context = certificates.default
-        self.record.info("daemon", "users, aliases and certificates read again")
+        self.record.info("daemon", "users, aliases, keys and certificates read again")
 
     def _check_still_there(self, domains: Domains) -> None:
         """Raise ChasquidError where all users of a domain have vanished.
@@ -6563,6 +8267,7 @@ class Control:
             "aliases-resolve": self._aliases_resolve,
             "queue-retry": self._queue_retry,
             "queue-remove": self._queue_remove,
+            "domaininfo-remove": self._domaininfo_remove,
         }
 
     def open(self) -> None:
@@ -6638,6 +8343,13 @@ class Control:
         item = self._item(id)
         await self._daemon.queue.remove(item)
         return [f"{item.id} is removed"]
+
+    async def _domaininfo_remove(self, domain: str) -> list[str]:
+        try:
+            known = await self._daemon.levels.forget(domain_to_unicode(domain))
+        except (ValueError, OSError) as error:
+            raise ChasquidError(reason(error)) from None
+        return [DOMAIN_FORGOTTEN.format(domain) if known else DOMAIN_UNKNOWN.format(domain)]
 
     def _item(self, id: str) -> Item:
         item = self._daemon.queue.items.get(id)
@@ -7045,6 +8757,140 @@ def _print_config(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _domaininfo_remove(arguments: argparse.Namespace) -> int:
+    config, domain = _load(arguments), _parse_domain_name(arguments.domain)
+    path = domain_info_path(os.path.join(config.data_dir, DOMAIN_INFO_DIRECTORY), domain)
+    text = [DOMAIN_UNKNOWN.format(domain)]
+
+    def offline() -> None:
+        if remove_domain_info(path):
+            text[0] = DOMAIN_FORGOTTEN.format(domain)
+
+    return _change(config, "domaininfo-remove", domain, offline, text)
+
+
+# --- DKIM ---
+
+_DKIM_ALGORITHMS = ("rsa2048", "rsa3072", "rsa4096", "ed25519")
+_TXT_STRING = 255  # octets of a string in a TXT record; RFC 1035, 3.3.14
+
+
+def _dkim_keygen(arguments: argparse.Namespace) -> int:
+    config, domain = _load(arguments), _parse_domain_name(arguments.domain)
+    selector = arguments.selector or time.strftime("%Y%m%d", time.gmtime())
+    path = _dkim_path(arguments, config, domain, selector)
+    if os.path.exists(path):
+        raise ChasquidError(f"{path} exists already; choose another selector, or remove it")
+    key = new_key(arguments.algo)
+    try:
+        make_directory(os.path.dirname(path), 0o755)
+        replace_durably(path, key.to_pem().encode(), 0o600)
+    except OSError as error:
+        raise ChasquidError(f"{path} cannot be written: {error.strerror}") from error
+    print(f"The key is in {path}. Publish this, then have the server read it (SIGHUP):\n")
+    print(_dns_record(load_dkim_key(path, domain, selector)))
+    return 0
+
+
+def _dkim_path(arguments: argparse.Namespace, config: Config, domain: str, selector: str) -> str:
+    if arguments.key:
+        return os.path.abspath(str(arguments.key))
+    if "/" in selector or "\0" in selector:
+        raise ChasquidError(f"expected a selector, found {printable(selector, 80)!r}")
+    return os.path.join(_domain_directory(config, domain), f"dkim:{selector}.pem")
+
+
+def _dkim_keys(arguments: argparse.Namespace) -> tuple[DkimKey, ...]:
+    """Return the keys that the arguments mean, at least one. Raises ChasquidError."""
+    config, domain = _load(arguments), _parse_domain_name(arguments.domain)
+    if arguments.selector:
+        path = _dkim_path(arguments, config, domain, arguments.selector)
+        return (load_dkim_key(path, domain, arguments.selector),)
+    directory = _domain_directory(config, domain)
+    keys = load_dkim_keys(directory, domain)
+    if not keys:
+        text = f"there is no dkim:SELECTOR.pem in {directory}; make one with dkim-keygen"
+        raise ChasquidError(text)
+    return keys
+
+
+def _dns_record(key: DkimKey) -> str:
+    """Return the record as a zone file has it, in strings of at most 255 octets."""
+    text = key.record
+    strings = [text[start : start + _TXT_STRING] for start in range(0, len(text), _TXT_STRING)]
+    if len(strings) == 1:
+        return f'{key.name}.\tIN TXT\t"{strings[0]}"'
+    lines = "\n".join(f'\t"{one}"' for one in strings)
+    return f"{key.name}.\tIN TXT\t(\n{lines} )"
+
+
+def _dkim_dns(arguments: argparse.Namespace) -> int:
+    for key in _dkim_keys(arguments):
+        print(_dns_record(key))
+    return 0
+
+
+def _read_message() -> tuple[bytes, bytes]:
+    """Return header and body of the message on standard input, its lines ended by CRLF."""
+    data = re.sub(rb"\r?\n", b"\r\n", sys.stdin.buffer.read())
+    header = header_block(data)
+    if header is None:
+        return data, b""
+    return header, data[len(header) + 2 :]
+
+
+def _dkim_sign(arguments: argparse.Namespace) -> int:
+    keys = _dkim_keys(arguments)
+    header, body = _read_message()
+    try:
+        signed = sign(keys, header, [body], time.time())
+    except ValueError as error:
+        raise ChasquidError(f"the header holds a line that is no field: {error}") from None
+    sys.stdout.buffer.write(signed.replace(b"\r\n", b"\n"))
+    return 0
+
+
+def _dkim_verify(arguments: argparse.Namespace) -> int:
+    header, body = _read_message()
+    try:
+        fields = header_fields(header)
+    except ValueError as error:
+        raise ChasquidError(f"the header holds a line that is no field: {error}") from None
+    found = _with_names(arguments, lambda names, loop: verify_signatures(
+        names, loop, fields, lambda: [body]
+    ))  # fmt: skip
+    if not found:
+        raise ChasquidError("the message has no DKIM-Signature")
+    for one in found:
+        why = f": {one.reason}" if one.reason else ""
+        print(f"{one.result}  {one.domain or '?'}, selector {one.selector or '?'}{why}")
+    return 0 if any(one.result == "pass" for one in found) else 1
+
+
+def _with_names(
+    arguments: argparse.Namespace, use: Callable[[Names, Loop], Coroutine[Any, Any, T]]
+) -> T:
+    """Run something that asks the DNS, or is told what is there by --txt."""
+
+    async def tell(name: str, kind: str) -> Answer:
+        return Answer(True, (arguments.txt,), 60.0)
+
+    def on_crash(name: str, error: BaseException) -> None:
+        raise error
+
+    workers = Workers(1)
+    loop = Loop(Clock(), workers, on_crash)
+    try:
+        servers: tuple[str, ...] = ()
+        if os.path.exists(os.path.join(arguments.config_dir, "chasquid.conf")):
+            servers = _load(arguments).dns_server
+        names = Names(loop, tell if arguments.txt else DnsClient(loop, servers).ask)
+        return loop.run(use(names, loop))
+    finally:
+        loop.close()
+        workers.close()
+
+
 def _queue_directory(config: Config) -> str:
     return os.path.join(config.data_dir, "queue")
 
@@ -7100,19 +8946,25 @@ def _queue_show(config: Config, id: str) -> int:
     return 0
 
 
-def _queue_change(config: Config, command: str, id: str, offline: Callable[[], None]) -> int:
+def _change(
+    config: Config,
+    command: str,
+    argument: str,
+    offline: Callable[[], None],
+    done: Sequence[str] = ("done; no server is running",),
+) -> int:
     """Have the running server do it; where none is running, do it to the files."""
-    lines = ask_running_server(config.data_dir, f"queue-{command}", id)
+    lines: Sequence[str] | None = ask_running_server(config.data_dir, command, argument)
     if lines is None:
         lock = DataDirectory(config.data_dir)
         lock.take()  # so that no server starts meanwhile
         try:
             offline()
         except OSError as error:
-            raise ChasquidError(f"the queue cannot be written: {reason(error)}") from error
+            raise ChasquidError(f"data_dir cannot be written: {reason(error)}") from error
         finally:
             lock.release()
-        lines = ["done; no server is running"]
+        lines = done
     print("\n".join(lines))
     return 0
 
@@ -7123,14 +8975,14 @@ def _queue_retry(config: Config, id: str) -> int:
             item.next_attempt = 0.0
             append_synced(item.message.path, item.journal_line(time.time()))
 
-    return _queue_change(config, "retry", id, offline)
+    return _change(config, "queue-retry", id, offline)
 
 
 def _queue_remove(config: Config, id: str) -> int:
     def offline() -> None:
         os.unlink(_queue_item(config, id).message.path)
 
-    return _queue_change(config, "remove", id, offline)
+    return _change(config, "queue-remove", id, offline)
 
 
 def _queue(arguments: argparse.Namespace) -> int:
@@ -7172,6 +9024,12 @@ class _Verb(NamedTuple):
 
 _PASSWORD = ("--password", {"help": "instead of being asked for it"})
 _USER = ("user", {"metavar": "USER@DOMAIN"})
+_DOMAIN = ("domain", {"metavar": "DOMAIN"})
+_DKIM_KEY = (
+    _DOMAIN,
+    ("selector", {"nargs": "?", "metavar": "SELECTOR"}),
+    ("key", {"nargs": "?", "metavar": "KEY.pem", "help": "instead of the domain's directory"}),
+)
 _VERBS: dict[str, _Verb] = {
     "serve": _Verb(_serve, (), "run the server"),
     "try": _Verb(
@@ -7198,6 +9056,26 @@ _VERBS: dict[str, _Verb] = {
     ),
     "aliases-resolve": _Verb(
         _aliases_resolve, (("address", {}),), "show the final recipients of an address"
+    ),
+    "domaininfo-remove": _Verb(
+        _domaininfo_remove, (_DOMAIN,), "forget the security level that a domain has shown"
+    ),
+    "dkim-keygen": _Verb(
+        _dkim_keygen,
+        (
+            *_DKIM_KEY,
+            ("--algo", {"choices": _DKIM_ALGORITHMS, "default": "rsa2048"}),
+        ),
+        "make a key that signs a domain's mail",
+    ),
+    "dkim-dns": _Verb(_dkim_dns, _DKIM_KEY, "show the DNS records of a domain's keys"),
+    "dkim-sign": _Verb(
+        _dkim_sign, _DKIM_KEY, "print the signature of the message on standard input"
+    ),
+    "dkim-verify": _Verb(
+        _dkim_verify,
+        (("--txt", {"metavar": "RECORD", "help": "the key's record, instead of the DNS"}),),
+        "check the signatures of the message on standard input",
     ),
     "print-config": _Verb(_print_config, (), "show the configuration that is in force"),
     "queue": _Verb(

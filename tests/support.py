@@ -667,6 +667,28 @@ def address(value: str, *via: str) -> chasquid.Target:
     return chasquid.Target("address", value, via)
 
 
+async def unsigned(header: bytes, body: Callable[[], Iterable[bytes]]) -> bytes:
+    """Sign nothing."""
+    return b""
+
+
+async def no_policy(domain: str) -> bytes:
+    raise chasquid.ChasquidError("there is no web server here")
+
+
+def tls_policies(
+    loop: chasquid.Loop,
+    names: chasquid.Names,
+    record: chasquid.Record,
+    directory: Path,
+    fetch: chasquid.FetchPolicy = no_policy,
+) -> chasquid.TlsPolicies:
+    """Return what an SMTP courier asks, with its files below `directory`."""
+    levels = chasquid.SecurityLevels(loop, record, str(directory / "domaininfo"))
+    sts = chasquid.StsPolicies(loop, record, names, fetch, str(directory / "sts-cache"))
+    return chasquid.TlsPolicies(names, levels, sts)
+
+
 def record(directory: Path, clock: chasquid.Clock | None = None) -> chasquid.Record:
     """Return a record that writes server.log and mail.log into `directory`."""
     clock = clock or chasquid.Clock()

@@ -26,7 +26,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from support import HOST, SECONDS, FakeClock, Inline, address, record, run
+from support import HOST, SECONDS, FakeClock, Inline, address, record, run, unsigned
 
 import chasquid
 from chasquid import (
@@ -103,7 +103,7 @@ class Bench:
         self.queue = chasquid.Queue(
             loop, chasquid.Disk(loop), record(directory, clock), settings, couriers,
             options.get("expand", lambda name: [address(name)]), self.is_local,
-            options.get("random", lambda: 0.5),
+            options.get("random", lambda: 0.5), options.get("sign", unsigned),
             lambda item, recipient: self.results.append((recipient.target.value, recipient.state)),
         )  # fmt: skip
 
@@ -121,6 +121,7 @@ class Bench:
     ) -> Item:
         draft = self.queue.draft()
         await draft.add(data)
+        draft.complete()
         addressees = []
         for one in targets:
             if isinstance(one, str):
@@ -912,7 +913,7 @@ def test_the_delivery_status_is_ascii_where_it_is_not_the_international_one(
             bench.loop, chasquid.Disk(bench.loop), record(tmp_path, bench.clock),
             chasquid.QueueSettings(str(bench.directory), HOST, GIVE_UP, 10, "+"),
             chasquid.Couriers(bench.local, bench.pipe, Speaking(), bench.is_local),
-            lambda name: [address(name)], bench.is_local, lambda: 0.5,
+            lambda name: [address(name)], bench.is_local, lambda: 0.5, unsigned,
         )  # fmt: skip
         await bench.accept("eva@there.example")
         await bench.quiet()
@@ -1187,7 +1188,7 @@ class QueueMachine(RuleBasedStateMachine):
             bench.loop, chasquid.Disk(bench.loop), record(self._directory, self.clock),
             chasquid.QueueSettings(str(bench.directory), HOST, GIVE_UP, 1000, "+"),
             chasquid.Couriers(Courier(), Courier(), Courier(), bench.is_local),
-            lambda name: [address(name)], bench.is_local, lambda: 0.5,
+            lambda name: [address(name)], bench.is_local, lambda: 0.5, unsigned,
         )  # fmt: skip
 
     def attempt(self, shipment: Shipment, target: Target) -> Result:

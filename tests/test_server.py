@@ -29,6 +29,9 @@ class Deferring:
         return [chasquid.Result(chasquid.DEFERRED, "4.0.0", "not today")] * len(targets)
 
 
+TRACE = ["Authentication-Results", "Received-SPF", "Received"]  # of who has not logged in
+
+
 def greeted(server: Server, port: str = "smtp") -> Wire:
     wire = server.connect(port)
     assert wire.reply().startswith("220 ")
@@ -160,7 +163,8 @@ def test_a_message_arrives_as_it_was_sent_however_it_is_cut(serve: Serve) -> Non
         (stored,) = server.mail("ana")
         assert stored.endswith(content.replace(b"\r\n", b"\n"))
         head = stored[: -len(content.replace(b"\r\n", b"\n"))]
-        assert head.startswith(b"Return-Path: <>\nDelivered-To: ana@here.example\nReceived: ")
+        names = email.message_from_bytes(head).keys()
+        assert names == ["Return-Path", "Delivered-To", *TRACE]
 
     check()
 
@@ -313,12 +317,12 @@ def test_what_a_user_wrote_into_the_header_is_kept(serve: Serve) -> None:
     assert message.get_all("Message-ID") == ["<a@b>"]
 
 
-def test_nothing_is_added_to_the_mail_of_strangers_but_received(serve: Serve) -> None:
+def test_nothing_is_added_to_the_mail_of_strangers_but_the_trace(serve: Serve) -> None:
     server = serve()
     with greeted(server) as wire:
         assert send(wire, b"Subject: x\r\n\r\n").startswith("250 ")
     names = email.message_from_bytes(server.mail("ana")[0]).keys()
-    assert names == ["Return-Path", "Delivered-To", "Received", "Subject"]
+    assert names == ["Return-Path", "Delivered-To", *TRACE, "Subject"]
 
 
 def test_received_is_ascii_where_the_client_did_not_ask_for_smtputf8(serve: Serve) -> None:
