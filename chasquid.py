@@ -3780,6 +3780,7 @@ def _spf_query() -> Any:
             validated: dict[Any, Any],
         ) -> None:  # fmt: skip
             super().__init__(i=ip, s=sender, h=hello, receiver=receiver)
+            self.set_default_explanation("")  # only what the domain itself explains
             self.missing: set[tuple[str, str]] = set()
             self._answers = answers
             self._validated = validated  # kept from run to run, for it takes the most time
@@ -7076,6 +7077,7 @@ class Reception:
         self._site = site
         self._origin = origin
         self._transaction = transaction
+        self.results = ""  # of the checks, as the mail log names them
 
     async def judge(self, draft: Draft) -> tuple[Envelope, str]:
         """Return the envelope, and where the message came from, in words. Raises Refused."""
@@ -7085,9 +7087,9 @@ class Reception:
         received = self._received(draft.id)
         junk = False
         if self._origin.user:
-            prefix, results = await self._sign(draft, header, fields, received), ""
+            prefix = await self._sign(draft, header, fields, received)
         else:
-            prefix, results, junk = await self._verify(draft, fields)
+            prefix, junk = await self._verify(draft, fields)
             prefix += received
         required = [one.value.strip().lower() for one in fields if one.name == "tls-required"]
         envelope = Envelope(
@@ -7095,7 +7097,7 @@ class Reception:
             self._site.loop.clock.time(), prefix, transaction.smtputf8, draft.eight_bit, junk,
             transaction.require_tls, required == [b"no"],
         )  # fmt: skip
-        return envelope, self._trace(results)
+        return envelope, self._trace()
 
     def _check_header(self, block: bytes) -> list[Field]:
         """Raises Refused where the header is not sane."""
@@ -7132,8 +7134,8 @@ class Reception:
         except TemporaryFailure as error:
             raise Refused(Reply(451, error.status, str(error))) from error
 
-    async def _verify(self, draft: Draft, fields: Sequence[Field]) -> tuple[bytes, str, bool]:
-        """Return trace fields, the results in short, and if it is junk. Raises Refused."""
+    async def _verify(self, draft: Draft, fields: Sequence[Field]) -> tuple[bytes, bool]:
+        """Return trace fields, and whether it is junk. Raises Refused."""
         site, spf, sender = self._site, self._transaction.spf, self._transaction.sender
         authors = [author for one in fields if one.name == "from"
                    for author in author_domains(one.value)]  # fmt: skip
@@ -7141,6 +7143,8 @@ class Reception:
         for signature in signatures:
             site.record.count("dkim", signature.result)
         site.record.count("dmarc", dmarc.result)
+        dkim = ",".join(one.result for one in signatures) or "none"
+        self.results = f" spf={spf.result} dkim={dkim} dmarc={dmarc.result}"
         junk = False
         if dmarc.result == "fail" and site.config.dmarc_policy == "enforce":
             if dmarc.policy == "reject":
@@ -7149,8 +7153,7 @@ class Reception:
             junk = dmarc.policy == "quarantine"
         trace = authentication_results(site.hostname, spf, sender, signatures, dmarc)
         trace += received_spf(spf, self._origin.peer, sender, self._origin.hello, site.hostname)
-        dkim = ",".join(one.result for one in signatures) or "none"
-        return trace, f" spf={spf.result} dkim={dkim} dmarc={dmarc.result}", junk
+        return trace, junk
 
     async def _check_author(
         self, draft: Draft, fields: Sequence[Field], authors: Sequence[str]
@@ -7188,11 +7191,11 @@ class Reception:
             f"; {rfc5322_date(self._site.loop.clock.time())}",
         )
 
-    def _trace(self, results: str) -> str:
+    def _trace(self) -> str:
         origin = self._origin
         user = f" user={origin.user}" if origin.user else ""
         tls = f" ({origin.tls})" if origin.tls else ""
-        return f"by {origin.port.name} from {origin.peer} {origin.hello}{user}{tls}{results}"
+        return f"by {origin.port.name} from {origin.peer} {origin.hello}{user}{tls}{self.results}"
 
 
 class Session:
@@ -7212,6 +7215,7 @@ class Session:
         self._verb = ""
         self._errors = 0
         self._unknown_recipients = 0
+        self._about = ""  # the envelope, as the mail log names it where it is refused
         self._transaction: Transaction | None = None
 
     async def run(self) -> None:
@@ -7309,8 +7313,8 @@ class Session:
         if not reply.is_error:
             return reply
         self._site.record.count("rejections", str(reply.code))
-        sender = f" from=<{self._transaction.sender}>" if self._transaction else ""
-        self._log(f"rejected{sender}: {reply}")
+        about = self._about if self._verb in ("MAIL", "RCPT", "DATA", "BDAT") else ""
+        self._log(f"rejected{about}: {reply}")
         if reply.close or reply.status == "4.5.3":
             return reply
         if self._verb == "RCPT" and reply.code == 550:
@@ -7425,6 +7429,7 @@ class Session:
         if self._port.submission and not self._user:
             raise Refused(Reply(530, "5.7.0", "log in first: this port is for our users"))
         sender, parameters = parse_path(argument, "FROM:")
+        self._about = f" from=<{sender}>"
         if sender and not split_address(sender)[1]:
             raise Refused(Reply(501, "5.1.7", "the sender's address needs a domain"))
         self._check_parameters(parameters)
@@ -7489,6 +7494,7 @@ class Session:
             raise Refused(Reply(555, "5.5.4", f"the parameter {name} is unknown"))
         if not address:
             raise Refused(Reply(501, "5.1.3", "expected a recipient, not <>"))
+        self._about = f" from=<{self._transaction.sender}> to={address}"
         self._check_utf8(address, self._transaction.smtputf8)
         if self._transaction.recipient_count >= RECIPIENT_LIMIT:
             raise Refused(Reply(452, "4.5.3", "too many recipients; send the rest later"))
@@ -7616,7 +7622,15 @@ class Session:
                 self._port, self.peer, self._hello, self._extended, self._user,
                 self._stream.tls_text,
             )  # fmt: skip
-            envelope, trace = await Reception(self._site, origin, transaction).judge(draft)
+            reception = Reception(self._site, origin, transaction)
+            try:
+                envelope, trace = await reception.judge(draft)
+            except Refused:
+                recipients = ", ".join(
+                    dict.fromkeys(one.original for one in transaction.addressees)
+                )
+                self._about = f" from=<{transaction.sender}> to={recipients}{reception.results}"
+                raise
             transaction.draft = None  # from here on the queue answers for it
             try:
                 await self._site.queue.accept(draft, envelope, trace)
@@ -7980,12 +7994,21 @@ class Daemon:
             record.warning("daemon", text)
         else:
             record.info("daemon", f"certificates: {', '.join(certificates.names)}")
-        domains = ", ".join(sorted(domain_directories(config.config_dir)))
-        if domains:
-            record.info("daemon", f"domains: {domains}")
+        if self._domains.keys:
+            record.info("daemon", f"domains: {', '.join(sorted(self._domains.keys))}")
+            self._report_keys()
         else:
             top = os.path.join(config.config_dir, "domains")
             record.warning("daemon", f"no domain in {top}: all mail for here is refused")
+
+    def _report_keys(self) -> None:
+        for domain, keys in sorted(self._domains.keys.items()):
+            if keys:
+                selectors = ", ".join(key.selector for key in keys)
+                self.record.info("daemon", f"mail of {domain} is signed with {selectors}")
+            else:
+                text = f"mail of {domain} leaves unsigned: it has no DKIM key; see dkim-keygen"
+                self.record.info("daemon", text)
 
     # --- running ---
 
@@ -8588,7 +8611,10 @@ def _try(arguments: argparse.Namespace) -> int:
         elif result.state == SENT:
             stored.append(result.text.removeprefix("stored as "))
 
-    daemon = Daemon(config, remote=_NowhereCourier(), on_result=show)
+    async def know_nothing(name: str, kind: str) -> Answer:
+        return Answer(False, (), 3600.0)  # so that it works the same without a network
+
+    daemon = Daemon(config, ask=know_nothing, remote=_NowhereCourier(), on_result=show)
     ports = {port: number for port, _, number in daemon.addresses}
     if arguments.once:
         daemon.loop.spawn(_send_once(daemon, place, ports[SUBMISSION_PORT], stored), "try --once")
@@ -8704,6 +8730,7 @@ def _user_add(arguments: argparse.Namespace) -> int:
     config = _load(arguments)
     user, domain = _split_user(arguments.user)
     directory = _domain_directory(config, domain)
+    is_new = not os.path.isdir(directory)
     users = load_users(directory)
     password: Password = Denied()
     if not arguments.receive_only:
@@ -8711,7 +8738,13 @@ def _user_add(arguments: argparse.Namespace) -> int:
     existed = user in users
     _write_users(directory, {**users, user: password})
     print(f"{user}@{domain} {'has a new password' if existed else 'is added'}")
+    _tell_of_new_domain(domain, is_new)
     return 0
+
+
+def _tell_of_new_domain(domain: str, is_new: bool) -> None:
+    if is_new:
+        print(f"{domain} is now a domain of this server: all its mail is taken to be for here")
 
 
 def _user_remove(arguments: argparse.Namespace) -> int:
@@ -8745,7 +8778,9 @@ def _check_userdb(arguments: argparse.Namespace) -> int:
     for domain, directory in directories.items():
         users = load_users(directory)
         aliases = load_aliases(directory, domain)
-        print(f"{domain}: {plural(len(users), 'user')}, {len(aliases)} names in aliases")
+        keys = load_dkim_keys(directory, domain)
+        print(f"{domain}: {plural(len(users), 'user')}, {len(aliases)} names in aliases, "
+              f"{plural(len(keys), 'DKIM key')}")  # fmt: skip
     return 0
 
 
@@ -8792,14 +8827,17 @@ def _dkim_keygen(arguments: argparse.Namespace) -> int:
     path = _dkim_path(arguments, config, domain, selector)
     if os.path.exists(path):
         raise ChasquidError(f"{path} exists already; choose another selector, or remove it")
+    is_new = not os.path.isdir(_domain_directory(config, domain))
     key = new_key(arguments.algo)
     try:
         make_directory(os.path.dirname(path), 0o755)
         replace_durably(path, key.to_pem().encode(), 0o600)
     except OSError as error:
         raise ChasquidError(f"{path} cannot be written: {error.strerror}") from error
-    print(f"The key is in {path}. Publish this, then have the server read it (SIGHUP):\n")
+    print(f"The key is in {path}. Publish its record now: a running server signs with the key")
+    print(f"within {duration_text(config.reload_every)}.\n")
     print(_dns_record(load_dkim_key(path, domain, selector)))
+    _tell_of_new_domain(domain, is_new and not arguments.key)
     return 0
 
 
@@ -8884,7 +8922,8 @@ def _with_names(
     """Run something that asks the DNS, or is told what is there by --txt."""
 
     async def tell(name: str, kind: str) -> Answer:
-        return Answer(True, (arguments.txt,), 60.0)
+        strings = re.findall(r'"([^"]*)"', arguments.txt)  # as dkim-dns and zone files have it
+        return Answer(True, ("".join(strings) or arguments.txt,), 60.0)
 
     def on_crash(name: str, error: BaseException) -> None:
         raise error

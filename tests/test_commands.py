@@ -320,7 +320,8 @@ def test_users_are_counted(place: Place) -> None:
     ended = place.run("check-userdb")
     assert ended == (
         0,
-        "here.example: 1 user, 2 names in aliases\nthere.example: 0 users, 0 names in aliases\n",
+        "here.example: 1 user, 2 names in aliases, 0 DKIM keys\n"
+        "there.example: 0 users, 0 names in aliases, 0 DKIM keys\n",
         "",
     )
     assert place.run("check-userdb", "HERE.example").out.startswith("here.example: 1 user")
