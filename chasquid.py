@@ -2263,8 +2263,10 @@ def client_tls_context(verify: bool, authorities: str | None = None) -> ssl.SSLC
 # ======================================================================================
 
 DNS_SECONDS = 15.0  # for one question, over all servers
+_ANSWER_LIMIT = 12 * 1024  # octets; a thousand records take long to parse, and nobody has them
 _QUESTION_SLOTS = 100  # asked at a time; each holds a descriptor
 _CACHE_LIMIT = 10_000  # answers
+_CACHE_OCTETS = 16 * 1024 * 1024
 _TTL_LIMITS = (1.0, 86400.0)
 _FAILURE_SECONDS = 5.0  # a failure is remembered this long; RFC 2308, 7.1 allows 5 minutes
 
@@ -2293,6 +2295,7 @@ class Names:
         self._ask = ask
         self._slots = Slots(loop, _QUESTION_SLOTS)
         self._cache: dict[tuple[str, str], tuple[float, Answer | TemporaryFailure]] = {}
+        self._octets = 0  # in the cache, roughly
         self._under_way: dict[tuple[str, str], Task] = {}
 
     async def query(self, name: str, kind: str) -> Answer:
@@ -2349,8 +2352,8 @@ class Names:
     async def _fetch(self, key: tuple[str, str]) -> Answer | TemporaryFailure:
         result: Answer | TemporaryFailure
         try:
-            with self._loop.deadline(DNS_SECONDS):
-                async with self._slots:
+            async with self._slots:
+                with self._loop.deadline(DNS_SECONDS):
                     result = await self._ask(*key)
             ttl = max(_TTL_LIMITS[0], min(result.ttl, _TTL_LIMITS[1]))
         except TemporaryFailure as error:
@@ -2360,17 +2363,33 @@ class Names:
             result, ttl = TemporaryFailure(text, "4.4.3"), _FAILURE_SECONDS
         finally:
             del self._under_way[key]
-        if len(self._cache) >= _CACHE_LIMIT:
+        self._forget(key)
+        if len(self._cache) >= _CACHE_LIMIT or self._octets >= _CACHE_OCTETS:
             self._shrink()
         self._cache[key] = (self._loop.clock.monotonic() + ttl, result)
+        self._octets += self._size(result)
         return result
 
+    @staticmethod
+    def _size(known: Answer | TemporaryFailure) -> int:
+        records = known.records if isinstance(known, Answer) else ()
+        return 300 + sum(60 + len(record) for record in records)
+
+    def _forget(self, key: tuple[str, str]) -> None:
+        known = self._cache.pop(key, None)
+        if known is not None:
+            self._octets -= self._size(known[1])
+
     def _shrink(self) -> None:
+        """Make room: what has expired goes first, then what was asked for longest ago."""
         now = self._loop.clock.monotonic()
         for key in [key for key, (expires, _) in self._cache.items() if expires <= now]:
-            del self._cache[key]
-        for key in list(self._cache)[: len(self._cache) - _CACHE_LIMIT * 9 // 10]:
-            del self._cache[key]
+            self._forget(key)
+        for key in list(self._cache):
+            fits = self._octets <= _CACHE_OCTETS * 9 // 10
+            if fits and len(self._cache) <= _CACHE_LIMIT * 9 // 10:
+                break
+            self._forget(key)
 
 
 class DnsClient:
@@ -2505,6 +2524,8 @@ def _dns_backend(loop: Loop) -> Any:
             await within(timeout, self._stream.flush())
 
         async def recv(self, size: int, timeout: float | None) -> bytes:
+            if size > _ANSWER_LIMIT:
+                raise OSError(f"the answer is larger than {_ANSWER_LIMIT} octets")
             try:
                 return await within(timeout, self._stream.read_some(size))
             except Disconnected:
@@ -2955,6 +2976,10 @@ _FIELD = re.compile(rb"(?:\A|\r\n)([!-9;-~]+)[ \t]*:")
 _NO_FIELD = re.compile(rb"(?:\A(?=[ \t])|(?:\A|\r\n)(?![ \t]|[!-9;-~]+[ \t]*:|\Z))")
 
 
+_FIELD_LIMIT = 1000  # fields of a header
+_CLAIM_LIMIT = 1000  # octets of Authentication-Results that say whose they are
+
+
 def header_block(data: bytes) -> bytes | None:
     """Return the header block at the start of `data`, its empty line left out.
 
@@ -2981,6 +3006,9 @@ class Field(NamedTuple):
 
 def header_fields(block: bytes) -> list[Field]:
     """Return the fields of a header block. Raises ValueError with a bad line."""
+    lines = block.count(b"\r\n")
+    if lines - block.count(b"\r\n ") - block.count(b"\r\n\t") > _FIELD_LIMIT:
+        raise ValueError(f"more than {_FIELD_LIMIT} fields")
     bad = _NO_FIELD.search(block)
     if bad is not None:
         line = block[bad.end() : bad.end() + 200].partition(b"\r\n")[0]
@@ -3024,34 +3052,53 @@ def without_comments(text: str, quoted: str | None = None) -> str:
 
 _ANGLE_ADDRESS = re.compile(r"[^<>]*<(?:@[^<>:]*:)?[^<>@]+@([^<>@]+)>\s*")
 _BARE_ADDRESS = re.compile(r"[^<>@]+@([^<>@]+)")
-_AFTER_AT = re.compile(r"@([^\s<>@,;:\"()\\]+)")
+_AFTER_AT = re.compile(r"@[\s\"'\[(<]*([\w.-]+)")
+AUTHORS_LIMIT = 10  # domains in From; above, the field is not read to its end
 
 
 def author_domains(value: bytes) -> list[str]:
     """Return the domains of the addresses in a From field, as A-labels, each once.
 
     From a field that is malformed, every domain that a reader might take for one is
-    returned. A domain that is none is left out. (RFC 5322, 3.6.2 and 3.4)
+    returned, but never more than one above AUTHORS_LIMIT. (RFC 5322, 3.6.2 and 3.4)
     """
     text = value.decode("utf-8", "replace")
     try:
-        plain = without_comments(text, quoted="x")
+        plain = without_comments(text, quoted='"')
         parts = re.split(r"[,;]", re.sub(r"(^|[,;])[^<>@,;:]*:", r"\1", plain))
-        found = [_domain_of(part) for part in parts if part.strip()]
+        return _first_domains(_domain_of(part) for part in parts if part.strip())
     except ValueError:
-        found = _AFTER_AT.findall(text)
+        return _first_domains(filter(None, map(_possible_domain, _AFTER_AT.findall(text))))
+
+
+def _first_domains(found: Iterable[str]) -> list[str]:
     domains: dict[str, None] = {}
     for domain in found:
-        with contextlib.suppress(ValueError):
-            domains[domain_to_ascii(re.sub(r"\s+", "", domain).rstrip("."))] = None
+        domains[domain] = None
+        if len(domains) > AUTHORS_LIMIT:
+            break
     return list(domains)
 
 
 def _domain_of(part: str) -> str:
+    """Return the domain of one address. Raises ValueError where it has none that is well-formed."""
     match = _ANGLE_ADDRESS.fullmatch(part) or _BARE_ADDRESS.fullmatch(part)
     if match is None:
         raise ValueError("the address is malformed")
-    return match[1]
+    domain = re.sub(r"\s*\.\s*", ".", match[1].strip())
+    if domain.startswith("[") and domain.endswith("]") and is_ip_address(domain[1:-1]):
+        return domain
+    domain = domain_to_ascii(domain).rstrip(".")
+    if not ASCII_DOMAIN.fullmatch(domain):
+        raise ValueError("the domain is malformed")
+    return domain
+
+
+def _possible_domain(text: str) -> str:
+    with contextlib.suppress(ValueError):
+        domain = domain_to_ascii(text.strip(".-"))
+        return domain if ASCII_DOMAIN.fullmatch(domain) else ""
+    return ""
 
 
 def claims_results_of(field: Field, hostname: str) -> bool:
@@ -3062,13 +3109,15 @@ def claims_results_of(field: Field, hostname: str) -> bool:
     """
     if field.name != "authentication-results":
         return False
+    value = field.value[:_CLAIM_LIMIT].partition(b";")[0]
     try:
-        text = without_comments(field.value.decode("utf-8", "replace"))
-        words = text.partition(";")[0].split()
-        server = domain_to_ascii(words[0].strip('"').rstrip("."))
-    except (ValueError, IndexError):
+        text = without_comments(value.decode("utf-8", "replace")).strip()
+        if text.startswith('"'):
+            text = re.sub(r"\\(.)", r"\1", text[1:])
+        match = re.match(r"[\w.-]+", text)
+        return match is None or domain_to_ascii(match[0].rstrip(".")) == hostname
+    except ValueError:
         return True
-    return server == hostname
 
 
 class BodyHash:
@@ -3229,10 +3278,8 @@ class RsaKey(NamedTuple):
 
     @property
     def public(self) -> bytes:
-        """The SubjectPublicKeyInfo in DER; RFC 5280, 4.1."""
-        algorithm = _der(0x30, _oid(_RSA_OID), _der(0x05))
-        numbers = _der(0x30, _der_integer(self.modulus), _der_integer(self.exponent))
-        return _der(0x30, algorithm, _der(0x03, b"\0", numbers))
+        """The SubjectPublicKeyInfo in DER."""
+        return rsa_public_info(self.modulus, self.exponent)
 
     def to_pem(self) -> str:
         """Return the key as PKCS#8 (RFC 5958)."""
@@ -3340,6 +3387,13 @@ def _parse_rsa_key(data: bytes) -> RsaKey:
     return key
 
 
+def rsa_public_info(modulus: int, exponent: int) -> bytes:
+    """Return the SubjectPublicKeyInfo of an RSA key in DER; RFC 5280, 4.1, RFC 8017, A.1.1."""
+    algorithm = _der(0x30, _oid(_RSA_OID), _der(0x05))
+    numbers = _der(0x30, _der_integer(modulus), _der_integer(exponent))
+    return _der(0x30, algorithm, _der(0x03, b"\0", numbers))
+
+
 def rsa_public_numbers(data: bytes) -> tuple[int, int]:
     """Return modulus and exponent of a SubjectPublicKeyInfo or RSAPublicKey in DER.
 
@@ -3351,6 +3405,8 @@ def rsa_public_numbers(data: bytes) -> tuple[int, int]:
     if [tag for tag, _ in parts] != [0x02, 0x02]:
         raise ValueError("the public key is no RSA key in DER")
     modulus, exponent = (_integer(content) for _, content in parts)
+    if modulus < 0:
+        raise ValueError("the modulus of the RSA key is negative")
     if not _RSA_LIMITS[0] <= modulus.bit_length() <= _RSA_LIMITS[1]:
         raise ValueError(f"an RSA key of {modulus.bit_length()} bits is not acceptable")
     if not 2 < exponent < 1 << 32 or exponent % 2 == 0:
@@ -3711,6 +3767,8 @@ def _add(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
 
 _SPF_SECONDS = 20.0  # RFC 7208, 4.6.4
 _SPF_ROUNDS = 64
+_SPF_RECORDS = 50  # addresses of a name; each takes time to compare
+_SPF_AT_A_TIME = 4  # questions of one session that are asked at once
 _SPF_ADDRESSES = 10  # of mail exchangers, or of names of an address; RFC 7208, 4.6.4
 _DKIM_SECONDS = 20.0
 _DMARC_SECONDS = 20.0
@@ -3720,7 +3778,6 @@ _SIGNATURE_COUNT_LIMIT = 5  # signatures of a message that are looked at
 _SIGNATURE_SIZE_LIMIT = 16 * 1024  # octets of one signature field
 _SIGNED_NAMES_LIMIT = 200  # names in h=
 _CLOCK_SLOP = 300.0  # seconds by which clocks may differ
-_AUTHORS_LIMIT = 10  # domains in From that are judged
 _DMARC_WALK = 8  # names asked on the way up; RFC 9989
 
 
@@ -3816,6 +3873,8 @@ def _spf_query() -> Any:
                 pairs = (record.partition(" ") for record in answer.records)
                 return [(int(preference), host) for preference, _, host in pairs]
             if key[1] != "TXT":
+                if len(answer.records) > _SPF_RECORDS:
+                    raise spf.PermError(f"{key[0]} has more than {_SPF_RECORDS} addresses")
                 return list(answer.records)
             texts = [record.encode("latin-1") for record in answer.records]
             if any(len(text) > _TXT_LIMIT and spf.RE_SPF.match(text) for text in texts):
@@ -3848,8 +3907,9 @@ async def check_spf(names: Names, loop: Loop, ip: str, sender: str, hello: str, 
             await _fetch(names, loop, [(domain, "TXT")], False, answers)
             if not _has_spf(answers[domain, "TXT"]):
                 return Spf("none", identity, domain)
+            make_query = await _load_library(loop, _spf_query)
             for _ in range(_SPF_ROUNDS):
-                query = _spf_query()(ip, f"{local}@{domain}", hello, host, answers, validated)
+                query = make_query(ip, f"{local}@{domain}", hello, host, answers, validated)
                 result, explanation = _run_spf(query)
                 if not query.missing:
                     return Spf(result, identity, domain, explanation)
@@ -3893,9 +3953,15 @@ async def _fetch(
             hosts = {record.split(" ")[-1].rstrip(".").lower() for record in answer.records}
             if len(hosts) <= _SPF_ADDRESSES:
                 wanted = {(host, "AAAA" if six else "A") for host in hosts if host}
-                await together(loop, [get(*key) for key in wanted - answers.keys()])
+                await ask(wanted - answers.keys())
 
-    await together(loop, [get(*key) for key in keys])
+    async def ask(keys: Iterable[tuple[str, str]]) -> None:
+        left = list(keys)
+        while left:
+            await together(loop, [get(*key) for key in left[:_SPF_AT_A_TIME]])
+            del left[:_SPF_AT_A_TIME]
+
+    await ask(keys)
 
 
 def received_spf(spf: Spf, ip: str, sender: str, hello: str, host: str) -> bytes:
@@ -3950,6 +4016,13 @@ _CANONICAL_FORMS = {
 }  # fmt: skip
 
 
+async def _load_library(loop: Loop, library: functools._lru_cache_wrapper[Any]) -> Any:
+    """Import a library in a worker thread, the first time: it takes a while."""
+    if not library.cache_info().currsize:
+        await loop.work(library)
+    return library()
+
+
 @functools.cache
 def _dkim() -> Any:
     """Return dkimpy, with our Ed25519 in the place of PyNaCl."""
@@ -4000,6 +4073,8 @@ async def verify_signatures(
             results[place] = results[place]._replace(result=refused.result, reason=str(refused))
 
     results += [Signature("neutral")] * min(len(found), _SIGNATURE_COUNT_LIMIT)
+    if found:
+        await _load_library(loop, _dkim)
     try:
         with loop.deadline(_DKIM_SECONDS):
             await together(loop, [prepare(n, found[n]) for n in range(len(results))])
@@ -4010,7 +4085,7 @@ async def verify_signatures(
             for n, one in enumerate(results)
         ]
     if claims:
-        checked = await loop.work(lambda: _check_claims(list(claims.values()), fields, body()))
+        checked = await loop.work(lambda: _check_claims(list(claims.values()), fields, body(), now))
         for place, signature in zip(claims, checked, strict=True):
             results[place] = signature
     return results
@@ -4061,7 +4136,7 @@ def _check_claim(claim: _Claim) -> None:
 
 
 def _check_times(tags: Mapping[bytes, bytes], now: float) -> None:
-    """RFC 6376, 3.5; a signature from the future may mean that our own clock is behind."""
+    """RFC 6376, 3.5. Raises _Unacceptable."""
     times = {}
     for tag in (b"t", b"x"):
         text = tags.get(tag, b"")
@@ -4072,8 +4147,6 @@ def _check_times(tags: Mapping[bytes, bytes], now: float) -> None:
         raise _Unacceptable("neutral", "x= is before t=")
     if times[b"x"] and now > times[b"x"] + _CLOCK_SLOP:
         raise _Unacceptable("policy", "the signature has expired")
-    if times[b"t"] > now + _CLOCK_SLOP:
-        raise _Unacceptable("temperror", "the signature is from the future")
 
 
 async def _key_record(names: Names, claim: _Claim) -> bytes:
@@ -4101,7 +4174,8 @@ def _key_of_record(record: str, tags: Mapping[bytes, bytes]) -> bytes:
     if len(record) > _TXT_LIMIT:
         raise _Unacceptable("permerror", f"the key record is longer than {_TXT_LIMIT} octets")
     try:
-        raw = _dkim().util.parse_tag_value(record.encode("latin-1"))
+        text = ";".join(filter(str.strip, record.split(";")))  # empty tags do no harm
+        raw = _dkim().util.parse_tag_value(text.encode("latin-1"))
     except Exception:
         raise _Unacceptable("permerror", "the key record is malformed") from None
     key = {name: re.sub(rb"\s+", b"", value) for name, value in raw.items()}
@@ -4123,8 +4197,8 @@ def _key_of_record(record: str, tags: Mapping[bytes, bytes]) -> bytes:
         raise _Unacceptable("neutral", "the key is only being tested")
     try:
         decoded = base64.b64decode(public, validate=True)
-        if kind == b"rsa":
-            rsa_public_numbers(decoded)
+        if kind == b"rsa":  # said anew, so that dkimpy cannot read another key in it
+            public = base64.b64encode(rsa_public_info(*rsa_public_numbers(decoded)))
     except (ValueError, IndexError) as error:
         raise _Unacceptable("policy", f"the key cannot be used: {error}") from None
     return b"v=DKIM1; k=" + kind + b"; p=" + public
@@ -4132,6 +4206,7 @@ def _key_of_record(record: str, tags: Mapping[bytes, bytes]) -> bytes:
 
 def _check_claims(
     claims: Sequence[tuple[_Claim, bytes]], fields: Sequence[Field], body: Iterable[bytes],
+    now: float,
 ) -> list[Signature]:  # fmt: skip
     """Hash the body once for all signatures, then check each. Computes; for a worker."""
     hashes = {relaxed: BodyHash(relaxed) for relaxed in {one.relaxed_body for one, _ in claims}}
@@ -4144,8 +4219,12 @@ def _check_claims(
         digest, length = digests[claim.relaxed_body]
         try:
             _check_body(claim, digest, length)
-            valid = _is_valid(claim, record, fields)
-            outcome = ("pass", "") if valid else ("fail", "the signature does not fit")
+            if not _is_valid(claim, record, fields):
+                raise _Unacceptable("fail", "the signature does not fit")
+            outcome = ("pass", "")
+            if int(claim.tags.get(b"t", b"0")) > now + _CLOCK_SLOP:
+                # whoever has the key signed it, so it may be our clock that is wrong
+                outcome = ("temperror", "the signature is from the future")
         except _Unacceptable as refused:
             outcome = (refused.result, str(refused))
         except Exception:  # dkimpy lets slip several kinds that it does not mean to
@@ -4361,15 +4440,22 @@ async def check_dmarc(
     """
     if not authors:
         return Dmarc("none")
-    results = []
-    try:
-        with loop.deadline(_DMARC_SECONDS):
-            for author in authors[:_AUTHORS_LIMIT]:
+    results: list[Dmarc] = []
+
+    async def judge(author: str) -> None:
+        try:
+            with loop.deadline(_DMARC_SECONDS):
                 results.append(await _check_author(names, author, spf, signatures))
-    except (TemporaryFailure, Expired):
-        results.append(Dmarc("temperror", authors[len(results)]))
-    order = ("none", "quarantine", "reject")
-    return max(results, key=lambda one: (one.result == "fail", order.index(one.policy)))
+        except (TemporaryFailure, Expired):
+            results.append(Dmarc("temperror", author))
+
+    await together(loop, [judge(author) for author in authors])
+    return max(results, key=_severity)
+
+
+def _severity(dmarc: Dmarc) -> tuple[int, int]:
+    results, policies = ("pass", "none", "temperror", "fail"), ("none", "quarantine", "reject")
+    return results.index(dmarc.result), policies.index(dmarc.policy)
 
 
 async def _check_author(
@@ -4389,18 +4475,21 @@ async def _check_author(
     ]:
         if result not in ("pass", "temperror"):
             continue
-        if domain == author or (
-            mode != "s" and await _same_organisation(names, top, author, domain)
-        ):
-            if result == "pass":
-                return Dmarc("pass", author, policy)
-            doubtful = True
+        try:
+            aligned = domain == author or (
+                mode != "s" and await _same_organisation(names, top, domain)
+            )
+        except TemporaryFailure:
+            aligned, result = True, "temperror"
+        if aligned and result == "pass":
+            return Dmarc("pass", author, policy)
+        doubtful = doubtful or aligned
     return Dmarc("temperror" if doubtful else "fail", author, policy)
 
 
-async def _same_organisation(names: Names, top: str, author: str, domain: str) -> bool:
-    if domain.rpartition(".")[2] != author.rpartition(".")[2]:
-        return False  # not even the last label is the same: no walk is needed
+async def _same_organisation(names: Names, top: str, domain: str) -> bool:
+    if domain != top and not domain.endswith(f".{top}"):
+        return False  # whatever a walk from there would find, or fail at
     return _organisational_domain(domain, await _walk(names, domain)) == top
 
 
@@ -4409,18 +4498,10 @@ async def _policy(names: Names, author: str, own: bool, record: _DmarcRecord) ->
     policy = record["p"]
     if not own:
         subdomains = record.get("sp", policy)
-        if record.get("np", subdomains) == subdomains or await _has_records(names, author):
-            policy = subdomains
-        else:
-            policy = record["np"]
+        absent = record.get("np", subdomains)
+        exists = absent == subdomains or (await names.query(author, "A")).exists
+        policy = subdomains if exists else absent
     return _DMARC_STEPS[policy] if record.get("t") == "y" else policy
-
-
-async def _has_records(names: Names, domain: str) -> bool:
-    for kind in ("A", "MX", "AAAA"):
-        if (await names.query(domain, kind)).records:
-            return True
-    return False
 
 
 async def _walk(names: Names, domain: str) -> list[tuple[str, _DmarcRecord]]:
@@ -4492,7 +4573,7 @@ def authentication_results(
     text = f"dmarc={dmarc.result}"
     if dmarc.result not in ("none", "permerror"):
         text += f" (p={dmarc.policy})"
-    parts.append(text + (f" header.from={dmarc.domain}" if dmarc.domain else ""))
+    parts.append(text + (f" header.from={_value(dmarc.domain)}" if dmarc.domain else ""))
     return fold("Authentication-Results", f"{host};", *(f"{one};" for one in parts[:-1]), parts[-1])
 
 
@@ -4536,7 +4617,9 @@ def _comment(text: str) -> str:
 PLAIN, TLS_CLIENT, TLS_INSECURE, TLS_SECURE = LEVELS = (
     "PLAIN", "TLS_CLIENT", "TLS_INSECURE", "TLS_SECURE",
 )  # fmt: skip
+_LONG_NAME = 80  # characters of a domain; in a file's name each may take nine
 _DOMAIN_INFO_LIMIT = 10_000  # domains kept in memory
+_TLSA_LIMIT = 20  # records of one host that are looked at
 _STS_SECONDS = 60.0  # RFC 8461, 3.3
 _STS_SIZE_LIMIT = 10 * 1024  # octets of a policy
 _HTTP_HEADER_LIMIT = 32 * 1024
@@ -4563,13 +4646,16 @@ class SecurityLevels:
         self._known: dict[str, DomainInfo] = {}
 
     async def accepts(self, domain: str, tls: bool) -> bool:
-        """Tell whether mail from `domain` may come in with or without `tls`; remember TLS."""
+        """Tell whether mail from `domain` may come in with or without `tls`."""
+        return tls or (await self.of(domain)).incoming == PLAIN
+
+    async def saw_incoming(self, domain: str, tls: bool) -> None:
+        """Remember that a message of `domain`, with an SPF pass, came in so."""
         level = TLS_CLIENT if tls else PLAIN
         info = await self.of(domain)
         self._record.count("security levels", "in", level)
         if LEVELS.index(level) > LEVELS.index(info.incoming):
             await self._keep(domain, info._replace(incoming=level))
-        return LEVELS.index(level) >= LEVELS.index(info.incoming)
 
     async def saw_outgoing(self, domain: str, level: str) -> None:
         """Remember that a server of `domain` has offered `level`."""
@@ -4624,6 +4710,8 @@ class SecurityLevels:
 
 def domain_info_path(directory: str, domain: str) -> str:
     """Return the file of `domain`: "s:" and the name, escaped as in a URL's query."""
+    if len(domain) > _LONG_NAME:
+        domain = domain_to_ascii(domain)  # escaped, it would be too long for a file's name
     escaped = re.sub(rb"[^A-Za-z0-9_.~-]", lambda match: b"%%%02X" % match[0][0], domain.encode())
     return os.path.join(directory, f"s:{escaped.decode('ascii')}")
 
@@ -4957,7 +5045,7 @@ class TlsPolicies:
         signed = mx_authentic and await self._is_signed(host)
         if signed:
             tlsa = await self._tlsa(host, port)
-            usable = tuple(filter(None, map(parse_tlsa, tlsa)))
+            usable = tuple(filter(None, map(parse_tlsa, tlsa)))[:_TLSA_LIMIT]
             if usable:
                 return Demand(TLS_SECURE, usable, "DANE", vouched=True)
             if tlsa:  # RFC 7672, 2.2: records that cannot be used still promise TLS
@@ -5501,6 +5589,8 @@ _FINAL_SECONDS = 10 * 60.0
 _TLS_SECONDS = 60.0
 _ATTEMPT_SECONDS = 60 * 60.0  # for all of it, or a server that drips holds a slot for ever
 _REPLY_LINES_LIMIT = 100
+_CHAIN_LIMIT = 10  # certificates that a server shows
+_ANCHOR_LIMIT = 2  # of them that are tried as the authority that DANE names
 _ADDRESS_COUNT_LIMIT = 4  # addresses of one host that are tried in one attempt
 
 
@@ -5602,9 +5692,9 @@ class Client:
             parts.append(f"SIZE={len(shipment.message.prefix) + shipment.message.size}")
         if shipment.eight_bit and "8BITMIME" in self.extensions:
             parts.append("BODY=8BITMIME")
-        if shipment.smtputf8:
+        if shipment.smtputf8 and "SMTPUTF8" in self.extensions:
             parts.append("SMTPUTF8")
-        if shipment.require_tls:
+        if shipment.require_tls and "REQUIRETLS" in self.extensions:
             parts.append("REQUIRETLS")
         return " ".join(parts)
 
@@ -5912,7 +6002,8 @@ class SmtpCourier:
         Raises as `Client` does, and TemporaryFailure where that is not enough.
         """
         if server.demand.tlsa:
-            return await self._open_with_dane(server), TLS_SECURE
+            # to be held to a certificate that others would call valid, it must show one
+            return await self._open_with_dane(server), TLS_INSECURE
         failure = TLSFailed("")
         for verify, level in ((True, TLS_SECURE), (False, TLS_INSECURE)):
             if not server.demand.allows(level):
@@ -5959,17 +6050,24 @@ class SmtpCourier:
         failure = await self._try_tls(client, self._context(False), server)
         if failure is not None:
             raise self._too_little(server, str(failure))
-        chain, tlsa = client.certificates, server.demand.tlsa
+        chain, tlsa = client.certificates[:_CHAIN_LIMIT], server.demand.tlsa
         if any(one.usage == 3 and one.matches(chain[0]) for one in tlsa):
             return client
         client.close()
         failure = TLSFailed("the certificate matches no TLSA record")
-        for authority in chain:
-            if any(one.usage == 2 and one.matches(authority) for one in tlsa):
-                client = await self._greet_for_dane(server)
-                failure = await self._try_tls(client, anchored_tls_context(authority), server)
-                if failure is None:
-                    return client
+        anchors = [
+            one for one in chain if any(tlsa.usage == 2 and tlsa.matches(one) for tlsa in tlsa)
+        ]
+        for authority in anchors[:_ANCHOR_LIMIT]:
+            try:
+                context = anchored_tls_context(authority)
+            except (ssl.SSLError, ValueError) as error:
+                failure = TLSFailed(f"its authority's certificate cannot be used: {error}")
+                continue
+            client = await self._greet_for_dane(server)
+            failure = await self._try_tls(client, context, server)
+            if failure is None:
+                return client
         raise self._too_little(server, str(failure))
 
     async def _greet_for_dane(self, server: _Server) -> Client:
@@ -6067,6 +6165,7 @@ _REMOTE_SLOTS = 100  # not hold up mail that is delivered here
 _LOCAL_BACKLOG = 64  # deliveries here that may wait before senders are slowed down,
 _CATCH_UP_SECONDS = 2.0  # at most by this for each message
 _CATCH_UP_STEPS = 100
+_CLAIMS_LIMIT = 100  # fields with results of others that are kept
 _DESTINATION_SLOTS = 5  # attempts at a time for one destination elsewhere
 PENDING = "pending"
 
@@ -6375,8 +6474,10 @@ class Draft:
             fields = header_fields(header)
         except ValueError:
             return header  # it is refused later
-        kept = [one.raw for one in fields if not claims_results_of(one, self._hostname)]
-        return header if len(kept) == len(fields) else b"".join(kept)
+        claims = [one for one in fields if one.name == "authentication-results"]
+        forged = {one for one in claims[:_CLAIMS_LIMIT] if claims_results_of(one, self._hostname)}
+        forged |= set(claims[_CLAIMS_LIMIT:])
+        return b"".join(one.raw for one in fields if one not in forged) if forged else header
 
     async def _spill(self) -> None:
         data = b"".join(self._pieces)
@@ -6919,6 +7020,7 @@ def _returned_content(item: Item, utf8: bool) -> bytes:
 # Where mail goes belongs to ALIASES and COURIERS; what a command looks like, to SMTP.
 # ======================================================================================
 
+_FROM_LIMIT = 8192  # octets of a From field
 _AUTH_SECONDS = 0.5  # a login that fails takes at least this long
 _PASSWORD_SLOTS = 2  # passwords checked at a time; each takes a processor
 _CHALLENGE_LIMIT = 12_288  # octets of an AUTH answer; RFC 4954, 4
@@ -7137,8 +7239,7 @@ class Reception:
     async def _verify(self, draft: Draft, fields: Sequence[Field]) -> tuple[bytes, bool]:
         """Return trace fields, and whether it is junk. Raises Refused."""
         site, spf, sender = self._site, self._transaction.spf, self._transaction.sender
-        authors = [author for one in fields if one.name == "from"
-                   for author in author_domains(one.value)]  # fmt: skip
+        authors = self._authors(fields)
         signatures, dmarc = await self._check_author(draft, fields, authors)
         for signature in signatures:
             site.record.count("dkim", signature.result)
@@ -7151,17 +7252,36 @@ class Reception:
                 text = f"{dmarc.domain} asks to reject mail that cannot be shown to be its own"
                 raise Refused(Reply(550, "5.7.1", f"DMARC: {text}"))
             junk = dmarc.policy == "quarantine"
+        if dmarc.result == "permerror":
+            junk = site.config.dmarc_policy == "enforce"
         trace = authentication_results(site.hostname, spf, sender, signatures, dmarc)
         trace += received_spf(spf, self._origin.peer, sender, self._origin.hello, site.hostname)
         return trace, junk
 
+    @staticmethod
+    def _authors(fields: Sequence[Field]) -> list[str] | None:
+        """Return the domains in From; None where it names none that can be read.
+
+        Raises Refused where there are more than we judge.
+        """
+        found = [field for field in fields if field.name == "from"]
+        if not found:
+            return []
+        too_long = len(found[0].raw) > _FROM_LIMIT
+        authors = [] if too_long else author_domains(found[0].value)
+        if too_long or len(authors) > AUTHORS_LIMIT:
+            raise Refused(Reply(554, "5.6.0", "the From field names too many authors"))
+        return authors or None
+
     async def _check_author(
-        self, draft: Draft, fields: Sequence[Field], authors: Sequence[str]
+        self, draft: Draft, fields: Sequence[Field], authors: Sequence[str] | None
     ) -> tuple[list[Signature], Dmarc]:
         site = self._site
         signatures: list[Signature] = []
         try:
             signatures = await verify_signatures(site.names, site.loop, fields, draft.body)
+            if authors is None:
+                return signatures, Dmarc("permerror")
             dmarc = await check_dmarc(
                 site.names, site.loop, authors, self._transaction.spf, signatures
             )
@@ -7636,6 +7756,9 @@ class Session:
                 await self._site.queue.accept(draft, envelope, trace)
             except QueueFull as error:
                 return Reply(451, error.status, str(error))
+            domain = split_address(transaction.sender)[1]
+            if domain and transaction.spf.result == "pass":
+                await self._site.levels.saw_incoming(domain, self._stream.tls is not None)
             return Reply(250, "2.0.0", f"accepted as {draft.id}")
         finally:
             self._reset()
@@ -7872,6 +7995,8 @@ class Daemon:
         self._signature = file_signature(config.config_dir)
         client = DnsClient(loop, config.dns_server, config.dns_trust_ad)
         self._names = Names(loop, ask or client.ask)
+        # strangers' questions must not keep our own mail waiting
+        self._names_out = Names(loop, ask or client.ask)
         self._signer = Signer(loop, self.record, self._domains.keys)
         self.levels = SecurityLevels(
             loop, self.record, os.path.join(config.data_dir, DOMAIN_INFO_DIRECTORY)
@@ -7950,7 +8075,7 @@ class Daemon:
                 programs, config.mail_delivery_agent_bin, config.mail_delivery_agent_args
             )
         if config.lmtp_address:
-            return LmtpCourier(self.loop, self._names, config.lmtp_address, self._hostname)
+            return LmtpCourier(self.loop, self._names_out, config.lmtp_address, self._hostname)
         return MaildirCourier(
             self.loop, Disk(self.loop), config.maildir, config.data_dir, config.hostname,
             lambda user, domain: self._domains.accounts.exists(user, domain),
@@ -7958,17 +8083,17 @@ class Daemon:
 
     def _smtp_courier(self, random: Callable[[], float]) -> Courier:
         config = self.config
-        policies = TlsPolicies(self._names, self.levels, self._sts)
+        policies = TlsPolicies(self._names_out, self.levels, self._sts)
         return SmtpCourier(
-            self.loop, self._names, self.record, policies, self._hostname,
+            self.loop, self._names_out, self.record, policies, self._hostname,
             config.outgoing_smtp_port, random,
         )  # fmt: skip
 
     def _sts_policies(self, fetch: FetchPolicy | None) -> StsPolicies:
         context = functools.cache(lambda: client_tls_context(verify=True))
-        fetch = fetch or HttpsPolicies(self.loop, self._names, context).fetch
+        fetch = fetch or HttpsPolicies(self.loop, self._names_out, context).fetch
         directory = os.path.join(self.config.data_dir, "sts-cache")
-        return StsPolicies(self.loop, self.record, self._names, fetch, directory)
+        return StsPolicies(self.loop, self.record, self._names_out, fetch, directory)
 
     async def _sign_notification(self, header: bytes, body: Callable[[], Iterable[bytes]]) -> bytes:
         """Sign with the keys of our host; better unsigned than never."""
