@@ -6051,12 +6051,12 @@ class SmtpCourier:
         if failure is not None:
             raise self._too_little(server, str(failure))
         chain, tlsa = client.certificates[:_CHAIN_LIMIT], server.demand.tlsa
-        if any(one.usage == 3 and one.matches(chain[0]) for one in tlsa):
+        if any(one.usage == 3 and one.matches(own) for one in tlsa for own in chain[:1]):
             return client
         client.close()
         failure = TLSFailed("the certificate matches no TLSA record")
         anchors = [
-            one for one in chain if any(tlsa.usage == 2 and tlsa.matches(one) for tlsa in tlsa)
+            shown for shown in chain if any(one.usage == 2 and one.matches(shown) for one in tlsa)
         ]
         for authority in anchors[:_ANCHOR_LIMIT]:
             try:

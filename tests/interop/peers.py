@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pwd
 import shutil
@@ -12,6 +13,7 @@ import socket
 import socketserver
 import subprocess
 import threading
+import urllib.request
 from collections.abc import Iterable, Mapping
 from email.message import EmailMessage
 from pathlib import Path
@@ -223,9 +225,9 @@ class _UdpQuestion(socketserver.BaseRequestHandler):
 
 class _TcpQuestion(socketserver.StreamRequestHandler):
     def handle(self) -> None:
-        size = int.from_bytes(self.rfile.read(2), "big")
-        answer = self.server.answer(self.rfile.read(size), 65535)
-        self.wfile.write(len(answer).to_bytes(2, "big") + answer)
+        while size := int.from_bytes(self.rfile.read(2), "big"):
+            answer = self.server.answer(self.rfile.read(size), 65535)
+            self.wfile.write(len(answer).to_bytes(2, "big") + answer)
 
 
 class Postfix(MailboxPeer):
@@ -311,6 +313,13 @@ class Postfix(MailboxPeer):
             if self._process is not None:
                 self._process.wait(10)
         super().stop()
+
+    def change(self, **settings: object) -> None:
+        """Start again with other settings in main.cf."""
+        self.stop()
+        with (self.config / "main.cf").open("a") as file:
+            file.writelines(f"{key} = {value}\n" for key, value in settings.items())
+        self.start()
 
     def send(self, sender: str, recipients: Iterable[str], message: EmailMessage) -> None:
         """Hand in a message with Postfix's own sendmail."""
@@ -582,6 +591,255 @@ class SmtpSink(Peer):
         what = f"{count} message(s) in smtp-sink"
         wait_for(what, lambda: len(self.letters()) >= count, seconds)
         return self.letters()
+
+
+class OpenDkim(Peer):
+    """opendkim as a milter for Postfix: `start(Postfix, settings=opendkim.for_postfix)`.
+
+    It verifies what comes in, and says so under the name `authserv`; with `settings`
+    such as KeyFile it may sign instead. Keys are what `names` knows.
+    """
+
+    authserv = "opendkim.example"
+
+    def __init__(
+        self, directory: Path, names: NameServer, settings: Mapping[str, object] | None = None
+    ) -> None:
+        super().__init__(directory)
+        self._opendkim = program("opendkim")
+        self.port = free_port()
+        self.config = directory / "opendkim.conf"
+        (directory / "resolver.conf").write_text(_OPENDKIM_RESOLVER.format(port=names.port))
+        lines = {
+            "Socket": f"inet:{self.port}@{LOOPBACK}",
+            "Mode": "v",
+            "AuthservID": self.authserv,
+            "AlwaysAddARHeader": "yes",
+            "ResolverConfiguration": directory / "resolver.conf",
+            "InternalHosts": "192.0.2.1",  # whose mail it would not verify
+            "TemporaryDirectory": directory,
+            "RequireSafeKeys": "no",
+            "Syslog": "no",
+            **(settings or {}),
+        }
+        self.config.write_text("".join(f"{key} {value}\n" for key, value in lines.items()))
+
+    def start(self) -> None:
+        self._run([self._opendkim, "-f", "-x", self.config], self.port)
+
+    def stop(self) -> None:
+        """End it at once: on a polite request it thinks for five seconds."""
+        if self._process is not None:
+            self._process.kill()
+        super().stop()
+
+    @property
+    def for_postfix(self) -> dict[str, object]:
+        """Return what a Postfix needs in main.cf to ask this milter for all its mail."""
+        milter = f"inet:{LOOPBACK}:{self.port}"
+        return {
+            "smtpd_milters": milter,
+            "non_smtpd_milters": milter,
+            "milter_default_action": "tempfail",
+        }
+
+
+_OPENDKIM_RESOLVER = """\
+server:
+  module-config: "iterator"
+  do-not-query-localhost: no
+forward-zone:
+  name: "."
+  forward-addr: 127.0.0.1@{port}
+"""
+
+
+class Rspamd(Peer):
+    """rspamd with nothing but its check of DKIM signatures; keys are what `names` knows."""
+
+    user = "_rspamd"
+
+    def __init__(self, directory: Path, names: NameServer) -> None:
+        need_root()
+        super().__init__(directory)
+        self._rspamd = program("rspamd")
+        self.port = free_port()
+        self._config = directory / "rspamd.conf"
+        self._config.write_text(
+            _RSPAMD_CONF.format(directory=directory, port=self.port, names=names)
+        )
+        (directory / "rspamd.lua").touch()
+        (directory / "suffixes").write_text("example\n")  # the real list takes seconds to load
+        shutil.chown(directory, self.user, self.user)
+
+    def start(self) -> None:
+        user = ["-u", self.user, "-g", self.user]
+        self._run([self._rspamd, "-f", *user, "-c", self._config], self.port)
+
+    def check(self, message: bytes) -> dict[str, list[str]]:
+        """Return rspamd's symbols for a message, such as R_DKIM_ALLOW, each with its options."""
+        url = f"http://{LOOPBACK}:{self.port}/checkv2"
+        with urllib.request.urlopen(url, message, timeout=20) as response:
+            symbols = json.load(response)["symbols"]
+        return {name: symbol.get("options", []) for name, symbol in symbols.items()}
+
+
+_RSPAMD_CONF = """\
+options {{
+  filters = "dkim";
+  local_addrs = [];
+  pidfile = "{directory}/rspamd.pid";
+  control_socket = "{directory}/control mode=0600";
+  tempdir = "{directory}";
+  hs_cache_dir = "{directory}";
+  url_tld = "{directory}/suffixes";
+  lua = "{directory}/rspamd.lua";
+  dns {{
+    nameserver = "{names.address}";
+    timeout = 5s;
+  }}
+}}
+logging {{
+  type = "console";
+  color = false;
+}}
+worker "normal" {{
+  bind_socket = "127.0.0.1:{port}";
+  count = 1;
+}}
+dkim {{
+  check_local = true;
+}}
+"""
+
+
+class Nsd(Peer):
+    """NSD, which serves zones that ldns-signzone has signed.
+
+    `zones` has for the name of each zone its records as in a zone file; SOA and NS are
+    added. A zone in `unsigned` is served as it is, and its parent says so; the signatures
+    of a zone in `expired` were good once. `anchors` is a file with the key of the topmost
+    zones, those whose parent is not served here.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        zones: Mapping[str, str],
+        *,
+        unsigned: Iterable[str] = (),
+        expired: Iterable[str] = (),
+    ) -> None:
+        super().__init__(directory)
+        self._nsd = program("nsd")
+        self.port = free_port()
+        self.zones = list(zones)
+        self.anchors = directory / "anchors"
+        self.anchors.touch()
+        records = dict(zones)
+        files = {}
+        for zone in sorted(zones, key=lambda name: -name.count(".")):  # children first
+            above = (zone.split(".", count)[-1] for count in range(1, zone.count(".") + 1))
+            parent = next((name for name in above if name in zones), None)
+            delegation = f"{zone}. NS ns.{zone}.\n"
+            files[zone] = path = directory / f"{zone}.zone"
+            path.write_text(_ZONE.format(zone=zone) + records[zone])
+            if zone not in unsigned:
+                key = self._sign(zone, path, zone in expired)
+                files[zone] = directory / f"{zone}.zone.signed"
+                if parent is not None:
+                    delegation += key.with_suffix(".ds").read_text()
+                else:
+                    with self.anchors.open("a") as anchors:
+                        anchors.write(key.with_suffix(".key").read_text())
+            if parent is not None:
+                records[parent] += delegation + f"ns.{zone}. A 127.0.0.1\n"
+        conf = _NSD_CONF.format(directory=directory, port=self.port)
+        for zone, path in files.items():
+            conf += f'zone:\n  name: "{zone}"\n  zonefile: "{path}"\n'
+        (directory / "nsd.conf").write_text(conf)
+
+    def _sign(self, zone: str, path: Path, expired: bool) -> Path:
+        """Sign a zone file, and return the file of the public key."""
+        keys = self.directory / "keys" / zone
+        keys.mkdir(parents=True)
+        make = [program("ldns-keygen"), "-k", "-a", "ECDSAP256SHA256", "-r", "/dev/urandom", zone]
+        subprocess.run(make, cwd=keys, check=True, capture_output=True)
+        [key] = keys.glob("*.key")
+        times = ["-i", "20200101", "-e", "20200201"] if expired else []
+        run(program("ldns-signzone"), *times, "-o", f"{zone}.", str(path), str(key)[:-4])
+        return key
+
+    def start(self) -> None:
+        self._run([self._nsd, "-d", "-c", self.directory / "nsd.conf"], self.port)
+
+
+_ZONE = """\
+$TTL 60
+$ORIGIN {zone}.
+@ SOA ns postmaster 1 3600 600 86400 60
+@ NS ns
+ns A 127.0.0.1
+"""
+
+_NSD_CONF = """\
+server:
+  ip-address: 127.0.0.1@{port}
+  port: {port}
+  username: ""
+  chroot: ""
+  server-count: 1
+  zonesdir: "{directory}"
+  database: ""
+  pidfile: "{directory}/nsd.pid"
+  xfrdfile: "{directory}/xfrd.state"
+  xfrdir: "{directory}"
+  zonelistfile: "{directory}/zone.list"
+  cookie-secret-file: "{directory}/cookies"
+remote-control:
+  control-enable: no
+"""
+
+
+class Unbound(Peer):
+    """Unbound, which validates what `nsd` has signed; all other names it asks of `names`."""
+
+    def __init__(self, directory: Path, nsd: Nsd, names: NameServer) -> None:
+        super().__init__(directory)
+        self._unbound = program("unbound")
+        self.port = free_port()
+        self.address = f"{LOOPBACK}:{self.port}"
+        conf = _UNBOUND_CONF.format(directory=directory, port=self.port, nsd=nsd, names=names)
+        for zone in nsd.zones:
+            conf += f'stub-zone:\n  name: "{zone}"\n  stub-addr: 127.0.0.1@{nsd.port}\n'
+        (directory / "unbound.conf").write_text(conf)
+
+    def start(self) -> None:
+        self._run([self._unbound, "-d", "-p", "-c", self.directory / "unbound.conf"], self.port)
+
+
+_UNBOUND_CONF = """\
+server:
+  interface: 127.0.0.1@{port}
+  port: {port}
+  do-ip6: no
+  username: ""
+  chroot: ""
+  directory: "{directory}"
+  use-syslog: no
+  verbosity: 1
+  val-log-level: 2
+  num-threads: 1
+  so-reuseport: no
+  module-config: "validator iterator"
+  trust-anchor-file: "{nsd.anchors}"
+  do-not-query-localhost: no
+remote-control:
+  control-enable: no
+forward-zone:
+  name: "."
+  forward-addr: 127.0.0.1@{names.port}
+"""
 
 
 def unix_socket_accepts(path: Path) -> bool:
