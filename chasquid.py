@@ -3114,7 +3114,7 @@ def claims_results_of(field: Field, hostname: str) -> bool:
         text = without_comments(value.decode("utf-8", "replace")).strip()
         if text.startswith('"'):
             text = re.sub(r"\\(.)", r"\1", text[1:])
-        match = re.match(r"[\w.-]+", text)
+        match = re.match(r"[\w.-]+", re.sub(r"\s*\.\s*", ".", text))
         return match is None or domain_to_ascii(match[0].rstrip(".")) == hostname
     except ValueError:
         return True
@@ -3774,6 +3774,10 @@ _DKIM_SECONDS = 20.0
 _DMARC_SECONDS = 20.0
 _TXT_LIMIT = 4096  # octets of a record
 _EXPLANATION_LIMIT = 200
+_SPF_TERM_LIMIT = 256  # octets; pyspf's patterns take time by the square of it
+_SPF_MACRO_LIMIT = 200  # macros in one term or one explanation
+_SPF_TOTAL_LIMIT = 16 * 1024  # octets of all the records of one check
+_NAME_LIMIT = 253  # octets; RFC 1035, 2.3.4
 _SIGNATURE_COUNT_LIMIT = 5  # signatures of a message that are looked at
 _SIGNATURE_SIZE_LIMIT = 16 * 1024  # octets of one signature field
 _SIGNED_NAMES_LIMIT = 200  # names in h=
@@ -3826,6 +3830,13 @@ _SPF_VERSION = re.compile(r"v=spf1(?: |$)", re.IGNORECASE)
 _SpfAnswers = dict[tuple[str, str], "Answer | TemporaryFailure"]
 
 
+class _Spec(str):
+    """A macro-string. pyspf searches all of it once for each label, so there is but one."""
+
+    def split(self, *_: Any) -> list[str]:
+        return [self]
+
+
 @functools.cache
 def _spf_query() -> Any:
     """Return pyspf's query, made to look into a table instead of the DNS."""
@@ -3842,17 +3853,40 @@ def _spf_query() -> Any:
             self._answers = answers
             self._validated = validated  # kept from run to run, for it takes the most time
 
-        def validate_mechanism(self, mech: str) -> Any:
-            key = (mech, self.d)
+        def _once(self, key: Any, work: Callable[[], Any]) -> Any:
             if key not in self._validated:
-                self._validated[key] = super().validate_mechanism(mech)
+                self._validated[key] = work()
             return self._validated[key]
+
+        def validate_mechanism(self, mech: str) -> Any:
+            if len(mech) > _SPF_TERM_LIMIT:
+                raise spf.PermError(f"a term is longer than {_SPF_TERM_LIMIT} octets")
+            work = super().validate_mechanism
+            return self._once((mech, self.d), lambda: work(mech))
+
+        def expand_domain(self, arg: str) -> Any:
+            if len(arg) > _SPF_TERM_LIMIT:
+                raise spf.PermError(f"a name is longer than {_SPF_TERM_LIMIT} octets")
+            return super().expand_domain(arg)
+
+        def expand(self, s: str, stripdot: bool = True) -> Any:
+            if s.count("%") > _SPF_MACRO_LIMIT:
+                raise spf.PermError(f"a text has more than {_SPF_MACRO_LIMIT} macros")
+            work = super().expand
+            return self._once((s, stripdot, self.d), lambda: work(_Spec(s), stripdot))
+
+        def cidrmatch(self, ipaddrs: Any, n: int) -> Any:
+            work = super().cidrmatch
+            return self._once((tuple(ipaddrs), n), lambda: work(ipaddrs, n))
 
         def dns(self, name: Any, qtype: str, cnames: Any = None, ignore_void: bool = False) -> Any:
             """Count void look-ups as pyspf does; aliases are followed by the resolver."""
             key = (str(name).lower().removesuffix("."), qtype)
-            if not all(0 < len(label) < 64 for label in key[0].split(".")):
+            labels = key[0].split(".")
+            if len(key[0]) > _NAME_LIMIT or not all(0 < len(label) < 64 for label in labels):
                 return []
+            if not key[0].isascii():
+                return []  # RFC 8616, 4: does not match
             values = self._values(key)
             if not values and not ignore_void:
                 self.void_lookups += 1
@@ -3860,9 +3894,21 @@ def _spf_query() -> Any:
                     raise spf.PermError("more names without records than are allowed")
             return values
 
+        def validated_ptrs(self) -> list[str]:
+            """RFC 7208, 5.5: without an answer nothing matches, or a name is skipped."""
+            try:
+                names = self.dns_ptr(self.i)
+            except spf.TempError:
+                return []
+            return [name for name in names[:_SPF_ADDRESSES] if self._is_name_of_client(name)]
+
+        def _is_name_of_client(self, name: str) -> bool:
+            try:
+                return bool(self.cidrmatch(self.dns_a(name, self.A), self.cidrmax))
+            except spf.TempError:
+                return False
+
         def _values(self, key: tuple[str, str]) -> list[Any]:
-            if not key[0].isascii():
-                return []  # RFC 8616, 4: does not match
             if key not in self._answers:
                 self.missing.add(key)
                 raise _Unknown
@@ -3875,7 +3921,7 @@ def _spf_query() -> Any:
             if key[1] != "TXT":
                 if len(answer.records) > _SPF_RECORDS:
                     raise spf.PermError(f"{key[0]} has more than {_SPF_RECORDS} addresses")
-                return list(answer.records)
+                return [record.rstrip(".") for record in answer.records]
             texts = [record.encode("latin-1") for record in answer.records]
             if any(len(text) > _TXT_LIMIT and spf.RE_SPF.match(text) for text in texts):
                 raise spf.PermError(f"a record is longer than {_TXT_LIMIT} octets")
@@ -3914,9 +3960,16 @@ async def check_spf(names: Names, loop: Loop, ip: str, sender: str, hello: str, 
                 if not query.missing:
                     return Spf(result, identity, domain, explanation)
                 await _fetch(names, loop, query.missing, ":" in ip, answers)
+                if _octets_of_spf(answers) > _SPF_TOTAL_LIMIT:
+                    return Spf("permerror", identity, domain, "the records are too long")
     except Expired:
         return Spf("temperror", identity, domain, "the name servers took too long")
     return Spf("permerror", identity, domain, "the records lead too far")
+
+
+def _octets_of_spf(answers: _SpfAnswers) -> int:
+    known = [one for one in answers.values() if isinstance(one, Answer)]
+    return sum(len(text) for one in known for text in one.records if _SPF_VERSION.match(text))
 
 
 def _has_spf(answer: Answer | TemporaryFailure) -> bool:
@@ -3933,9 +3986,8 @@ def _run_spf(query: Any) -> tuple[str, str]:
     except _Unknown:
         return "", ""
     except Exception as error:  # it lets slip several kinds that it does not mean to
-        return "permerror", printable(str(error), _EXPLANATION_LIMIT)
-    cleaned = printable(str(explanation).encode("ascii", "replace").decode(), _EXPLANATION_LIMIT)
-    return str(result), cleaned
+        return "permerror", _in_ascii(str(error))
+    return str(result), _in_ascii(str(explanation))
 
 
 async def _fetch(
@@ -4589,7 +4641,13 @@ def _value(text: str) -> str:
 
 
 def _comment(text: str) -> str:
-    return re.sub(r"[()\\]", " ", printable(text, _EXPLANATION_LIMIT))
+    return re.sub(r"[()\\]", " ", _in_ascii(text))
+
+
+def _in_ascii(text: str) -> str:
+    """Return `text` for replies and fields: on one line, short, and in ASCII."""
+    text = printable(text.encode("ascii", "replace").decode(), len(text))
+    return text if len(text) <= _EXPLANATION_LIMIT else text[: _EXPLANATION_LIMIT - 3] + "..."
 
 
 # ======================================================================================
@@ -7255,7 +7313,8 @@ class Reception:
         if dmarc.result == "permerror":
             junk = site.config.dmarc_policy == "enforce"
         trace = authentication_results(site.hostname, spf, sender, signatures, dmarc)
-        trace += received_spf(spf, self._origin.peer, sender, self._origin.hello, site.hostname)
+        hello, sender = self._said()
+        trace += received_spf(spf, self._origin.peer, sender, hello, site.hostname)
         return trace, junk
 
     @staticmethod
@@ -7290,14 +7349,18 @@ class Reception:
             dmarc = Dmarc("temperror")
         return signatures, dmarc
 
+    def _said(self) -> tuple[str, str]:
+        """Return HELO's name and the sender, in ASCII where the message must be."""
+        hello, sender = self._origin.hello, self._transaction.sender
+        if self._transaction.smtputf8:
+            return hello, sender
+        return hello.encode("ascii", "replace").decode("ascii"), address_to_ascii(sender)
+
     def _received(self, id: str) -> bytes:
         """RFC 5321, 4.4; where our users are is nobody's business."""
         origin, transaction = self._origin, self._transaction
         literal = f"[IPv6:{origin.peer}]" if ":" in origin.peer else f"[{origin.peer}]"
-        hello, sender = origin.hello, transaction.sender
-        if not transaction.smtputf8:
-            hello = hello.encode("ascii", "replace").decode("ascii")
-            sender = address_to_ascii(sender)
+        hello, sender = self._said()
         protocol = "ESMTP" if origin.extended else "SMTP"
         if transaction.smtputf8:
             protocol = "UTF8SMTP"  # RFC 6531, 4.3
