@@ -2276,12 +2276,14 @@ class Answer(NamedTuple):
 
     A record is in presentation form; TXT is its strings joined, an octet a character.
     `authentic`: a server that we trust in this has checked the signatures (DNSSEC).
+    `canonical` is the name at the end of the aliases, where there are any.
     """
 
     exists: bool
     records: tuple[str, ...]
     ttl: float
     authentic: bool = False
+    canonical: str = ""
 
 
 Ask = Callable[[str, str], Awaitable[Answer]]
@@ -2434,7 +2436,11 @@ class DnsClient:
                 raise TemporaryFailure(f"the DNS name {name} is too long", "4.4.3") from None
             return Answer(False, (), _TTL_LIMITS[0])  # the name itself is malformed
         authentic = self._is_authentic(found)
-        return Answer(True, self._records(found), found.chaining_result.minimum_ttl, authentic)
+        canonical = str(found.canonical_name).rstrip(".").lower()
+        return Answer(
+            True, self._records(found), found.chaining_result.minimum_ttl, authentic,
+            "" if canonical == name.rstrip(".").lower() else canonical,
+        )  # fmt: skip
 
     def _is_authentic(self, found: Any) -> bool:
         import dns.flags
@@ -4294,6 +4300,13 @@ def _check_body(claim: _Claim, digest: bytes, length: int) -> None:
         raise _Unacceptable("fail", "the body was changed")
 
 
+class _FieldName(bytes):
+    """A name as it came: white space behind it is signed, but it is the same name."""
+
+    def lower(self) -> bytes:
+        return bytes(self).lower().rstrip()
+
+
 def _is_valid(claim: _Claim, record: bytes, fields: Sequence[Field]) -> bool:
     """Have dkimpy check the header and the signature.
 
@@ -4305,7 +4318,7 @@ def _is_valid(claim: _Claim, record: bytes, fields: Sequence[Field]) -> bool:
     for field in reversed(fields):
         if wanted[field.name] > 0:
             wanted[field.name] -= 1
-            given.append([field.raw.partition(b":")[0].rstrip(), field.value])
+            given.append([_FieldName(field.raw.partition(b":")[0]), field.value])
     verifier = _dkim().DKIM()
     verifier.headers = given[::-1]
     tags = {name: value for name, value in claim.tags.items() if name not in (b"bh", b"l")}
@@ -5100,14 +5113,16 @@ class TlsPolicies:
             ascii = domain_to_ascii(domain)
             mx_authentic = (await self._names.query(ascii, "MX")).authentic
             policy = await self._sts.policy(ascii)
-        signed = mx_authentic and await self._is_signed(host)
-        if signed:
-            tlsa = await self._tlsa(host, port)
+        names = await self._signed_names(host) if mx_authentic else []
+        signed = bool(names)
+        for name in names:
+            tlsa = await self._tlsa(name, port)
             usable = tuple(filter(None, map(parse_tlsa, tlsa)))[:_TLSA_LIMIT]
             if usable:
                 return Demand(TLS_SECURE, usable, "DANE", vouched=True)
             if tlsa:  # RFC 7672, 2.2: records that cannot be used still promise TLS
                 demand = max(demand, Demand(TLS_INSECURE, (), "DANE"), key=_strictness)
+                break
         demand = demand._replace(vouched=signed and by_mx)
         if policy is not None and policy.mode == "enforce":
             if not policy.allows(host):
@@ -5116,13 +5131,17 @@ class TlsPolicies:
             return Demand(TLS_SECURE, (), "MTA-STS", vouched=True)
         return demand
 
-    async def _is_signed(self, host: str) -> bool:
-        """Tell whether the addresses of `host` are authentic; RFC 7672, 2.2.2."""
+    async def _signed_names(self, host: str) -> list[str]:
+        """Return where TLSA records of `host` may stand, if its addresses are authentic.
+
+        Where it is an alias, what it stands for comes first; RFC 7672, 2.2.2.
+        """
         for kind in ("A", "AAAA"):
             answer = await self._names.query(host, kind)
             if answer.records:
-                return answer.authentic
-        return False
+                names = [answer.canonical, host] if answer.canonical else [host]
+                return names if answer.authentic else []
+        return []
 
     async def _tlsa(self, host: str, port: int) -> tuple[str, ...]:
         answer = await self._names.query(f"_{port}._tcp.{host}", "TLSA")
@@ -7310,7 +7329,7 @@ class Reception:
                 text = f"{dmarc.domain} asks to reject mail that cannot be shown to be its own"
                 raise Refused(Reply(550, "5.7.1", f"DMARC: {text}"))
             junk = dmarc.policy == "quarantine"
-        if dmarc.result == "permerror":
+        if dmarc.result == "permerror" and sender:  # programs that report write what they like
             junk = site.config.dmarc_policy == "enforce"
         trace = authentication_results(site.hostname, spf, sender, signatures, dmarc)
         hello, sender = self._said()

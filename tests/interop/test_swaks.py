@@ -111,7 +111,8 @@ def test_an_unknown_recipient_is_refused(chasquid):
 
 
 def test_a_null_sender_is_accepted(chasquid):
-    session = swaks(chasquid.smtp_port, "--from", "<>", "--to", "ana@here.example")
+    author = ("--h-From", "Postmaster <postmaster@client.example>")
+    session = swaks(chasquid.smtp_port, "--from", "<>", "--to", "ana@here.example", *author)
     assert session.status == 0, session.text
     [arrived] = chasquid.wait_for_letters("ana@here.example")
     assert arrived["Return-Path"] == "<>"
