@@ -3353,22 +3353,23 @@ def parse_private_key(pem: bytes, path: str) -> PrivateKey:
     if match is None:
         raise ConfigError(path, 0, "expected a private key in PEM")
     kind = match[1].decode()
+    is_encrypted = "ENCRYPTED" in kind or b"Proc-Type" in match[2]
     try:
-        data = base64.b64decode(match[2])
-        if kind == "RSA PRIVATE KEY":
+        data = b"" if is_encrypted else base64.b64decode(match[2])
+        if kind == "RSA PRIVATE KEY" and not is_encrypted:
             return _parse_rsa_key(data)
         if kind == "PRIVATE KEY":
             return _parse_pkcs8(data)
     except (ValueError, IndexError, TypeError) as error:
         raise ConfigError(path, 0, f"expected a key that can be used: {error}") from None
-    hint = "; decrypt it with 'openssl pkey'" if "ENCRYPTED" in kind or b"Proc-Type" in pem else ""
+    hint = "; decrypt it with 'openssl pkey'" if is_encrypted else ""
     raise ConfigError(path, 0, f"expected an RSA or Ed25519 key, found {kind}{hint}")
 
 
 def _parse_pkcs8(data: bytes) -> PrivateKey:
     """RFC 5958, 2: SEQUENCE of version, algorithm and the key in an OCTET STRING."""
     _, (_, algorithm), (_, key), *_ = _elements(_only(data, 0x30))
-    oid = next(content for _, content in _elements(algorithm))
+    _, oid = next(_elements(algorithm), (0, b""))
     if oid == _only(_oid(_RSA_OID), 0x06):
         return _parse_rsa_key(key)
     if oid == _only(_oid(_ED25519_OID), 0x06):
@@ -3385,7 +3386,10 @@ def _parse_rsa_key(data: bytes) -> RsaKey:
     if len(numbers) != 9:
         raise ValueError("an RSA key has nine numbers")
     key = RsaKey(*numbers[1:])
-    if key.prime1 * key.prime2 != key.modulus:
+    p, q, d = key.prime1, key.prime2, key.private_exponent
+    if min(p, q) < 3 or key != _rsa_key_of(p, q, key.exponent, d):
+        raise ValueError("the numbers of the RSA key do not fit together")
+    if any(key.exponent * d % (prime - 1) != 1 for prime in (p, q)):
         raise ValueError("the numbers of the RSA key do not fit together")
     least, most = _RSA_LIMITS
     if not least <= key.modulus.bit_length() <= most:
@@ -3503,8 +3507,12 @@ _ED_BASE: _EdPoint = (
 def _rsa_key(p: int, q: int) -> RsaKey:
     """Return the key with the primes `p` and `q`; RFC 8017, 3.2."""
     p, q = max(p, q), min(p, q)
-    d = pow(_RSA_EXPONENT, -1, (p - 1) * (q - 1))
-    return RsaKey(p * q, _RSA_EXPONENT, d, p, q, d % (p - 1), d % (q - 1), pow(q, -1, p))
+    return _rsa_key_of(p, q, _RSA_EXPONENT, pow(_RSA_EXPONENT, -1, (p - 1) * (q - 1)))
+
+
+def _rsa_key_of(p: int, q: int, e: int, d: int) -> RsaKey:
+    """Return the key with these numbers, the rest computed. Raises ValueError where p is q."""
+    return RsaKey(p * q, e, d, p, q, d % (p - 1), d % (q - 1), pow(q, -1, p))
 
 
 @functools.cache
@@ -4068,6 +4076,8 @@ class _Claim(NamedTuple):
 
 _LONG_SPACE = re.compile(rb"\s{101}")
 _BASE64 = re.compile(rb"[A-Za-z0-9+/]+={0,2}")
+# RFC 1035, 2.3.4: labels of 63 octets at most, names of 253
+_KEY_NAME = re.compile(r"(?=.{1,253}\Z)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*")
 _CANONICAL_FORMS = {
     b"simple", b"relaxed", b"simple/simple", b"simple/relaxed", b"relaxed/simple",
     b"relaxed/relaxed",
@@ -4168,7 +4178,7 @@ def _read_signature(field: Field) -> _Claim:
 def _identified(tags: Mapping[bytes, bytes]) -> Signature:
     """Return domain, selector and the beginning of b=. Raises ValueError, KeyError."""
     domain, selector = tags[b"d"].decode("ascii").lower(), tags[b"s"].decode("ascii").lower()
-    if not (ASCII_DOMAIN.fullmatch(domain) and ASCII_DOMAIN.fullmatch(selector)):
+    if not _KEY_NAME.fullmatch(f"{selector}._domainkey.{domain}"):
         raise ValueError("d= or s= is no name")
     if not (_BASE64.fullmatch(tags[b"b"]) and _BASE64.fullmatch(tags[b"bh"])):
         raise ValueError("b= or bh= is no base64")
@@ -4249,7 +4259,8 @@ def _key_of_record(record: str, tags: Mapping[bytes, bytes]) -> bytes:
         raise _Unacceptable("permerror", "the key is not for SHA-256")
     if not {b"*", b"email"} & set(key.get(b"s", b"*").split(b":")):
         raise _Unacceptable("permerror", "the key is not for mail")
-    if b"s" in flags and tags.get(b"i", b"@" + tags[b"d"]).rpartition(b"@")[2] != tags[b"d"]:
+    identity = tags.get(b"i", b"@" + tags[b"d"]).rpartition(b"@")[2]
+    if b"s" in flags and identity.lower() != tags[b"d"].lower():
         raise _Unacceptable("permerror", "the key is not for subdomains")
     if b"y" in flags:
         raise _Unacceptable("neutral", "the key is only being tested")
@@ -4257,6 +4268,8 @@ def _key_of_record(record: str, tags: Mapping[bytes, bytes]) -> bytes:
         decoded = base64.b64decode(public, validate=True)
         if kind == b"rsa":  # said anew, so that dkimpy cannot read another key in it
             public = base64.b64encode(rsa_public_info(*rsa_public_numbers(decoded)))
+        elif len(decoded) != 32:
+            raise ValueError("an Ed25519 key has 32 octets")
     except (ValueError, IndexError) as error:
         raise _Unacceptable("policy", f"the key cannot be used: {error}") from None
     return b"v=DKIM1; k=" + kind + b"; p=" + public
@@ -4381,13 +4394,18 @@ def load_dkim_keys(directory: str, domain: str) -> tuple[DkimKey, ...]:
 
 def load_dkim_key(path: str, domain: str, selector: str) -> DkimKey:
     """Read one key. Raises ConfigError."""
-    try:
-        names = domain_to_ascii(domain), domain_to_ascii(selector)
-    except ValueError as error:
-        raise ConfigError(path, 0, f"expected a selector after 'dkim:': {error}") from None
-    if not ASCII_DOMAIN.fullmatch(names[1]):
+    if not is_selector(selector):
         raise ConfigError(path, 0, "expected a selector after 'dkim:', such as 'dkim:mail.pem'")
+    names = domain_to_ascii(domain), domain_to_ascii(selector)
     return DkimKey(*names, parse_private_key(read_file(path), path))
+
+
+def is_selector(text: str) -> bool:
+    """Tell whether `text` can stand in front of "._domainkey"; RFC 6376, 3.1."""
+    try:
+        return ASCII_DOMAIN.fullmatch(domain_to_ascii(text)) is not None
+    except ValueError:
+        return False
 
 
 class Signer:
@@ -4449,10 +4467,10 @@ def _sign_with(key: DkimKey, fields: Sequence[Field], digest: bytes, now: float)
         (b"v", b"1"),
         (b"a", algorithm),
         (b"c", b"relaxed/relaxed"),
-        (b"d", key.domain.encode()),
-        (b"s", key.selector.encode()),
+        (b"\r\n d", key.domain.encode()),  # on lines of their own, whatever their length
+        (b"\r\n s", key.selector.encode()),
         (b"t", str(int(now)).encode()),
-        (b"h", b" : ".join(names)),  # the spaces are where it may be folded
+        (b"\r\n h", b" : ".join(names)),  # the spaces are where it may be folded
         (b"bh", digest),
         (b"b", b"0" * 60),  # longer than a line, so that it is folded before it is known
     ]
@@ -9049,10 +9067,10 @@ def _dkim_keygen(arguments: argparse.Namespace) -> int:
 
 
 def _dkim_path(arguments: argparse.Namespace, config: Config, domain: str, selector: str) -> str:
+    if not is_selector(selector):
+        raise ChasquidError(f"expected a selector, found {printable(selector, 80)!r}")
     if arguments.key:
         return os.path.abspath(str(arguments.key))
-    if "/" in selector or "\0" in selector:
-        raise ChasquidError(f"expected a selector, found {printable(selector, 80)!r}")
     return os.path.join(_domain_directory(config, domain), f"dkim:{selector}.pem")
 
 

@@ -325,17 +325,14 @@ def test_the_same_signature_cannot_be_written_in_another_way(times):
     assert not chasquid.ed25519_verify(octets, message, other)
 
 
-@pytest.mark.parametrize("length", [0, 1, 31, 32, 63, 65, 96, 128])
-def test_a_signature_of_another_length_is_not_valid(length):
-    _, public, message, signature = VECTORS["3"]
-    proof = (bytes.fromhex(signature) * 2)[:length]
-    assert not chasquid.ed25519_verify(bytes.fromhex(public), message, proof)
-
-
-def on_curve(y: int) -> bool:
-    d = -121665 * pow(121666, -1, PRIME)
-    square = (y * y - 1) * pow(d * y * y + 1, -1, PRIME) % PRIME
-    return pow(square, (PRIME - 1) // 2, PRIME) in (0, 1)
+@pytest.mark.parametrize("change", [
+    lambda proof: b"", lambda proof: proof[:32], lambda proof: proof[:63],
+    lambda proof: proof + b"\0", lambda proof: proof + bytes(32), lambda proof: proof * 2,
+])  # fmt: skip
+def test_a_signature_of_another_length_is_not_valid(change):
+    _, public, message, signature = VECTORS["2"]  # its last octet is 0
+    proof = bytes.fromhex(signature)
+    assert not chasquid.ed25519_verify(bytes.fromhex(public), message, change(proof))
 
 
 NO_POINTS = {
@@ -346,17 +343,16 @@ NO_POINTS = {
     "y is the prime and one": (PRIME + 1).to_bytes(32, "little"),
     "y is the largest": (2**255 - 1).to_bytes(32, "little"),
     "minus zero": (1 | 1 << 255).to_bytes(32, "little"),
-    **{f"{y} is not on the curve": y.to_bytes(32, "little")
-       for y in range(30) if not on_curve(y)},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NO_POINTS)
 def test_octets_that_are_no_point_are_no_key(name):
-    # with the neutral element for R and s = 0, such a key would be valid for every message
+    # read as points of small order, they would be valid for many messages with R = 1 and s = 0
     proof = (1).to_bytes(32, "little") + bytes(32)
-    assert not chasquid.ed25519_verify(NO_POINTS[name], b"", proof)
-    assert not chasquid.ed25519_verify(NO_POINTS[name], b"", bytes.fromhex(VECTORS["1"][3]))
+    assert not any(
+        chasquid.ed25519_verify(NO_POINTS[name], bytes([number]), proof) for number in range(40)
+    )
 
 
 @searched
@@ -508,6 +504,12 @@ def test_a_key_that_is_cut_short_anywhere_is_refused(make):
     der = der_of(make())
     for length in range(len(der) - 1):
         refusal(as_pem("PRIVATE KEY", der[:length]))
+
+
+def test_a_key_that_does_not_say_its_algorithm_is_refused():
+    for algorithm in (b"", b"\x06", b"\x05\x00"):
+        content = der(0x30, integer(0), der(0x30, algorithm), der(0x04, bytes(34)))
+        refusal(as_pem("PRIVATE KEY", content))
 
 
 @pytest.mark.parametrize("field", chasquid.RsaKey._fields)

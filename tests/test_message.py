@@ -181,6 +181,23 @@ def test_what_is_said_of_a_bad_line_is_short_and_printable():
     assert len(str(caught.value)) <= 60 and str(caught.value).isprintable()
 
 
+@pytest.mark.parametrize(
+    "field", [b"A:\r\n", b"A: b\r\n c\r\n\td\r\n", b"A:" + b"\r\n " * 100 + b"\r\n"]
+)
+def test_a_header_has_at_most_a_thousand_fields(field):
+    assert len(chasquid.header_fields(field * 1000)) == 1000
+    with pytest.raises(ValueError, match="more than 1000 fields"):
+        chasquid.header_fields(field * 1001)
+
+
+def test_a_header_of_60_000_fields_is_refused_at_once():
+    block = b"A:\r\n" * 60_000
+    start = time.process_time()
+    with pytest.raises(ValueError):
+        chasquid.header_fields(block)
+    assert time.process_time() - start < 0.05
+
+
 # --- comments -----------------------------------------------------------------------------------
 
 
@@ -348,7 +365,9 @@ def test_a_from_field_of_any_content_takes_time_in_line_with_its_length(value):
         (b"Authentication-Results: ; spf=pass", True),
         (b"Authentication-Results: (mail.here.example; spf=pass", True),
         (b'Authentication-Results: "mail.here.example; spf=pass', True),
+        (b"Authentication-Results: (" + b"x" * 2000 + b") mail.here.example; none", True),
         (b"Authentication-Results: other.example; spf=pass", False),
+        (b"Authentication-Results: other.example;" + b" spf=pass;" * 2000, False),
         (b"Authentication-Results: other.example; x=mail.here.example", False),
         (b"Authentication-Results: x.mail.here.example; spf=pass", False),
         (b"X-Authentication-Results: mail.here.example; spf=pass", False),

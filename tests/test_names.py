@@ -457,7 +457,9 @@ def test_a_name_is_never_looked_for_below_another():
 
 def test_an_alias_is_followed_and_the_shortest_ttl_counts():
     respond = answering("a.example. 20 CNAME b.example.", "b.example. 300 A 192.0.2.1")
-    assert ask("a.example", "A", respond)[0] == Answer(True, ("192.0.2.1",), 20)
+    assert ask("a.example", "A", respond)[0] == Answer(
+        True, ("192.0.2.1",), 20, canonical="b.example"
+    )
 
 
 def test_no_such_name_and_no_such_record_are_two_things():
