@@ -1735,7 +1735,7 @@ def replace_durably(path: str, data: bytes, mode: int = 0o600) -> None:
     The mode and the owner of an existing file are kept. Raises OSError.
     """
     path = os.path.realpath(path)
-    temporary = f"{path}.{new_id()}.tmp"
+    temporary = os.path.join(os.path.dirname(path), f".{new_id()}.tmp")
     owner = owner_above(path)
     if os.path.exists(path):
         old = os.stat(path)
@@ -4706,7 +4706,6 @@ def _in_ascii(text: str) -> str:
 PLAIN, TLS_CLIENT, TLS_INSECURE, TLS_SECURE = LEVELS = (
     "PLAIN", "TLS_CLIENT", "TLS_INSECURE", "TLS_SECURE",
 )  # fmt: skip
-_LONG_NAME = 80  # characters of a domain; in a file's name each may take nine
 _DOMAIN_INFO_LIMIT = 10_000  # domains kept in memory
 _TLSA_LIMIT = 20  # records of one host that are looked at
 _STS_SECONDS = 60.0  # RFC 8461, 3.3
@@ -4733,6 +4732,7 @@ class SecurityLevels:
         self._record = record
         self._directory = directory
         self._known: dict[str, DomainInfo] = {}
+        self._writing = Slots(loop, 1)
 
     async def accepts(self, domain: str, tls: bool) -> bool:
         """Tell whether mail from `domain` may come in with or without `tls`."""
@@ -4764,7 +4764,7 @@ class SecurityLevels:
                 info = DomainInfo()
             if len(self._known) >= _DOMAIN_INFO_LIMIT:
                 self._known.clear()
-            self._known[domain] = info
+            self._known.setdefault(domain, info)  # something better may have been seen meanwhile
         return self._known[domain]
 
     async def forget(self, domain: str) -> bool:
@@ -4782,27 +4782,33 @@ class SecurityLevels:
         self._known[domain] = info
         self._record.info("security levels", f"{domain} is now {' and '.join(info)}")
         path = self._path(domain)
-        text = (
-            f"name: {quote(domain)}\nincoming_sec_level: {info.incoming}\n"
-            f"outgoing_sec_level: {info.outgoing}\n"
-        )
 
         def write() -> None:
             make_directory(os.path.dirname(path))
-            replace_durably(path, text.encode())
+            replace_durably(path, domain_info_text(domain, self._known.get(domain, info)))
 
         try:
-            await self._loop.work(write)
+            async with self._writing:  # or an older level could end up on the disk
+                await self._loop.work(write)
         except OSError as error:
             self._record.error("security levels", f"{path} cannot be written: {reason(error)}")
 
 
 def domain_info_path(directory: str, domain: str) -> str:
     """Return the file of `domain`: "s:" and the name, escaped as in a URL's query."""
-    if len(domain) > _LONG_NAME:
-        domain = domain_to_ascii(domain)  # escaped, it would be too long for a file's name
     escaped = re.sub(rb"[^A-Za-z0-9_.~-]", lambda match: b"%%%02X" % match[0][0], domain.encode())
-    return os.path.join(directory, f"s:{escaped.decode('ascii')}")
+    name = f"s:{escaped.decode('ascii')}"
+    return os.path.join(directory, name if len(name) < 256 else f"s:{domain_to_ascii(domain)}")
+
+
+def domain_info_text(domain: str, info: DomainInfo) -> bytes:
+    """Return the content of a file of domaininfo."""
+    lines = (
+        f"name: {quote(domain)}",
+        f"incoming_sec_level: {info.incoming}",
+        f"outgoing_sec_level: {info.outgoing}",
+    )
+    return "".join(f"{line}\n" for line in lines).encode()
 
 
 def read_domain_info(path: str) -> DomainInfo:
@@ -4894,7 +4900,7 @@ def parse_sts_policy(text: bytes, id: str, now: float) -> StsPolicy:
         raise ValueError("expected mode: enforce, testing or none")
     if not re.fullmatch(r"\d{1,10}", age):
         raise ValueError("expected max_age: seconds")
-    mx = tuple(name.lower().rstrip(".") for name in values.get("mx", ()))
+    mx = tuple(name.lower().rstrip(".") for name in values.get("mx", ()) if name)
     if not mx and mode != "none":
         raise ValueError("expected mx: a name")
     return StsPolicy(id, mode, mx, min(int(age), _STS_AGE_LIMIT), now)
@@ -4928,7 +4934,10 @@ class StsPolicies:
             try:
                 with open(os.path.join(self._directory, name), "rb") as file:
                     value = json.load(file)
-                self._policies[name] = StsPolicy(**{**value, "mx": tuple(value["mx"])})
+                text = "\n".join("mx: " + host for host in value["mx"])
+                text += f"\nversion: STSv1\nmode: {value['mode']}\nmax_age: {value['max_age']:d}"
+                fetched = float(value["fetched"])
+                self._policies[name] = parse_sts_policy(text.encode(), value["id"], fetched)
             except (OSError, ValueError, TypeError, KeyError):
                 continue  # it is fetched again when it is needed
 
@@ -5079,7 +5088,8 @@ class HttpsPolicies:
             raise ChasquidError(f"the answer is no HTTP: {reason(error)}") from None
         if parsed.status != 200:
             raise ChasquidError(f"the web server answers with status {parsed.status}")
-        if parsed.headers.get_content_type() != "text/plain":
+        kind = (parsed.headers.get("content-type") or "").partition(";")[0]
+        if kind.strip().lower() != "text/plain":
             raise ChasquidError("the policy is not text/plain")
         if len(body) > _STS_SIZE_LIMIT:
             raise ChasquidError(f"the policy is larger than {_STS_SIZE_LIMIT // 1024} kB")
