@@ -12,6 +12,7 @@ import socket
 import ssl
 import subprocess
 import threading
+import time
 import urllib.parse
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -1644,7 +1645,9 @@ def test_a_policy_however_it_is_sent(tmp_path: Path, pieces: list[bytes]) -> Non
 
 def test_a_policy_of_10_kb_is_taken_and_a_larger_one_is_not(tmp_path: Path) -> None:
     largest = POLICY.ljust(10 * 1024, b"\n")
-    assert fetched(tmp_path, response(largest)) == largest
+    whole = response(largest)
+    pieces = [whole[start : start + 3000] for start in range(0, len(whole), 3000)]
+    assert fetched(tmp_path, *pieces) == largest
     for answer in (
         response(largest + b"\n"),
         response(largest + b"\n", Content_Length=len(largest) + 1),
@@ -1833,6 +1836,17 @@ def test_a_policy_that_is_not_enforced_keeps_nothing_back(tmp_path: Path, mode: 
     fetch = published(POLICY.replace(b"enforce", mode).replace(b"mx.there", b"mx.other"))
     script = GREETING + ENVELOPE + CONTENT
     assert attempt(tmp_path, script, records=STS_RECORDS, fetch=fetch).state == SENT
+
+
+def test_a_server_that_has_just_started_keeps_to_the_policies_on_its_disk(tmp_path: Path) -> None:
+    policy = StsPolicy("1", "enforce", ("mx.other.example",), 86400, time.time())
+    server = Server(tmp_path, ask=ask(MX))
+    (server.data_dir / "sts-cache").mkdir(parents=True)
+    (server.data_dir / "sts-cache" / "there.example").write_text(json.dumps(policy._asdict()))
+    with server:
+        submit(server, "")
+        wait_for(lambda: server.queued("cur"), "the first attempt")
+        assert "none of the servers in the MTA-STS policy of there.example" in server.mail_log
 
 
 def test_a_policy_that_cannot_be_had_keeps_nothing_back(tmp_path: Path) -> None:
