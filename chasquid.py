@@ -20,13 +20,16 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     USERS        the users file, passwords
     ALIASES      the aliases file and its expansion
     MESSAGE      the header block, trace fields, a stored message
+    HOOKS        the operator's programs: alias-resolve, post-data
     KEYS         DER and PEM, RSA and Ed25519, a self-signed certificate
     SENDER       SPF, DKIM, DMARC, and the signatures of our own mail
     TLS POLICY   DANE, MTA-STS, security levels
     SMTP         replies, commands, parameters, transparency; no input or output
     COURIERS     Maildir, delivery agent, LMTP, pipe, SMTP
     QUEUE        items, their files, the schedule, notifications
+    LIMITS       how much one client or user may ask for
     SERVER       the session, the transaction, the command table
+    MONITORING   the page, the metrics
     DAEMON       wiring, listeners, certificates, reload, control socket
     COMMANDS     the command line
 
@@ -523,7 +526,27 @@ class Config(NamedTuple):
     max_queue_items: int = 200
     give_up_send_after: float = 20 * 3600.0
     reload_every: float = 30.0
-    not_in_force: tuple[str, ...] = ()  # keys that are set and that this version ignores
+    monitoring_address: str = ""
+    dovecot_auth: bool = False
+    dovecot_userdb_path: str = ""
+    dovecot_client_path: str = ""
+    haproxy_incoming: bool = False
+    trusted_relay: tuple[str, ...] = ()
+    smarthost: str = ""
+    smarthost_user: str = ""
+    smarthost_password_file: str = ""
+    smarthost_after: int = 0
+    sender_must_match: bool = False
+    limit_loopback: bool = False
+    max_connections: int = 0
+    max_connections_per_address: int = 50
+    max_messages_per_minute: int = 100
+    max_recipients_per_minute: int = 500
+    max_user_messages_per_minute: int = 60
+    max_user_recipients_per_minute: int = 300
+    max_failed_logins: int = 10
+    min_octets_per_second: int = 100
+    min_free_disk_mb: int = 50
 
 
 class _WrongValue(ValueError):
@@ -562,6 +585,32 @@ def _count(value: Value) -> int:
     return number
 
 
+def _limit(value: Value) -> int:
+    """A count that may be 0, for none."""
+    return 0 if value == Word("0") else _count(value)
+
+
+def _network(value: Value) -> str:
+    import ipaddress  # only where it is set
+
+    text = _text(value)
+    try:
+        return str(ipaddress.ip_network(text))
+    except ValueError as error:
+        raise _WrongValue(f"expected an address or a network: {error}") from None
+
+
+def _smarthost(value: Value) -> str:
+    text = _text(value)
+    try:
+        host, port = host_and_port(text, 0)
+    except ValueError:
+        host, port = "", 0
+    if text and not (host and port):
+        raise _WrongValue(f'expected "host:port", such as "smtp.example.com:587", found {text!r}')
+    return text
+
+
 def _port(value: Value) -> int:
     number = _count(value)
     if number > 65535:
@@ -592,6 +641,10 @@ def _listen_address(value: Value) -> str:
         if port < 0:
             raise _WrongValue('expected "systemd", "host:port" or ":port"')
     return text
+
+
+def _monitoring_address(value: Value) -> str:
+    return _listen_address(value) if _text(value) else ""
 
 
 def _server_address(value: Value) -> str:
@@ -656,7 +709,7 @@ def _maildir(value: Value) -> str:
 
 _REPEATED = {
     "smtp_address", "submission_address", "submission_over_tls_address",
-    "mail_delivery_agent_args", "dns_server",
+    "mail_delivery_agent_args", "dns_server", "trusted_relay",
 }  # fmt: skip
 
 _KEYS: dict[str, Callable[[Value], object]] = {
@@ -682,13 +735,28 @@ _KEYS: dict[str, Callable[[Value], object]] = {
     "max_queue_items": _count,
     "give_up_send_after": _duration,
     "reload_every": _duration,
+    "monitoring_address": _monitoring_address,
+    "dovecot_auth": _flag,
+    "dovecot_userdb_path": _text,
+    "dovecot_client_path": _text,
+    "haproxy_incoming": _flag,
+    "trusted_relay": _network,
+    "smarthost": _smarthost,
+    "smarthost_user": _text,
+    "smarthost_password_file": _text,
+    "smarthost_after": _limit,
+    "sender_must_match": _flag,
+    "limit_loopback": _flag,
+    "max_connections": _limit,
+    "max_connections_per_address": _limit,
+    "max_messages_per_minute": _limit,
+    "max_recipients_per_minute": _limit,
+    "max_user_messages_per_minute": _limit,
+    "max_user_recipients_per_minute": _limit,
+    "max_failed_logins": _limit,
+    "min_octets_per_second": _limit,
+    "min_free_disk_mb": _limit,
 }
-
-# Keys of chasquid that this version reads and does not act on yet.
-_LATER_KEYS = {
-    "monitoring_address", "dovecot_auth", "dovecot_userdb_path", "dovecot_client_path",
-    "haproxy_incoming",
-}  # fmt: skip
 
 
 def load_config(config_dir: str, overrides: str = "") -> Config:
@@ -759,9 +827,6 @@ def config_text(config: Config) -> str:
 def _read_keys(data: bytes, path: str) -> dict[str, object]:
     values: dict[str, object] = {}
     for entry in parse_text_format(data, path):
-        if entry.key in _LATER_KEYS:
-            values["not_in_force"] = (*values.get("not_in_force", ()), entry.key)  # type: ignore[misc]
-            continue
         if entry.key not in _KEYS:
             raise ConfigError(path, entry.line, _unknown_key(entry.key))
         try:
@@ -925,12 +990,35 @@ class Sink:
         self._file = sys.stderr
 
 
+_DIALOGUE_COUNT = 50  # recent sessions that are kept for people
+_DIALOGUE_LINES = 100  # of each
+_DIALOGUE_LINE = 300  # characters
+
+
+class Dialogue:
+    """What was said in a session, for people: lines that begin with "C: " or "S: "."""
+
+    def __init__(self, port: str, peer: str, began: float) -> None:
+        self.port = port
+        self.peer = peer
+        self.began = began
+        self.open = True
+        self.client_spoke = False
+        self.lines: list[str] = []
+
+    def add(self, who: str, text: str) -> None:
+        self.client_spoke = self.client_spoke or who == "C"
+        if len(self.lines) < _DIALOGUE_LINES:
+            self.lines.append(f"{who}: {printable(text, _DIALOGUE_LINE)}")
+
+
 class Record:
-    """The two logs and the counters of one server."""
+    """The two logs and the counters of one server, and its recent sessions."""
 
     def __init__(self, log: Sink, mail_log: Sink) -> None:
         self._log = log
         self._mail_log = mail_log
+        self.dialogues: collections.deque[Dialogue] = collections.deque(maxlen=_DIALOGUE_COUNT)
         self.counters: collections.Counter[tuple[str, ...]] = collections.Counter()
 
     def info(self, source: str, text: str) -> None:
@@ -2011,6 +2099,19 @@ class Stream:
             raise BareNewline("a line must end with CRLF, and hold no other CR or LF")
         return line[:-2]
 
+    async def read_until(self, mark: bytes, limit: int) -> bytes:
+        """Return what comes up to `mark`, with it.
+
+        Raises ValueError above `limit` octets, Disconnected, Expired.
+        """
+        while (end := self._in.find(mark)) < 0:
+            if len(self._in) > limit:
+                raise ValueError(f"more than {limit} octets without an end")
+            await self._fill()
+        data = bytes(self._in[: end + len(mark)])
+        del self._in[: end + len(mark)]
+        return data
+
     async def read_some(self, limit: int = CHUNK) -> bytes:
         """Return at least one and at most `limit` octets. Raises Disconnected, Expired."""
         if not self._in:
@@ -2165,6 +2266,90 @@ class Stream:
                 raise Disconnected(f"the connection broke: {reason(error)}") from error
 
 
+_PROXY_SECONDS = 5.0
+_PROXY_LIMIT = 536  # octets; a header of version 2 could be longer, with what nobody needs
+_PROXY_2 = b"\r\n\r\n\0\r\nQUIT\n"
+
+
+async def proxied_peer(loop: Loop, raw: socket.socket) -> str:
+    """Read the PROXY header (versions 1 and 2) that a proxy puts before all else.
+
+    Return the address of the client, or "" where the proxy speaks for itself. What comes
+    after the header is left in the socket. Raises Disconnected, Expired.
+    """
+    with loop.deadline(_PROXY_SECONDS):
+        while True:
+            await loop.readable(raw.fileno())
+            try:
+                seen = raw.recv(_PROXY_LIMIT, socket.MSG_PEEK)
+                found = parse_proxy_header(seen)
+                if found is not None:
+                    length, peer = found
+                    raw.recv(length)
+                    return peer
+            except BlockingIOError:
+                continue
+            except (OSError, ValueError) as error:
+                raise Disconnected(f"expected a PROXY header: {reason(error)}") from error
+            if not seen or len(seen) >= _PROXY_LIMIT:
+                raise Disconnected("expected a PROXY header, and found none")
+            await loop.sleep(0.01)  # what was peeked at would wake us at once
+
+
+def parse_proxy_header(data: bytes) -> tuple[int, str] | None:
+    """Return the length of the PROXY header in `data`, and the address of the client.
+
+    None where it is not complete yet. Raises ValueError where it is none. See "The PROXY
+    protocol", 2.1 and 2.2, in HAProxy's documentation.
+    """
+    if data[:12] == _PROXY_2[: len(data)]:
+        return _parse_proxy_2(data)
+    if not data.startswith(b"PROXY "[: len(data)]):
+        raise ValueError("the connection does not begin with one")
+    line, newline, _ = data.partition(b"\r\n")
+    if not newline:
+        if len(data) > 107:
+            raise ValueError("its line has no end")
+        return None
+    words = line.decode("ascii", "replace").split(" ")
+    if len(line) > 105:
+        raise ValueError("its line is too long")
+    if words[1:2] == ["UNKNOWN"]:
+        return len(line) + 2, ""
+    kind = {"TCP4": socket.AF_INET, "TCP6": socket.AF_INET6}.get(words[1] if words[1:] else "")
+    try:
+        if kind is None or len(words) != 6:
+            raise ValueError
+        client, _ = (socket.inet_pton(kind, word) for word in words[2:4])
+        if not all(word.isascii() and word.isdigit() and int(word) < 65536 for word in words[4:]):
+            raise ValueError
+    except (OSError, ValueError):
+        raise ValueError(f"{printable(' '.join(words), 120)!r} is malformed") from None
+    return len(line) + 2, socket.inet_ntop(kind, client)
+
+
+def _parse_proxy_2(data: bytes) -> tuple[int, str] | None:
+    if len(data) < 16:
+        return None
+    command, family = data[12], data[13]
+    length = 16 + int.from_bytes(data[14:16], "big")
+    if command >> 4 != 2 or length > _PROXY_LIMIT:
+        raise ValueError("its version or its length is not one that we know")
+    if len(data) < length:
+        return None
+    if command & 0xF == 0:  # LOCAL: a health check of the proxy
+        return length, ""
+    if command & 0xF != 1:
+        raise ValueError("its command is not one that we know")
+    size = {0x11: 4, 0x21: 16}.get(family)
+    if size is None:
+        return length, ""
+    if length < 16 + 2 * size + 4:
+        raise ValueError("its addresses are cut short")
+    kind = socket.AF_INET if size == 4 else socket.AF_INET6
+    return length, socket.inet_ntop(kind, data[16 : 16 + size])
+
+
 def send_at_once(connected: socket.socket) -> None:
     """Have the system send what we write without waiting for more."""
     if connected.family != socket.AF_UNIX:
@@ -2186,6 +2371,9 @@ async def connect(loop: Loop, host: str, port: int) -> Stream:
     raw.setblocking(False)
     try:
         code = raw.connect_ex(target)
+        while code == errno.EAGAIN and family == socket.AF_UNIX:  # its backlog is full
+            await loop.sleep(0.05)
+            code = raw.connect_ex(target)
         if code == errno.EINPROGRESS:
             await loop.writable(raw.fileno())
             code = raw.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -2575,6 +2763,8 @@ def _dns_backend(loop: Loop) -> Any:
 #
 # A `denied` user has a mailbox and never logs in. Names are normalised (TEXT).
 #
+# Beside the files, Dovecot can know users and check their passwords, over its sockets.
+#
 # Whether a user exists must not show in how long an answer takes: every check of a
 # password computes one scrypt with the costs that this domain uses. That blocks for tens
 # of milliseconds, so it belongs into a worker thread.
@@ -2762,6 +2952,95 @@ class Accounts:
         return Scrypt(*usual, os.urandom(16), os.urandom(usual[3]))
 
 
+_DOVECOT_SECONDS = 20.0
+_DOVECOT_LINE_LIMIT = 8192
+_DOVECOT_PLACES = ("/run/dovecot", "/var/run/dovecot")
+_DOVECOT_SOCKETS = {
+    "userdb": ("auth-chasquid-userdb", "auth-userdb"),
+    "client": ("auth-chasquid-client", "auth-client"),
+}
+
+
+class Dovecot:
+    """Asks Dovecot who exists and whose password is right, over its auth protocol, 1.1.
+
+    `userdb` and `client` are the paths of its sockets; where one is "", it is looked for
+    where Dovecot usually has it. See "Authentication Protocol" in Dovecot's manual.
+    """
+
+    def __init__(self, loop: Loop, record: Record, userdb: str, client: str) -> None:
+        self._loop = loop
+        self._record = record
+        self._paths = {"userdb": userdb, "client": client}
+        self._number = 0
+
+    async def exists(self, address: str) -> bool:
+        """Tell whether `address` has a mailbox. Raises TemporaryFailure."""
+        answer = await self._ask("userdb", "USER", f"{address}\tservice=smtp")
+        if answer[0] not in ("USER", "NOTFOUND"):
+            raise TemporaryFailure(f"Dovecot cannot look {address} up now", "4.3.0")
+        return answer[0] == "USER"
+
+    async def authenticate(self, address: str, password: bytes) -> bool:
+        """Tell whether `password` is that of `address`. Raises TemporaryFailure."""
+        secret = base64.b64encode(b"\0" + address.encode() + b"\0" + password).decode("ascii")
+        parameters = f"PLAIN\tservice=smtp\tsecured\tno-penalty\tnologin\tresp={secret}"
+        answer = await self._ask("client", "AUTH", parameters)
+        failed_for_now = {"temp", "code=temp_fail"} & set(answer[2:])
+        if failed_for_now or answer[0] not in ("OK", "FAIL"):
+            raise TemporaryFailure("Dovecot cannot check the password now", "4.3.0")
+        return answer[0] == "OK"
+
+    async def _ask(self, kind: str, verb: str, parameters: str) -> list[str]:
+        """Return the parts of the answer; its first two are a word and our number."""
+        if any(mark in parameters.replace("\t", "") for mark in "\r\n\0\1"):
+            return ["FAIL"] if verb == "AUTH" else ["NOTFOUND"]
+        self._number += 1
+        number = str(self._number)
+        path = self._path(kind)
+        stream = None
+        try:
+            with self._loop.deadline(_DOVECOT_SECONDS):
+                stream = await connect(self._loop, path, 0)
+                process = f"CPID\t{os.getpid()}\n" if kind == "client" else ""
+                stream.write(f"VERSION\t1\t1\n{process}".encode())
+                await self._greeting(stream, "DONE" if kind == "client" else "SPID")
+                stream.write(f"{verb}\t{number}\t{parameters}\n".encode())
+                while True:
+                    parts = await self._parts(stream)
+                    if parts[1:2] == [number]:
+                        return parts
+        except (Disconnected, Expired, ValueError) as error:
+            self._record.error("dovecot", f"{path}: {reason(error)}")
+            raise TemporaryFailure("Dovecot cannot be asked now", "4.3.0") from error
+        finally:
+            if stream is not None:
+                stream.close()
+
+    def _path(self, kind: str) -> str:
+        if self._paths[kind]:
+            return self._paths[kind]
+        for place in _DOVECOT_PLACES:
+            for name in _DOVECOT_SOCKETS[kind]:
+                path = os.path.join(place, name)
+                if os.path.exists(path):
+                    return path
+        names = " or ".join(_DOVECOT_SOCKETS[kind])
+        text = f"no socket {names} in {_DOVECOT_PLACES[0]}; see dovecot_{kind}_path"
+        self._record.error("dovecot", text)
+        raise TemporaryFailure("Dovecot cannot be asked now", "4.3.0")
+
+    async def _greeting(self, stream: Stream, last: str) -> None:
+        """Read what Dovecot says first, up to the word `last`."""
+        while (parts := await self._parts(stream))[0] != last:
+            if parts[0] == "VERSION" and parts[1:2] != ["1"]:
+                raise ValueError(f"expected version 1 of its protocol, found {parts[1:2]}")
+
+    async def _parts(self, stream: Stream) -> list[str]:
+        line = await stream.read_until(b"\n", _DOVECOT_LINE_LIMIT)
+        return line[:-1].decode("utf-8", "replace").split("\t")
+
+
 # ======================================================================================
 # ROOM: ALIASES
 #
@@ -2778,6 +3057,10 @@ class Accounts:
 # without its suffix alone ("a.b+c", "ab", "a.b"). Aliases win over users, and users over
 # "*". A name that stands on its own right side means the mailbox of that name. A later
 # line overrides an earlier one. Expansion goes ten steps deep at most.
+#
+# The program hooks/alias-resolve adds to the right side of any address; Dovecot may know
+# users that are in no file. Expansion itself asks neither: it is a function of what they
+# have said, and where something is missing, that is fetched and it is done again.
 #
 # The room knows which domains and users there are, and nothing of how mail is delivered.
 # ======================================================================================
@@ -2817,13 +3100,14 @@ def parse_aliases(data: bytes, path: str, domain: str) -> dict[str, tuple[Target
             raise ConfigError(path, number, text)
         try:
             key = name if name == "*" else normalize_user(name)
-            aliases[key] = _parse_targets(right, domain)
+            aliases[key] = parse_targets(right, domain)
         except ValueError as error:
             raise ConfigError(path, number, str(error)) from None
     return aliases
 
 
-def _parse_targets(right: str, domain: str) -> tuple[Target, ...]:
+def parse_targets(right: str, domain: str) -> tuple[Target, ...]:
+    """Parse the right side of an alias of `domain`. Raises ValueError."""
     if right.startswith("|"):
         command = right[1:].strip()
         if not command:
@@ -2854,6 +3138,64 @@ def load_aliases(directory: str, domain: str) -> dict[str, tuple[Target, ...]]:
     return parse_aliases(read_file(path, missing=b""), path, domain)
 
 
+class Question(NamedTuple):
+    """What only the outside knows: `kind` is "alias" or "user"."""
+
+    kind: str
+    address: str
+
+
+class Unanswered(Exception):
+    """An expansion needs the answer to `question`."""
+
+    def __init__(self, question: Question) -> None:
+        super().__init__(str(question))
+        self.question = question
+
+
+class Outside:
+    """Who is asked beyond the files: the alias hook, another directory of users, or nobody.
+
+    `hook` returns the right side of an address, `user` whether it has a mailbox; both raise
+    TemporaryFailure. `known` holds what they have said in the course of one expansion.
+    """
+
+    def __init__(
+        self,
+        hook: Callable[[str], Awaitable[tuple[Target, ...]]] | None = None,
+        user: Callable[[str], Awaitable[bool]] | None = None,
+    ) -> None:
+        self._hook = hook
+        self._user = user
+        self.known: dict[Question, Any] = {}
+
+    def fresh(self) -> Outside:
+        """Return the same without what was said so far."""
+        return Outside(self._hook, self._user)
+
+    def targets(self, address: str) -> tuple[Target, ...]:
+        """Raises Unanswered."""
+        return self._said(Question("alias", address)) if self._hook else ()
+
+    def has_user(self, address: str) -> bool:
+        """Raises Unanswered."""
+        return self._said(Question("user", address)) if self._user else False
+
+    def _said(self, question: Question) -> Any:
+        if question not in self.known:
+            raise Unanswered(question)
+        return self.known[question]
+
+    async def answer(self, question: Question) -> None:
+        """Find out what `question` asks. Raises TemporaryFailure."""
+        ask = self._hook if question.kind == "alias" else self._user
+        assert ask is not None
+        self.known[question] = await ask(question.address)
+
+
+_NOBODY = Outside()
+
+
 class Aliases:
     """Expands addresses; `tables` holds the aliases of each domain that is ours."""
 
@@ -2864,10 +3206,27 @@ class Aliases:
         suffix_separators: str,
         drop_characters: str,
     ) -> None:
-        self._tables = tables
         self._user_exists = user_exists
         self._separators = suffix_separators
         self._drops = drop_characters
+        self._tables = {domain: self._with_short_names(of) for domain, of in tables.items()}
+
+    async def expand_with(self, outside: Outside, address: str) -> list[Target]:
+        """As `expand`, asking `outside` where that is needed. Raises also TemporaryFailure."""
+        outside = outside.fresh()
+        while True:
+            try:
+                return self.expand(address, outside)
+            except Unanswered as unanswered:
+                await outside.answer(unanswered.question)
+
+    def _with_short_names(
+        self, table: Mapping[str, tuple[Target, ...]]
+    ) -> dict[str, tuple[Target, ...]]:
+        """Return `table` with each name also without drop characters, where that is free."""
+        short = {"".join(one for one in name if one not in self._drops): targets
+                 for name, targets in table.items() if name != "*"}  # fmt: skip
+        return {**short, **table}
 
     def is_local(self, domain: str) -> bool:
         """Tell whether `domain` (in Unicode, lower case) is served here."""
@@ -2892,18 +3251,24 @@ class Aliases:
             user = user.partition(separator)[0]
         return user
 
-    def expand(self, address: str) -> list[Target]:
+    def expand(self, address: str, outside: Outside = _NOBODY) -> list[Target]:
         """Return the final recipients of `address`, each once.
 
-        Raises NoSuchUser where it is of one of our domains and unknown, and AliasLoop.
+        Raises NoSuchUser where it is of one of our domains and unknown, AliasLoop, and
+        Unanswered where `outside` has to be asked first.
         """
         found: dict[Target, None] = {}
-        if not self._expand(Target("address", address), 0, found, set()):
+        if not self._expand(Target("address", address), 0, found, set(), outside):
             raise NoSuchUser(f"there is no user or alias {printable(address, 200)}")
         return list(found)
 
     def _expand(
-        self, target: Target, depth: int, found: dict[Target, None], done: set[Target]
+        self,
+        target: Target,
+        depth: int,
+        found: dict[Target, None],
+        done: set[Target],
+        outside: Outside,
     ) -> bool:
         """Add what `target` stands for to `found`; false where it is unknown.
 
@@ -2916,7 +3281,7 @@ class Aliases:
         if target.kind == "pipe" or target.via or not self.is_local(domain):
             found[target] = None
             return True
-        name, next_targets = self._look_up(user, domain)
+        name, next_targets = self._look_up(user, domain, outside)
         mailbox = Target("address", f"{name}@{domain}")
         if not next_targets:
             if name:
@@ -2924,26 +3289,29 @@ class Aliases:
             return bool(name)
         for one in next_targets:
             one = self._fill_in(one, user)
-            if self._names_itself(one, name, domain):
+            if self._names_itself(one, name, domain, outside):
                 found[mailbox] = None
-            elif one not in done and not self._expand(one, depth + 1, found, done):
+            elif one not in done and not self._expand(one, depth + 1, found, done, outside):
                 found[one] = None  # its delivery will fail, and the sender will hear of it
             done.add(one)
         return True
 
-    def _names_itself(self, target: Target, name: str, domain: str) -> bool:
+    def _names_itself(self, target: Target, name: str, domain: str, outside: Outside) -> bool:
         """Tell whether the alias `name` has `target`, its own mailbox, on its right side."""
         user, of = split_address(target.value)
         if target.kind == "pipe" or target.via or of != domain or not name:
             return False
-        return self._look_up(user, domain)[0] == name
+        return self._look_up(user, domain, outside)[0] == name
 
-    def _look_up(self, user: str, domain: str) -> tuple[str, tuple[Target, ...]]:
+    def _look_up(
+        self, user: str, domain: str, outside: Outside = _NOBODY
+    ) -> tuple[str, tuple[Target, ...]]:
         """Return the name that was found and its targets; a user has no targets.
 
         The name is "" for what only "*" answers to, or nobody.
         """
         table = self._tables[domain]
+        told = outside.targets(f"{user}@{domain}")
         try:
             user = normalize_user(user)
         except ValueError:
@@ -2951,9 +3319,14 @@ class Aliases:
         names = dict.fromkeys((user, self.clean(user), self._without_suffix(user)))
         for name in names:
             if name in table and name != "*":
-                return name, table[name]
+                return name, table[name] + told
+        if told:
+            return user, told
         for name in names:
             if self._user_exists(name, domain):
+                return name, ()
+        for name in names:
+            if outside.has_user(f"{name}@{domain}"):
                 return name, ()
         return "", table.get("*", ())
 
@@ -3060,6 +3433,22 @@ _ANGLE_ADDRESS = re.compile(r"[^<>]*<(?:@[^<>:]*:)?[^<>@]+@([^<>@]+)>\s*")
 _BARE_ADDRESS = re.compile(r"[^<>@]+@([^<>@]+)")
 _AFTER_AT = re.compile(r"@[\s\"'\[(<]*([\w.-]+)")
 AUTHORS_LIMIT = 10  # domains in From; above, the field is not read to its end
+
+
+def author_addresses(value: bytes) -> list[str]:
+    """Return the addresses in a From field; one that cannot be read is returned as it is."""
+    text = value.decode("utf-8", "replace")
+    try:
+        parts = re.split(r"[,;]", without_comments(text, quoted='""'))
+    except ValueError:
+        return [text.strip()]
+    found = []
+    for part in filter(None, (one.strip() for one in parts)):
+        match = re.fullmatch(r"[^<>\\]*<([^<>]*)>", part)
+        if match is None and re.search(r"[<>\\]", part):
+            return [text.strip()]  # who knows whom a reader would see in it
+        found.append(re.sub(r"\s+", "", match[1] if match else part.rpartition(":")[2]))
+    return found
 
 
 def author_domains(value: bytes) -> list[str]:
@@ -3246,6 +3635,125 @@ def with_lf(chunks: Iterable[bytes]) -> Iterator[bytes]:
 def fold(name: str, *parts: str) -> bytes:
     """Return a header field, each of `parts` on a line of its own but the first."""
     return f"{name}: {(chr(13) + chr(10) + chr(9)).join(parts)}\r\n".encode()
+
+
+# ======================================================================================
+# ROOM: HOOKS
+#
+# The operator's own programs, in config_dir/hooks; each is used where it is there and may
+# be run, from one message to the next.
+#
+#     alias-resolve ADDRESS   prints what the right side of an alias would be, or nothing
+#     post-data               reads a message before it is accepted; see `Hooks.post_data`
+#
+# A program that fails, or takes too long, is a temporary failure, and its last line goes
+# to who is waiting. What it prints is taken only where it is what it should be.
+# ======================================================================================
+
+_ALIAS_HOOK_SECONDS = 5.0
+_POST_DATA_SECONDS = 60.0
+_HOOK_REFUSES = 20  # the exit status of post-data that means "never"
+
+
+class Hooks:
+    """Runs the programs in `config_dir`/hooks."""
+
+    def __init__(self, programs: Programs, record: Record, config_dir: str) -> None:
+        self._programs = programs
+        self._record = record
+        self._config_dir = config_dir
+
+    async def alias_targets(self, address: str) -> tuple[Target, ...]:
+        """Return what alias-resolve says of `address`. Raises TemporaryFailure."""
+        path = self._path("alias-resolve")
+        if not path:
+            return ()
+        outcome = await self._run([path, address], [], _ALIAS_HOOK_SECONDS, {})
+        if outcome.status:
+            raise self._failed("alias-resolve", outcome, outcome.errors, outcome.output)
+        try:
+            printed = outcome.output.decode().strip()
+            if UNPRINTABLE.search(printed.replace("\t", " ")):
+                raise ValueError("expected one line of text")
+            domain = split_address(address)[1]
+            return parse_targets(printed, domain) if printed else ()
+        except ValueError as error:
+            self._record.error("hooks", f"{path} {address}: {error}")
+            raise TemporaryFailure("the aliases of this address cannot be told", "4.3.5") from None
+
+    async def post_data(self, environment: Mapping[str, str], message: Iterable[bytes]) -> bytes:
+        """Show `message` to post-data; return the header fields that it wants on top.
+
+        Exit status 0: accepted, and standard output is header fields, or nothing. 20:
+        refused for good (PermanentFailure). Any other: refused for now (TemporaryFailure).
+        The text of a failure is the last line that was printed.
+        """
+        path = self._path("post-data")
+        if not path:
+            return b""
+        outcome = await self._run([path], message, _POST_DATA_SECONDS, environment)
+        self._record.count("post-data", str(outcome.status))
+        if outcome.status == _HOOK_REFUSES:
+            said = self._last_line(outcome.output, outcome.errors)
+            raise PermanentFailure(said or "refused by a filter", "5.7.1")
+        if outcome.status:
+            raise self._failed("post-data", outcome, outcome.output, outcome.errors)
+        return self._fields(path, outcome.output)
+
+    def _path(self, name: str) -> str:
+        path = os.path.join(self._config_dir, "hooks", name)
+        return path if os.access(path, os.X_OK) and os.path.isfile(path) else ""
+
+    async def _run(
+        self, argv: Sequence[str], input: Iterable[bytes], seconds: float, more: Mapping[str, str]
+    ) -> Outcome:
+        environment = {
+            key: os.environ[key] for key in ("USER", "SHELL", "PATH", "LANG") if key in os.environ
+        }
+        environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "PWD": self._config_dir,
+                       **environment, **more}  # fmt: skip
+        name = os.path.basename(argv[0])
+        try:
+            return await self._programs.run(argv, input, seconds, environment, self._config_dir)
+        except Expired:
+            self._record.error("hooks", f"{argv[0]} took more than {seconds:g}s")
+            raise TemporaryFailure(f"{name} took too long", "4.3.0") from None
+        except (OSError, ValueError) as error:
+            self._record.error("hooks", f"{argv[0]} cannot be run: {reason(error)}")
+            raise TemporaryFailure(f"{name} cannot be run", "4.3.0") from None
+
+    def _failed(self, name: str, outcome: Outcome, *printed: bytes) -> TemporaryFailure:
+        said = self._last_line(*printed)
+        how = f"exit status {outcome.status}" if outcome.status > 0 else "killed by a signal"
+        errors = printable(outcome.errors[-500:].decode("utf-8", "replace"))
+        self._record.error("hooks", f"{name} failed, {how}: {said} {errors}")
+        return TemporaryFailure(said or f"{name} failed", "4.3.0")
+
+    @staticmethod
+    def _last_line(*printed: bytes) -> str:
+        """Return the last line of the first of `printed` that has any."""
+        for text in printed:
+            lines = [one.strip() for one in text.decode("utf-8", "replace").split("\n")]
+            if any(lines):
+                return printable([one for one in lines if one][-1], 200)
+        return ""
+
+    def _fields(self, path: str, output: bytes) -> bytes:
+        if len(output) >= PROGRAM_OUTPUT_LIMIT:
+            self._record.error("hooks", f"{path} prints more than a header may have, left out")
+            return b""
+        block = re.sub(rb"\r?\n", b"\r\n", output.strip(b"\r\n"))
+        if not block:
+            return b""
+        block += b"\r\n"
+        try:
+            if b"\r\n\r\n" in block or b"\r" in block.replace(b"\r\n", b"") or b"\0" in block:
+                raise ValueError("an empty line")
+            header_fields(block)
+        except ValueError as error:
+            self._record.error("hooks", f"{path} prints what is no header, left out: {error}")
+            return b""
+        return block
 
 
 # ======================================================================================
@@ -4037,7 +4545,8 @@ def received_spf(spf: Spf, ip: str, sender: str, hello: str, host: str) -> bytes
         "fail": f"{spf.domain} does not let {ip} send its mail",
         "softfail": f"{spf.domain} would rather not have {ip} send its mail",
         "neutral": f"{spf.domain} says nothing of {ip}",
-        "none": "there is no SPF record" + (f" of {spf.domain}" if spf.domain else ""),
+        "none": spf.explanation
+        or "there is no SPF record" + (f" of {spf.domain}" if spf.domain else ""),
     }.get(spf.result, spf.explanation or "the check came to no end")
     parts = [f"{spf.result} ({_comment(f'{host}: {said}')})"]
     values = {"client-ip": ip, "envelope-from": sender, "helo": hello, "receiver": host,
@@ -5446,6 +5955,35 @@ class DataEncoder:
         return b".\r\n" if self._last == b"\r\n" else b"\r\n.\r\n"
 
 
+# RFC 3461, 4: xtext = *( xchar / hexchar ), hexchar = "+" and two hexadecimal digits
+_XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})*")
+_NOTIFY = {"SUCCESS", "FAILURE", "DELAY"}
+
+
+def from_xtext(text: str) -> str:
+    """Return what `text` stands for; RFC 3461, 4."""
+    return re.sub(r"\+([0-9A-F]{2})", lambda match: chr(int(match[1], 16)), text)
+
+
+def parse_notify(value: str) -> tuple[str, ...]:
+    """Return the words of NOTIFY (RFC 3461, 4.1). Raises Refused."""
+    words = tuple(dict.fromkeys(value.upper().split(",")))
+    if words != ("NEVER",) and not set(words) <= _NOTIFY:
+        _refuse(501, "5.5.4", "expected NOTIFY=NEVER, or some of SUCCESS,FAILURE,DELAY")
+    return words
+
+
+def check_xtext(name: str, value: str, limit: int, utf8: bool = False) -> str:
+    """Return the value of ENVID or ORCPT (RFC 3461, 4.2 and 4.4). Raises Refused.
+
+    With `utf8` it may go beyond ASCII, as only ORCPT may (RFC 6533, 3).
+    """
+    fits = _XTEXT.fullmatch(value) or (utf8 and not value.isascii())
+    if not value or len(value.encode()) > limit or not fits:
+        _refuse(501, "5.5.4", f"the parameter {name} is malformed")
+    return value
+
+
 def parse_reply_line(line: bytes) -> tuple[int, bool, str]:
     """Return the code of a reply line, whether more lines follow, and its text.
 
@@ -5490,6 +6028,21 @@ class Result(NamedTuple):
     text: str
     remote: str = ""
     reply: str = ""
+    passed_on: bool = False  # the next server tells the sender of its success
+
+
+class Wish(NamedTuple):
+    """Of what a sender wants to hear about a recipient (RFC 3461, 4.1 and 4.2).
+
+    `notify` holds "NEVER", or some of "SUCCESS", "FAILURE" and "DELAY"; empty, it means what
+    is usual. `orcpt` is as it came.
+    """
+
+    notify: tuple[str, ...] = ()
+    orcpt: str = ""
+
+    def wants(self, what: str) -> bool:
+        return what in self.notify if self.notify else what != "SUCCESS"
 
 
 class Shipment(NamedTuple):
@@ -5503,6 +6056,9 @@ class Shipment(NamedTuple):
     junk: bool = False  # for the folder of what is probably junk
     require_tls: bool = False  # RFC 8689, 2
     tls_optional: bool = False  # RFC 8689, 3: "TLS-Required: No"
+    ret: str = ""  # RFC 3461, 4.3 and 4.4
+    envid: str = ""
+    wishes: Mapping[Target, Wish] = types.MappingProxyType({})
 
 
 class Courier(Protocol):
@@ -5525,7 +6081,7 @@ class MaildirCourier:
         template: str,
         data_dir: str,
         hostname: str,
-        user_exists: Callable[[str, str], bool],
+        user_exists: Callable[[str, str], Awaitable[bool]],
     ) -> None:
         self._loop = loop
         self._disk = disk
@@ -5539,10 +6095,12 @@ class MaildirCourier:
 
     async def _deliver(self, shipment: Shipment, address: str) -> Result:
         user, domain = split_address(address)
-        if not self._user_exists(user, domain):
-            return Result(FAILED, "5.1.1", f"there is no user {address}")
         try:
+            if not await self._user_exists(user, domain):
+                return Result(FAILED, "5.1.1", f"there is no user {address}")
             path = await self._store(self._folder(address, shipment), shipment, address)
+        except TemporaryFailure as error:
+            return Result(DEFERRED, error.status, str(error))
         except ValueError as error:
             return Result(FAILED, "5.1.3", str(error))
         except OSError as error:
@@ -5756,10 +6314,29 @@ class Client:
         secret = base64.b64encode(f"\0{user}\0{password}".encode()).decode("ascii")
         self._expect(await self._command(f"AUTH PLAIN {secret}"), "answers AUTH with")
 
-    async def transfer(self, shipment: Shipment, recipients: Sequence[str]) -> list[Result]:
-        """Send the message to `recipients` in one transaction; RFC 5321, 3.3."""
+    def lacks(self, shipment: Shipment) -> Result | None:
+        """Return the failure of all recipients where the server lacks what the message needs."""
+        for needed, extension, status in (
+            (shipment.smtputf8, "SMTPUTF8", "5.6.7"),
+            (shipment.require_tls, "REQUIRETLS", "5.7.30"),
+        ):
+            if needed and extension not in self.extensions:
+                text = f"{self.place} does not have {extension}, which the message needs"
+                return Result(FAILED, status, text, self.place)
+        return None
+
+    async def transfer(
+        self, shipment: Shipment, recipients: Sequence[str], targets: Sequence[Target]
+    ) -> list[Result]:
+        """Send the message to `recipients` in one transaction; RFC 5321, 3.3.
+
+        They are `targets` in the form in which a server is told.
+        """
         commands = [self._mail_command(shipment)]
-        commands += [f"RCPT TO:<{address}>" for address in recipients]
+        commands += [
+            f"RCPT TO:<{address}>{self._rcpt_parameters(shipment, target)}"
+            for address, target in zip(recipients, targets, strict=True)
+        ]
         commands.append("DATA")
         mail, *rcpts, data = await self._group(commands)
         if mail.code // 100 != 2:
@@ -5775,8 +6352,9 @@ class Client:
         else:
             await self._send(shipment.message)
             final = await self._final_replies(len(accepted))
+            passed_on = "DSN" in self.extensions and not self._lmtp
             for number, reply in zip(accepted, final, strict=True):
-                results[number] = self._result(reply)
+                results[number] = self._result(reply)._replace(passed_on=passed_on)
         return results
 
     async def quit(self) -> None:
@@ -5801,7 +6379,18 @@ class Client:
             parts.append("SMTPUTF8")
         if shipment.require_tls and "REQUIRETLS" in self.extensions:
             parts.append("REQUIRETLS")
+        if "DSN" in self.extensions and not self._lmtp:
+            parts += [f"RET={shipment.ret}"] if shipment.ret else []
+            parts += [f"ENVID={shipment.envid}"] if shipment.envid else []
         return " ".join(parts)
+
+    def _rcpt_parameters(self, shipment: Shipment, target: Target) -> str:
+        """What the sender has asked for this recipient (RFC 3461, 5.2.1)."""
+        wish = shipment.wishes.get(target)
+        if wish is None or "DSN" not in self.extensions or self._lmtp:
+            return ""
+        notify = f" NOTIFY={','.join(wish.notify)}" if wish.notify else ""
+        return notify + (f" ORCPT={wish.orcpt}" if wish.orcpt else "")
 
     async def _group(self, commands: Sequence[str]) -> list[Reply]:
         """Send MAIL, RCPTs and DATA, in one piece where the server has PIPELINING."""
@@ -5903,7 +6492,8 @@ class LmtpCourier:
                 stream = await self._connect()
             client = Client(self._loop, stream, f"LMTP at {self._address}", lmtp=True)
             await client.greet(self._hostname)
-            results = await client.transfer(shipment, [target.value for target in targets])
+            addresses = [target.value for target in targets]
+            results = await client.transfer(shipment, addresses, targets)
             await client.quit()
             return results
         except (Disconnected, Expired, TemporaryFailure, PermanentFailure, OSError) as error:
@@ -5925,6 +6515,19 @@ class LmtpCourier:
             except Disconnected as error:
                 failure = error
         raise failure
+
+
+def presentable(shipment: Shipment, targets: Sequence[Target]) -> tuple[Shipment, list[str]]:
+    """Turn domains into A-labels, and find out whether SMTPUTF8 is needed at all.
+
+    Raises ValueError where a domain is none.
+    """
+    sender = address_to_ascii(shipment.sender)
+    addresses = [address_to_ascii(target.value) for target in targets]
+    needed = not all(address.isascii() for address in (sender, *addresses))
+    if not needed and shipment.smtputf8:
+        needed = not shipment.message.header().isascii()
+    return shipment._replace(sender=sender, smtputf8=needed), addresses
 
 
 class _Server(NamedTuple):
@@ -5970,7 +6573,7 @@ class SmtpCourier:
     async def deliver(self, shipment: Shipment, targets: Sequence[Target]) -> list[Result]:
         """Deliver to `targets`, which share their domain or their `via`."""
         try:
-            shipment, addresses = self._presentable(shipment, targets)
+            shipment, _ = presentable(shipment, targets)
             hosts = await self._hosts(targets[0])
         except ValueError as error:
             return [Result(FAILED, "5.1.3", str(error))] * len(targets)
@@ -5979,21 +6582,11 @@ class SmtpCourier:
         except PermanentFailure as error:
             return [Result(FAILED, error.status, str(error))] * len(targets)
         results: list[Result] = []
-        for start in range(0, len(addresses), RECIPIENT_LIMIT):
-            batch = addresses[start : start + RECIPIENT_LIMIT]
-            results += await self._deliver(shipment, batch, hosts, targets[0])
+        for start in range(0, len(targets), RECIPIENT_LIMIT):
+            results += await self._deliver(
+                shipment, targets[start : start + RECIPIENT_LIMIT], hosts
+            )
         return results
-
-    def _presentable(
-        self, shipment: Shipment, targets: Sequence[Target]
-    ) -> tuple[Shipment, list[str]]:
-        """Turn domains into A-labels, and find out whether SMTPUTF8 is needed at all."""
-        sender = address_to_ascii(shipment.sender)
-        addresses = [address_to_ascii(target.value) for target in targets]
-        needed = not all(address.isascii() for address in (sender, *addresses))
-        if not needed and shipment.smtputf8:
-            needed = not shipment.message.header().isascii()
-        return shipment._replace(sender=sender, smtputf8=needed), addresses
 
     async def _hosts(self, target: Target) -> list[tuple[str, int]]:
         """Return hosts and ports to try, in order. Raises TemporaryFailure, PermanentFailure."""
@@ -6017,11 +6610,11 @@ class SmtpCourier:
     async def _deliver(
         self,
         shipment: Shipment,
-        addresses: Sequence[str],
+        targets: Sequence[Target],
         hosts: Sequence[tuple[str, int]],
-        target: Target,
     ) -> list[Result]:
         """Try the hosts in turn; the first that talks to us decides."""
+        target = targets[0]
         failures: list[Result] = []
         for host, port in hosts:
             try:
@@ -6040,14 +6633,14 @@ class SmtpCourier:
                 failures.append(Result(DEFERRED, "4.4.1", f"the server {host} has no address"))
             for ip in ips[:_ADDRESS_COUNT_LIMIT]:
                 server = _Server(name, ip, port, demand)
-                outcome = await self._try_server(shipment, addresses, server, domain)
+                outcome = await self._try_server(shipment, targets, server, domain)
                 if isinstance(outcome, list):
                     return outcome
                 failures.append(outcome)
         # what only one server refuses for good may still work with another
         lasting = all(failure.state == FAILED for failure in failures)
         chosen = failures[0] if lasting else next(f for f in failures if f.state == DEFERRED)
-        return [chosen] * len(addresses)
+        return [chosen] * len(targets)
 
     async def _demand(
         self, shipment: Shipment, domain: str, host: str, port: int, by_mx: bool
@@ -6066,13 +6659,13 @@ class SmtpCourier:
         return demand._replace(least=TLS_SECURE, why="REQUIRETLS")
 
     async def _try_server(
-        self, shipment: Shipment, addresses: Sequence[str], server: _Server, domain: str
+        self, shipment: Shipment, targets: Sequence[Target], server: _Server, domain: str
     ) -> list[Result] | Result:
         """Return a result for each address, or one for a server that we cannot talk to."""
         place = server.place
         try:
             with self._loop.deadline(_ATTEMPT_SECONDS):
-                return await self._deliver_to(shipment, addresses, server, domain)
+                return await self._deliver_to(shipment, targets, server, domain)
         except Expired:
             return Result(DEFERRED, "4.4.2", f"{place} did not answer in time", place)
         except PermanentFailure as error:
@@ -6082,20 +6675,17 @@ class SmtpCourier:
             return Result(DEFERRED, status, f"{place}: {error}", place)
 
     async def _deliver_to(
-        self, shipment: Shipment, addresses: Sequence[str], server: _Server, domain: str
+        self, shipment: Shipment, targets: Sequence[Target], server: _Server, domain: str
     ) -> list[Result]:
         client, level = await self._open(server)
         try:
             if not shipment.tls_optional:
                 await self._policies.levels.saw_outgoing(domain, level)
-            for needed, extension, status in (
-                (shipment.smtputf8, "SMTPUTF8", "5.6.7"),
-                (shipment.require_tls, "REQUIRETLS", "5.7.30"),
-            ):
-                if needed and extension not in client.extensions:
-                    text = f"{server.place} does not have {extension}, which the message needs"
-                    return [Result(FAILED, status, text, server.place)] * len(addresses)
-            results = await client.transfer(shipment, addresses)
+            lacking = client.lacks(shipment)
+            if lacking is not None:
+                return [lacking] * len(targets)
+            addresses = [address_to_ascii(target.value) for target in targets]
+            results = await client.transfer(shipment, addresses, targets)
             await client.quit()
             return results
         finally:
@@ -6204,6 +6794,106 @@ class SmtpCourier:
         return self._contexts[verify]
 
 
+class SmarthostCourier:
+    """Hands what is for other servers to one that sends it on, with a user and a password.
+
+    The connection is one with TLS and a valid certificate, from the start on port 465,
+    else by STARTTLS. What the server itself refuses is our configuration's fault, or its
+    own, so it is only deferred.
+    """
+
+    def __init__(
+        self, loop: Loop, names: Names, hostname: str, address: str, login: tuple[str, str] | None
+    ) -> None:
+        self._loop = loop
+        self._names = names
+        self._hostname = hostname
+        self._host, self._port = host_and_port(address, 587)
+        self._login = login
+        self._context = functools.cache(lambda: client_tls_context(verify=True))
+
+    async def deliver(self, shipment: Shipment, targets: Sequence[Target]) -> list[Result]:
+        place = f"{self._host} (the smarthost, port {self._port})"
+        client = None
+        results: list[Result] = []
+        try:
+            shipment, addresses = presentable(shipment, targets)
+            with self._loop.deadline(_ATTEMPT_SECONDS):
+                client = await self._open(place)
+                for start in range(0, len(addresses), RECIPIENT_LIMIT):
+                    batch = addresses[start : start + RECIPIENT_LIMIT]
+                    lacking = client.lacks(shipment)
+                    results += (
+                        [lacking] * len(batch)
+                        if lacking
+                        else await client.transfer(
+                            shipment, batch, targets[start : start + RECIPIENT_LIMIT]
+                        )
+                    )
+                await client.quit()
+        except ValueError as error:
+            return [Result(FAILED, "5.1.3", str(error))] * len(targets)
+        except (Disconnected, Expired, TLSFailed, TemporaryFailure, PermanentFailure) as error:
+            text = str(error) if str(error).startswith(place) else f"{place}: {error}"
+            left = len(targets) - len(results)
+            results += [Result(DEFERRED, "4.4.1", text, place)] * left
+        finally:
+            if client is not None:
+                client.close()
+        return [self._ours(one) for one in results]
+
+    @staticmethod
+    def _ours(result: Result) -> Result:
+        """Defer what is refused because we have not logged in (RFC 4954, 6)."""
+        if result.state == FAILED and result.reply.startswith("530"):
+            return result._replace(state=DEFERRED, status="4.7.0")
+        return result
+
+    async def _open(self, place: str) -> Client:
+        with self._loop.deadline(_CONNECT_SECONDS):
+            stream = await self._connect()
+        client = Client(self._loop, stream, place)
+        try:
+            if self._port == 465:
+                await stream.start_tls(self._context(), False, self._host)
+            await client.greet(self._hostname)
+            if self._port != 465:
+                if "STARTTLS" not in client.extensions:
+                    raise TLSFailed("it does not offer STARTTLS, and without TLS nothing is sent")
+                await client.start_tls(self._context(), self._host)
+                await client.hello(self._hostname)
+            if self._login is not None:
+                await client.authenticate(*self._login)
+            return client
+        except BaseException:
+            client.close()
+            raise
+
+    async def _connect(self) -> Stream:
+        failure = Disconnected("it has no address")
+        try:
+            name = domain_to_ascii(self._host)
+        except ValueError as error:
+            raise TemporaryFailure(str(error)) from error
+        for ip in await self._names.addresses(name):
+            try:
+                return await connect(self._loop, ip, self._port)
+            except Disconnected as error:
+                failure = error
+        raise failure
+
+
+class Smarthost(NamedTuple):
+    """When mail goes through a smarthost: after so many attempts to send it directly.
+
+    `address` is "host:port"; an alias `via` it goes there as well.
+    """
+
+    courier: Courier
+    address: str
+    after: int
+
+
 class Route(NamedTuple):
     """Which courier takes a target; targets with the same key travel together."""
 
@@ -6216,21 +6906,33 @@ class Couriers:
     """Chooses the courier of a target."""
 
     def __init__(
-        self, local: Courier, pipe: Courier, remote: Courier, is_local: Callable[[str], bool]
+        self,
+        local: Courier,
+        pipe: Courier,
+        remote: Courier,
+        is_local: Callable[[str], bool],
+        smarthost: Smarthost | None = None,
     ) -> None:
         self._local = local
         self._pipe = pipe
         self._remote = remote
         self._is_local = is_local
+        self._smarthost = smarthost
 
-    def route(self, target: Target) -> Route:
+    def route(self, target: Target, attempts: int = 0) -> Route:
+        """Return the route of `target` after so many attempts."""
         if target.kind == "pipe":
             return Route(self._pipe, ("pipe", target.value), True)
         domain = split_address(target.value)[1]
+        smarthost = self._smarthost
         if target.via:
+            if smarthost is not None and target.via == (smarthost.address,):
+                return Route(smarthost.courier, ("smarthost",), False)
             return Route(self._remote, ("via", *target.via), False)
         if self._is_local(domain):
             return Route(self._local, ("local",), True)
+        if smarthost is not None and attempts >= smarthost.after:
+            return Route(smarthost.courier, ("smarthost",), False)
         return Route(self._remote, ("mx", domain), False)
 
 
@@ -6270,6 +6972,8 @@ _REMOTE_SLOTS = 100  # not hold up mail that is delivered here
 _LOCAL_BACKLOG = 64  # deliveries here that may wait before senders are slowed down,
 _CATCH_UP_SECONDS = 2.0  # at most by this for each message
 _CATCH_UP_STEPS = 100
+_DISK_SECONDS = 2.0  # how long what was seen of the disk is good enough
+_DELAY_NOTICE_SECONDS = 4 * 3600.0  # after which a sender hears that it takes longer
 _CLAIMS_LIMIT = 100  # fields with results of others that are kept
 _DESTINATION_SLOTS = 5  # attempts at a time for one destination elsewhere
 PENDING = "pending"
@@ -6288,6 +6992,7 @@ class Addressee(NamedTuple):
 
     target: Target
     original: str
+    wish: Wish = Wish()
 
 
 class Envelope(NamedTuple):
@@ -6306,6 +7011,8 @@ class Envelope(NamedTuple):
     junk: bool = False
     require_tls: bool = False
     tls_optional: bool = False
+    ret: str = ""
+    envid: str = ""
 
     def to_line(self) -> bytes:
         value = self._asdict()
@@ -6319,20 +7026,24 @@ class Envelope(NamedTuple):
         if not isinstance(value, dict):
             raise ValueError("the line is no JSON object")
         addressees = tuple(
-            Addressee(Target(kind, address, tuple(via)), original)
-            for (kind, address, via), original in value.pop("addressees")
+            Addressee(
+                Target(kind, address, tuple(via)),
+                original,
+                *(Wish(tuple(notify), orcpt) for notify, orcpt in wish),
+            )
+            for (kind, address, via), original, *wish in value.pop("addressees")
         )
         prefix = value.pop("prefix").encode("latin-1")
         return cls(addressees=addressees, prefix=prefix, **value)
 
 
 class Recipient:
-    """An addressee and what became of it. `reported`: the sender was told of a failure."""
+    """An addressee and what became of it. `reported`: the sender was told of the end."""
 
-    __slots__ = ("original", "reported", "result", "target")
+    __slots__ = ("original", "reported", "result", "target", "wish")
 
     def __init__(self, addressee: Addressee) -> None:
-        self.target, self.original = addressee
+        self.target, self.original, self.wish = addressee
         self.result = Result(PENDING, "", "")
         self.reported = False
 
@@ -6355,8 +7066,8 @@ class Item:
     """
 
     __slots__ = (
-        "attempts", "due", "envelope", "message", "next_attempt", "nudge", "recipients", "removed",
-        "since", "task", "waited",
+        "attempts", "delay_told", "due", "envelope", "message", "next_attempt", "nudge",
+        "recipients", "removed", "since", "task", "waited",
     )  # fmt: skip
 
     def __init__(self, envelope: Envelope, message: Message) -> None:
@@ -6364,6 +7075,7 @@ class Item:
         self.message = message
         self.recipients = [Recipient(addressee) for addressee in envelope.addressees]
         self.attempts = 0
+        self.delay_told = False
         self.next_attempt = 0.0
         self.due = 0.0
         self.waited = 0.0
@@ -6386,6 +7098,12 @@ class Item:
             "attempt": self.attempts,
             "next": self.next_attempt,
             "waited": self.waited,
+            "delay_told": self.delay_told,
+            "told": [
+                number
+                for number, recipient in enumerate(self.recipients)
+                if recipient.state == SENT and recipient.reported
+            ],
             "results": {
                 str(number): list(recipient.result)
                 for number, recipient in enumerate(self.recipients)
@@ -6401,12 +7119,14 @@ class Item:
             results = {int(key): Result(*one) for key, one in value["results"].items()}
             attempts, next_attempt = int(value["attempt"]), float(value["next"])
             waited = float(value["waited"])
+            delay_told, told = bool(value.get("delay_told")), set(value.get("told", ()))
         except (ValueError, TypeError, KeyError, AttributeError):
             return
         self.attempts, self.next_attempt, self.waited = attempts, next_attempt, waited
+        self.delay_told = delay_told
         for number, result in results.items():
             self.recipients[number].result = result
-            self.recipients[number].reported = result.state == FAILED
+            self.recipients[number].reported = result.state == FAILED or number in told
 
 
 def read_item(path: str) -> Item:
@@ -6510,11 +7230,12 @@ class Draft:
     def body(self) -> Iterator[bytes]:
         """Yield what is stored after the header's empty line. Raises OSError."""
         skip = self._body_at
-        for chunk in self._stored():
+        for chunk in self.stored():
             yield chunk[skip:]
             skip = max(0, skip - len(chunk))
 
-    def _stored(self) -> Iterator[bytes]:
+    def stored(self) -> Iterator[bytes]:
+        """Yield the message as it is stored. Raises OSError."""
         if self._fd >= 0:
             with open(self._path, "rb", buffering=0) as file:
                 while chunk := file.read(CHUNK):
@@ -6604,6 +7325,7 @@ class QueueSettings(NamedTuple):
     give_up_after: float
     limit: int
     suffix_separator: str
+    min_free_disk: int = 0  # octets
 
 
 Sign = Callable[[bytes, Callable[[], Iterable[bytes]]], Awaitable[bytes]]
@@ -6624,7 +7346,7 @@ class Queue:
         record: Record,
         settings: QueueSettings,
         couriers: Couriers,
-        expand: Callable[[str], list[Target]],
+        expand: Callable[[str], Awaitable[list[Target]]],
         is_local: Callable[[str], bool],
         random: Callable[[], float],
         sign: Sign,
@@ -6643,6 +7365,8 @@ class Queue:
         self._destinations: dict[tuple[str, ...], Slots] = {}
         self._local_under_way = 0  # deliveries here that wait or are being made
         self._closing = False
+        self._disk_seen = float("-inf")
+        self._disk_free = 0
         self.expand = expand
         self.items: dict[str, Item] = {}
 
@@ -6703,6 +7427,19 @@ class Queue:
         """Raise QueueFull where the queue takes no more messages from outside."""
         if len(self.items) >= self._settings.limit:
             raise QueueFull(f"the queue is full ({self._settings.limit} messages)", "4.3.1")
+        if self._settings.min_free_disk and self._free_disk() < self._settings.min_free_disk:
+            raise QueueFull("the disk is nearly full", "4.3.1")
+
+    def _free_disk(self) -> int:
+        """Return the octets that are free for us, as they were within the last seconds."""
+        now = self._loop.clock.monotonic()
+        if now >= self._disk_seen + _DISK_SECONDS:
+            try:
+                status = os.statvfs(self._settings.directory)
+            except OSError:
+                return sys.maxsize  # what is wrong shows when something is written
+            self._disk_seen, self._disk_free = now, status.f_bavail * status.f_frsize
+        return self._disk_free
 
     async def accept(self, draft: Draft, envelope: Envelope, trace: str) -> Item:
         """Store a message durably and start to deliver it. Raises QueueFull.
@@ -6806,7 +7543,7 @@ class Queue:
         groups: dict[tuple[str, ...], list[Recipient]] = {}
         for recipient in item.recipients:
             if recipient.is_open:
-                key = self._couriers.route(recipient.target).key
+                key = self._couriers.route(recipient.target, item.attempts).key
                 groups.setdefault((*key, self._sender_for(item, recipient)), []).append(recipient)
         if not groups:
             return  # all that is left is to report
@@ -6836,22 +7573,27 @@ class Queue:
             self._record.error("queue", f"{item.id} cannot be written: {reason(error)}")
 
     async def _deliver(self, item: Item, group: list[Recipient]) -> None:
-        route = self._couriers.route(group[0].target)
+        route = self._couriers.route(group[0].target, item.attempts)
         envelope = item.envelope
         sender = self._sender_for(item, group[0])
         shipment = Shipment(
             item.id, sender, item.message, envelope.smtputf8, envelope.eight_bit,
-            envelope.junk, envelope.require_tls, envelope.tls_optional,
+            envelope.junk, envelope.require_tls, envelope.tls_optional, envelope.ret,
+            envelope.envid, self._wishes(group, sender == envelope.sender),
         )  # fmt: skip
-        targets = [recipient.target for recipient in group]
+        targets = list(dict.fromkeys(recipient.target for recipient in group))
         async with self._destination(route), self._slots[route.local]:
             try:
                 results = await route.courier.deliver(shipment, targets)
             except Exception as error:  # a fault of ours must not lose the message
                 self._record.crash(f"delivery of {item.id}", error)
                 failure = Result(DEFERRED, "4.3.0", "an internal error; the log has more")
-                results = [failure] * len(group)
-        for recipient, result in zip(group, results, strict=True):
+                results = [failure] * len(targets)
+        found = dict(zip(targets, results, strict=True))
+        for recipient in group:
+            result = found[recipient.target]
+            if sender != envelope.sender:  # who stands in for the sender would hear of it
+                result = result._replace(passed_on=False)
             recipient.result = result
             self._record.count("deliveries", route.key[0], result.state)
             self._record.mail(
@@ -6860,6 +7602,32 @@ class Queue:
                 f"({result.status}): {result.text}",
             )
             self._on_result(item, recipient)
+
+    @staticmethod
+    def _wishes(group: Sequence[Recipient], with_success: bool) -> dict[Target, Wish]:
+        """Return the wish for each target: all that any of those who meet there asked for."""
+        wishes: dict[Target, Wish] = {}
+        for recipient in group:
+            wish = recipient.wish
+            other = wishes.get(recipient.target)
+            if other is not None and other != wish:
+                words = tuple(
+                    one
+                    for one in ("SUCCESS", "FAILURE", "DELAY")
+                    if wish.wants(one) or other.wants(one)
+                )
+                wish = Wish(words or ("NEVER",), other.orcpt or wish.orcpt)
+            wishes[recipient.target] = wish
+        if with_success:
+            return wishes
+        return {
+            target: wish._replace(
+                notify=tuple(one for one in wish.notify if one != "SUCCESS") or ("NEVER",)
+            )
+            if wish.notify
+            else wish
+            for target, wish in wishes.items()
+        }
 
     @contextlib.asynccontextmanager
     async def _destination(self, route: Route) -> AsyncIterator[None]:
@@ -6888,13 +7656,13 @@ class Queue:
         if item.waited >= self._settings.give_up_after:
             self._give_up(item)
         try:
-            failed = [r for r in item.recipients if r.state == FAILED and not r.reported]
-            if failed:
-                await self._report(item, failed)
+            await self._report(item)
             if not any(recipient.is_open for recipient in item.recipients):
                 await self._disk.remove(item.message.path)
                 self._record.mail(item.id, f"done after {plural(item.attempts, 'attempt')}")
                 return True
+            if item.waited >= _DELAY_NOTICE_SECONDS and not item.delay_told:
+                await self._report_delay(item)
             self._postpone(item, self._pause(item.attempts))
             await self._write_down(item)
         except OSError as error:
@@ -6951,6 +7719,8 @@ class Queue:
         sender = item.envelope.sender
         local, domain = split_address(sender)
         user, own_domain = split_address(recipient.original)
+        if recipient.target.via and recipient.target.value == recipient.original:
+            return sender  # only on its way to the host that has the mailbox
         foreign = sender and not self._is_local(domain)
         leaves = not self._couriers.route(recipient.target).local
         if not (foreign and leaves and self._is_local(own_domain)):
@@ -6960,66 +7730,134 @@ class Queue:
         content = f"{local_part_content(user)}{separator}fwd_from={old}"
         return f"{local_part(content)}@{own_domain}"
 
-    async def _report(self, item: Item, failed: list[Recipient]) -> None:
-        """Queue a notification for the sender, if there is one. Raises OSError."""
-        if item.envelope.sender:
-            data, utf8 = notification(item, failed, self._settings, self._loop.clock.time())
-            header, _, body = data.partition(b"\r\n\r\n")
-            prefix = await self._sign(header + b"\r\n", lambda: [body])
-            draft = self._new_draft()
-            try:
-                await draft.add(data)
-                draft.complete()
-            except BaseException:
-                draft.discard()
-                raise
-            envelope = Envelope(
-                draft.id, "", self._addressees(item.envelope.sender), self._loop.clock.time(),
-                prefix, smtputf8=utf8, eight_bit=draft.eight_bit,
-                require_tls=item.envelope.require_tls,
-            )  # fmt: skip
-            try:
-                await self.accept(draft, envelope, f"notification of {item.id}")
-            except QueueFull as error:
-                raise OSError(errno.ENOSPC, "the notification cannot be stored") from error
-        else:
-            self._record.mail(item.id, "failed, and no notification: the sender is <>")
-        for recipient in failed:
-            recipient.reported = True
+    async def _report(self, item: Item) -> None:
+        """Tell the sender of failures, and of successes where that was asked for.
 
-    def _addressees(self, address: str) -> tuple[Addressee, ...]:
+        Raises OSError.
+        """
+        ended = [one for one in item.recipients if not one.is_open and not one.reported]
+        failed = [one for one in ended if one.state == FAILED]
+        sent = [one for one in ended if one.state == SENT and not one.result.passed_on]
+        await self._notify(item, "failed", [one for one in failed if one.wish.wants("FAILURE")])
+        for recipient in failed:  # or they are told again where the next report fails
+            recipient.reported = True
+        if failed and not item.envelope.sender:
+            self._record.mail(item.id, "failed, and no notification: the sender is <>")
+        for kind, local in (("delivered", True), ("relayed", False)):
+            told = [
+                one
+                for one in sent
+                if one.wish.wants("SUCCESS")
+                and self._couriers.route(one.target, item.attempts).local == local
+            ]
+            await self._notify(item, kind, told)
+            for recipient in told:
+                recipient.reported = True
+
+    async def _report_delay(self, item: Item) -> None:
+        """Tell the sender once that some recipients must wait. Raises OSError."""
+        waiting = [one for one in item.recipients if one.is_open and one.wish.wants("DELAY")]
+        if waiting and not await self._loop.work(lambda: is_automatic(item.message.header())):
+            await self._notify(item, "delayed", waiting)
+        item.delay_told = True
+
+    async def _notify(self, item: Item, kind: str, recipients: Sequence[Recipient]) -> None:
+        """Queue a notification about `recipients`, where there are any. Raises OSError."""
+        if not recipients or not item.envelope.sender:
+            return
+        now = self._loop.clock.time()
+        data, utf8 = notification(item, kind, recipients, self._settings, now)
+        header, _, body = data.partition(b"\r\n\r\n")
+        prefix = await self._sign(header + b"\r\n", lambda: [body])
+        draft = self._new_draft()
         try:
-            return tuple(Addressee(target, address) for target in self.expand(address))
+            await draft.add(data)
+            draft.complete()
+        except BaseException:
+            draft.discard()
+            raise
+        envelope = Envelope(
+            draft.id, "", await self._addressees(item.envelope.sender), now, prefix,
+            smtputf8=utf8, eight_bit=draft.eight_bit, require_tls=item.envelope.require_tls,
+        )  # fmt: skip
+        self._record.count("notifications", kind)
+        try:
+            await self.accept(draft, envelope, f"notification of {item.id} ({kind})")
+        except QueueFull as error:
+            raise OSError(errno.ENOSPC, "the notification cannot be stored") from error
+
+    async def _addressees(self, address: str) -> tuple[Addressee, ...]:
+        try:
+            return tuple(Addressee(target, address) for target in await self.expand(address))
         except ChasquidError:
             # it fails in its delivery, where the mail log says why
             return (Addressee(Target("address", address), address),)
 
 
+def is_automatic(header: bytes) -> bool:
+    """Tell whether a program wrote the message (RFC 3834, 5), or a list sent it on."""
+    try:
+        fields = {field.name: field.value.strip().lower() for field in header_fields(header)}
+    except ValueError:
+        return True
+    precedence = fields.get("precedence", b"")
+    submitted = re.split(rb"[;(]", fields.get("auto-submitted", b"no"), maxsplit=1)[0].strip()
+    return submitted != b"no" or precedence in (b"bulk", b"list", b"junk")
+
+
+class _Kind(NamedTuple):
+    """What a notification says, by its kind; `{}` is "this recipient" or so."""
+
+    subject: str
+    text: str
+
+
+_KINDS = {
+    "failed": _Kind(
+        "Mail delivery failed: returning message to sender",
+        "Your message could not be delivered to {}:",
+    ),
+    "delayed": _Kind(
+        "Mail delivery is taking longer",
+        "Your message has not yet been delivered to {}. You need not send it again:",
+    ),
+    "delivered": _Kind("Mail delivered", "As you asked to be told: your message has reached {}:"),
+    "relayed": _Kind(
+        "Mail passed on",
+        "As you asked to be told: your message was taken over by the next server, which may "
+        "send no further report, for {}:",
+    ),
+}
+
+
 def notification(
-    item: Item, failed: Sequence[Recipient], settings: QueueSettings, now: float
+    item: Item, kind: str, recipients: Sequence[Recipient], settings: QueueSettings, now: float
 ) -> tuple[bytes, bool]:
-    """Return a delivery status notification (RFC 3464, 6533), and if it needs SMTPUTF8."""
+    """Return a delivery status notification (RFC 3464, 6533), and if it needs SMTPUTF8.
+
+    `kind` is "failed", "delayed", "delivered" or "relayed".
+    """
     sender = _in_ascii_where_possible(item.envelope.sender)
     names = [sender]
-    for recipient in failed:
+    for recipient in recipients:
         names += [_in_ascii_where_possible(recipient.original), _final_recipient(recipient)]
     utf8 = not all(name.isascii() for name in names)
     if item.envelope.smtputf8 and not utf8:
         utf8 = not item.message.header().isascii()
     boundary = f"=_{new_id()}"
-    kind = "global-delivery-status" if utf8 else "delivery-status"
+    status = "global-delivery-status" if utf8 else "delivery-status"
     parts = [
         b"Content-Type: text/plain; charset=utf-8\r\nContent-Transfer-Encoding: 8bit\r\n\r\n"
-        + _explanation(item, failed, settings),
-        f"Content-Type: message/{kind}\r\n\r\n".encode()
-        + _delivery_status(item, failed, settings, utf8),
-        _returned_content(item, utf8),
+        + _explanation(item, kind, recipients, settings),
+        f"Content-Type: message/{status}\r\n\r\n".encode()
+        + _delivery_status(item, kind, recipients, settings, utf8),
+        _returned_content(item, kind, utf8),
     ]
     encoding = "7bit" if all(part.isascii() for part in parts) else "8bit"
     header = (
         f"From: Mail Delivery System <postmaster@{settings.hostname}>\r\n"
         f"To: <{sender}>\r\n"
-        "Subject: Mail delivery failed: returning message to sender\r\n"
+        f"Subject: {_KINDS[kind].subject}\r\n"
         f"Message-ID: <{new_id()}@{settings.hostname}>\r\n"
         f"Date: {rfc5322_date(now)}\r\n"
         "Auto-Submitted: auto-replied\r\n"
@@ -7048,25 +7886,31 @@ def _final_recipient(recipient: Recipient) -> str:
     )
 
 
-def _explanation(item: Item, failed: Sequence[Recipient], settings: QueueSettings) -> bytes:
+def _explanation(
+    item: Item, kind: str, recipients: Sequence[Recipient], settings: QueueSettings
+) -> bytes:
+    who = "this recipient" if len(recipients) == 1 else "these recipients"
     lines = [
         f"This is the mail server at {settings.hostname}.",
         "",
-        "Your message could not be delivered to "
-        + ("this recipient:" if len(failed) == 1 else "these recipients:"),
+        _KINDS[kind].text.format(who),
         "",
     ]
-    for recipient in failed:
+    for recipient in recipients:
         address, why = printable(recipient.original, 400), printable(recipient.result.text, 800)
-        lines += [f"  {address}", f"    {why}", ""]
-    if any(recipient.is_open for recipient in item.recipients):
+        # where mail lies here is nobody's business
+        lines += [f"  {address}", "" if kind == "delivered" else f"    {why}", ""]
+    if kind == "delayed":
+        left = duration_text(settings.give_up_after - item.waited)
+        lines += [f"It will be tried again for {left} more.", ""]
+    elif any(recipient.is_open for recipient in item.recipients):
         lines += ["Delivery to the other recipients is still being tried.", ""]
     lines += ["What was sent is attached, or its header where it is large.", ""]
     return "\r\n".join(lines).encode()
 
 
 def _delivery_status(
-    item: Item, failed: Sequence[Recipient], settings: QueueSettings, utf8: bool
+    item: Item, kind: str, recipients: Sequence[Recipient], settings: QueueSettings, utf8: bool
 ) -> bytes:
     """The machine's part: RFC 3464, 2.2 for the message and 2.3 for each recipient."""
     form = "utf-8" if utf8 else "rfc822"
@@ -7077,28 +7921,37 @@ def _delivery_status(
             f"Arrival-Date: {rfc5322_date(item.envelope.received)}",
         ]
     ]
-    for recipient in failed:
+    if item.envelope.envid:
+        envid = printable(from_xtext(item.envelope.envid))
+        groups[0].insert(0, f"Original-Envelope-Id: {envid}")
+    for recipient in recipients:
         result = recipient.result
+        original = f"{form}; {_in_ascii_where_possible(recipient.original)}"
+        if recipient.wish.orcpt:
+            original = printable("; ".join(from_xtext(recipient.wish.orcpt).split(";", 1)))
         group = [
-            f"Original-Recipient: {form}; {_in_ascii_where_possible(recipient.original)}",
+            f"Original-Recipient: {original}",
             f"Final-Recipient: {form}; {_final_recipient(recipient)}",
-            "Action: failed",
+            f"Action: {kind}",
             f"Status: {result.status}",
         ]
         if result.remote:
             group.append(f"Remote-MTA: dns; {result.remote.partition(' ')[0]}")
         diagnosis = f"smtp; {result.reply}" if result.reply else f"X-chasquid; {result.text}"
-        group.append(f"Diagnostic-Code: {printable(diagnosis, 800)}")
+        if kind != "delivered":
+            group.append(f"Diagnostic-Code: {printable(diagnosis, 800)}")
         groups.append(group)
     text = "\r\n\r\n".join("\r\n".join(group) for group in groups) + "\r\n"
     return text.encode() if utf8 else text.encode("ascii", "replace")
 
 
-def _returned_content(item: Item, utf8: bool) -> bytes:
+def _returned_content(item: Item, kind: str, utf8: bool) -> bytes:
     """The message where it is small, its header otherwise (RFC 6522, RFC 6533)."""
     message = item.message
     small = len(message.prefix) + message.size <= NOTIFICATION_ORIGINAL_LIMIT
-    if small and not item.envelope.require_tls:  # RFC 8689, 5: its body must not come back
+    # RFC 3461, 4.3: the whole only of what failed; RFC 8689, 5: no body of what needs TLS
+    whole = kind == "failed" and item.envelope.ret != "HDRS" and not item.envelope.require_tls
+    if small and whole:
         kind = "message/global" if utf8 else "message/rfc822"
         content = b"".join(message.chunks())
     else:
@@ -7107,6 +7960,180 @@ def _returned_content(item: Item, utf8: bool) -> bytes:
     encoding = "7bit" if content.isascii() else "8bit"
     head = f"Content-Type: {kind}\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n"
     return head.encode() + content
+
+
+# ======================================================================================
+# ROOM: LIMITS
+#
+# How much one client, or one user, may ask for in a minute or at a time, so that nobody
+# uses us up and a password that was found out does little harm before it is noticed.
+#
+# - A client is an IPv4 address, or the first 64 bits of an IPv6 address: that much anybody
+#   at home has to himself.
+# - Over a limit the answer is a temporary one, so a server that is only busy loses nothing.
+# - Clients on this machine are exempt, unless the configuration says otherwise.
+# - A login that fails is answered later and later, by address and by user; an address that
+#   has failed too often in an hour is sent away. A user is never locked out by others.
+# ======================================================================================
+
+_METER_LIMIT = 20_000  # keys of one meter
+_LOGIN_MEMORY = 3600.0  # seconds a failed login is remembered
+_LOGIN_DELAY_LIMIT = 20.0
+
+
+def client_of(peer: str) -> str:
+    """Return what counts as one client: an IPv4 address, or a /64 of IPv6."""
+    if ":" not in peer:
+        return peer
+    packed = socket.inet_pton(socket.AF_INET6, peer)
+    return socket.inet_ntop(socket.AF_INET6, packed[:8] + bytes(8)) + "/64"
+
+
+def is_loopback(peer: str) -> bool:
+    """Tell whether `peer`, an IP address or "local", is on this machine."""
+    return peer in ("local", "::1") or peer.startswith("127.")
+
+
+class _Meter:
+    """Lets through so many a minute for each key, evenly; at first that many at once."""
+
+    def __init__(self, clock: Clock, per_minute: int) -> None:
+        self._clock = clock
+        self._per_minute = per_minute
+        self._levels: dict[str, tuple[float, float]] = {}  # what was taken, and when
+
+    def takes(self, key: str) -> bool:
+        """Count one more of `key`; false where that is too many."""
+        if not self._per_minute:
+            return True
+        now = self._clock.monotonic()
+        level, since = self._levels.get(key, (0.0, now))
+        level = max(0.0, level - (now - since) * self._per_minute / 60.0)
+        if level + 1 > self._per_minute:
+            return False
+        if len(self._levels) >= _METER_LIMIT:
+            self._forget_idle(now)
+        self._levels[key] = (level + 1, now)
+        return True
+
+    def _forget_idle(self, now: float) -> None:
+        self._levels = {k: v for k, v in self._levels.items() if now - v[1] < 60.0}
+        if len(self._levels) >= _METER_LIMIT:
+            self._levels.clear()  # better too lenient than out of memory
+
+
+class _Failures:
+    """How often something has failed for each key within the last hour."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._times: dict[str, list[float]] = {}
+
+    def add(self, key: str) -> None:
+        if len(self._times) >= _METER_LIMIT:
+            self._times.clear()
+        times = self._times.setdefault(key, [])
+        times.append(self._clock.monotonic())
+        del times[:-100]
+
+    def count(self, key: str) -> int:
+        since = self._clock.monotonic() - _LOGIN_MEMORY
+        times = [time for time in self._times.get(key, ()) if time > since]
+        if times:
+            self._times[key] = times
+        else:
+            self._times.pop(key, None)
+        return len(times)
+
+    def forget(self, key: str) -> None:
+        self._times.pop(key, None)
+
+
+class Limits:
+    """Counts what clients and users do. A refusal is a TemporaryFailure with its reason."""
+
+    def __init__(self, clock: Clock, config: Config) -> None:
+        self._config = config
+        self._connections: collections.Counter[str] = collections.Counter()
+        self._failed_logins = _Failures(clock)
+        self._messages = _Meter(clock, config.max_messages_per_minute)
+        self._recipients = _Meter(clock, config.max_recipients_per_minute)
+        self._user_messages = _Meter(clock, config.max_user_messages_per_minute)
+        self._user_recipients = _Meter(clock, config.max_user_recipients_per_minute)
+
+    def is_exempt(self, peer: str) -> bool:
+        trusted = is_loopback(peer) and not self._config.limit_loopback
+        return trusted or self.is_relay(peer)
+
+    def is_relay(self, peer: str) -> bool:
+        """Tell whether `peer` is a host of the operator that passes mail on to us."""
+        if not self._config.trusted_relay or not is_ip_address(peer):
+            return False
+        import ipaddress  # only where it is set
+
+        address = ipaddress.ip_address(peer)
+        return any(address in ipaddress.ip_network(one) for one in self._config.trusted_relay)
+
+    @contextlib.contextmanager
+    def connection(self, peer: str) -> Iterator[None]:
+        """Count a connection for as long as it lasts. Raises TemporaryFailure."""
+        client, limit = client_of(peer), self._config.max_connections_per_address
+        if limit and self._connections[client] >= limit and not self.is_exempt(peer):
+            raise TemporaryFailure(f"more than {limit} connections from {client}", "4.7.0")
+        self._connections[client] += 1
+        try:
+            yield
+        finally:
+            self._connections[client] -= 1
+            if not self._connections[client]:
+                del self._connections[client]
+
+    def message(self, peer: str, user: str) -> None:
+        """Count a message. Raises TemporaryFailure."""
+        self._take(peer, user, self._messages, self._user_messages, "messages")
+
+    def recipient(self, peer: str, user: str) -> None:
+        """Count a recipient. Raises TemporaryFailure."""
+        self._take(peer, user, self._recipients, self._user_recipients, "recipients")
+
+    def _take(self, peer: str, user: str, of_client: _Meter, of_user: _Meter, what: str) -> None:
+        if self.is_exempt(peer):
+            return
+        if user:
+            if not of_user.takes(user):
+                raise TemporaryFailure(f"too many {what} a minute for {user}", "4.7.0")
+        elif not of_client.takes(client_of(peer)):
+            raise TemporaryFailure(f"too many {what} a minute from {client_of(peer)}", "4.7.0")
+
+    def check_login(self, peer: str) -> None:
+        """Raises TemporaryFailure where the address has failed too often."""
+        limit = self._config.max_failed_logins
+        failed = self._failed_logins.count(client_of(peer))
+        if limit and failed >= limit and not self.is_exempt(peer):
+            raise TemporaryFailure(
+                "too many failed logins from your address; wait an hour", "4.7.0"
+            )
+
+    def login_failed(self, peer: str, user: str) -> float:
+        """Count a failed login; return how many seconds the answer should be late."""
+        if self.is_exempt(peer):
+            return 0.0
+        keys = (client_of(peer), self._user_key(user))
+        for key in keys:
+            self._failed_logins.add(key)
+        worst = max(map(self._failed_logins.count, keys))
+        return min(0.5 * 2.0 ** min(worst - 1, 10), _LOGIN_DELAY_LIMIT)
+
+    def login_succeeded(self, user: str) -> None:
+        self._failed_logins.forget(self._user_key(user))
+
+    @staticmethod
+    def _user_key(user: str) -> str:
+        """Return the same for all the ways to write a user's name."""
+        try:
+            return f"user {normalize_address(user)[:100]}"
+        except ValueError:
+            return f"user {user[:100]}"
 
 
 # ======================================================================================
@@ -7125,6 +8152,10 @@ def _returned_content(item: Item, utf8: bool) -> bytes:
 # Where mail goes belongs to ALIASES and COURIERS; what a command looks like, to SMTP.
 # ======================================================================================
 
+_MAIL_PARAMETERS = {"SIZE", "BODY", "SMTPUTF8", "AUTH", "REQUIRETLS", "RET", "ENVID"}
+_ENVID_LIMIT = 100  # octets; RFC 3461, 4.4
+_ORCPT_LIMIT = 500  # octets; RFC 3461, 4.2
+_PACE_SECONDS = 60.0  # so long, a sender may be as slow as it likes
 _FROM_LIMIT = 8192  # octets of a From field
 _AUTH_SECONDS = 0.5  # a login that fails takes at least this long
 _PASSWORD_SLOTS = 2  # passwords checked at a time; each takes a processor
@@ -7161,9 +8192,15 @@ class Site:
         names: Names,
         signer: Signer,
         levels: SecurityLevels,
+        hooks: Hooks,
+        dovecot: Dovecot | None,
+        limits: Limits,
         tls_context: ssl.SSLContext | None,
     ) -> None:
         self.loop = loop
+        self.hooks = hooks
+        self.dovecot = dovecot
+        self.limits = limits
         self.names = names
         self.signer = signer
         self.levels = levels
@@ -7177,21 +8214,65 @@ class Site:
         self.closing = False
         self.hostname = domain_to_ascii(config.hostname)
 
+    async def authenticate(self, login: str, password: bytes) -> str | None:
+        """Return the address behind `login` if `password` fits, else None.
+
+        The users of the files come first, then Dovecot. Raises TemporaryFailure.
+        """
+        accounts = self.accounts
+        async with self.password_slots:
+            address = await self.loop.work(lambda: accounts.authenticate(login, password))
+        if address is not None or self.dovecot is None:
+            return address
+        try:
+            address = normalize_address(login)
+        except ValueError:
+            return None
+        user, domain = split_address(address)
+        if not self.aliases.is_local(domain) or accounts.exists(user, domain):
+            return None  # of whom the files know, they have the last word
+        return address if await self.dovecot.authenticate(address, password) else None
+
+    async def may_send_as(self, user: str, sender: str) -> bool:
+        """Tell whether `sender` is an address of `user`, or everybody may send as anyone.
+
+        Raises TemporaryFailure.
+        """
+        if not self.config.sender_must_match:
+            return True
+        try:
+            address = normalize_address(sender)
+        except ValueError:
+            return False
+        if address == user:
+            return True
+        try:
+            targets = await self.queue.expand(address)
+        except (NoSuchUser, AliasLoop):
+            return False
+        return any(target.kind == "address" and target.value == user for target in targets)
+
     @property
     def size_limit(self) -> int:
         """The largest message, in octets."""
         return self.config.max_data_size_mb * 1024 * 1024
 
+    def too_big(self) -> Reply:
+        limit = self.config.max_data_size_mb
+        return Reply(552, "5.3.4", f"the message is larger than {limit} MB")
+
 
 class Transaction:
     """One message on its way in: its envelope so far, and what was received of it."""
 
-    def __init__(self, sender: str, smtputf8: bool, require_tls: bool, spf: Spf) -> None:
+    def __init__(self, sender: str, parameters: Mapping[str, str], spf: Spf) -> None:
         self.sender = sender
-        self.smtputf8 = smtputf8
-        self.require_tls = require_tls
+        self.smtputf8 = "SMTPUTF8" in parameters
+        self.require_tls = "REQUIRETLS" in parameters
+        self.ret = parameters.get("RET", "").upper()
+        self.envid = parameters.get("ENVID", "")
         self.spf = spf
-        self.addressees: dict[Addressee, None] = {}
+        self.addressees: dict[tuple[Target, str], Addressee] = {}
         self.recipient_count = 0
         self.draft: Draft | None = None
         self.failure: Reply | None = None  # why the message is only read to be thrown away
@@ -7284,6 +8365,8 @@ class Reception:
         self._site = site
         self._origin = origin
         self._transaction = transaction
+        self._dkim: list[str] = []
+        self._dmarc = "none"
         self.results = ""  # of the checks, as the mail log names them
 
     async def judge(self, draft: Draft) -> tuple[Envelope, str]:
@@ -7291,6 +8374,7 @@ class Reception:
         transaction = self._transaction
         header = draft.complete()
         fields = self._check_header(header)
+        await self._check_authors(fields)
         received = self._received(draft.id)
         junk = False
         if self._origin.user:
@@ -7298,13 +8382,50 @@ class Reception:
         else:
             prefix, junk = await self._verify(draft, fields)
             prefix += received
+        added = await self._show_to_hook(draft, prefix)
+        prefix = added + prefix
+        junk = junk or any(
+            one.name == "x-spam-flag" and one.value.strip().upper() == b"YES"
+            for one in header_fields(added)
+        )
         required = [one.value.strip().lower() for one in fields if one.name == "tls-required"]
         envelope = Envelope(
-            draft.id, transaction.sender, tuple(transaction.addressees),
-            self._site.loop.clock.time(), prefix, transaction.smtputf8, draft.eight_bit, junk,
-            transaction.require_tls, required == [b"no"],
+            draft.id, transaction.sender, tuple(transaction.addressees.values()),
+            self._site.loop.clock.time(), prefix, transaction.smtputf8,
+            draft.eight_bit or not prefix.isascii(), junk,
+            transaction.require_tls, required == [b"no"], transaction.ret, transaction.envid,
         )  # fmt: skip
         return envelope, self._trace()
+
+    async def _show_to_hook(self, draft: Draft, prefix: bytes) -> bytes:
+        """Return the fields that post-data wants on top. Raises Refused."""
+        message = itertools.chain([prefix], draft.stored())
+        try:
+            return await self._site.hooks.post_data(self._environment(), message)
+        except PermanentFailure as error:
+            raise Refused(Reply(554, error.status, str(error))) from error
+        except TemporaryFailure as error:
+            raise Refused(Reply(451, error.status, str(error))) from error
+
+    def _environment(self) -> dict[str, str]:
+        """What post-data is told, as chasquid names it, and the results of our checks."""
+        origin, transaction = self._origin, self._transaction
+        recipients = dict.fromkeys(original for _, original in transaction.addressees)
+        local = self._site.aliases.is_local(split_address(transaction.sender)[1])
+        return {
+            "REMOTE_ADDR": origin.peer,
+            "EHLO_DOMAIN": re.sub(r"[^A-Za-z0-9\[\].:-]", "", origin.hello),
+            "EHLO_DOMAIN_RAW": origin.hello,
+            "MAIL_FROM": transaction.sender,
+            "RCPT_TO": " ".join(recipients),
+            "AUTH_AS": origin.user,
+            "ON_TLS": "1" if origin.tls else "0",
+            "FROM_LOCAL_DOMAIN": "1" if local else "0",
+            "SPF_PASS": "1" if transaction.spf.result == "pass" else "0",
+            "SPF_RESULT": transaction.spf.result,
+            "DKIM_RESULTS": " ".join(self._dkim),
+            "DMARC_RESULT": self._dmarc,
+        }
 
     def _check_header(self, block: bytes) -> list[Field]:
         """Raises Refused where the header is not sane."""
@@ -7321,6 +8442,21 @@ class Reception:
             # RFC 5322, 3.6; which of them a reader shows is anybody's guess
             raise Refused(Reply(554, "5.6.0", "the header has more than one From field"))
         return fields
+
+    async def _check_authors(self, fields: Sequence[Field]) -> None:
+        """Where users may write only as themselves, From must be theirs. Raises Refused."""
+        user = self._origin.user
+        if not user or not self._site.config.sender_must_match:
+            return
+        for field in fields:
+            for author in author_addresses(field.value) if field.name == "from" else ():
+                try:
+                    allowed = await self._site.may_send_as(user, author)
+                except TemporaryFailure as error:
+                    raise Refused(Reply(451, error.status, str(error))) from error
+                if not allowed:
+                    text = f"{user} may not write as {printable(author, 200)} in From"
+                    raise Refused(Reply(554, "5.7.1", text))
 
     async def _sign(
         self, draft: Draft, header: bytes, fields: Sequence[Field], received: bytes
@@ -7346,23 +8482,29 @@ class Reception:
         site, spf, sender = self._site, self._transaction.spf, self._transaction.sender
         authors = self._authors(fields)
         signatures, dmarc = await self._check_author(draft, fields, authors)
+        self._dkim, self._dmarc = [one.result for one in signatures], dmarc.result
         for signature in signatures:
             site.record.count("dkim", signature.result)
         site.record.count("dmarc", dmarc.result)
         dkim = ",".join(one.result for one in signatures) or "none"
         self.results = f" spf={spf.result} dkim={dkim} dmarc={dmarc.result}"
-        junk = False
-        if dmarc.result == "fail" and site.config.dmarc_policy == "enforce":
-            if dmarc.policy == "reject":
-                text = f"{dmarc.domain} asks to reject mail that cannot be shown to be its own"
-                raise Refused(Reply(550, "5.7.1", f"DMARC: {text}"))
-            junk = dmarc.policy == "quarantine"
-        if dmarc.result == "permerror" and sender:  # programs that report write what they like
-            junk = site.config.dmarc_policy == "enforce"
+        # what a relay of ours passes on comes from its address, which proves nothing of others
+        enforced = site.config.dmarc_policy == "enforce"
+        enforced = enforced and not site.limits.is_relay(self._origin.peer)
+        junk = enforced and self._is_junk(dmarc)
         trace = authentication_results(site.hostname, spf, sender, signatures, dmarc)
         hello, sender = self._said()
         trace += received_spf(spf, self._origin.peer, sender, hello, site.hostname)
         return trace, junk
+
+    def _is_junk(self, dmarc: Dmarc) -> bool:
+        """Do what the owner of the From domain asks for. Raises Refused."""
+        if dmarc.result == "permerror":  # programs that report, from <>, write what they like
+            return bool(self._transaction.sender)
+        if dmarc.result == "fail" and dmarc.policy == "reject":
+            text = f"{dmarc.domain} asks to reject mail that cannot be shown to be its own"
+            raise Refused(Reply(550, "5.7.1", f"DMARC: {text}"))
+        return dmarc.result == "fail" and dmarc.policy == "quarantine"
 
     @staticmethod
     def _authors(fields: Sequence[Field]) -> list[str] | None:
@@ -7428,6 +8570,90 @@ class Reception:
         return f"by {origin.port.name} from {origin.peer} {origin.hello}{user}{tls}{self.results}"
 
 
+class _Pace:
+    """Raises Expired where a message comes in more slowly than so many octets a second."""
+
+    def __init__(self, clock: Clock, least: int) -> None:
+        self._clock = clock
+        self._least = least
+        self._start = clock.monotonic()
+        self._octets = 0
+
+    def check(self, octets: int) -> None:
+        self._octets += octets
+        elapsed = self._clock.monotonic() - self._start
+        if elapsed > _PACE_SECONDS and self._octets < self._least * elapsed:
+            raise Expired("the message comes in too slowly")
+
+
+class MessageReader:
+    """Reads a message off the wire, into the draft of a transaction."""
+
+    def __init__(self, site: Site, stream: Stream) -> None:
+        self._site = site
+        self._loop = site.loop
+        self._stream = stream
+
+    def open_draft(self, transaction: Transaction) -> None:
+        """Give the transaction a draft, unless it has failed already. Raises Refused."""
+        if transaction.draft is None and transaction.failure is None:
+            try:
+                transaction.draft = self._site.queue.draft()
+            except QueueFull as error:
+                raise Refused(Reply(451, error.status, str(error))) from error
+
+    async def read_data(self, transaction: Transaction) -> None:
+        """Read up to the final dot."""
+        decoder = DataDecoder()
+        pace = self._pace()
+        while not decoder.done:
+            piece = await self._piece(CHUNK)
+            pace.check(len(piece))
+            await self._take(transaction, decoder.feed(piece))
+        self._stream.unread(decoder.rest)
+
+    async def read_chunk(self, left: int, transaction: Transaction | None) -> None:
+        """Read so many octets; without a transaction, only to be rid of them."""
+        pace = self._pace()
+        while left:
+            piece = await self._piece(min(CHUNK, left))
+            pace.check(len(piece))
+            left -= len(piece)
+            if transaction is not None:
+                piece = transaction.held + piece
+                transaction.held = b"\r" if piece.endswith(b"\r") else b""
+                piece = piece[: len(piece) - len(transaction.held)]
+                check_newlines(piece)
+                await self._take(transaction, piece)
+
+    async def _piece(self, limit: int) -> bytes:
+        with self._loop.deadline(TRANSFER_SECONDS):
+            return await self._stream.read_some(limit)
+
+    def _pace(self) -> _Pace:
+        return _Pace(self._loop.clock, self._site.config.min_octets_per_second)
+
+    async def _take(self, transaction: Transaction, piece: bytes) -> None:
+        """Add to the draft; once that has failed, throw away what still comes."""
+        draft = transaction.draft
+        if draft is None:
+            return
+        try:
+            if draft.size + len(piece) > self._site.size_limit:
+                raise Refused(self._site.too_big())
+            await draft.add(piece)
+            return
+        except Refused as refused:
+            transaction.failure = refused.reply
+        except PermanentFailure as error:
+            transaction.failure = Reply(552, error.status, str(error))
+        except OSError as error:
+            self._site.record.error("queue", f"a message cannot be stored: {reason(error)}")
+            transaction.failure = Reply(452, "4.3.1", "the message cannot be stored now")
+        draft.discard()
+        transaction.draft = None
+
+
 class Session:
     """One connection, from the greeting to its end."""
 
@@ -7438,6 +8664,7 @@ class Session:
         self._site = site
         self._loop = site.loop
         self._stream = stream
+        self._reader = MessageReader(site, stream)
         self._port = port
         self._hello = ""
         self._extended = False
@@ -7445,14 +8672,20 @@ class Session:
         self._verb = ""
         self._errors = 0
         self._unknown_recipients = 0
+        self._dialogue = Dialogue("", "", 0.0)
         self._about = ""  # the envelope, as the mail log names it where it is refused
         self._transaction: Transaction | None = None
 
     async def run(self) -> None:
         """Hold the dialogue; returns when the connection is closed."""
         self._site.record.count("connections", self._port.name)
+        self._dialogue = Dialogue(self._port.name, self.peer, self._loop.clock.time())
+        self._site.record.dialogues.append(self._dialogue)
         try:
-            with self._loop.deadline(CONNECTION_SECONDS):
+            with (
+                self._loop.deadline(CONNECTION_SECONDS),
+                self._site.limits.connection(self.peer),
+            ):
                 if self._port.implicit_tls:
                     if self._site.tls_context is None:
                         raise TLSFailed("there is no certificate, so no TLS on this port")
@@ -7461,6 +8694,10 @@ class Session:
         except (Disconnected, TLSFailed) as error:
             if self._transaction is not None or isinstance(error, TLSFailed):
                 self._log(f"ended early: {error}")
+        except TemporaryFailure as error:
+            self._site.record.count("limits", "connections")
+            self._log(f"rejected: {error}")
+            self._write(Reply(421, error.status, f"{error}; try again later"))
         except Expired:
             self._write(Reply(421, "4.4.2", "too slow, closing the connection"))
         except Cancelled:
@@ -7471,6 +8708,10 @@ class Session:
             self._write(Reply(421, "4.3.0", "an internal error, closing the connection"))
         finally:
             self._reset()
+            self._dialogue.open = False
+            if not self._dialogue.client_spoke:  # a health check, most often
+                with contextlib.suppress(ValueError):
+                    self._site.record.dialogues.remove(self._dialogue)
             await self._stream.finish()
 
     @property
@@ -7520,11 +8761,15 @@ class Session:
         self._verb = ""
         verb, argument = parse_command(line)
         self._verb = verb
+        said = "…"  # what is no command may be a password, or a line of a message
+        if verb in _COMMANDS:
+            said = "AUTH …" if verb == "AUTH" else f"{verb} {argument}"
+        self._dialogue.add("C", said)
         if verb in _HTTP_VERBS:
             return Reply(502, "5.7.0", "this is a mail server and speaks no HTTP", close=True)
         command = _COMMANDS.get(verb)
         if command is None:
-            raise Refused(Reply(500, "5.5.1", f"the command {printable(verb, 20)!r} is unknown"))
+            raise Refused(Reply(500, "5.5.1", "there is no such command"))
         self._site.record.count("commands", verb)
         if self.phase not in command.phases:
             raise Refused(Reply(503, "5.5.1", self.phase.then))
@@ -7545,19 +8790,21 @@ class Session:
         self._site.record.count("rejections", str(reply.code))
         about = self._about if self._verb in ("MAIL", "RCPT", "DATA", "BDAT") else ""
         self._log(f"rejected{about}: {reply}")
-        if reply.close or reply.status == "4.5.3":
-            return reply
+        if reply.close or reply.status == "4.5.3" or (self._verb == "RCPT" and reply.code == 450):
+            return reply  # who sends much must still get to DATA with what was accepted
         if self._verb == "RCPT" and reply.code == 550:
             self._unknown_recipients += 1
         else:
             self._errors += 1
         if self._errors < ERROR_LIMIT and self._unknown_recipients < RECIPIENT_ERROR_LIMIT:
             return reply
+        self._log(f"sent away after {plural(self._errors + self._unknown_recipients, 'error')}")
         text = f"too many errors, closing the connection; the last one: {reply.text}"
         return Reply(421, "4.7.0", text, close=True)
 
     def _write(self, reply: Reply) -> bool:
         self._stream.write(reply.encode())
+        self._dialogue.add("S", str(reply))
         return reply.close
 
     def _log(self, text: str) -> None:
@@ -7585,6 +8832,7 @@ class Session:
             "ENHANCEDSTATUSCODES",
             "CHUNKING",
             f"LIMITS RCPTMAX={RECIPIENT_LIMIT}",
+            "DSN",
             "HELP",
         ]
         if self._stream.tls is not None:
@@ -7639,15 +8887,21 @@ class Session:
 
     async def _check_login(self, user: str, password: bytes) -> Reply:
         start = self._loop.clock.monotonic()
-        accounts = self._site.accounts
-        async with self._site.password_slots:
-            address = await self._loop.work(lambda: accounts.authenticate(user, password))
+        limits = self._site.limits
+        try:
+            limits.check_login(self.peer)
+            address = await self._site.authenticate(user, password)
+        except TemporaryFailure as error:
+            self._site.record.count("logins", "not checked")
+            return Reply(454, error.status, str(error), close=True)
         if address is None:
             self._site.record.count("logins", "failed")
             self._log(f"login failed for {printable(user, 100)!r}")
+            wait = max(_AUTH_SECONDS, limits.login_failed(self.peer, user))
             elapsed = self._loop.clock.monotonic() - start
-            await self._loop.sleep(max(0.0, _AUTH_SECONDS - elapsed))
+            await self._loop.sleep(max(0.0, wait - elapsed))
             return Reply(535, "5.7.8", "user or password is wrong")
+        limits.login_succeeded(user)
         self._site.record.count("logins", "succeeded")
         self._log(f"login succeeded for {address}")
         self._user = address
@@ -7663,16 +8917,19 @@ class Session:
         if sender and not split_address(sender)[1]:
             raise Refused(Reply(501, "5.1.7", "the sender's address needs a domain"))
         self._check_parameters(parameters)
-        smtputf8, require_tls = "SMTPUTF8" in parameters, "REQUIRETLS" in parameters
-        self._check_utf8(sender, smtputf8)
+        self._check_utf8(sender, "SMTPUTF8" in parameters)
         self._check_room()
+        await self._check_own(sender)
+        self._count(self._site.limits.message)
         spf = Spf("none") if self._user else await self._check_sender(sender)
-        self._transaction = Transaction(sender, smtputf8, require_tls, spf)
+        self._transaction = Transaction(sender, parameters, spf)
         return Reply(250, "2.1.0", "the sender is accepted")
 
     async def _check_sender(self, sender: str) -> Spf:
         """Judge a sender who has not logged in. Raises Refused."""
         site = self._site
+        if site.limits.is_relay(self.peer):
+            return Spf("none", "mailfrom", "", "the client is a relay of ours")
         spf = await check_spf(site.names, self._loop, self.peer, sender, self._hello, site.hostname)
         site.record.count("spf", spf.result)
         if spf.result == "fail":
@@ -7691,8 +8948,7 @@ class Session:
     def _check_parameters(self, parameters: Mapping[str, str]) -> None:
         """Check MAIL's parameters. Raises Refused."""
         for name, value in parameters.items():
-            known = ("SIZE", "BODY", "SMTPUTF8", "AUTH", "REQUIRETLS")
-            if name not in known or not self._extended:
+            if name not in _MAIL_PARAMETERS or not self._extended:
                 raise Refused(Reply(555, "5.5.4", f"the parameter {name} is unknown"))
             if name == "SIZE" and not value.isdecimal():
                 raise Refused(Reply(501, "5.5.4", "expected SIZE=octets"))
@@ -7700,16 +8956,39 @@ class Session:
                 raise Refused(Reply(501, "5.5.4", "expected BODY=7BIT or BODY=8BITMIME"))
             if name in ("SMTPUTF8", "REQUIRETLS") and value:
                 raise Refused(Reply(501, "5.5.4", f"{name} takes no value"))
+            if name == "RET" and value.upper() not in ("FULL", "HDRS"):
+                raise Refused(Reply(501, "5.5.4", "expected RET=FULL or RET=HDRS"))
+            if name == "ENVID":
+                check_xtext(name, value, _ENVID_LIMIT)
             if name == "REQUIRETLS" and self._stream.tls is None:
                 raise Refused(Reply(530, "5.7.10", "REQUIRETLS needs TLS: say STARTTLS first"))
         if int(parameters.get("SIZE", "0")) > self._site.size_limit:
-            raise Refused(self._too_big())
+            raise Refused(self._site.too_big())
 
     @staticmethod
     def _check_utf8(address: str, smtputf8: bool) -> None:
         if not smtputf8 and not split_address(address)[0].isascii():
             text = "an internationalised address needs the parameter SMTPUTF8 of MAIL"
             raise Refused(Reply(553, "5.6.7", text))
+
+    async def _check_own(self, sender: str) -> None:
+        """Where that is asked for, let users write only as themselves. Raises Refused."""
+        if not self._user or not sender:
+            return
+        try:
+            allowed = await self._site.may_send_as(self._user, sender)
+        except TemporaryFailure as error:
+            raise Refused(Reply(451, error.status, str(error))) from error
+        if not allowed:
+            text = f"{self._user} may not send as {sender}: it is no address of that user"
+            raise Refused(Reply(550, "5.7.1", text))
+
+    def _count(self, count: Callable[[str, str], None]) -> None:
+        try:
+            count(self.peer, self._user)
+        except TemporaryFailure as error:
+            self._site.record.count("limits", "rate")
+            raise Refused(Reply(450, error.status, str(error))) from error
 
     def _check_room(self) -> None:
         try:
@@ -7720,8 +8999,7 @@ class Session:
     async def _rcpt(self, argument: str) -> Reply:
         assert self._transaction is not None
         address, parameters = parse_path(argument, "TO:")
-        for name in parameters:
-            raise Refused(Reply(555, "5.5.4", f"the parameter {name} is unknown"))
+        wish = self._wish(parameters, self._transaction.smtputf8)
         if not address:
             raise Refused(Reply(501, "5.1.3", "expected a recipient, not <>"))
         self._about = f" from=<{self._transaction.sender}> to={address}"
@@ -7729,10 +9007,22 @@ class Session:
         if self._transaction.recipient_count >= RECIPIENT_LIMIT:
             raise Refused(Reply(452, "4.5.3", "too many recipients; send the rest later"))
         address = self._with_domain(address)
-        for target in self._expand(address):
-            self._transaction.addressees[Addressee(target, address)] = None
+        self._count(self._site.limits.recipient)
+        for target in await self._expand(address):
+            self._transaction.addressees[target, address] = Addressee(target, address, wish)
         self._transaction.recipient_count += 1
         return Reply(250, "2.1.5", "the recipient is accepted")
+
+    def _wish(self, parameters: Mapping[str, str], utf8: bool) -> Wish:
+        """Return what RCPT's parameters ask for. Raises Refused."""
+        for name in parameters:
+            if name not in ("NOTIFY", "ORCPT") or not self._extended:
+                raise Refused(Reply(555, "5.5.4", f"the parameter {name} is unknown"))
+        orcpt = parameters.get("ORCPT", "")
+        notify = parse_notify(parameters["NOTIFY"]) if "NOTIFY" in parameters else ()
+        if "ORCPT" in parameters and ";" not in check_xtext("ORCPT", orcpt, _ORCPT_LIMIT, utf8):
+            raise Refused(Reply(501, "5.5.4", "expected ORCPT=type;address"))
+        return Wish(notify, orcpt)
 
     def _with_domain(self, address: str) -> str:
         """Complete "postmaster", which needs no domain (RFC 5321, 4.1.1.3).
@@ -7746,13 +9036,15 @@ class Session:
             raise Refused(Reply(501, "5.1.3", "the recipient's address needs a domain"))
         return address
 
-    def _expand(self, address: str) -> list[Target]:
+    async def _expand(self, address: str) -> list[Target]:
         local = self._site.aliases.is_local(split_address(address)[1])
         if not local and not self._user:
             text = "we do not relay: log in, or send to our own domains"
             raise Refused(Reply(503, "5.7.1", text))
         try:
-            return self._site.queue.expand(address)
+            return await self._site.queue.expand(address)
+        except TemporaryFailure as error:
+            raise Refused(Reply(451, error.status, str(error))) from error
         except NoSuchUser as error:
             raise Refused(Reply(550, "5.1.1", str(error))) from error
         except AliasLoop as error:
@@ -7762,14 +9054,11 @@ class Session:
     # --- DATA and BDAT ---
 
     async def _data(self, argument: str) -> Reply:
-        transaction = self._open_draft()
+        transaction = self._transaction
+        assert transaction is not None
+        self._reader.open_draft(transaction)
         self._write(Reply(354, "", "go ahead, and end with a line that holds only a dot"))
-        decoder = DataDecoder()
-        while not decoder.done:
-            with self._loop.deadline(TRANSFER_SECONDS):
-                piece = await self._stream.read_some()
-            await self._take(transaction, decoder.feed(piece))
-        self._stream.unread(decoder.rest)
+        await self._reader.read_data(transaction)
         return await self._finish_message(transaction)
 
     async def _bdat(self, argument: str) -> Reply:
@@ -7779,67 +9068,22 @@ class Session:
             return Reply(501, "5.5.4", "expected BDAT octets [LAST]; closing", close=True)
         size, last = int(match[1]), bool(match[2])
         if self.phase not in (RECIPIENTS, CHUNKS):
-            await self._read_chunk(size, None)
+            await self._reader.read_chunk(size, None)
             return Reply(503, "5.5.1", self.phase.then)
+        transaction = self._transaction
+        assert transaction is not None
         try:
-            transaction = self._open_draft()
+            self._reader.open_draft(transaction)
         except Refused as refused:
-            assert self._transaction is not None
-            self._transaction.failure = refused.reply  # or the next chunk would begin a message
-            await self._read_chunk(size, None)
+            transaction.failure = refused.reply  # or the next chunk would begin a message
+            await self._reader.read_chunk(size, None)
             raise
-        await self._read_chunk(size, transaction)
+        await self._reader.read_chunk(size, transaction)
         if last:
             if transaction.held:
                 raise BareNewline("a line must end with CRLF, and hold no other CR or LF")
             return await self._finish_message(transaction)
         return transaction.failure or Reply(250, "2.0.0", f"{size} octets received")
-
-    async def _read_chunk(self, left: int, transaction: Transaction | None) -> None:
-        while left:
-            with self._loop.deadline(TRANSFER_SECONDS):
-                piece = await self._stream.read_some(min(CHUNK, left))
-            left -= len(piece)
-            if transaction is not None:
-                piece = transaction.held + piece
-                transaction.held = b"\r" if piece.endswith(b"\r") else b""
-                piece = piece[: len(piece) - len(transaction.held)]
-                check_newlines(piece)
-                await self._take(transaction, piece)
-
-    def _open_draft(self) -> Transaction:
-        transaction = self._transaction
-        assert transaction is not None
-        if transaction.draft is None and transaction.failure is None:
-            try:
-                transaction.draft = self._site.queue.draft()
-            except QueueFull as error:
-                raise Refused(Reply(451, error.status, str(error))) from error
-        return transaction
-
-    async def _take(self, transaction: Transaction, piece: bytes) -> None:
-        """Add to the draft; once that has failed, throw away what still comes."""
-        draft = transaction.draft
-        if draft is None:
-            return
-        try:
-            if draft.size + len(piece) > self._site.size_limit:
-                raise Refused(self._too_big())
-            await draft.add(piece)
-            return
-        except Refused as refused:
-            transaction.failure = refused.reply
-        except PermanentFailure as error:
-            transaction.failure = Reply(552, error.status, str(error))
-        except OSError as error:
-            self._site.record.error("queue", f"a message cannot be stored: {reason(error)}")
-            transaction.failure = Reply(452, "4.3.1", "the message cannot be stored now")
-        draft.discard()
-        transaction.draft = None
-
-    def _too_big(self) -> Reply:
-        limit = self._site.config.max_data_size_mb
-        return Reply(552, "5.3.4", f"the message is larger than {limit} MB")
 
     async def _finish_message(self, transaction: Transaction) -> Reply:
         """Answer for the complete message, or say why not."""
@@ -7857,7 +9101,7 @@ class Session:
                 envelope, trace = await reception.judge(draft)
             except Refused:
                 recipients = ", ".join(
-                    dict.fromkeys(one.original for one in transaction.addressees)
+                    dict.fromkeys(original for _, original in transaction.addressees)
                 )
                 self._about = f" from=<{transaction.sender}> to={recipients}{reception.results}"
                 raise
@@ -7918,10 +9162,12 @@ _COMMANDS: dict[str, _Command] = {
     ),
     "MAIL": _Command(
         Session._mail, frozenset((GREETED,)), "required",
-        "MAIL FROM:<address> [SIZE=n] [BODY=7BIT|8BITMIME] [SMTPUTF8] [REQUIRETLS]",
+        "MAIL FROM:<address> [SIZE=n] [BODY=7BIT|8BITMIME] [SMTPUTF8] [REQUIRETLS] "
+        "[RET=FULL|HDRS] [ENVID=id]",
     ),
     "RCPT": _Command(
-        Session._rcpt, frozenset((MAIL, RECIPIENTS)), "required", "RCPT TO:<address>"
+        Session._rcpt, frozenset((MAIL, RECIPIENTS)), "required",
+        "RCPT TO:<address> [NOTIFY=NEVER|SUCCESS,FAILURE,DELAY] [ORCPT=type;address]",
     ),
     "DATA": _Command(Session._data, frozenset((RECIPIENTS,)), "none", "DATA"),
     "BDAT": _Command(Session._bdat, _ANY, "required", "BDAT octets [LAST]"),
@@ -7932,6 +9178,328 @@ _COMMANDS: dict[str, _Command] = {
     "HELP": _Command(Session._help, _ANY, "optional", "HELP [command]"),
     "QUIT": _Command(Session._quit, _ANY, "none", "QUIT"),
 }  # fmt: skip
+
+
+# ======================================================================================
+# ROOM: MONITORING
+#
+# What the server shows of itself over HTTP, at `monitoring_address`: a page for people,
+# /metrics for Prometheus, /health for whoever watches, and POST /exit.
+#
+# - It is meant for this machine, or a network of trust: nobody logs in, and the page shows
+#   who writes to whom. It never shows a password, nor the content of a message.
+# - Whatever came from outside is escaped; the page runs no script and loads nothing.
+# - A web page elsewhere cannot have a browser end the server: a request that a page made
+#   says so (Origin), and is refused.
+#
+# The room is told what to show (`Status`); it looks nothing up.
+# ======================================================================================
+
+_HTTP_SECONDS = 10.0
+_HTTP_LINES_LIMIT = 100
+_OPEN_METRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+_PLAIN_METRICS = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Metric(NamedTuple):
+    """How a counter of RECORD is told to Prometheus: its labels after the first word."""
+
+    name: str
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+METRICS = {
+    "connections": Metric("connections", "Connections that came in.", ("port",)),
+    "commands": Metric("commands", "Commands of clients.", ("verb",)),
+    "rejections": Metric("rejections", "Replies that refused something.", ("code",)),
+    "logins": Metric("logins", "Logins.", ("result",)),
+    "limits": Metric("limits", "Refusals because of a limit.", ("limit",)),
+    "messages": Metric("messages", "Messages accepted into the queue.", ("state",)),
+    "deliveries": Metric("deliveries", "Attempts, for each recipient.", ("route", "result")),
+    "notifications": Metric("notifications", "Notifications sent.", ("kind",)),
+    "spf": Metric("spf", "Results of SPF.", ("result",)),
+    "dkim": Metric("dkim", "Results of DKIM, for each signature.", ("result",)),
+    "dkim signatures": Metric("dkim_signatures", "Messages signed.", ("state",)),
+    "dmarc": Metric("dmarc", "Results of DMARC.", ("result",)),
+    "security levels": Metric(
+        "security_levels", "Levels seen, and refused downgrades.", ("direction", "level")
+    ),
+    "mta-sts": Metric("mta_sts", "MTA-STS policies.", ("result",)),
+    "post-data": Metric("post_data", "Runs of the post-data hook.", ("status",)),
+    "crashes": Metric("crashes", "Errors that nobody foresaw; see the log."),
+}
+
+
+class QueueLine(NamedTuple):
+    """A message in the queue, for people."""
+
+    id: str
+    sender: str
+    age: str
+    next_attempt: str
+    recipients: tuple[tuple[str, str], ...]  # address, and what became of it
+
+
+class Status(NamedTuple):
+    """What there is to show. Times are in seconds since 1970."""
+
+    hostname: str
+    now: float
+    started: float
+    sessions: int
+    listening: tuple[str, ...]
+    queue: tuple[QueueLine, ...]
+    queue_limit: int
+    counters: Mapping[tuple[str, ...], int]
+    dialogues: tuple[Dialogue, ...]
+    config: str
+
+
+class Monitor:
+    """Answers HTTP requests, one a connection."""
+
+    def __init__(
+        self, loop: Loop, record: Record, status: Callable[[], Status], stop: Callable[[], None]
+    ) -> None:
+        self._loop = loop
+        self._record = record
+        self._status = status
+        self._stop = stop
+
+    async def answer(self, stream: Stream) -> None:
+        """Read one request, answer it, and close."""
+        try:
+            with self._loop.deadline(_HTTP_SECONDS):
+                method, path, headers = await self._request(stream)
+                stream.write(self._respond(method, path, headers))
+                await stream.flush()
+        except (Disconnected, Expired, LineTooLong, BareNewline, ValueError):
+            pass
+        except Exception as error:
+            self._record.crash("monitoring", error)
+        finally:
+            await stream.finish()
+
+    async def _request(self, stream: Stream) -> tuple[str, str, dict[str, str]]:
+        """Return method, path and headers, their names in lower case. Raises ValueError."""
+        words = (await stream.read_line(8192)).decode("latin-1").split(" ")
+        if len(words) != 3 or not words[2].startswith("HTTP/1."):
+            raise ValueError("no request")
+        headers: dict[str, str] = {}
+        for _ in range(_HTTP_LINES_LIMIT):
+            line = (await stream.read_line(8192)).decode("latin-1")
+            if not line:
+                return words[0], words[1].partition("?")[0], headers
+            name, _, value = line.partition(":")
+            headers[name.strip().lower()] = value.strip()
+        raise ValueError("too many headers")
+
+    def _respond(self, method: str, path: str, headers: Mapping[str, str]) -> bytes:
+        if method == "POST":
+            return self._exit(path, headers)
+        if method not in ("GET", "HEAD"):
+            return _response("405 Method Not Allowed", "text/plain", "GET, HEAD or POST\n")
+        if path == "/" and not self._is_our_name(headers.get("host", "")):
+            found = _response("421 Misdirected Request", "text/plain", "not by this name\n")
+        elif path == "/":
+            found = _response("200 OK", "text/html; charset=utf-8", page(self._status()))
+        elif path == "/metrics":
+            open_metrics = "application/openmetrics-text" in headers.get("accept", "")
+            kind = _OPEN_METRICS if open_metrics else _PLAIN_METRICS
+            found = _response("200 OK", kind, metrics(self._status(), open_metrics))
+        elif path == "/health":
+            found = _response("200 OK", "text/plain", "ok\n")
+        else:
+            found = _response("404 Not Found", "text/plain", "there is /, /metrics and /health\n")
+        return found if method == "GET" else found.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
+
+    def _is_our_name(self, host: str) -> bool:
+        """Tell whether `host` is no name that a page elsewhere could have pointed at us."""
+        try:
+            name = host_and_port(host, 80)[0].lower()
+        except ValueError:
+            return False
+        known = ("", "localhost", self._status().hostname.lower())
+        return name in known or is_ip_address(name)
+
+    def _exit(self, path: str, headers: Mapping[str, str]) -> bytes:
+        if path != "/exit":
+            return _response("404 Not Found", "text/plain", "POST goes to /exit\n")
+        if "origin" in headers or headers.get("sec-fetch-site", "none") != "none":
+            return _response("403 Forbidden", "text/plain", "not from a web page\n")
+        self._record.info("monitoring", "asked to exit")
+        self._stop()
+        return _response("200 OK", "text/plain", "stopping\n")
+
+
+def _response(status: str, kind: str, text: str) -> bytes:
+    body = text.encode("utf-8", "replace")
+    head = (
+        f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
+        "Content-Security-Policy: default-src 'none'; style-src 'unsafe-inline'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'\r\n"
+        "X-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def metrics(status: Status, open_metrics: bool) -> str:
+    """Return the counters in OpenMetrics 1.0, or in Prometheus' older text format."""
+    lines: list[str] = []
+
+    def tell(metric: Metric, kind: str, samples: Iterable[tuple[tuple[str, ...], float]]) -> None:
+        name = f"chasquid_{metric.name}"
+        full = f"{name}_total" if kind == "counter" else name
+        family = name if open_metrics else full
+        lines.extend([f"# TYPE {family} {kind}", f"# HELP {family} {metric.help}"])
+        for values, value in samples:
+            labels = ",".join(
+                f'{label}="{_label(text)}"'
+                for label, text in zip(metric.labels, values)  # noqa: B905
+            )
+            lines.append(f"{full}{{{labels}}} {value:.16g}" if labels else f"{full} {value:.16g}")
+
+    by_name: dict[str, dict[tuple[str, ...], float]] = {name: {} for name in METRICS}
+    for (name, *values), count in status.counters.items():
+        if name in METRICS:
+            padded = (*values, *[""] * len(METRICS[name].labels))[: len(METRICS[name].labels)]
+            by_name[name][padded] = by_name[name].get(padded, 0) + count
+    for name, found in by_name.items():
+        samples = sorted(found.items()) or ([((), 0.0)] if not METRICS[name].labels else [])
+        tell(METRICS[name], "counter", samples)
+    tell(Metric("sessions", "Connections that are open now."), "gauge", [((), status.sessions)])
+    tell(Metric("queue_messages", "Messages in the queue now."), "gauge", [((), len(status.queue))])
+    tell(
+        Metric("start_time_seconds", "When the server started, since 1970."), "gauge",
+        [((), status.started)],
+    )  # fmt: skip
+    version = Metric("build_info", "The version of the server.", ("version", "python"))
+    tell(version, "gauge", [((__version__, sys.version.split()[0]), 1)])
+    return "\n".join(lines) + "\n" + ("# EOF\n" if open_metrics else "")
+
+
+def _label(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+_STYLE = """
+:root { color-scheme: light dark; --edge: #8885; --soft: #8881; --bad: #b3261e; --good: #1b7a36;
+  --wait: #8a5a00; }
+@media (prefers-color-scheme: dark) {
+  :root { --bad: #ff8a80; --good: #81c995; --wait: #f2c063; } }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 60rem; padding: 1rem; }
+h1 { font-size: 1.4rem; line-height: 1.25; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
+p { margin: .3rem 0; } .soft { opacity: .75; }
+.tiles { display: grid; gap: .6rem; margin-top: .8rem;
+  grid-template-columns: repeat(auto-fit, minmax(7.5rem, 1fr)); }
+.tile { border: 1px solid var(--edge); border-radius: .5rem; padding: .5rem .8rem;
+  font-size: .9rem; line-height: 1.3; }
+.tile b { display: block; font-size: 1.5rem; font-weight: 600; font-variant-numeric: tabular-nums; }
+.bad { color: var(--bad); } .good { color: var(--good); } .wait { color: var(--wait); }
+article, details { border: 1px solid var(--edge); border-radius: .5rem; margin: .5rem 0;
+  padding: .5rem .8rem; overflow-wrap: anywhere; }
+article p { border-left: 3px solid var(--edge); padding-left: .6rem; }
+summary { cursor: pointer; } code, pre { font: .85rem/1.45 ui-monospace, monospace; }
+pre { white-space: pre-wrap; margin: .5rem 0 .2rem; }
+pre span { display: block; padding-left: 3ch; text-indent: -3ch; }
+table { border-collapse: collapse; width: 100%; max-width: 30rem; }
+tr + tr { border-top: 1px solid var(--edge); } td { padding: .2rem 0; }
+td:last-child { text-align: right; font-variant-numeric: tabular-nums; }
+"""
+
+
+def page(status: Status) -> str:
+    """Return the page for people, in HTML."""
+    up = duration_text(status.now - status.started)
+    title = f"chasquid at {_html(status.hostname)}"
+    parts = [
+        "<!doctype html><html lang=en><meta charset=utf-8>",
+        '<meta name=viewport content="width=device-width, initial-scale=1">',
+        f"<title>{title}</title><style>{_STYLE}</style>",
+        f"<h1>{title}</h1>",
+        f"<p class=soft>version {__version__}, up {up}, "
+        f"as of {_html(rfc5322_date(status.now))}</p>",
+        _tiles(status),
+        "<h2>Queue</h2>",
+        *(map(_queue_line, status.queue) if status.queue else ["<p>It is empty.</p>"]),
+        "<h2>Recent sessions</h2>",
+        *(map(_dialogue, reversed(status.dialogues)) if status.dialogues else ["<p>None.</p>"]),
+        "<h2>Counters</h2>",
+        _counters(status),
+        "<h2>Server</h2>",
+        *(f"<p>listening for {_html(one)}</p>" for one in status.listening),
+        f"<details><summary>Configuration</summary><pre>{_html(status.config)}</pre></details>",
+        "<p class=soft><a href=metrics>metrics</a> · <a href=health>health</a></p></html>",
+    ]
+    return "\n".join(parts)
+
+
+def _tiles(status: Status) -> str:
+    def total(*names: str) -> int:
+        return sum(
+            count for key, count in status.counters.items()
+            if key[0] == names[0] and (len(names) == 1 or names[1] in key[1:])
+        )  # fmt: skip
+
+    tiles = (
+        (total("messages", "queued"), "accepted", ""),
+        (total("deliveries", "sent"), "delivered", "good"),
+        (len(status.queue), f"queued, of {status.queue_limit}", "wait"),
+        (total("deliveries", "failed"), "failed", "bad"),
+        (total("rejections"), "rejected", ""),
+        (status.sessions, "sessions now", ""),
+        *([(total("crashes"), "crashes: see the log", "bad")] if total("crashes") else []),
+    )
+    return "<div class=tiles>" + "".join(
+        f"<div class=tile><b class='{kind if count else ''}'>{count}</b>{_html(text)}</div>"
+        for count, text, kind in tiles
+    ) + "</div>"  # fmt: skip
+
+
+def _queue_line(line: QueueLine) -> str:
+    rows = "".join(
+        f"<p><b>{_html(address)}</b><br>{_state(what)}</p>" for address, what in line.recipients
+    )
+    return (
+        f"<article><code>{_html(line.id)}</code> from &lt;{_html(line.sender)}&gt;, "
+        f"{_html(line.age)} old, {_html(line.next_attempt)}{rows}</article>"
+    )
+
+
+def _state(what: str) -> str:
+    """Return what became of a recipient, its first word in the colour that it deserves."""
+    word, rest = re.match(r"(\w*)(.*)", what, re.DOTALL).groups()  # type: ignore[union-attr]
+    kind = {"sent": "good", "failed": "bad"}.get(word, "wait")
+    return f"<span class={kind}>{_html(word)}</span>{_html(rest)}"
+
+
+def _dialogue(dialogue: Dialogue) -> str:
+    lines = "".join(
+        f"<span{' class=bad' if re.match('S: [45]', line) else ''}>{_html(line)}</span>"
+        for line in dialogue.lines
+    )
+    how = "under way" if dialogue.open else "ended"
+    return (
+        f"<details><summary>{_html(time.strftime('%H:%M:%S', time.gmtime(dialogue.began)))} "
+        f"{_html(dialogue.port)} {_html(dialogue.peer)} <span class=soft>{how}, "
+        f"{plural(len(dialogue.lines), 'line')}</span></summary><pre>{lines}</pre></details>"
+    )
+
+
+def _counters(status: Status) -> str:
+    rows = "".join(
+        f"<tr><td>{_html(' '.join(key))}<td>{count}"
+        for key, count in sorted(status.counters.items())
+    )
+    return f"<table>{rows}</table>" if rows else "<p>Nothing has happened yet.</p>"
+
+
+def _html(text: str) -> str:
+    for mark, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ('"', "&quot;")):
+        text = text.replace(mark, entity)
+    return text.replace("'", "&#39;")
 
 
 # ======================================================================================
@@ -7967,6 +9535,11 @@ def random_fraction() -> float:
     return int.from_bytes(os.urandom(6), "big") / (1 << 48)
 
 
+def clean_peer(peer: str) -> str:
+    """Return an address without what the socket adds: a mapped form, a scope."""
+    return peer.removeprefix("::ffff:").partition("%")[0]
+
+
 def session_limit() -> int:
     """Return how many connections leave descriptors for the queue and the couriers."""
     import resource
@@ -7974,6 +9547,30 @@ def session_limit() -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = 100_000 if soft == resource.RLIM_INFINITY else soft
     return max(limit // 2, limit - _SPARE_DESCRIPTORS)
+
+
+def queue_line(item: Item, now: float) -> QueueLine:
+    """Return what MONITORING shows of a message."""
+    return QueueLine(
+        item.id,
+        item.envelope.sender,
+        duration_text(now - item.envelope.received),
+        next_attempt_text(item, now),
+        tuple((target_text(one.target), recipient_text(one)) for one in item.recipients),
+    )
+
+
+def next_attempt_text(item: Item, now: float) -> str:
+    """Say when a message is attempted next."""
+    if item.next_attempt <= now:
+        return "being attempted" if item.attempts == 0 else "due now"
+    return f"next attempt in {duration_text(item.next_attempt - now)}"
+
+
+def recipient_text(recipient: Recipient) -> str:
+    """Say what became of a recipient so far."""
+    text = f": {recipient.result.text}" if recipient.result.text else ""
+    return printable(f"{recipient.state}{text}", 300)
 
 
 class Certificates:
@@ -8113,11 +9710,17 @@ class Daemon:
         )
         self._sts = self._sts_policies(fetch_policy)
         programs = Programs(loop, spawn)
+        hooks = Hooks(programs, self.record, config.config_dir)
+        self._dovecot = self._ask_dovecot()
+        self._outside = Outside(
+            hooks.alias_targets, self._dovecot.exists if self._dovecot else None
+        )
         couriers = Couriers(
             self._local_courier(programs),
             PipeCourier(programs),
             remote or self._smtp_courier(random),
             self._is_local,
+            None if remote else self._smarthost(),
         )
         self.queue = Queue(
             loop, Disk(loop), self.record, self._queue_settings(), couriers, self._expand,
@@ -8125,19 +9728,42 @@ class Daemon:
         )  # fmt: skip
         self._site = Site(
             loop, self.record, config, self._domains.accounts, self._domains.aliases, self.queue,
-            self._names, self._signer, self.levels, certificates.default,
+            self._names, self._signer, self.levels, hooks, self._dovecot, Limits(clock, config),
+            certificates.default,
         )  # fmt: skip
         self._listeners = Listeners(config, loop)
         undo.callback(self._listeners.close)
+        self._started = clock.time()
+        self._monitor = Monitor(loop, self.record, self._status, self._stop_from_inside)
         self._control = Control(loop, self.record, self)
         undo.callback(self._control.close)
         self._control.open()
         self._sessions: dict[Session, Task] = {}
-        self._session_limit = session_limit()
+        self._session_limit = min(config.max_connections or sys.maxsize, session_limit())
         self._stopping = Event(loop)
         self._reload_now = Event(loop)
         self._reopen_logs = False
         self._report_start(certificates)
+        self._report_settings()
+
+    def _stop_from_inside(self) -> None:
+        self._stopping.set()
+
+    def _status(self) -> Status:
+        """Return what MONITORING shows."""
+        now = self.loop.clock.time()
+        return Status(
+            self.config.hostname,
+            now,
+            self._started,
+            len(self._sessions),
+            tuple(f"{port.name} on [{host}]:{number}" for port, host, number in self.addresses),
+            tuple(queue_line(item, now) for item in self.queue.items.values()),
+            self.config.max_queue_items,
+            self.record.counters,
+            tuple(self.record.dialogues),
+            config_text(self.config),
+        )
 
     def _queue_settings(self) -> QueueSettings:
         config = self.config
@@ -8147,6 +9773,7 @@ class Daemon:
             config.give_up_send_after,
             config.max_queue_items,
             config.suffix_separators[:1] or "+",
+            config.min_free_disk_mb * 1024 * 1024,
         )
 
     @property
@@ -8172,9 +9799,9 @@ class Daemon:
 
         self.loop.post(now)
 
-    def resolve(self, address: str) -> list[Target]:
+    async def resolve(self, address: str) -> list[Target]:
         """Return the final recipients of `address`. Raises ChasquidError."""
-        return self._expand(address_from_person(address))
+        return await self._expand(address_from_person(address))
 
     # --- its parts ---
 
@@ -8188,8 +9815,21 @@ class Daemon:
             return LmtpCourier(self.loop, self._names_out, config.lmtp_address, self._hostname)
         return MaildirCourier(
             self.loop, Disk(self.loop), config.maildir, config.data_dir, config.hostname,
-            lambda user, domain: self._domains.accounts.exists(user, domain),
+            self._user_exists,
         )  # fmt: skip
+
+    def _ask_dovecot(self) -> Dovecot | None:
+        config = self.config
+        if not config.dovecot_auth:
+            return None
+        return Dovecot(
+            self.loop, self.record, config.dovecot_userdb_path, config.dovecot_client_path
+        )
+
+    async def _user_exists(self, user: str, domain: str) -> bool:
+        if self._domains.accounts.exists(user, domain):
+            return True
+        return self._dovecot is not None and await self._dovecot.exists(f"{user}@{domain}")
 
     def _smtp_courier(self, random: Callable[[], float]) -> Courier:
         config = self.config
@@ -8198,6 +9838,21 @@ class Daemon:
             self.loop, self._names_out, self.record, policies, self._hostname,
             config.outgoing_smtp_port, random,
         )  # fmt: skip
+
+    def _smarthost(self) -> Smarthost | None:
+        config = self.config
+        if not config.smarthost:
+            return None
+        if bool(config.smarthost_user) != bool(config.smarthost_password_file):
+            path = os.path.join(config.config_dir, "chasquid.conf")
+            text = "expected smarthost_user and smarthost_password_file together, or neither"
+            raise ConfigError(path, 0, text)
+        login = None
+        if config.smarthost_user:
+            password = read_file(config.smarthost_password_file).decode("utf-8", "replace")
+            login = config.smarthost_user, password.strip("\r\n")
+        courier = SmarthostCourier(self.loop, self._names, self._hostname, config.smarthost, login)
+        return Smarthost(courier, config.smarthost, config.smarthost_after)
 
     def _sts_policies(self, fetch: FetchPolicy | None) -> StsPolicies:
         context = functools.cache(lambda: client_tls_context(verify=True))
@@ -8215,14 +9870,12 @@ class Daemon:
     def _is_local(self, domain: str) -> bool:
         return self._domains.aliases.is_local(domain)
 
-    def _expand(self, address: str) -> list[Target]:
-        return self._domains.aliases.expand(address)
+    async def _expand(self, address: str) -> list[Target]:
+        return await self._domains.aliases.expand_with(self._outside, address)
 
     def _report_start(self, certificates: Certificates) -> None:
         record, config = self.record, self.config
         record.info("daemon", f"chasquid {__version__} starts as {config.hostname}")
-        for key in config.not_in_force:
-            record.warning("daemon", f"{key} is set, but this version does not act on it")
         if certificates.default is None:
             top = os.path.join(config.config_dir, "certs")
             text = f"no certificate in {top}/NAME/: TLS is off, and nobody can log in"
@@ -8235,6 +9888,20 @@ class Daemon:
         else:
             top = os.path.join(config.config_dir, "domains")
             record.warning("daemon", f"no domain in {top}: all mail for here is refused")
+
+    def _report_settings(self) -> None:
+        record, config = self.record, self.config
+        if "." not in config.hostname:
+            record.warning("daemon", f"the hostname {config.hostname} has no domain; see hostname")
+        if config.smarthost:
+            after = f" after {plural(config.smarthost_after, 'attempt')}"
+            when = after if config.smarthost_after else ""
+            record.info("daemon", f"mail for elsewhere goes through {config.smarthost}{when}")
+        if config.haproxy_incoming:
+            record.info("daemon", "every connection must begin with a PROXY header")
+        for raw in self._listeners.monitoring:
+            host, port = raw.getsockname()[:2]
+            record.info("daemon", f"monitoring at http://{host}:{port}/")
 
     def _report_keys(self) -> None:
         for domain, keys in sorted(self._domains.keys.items()):
@@ -8253,6 +9920,10 @@ class Daemon:
         tasks = [
             self.loop.spawn(self._accept(port, raw), f"listener {port.name}")
             for port, raw in self._listeners.sockets
+        ]
+        tasks += [
+            self.loop.spawn(self._accept_monitoring(raw), "monitoring")
+            for raw in self._listeners.monitoring
         ]
         tasks += [
             self.loop.spawn(self._control.serve(), "control"),
@@ -8311,6 +9982,19 @@ class Daemon:
             else:
                 self._begin(port, raw, peer[0] if peer else "local")
 
+    async def _accept_monitoring(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                raw, _ = listener.accept()
+            except BlockingIOError:
+                await self.loop.readable(listener.fileno())
+            except OSError as error:
+                self.record.error("monitoring", f"cannot accept: {reason(error)}; pausing")
+                await self.loop.sleep(_ACCEPT_PAUSE)
+            else:
+                stream = Stream(self.loop, raw)
+                self.loop.spawn(self._monitor.answer(stream), "monitoring request")
+
     def _begin(self, port: Port, raw: socket.socket, peer: str) -> None:
         if len(self._sessions) >= self._session_limit:
             self.record.count("connections", "refused")
@@ -8320,12 +10004,17 @@ class Daemon:
             raw.close()
             return
         send_at_once(raw)
-        peer = peer.removeprefix("::ffff:").partition("%")[0]
-        session = Session(self._site, Stream(self.loop, raw), port, peer)
+        session = Session(self._site, Stream(self.loop, raw), port, clean_peer(peer))
 
         async def run() -> None:
             try:
+                if self.config.haproxy_incoming:
+                    session.peer = clean_peer(await proxied_peer(self.loop, raw) or session.peer)
                 await session.run()
+            except (Disconnected, Expired) as error:  # before the session began
+                self.record.warning("haproxy", f"{peer}: {error}")
+                self.loop.forget(raw.fileno())
+                raw.close()
             finally:
                 del self._sessions[session]
 
@@ -8388,7 +10077,7 @@ class Listeners:
     """The listening sockets, ours or systemd's. Raises ConfigError.
 
     systemd passes its sockets with names ("FileDescriptorName=" in the socket unit): smtp,
-    submission, submission_tls; see sd_listen_fds(3).
+    submission, submission_tls, monitoring; see sd_listen_fds(3).
     """
 
     def __init__(self, config: Config, loop: Loop) -> None:
@@ -8409,13 +10098,19 @@ class Listeners:
                     self.sockets += [(port, raw) for raw in inherited.get(name, [])]
                 else:
                     self.sockets += [(port, raw) for raw in self._bind(address, config, key)]
+        self.monitoring: list[socket.socket] = []
+        address = config.monitoring_address
+        if address == "systemd":
+            self.monitoring += inherited.get("monitoring", [])
+        elif address:
+            self.monitoring += self._bind(address, config, "monitoring_address")
         if not self.sockets:
             path = os.path.join(config.config_dir, "chasquid.conf")
             text = "expected smtp_address or another address to listen on, or systemd's sockets"
             raise ConfigError(path, 0, text)
 
     def close(self) -> None:
-        for _, raw in self.sockets:
+        for raw in [*self.monitoring, *(raw for _, raw in self.sockets)]:
             if raw.fileno() >= 0:
                 self._loop.forget(raw.fileno())
                 raw.close()
@@ -8600,7 +10295,7 @@ class Control:
             return {"error": str(error)}
 
     async def _aliases_resolve(self, address: str) -> list[str]:
-        return [target_text(target) for target in self._daemon.resolve(address)]
+        return [target_text(target) for target in await self._daemon.resolve(address)]
 
     async def _queue_retry(self, id: str) -> list[str]:
         items = list(self._daemon.queue.items.values()) if id == "all" else [self._item(id)]
@@ -8884,7 +10579,8 @@ async def _send_once(daemon: Daemon, place: _TryOut, port: int, stored: list[str
             await client.start_tls(client_tls_context(True, place.certificate), "localhost")
             await client.hello("localhost")
             await client.authenticate(_TRY_USER, place.password)
-            (result,) = await client.transfer(shipment, [_TRY_USER])
+            target = Target("address", _TRY_USER)
+            (result,) = await client.transfer(shipment, [_TRY_USER], [target])
             print(f"sent by submission ({client.tls_text}): {result.text}")
             await client.quit()
             while result.state == SENT and not stored:
@@ -9187,27 +10883,16 @@ def _queue_items(config: Config) -> list[Item]:
     return sorted(contents.items, key=lambda item: item.envelope.received)
 
 
-def _due(item: Item, now: float) -> str:
-    if item.next_attempt <= now:
-        return "being attempted" if item.attempts == 0 else "due now"
-    return f"next attempt in {duration_text(item.next_attempt - now)}"
-
-
 def _queue_list(config: Config, id: str) -> int:
     items, now = _queue_items(config), time.time()
     for item in items:
         age = duration_text(now - item.envelope.received)
         print(f"{item.id}  {age} old, {item.message.size} octets, from <{item.envelope.sender}>, "
-              f"{plural(item.attempts, 'attempt')}, {_due(item, now)}")  # fmt: skip
+              f"{plural(item.attempts, 'attempt')}, {next_attempt_text(item, now)}")  # fmt: skip
         for recipient in item.recipients:
-            print(f"    {target_text(recipient.target)}  {_recipient_state(recipient)}")
+            print(f"    {target_text(recipient.target)}  {recipient_text(recipient)}")
     print(plural(len(items), "message"))
     return 0
-
-
-def _recipient_state(recipient: Recipient) -> str:
-    text = f": {recipient.result.text}" if recipient.result.text else ""
-    return printable(f"{recipient.state}{text}", 300)
 
 
 def _queue_item(config: Config, id: str) -> Item:
@@ -9223,10 +10908,10 @@ def _queue_show(config: Config, id: str) -> int:
     print(f"received  {rfc5322_date(item.envelope.received)}")
     print(f"from      <{item.envelope.sender}>")
     print(f"size      {item.message.size} octets")
-    print(f"attempts  {item.attempts}; {_due(item, now)}")
+    print(f"attempts  {item.attempts}; {next_attempt_text(item, now)}")
     for recipient in item.recipients:
         print(f"to        {target_text(recipient.target)} (for {recipient.original})")
-        print(f"          {_recipient_state(recipient)}")
+        print(f"          {recipient_text(recipient)}")
     print("\n" + item.message.header().decode("utf-8", "replace").replace("\r\n", "\n"), end="")
     return 0
 
@@ -9284,6 +10969,142 @@ _QUEUE_ACTIONS: dict[str, Callable[[Config, str], int]] = {
     "retry": _queue_retry,
     "remove": _queue_remove,
 }
+
+
+# --- explain ---
+
+# What QUEUE and SERVER write into the mail log, after the time and the id.
+_CAME = re.compile(
+    r"from=<(?P<sender>.*)> to=(?P<recipients>.*) queued, (?P<size>\d+) octets, "
+    r"(?:by (?P<port>smtp|submission over TLS|submission) from (?P<peer>\S+) (?P<hello>\S+)"
+    r"(?: user=(?P<user>\S+))?(?: \((?P<tls>[^)]*)\))?"
+    r"(?: spf=(?P<spf>\S+) dkim=(?P<dkim>\S+) dmarc=(?P<dmarc>\S+))?"
+    r"|notification of (?P<about>\S+).*)"
+)
+_WENT = re.compile(
+    r"from=<.*> to=(?P<to>.*) (?P<state>sent|deferred|failed) \([\d.]*\): (?P<text>.*)"
+)
+_STATES = {"sent": "delivered", "deferred": "not yet delivered", "failed": "not delivered"}
+_LOG_LINE = re.compile(
+    r"(?P<time>[\d: .-]*|\S+ \S+ \S+?\[\d+\]: )(?P<id>[a-z2-7]{13}) (?P<text>.*)"
+)
+_EXPLAINED_LIMIT = 5  # messages of an address
+
+
+class _Event(NamedTuple):
+    """A line of the mail log: when, of which message, and what."""
+
+    time: str
+    id: str
+    text: str
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    config = _load(arguments)
+    events = list(_events(config))
+    wanted = arguments.what
+    ids = [wanted]
+    if "@" in wanted:
+        address = re.compile(rf"[<= ]{re.escape(wanted)}(?:[>,: ]|$)", re.IGNORECASE)
+        messages = {event.id for event in events if _CAME.fullmatch(event.text)}
+        ids = list(dict.fromkeys(e.id for e in events if address.search(e.text)))
+        # logins and refusals only where there is room: a mail program logs in all day
+        ids = [id for id in ids if id not in messages] + [id for id in ids if id in messages]
+        if len(ids) > _EXPLAINED_LIMIT:
+            print(f"The last {_EXPLAINED_LIMIT} of {len(ids)} messages and sessions:\n")
+    items = {item.id: item for item in _queue_items(config)}
+    ids += [id for id, item in items.items() if id not in ids and _concerns(item, wanted)]
+    stories = [(id, list(_story(id, events, items.get(id)))) for id in ids[-_EXPLAINED_LIMIT:]]
+    stories = [(id, lines) for id, lines in stories if lines]
+    if not stories:
+        text = f"nothing is known of {printable(wanted, 100)}"
+        raise ChasquidError(f"{text}, neither in {_log_name(config)} nor in the queue")
+    for id, lines in stories:
+        print("\n".join([f"{id}:", *(f"  {line}" for line in lines)]))
+    return 0
+
+
+def _concerns(item: Item, address: str) -> bool:
+    addresses = [item.envelope.sender]
+    for recipient in item.recipients:
+        addresses += [recipient.original, recipient.target.value]
+    return address.lower() in (one.lower() for one in addresses)
+
+
+def _log_name(config: Config) -> str:
+    return "the journal" if config.mail_log_path == "<syslog>" else config.mail_log_path
+
+
+def _events(config: Config) -> Iterator[_Event]:
+    """Yield what the mail log says, the oldest first. Raises ChasquidError."""
+    for line in _log_lines(config):
+        match = _LOG_LINE.fullmatch(line)
+        if match is not None:
+            yield _Event(match["time"].strip(), match["id"], match["text"])
+
+
+def _log_lines(config: Config) -> Iterator[str]:
+    path = config.mail_log_path
+    if path == "<syslog>":
+        yield from _journal()
+    elif path.startswith("<"):
+        text = f"the mail log goes to {path}; set mail_log_path to a file, or to <syslog>"
+        raise ChasquidError(text)
+    else:
+        for name in (f"{path}.1", path):  # the one before the last rotation, where it is there
+            if name == path or os.path.exists(name):
+                yield from read_file(name, missing=b"").decode("utf-8", "replace").splitlines()
+
+
+def _journal() -> list[str]:
+    import subprocess  # only here
+
+    command = ["journalctl", "--quiet", "--no-pager", "-o", "short-iso", "-t", "chasquid"]
+    try:
+        done = subprocess.run(command, capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        text = "the mail log is in syslog, and journalctl cannot read it"
+        raise ChasquidError(f"{text}: {reason(error)}") from None
+    return done.stdout.decode("utf-8", "replace").splitlines()
+
+
+def _story(id: str, events: Sequence[_Event], item: Item | None) -> Iterator[str]:
+    """Tell what happened to a message, in sentences."""
+    for event in events:
+        if event.id == id:
+            yield f"{event.time}  {_sentence(event.text)}".strip()
+        elif event.text.endswith("octets, notification of " + id) or (
+            f"notification of {id} " in event.text
+        ):
+            yield f"{event.time}  The sender was written to about it: {event.id}.".strip()
+    if item is None:
+        return
+    now = time.time()
+    yield f"It is in the queue, {next_attempt_text(item, now)}:"
+    for recipient in item.recipients:
+        yield f"  {target_text(recipient.target)}  {recipient_text(recipient)}"
+
+
+def _sentence(text: str) -> str:
+    came, went = _CAME.fullmatch(text), _WENT.fullmatch(text)
+    if went is not None:
+        return f"For {went['to']}: {_STATES[went['state']]}. {went['text']}"
+    if came is None:
+        return f"{text[:1].upper()}{text[1:]}."
+    said = came.groupdict()
+    envelope = f"{said['size']} octets from <{said['sender']}> to {said['recipients']}"
+    if said["about"]:
+        return f"Written here as a notification about {said['about']}: {envelope}."
+    who = (
+        f"user {said['user']}"
+        if said["user"]
+        else f"{said['peer']}, which called itself {said['hello']}"
+    )
+    how = f"with {said['tls']}" if said["tls"] else "without TLS"
+    sentence = f"Came in by {said['port']} from {who}, {how}: {envelope}."
+    if said["spf"]:
+        sentence += f" SPF {said['spf']}, DKIM {said['dkim']}, DMARC {said['dmarc']}."
+    return sentence
 
 
 def _version(arguments: argparse.Namespace) -> int:
@@ -9370,6 +11191,11 @@ _VERBS: dict[str, _Verb] = {
             ("id", {"nargs": "?", "help": "of a message; for retry also 'all'"}),
         ),
         "look at the queue, retry or remove a message",
+    ),
+    "explain": _Verb(
+        _explain,
+        (("what", {"metavar": "ID|ADDRESS"}),),
+        "tell the story of a message, or of the last ones of an address",
     ),
     "version": _Verb(_version, (), "show the version and what is bundled"),
 }

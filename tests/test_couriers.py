@@ -53,6 +53,10 @@ def states(results: Sequence[Result]) -> list[tuple[str, str]]:
 # --- Maildir ---
 
 
+async def somebody(user: str, domain: str) -> bool:
+    return user != "nobody"
+
+
 class Maildirs:
     """A courier's Maildirs below a directory; `ana` and `ben` are users, so is `..`."""
 
@@ -65,7 +69,7 @@ class Maildirs:
     def courier(self, loop: chasquid.Loop) -> chasquid.MaildirCourier:
         return chasquid.MaildirCourier(
             loop, chasquid.Disk(loop), self.template, str(self.directory), self.host,
-            lambda user, domain: user != "nobody",
+            somebody,
         )  # fmt: skip
 
     def deliver(self, *addresses: str, load: Shipment | None = None) -> list[Result]:
@@ -203,7 +207,7 @@ def test_a_message_is_written_in_tmp_before_it_is_seen_in_new(tmp_path: Path) ->
         disks.append(Noting(loop, tmp_path))
         return chasquid.MaildirCourier(
             loop, disks[0], "%data_dir%/%to_domain%/%to_user%", str(tmp_path), HOST,
-            lambda user, domain: True,
+            somebody,
         )  # fmt: skip
 
     assert [one.state for one in deliver(make, [address("ana@here.example")])] == [SENT]

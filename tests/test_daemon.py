@@ -512,12 +512,6 @@ def test_mail_for_here_goes_by_lmtp_where_it_is_named(serve: Serve) -> None:
     assert b"\r\nSubject: x\r\n" in peer.messages[0]
 
 
-def test_keys_that_are_not_in_force_are_said(tmp_path: Path) -> None:
-    server = Server(tmp_path, dovecot_auth="true")
-    with server:
-        assert "dovecot_auth is set, but this version does not act on it" in server.log
-
-
 # --- the end ---
 
 

@@ -48,6 +48,11 @@ GIVE_UP = 20 * HOUR
 OURS = "here.example"
 
 
+async def itself(name: str) -> list[Target]:
+    """Expand an address to itself."""
+    return [address(name)]
+
+
 class Script:
     """A courier that does as it is told: `plan` has for an address its next states.
 
@@ -102,7 +107,7 @@ class Bench:
         )
         self.queue = chasquid.Queue(
             loop, chasquid.Disk(loop), record(directory, clock), settings, couriers,
-            options.get("expand", lambda name: [address(name)]), self.is_local,
+            options.get("expand", itself), self.is_local,
             options.get("random", lambda: 0.5), options.get("sign", unsigned),
             lambda item, recipient: self.results.append((recipient.target.value, recipient.state)),
         )  # fmt: skip
@@ -555,10 +560,11 @@ def test_what_cannot_be_delivered_is_given_up_and_reported(tmp_path: Path) -> No
         await bench.quiet()
         await bench.advance(GIVE_UP - 1)
         assert bench.files() == [f"cur/{item.id}"]
-        assert bench.local.messages == []
+        (notice,) = bench.local.contents
+        assert b"\r\nAction: delayed\r\n" in notice
         await bench.advance(1300)
         assert bench.files() == []
-        (report,) = bench.local.contents
+        _, report = bench.local.contents
         assert b"not delivered within 20h 0m" in report
         assert b"Status: 4.4.7" in report
         assert ("eva@there.example", FAILED) in bench.results
@@ -913,7 +919,7 @@ def test_the_delivery_status_is_ascii_where_it_is_not_the_international_one(
             bench.loop, chasquid.Disk(bench.loop), record(tmp_path, bench.clock),
             chasquid.QueueSettings(str(bench.directory), HOST, GIVE_UP, 10, "+"),
             chasquid.Couriers(bench.local, bench.pipe, Speaking(), bench.is_local),
-            lambda name: [address(name)], bench.is_local, lambda: 0.5, unsigned,
+            itself, bench.is_local, lambda: 0.5, unsigned,
         )  # fmt: skip
         await bench.accept("eva@there.example")
         await bench.quiet()
@@ -988,14 +994,14 @@ def test_a_notification_for_a_sender_behind_an_alias_is_expanded(tmp_path: Path)
         delivered = sorted(name for _, name, _ in bench.local.deliveries)
         assert delivered == ["ana@here.example", "ben@here.example"]
 
-    def expand(name: str) -> list[Target]:
+    async def expand(name: str) -> list[Target]:
         return [address("ana@here.example"), address("ben@here.example")]
 
     on_bench(tmp_path, test, expand=expand)
 
 
 def test_a_sender_who_is_gone_does_not_hold_up_the_rest(tmp_path: Path) -> None:
-    def expand(name: str) -> list[Target]:
+    async def expand(name: str) -> list[Target]:
         raise chasquid.NoSuchUser(f"there is no {name}")
 
     async def test(bench: Bench) -> None:
@@ -1188,7 +1194,7 @@ class QueueMachine(RuleBasedStateMachine):
             bench.loop, chasquid.Disk(bench.loop), record(self._directory, self.clock),
             chasquid.QueueSettings(str(bench.directory), HOST, GIVE_UP, 1000, "+"),
             chasquid.Couriers(Courier(), Courier(), Courier(), bench.is_local),
-            lambda name: [address(name)], bench.is_local, lambda: 0.5, unsigned,
+            itself, bench.is_local, lambda: 0.5, unsigned,
         )  # fmt: skip
 
     def attempt(self, shipment: Shipment, target: Target) -> Result:
@@ -1330,7 +1336,7 @@ class Written:
     def __init__(self, path: Path) -> None:
         self.id, _, size = path.name.partition(",S=")
         lines = [line for line in path.read_bytes()[int(size) :].split(b"\n") if line]
-        names = [target[1] for target, _ in json.loads(lines[0])["addressees"]]
+        names = [target[1] for target, *_ in json.loads(lines[0])["addressees"]]
         self.lines = len(lines)
         self.states = dict.fromkeys(names, "pending")
         for line in lines[1:]:

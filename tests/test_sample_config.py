@@ -23,6 +23,11 @@ EXAMPLES = {
     "mail_delivery_agent_args",
     "lmtp_address",
     "dns_server",
+    "monitoring_address",
+    "trusted_relay",
+    "smarthost",
+    "smarthost_user",
+    "smarthost_password_file",
 }
 
 

@@ -368,7 +368,6 @@ def test_without_an_spf_pass_a_level_is_neither_set_nor_kept(serve: Serve, recor
     found = [record] if isinstance(record, str) else record
     server = serve(ask=ask({("there.example", "TXT"): found} if record else {}))
     assert sends(server, "eva@there.example", tls=True).startswith("250 ")
-    assert sends(server, "eva@there.example", tls=False).startswith("250 ")
     assert not domain_file(server.data_dir).exists()
     domain_file(server.data_dir).parent.mkdir()
     domain_file(server.data_dir).write_text(domain_text(TLS_CLIENT, PLAIN))
@@ -407,15 +406,27 @@ def test_the_level_of_an_international_domain(serve: Serve) -> None:
 
 
 class SignedZone(Zone):
-    """A zone whose answers are authentic, but for the questions in `unsigned`."""
+    """A zone whose answers are authentic, but for the questions in `unsigned`.
 
-    def __init__(self, table: Records, unsigned: Sequence[tuple[str, str]] = ()) -> None:
+    `aliases` says what some names stand for.
+    """
+
+    def __init__(
+        self,
+        table: Records,
+        unsigned: Sequence[tuple[str, str]] = (),
+        aliases: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(table)
         self._unsigned = unsigned
+        self._aliases = aliases or {}
 
     async def ask(self, name: str, kind: str) -> chasquid.Answer:
         answer = await super().ask(name, kind)
-        return answer._replace(authentic=(name, kind) not in self._unsigned)
+        return answer._replace(
+            authentic=(name, kind) not in self._unsigned,
+            canonical=self._aliases.get(name, "") if answer.records else "",
+        )
 
 
 class Attempt(NamedTuple):
@@ -1253,6 +1264,8 @@ def test_without_an_announcement_nothing_is_fetched(sts: Sts) -> None:
         ["v=STSv1; id=a-b"],
         ["v=STSv1; id=" + "1" * 33],
         ["v=STSv2; id=1"],
+        ["v=STSv10; id=1"],
+        ["x=y; v=STSv1; id=1"],
         ["v=stsv1; id=1"],
         ["id=1; v=STSv1"],
         ["v=STSv1; uid=1"],
@@ -1943,6 +1956,28 @@ def test_of_an_address_nothing_is_asked(tmp_path: Path) -> None:
     zone = SignedZone({})
     assert demand(tmp_path, zone, by_mx=False, host="127.0.0.1") == Demand()
     assert zone.asked == []
+
+
+def test_for_an_alias_the_records_of_what_it_stands_for_come_first(tmp_path: Path) -> None:
+    real, alias = "_25._tcp.real.example", "_25._tcp.mx.there.example"
+    for found, expected in (
+        ({real: ["3 1 1 ab"], alias: ["3 1 1 cd"]}, Demand(TLS_SECURE, (), "DANE", True)),
+        ({real: ["3 1 1 ab"]}, Demand(TLS_SECURE, (), "DANE", True)),
+        ({alias: ["3 1 1 ab"]}, Demand(TLS_SECURE, (), "DANE", True)),
+        ({real: ["1 1 1 ab"], alias: ["3 1 1 ab"]}, Demand(TLS_INSECURE, (), "DANE", True)),
+        ({}, Demand(PLAIN, (), "", True)),
+    ):
+        records = {**MX, **{(name, "TLSA"): texts for name, texts in found.items()}}
+        zone = SignedZone(records, aliases={"mx.there.example": "real.example"})
+        seen = demand(tmp_path, zone)
+        assert seen._replace(tlsa=()) == expected
+        assert seen.tlsa == ((Tlsa(3, 1, 1, b"\xab"),) if expected.least == TLS_SECURE else ())
+
+
+def test_where_the_records_of_an_alias_cannot_be_had_nothing_is_sent(tmp_path: Path) -> None:
+    records = {**SIGNED_TLSA, ("_25._tcp.real.example", "TLSA"): DOWN}
+    with pytest.raises(TemporaryFailure, match="down"):
+        demand(tmp_path, SignedZone(records, aliases={"mx.there.example": "real.example"}))
 
 
 def test_only_so_many_records_are_looked_at(tmp_path: Path) -> None:
