@@ -13,6 +13,7 @@ import socket
 import socketserver
 import subprocess
 import threading
+import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Mapping
 from email.message import EmailMessage
@@ -842,6 +843,123 @@ forward-zone:
 """
 
 
+class SaslAuth(Peer):
+    """Dovecot that does nothing but check passwords, for a Postfix with SASL.
+
+    `users` are names with their passwords.
+    """
+
+    def __init__(self, directory: Path, *, users: Mapping[str, str]) -> None:
+        need_root()
+        super().__init__(directory)
+        self._dovecot = program("dovecot")
+        self.port = free_port()
+        lines = [f"{user}:{{PLAIN}}{password}\n" for user, password in users.items()]
+        (directory / "users").write_text("".join(lines))
+        (directory / "dovecot.conf").write_text(
+            _SASL_AUTH_CONF.format(directory=directory, port=self.port)
+        )
+
+    def start(self) -> None:
+        self._run([self._dovecot, "-F", "-c", self.directory / "dovecot.conf"], self.port)
+
+
+_SASL_AUTH_CONF = """\
+base_dir = {directory}/run
+state_dir = {directory}/state
+log_path = {directory}/dovecot.log
+instance_name = {directory.name}
+protocols = none
+ssl = no
+disable_plaintext_auth = no
+auth_mechanisms = plain login
+passdb {{
+  driver = passwd-file
+  args = {directory}/users
+}}
+userdb {{
+  driver = static
+  args = uid=nobody gid=nogroup home=/nonexistent
+}}
+service auth {{
+  inet_listener {{
+    address = 127.0.0.1
+    port = {port}
+  }}
+}}
+"""
+
+
+class Smarthost(Postfix):
+    """A Postfix that takes mail only from who logs in, as `auth` says, and only with TLS.
+
+    At `port` that is STARTTLS; TLS from the start is at port 465 of `tls_address`.
+    """
+
+    def __init__(
+        self, directory: Path, auth: SaslAuth, settings: Mapping[str, object] | None = None
+    ) -> None:
+        sasl = {
+            "mynetworks": "192.0.2.1",
+            "smtpd_sasl_auth_enable": "yes",
+            "smtpd_sasl_type": "dovecot",
+            "smtpd_sasl_path": f"inet:{LOOPBACK}:{auth.port}",
+            "smtpd_sasl_authenticated_header": "yes",
+            "smtpd_tls_auth_only": "yes",
+            "smtpd_relay_restrictions": "permit_sasl_authenticated, reject",
+            "smtpd_recipient_restrictions": "permit_sasl_authenticated, reject",
+            **(settings or {}),
+        }
+        super().__init__(directory, settings=sasl)
+        self.tls_address = f"127.{os.getpid() % 250 + 1}.{self.port // 250}.{self.port % 250 + 1}"
+        with (self.config / "master.cf").open("a") as file:
+            file.write(f"{self.tls_address}:465 inet n - n - - smtpd\n")
+            file.write("  -o smtpd_tls_wrappermode=yes\n")
+
+
+class Prometheus(Peer):
+    """Prometheus, which looks at `target` ("host:port") every half second."""
+
+    def __init__(self, directory: Path, target: str) -> None:
+        super().__init__(directory)
+        self._prometheus = program("prometheus")
+        self.port = free_port()
+        (directory / "prometheus.yml").write_text(_PROMETHEUS_YML.format(target=target))
+
+    def start(self) -> None:
+        options = [
+            f"--config.file={self.directory}/prometheus.yml",
+            f"--storage.tsdb.path={self.directory}/data",
+            f"--web.listen-address={LOOPBACK}:{self.port}",
+        ]
+        self._run([self._prometheus, *options], self.port)
+        self.wait_for_log("Server is ready to receive web requests")
+
+    def query(self, expression: str) -> dict[tuple[str, ...], float]:
+        """Return the values of an expression now, each with its labels ("name=value")."""
+        query = urllib.parse.urlencode({"query": expression})
+        url = f"http://{LOOPBACK}:{self.port}/api/v1/query?{query}"
+        with urllib.request.urlopen(url, timeout=20) as response:
+            found = json.load(response)["data"]["result"]
+        return {
+            tuple(sorted(f"{name}={value}" for name, value in one["metric"].items())): float(
+                one["value"][1]
+            )
+            for one in found
+        }
+
+
+_PROMETHEUS_YML = """\
+global:
+  scrape_interval: 500ms
+  scrape_timeout: 500ms
+scrape_configs:
+  - job_name: chasquid
+    static_configs:
+      - targets: ["{target}"]
+"""
+
+
 def unix_socket_accepts(path: Path) -> bool:
     """Tell if something listens on a socket of the file system."""
     with socket.socket(socket.AF_UNIX) as probe:
@@ -850,3 +968,53 @@ def unix_socket_accepts(path: Path) -> bool:
         except OSError:
             return False
     return True
+
+
+class DovecotDirectory(Dovecot):
+    """Dovecot that tells others of its users, over `userdb_socket` and `client_socket`."""
+
+    def __init__(self, directory: Path, *, users: Mapping[str, str]) -> None:
+        super().__init__(directory, users=users)
+        self.userdb_socket = directory / "auth-userdb"
+        self.client_socket = directory / "auth-client"
+        sockets = "".join(
+            f"  unix_listener {path} {{\n    mode = 0666\n  }}\n"
+            for path in (self.userdb_socket, self.client_socket)
+        )
+        with (directory / "dovecot.conf").open("a") as file:
+            file.write(f"service auth {{\n{sockets}}}\n")
+
+    def break_passwords(self) -> None:
+        """Have every check of a password fail for reasons that are no fault of the user."""
+        script = self.directory / "check"
+        script.write_text("#!/bin/sh\nexit 111\n")
+        script.chmod(0o755)
+        config = self.directory / "dovecot.conf"
+        passdb = f"passdb {{\n  driver = checkpassword\n  args = {script}\n"
+        start = f"passdb {{\n  driver = passwd-file\n  args = {self.directory}/users\n"
+        config.write_text(config.read_text().replace(start, passdb))
+        self.stop()
+        self.start()
+
+
+class Haproxy(Peer):
+    """HAProxy that passes connections on to ports of 127.0.0.1, each with a "send-proxy".
+
+    `ports` are those that it listens on, on ::1 as well, in the order of `ways`.
+    """
+
+    def __init__(self, directory: Path, ways: Iterable[tuple[int, str]]) -> None:
+        super().__init__(directory)
+        self._haproxy = program("haproxy")
+        self.ports: list[int] = []
+        lines = ["defaults", "mode tcp", "timeout connect 5s", "timeout client 60s"]
+        lines.append("timeout server 60s")
+        for port, send in ways:
+            own = free_port()
+            self.ports.append(own)
+            lines += [f"listen {own}", f"bind {LOOPBACK}:{own}", f"bind ::1:{own}"]
+            lines.append(f"server chasquid {LOOPBACK}:{port} {send}")
+        (directory / "haproxy.cfg").write_text("\n".join(lines) + "\n")
+
+    def start(self) -> None:
+        self._run([self._haproxy, "-db", "-f", self.directory / "haproxy.cfg"], *self.ports)
