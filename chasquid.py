@@ -5129,9 +5129,9 @@ def _dmarc_record(texts: Sequence[str]) -> _DmarcRecord | None:
         if record.get(key) not in _DMARC_STEPS:
             record.pop(key, None)
     if "p" not in record:
-        if "rua" not in record:
+        if not record.get("rua") and "psd" not in record:
             return None
-        record["p"] = "none"  # who asks for reports means something by the record
+        record["p"] = "none"  # who asks for reports, or ends the walk, means something by it
     return record
 
 
@@ -6133,6 +6133,9 @@ class MaildirCourier:
         if not all(map(os.path.isdir, parts)):
             for part in parts:
                 await self._loop.work(functools.partial(make_directory, part))
+            if shipment.junk:  # by which tools know a subfolder in Maildir++
+                marker = os.path.join(directory, "maildirfolder")
+                await self._loop.work(lambda: replace_durably(marker, b""))
         new = os.path.join(directory, "new", name)
         if shipment.message.data is not None:
             data = head + b"".join(with_lf(shipment.message.chunks()))
