@@ -3145,19 +3145,12 @@ class Question(NamedTuple):
     address: str
 
 
-class Unanswered(Exception):
-    """An expansion needs the answer to `question`."""
-
-    def __init__(self, question: Question) -> None:
-        super().__init__(str(question))
-        self.question = question
-
-
 class Outside:
     """Who is asked beyond the files: the alias hook, another directory of users, or nobody.
 
     `hook` returns the right side of an address, `user` whether it has a mailbox; both raise
-    TemporaryFailure. `known` holds what they have said in the course of one expansion.
+    TemporaryFailure. What they have said is kept for the length of one expansion; what is
+    not known yet is taken for "nothing", and noted.
     """
 
     def __init__(
@@ -3167,30 +3160,31 @@ class Outside:
     ) -> None:
         self._hook = hook
         self._user = user
-        self.known: dict[Question, Any] = {}
+        self._known: dict[Question, Any] = {}
+        self.unanswered: set[Question] = set()
 
     def fresh(self) -> Outside:
         """Return the same without what was said so far."""
         return Outside(self._hook, self._user)
 
     def targets(self, address: str) -> tuple[Target, ...]:
-        """Raises Unanswered."""
-        return self._said(Question("alias", address)) if self._hook else ()
+        return self._said(Question("alias", address), ()) if self._hook else ()
 
     def has_user(self, address: str) -> bool:
-        """Raises Unanswered."""
-        return self._said(Question("user", address)) if self._user else False
+        return self._said(Question("user", address), False) if self._user else False
 
-    def _said(self, question: Question) -> Any:
-        if question not in self.known:
-            raise Unanswered(question)
-        return self.known[question]
+    def _said(self, question: Question, nothing: Any) -> Any:
+        if question not in self._known:
+            self.unanswered.add(question)
+        return self._known.get(question, nothing)
 
-    async def answer(self, question: Question) -> None:
-        """Find out what `question` asks. Raises TemporaryFailure."""
-        ask = self._hook if question.kind == "alias" else self._user
-        assert ask is not None
-        self.known[question] = await ask(question.address)
+    async def answer(self) -> None:
+        """Find out what is not known yet. Raises TemporaryFailure."""
+        for question in self.unanswered:
+            ask = self._hook if question.kind == "alias" else self._user
+            assert ask is not None
+            self._known[question] = await ask(question.address)
+        self.unanswered.clear()
 
 
 _NOBODY = Outside()
@@ -3216,9 +3210,13 @@ class Aliases:
         outside = outside.fresh()
         while True:
             try:
-                return self.expand(address, outside)
-            except Unanswered as unanswered:
-                await outside.answer(unanswered.question)
+                found = self.expand(address, outside)
+                if not outside.unanswered:
+                    return found
+            except (NoSuchUser, AliasLoop):
+                if not outside.unanswered:
+                    raise
+            await outside.answer()
 
     def _with_short_names(
         self, table: Mapping[str, tuple[Target, ...]]
@@ -3254,8 +3252,8 @@ class Aliases:
     def expand(self, address: str, outside: Outside = _NOBODY) -> list[Target]:
         """Return the final recipients of `address`, each once.
 
-        Raises NoSuchUser where it is of one of our domains and unknown, AliasLoop, and
-        Unanswered where `outside` has to be asked first.
+        Raises NoSuchUser where it is of one of our domains and unknown, and AliasLoop.
+        None of this counts while `outside` has unanswered questions.
         """
         found: dict[Target, None] = {}
         if not self._expand(Target("address", address), 0, found, set(), outside):
@@ -3672,6 +3670,8 @@ class Hooks:
         if outcome.status:
             raise self._failed("alias-resolve", outcome, outcome.errors, outcome.output)
         try:
+            if len(outcome.output) >= PROGRAM_OUTPUT_LIMIT:
+                raise ValueError("it prints more than is read, and a part will not do")
             printed = outcome.output.decode().strip()
             if UNPRINTABLE.search(printed.replace("\t", " ")):
                 raise ValueError("expected one line of text")
@@ -7772,6 +7772,10 @@ class Queue:
         data, utf8 = notification(item, kind, recipients, self._settings, now)
         header, _, body = data.partition(b"\r\n\r\n")
         prefix = await self._sign(header + b"\r\n", lambda: [body])
+        try:
+            addressees = await self._addressees(item.envelope.sender)
+        except TemporaryFailure as error:  # it is tried again with the item
+            raise OSError(errno.EAGAIN, f"the notification must wait: {error}") from error
         draft = self._new_draft()
         try:
             await draft.add(data)
@@ -7780,7 +7784,7 @@ class Queue:
             draft.discard()
             raise
         envelope = Envelope(
-            draft.id, "", await self._addressees(item.envelope.sender), now, prefix,
+            draft.id, "", addressees, now, prefix,
             smtputf8=utf8, eight_bit=draft.eight_bit, require_tls=item.envelope.require_tls,
         )  # fmt: skip
         self._record.count("notifications", kind)
@@ -7792,7 +7796,7 @@ class Queue:
     async def _addressees(self, address: str) -> tuple[Addressee, ...]:
         try:
             return tuple(Addressee(target, address) for target in await self.expand(address))
-        except ChasquidError:
+        except (NoSuchUser, AliasLoop):
             # it fails in its delivery, where the mail log says why
             return (Addressee(Target("address", address), address),)
 
@@ -8217,13 +8221,17 @@ class Site:
         self.closing = False
         self.hostname = domain_to_ascii(config.hostname)
 
-    async def authenticate(self, login: str, password: bytes) -> str | None:
+    async def authenticate(
+        self, login: str, password: bytes, check: Callable[[], None]
+    ) -> str | None:
         """Return the address behind `login` if `password` fits, else None.
 
-        The users of the files come first, then Dovecot. Raises TemporaryFailure.
+        The users of the files come first, then Dovecot. `check` is called when it is this
+        login's turn, and may raise TemporaryFailure; so may the rest.
         """
         accounts = self.accounts
         async with self.password_slots:
+            check()
             address = await self.loop.work(lambda: accounts.authenticate(login, password))
         if address is not None or self.dovecot is None:
             return address
@@ -8893,7 +8901,9 @@ class Session:
         limits = self._site.limits
         try:
             limits.check_login(self.peer)
-            address = await self._site.authenticate(user, password)
+            address = await self._site.authenticate(
+                user, password, lambda: limits.check_login(self.peer)
+            )
         except TemporaryFailure as error:
             self._site.record.count("logins", "not checked")
             return Reply(454, error.status, str(error), close=True)
@@ -9257,16 +9267,23 @@ class Status(NamedTuple):
     counters: Mapping[tuple[str, ...], int]
     dialogues: tuple[Dialogue, ...]
     config: str
+    queued: int = 0  # messages in the queue, of which `queue` need not have all
 
 
 class Monitor:
     """Answers HTTP requests, one a connection."""
 
     def __init__(
-        self, loop: Loop, record: Record, status: Callable[[], Status], stop: Callable[[], None]
+        self,
+        loop: Loop,
+        record: Record,
+        hostname: str,
+        status: Callable[[], Status],
+        stop: Callable[[], None],
     ) -> None:
         self._loop = loop
         self._record = record
+        self._hostname = hostname
         self._status = status
         self._stop = stop
 
@@ -9323,7 +9340,7 @@ class Monitor:
             name = host_and_port(host, 80)[0].lower()
         except ValueError:
             return False
-        known = ("", "localhost", self._status().hostname.lower())
+        known = ("", "localhost", self._hostname.lower())
         return name in known or is_ip_address(name)
 
     def _exit(self, path: str, headers: Mapping[str, str]) -> bytes:
@@ -9372,7 +9389,11 @@ def metrics(status: Status, open_metrics: bool) -> str:
         samples = sorted(found.items()) or ([((), 0.0)] if not METRICS[name].labels else [])
         tell(METRICS[name], "counter", samples)
     tell(Metric("sessions", "Connections that are open now."), "gauge", [((), status.sessions)])
-    tell(Metric("queue_messages", "Messages in the queue now."), "gauge", [((), len(status.queue))])
+    tell(
+        Metric("queue_messages", "Messages in the queue now."),
+        "gauge",
+        [((), max(status.queued, len(status.queue)))],
+    )
     tell(
         Metric("start_time_seconds", "When the server started, since 1970."), "gauge",
         [((), status.started)],
@@ -9449,7 +9470,11 @@ def _tiles(status: Status) -> str:
     tiles = (
         (total("messages", "queued"), "accepted", ""),
         (total("deliveries", "sent"), "delivered", "good"),
-        (len(status.queue), f"queued, of {status.queue_limit}", "wait"),
+        (
+            max(status.queued, len(status.queue)),
+            f"queued, of {status.queue_limit}",
+            "wait",
+        ),
         (total("deliveries", "failed"), "failed", "bad"),
         (total("rejections"), "rejected", ""),
         (status.sessions, "sessions now", ""),
@@ -9520,6 +9545,8 @@ def _html(text: str) -> str:
 #   What is not delivered by then is on the disk.
 # ======================================================================================
 
+_SHOWN_MESSAGES = 50  # of the queue, on the page; rendering must not hold up the loop
+_SHOWN_RECIPIENTS = 10  # of each
 _WORKER_COUNT = 8
 _STOP_SECONDS = 10.0
 _ACCEPT_PAUSE = 1.0  # when there are no descriptors left
@@ -9540,7 +9567,9 @@ def random_fraction() -> float:
 
 def clean_peer(peer: str) -> str:
     """Return an address without what the socket adds: a mapped form, a scope."""
-    return peer.removeprefix("::ffff:").partition("%")[0]
+    peer = peer.partition("%")[0]
+    mapped = peer.removeprefix("::ffff:")
+    return peer if ":" in mapped else mapped
 
 
 def session_limit() -> int:
@@ -9554,13 +9583,15 @@ def session_limit() -> int:
 
 def queue_line(item: Item, now: float) -> QueueLine:
     """Return what MONITORING shows of a message."""
-    return QueueLine(
-        item.id,
-        item.envelope.sender,
-        duration_text(now - item.envelope.received),
-        next_attempt_text(item, now),
-        tuple((target_text(one.target), recipient_text(one)) for one in item.recipients),
-    )
+    shown = [
+        (target_text(one.target), recipient_text(one))
+        for one in item.recipients[:_SHOWN_RECIPIENTS]
+    ]
+    if len(item.recipients) > len(shown):
+        shown.append(("…", f"and {len(item.recipients) - len(shown)} more"))
+    age = duration_text(now - item.envelope.received)
+    due = next_attempt_text(item, now)
+    return QueueLine(item.id, item.envelope.sender, age, due, tuple(shown))
 
 
 def next_attempt_text(item: Item, now: float) -> str:
@@ -9737,7 +9768,9 @@ class Daemon:
         self._listeners = Listeners(config, loop)
         undo.callback(self._listeners.close)
         self._started = clock.time()
-        self._monitor = Monitor(loop, self.record, self._status, self._stop_from_inside)
+        self._monitor = Monitor(
+            loop, self.record, config.hostname, self._status, self._stop_from_inside
+        )
         self._control = Control(loop, self.record, self)
         undo.callback(self._control.close)
         self._control.open()
@@ -9761,11 +9794,15 @@ class Daemon:
             self._started,
             len(self._sessions),
             tuple(f"{port.name} on [{host}]:{number}" for port, host, number in self.addresses),
-            tuple(queue_line(item, now) for item in self.queue.items.values()),
+            tuple(
+                queue_line(item, now)
+                for item in itertools.islice(self.queue.items.values(), _SHOWN_MESSAGES)
+            ),
             self.config.max_queue_items,
             self.record.counters,
             tuple(self.record.dialogues),
             config_text(self.config),
+            len(self.queue.items),
         )
 
     def _queue_settings(self) -> QueueSettings:

@@ -413,3 +413,12 @@ def test_a_server_that_is_not_behind_a_proxy_believes_no_header(tmp_path: Path) 
         assert wire.reply().startswith("500 5.5.1 ")
         assert wire.ask("NOOP").startswith("250 ")
     assert "192.0.2.7" not in server.mail_log
+
+
+@pytest.mark.parametrize(
+    ("peer", "clean"),
+    [("::ffff:192.0.2.1", "192.0.2.1"), ("::ffff:0:102:304", "::ffff:0:102:304"),
+     ("fe80::1%eth0", "fe80::1"), ("192.0.2.1", "192.0.2.1"), ("local", "local")],
+)  # fmt: skip
+def test_only_a_mapped_address_loses_its_prefix(peer: str, clean: str) -> None:
+    assert chasquid.clean_peer(peer) == clean

@@ -23,6 +23,7 @@ import chasquid
 Serve = Callable[..., Server]
 SAMPLE = Path(__file__).resolve().parent.parent / "sample-config" / "hooks" / "post-data"
 EVE = "eva@there.example"
+HERE = "here.example"
 MEGABYTE = 1024 * 1024
 
 
@@ -883,3 +884,62 @@ def test_the_sample_works_as_the_hook_of_a_server(serve: Serve, tools: Path, mon
     assert send(server) == "554 5.7.1 the message looks like spam"
     program(tools, "clamdscan", "exit 1")
     assert send(server) == "554 5.7.1 the message holds a virus"
+
+
+# --- what an expansion asks ---
+
+
+def test_a_long_list_is_expanded_a_few_times_whoever_its_members_are() -> None:
+    members = [f"m{number}" for number in range(300)]
+    table = chasquid.parse_aliases(f"all: {', '.join(members)}".encode(), "aliases", HERE)
+    aliases = chasquid.Aliases({HERE: table}, lambda user, domain: False, "+", ".")
+    passes = 0
+
+    class Counting(chasquid.Aliases):
+        def expand(self, *arguments: Any) -> list[chasquid.Target]:
+            nonlocal passes
+            passes += 1
+            return super().expand(*arguments)
+
+    aliases.__class__ = Counting
+
+    async def exists(address: str) -> bool:
+        return True
+
+    async def nothing(address: str) -> tuple[chasquid.Target, ...]:
+        return ()
+
+    async def main(loop: chasquid.Loop) -> list[chasquid.Target]:
+        return await aliases.expand_with(chasquid.Outside(nothing, exists), f"all@{HERE}")
+
+    found = run(main)
+    assert [target.value for target in found] == [f"{name}@{HERE}" for name in members]
+    assert passes < 6
+
+
+def test_an_alias_longer_than_what_is_read_is_for_later(serve: Serve) -> None:
+    server = serve()
+    alias_resolve(server, "seq -f 'user%.0f@far.example,' 8000; echo last@far.example")
+    with greeted(server) as wire:
+        assert wire.ask("MAIL FROM:<>").startswith("250 ")
+        assert wire.ask(f"RCPT TO:<ana@{HERE}>").startswith("451 4.3.5")
+
+
+def test_a_report_waits_for_a_hook_that_fails_for_now(serve: Serve, tmp_path: Path) -> None:
+    server = serve(aliases={HERE: "broken: | /bin/false\n"})
+    down = tmp_path / "down"
+    down.touch()
+    text = f'case $1 in info@*) [ ! -e "{down}" ] || exit 1; echo ben;; esac'
+    alias_resolve(server, text)
+    with greeted(server) as wire:
+        reply = transfer(
+            wire, b"Subject: x\r\n\r\n", sender=f"info@{HERE}", recipients=[f"broken@{HERE}"]
+        )
+        assert reply.startswith("250 ")
+    wait_for(lambda: "the notification must wait" in server.log, "the report to wait")
+    assert len(server.queued()) == 1
+    down.unlink()
+    (item,) = server.daemon.queue.items.values()
+    server.daemon.loop.post(lambda: server.daemon.queue.retry(item))
+    (report,) = server.mail("ben")
+    assert b"Final-Recipient" in report

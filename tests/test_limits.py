@@ -741,3 +741,16 @@ def test_unless_it_is_asked_for_users_may_write_as_anybody(behind) -> None:
     server = behind()
     assert write(server, "From: eve@far.example", sender="eve@far.example").startswith("250 ")
     assert HOST in server.mail("ana")[0].decode()
+
+
+def test_many_guesses_at_once_are_not_more_guesses(behind: Callable[..., Server]) -> None:
+    server = behind(max_failed_logins=5)
+    guess = f"AUTH PLAIN {secret(ANA, 'wrong')}"
+    with contextlib.ExitStack() as stack:
+        wires = [
+            stack.enter_context(greeted(server, ONE, "submission over TLS")) for _ in range(20)
+        ]
+        for wire in wires:
+            wire.say(guess)
+        wait_for(lambda: counted(server, "logins", "not checked") >= 10, "guesses to be refused")
+    assert counted(server, "logins", "failed") <= 7  # two may be under way when the fifth fails
