@@ -7369,7 +7369,7 @@ class Queue:
         self._local_under_way = 0  # deliveries here that wait or are being made
         self._closing = False
         self._disk_seen = float("-inf")
-        self._disk_free = 0
+        self._has_room = True
         self.expand = expand
         self.items: dict[str, Item] = {}
 
@@ -7430,19 +7430,20 @@ class Queue:
         """Raise QueueFull where the queue takes no more messages from outside."""
         if len(self.items) >= self._settings.limit:
             raise QueueFull(f"the queue is full ({self._settings.limit} messages)", "4.3.1")
-        if self._settings.min_free_disk and self._free_disk() < self._settings.min_free_disk:
+        if self._settings.min_free_disk and not self._disk_has_room():
             raise QueueFull("the disk is nearly full", "4.3.1")
 
-    def _free_disk(self) -> int:
-        """Return the octets that are free for us, as they were within the last seconds."""
+    def _disk_has_room(self) -> bool:
+        """Tell whether enough was free within the last seconds; a tenth of a disk is enough."""
         now = self._loop.clock.monotonic()
         if now >= self._disk_seen + _DISK_SECONDS:
             try:
                 status = os.statvfs(self._settings.directory)
             except OSError:
-                return sys.maxsize  # what is wrong shows when something is written
-            self._disk_seen, self._disk_free = now, status.f_bavail * status.f_frsize
-        return self._disk_free
+                return True  # what is wrong shows when something is written
+            enough = min(self._settings.min_free_disk, status.f_blocks * status.f_frsize // 10)
+            self._disk_seen, self._has_room = now, status.f_bavail * status.f_frsize >= enough
+        return self._has_room
 
     async def accept(self, draft: Draft, envelope: Envelope, trace: str) -> Item:
         """Store a message durably and start to deliver it. Raises QueueFull.

@@ -572,7 +572,9 @@ def test_a_sender_that_is_slow_enough_gets_through(behind) -> None:
 # --- the disk ---
 
 
-def test_a_disk_that_is_nearly_full_is_said_at_mail(behind) -> None:
+def test_a_disk_that_is_nearly_full_is_said_at_mail(behind, monkeypatch) -> None:
+    disk = types.SimpleNamespace(f_bavail=99, f_blocks=1000, f_frsize=1024)
+    monkeypatch.setattr(os, "statvfs", lambda path: disk)
     server = behind(min_free_disk_mb=10**9)
     with greeted(server) as wire:
         assert wire.ask("MAIL FROM:<>") == "451 4.3.1 the disk is nearly full"
@@ -581,7 +583,7 @@ def test_a_disk_that_is_nearly_full_is_said_at_mail(behind) -> None:
 
 
 def test_a_disk_that_fills_up_meanwhile_is_said_at_data(behind, monkeypatch) -> None:
-    disk = types.SimpleNamespace(f_bavail=100 * 1024, f_frsize=1024)
+    disk = types.SimpleNamespace(f_bavail=100 * 1024, f_blocks=1024**2, f_frsize=1024)
     monkeypatch.setattr(os, "statvfs", lambda path: disk)
     clock = RunningClock()
     server = behind(clock=clock)
@@ -597,6 +599,13 @@ def test_a_disk_that_fills_up_meanwhile_is_said_at_data(behind, monkeypatch) -> 
             assert wire.ask("DATA").startswith(reply)
         assert wire.ask("Subject: x\r\n\r\n.").startswith("250 ")
     assert len(server.mail("ana")) == 1
+
+
+def test_a_tenth_of_a_small_disk_is_enough(behind, monkeypatch) -> None:
+    disk = types.SimpleNamespace(f_bavail=100, f_blocks=1000, f_frsize=1024)
+    monkeypatch.setattr(os, "statvfs", lambda path: disk)
+    with greeted(behind()) as wire:
+        assert wire.ask("MAIL FROM:<>").startswith("250 ")
 
 
 def test_without_a_least_room_a_disk_may_be_filled(behind, monkeypatch) -> None:

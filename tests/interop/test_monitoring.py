@@ -82,7 +82,7 @@ def test_chromium_shows_what_waits_and_runs_nothing(place, chasquid):
     dom = html.unescape(chromium(place, chasquid, "--dump-dom"))
     [id] = chasquid.queue_ids()
     assert f"<code>{id}</code> from <ana@here.example>" in dom
-    assert "eva@slow.example" in dom and "deferred: " in dom
+    assert "eva@slow.example" in dom and "deferred</span>: " in dom
     assert "<title>chasquid at mail.here.example</title>" in dom
     assert "owned" in dom.partition("EHLO <script>")[2][:40]
     for secret in ("private matters", "Hush, hush", "hidden", '"secret"'):
