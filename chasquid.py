@@ -9582,6 +9582,22 @@ def session_limit() -> int:
     return max(limit // 2, limit - _SPARE_DESCRIPTORS)
 
 
+async def connections(
+    loop: Loop, record: Record, name: str, listener: socket.socket
+) -> AsyncIterator[tuple[socket.socket, Any]]:
+    """Yield each connection with its peer; without descriptors, pause instead of failing."""
+    while True:
+        try:
+            yield listener.accept()
+        except BlockingIOError:
+            await loop.readable(listener.fileno())
+        except ConnectionAbortedError:
+            continue
+        except OSError as error:
+            record.error("listener", f"cannot accept for {name}: {reason(error)}; pausing")
+            await loop.sleep(_ACCEPT_PAUSE)
+
+
 def queue_line(item: Item, now: float) -> QueueLine:
     """Return what MONITORING shows of a message."""
     shown = [
@@ -10008,33 +10024,12 @@ class Daemon:
                 raise
 
     async def _accept(self, port: Port, listener: socket.socket) -> None:
-        """Take connections; without descriptors, pause instead of failing."""
-        while True:
-            try:
-                raw, peer = listener.accept()
-            except BlockingIOError:
-                await self.loop.readable(listener.fileno())
-            except ConnectionAbortedError:
-                continue
-            except OSError as error:
-                text = f"cannot accept for {port.name}: {reason(error)}; pausing"
-                self.record.error("listener", text)
-                await self.loop.sleep(_ACCEPT_PAUSE)
-            else:
-                self._begin(port, raw, peer[0] if peer else "local")
+        async for raw, peer in connections(self.loop, self.record, port.name, listener):
+            self._begin(port, raw, peer[0] if peer else "local")
 
     async def _accept_monitoring(self, listener: socket.socket) -> None:
-        while True:
-            try:
-                raw, _ = listener.accept()
-            except BlockingIOError:
-                await self.loop.readable(listener.fileno())
-            except OSError as error:
-                self.record.error("monitoring", f"cannot accept: {reason(error)}; pausing")
-                await self.loop.sleep(_ACCEPT_PAUSE)
-            else:
-                stream = Stream(self.loop, raw)
-                self.loop.spawn(self._monitor.answer(stream), "monitoring request")
+        async for raw, _ in connections(self.loop, self.record, "monitoring", listener):
+            self.loop.spawn(self._monitor.answer(Stream(self.loop, raw)), "monitoring request")
 
     def _begin(self, port: Port, raw: socket.socket, peer: str) -> None:
         if len(self._sessions) >= self._session_limit:
@@ -10302,16 +10297,8 @@ class Control:
 
     async def serve(self) -> None:
         assert self._socket is not None
-        while True:
-            try:
-                raw, _ = self._socket.accept()
-            except BlockingIOError:
-                await self._loop.readable(self._socket.fileno())
-            except OSError as error:
-                self._record.error("control", f"cannot accept: {reason(error)}; pausing")
-                await self._loop.sleep(_ACCEPT_PAUSE)
-            else:
-                self._loop.spawn(self._answer(Stream(self._loop, raw)), "control request")
+        async for raw, _ in connections(self._loop, self._record, "control", self._socket):
+            self._loop.spawn(self._answer(Stream(self._loop, raw)), "control request")
 
     async def _answer(self, stream: Stream) -> None:
         try:
