@@ -3161,7 +3161,7 @@ class Outside:
         self._hook = hook
         self._user = user
         self._known: dict[Question, Any] = {}
-        self.unanswered: set[Question] = set()
+        self.unanswered: dict[Question, None] = {}  # in the order in which they came up
 
     def fresh(self) -> Outside:
         """Return the same without what was said so far."""
@@ -3175,7 +3175,7 @@ class Outside:
 
     def _said(self, question: Question, nothing: Any) -> Any:
         if question not in self._known:
-            self.unanswered.add(question)
+            self.unanswered[question] = None
         return self._known.get(question, nothing)
 
     async def answer(self) -> None:
