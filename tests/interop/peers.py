@@ -305,7 +305,11 @@ class Postfix(MailboxPeer):
         (self.config / "master.cf").write_text(_MASTER_CF.format(port=self.port))
 
     def start(self) -> None:
+        # A child of a master that has ended may still accept at the port: the log tells
+        # that this master has begun.
+        started = self.log().count("daemon started")
         self._run([self._postfix, "-c", self.config, "start-fg"], self.port)
+        wait_for("Postfix's master", lambda: self.log().count("daemon started") > started)
 
     def stop(self) -> None:
         """End Postfix through its master, which is not the process that was started."""
