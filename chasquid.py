@@ -991,24 +991,25 @@ class Sink:
 
 
 _DIALOGUE_COUNT = 50  # recent sessions that are kept for people
-_DIALOGUE_LINES = 100  # of each
+DIALOGUE_LINES = 100  # of each
 _DIALOGUE_LINE = 300  # characters
 
 
 class Dialogue:
     """What was said in a session, for people: lines that begin with "C: " or "S: "."""
 
-    def __init__(self, port: str, peer: str, began: float) -> None:
+    def __init__(self, port: str, peer: str, began: float, limit: int = DIALOGUE_LINES) -> None:
         self.port = port
         self.peer = peer
         self.began = began
+        self._limit = limit
         self.open = True
         self.client_spoke = False
         self.lines: list[str] = []
 
     def add(self, who: str, text: str) -> None:
         self.client_spoke = self.client_spoke or who == "C"
-        if len(self.lines) < _DIALOGUE_LINES:
+        if len(self.lines) < self._limit:
             self.lines.append(f"{who}: {printable(text, _DIALOGUE_LINE)}")
 
 
@@ -2226,7 +2227,8 @@ class Stream:
                     self._in.clear()
         except (Disconnected, Expired, OSError):
             pass
-        self.close()
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Close the connection at once."""
@@ -8186,8 +8188,21 @@ SUBMISSION_PORT = Port("submission", submission=True, implicit_tls=False)
 SUBMISSION_TLS_PORT = Port("submission over TLS", submission=True, implicit_tls=True)
 
 
+class Store(Protocol):
+    """Where messages go: the queue, or what captures them."""
+
+    def check_room(self) -> None: ...
+    def draft(self) -> Draft: ...
+    @property
+    def expand(self) -> Callable[[str], Awaitable[list[Target]]]: ...
+    async def accept(self, draft: Draft, envelope: Envelope, trace: str) -> object: ...
+
+
 class Site:
     """What all sessions share. The daemon replaces the parts that are read again."""
+
+    dialogue_lines = DIALOGUE_LINES
+    login_in_the_clear = False  # only for tests of what cannot do TLS
 
     def __init__(
         self,
@@ -8196,7 +8211,7 @@ class Site:
         config: Config,
         accounts: Accounts,
         aliases: Aliases,
-        queue: Queue,
+        queue: Store,
         names: Names,
         signer: Signer,
         levels: SecurityLevels,
@@ -8619,7 +8634,7 @@ class MessageReader:
         decoder = DataDecoder()
         pace = self._pace()
         while not decoder.done:
-            piece = await self._piece(CHUNK)
+            piece = await self.piece(CHUNK)
             pace.check(len(piece))
             await self._take(transaction, decoder.feed(piece))
         self._stream.unread(decoder.rest)
@@ -8628,7 +8643,7 @@ class MessageReader:
         """Read so many octets; without a transaction, only to be rid of them."""
         pace = self._pace()
         while left:
-            piece = await self._piece(min(CHUNK, left))
+            piece = await self.piece(min(CHUNK, left))
             pace.check(len(piece))
             left -= len(piece)
             if transaction is not None:
@@ -8638,7 +8653,8 @@ class MessageReader:
                 check_newlines(piece)
                 await self._take(transaction, piece)
 
-    async def _piece(self, limit: int) -> bytes:
+    async def piece(self, limit: int) -> bytes:
+        """Return the next octets of the message, as they come. Raises Disconnected, Expired."""
         with self._loop.deadline(TRANSFER_SECONDS):
             return await self._stream.read_some(limit)
 
@@ -8667,47 +8683,52 @@ class MessageReader:
 
 
 class Session:
-    """One connection, from the greeting to its end."""
+    """One connection, from the greeting to its end.
+
+    What a server that only captures mail does otherwise stands together, and is public.
+    """
 
     def __init__(self, site: Site, stream: Stream, port: Port, peer: str) -> None:
         self.id = new_id()
         self.peer = peer
         self.idle = False  # waiting for a command, so it may be ended at any time
-        self._site = site
-        self._loop = site.loop
-        self._stream = stream
-        self._reader = MessageReader(site, stream)
-        self._port = port
-        self._hello = ""
-        self._extended = False
-        self._user = ""  # who has logged in, as an address
+        self.site = site
+        self.loop = site.loop
+        self.stream = stream
+        self.reader = MessageReader(site, stream)
+        self.port = port
+        self.hello = ""
+        self.extended = False
+        self.user = ""  # who has logged in, as an address
         self._verb = ""
         self._errors = 0
         self._unknown_recipients = 0
-        self._dialogue = Dialogue("", "", 0.0)
+        self.dialogue = Dialogue("", "", 0.0)
         self._about = ""  # the envelope, as the mail log names it where it is refused
-        self._transaction: Transaction | None = None
+        self.transaction: Transaction | None = None
 
     async def run(self) -> None:
         """Hold the dialogue; returns when the connection is closed."""
-        self._site.record.count("connections", self._port.name)
-        self._dialogue = Dialogue(self._port.name, self.peer, self._loop.clock.time())
-        self._site.record.dialogues.append(self._dialogue)
+        self.site.record.count("connections", self.port.name)
+        self.dialogue = Dialogue(
+            self.port.name, self.peer, self.loop.clock.time(), self.site.dialogue_lines
+        )
+        self.site.record.dialogues.append(self.dialogue)
         try:
             with (
-                self._loop.deadline(CONNECTION_SECONDS),
-                self._site.limits.connection(self.peer),
+                self.loop.deadline(CONNECTION_SECONDS),
+                self.site.limits.connection(self.peer),
             ):
-                if self._port.implicit_tls:
-                    if self._site.tls_context is None:
+                if self.port.implicit_tls:
+                    if self.tls_context() is None:
                         raise TLSFailed("there is no certificate, so no TLS on this port")
                     await self._secure()
                 await self._converse()
         except (Disconnected, TLSFailed) as error:
-            if self._transaction is not None or isinstance(error, TLSFailed):
+            if self.transaction is not None or isinstance(error, TLSFailed):
                 self._log(f"ended early: {error}")
         except TemporaryFailure as error:
-            self._site.record.count("limits", "connections")
+            self.site.record.count("limits", "connections")
             self._log(f"rejected: {error}")
             self._write(Reply(421, error.status, f"{error}; try again later"))
         except Expired:
@@ -8716,48 +8737,47 @@ class Session:
             self._write(Reply(421, "4.3.2", "the server is shutting down; try again later"))
             raise
         except Exception as error:
-            self._site.record.crash(f"session {self.id}", error)
+            self.site.record.crash(f"session {self.id}", error)
             self._write(Reply(421, "4.3.0", "an internal error, closing the connection"))
         finally:
             self._reset()
-            self._dialogue.open = False
-            if not self._dialogue.client_spoke:  # a health check, most often
+            self.dialogue.open = False
+            if not self.dialogue.client_spoke:  # a health check, most often
                 with contextlib.suppress(ValueError):
-                    self._site.record.dialogues.remove(self._dialogue)
-            await self._stream.finish()
+                    self.site.record.dialogues.remove(self.dialogue)
+            await self.stream.finish()
 
     @property
     def _own_domain(self) -> str:
-        return domain_to_unicode(self._site.hostname)
+        return domain_to_unicode(self.site.hostname)
 
     @property
     def phase(self) -> Phase:
-        if not self._hello:
+        if not self.hello:
             return CONNECTED
-        if self._transaction is None:
+        if self.transaction is None:
             return GREETED
-        if self._transaction.draft is not None or self._transaction.failure is not None:
+        if self.transaction.draft is not None or self.transaction.failure is not None:
             return CHUNKS
-        return RECIPIENTS if self._transaction.addressees else MAIL
+        return RECIPIENTS if self.transaction.addressees else MAIL
 
     # --- the dialogue ---
 
     async def _converse(self) -> None:
-        self._write(Reply(220, "", f"{self._site.hostname} ESMTP chasquid"))
-        close = False
+        close = await self.say(await self.greet())
         while not close:
             reply = await self._next_reply()
             if reply is not None:
-                close = self._write(self._count_error(reply))
-            await self._stream.be_fair()
-            if self._site.closing and not close:
+                close = await self.say(self.count_error(reply))
+            await self.stream.be_fair()
+            if self.site.closing and not close:
                 close = self._write(Reply(421, "4.3.2", "the server is shutting down", close=True))
 
     async def _next_reply(self) -> Reply | None:
         try:
             self.idle = True
-            with self._loop.deadline(COMMAND_SECONDS):
-                line = await self._stream.read_line()
+            with self.loop.deadline(COMMAND_SECONDS):
+                line = await self.stream.read_line()
             self.idle = False
             return await self._execute(line)
         except LineTooLong as error:
@@ -8776,22 +8796,22 @@ class Session:
         said = "…"  # what is no command may be a password, or a line of a message
         if verb in _COMMANDS:
             said = "AUTH …" if verb == "AUTH" else f"{verb} {argument}"
-        self._dialogue.add("C", said)
+        self.dialogue.add("C", said)
         if verb in _HTTP_VERBS:
             return Reply(502, "5.7.0", "this is a mail server and speaks no HTTP", close=True)
         command = _COMMANDS.get(verb)
         if command is None:
             raise Refused(Reply(500, "5.5.1", "there is no such command"))
-        self._site.record.count("commands", verb)
+        self.site.record.count("commands", verb)
         if self.phase not in command.phases:
             raise Refused(Reply(503, "5.5.1", self.phase.then))
         if command.argument == "none" and argument:
             raise Refused(Reply(501, "5.5.4", f"{verb} takes no argument"))
         if command.argument == "required" and not argument:
             raise Refused(Reply(501, "5.5.4", f"expected {command.help}"))
-        return await command.action(self, argument)
+        return await self.obey(verb, argument)
 
-    def _count_error(self, reply: Reply) -> Reply:
+    def count_error(self, reply: Reply) -> Reply:
         """Close the connection after some errors; a client of another protocol makes many.
 
         Unknown recipients count apart, and those above the limit not at all: a server that
@@ -8799,7 +8819,7 @@ class Session:
         """
         if not reply.is_error:
             return reply
-        self._site.record.count("rejections", str(reply.code))
+        self.site.record.count("rejections", str(reply.code))
         about = self._about if self._verb in ("MAIL", "RCPT", "DATA", "BDAT") else ""
         self._log(f"rejected{about}: {reply}")
         if reply.close or reply.status == "4.5.3" or (self._verb == "RCPT" and reply.code == 450):
@@ -8815,43 +8835,128 @@ class Session:
         return Reply(421, "4.7.0", text, close=True)
 
     def _write(self, reply: Reply) -> bool:
-        self._stream.write(reply.encode())
-        self._dialogue.add("S", str(reply))
+        self.stream.write(reply.encode())
+        self.dialogue.add("S", str(reply))
         return reply.close
 
     def _log(self, text: str) -> None:
-        self._site.record.mail(self.id, f"{self._port.name} {self.peer} {text}")
+        self.site.record.mail(self.id, f"{self.port.name} {self.peer} {text}")
 
     def _reset(self) -> None:
-        if self._transaction is not None:
-            self._transaction.discard()
-            self._transaction = None
+        if self.transaction is not None:
+            self.transaction.discard()
+            self.transaction = None
+
+    # --- what a server that captures mail does otherwise ---
+
+    async def greet(self) -> Reply:
+        """Return the first reply of all."""
+        return Reply(220, "", f"{self.site.hostname} ESMTP chasquid")
+
+    async def obey(self, verb: str, argument: str) -> Reply | None:
+        """Do what a command asks for, in its place; None where it was answered. Raises Refused."""
+        return await _COMMANDS[verb].action(self, argument)
+
+    async def say(self, reply: Reply) -> bool:
+        """Answer; return whether the connection is to be closed."""
+        return self._write(reply)
+
+    def tls_context(self) -> ssl.SSLContext | None:
+        """Return what TLS is done with, None where there is none."""
+        return self.site.tls_context
+
+    async def check_sender(self, sender: str) -> Spf:
+        """Judge a sender who has not logged in. Raises Refused."""
+        site = self.site
+        if site.limits.is_relay(self.peer):
+            return Spf("none", "mailfrom", "", "the client is a relay of ours")
+        spf = await check_spf(site.names, self.loop, self.peer, sender, self.hello, site.hostname)
+        site.record.count("spf", spf.result)
+        if spf.result == "fail":
+            text = f"{spf.domain} does not let {self.peer} send its mail"
+            explanation = f": {spf.explanation}" if spf.explanation else ""
+            raise Refused(Reply(550, "5.7.23", f"SPF: {text}{explanation}"))
+        domain = split_address(sender)[1]
+        if not domain or spf.result != "pass":
+            return spf  # anybody could set the level of somebody else's domain
+        if not await site.levels.accepts(domain, self.stream.tls is not None):
+            site.record.count("security levels", "refused", "in")
+            text = f"{domain} has sent its mail with TLS before: say STARTTLS"
+            raise Refused(Reply(550, "5.7.3", text))
+        return spf
+
+    async def targets(self, address: str) -> list[Target]:
+        """Return the final recipients of `address`. Raises Refused."""
+        local = self.site.aliases.is_local(split_address(address)[1])
+        if not local and not self.user:
+            text = "we do not relay: log in, or send to our own domains"
+            raise Refused(Reply(503, "5.7.1", text))
+        try:
+            return await self.site.queue.expand(address)
+        except TemporaryFailure as error:
+            raise Refused(Reply(451, error.status, str(error))) from error
+        except NoSuchUser as error:
+            raise Refused(Reply(550, "5.1.1", str(error))) from error
+        except AliasLoop as error:
+            self.site.record.error("aliases", str(error))
+            raise Refused(Reply(451, "4.3.5", "the aliases of this address lead nowhere")) from None
+
+    async def take(self, transaction: Transaction, draft: Draft) -> Reply:
+        """Judge a complete message and queue it. Raises Refused."""
+        origin = Origin(
+            self.port, self.peer, self.hello, self.extended, self.user, self.stream.tls_text
+        )
+        reception = Reception(self.site, origin, transaction)
+        try:
+            envelope, trace = await reception.judge(draft)
+        except Refused:
+            recipients = ", ".join(
+                dict.fromkeys(original for _, original in transaction.addressees)
+            )
+            self._about = f" from=<{transaction.sender}> to={recipients}{reception.results}"
+            raise
+        transaction.draft = None  # from here on the queue answers for it
+        try:
+            await self.site.queue.accept(draft, envelope, trace)
+        except QueueFull as error:
+            return Reply(451, error.status, str(error))
+        domain = split_address(transaction.sender)[1]
+        if domain and transaction.spf.result == "pass":
+            await self.site.levels.saw_incoming(domain, self.stream.tls is not None)
+        return Reply(250, "2.0.0", f"accepted as {draft.id}")
 
     # --- HELO, EHLO, STARTTLS ---
 
     async def _helo(self, argument: str) -> Reply:
         self._greeted(argument, extended=False)
-        return Reply(250, "", self._site.hostname)
+        return Reply(250, "", self.site.hostname)
 
     async def _ehlo(self, argument: str) -> Reply:
         self._greeted(argument, extended=True)
+        return Reply(
+            250, "", "\n".join([f"{self.site.hostname} greets {self.hello}", *self.keywords()])
+        )
+
+    def keywords(self) -> list[str]:
+        """Return what we offer now, each with its parameters; RFC 5321, 4.1.1.1."""
         keywords = [
-            f"{self._site.hostname} greets {self._hello}",
             "PIPELINING",
             "8BITMIME",
             "SMTPUTF8",
-            f"SIZE {self._site.size_limit}",
+            f"SIZE {self.site.size_limit}",
             "ENHANCEDSTATUSCODES",
             "CHUNKING",
             f"LIMITS RCPTMAX={RECIPIENT_LIMIT}",
             "DSN",
             "HELP",
         ]
-        if self._stream.tls is not None:
-            keywords += ["REQUIRETLS", "AUTH PLAIN LOGIN"]
-        elif self._site.tls_context is not None:
+        if self.stream.tls is not None:
+            keywords.append("REQUIRETLS")
+        elif self.tls_context() is not None:
             keywords.append("STARTTLS")
-        return Reply(250, "", "\n".join(keywords))
+        if self.stream.tls is not None or self.site.login_in_the_clear:
+            keywords.append("AUTH PLAIN LOGIN")
+        return keywords
 
     def _greeted(self, argument: str, extended: bool) -> None:
         name = argument.split(" ")[0]
@@ -8859,36 +8964,37 @@ class Session:
             text = "expected the name of your host, or its address in brackets"
             raise Refused(Reply(501, "5.5.2", text))
         self._reset()
-        self._hello = name
-        self._extended = extended
+        self.hello = name
+        self.extended = extended
 
     async def _starttls(self, argument: str) -> Reply | None:
-        if self._stream.tls is not None:
+        if self.stream.tls is not None:
             return Reply(503, "5.5.1", "TLS is already on")
-        if self._site.tls_context is None:
+        if self.tls_context() is None:
             return Reply(454, "4.7.0", "TLS is not available: there is no certificate")
-        self._write(Reply(220, "2.0.0", "go ahead with TLS"))
+        await self.say(Reply(220, "2.0.0", "go ahead with TLS"))
         await self._secure()
         return None
 
     async def _secure(self) -> None:
         """Do the handshake and forget what was said before it (RFC 3207, 4.2)."""
-        assert self._site.tls_context is not None
-        with self._loop.deadline(COMMAND_SECONDS):
-            await self._stream.start_tls(self._site.tls_context, server_side=True)
+        context = self.tls_context()
+        assert context is not None
+        with self.loop.deadline(COMMAND_SECONDS):
+            await self.stream.start_tls(context, server_side=True)
         self._reset()
-        self._hello = ""
-        self._extended = False
+        self.hello = ""
+        self.extended = False
 
     # --- AUTH ---
 
     async def _auth(self, argument: str) -> Reply:
-        if self._stream.tls is None:
+        if self.stream.tls is None and not self.site.login_in_the_clear:
             raise Refused(Reply(538, "5.7.11", "logging in needs TLS: say STARTTLS first"))
-        if self._user:
+        if self.user:
             raise Refused(Reply(503, "5.5.1", "you have logged in already"))
         mechanism, _, initial = argument.partition(" ")
-        dialogue = _LoginDialogue(self._loop, self._stream)
+        dialogue = _LoginDialogue(self.loop, self.stream)
         if mechanism.upper() == "PLAIN":
             user, password = await dialogue.plain(initial)
         elif mechanism.upper() == "LOGIN":
@@ -8898,33 +9004,33 @@ class Session:
         return await self._check_login(user, password)
 
     async def _check_login(self, user: str, password: bytes) -> Reply:
-        start = self._loop.clock.monotonic()
-        limits = self._site.limits
+        start = self.loop.clock.monotonic()
+        limits = self.site.limits
         try:
             limits.check_login(self.peer)
-            address = await self._site.authenticate(
+            address = await self.site.authenticate(
                 user, password, lambda: limits.check_login(self.peer)
             )
         except TemporaryFailure as error:
-            self._site.record.count("logins", "not checked")
+            self.site.record.count("logins", "not checked")
             return Reply(454, error.status, str(error), close=True)
         if address is None:
-            self._site.record.count("logins", "failed")
+            self.site.record.count("logins", "failed")
             self._log(f"login failed for {printable(user, 100)!r}")
             wait = max(_AUTH_SECONDS, limits.login_failed(self.peer, user))
-            elapsed = self._loop.clock.monotonic() - start
-            await self._loop.sleep(max(0.0, wait - elapsed))
+            elapsed = self.loop.clock.monotonic() - start
+            await self.loop.sleep(max(0.0, wait - elapsed))
             return Reply(535, "5.7.8", "user or password is wrong")
         limits.login_succeeded(user)
-        self._site.record.count("logins", "succeeded")
+        self.site.record.count("logins", "succeeded")
         self._log(f"login succeeded for {address}")
-        self._user = address
+        self.user = address
         return Reply(235, "2.7.0", "you have logged in")
 
     # --- MAIL and RCPT ---
 
     async def _mail(self, argument: str) -> Reply:
-        if self._port.submission and not self._user:
+        if self.port.submission and not self.user:
             raise Refused(Reply(530, "5.7.0", "log in first: this port is for our users"))
         sender, parameters = parse_path(argument, "FROM:")
         self._about = f" from=<{sender}>"
@@ -8934,35 +9040,15 @@ class Session:
         self._check_utf8(sender, "SMTPUTF8" in parameters)
         self._check_room()
         await self._check_own(sender)
-        self._count(self._site.limits.message)
-        spf = Spf("none") if self._user else await self._check_sender(sender)
-        self._transaction = Transaction(sender, parameters, spf)
+        self._count(self.site.limits.message)
+        spf = Spf("none") if self.user else await self.check_sender(sender)
+        self.transaction = Transaction(sender, parameters, spf)
         return Reply(250, "2.1.0", "the sender is accepted")
-
-    async def _check_sender(self, sender: str) -> Spf:
-        """Judge a sender who has not logged in. Raises Refused."""
-        site = self._site
-        if site.limits.is_relay(self.peer):
-            return Spf("none", "mailfrom", "", "the client is a relay of ours")
-        spf = await check_spf(site.names, self._loop, self.peer, sender, self._hello, site.hostname)
-        site.record.count("spf", spf.result)
-        if spf.result == "fail":
-            text = f"{spf.domain} does not let {self.peer} send its mail"
-            explanation = f": {spf.explanation}" if spf.explanation else ""
-            raise Refused(Reply(550, "5.7.23", f"SPF: {text}{explanation}"))
-        domain = split_address(sender)[1]
-        if not domain or spf.result != "pass":
-            return spf  # anybody could set the level of somebody else's domain
-        if not await site.levels.accepts(domain, self._stream.tls is not None):
-            site.record.count("security levels", "refused", "in")
-            text = f"{domain} has sent its mail with TLS before: say STARTTLS"
-            raise Refused(Reply(550, "5.7.3", text))
-        return spf
 
     def _check_parameters(self, parameters: Mapping[str, str]) -> None:
         """Check MAIL's parameters. Raises Refused."""
         for name, value in parameters.items():
-            if name not in _MAIL_PARAMETERS or not self._extended:
+            if name not in _MAIL_PARAMETERS or not self.extended:
                 raise Refused(Reply(555, "5.5.4", f"the parameter {name} is unknown"))
             if name == "SIZE" and not value.isdecimal():
                 raise Refused(Reply(501, "5.5.4", "expected SIZE=octets"))
@@ -8974,10 +9060,10 @@ class Session:
                 raise Refused(Reply(501, "5.5.4", "expected RET=FULL or RET=HDRS"))
             if name == "ENVID":
                 check_xtext(name, value, _ENVID_LIMIT)
-            if name == "REQUIRETLS" and self._stream.tls is None:
+            if name == "REQUIRETLS" and self.stream.tls is None:
                 raise Refused(Reply(530, "5.7.10", "REQUIRETLS needs TLS: say STARTTLS first"))
-        if int(parameters.get("SIZE", "0")) > self._site.size_limit:
-            raise Refused(self._site.too_big())
+        if int(parameters.get("SIZE", "0")) > self.site.size_limit:
+            raise Refused(self.site.too_big())
 
     @staticmethod
     def _check_utf8(address: str, smtputf8: bool) -> None:
@@ -8987,50 +9073,50 @@ class Session:
 
     async def _check_own(self, sender: str) -> None:
         """Where that is asked for, let users write only as themselves. Raises Refused."""
-        if not self._user or not sender:
+        if not self.user or not sender:
             return
         try:
-            allowed = await self._site.may_send_as(self._user, sender)
+            allowed = await self.site.may_send_as(self.user, sender)
         except TemporaryFailure as error:
             raise Refused(Reply(451, error.status, str(error))) from error
         if not allowed:
-            text = f"{self._user} may not send as {sender}: it is no address of that user"
+            text = f"{self.user} may not send as {sender}: it is no address of that user"
             raise Refused(Reply(550, "5.7.1", text))
 
     def _count(self, count: Callable[[str, str], None]) -> None:
         try:
-            count(self.peer, self._user)
+            count(self.peer, self.user)
         except TemporaryFailure as error:
-            self._site.record.count("limits", "rate")
+            self.site.record.count("limits", "rate")
             raise Refused(Reply(450, error.status, str(error))) from error
 
     def _check_room(self) -> None:
         try:
-            self._site.queue.check_room()
+            self.site.queue.check_room()
         except QueueFull as error:
             raise Refused(Reply(451, error.status, str(error))) from error
 
     async def _rcpt(self, argument: str) -> Reply:
-        assert self._transaction is not None
+        assert self.transaction is not None
         address, parameters = parse_path(argument, "TO:")
-        wish = self._wish(parameters, self._transaction.smtputf8)
+        wish = self._wish(parameters, self.transaction.smtputf8)
         if not address:
             raise Refused(Reply(501, "5.1.3", "expected a recipient, not <>"))
-        self._about = f" from=<{self._transaction.sender}> to={address}"
-        self._check_utf8(address, self._transaction.smtputf8)
-        if self._transaction.recipient_count >= RECIPIENT_LIMIT:
+        self._about = f" from=<{self.transaction.sender}> to={address}"
+        self._check_utf8(address, self.transaction.smtputf8)
+        if self.transaction.recipient_count >= RECIPIENT_LIMIT:
             raise Refused(Reply(452, "4.5.3", "too many recipients; send the rest later"))
         address = self._with_domain(address)
-        self._count(self._site.limits.recipient)
-        for target in await self._expand(address):
-            self._transaction.addressees[target, address] = Addressee(target, address, wish)
-        self._transaction.recipient_count += 1
+        self._count(self.site.limits.recipient)
+        for target in await self.targets(address):
+            self.transaction.addressees[target, address] = Addressee(target, address, wish)
+        self.transaction.recipient_count += 1
         return Reply(250, "2.1.5", "the recipient is accepted")
 
     def _wish(self, parameters: Mapping[str, str], utf8: bool) -> Wish:
         """Return what RCPT's parameters ask for. Raises Refused."""
         for name in parameters:
-            if name not in ("NOTIFY", "ORCPT") or not self._extended:
+            if name not in ("NOTIFY", "ORCPT") or not self.extended:
                 raise Refused(Reply(555, "5.5.4", f"the parameter {name} is unknown"))
         orcpt = parameters.get("ORCPT", "")
         notify = parse_notify(parameters["NOTIFY"]) if "NOTIFY" in parameters else ()
@@ -9045,34 +9131,19 @@ class Session:
         """
         local, domain = split_address(address)
         if local.lower() == "postmaster" and domain in ("", self._own_domain):
-            return f"{local}@{self._site.aliases.postmaster_domain(self._own_domain)}"
+            return f"{local}@{self.site.aliases.postmaster_domain(self._own_domain)}"
         if not domain:
             raise Refused(Reply(501, "5.1.3", "the recipient's address needs a domain"))
         return address
 
-    async def _expand(self, address: str) -> list[Target]:
-        local = self._site.aliases.is_local(split_address(address)[1])
-        if not local and not self._user:
-            text = "we do not relay: log in, or send to our own domains"
-            raise Refused(Reply(503, "5.7.1", text))
-        try:
-            return await self._site.queue.expand(address)
-        except TemporaryFailure as error:
-            raise Refused(Reply(451, error.status, str(error))) from error
-        except NoSuchUser as error:
-            raise Refused(Reply(550, "5.1.1", str(error))) from error
-        except AliasLoop as error:
-            self._site.record.error("aliases", str(error))
-            raise Refused(Reply(451, "4.3.5", "the aliases of this address lead nowhere")) from None
-
     # --- DATA and BDAT ---
 
     async def _data(self, argument: str) -> Reply:
-        transaction = self._transaction
+        transaction = self.transaction
         assert transaction is not None
-        self._reader.open_draft(transaction)
-        self._write(Reply(354, "", "go ahead, and end with a line that holds only a dot"))
-        await self._reader.read_data(transaction)
+        self.reader.open_draft(transaction)
+        await self.say(Reply(354, "", "go ahead, and end with a line that holds only a dot"))
+        await self.reader.read_data(transaction)
         return await self._finish_message(transaction)
 
     async def _bdat(self, argument: str) -> Reply:
@@ -9082,17 +9153,17 @@ class Session:
             return Reply(501, "5.5.4", "expected BDAT octets [LAST]; closing", close=True)
         size, last = int(match[1]), bool(match[2])
         if self.phase not in (RECIPIENTS, CHUNKS):
-            await self._reader.read_chunk(size, None)
+            await self.reader.read_chunk(size, None)
             return Reply(503, "5.5.1", self.phase.then)
-        transaction = self._transaction
+        transaction = self.transaction
         assert transaction is not None
         try:
-            self._reader.open_draft(transaction)
+            self.reader.open_draft(transaction)
         except Refused as refused:
             transaction.failure = refused.reply  # or the next chunk would begin a message
-            await self._reader.read_chunk(size, None)
+            await self.reader.read_chunk(size, None)
             raise
-        await self._reader.read_chunk(size, transaction)
+        await self.reader.read_chunk(size, transaction)
         if last:
             if transaction.held:
                 raise BareNewline("a line must end with CRLF, and hold no other CR or LF")
@@ -9102,32 +9173,10 @@ class Session:
     async def _finish_message(self, transaction: Transaction) -> Reply:
         """Answer for the complete message, or say why not."""
         try:
-            draft = transaction.draft
-            if draft is None:
+            if transaction.draft is None:
                 assert transaction.failure is not None
                 return transaction.failure
-            origin = Origin(
-                self._port, self.peer, self._hello, self._extended, self._user,
-                self._stream.tls_text,
-            )  # fmt: skip
-            reception = Reception(self._site, origin, transaction)
-            try:
-                envelope, trace = await reception.judge(draft)
-            except Refused:
-                recipients = ", ".join(
-                    dict.fromkeys(original for _, original in transaction.addressees)
-                )
-                self._about = f" from=<{transaction.sender}> to={recipients}{reception.results}"
-                raise
-            transaction.draft = None  # from here on the queue answers for it
-            try:
-                await self._site.queue.accept(draft, envelope, trace)
-            except QueueFull as error:
-                return Reply(451, error.status, str(error))
-            domain = split_address(transaction.sender)[1]
-            if domain and transaction.spf.result == "pass":
-                await self._site.levels.saw_incoming(domain, self._stream.tls is not None)
-            return Reply(250, "2.0.0", f"accepted as {draft.id}")
+            return await self.take(transaction, transaction.draft)
         finally:
             self._reset()
 
@@ -9147,7 +9196,7 @@ class Session:
         return Reply(502, "5.5.1", "we do not tell what is behind a list")
 
     async def _quit(self, argument: str) -> Reply:
-        return Reply(221, "2.0.0", f"{self._site.hostname} says goodbye", close=True)
+        return Reply(221, "2.0.0", f"{self.site.hostname} says goodbye", close=True)
 
     async def _help(self, argument: str) -> Reply:
         command = _COMMANDS.get(argument.upper())
