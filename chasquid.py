@@ -31,6 +31,8 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     SERVER       the session, the transaction, the command table
     MONITORING   the page, the metrics
     DAEMON       wiring, listeners, certificates, reload, control socket
+    FAULTS       failures on purpose, by a script
+    CAPTURE      a server that keeps what it is sent, for tests
     COMMANDS     the command line
 
 Read SMTP, QUEUE and SERVER first: they say what the server does; the rest says how.
@@ -71,7 +73,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar, overload
 
 if TYPE_CHECKING:
     import argparse
@@ -2178,6 +2180,7 @@ class Stream:
                 server_hostname=hostname,
             )  # fmt: skip
             await self._shake_hands(self.tls)
+            acknowledge_at_once(self.tls)
         except ssl.SSLCertVerificationError as error:
             text = f"the certificate is not valid: {error.verify_message}"
             raise TLSFailed(text, unverified=True) from error
@@ -2357,6 +2360,17 @@ def send_at_once(connected: socket.socket) -> None:
     if connected.family != socket.AF_UNIX:
         with contextlib.suppress(OSError):  # macOS says so of a connection that is gone already
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def acknowledge_at_once(connected: socket.socket) -> None:
+    """Have the system acknowledge what came, where it can be told to.
+
+    A client whose handshake ends with its own message would wait for that before it sends
+    its first command: 40 ms.
+    """
+    if connected.family != socket.AF_UNIX and hasattr(socket, "TCP_QUICKACK"):
+        with contextlib.suppress(OSError):
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
 
 async def connect(loop: Loop, host: str, port: int) -> Stream:
@@ -4250,25 +4264,45 @@ def _sign(secret: int, data: bytes) -> bytes:
             return _der(0x30, _der_integer(r), _der_integer(s))
 
 
+# Points are (x, y, z) with x/z² and y/z³ for the usual x and y, so that only the last step
+# divides. The formulas are those of Jacobian coordinates with a = -3.
+
+
 def _multiply(factor: int, point: tuple[int, int]) -> tuple[int, int]:
     """Return `factor` times `point`, by doubling and adding from the top bit."""
-    result = point
+    start = (*point, 1)
+    result = start
     for bit in bin(factor)[3:]:
-        result = _add(result, result)
+        result = _double(result)
         if bit == "1":
-            result = _add(result, point)
-    return result
+            result = _add(result, start)
+    x, y, z = result
+    inverse = pow(z, -1, _P)
+    return x * inverse * inverse % _P, y * inverse**3 % _P
 
 
-def _add(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
-    """Add two points, neither of them the inverse of the other (that never comes up here)."""
-    (x1, y1), (x2, y2) = one, other
-    if one == other:
-        slope = (3 * x1 * x1 - 3) * pow(2 * y1, -1, _P)
-    else:
-        slope = (y2 - y1) * pow(x2 - x1, -1, _P)
-    x3 = (slope * slope - x1 - x2) % _P
-    return x3, (slope * (x1 - x3) - y1) % _P
+def _double(point: tuple[int, int, int]) -> tuple[int, int, int]:
+    x, y, z = point
+    zz, yy = z * z % _P, y * y % _P
+    beta = x * yy % _P
+    slope = 3 * (x - zz) * (x + zz) % _P
+    x3 = (slope * slope - 8 * beta) % _P
+    return x3, (slope * (4 * beta - x3) - 8 * yy * yy) % _P, 2 * y * z % _P
+
+
+def _add(one: tuple[int, int, int], other: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Add two points that are neither the same nor inverse (that never comes up here).
+
+    The `z` of `other` is 1.
+    """
+    (x1, y1, z1), (x2, y2, _) = one, other
+    zz = z1 * z1 % _P
+    h = (x2 * zz - x1) % _P
+    r = (y2 * zz * z1 - y1) % _P
+    hh = h * h % _P
+    hhh, v = h * hh % _P, x1 * hh % _P
+    x3 = (r * r - hhh - 2 * v) % _P
+    return x3, (r * (v - x3) - y1 * hhh) % _P, z1 * h % _P
 
 
 # ======================================================================================
@@ -7196,8 +7230,11 @@ class Draft:
     stays so.
     """
 
-    def __init__(self, loop: Loop, disk: Disk, directory: str, hostname: str) -> None:
+    def __init__(
+        self, loop: Loop, disk: Disk, directory: str, hostname: str, memory: int = MEMORY_LIMIT
+    ) -> None:
         self.id = new_id()
+        self._memory = memory  # octets
         self.size = 0
         self.eight_bit = False
         self._hostname = hostname
@@ -7222,7 +7259,7 @@ class Draft:
             self._look_for_header(piece)
         else:
             self._hold(piece)
-        if self._held > MEMORY_LIMIT:
+        if self._held > self._memory:
             await self._spill()
 
     def complete(self) -> bytes:
@@ -8203,6 +8240,7 @@ class Site:
 
     dialogue_lines = DIALOGUE_LINES
     login_in_the_clear = False  # only for tests of what cannot do TLS
+    login_delay = _AUTH_SECONDS
 
     def __init__(
         self,
@@ -8400,7 +8438,7 @@ class Reception:
         """Return the envelope, and where the message came from, in words. Raises Refused."""
         transaction = self._transaction
         header = draft.complete()
-        fields = self._check_header(header)
+        fields = self.check_header(header)
         await self._check_authors(fields)
         received = self._received(draft.id)
         junk = False
@@ -8454,7 +8492,7 @@ class Reception:
             "DMARC_RESULT": self._dmarc,
         }
 
-    def _check_header(self, block: bytes) -> list[Field]:
+    def check_header(self, block: bytes) -> list[Field]:
         """Raises Refused where the header is not sane."""
         try:
             fields = header_fields(block)
@@ -8722,7 +8760,7 @@ class Session:
                 if self.port.implicit_tls:
                     if self.tls_context() is None:
                         raise TLSFailed("there is no certificate, so no TLS on this port")
-                    await self._secure()
+                    await self.secure()
                 await self._converse()
         except (Disconnected, TLSFailed) as error:
             if self.transaction is not None or isinstance(error, TLSFailed):
@@ -8973,10 +9011,10 @@ class Session:
         if self.tls_context() is None:
             return Reply(454, "4.7.0", "TLS is not available: there is no certificate")
         await self.say(Reply(220, "2.0.0", "go ahead with TLS"))
-        await self._secure()
+        await self.secure()
         return None
 
-    async def _secure(self) -> None:
+    async def secure(self) -> None:
         """Do the handshake and forget what was said before it (RFC 3207, 4.2)."""
         context = self.tls_context()
         assert context is not None
@@ -9017,7 +9055,7 @@ class Session:
         if address is None:
             self.site.record.count("logins", "failed")
             self._log(f"login failed for {printable(user, 100)!r}")
-            wait = max(_AUTH_SECONDS, limits.login_failed(self.peer, user))
+            wait = max(self.site.login_delay, limits.login_failed(self.peer, user))
             elapsed = self.loop.clock.monotonic() - start
             await self.loop.sleep(max(0.0, wait - elapsed))
             return Reply(535, "5.7.8", "user or password is wrong")
@@ -10443,6 +10481,1357 @@ def notify_systemd(state: str) -> None:
             raw.send(state.encode())
         except OSError:
             pass  # systemd notices by itself that it heard nothing
+
+
+# ======================================================================================
+# ROOM: FAULTS
+#
+# Failures on purpose, for tests of what has to live with them: a script of rules, each
+# with where it applies and what it does there. The same dialogue meets the same failures
+# every time, since a rule counts what it sees and nothing is left to chance.
+#
+# - Rules are asked in their order; the first that applies at a place is the one that acts.
+#   Each counts what matches it, whether or not it acts.
+# - A rule that could never act is refused when it is added, with the reason.
+# - A recipient can carry its failure in its own name ("ana+450@here.example"), for tests
+#   that cannot reach the server otherwise.
+#
+# The room knows no sessions: it is asked what happens, and says it.
+# ======================================================================================
+
+STAGES = ("connect", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "message")
+CERTIFICATE_FAULTS = ("expired", "wrong-name", "untrusted", "broken")
+_ADDRESSED_STAGES = frozenset(("MAIL", "RCPT", "DATA", "message"))
+_EXTENSIONS = frozenset((
+    "PIPELINING", "8BITMIME", "SMTPUTF8", "SIZE", "ENHANCEDSTATUSCODES", "CHUNKING", "LIMITS",
+    "DSN", "HELP", "REQUIRETLS", "AUTH", "STARTTLS",
+))  # fmt: skip
+_DRIP_SECONDS = 0.1  # after each octet, for a recipient that asks for it
+
+
+class FaultError(ChasquidError, ValueError):
+    """A rule that says nothing sensible, or could never act."""
+
+
+class Fault(NamedTuple):
+    """What fails, where, and when; times are in seconds.
+
+    `stage` is one of `STAGES`: the greeting, a command, or "message", which is after the
+    final dot. `address` is a pattern ("*@here.example") for the sender at MAIL, for the
+    recipient at RCPT, and for any recipient at DATA and "message". Of the times that this
+    matches, `nth` picks one (from 1), `times` the first so many; neither means each time.
+
+    What happens: a `reply` ("451 4.2.1 busy") instead of doing what was asked for; a
+    `delay` before the answer; the answer octet by octet, with `drip` between two; the
+    connection is dropped (`drop`), or dropped once so many octets of the message have come
+    (`drop_after`, at DATA); no answer at all (`hang`); a `certificate` of
+    `CERTIFICATE_FAULTS`; extensions that EHLO does not offer (`without`). With `per_second`
+    the rule acts only on what comes beyond so many a second, with 421 where no reply is given.
+    """
+
+    stage: str
+    reply: str = ""
+    address: str = "*"
+    nth: int = 0
+    times: int = 0
+    delay: float = 0.0
+    drip: float = 0.0
+    drop: bool = False
+    drop_after: int = 0
+    hang: bool = False
+    certificate: str = ""
+    without: tuple[str, ...] = ()
+    per_second: int = 0
+
+    @property
+    def always_ends_it(self) -> bool:
+        """Whether nothing that comes after this rule could act where it matches."""
+        return not (self.nth or self.times or self.per_second)
+
+
+class Effect(NamedTuple):
+    """What is to happen now; `reply` is None where the command takes its course."""
+
+    fault: Fault
+    reply: Reply | None
+
+
+class _Rule:
+    __slots__ = ("_matches", "_recent", "acted", "effect", "seen")
+
+    def __init__(self, effect: Effect) -> None:
+        import fnmatch  # only where there are rules
+
+        self.effect = effect
+        self.seen = 0
+        self.acted = 0
+        self._matches = re.compile(fnmatch.translate(effect.fault.address.lower())).match
+        self._recent: collections.deque[float] = collections.deque()
+
+    def forget(self) -> None:
+        self.seen = self.acted = 0
+        self._recent.clear()
+
+    def applies(self, stage: str, addresses: Sequence[str], now: float) -> bool:
+        """Count what matches; tell whether the rule acts on it."""
+        fault = self.effect.fault
+        if fault.stage != stage:
+            return False
+        if stage in _ADDRESSED_STAGES and not any(self._matches(one.lower()) for one in addresses):
+            return False
+        self.seen += 1
+        if fault.per_second:
+            return self._is_too_fast(now)
+        return self.seen == fault.nth if fault.nth else not 0 < fault.times < self.seen
+
+    def _is_too_fast(self, now: float) -> bool:
+        while self._recent and self._recent[0] <= now - 1.0:
+            self._recent.popleft()
+        if len(self._recent) >= self.effect.fault.per_second:
+            return True
+        self._recent.append(now)
+        return False
+
+
+class Script:
+    """The rules of one server, which any thread may change.
+
+    `stages` are those that come up there, and `handshake` is the one with the TLS
+    handshake, "" where there is none. With `magic`, recipients may name a failure.
+    """
+
+    def __init__(
+        self, clock: Clock, stages: Sequence[str], handshake: str, magic: bool = True
+    ) -> None:
+        self._clock = clock
+        self._stages = stages
+        self._handshake = handshake
+        self._magic = magic
+        self._rules: dict[str, _Rule] = {}
+        self._number = itertools.count(1)
+        self._lock = threading.Lock()
+
+    def add(self, fault: Fault) -> str:
+        """Add a rule behind the others; return its id. Raises FaultError."""
+        rule = _Rule(Effect(fault, self._check(fault)))
+        with self._lock:
+            for id, other in self._rules.items():
+                earlier = other.effect.fault
+                covers = earlier.address in ("*", fault.address)
+                if earlier.stage == fault.stage and covers and earlier.always_ends_it:
+                    text = (
+                        f"the rule can never act: rule {id} for {earlier.stage} always comes first"
+                    )
+                    raise FaultError(text)
+            id = str(next(self._number))
+            self._rules[id] = rule
+        return id
+
+    def add_rule(self, rule: Mapping[str, Any]) -> str:
+        """Add a rule that came as JSON; return its id. Raises FaultError."""
+        known = Fault._field_defaults
+        for name, value in rule.items():
+            if name not in Fault._fields:
+                expected = ", ".join(Fault._fields)
+                raise FaultError(f"a rule has no {printable(name, 40)!r}; it may have {expected}")
+            kind = type(known.get(name, ""))
+            wanted = {float: (int, float), tuple: (list, tuple)}.get(kind, (kind,))
+            if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
+                raise FaultError(f"{name} of a rule: expected {_RULE_VALUES[kind]}")
+        if "stage" not in rule:
+            raise FaultError(f"a rule needs a stage: {', '.join(STAGES)}")
+        without = tuple(str(one) for one in rule.get("without", ()))
+        return self.add(Fault(**{**rule, "without": without}))
+
+    def remove_rule(self, id: str) -> bool:
+        """Forget a rule; false where there is none."""
+        with self._lock:
+            return self._rules.pop(id, None) is not None
+
+    def clear(self) -> None:
+        """Forget all rules."""
+        with self._lock:
+            self._rules.clear()
+
+    def rewind(self) -> None:
+        """Let all rules count from the beginning."""
+        with self._lock:
+            for rule in self._rules.values():
+                rule.forget()
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Return the rules as JSON has them: what differs from the defaults, and how often
+        each has matched and acted."""
+        with self._lock:
+            return [
+                {"id": id, **_differences(rule.effect.fault),
+                 "matched": rule.seen, "acted": rule.acted}
+                for id, rule in self._rules.items()
+            ]  # fmt: skip
+
+    def effect(self, stage: str, addresses: Sequence[str] = ()) -> Effect | None:
+        """Return what happens at `stage` now, with these addresses; None for nothing."""
+        found = None
+        with self._lock:
+            now = self._clock.monotonic()
+            for rule in self._rules.values():
+                if rule.applies(stage, addresses, now) and found is None:
+                    rule.acted += 1
+                    found = rule.effect
+        if found is None and self._magic and stage in ("RCPT", "message"):
+            found = next(filter(None, (_magic_effect(stage, one) for one in addresses)), None)
+        return found
+
+    def _check(self, fault: Fault) -> Reply | None:
+        """Return the reply. Raises FaultError where the rule could never act."""
+        stage = fault.stage
+        if stage not in STAGES:
+            raise FaultError(
+                f"{printable(str(stage), 40)!r} is no stage; expected one of {', '.join(STAGES)}"
+            )
+        if stage not in self._stages:
+            raise FaultError(f"{stage} never comes up at this server, as it is set up")
+        if fault.address != "*" and stage not in _ADDRESSED_STAGES:
+            raise FaultError(f"the rule can never match: there is no address at {stage}")
+        if not re.search(r"[@*?\[]", fault.address) and fault.address:
+            raise FaultError(
+                f"the rule can never match: {fault.address!r} is no address; "
+                f"write {fault.address + '@*'!r} for any domain"
+            )
+        if min(fault.nth, fault.times, fault.per_second, fault.drop_after) < 0:
+            raise FaultError("a rule counts from 1: expected no number below")
+        if sum(1 for one in (fault.nth, fault.times, fault.per_second) if one) > 1:
+            raise FaultError("expected one of nth, times and per_second")
+        if min(fault.delay, fault.drip) < 0:
+            raise FaultError("expected a time of 0 seconds or more")
+        self._check_place(fault)
+        return _reply_of(fault)
+
+    def _check_place(self, fault: Fault) -> None:
+        """Raise FaultError where the stage has no such thing."""
+        if fault.certificate:
+            if fault.certificate not in CERTIFICATE_FAULTS:
+                raise FaultError(f"certificate: expected one of {', '.join(CERTIFICATE_FAULTS)}")
+            if not self._handshake:
+                raise FaultError("the rule can never act: this server does no TLS")
+            if fault.stage != self._handshake:
+                text = f"the handshake is at {self._handshake}, not at {fault.stage}"
+                raise FaultError(f"the rule can never act: {text}")
+        unknown = sorted(set(fault.without) - _EXTENSIONS)
+        if unknown:
+            known = ", ".join(sorted(_EXTENSIONS))
+            raise FaultError(f"EHLO never offers {unknown[0]!r}; it may offer {known}")
+        for name in ("STARTTLS", "AUTH"):
+            if name in fault.without and name not in self._stages:
+                raise FaultError(f"the rule can never act: this server does not offer {name}")
+        if fault.without and fault.stage != "EHLO":
+            raise FaultError(
+                f"the rule can never act: extensions are offered at EHLO, not at {fault.stage}"
+            )
+        if fault.drop_after and fault.stage != "DATA":
+            raise FaultError(
+                "the rule can never act: drop_after counts octets of a message, at DATA"
+            )
+
+
+_RULE_VALUES: dict[type, str] = {
+    str: "text",
+    int: "a number",
+    float: "seconds",
+    bool: "true or false",
+    tuple: "a list",
+}
+
+
+def _differences(fault: Fault) -> dict[str, Any]:
+    defaults = Fault._field_defaults
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in fault._asdict().items()
+        if name not in defaults or value != defaults[name]
+    }
+
+
+def _reply_of(fault: Fault) -> Reply | None:
+    """Return the reply that `fault` names, None where it names none. Raises FaultError."""
+    if not fault.reply:
+        if fault.per_second:
+            text = f"more than {fault.per_second} a second; try again later"
+            return Reply(421, "4.7.0", text, close=True)
+        if not _differences(fault).keys() - {"stage", "address", "nth", "times"}:
+            raise FaultError("the rule does nothing: give it a reply, a delay, a drop, …")
+        return None
+    match = re.fullmatch(r"([45]\d\d)(?: ([45]\.\d{1,3}\.\d{1,3}))?(?: (.+))?", fault.reply)
+    if match is None:
+        raise FaultError(
+            f"expected a reply that refuses, like '451' or '550 5.1.1 no such user'; "
+            f"found {printable(fault.reply, 80)!r}"
+        )
+    if match[2] and match[2][0] != match[1][0]:
+        raise FaultError(f"{match[1]} and {match[2]} do not fit: both begin with 4, or both with 5")
+    code = int(match[1])
+    status = match[2] or f"{match[1][0]}.0.0"
+    text = match[3] or "a failure on purpose"
+    return Reply(code, status, text, close=code in (421, 521) or fault.stage == "connect")
+
+
+# The last part of the local part, after a "+":
+#
+#   450            that reply to RCPT, of all that begin with 4 or 5
+#   dot450         that reply to the message, after the final dot
+#   timeout        no answer to RCPT
+#   drop           the connection is dropped at RCPT
+#   slow           the answer to RCPT comes octet by octet
+#   delay3         the answer to RCPT comes after so many seconds
+
+
+def _magic_effect(stage: str, address: str) -> Effect | None:
+    """Return what the address of a recipient asks for at `stage`."""
+    _, plus, word = split_address(address)[0].rpartition("+")
+    match = re.fullmatch(r"(dot)?([45]\d\d)|(timeout|drop|slow)|delay(\d{1,3})", word.lower())
+    if not plus or match is None:
+        return None
+    dot, code, word, seconds = match.groups()
+    if (stage == "message") != bool(dot):
+        return None
+    fault = Fault(stage, reply=code or "", delay=float(seconds or 0), hang=word == "timeout",
+                  drop=word == "drop", drip=_DRIP_SECONDS if word == "slow" else 0.0)  # fmt: skip
+    return Effect(fault, _reply_of(fault) if code else None)
+
+
+# ======================================================================================
+# ROOM: CAPTURE
+#
+# A real server that keeps what it is sent instead of delivering it, for tests of whatever
+# sends mail:
+#
+#     with chasquid.CaptureServer() as server:
+#         send_newsletter(server.hostname, server.port)
+#         [message] = server.wait_for(1)
+#         assert message.rcpt_tos == ["ana@here.example"]
+#
+# - The dialogue is the one of SERVER: the same replies, TLS, logins and limits. What is
+#   left out is what needs the world: no DNS is asked, no sender is judged, every recipient
+#   is known, and nothing is written to the disk.
+# - A server runs in a thread of its own, on a port that the system chose; any number run
+#   side by side. Whoever uses one may do so from any thread.
+# - Bad use is told at once, in a sentence: a port that is taken, a rule that can never
+#   act, waiting for mail at a server that is stopped.
+# ======================================================================================
+
+_TRANSCRIPT_LINES = 10_000  # of a dialogue
+_STOP_WAIT = 0.02  # seconds for sessions to say goodbye; their clients may not care
+_JOIN_SECONDS = 10.0
+_SHOWN = 10  # messages in an error
+_CAPTURE_SIZE = 50 * 1024 * 1024
+_CERTIFICATE_NAMES = ("localhost", "127.0.0.1", "::1")
+_MESSAGE_FIELDS = {
+    "SIZE": ("SIZE",), "8BITMIME": ("BODY",), "SMTPUTF8": ("SMTPUTF8",),
+    "REQUIRETLS": ("REQUIRETLS",), "DSN": ("RET", "ENVID", "NOTIFY", "ORCPT"),
+}  # fmt: skip
+_VERBS_OF = {"STARTTLS": "STARTTLS", "AUTH": "AUTH", "CHUNKING": "BDAT"}
+
+
+class NotArrived(ChasquidError, AssertionError):
+    """What a test waited for did not come; the text shows what did."""
+
+
+class NotFound(ChasquidError, AssertionError):
+    """A message has no such link or code; the text shows what it has."""
+
+
+class Captured:
+    """A message as it came in: its envelope, its octets, and what was said."""
+
+    __slots__ = (
+        "_dialogue", "_message", "hello", "id", "login", "mail_from", "peer", "port", "raw",
+        "rcpt_tos", "received", "smtputf8", "tls",
+    )  # fmt: skip
+
+    def __init__(
+        self, id: str, received: float, mail_from: str, rcpt_tos: Sequence[str], raw: bytes, *,
+        peer: str, port: str, hello: str, tls: str, login: str, smtputf8: bool, dialogue: Dialogue,
+    ) -> None:  # fmt: skip
+        self.id = id
+        self.received = received  # seconds since 1970
+        self.mail_from = mail_from  # "" for <>
+        self.rcpt_tos = tuple(rcpt_tos)  # as they were written
+        self.raw = raw  # with CRLF, as it came
+        self.peer = peer
+        self.port = port
+        self.hello = hello
+        self.tls = tls  # version and cipher, "" without TLS
+        self.login = login  # "" where nobody logged in
+        self.smtputf8 = smtputf8
+        self._dialogue = dialogue
+        self._message: Any = None
+
+    @property
+    def transcript(self) -> str:
+        """The session up to now: lines that begin with "C: " or "S: "."""
+        return "\n".join(list(self._dialogue.lines))
+
+    @property
+    def message(self) -> CapturedMessage:
+        """The message, parsed when it is first asked for, its lines ended by LF."""
+        if self._message is None:
+            from email.parser import BytesParser  # 25 ms; who only counts needs none of it
+
+            kind, policy = _message_kind()
+            message = BytesParser(policy=policy).parsebytes(self.raw.replace(b"\r\n", b"\n"))
+            message.__class__ = kind  # its parts are not captured themselves
+            message.captured = self
+            self._message = message
+        return self._message  # type: ignore[no-any-return]
+
+
+class MessageDetails:
+    """What a captured message has beyond `email.message.EmailMessage`."""
+
+    captured: Captured
+
+    @property
+    def mail_from(self) -> str:
+        """The reverse-path, "" for <>."""
+        return self.captured.mail_from
+
+    @property
+    def rcpt_tos(self) -> list[str]:
+        """The recipients of the envelope, as they were written."""
+        return list(self.captured.rcpt_tos)
+
+    @property
+    def peer(self) -> str:
+        """The IP address of the client."""
+        return self.captured.peer
+
+    @property
+    def hello(self) -> str:
+        """What the client called itself."""
+        return self.captured.hello
+
+    @property
+    def tls(self) -> str:
+        """Version and cipher, as in "TLSv1.3 TLS_AES_256_GCM_SHA384"; "" without TLS."""
+        return self.captured.tls
+
+    @property
+    def login(self) -> str:
+        """The user who had logged in, "" for nobody."""
+        return self.captured.login
+
+    @property
+    def smtputf8(self) -> bool:
+        """Whether MAIL said SMTPUTF8 (RFC 6531)."""
+        return self.captured.smtputf8
+
+    @property
+    def raw(self) -> bytes:
+        """The octets as they came, with CRLF."""
+        return self.captured.raw
+
+    @property
+    def transcript(self) -> str:
+        """The session up to now: lines that begin with "C: " or "S: "."""
+        return self.captured.transcript
+
+    @property
+    def text(self) -> str:
+        """What a reader sees: the plain text, or that of the HTML where there is none."""
+        return self._content("plain") or _text_of_html(self.html)
+
+    @property
+    def html(self) -> str:
+        """The HTML, "" where there is none."""
+        return self._content("html")
+
+    def links(self, pattern: str = "") -> list[str]:
+        """Return the addresses of web pages in text and HTML, each once, in their order.
+
+        With `pattern`, a regular expression, only those in which it is found.
+        """
+        found = [*_links_of_html(self.html), *re.findall(r"https?://[^\s<>\"']+", self.text)]
+        links = dict.fromkeys(link.rstrip(".,;:!?)]}") for link in found)
+        return [link for link in links if re.search(pattern, link)]
+
+    def link(self, pattern: str = "") -> str:
+        """Return the first of `links`. Raises NotFound."""
+        links = self.links(pattern)
+        if not links:
+            there = ", ".join(self.links()) or "none"
+            raise NotFound(f"no link in the message fits {pattern!r}; it has: {there}")
+        return links[0]
+
+    def code(self, pattern: str = "") -> str:
+        """Return the one-time code in the text, without spaces or hyphens. Raises NotFound.
+
+        That is what follows a word like "code", else a number of six digits, else of four
+        to eight; or what `pattern`, a regular expression, finds (its first group, if it has one).
+        """
+        text = self.text
+        for one in (pattern,) if pattern else _CODES:
+            match = re.search(one, text)
+            if match is not None:
+                code = match[1] if match.re.groups else match[0]
+                return code if pattern else re.sub(r"[ -]", "", code)
+        wanted = f"fits {pattern!r}" if pattern else "looks like one"
+        raise NotFound(f"no code in the message {wanted}; its text is: {printable(text, 500)!r}")
+
+    def _content(self, kind: str) -> str:
+        message: Any = self
+        part = message.get_body((kind,))
+        try:
+            return "" if part is None else str(part.get_content())
+        except (LookupError, ValueError):  # a charset that nobody knows
+            return str(part.get_payload(decode=True).decode("utf-8", "replace"))
+
+
+_CODES = (
+    r"(?i)\b(?:code|pin|otp|passcode|one-time password)\b\D{0,60}?(\d(?:[ -]?\d){3,9})\b",
+    r"(?<![\d.,/:-])(\d{3}[ -]?\d{3})(?![\d,/:-])",
+    r"(?<![\d.,/:-])(\d{4,8})(?![\d,/:-])",
+)
+
+if TYPE_CHECKING:
+    from email.message import EmailMessage
+
+    class CapturedMessage(MessageDetails, EmailMessage):
+        """A message that was captured, with its envelope."""
+
+
+@functools.cache
+def _message_kind() -> tuple[type[CapturedMessage], Any]:
+    """Return the class of captured messages, and the policy that reads them."""
+    from email.message import EmailMessage
+    from email.policy import EmailPolicy
+
+    class Policy(EmailPolicy):
+        """Takes UTF-8 in header fields for what it is (RFC 6532)."""
+
+        def header_source_parse(self, sourcelines: list[str]) -> tuple[str, str]:
+            name, value = super().header_source_parse(sourcelines)
+            octets = value.encode("utf-8", "surrogateescape")
+            return name, octets.decode("utf-8", "surrogateescape")
+
+    kind = type("CapturedMessage", (MessageDetails, EmailMessage), {"__module__": __name__})
+    return kind, Policy()
+
+
+def _links_of_html(html: str) -> list[str]:
+    from html.parser import HTMLParser
+
+    found: list[str] = []
+
+    class Links(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            href = dict(attrs).get("href") if tag in ("a", "area") else None
+            if href and href.lower().startswith(("http://", "https://")):
+                found.append(href)
+
+    Links().feed(html)
+    return found
+
+
+def _text_of_html(html: str) -> str:
+    from html.parser import HTMLParser
+
+    found: list[str] = []
+    hidden: list[str] = []
+
+    class Text(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            if tag in ("style", "script", "title"):
+                hidden.append(tag)
+
+        def handle_endtag(self, tag: str) -> None:
+            if tag in hidden:
+                hidden.remove(tag)
+            elif tag in ("p", "div", "tr", "li", "h1", "h2", "h3", "table"):
+                found.append("\n")
+
+        def handle_data(self, data: str) -> None:
+            if not hidden:
+                found.append(data)
+
+    Text().feed(html)
+    return "".join(found)
+
+
+class Mailbox:
+    """What a server has captured, oldest first. Any thread may use it.
+
+    Beyond `keep` messages (0: all are kept) the oldest goes.
+    """
+
+    def __init__(self, keep: int = 0) -> None:
+        self._keep = keep
+        self._messages: dict[str, Captured] = {}
+        self._changed = threading.Condition()
+        self._watchers: list[Callable[[], None]] = []
+
+    def add(self, captured: Captured) -> None:
+        with self._changed:
+            self._messages[captured.id] = captured
+            if 0 < self._keep < len(self._messages):
+                del self._messages[next(iter(self._messages))]
+        self._tell()
+
+    def all(self) -> list[Captured]:
+        with self._changed:
+            return list(self._messages.values())
+
+    def get(self, id: str) -> Captured | None:
+        with self._changed:
+            return self._messages.get(id)
+
+    def remove(self, id: str) -> bool:
+        """Forget a message; false where there is none."""
+        with self._changed:
+            removed = self._messages.pop(id, None) is not None
+        if removed:
+            self._tell()
+        return removed
+
+    def clear(self) -> None:
+        with self._changed:
+            self._messages.clear()
+        self._tell()
+
+    def watch(self, call: Callable[[], None]) -> Callable[[], None]:
+        """Have `call` called after each change, in the thread that made it.
+
+        Returns what ends that.
+        """
+        with self._changed:
+            self._watchers.append(call)
+
+        def end() -> None:
+            with self._changed, contextlib.suppress(ValueError):
+                self._watchers.remove(call)
+
+        return end
+
+    def wait(
+        self,
+        look: Callable[[list[Captured]], T | None],
+        seconds: float,
+        is_over: Callable[[], bool],
+    ) -> T | None:
+        """Return what `look` makes of the messages as soon as that is something.
+
+        None where it is nothing after so many seconds, or nothing more can come.
+        """
+        end = time.monotonic() + seconds
+        while True:
+            with self._changed:
+                seen = list(self._messages.values())
+            found = look(seen)
+            if found is not None:
+                return found
+            with self._changed:
+                left = end - time.monotonic()
+                if left <= 0 or is_over():
+                    return None
+                if list(self._messages.values()) == seen:
+                    self._changed.wait(left)
+
+    def wake(self) -> None:
+        """Have those who wait look again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def _tell(self) -> None:
+        self.wake()
+        for call in list(self._watchers):
+            call()
+
+
+def _first(
+    condition: Callable[[CapturedMessage], object], seen: list[Captured]
+) -> CapturedMessage | None:
+    return next((one.message for one in seen if condition(one.message)), None)
+
+
+def _at_least(count: int, seen: list[Captured]) -> list[CapturedMessage] | None:
+    return [one.message for one in seen] if len(seen) >= count else None
+
+
+class _Lines(Sink):
+    """Keeps the log in memory."""
+
+    def __init__(self) -> None:
+        self.lines: collections.deque[str] = collections.deque(maxlen=1000)
+
+    def write(self, text: str) -> None:
+        self.lines.append(text)
+
+    def reopen(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _Drafts:
+    """The store of a site that captures: messages stay in memory."""
+
+    def __init__(self, loop: Loop, hostname: str) -> None:
+        self._loop = loop
+        self._disk = Disk(loop)
+        self._hostname = hostname
+
+    def check_room(self) -> None:
+        pass
+
+    def draft(self) -> Draft:
+        return Draft(self._loop, self._disk, "", self._hostname, sys.maxsize)
+
+    async def expand(self, address: str) -> list[Target]:
+        return [Target("address", address)]
+
+    async def accept(self, draft: Draft, envelope: Envelope, trace: str) -> object:
+        raise NotImplementedError("a session that captures keeps its messages itself")
+
+
+class CaptureSettings(NamedTuple):
+    """How a server that captures behaves. `size_limit` is in octets.
+
+    `tls` is "off", "starttls" or "implicit". `users` are names and passwords, or tells
+    whether a password is right; None is {"user": "password"}.
+    """
+
+    hostname: str = "localhost"
+    tls: str = "off"
+    users: Mapping[str, str] | Callable[[str, str], bool] | None = None
+    login_required: bool = False
+    login_in_the_clear: bool = False
+    tls_required: bool = False
+    size_limit: int = _CAPTURE_SIZE
+    keep: int = 0
+
+
+class _CaptureSite(Site):
+    """What the sessions of a server that captures share."""
+
+    dialogue_lines = _TRANSCRIPT_LINES
+    login_delay = 0.0
+
+    def __init__(
+        self,
+        loop: Loop,
+        record: Record,
+        settings: CaptureSettings,
+        mailbox: Mailbox,
+        script: Script,
+    ) -> None:
+        config = Config("", settings.hostname)
+
+        async def nobody(name: str, kind: str) -> Answer:
+            raise TemporaryFailure(f"this server does not ask for {name}", "4.4.3")
+
+        super().__init__(
+            loop, record, config, Accounts({}), Aliases({}, lambda user, domain: True, "", ""),
+            _Drafts(loop, settings.hostname), Names(loop, nobody), Signer(loop, record, {}),
+            SecurityLevels(loop, record, ""), Hooks(Programs(loop), record, ""), None,
+            Limits(loop.clock, config), tls_context_of("good") if settings.tls != "off" else None,
+        )  # fmt: skip
+        self.settings = settings
+        self.mailbox = mailbox
+        self.script = script
+        self.login_in_the_clear = settings.login_in_the_clear
+
+    async def authenticate(
+        self, login: str, password: bytes, check: Callable[[], None]
+    ) -> str | None:
+        users = self.settings.users
+        users = {"user": "password"} if users is None else users
+        try:
+            said = password.decode()
+        except UnicodeDecodeError:
+            return None
+        right = users(login, said) if callable(users) else users.get(login) == said
+        return login if right else None
+
+    @property
+    def size_limit(self) -> int:
+        return self.settings.size_limit
+
+    def too_big(self) -> Reply:
+        return Reply(552, "5.3.4", f"the message is larger than {self.size_limit} octets")
+
+
+class Dropped(Disconnected):
+    """The connection is to be dropped on purpose."""
+
+    def __init__(self) -> None:
+        super().__init__("the connection was dropped on purpose")
+
+
+class _CaptureReader(MessageReader):
+    """Reads a message; the connection is dropped after `left` octets, unless that is 0."""
+
+    left = 0
+
+    async def piece(self, limit: int) -> bytes:
+        if not self.left:
+            return await super().piece(limit)
+        data = await super().piece(min(limit, self.left))
+        self.left -= len(data)
+        if not self.left:
+            raise Dropped
+        return data
+
+
+class CaptureSession(Session):
+    """A session whose message is kept, and which fails where the script says so."""
+
+    site: _CaptureSite
+
+    def __init__(self, site: _CaptureSite, stream: Stream, port: Port, peer: str) -> None:
+        super().__init__(site, stream, port, peer)
+        self.reader = self._capture_reader = _CaptureReader(site, stream)
+        self._recipients: list[str] = []
+        self._scripted: Reply | None = None
+        self._greeting: Reply | None = None
+        self._drip = 0.0
+        self._certificate = ""
+        self._without: frozenset[str] = frozenset()
+
+    async def run(self) -> None:
+        try:
+            await super().run()
+        finally:
+            self.site.mailbox.wake()
+
+    async def greet(self) -> Reply:
+        if not self.port.implicit_tls:
+            await self._begin()
+        return self._greeting or await super().greet()
+
+    async def secure(self) -> None:
+        if self.port.implicit_tls:
+            await self._begin()
+        if self._certificate == "broken":
+            self.stream.write(b"\x16\x03\x03\x00\x05 oops")
+            raise Dropped
+        await super().secure()
+
+    def tls_context(self) -> ssl.SSLContext | None:
+        if self._certificate in ("", "broken"):
+            return super().tls_context()
+        return tls_context_of(self._certificate)
+
+    def keywords(self) -> list[str]:
+        return [one for one in super().keywords() if one.split(" ")[0] not in self._without]
+
+    async def obey(self, verb: str, argument: str) -> Reply | None:
+        stage = "EHLO" if verb == "HELO" else verb
+        if stage == "EHLO":
+            self._without = frozenset()
+        if stage in STAGES:
+            reply = await self._suffer(stage, self._addresses(verb, argument))
+            if reply is not None:
+                return reply
+        self._check_offered(verb, argument)
+        if verb == "MAIL":
+            self._check_tls()
+            self._recipients = []
+        answer = await super().obey(verb, argument)
+        if verb == "RCPT" and answer is not None and not answer.is_error:
+            self._recipients.append(parse_path(argument, "TO:")[0])
+        return answer
+
+    async def say(self, reply: Reply) -> bool:
+        drip, self._drip = self._drip, 0.0
+        if not drip:
+            return await super().say(reply)
+        self.dialogue.add("S", str(reply))
+        for octet in reply.encode():
+            self.stream.write(bytes([octet]))
+            await self.stream.flush()
+            await self.loop.sleep(drip)
+        return reply.close
+
+    def count_error(self, reply: Reply) -> Reply:
+        return reply if reply is self._scripted else super().count_error(reply)
+
+    async def targets(self, address: str) -> list[Target]:
+        return await self.site.queue.expand(address)
+
+    async def check_sender(self, sender: str) -> Spf:
+        return Spf("none")
+
+    async def take(self, transaction: Transaction, draft: Draft) -> Reply:
+        origin = Origin(
+            self.port, self.peer, self.hello, self.extended, self.user, self.stream.tls_text
+        )
+        Reception(self.site, origin, transaction).check_header(draft.complete())
+        reply = await self._suffer("message", self._recipients)
+        if reply is not None:
+            return reply
+        captured = Captured(
+            draft.id, self.loop.clock.time(), transaction.sender, self._recipients,
+            b"".join(draft.stored()), peer=self.peer, port=self.port.name, hello=self.hello,
+            tls=self.stream.tls_text, login=self.user, smtputf8=transaction.smtputf8,
+            dialogue=self.dialogue,
+        )  # fmt: skip
+        self.site.record.mail(draft.id, f"from=<{transaction.sender}> captured")
+        self.site.mailbox.add(captured)
+        return Reply(250, "2.0.0", f"accepted as {draft.id}")
+
+    async def _begin(self) -> None:
+        """Suffer what happens to a new connection."""
+        self._greeting = await self._suffer("connect", ())
+
+    async def _suffer(self, stage: str, addresses: Sequence[str]) -> Reply | None:
+        """Have happen what the script has for this place; return its reply. Raises Dropped."""
+        effect = self.site.script.effect(stage, addresses)
+        if effect is None:
+            return None
+        fault, reply = effect
+        self.site.record.mail(self.id, f"fault on purpose at {stage}")
+        if fault.delay:
+            await self.loop.sleep(fault.delay)
+        while fault.hang:
+            await self.stream.read_some()
+        if fault.drop:
+            raise Dropped
+        self._drip = fault.drip
+        self._certificate = fault.certificate or self._certificate
+        self._capture_reader.left = fault.drop_after
+        self._without |= frozenset(fault.without)
+        self._scripted = reply
+        return reply
+
+    def _addresses(self, verb: str, argument: str) -> Sequence[str]:
+        try:
+            if verb == "MAIL":
+                return [parse_path(argument, "FROM:")[0]]
+            if verb == "RCPT":
+                return [parse_path(argument, "TO:")[0]]
+        except Refused:
+            return []  # the command is refused where it is obeyed
+        return self._recipients
+
+    def _check_offered(self, verb: str, argument: str) -> None:
+        """Refuse what EHLO was not to offer. Raises Refused."""
+        for extension in self._without:
+            if _VERBS_OF.get(extension) == verb:
+                raise Refused(Reply(502, "5.5.1", "there is no such command"))
+            for name in _MESSAGE_FIELDS.get(extension, ()):
+                if verb in ("MAIL", "RCPT") and re.search(rf"(?i) {name}(=|\s|$)", argument):
+                    raise Refused(Reply(555, "5.5.4", f"the parameter {name} is unknown"))
+
+    def _check_tls(self) -> None:
+        if self.site.settings.tls_required and self.stream.tls is None:
+            raise Refused(Reply(530, "5.7.0", "say STARTTLS first"))
+
+
+@functools.cache
+def _certificates() -> tuple[str, dict[str, str]]:
+    """Make certificates for the tests of this process; return a file of those to trust, and
+    the paths of all, by kind, each followed by its key in the same file."""
+    import atexit
+    import shutil
+    import tempfile
+
+    directory = tempfile.mkdtemp(prefix="chasquid-")
+    owner = os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:  # a fork of this process has no right to it
+            shutil.rmtree(directory, ignore_errors=True)
+
+    atexit.register(remove)
+    now = time.time()
+    kinds: dict[str, tuple[tuple[str, ...], float]] = {
+        "good": (_CERTIFICATE_NAMES, now),
+        "expired": (_CERTIFICATE_NAMES, now - 11 * 365 * 86400),
+        "wrong-name": (("wrong.invalid",), now),
+        "untrusted": (_CERTIFICATE_NAMES, now),
+    }
+    paths, trusted = {}, ""
+    for kind, (names, at) in kinds.items():
+        chain, key = self_signed_certificate(names, at)
+        paths[kind] = os.path.join(directory, f"{kind}.pem")
+        with open(os.open(paths[kind], os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+            file.write(chain + key)
+        trusted += "" if kind == "untrusted" else chain
+    bundle = os.path.join(directory, "trusted.pem")
+    with open(bundle, "w") as file:
+        file.write(trusted)
+    return bundle, paths
+
+
+@functools.cache
+def tls_context_of(kind: str) -> ssl.SSLContext:
+    """Return the server's side of TLS with a certificate: "good", or of `CERTIFICATE_FAULTS`."""
+    path = _certificates()[1][kind]
+    return server_tls_context(path, path)
+
+
+class CaptureServer:
+    """A real SMTP server for tests: it takes mail in, and shows it.
+
+    `port` 0 lets the system choose. The keywords are those of `CaptureSettings`; `faults`
+    are rules that are there from the start, `magic` lets recipients name a failure
+    ("ana+450@here.example"), and `timeout` is how many seconds `wait_for` waits.
+
+    Raises ChasquidError where the port is taken or the settings make no sense.
+    """
+
+    __test__ = False  # it is not a test, whatever its user calls it
+
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        faults: Iterable[Fault] = (),
+        magic: bool = True,
+        timeout: float = 5.0,
+        **settings: Any,
+    ) -> None:
+        unknown = sorted(set(settings) - set(CaptureSettings._fields))
+        if unknown:
+            known = ", ".join(CaptureSettings._fields)
+            raise ChasquidError(f"there is no setting {unknown[0]!r}; there are {known}")
+        self.settings = CaptureSettings(**settings)
+        self.hostname = host
+        self.mailbox = Mailbox(self.settings.keep)
+        self._wanted_port = port
+        self._timeout = timeout
+        self._log = _Lines()
+        self.record = Record(self._log, self._log)
+        stages, handshake = self._check_settings()
+        self._faults = tuple(faults)
+        self.script = Script(Clock(), stages, handshake, magic)
+        for fault in self._faults:
+            self.script.add(fault)
+        self._run: _CaptureRun | None = None
+
+    def __enter__(self) -> CaptureServer:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def __repr__(self) -> str:
+        state = f"at {self.hostname}:{self._run.port}" if self._run else "stopped"
+        return f"<CaptureServer {state}, {plural(len(self.mailbox.all()), 'message')}>"
+
+    # --- running ---
+
+    def start(self) -> None:
+        """Listen, and serve in a thread. Raises ChasquidError where the port is taken."""
+        if self._run is not None:
+            raise ChasquidError(f"the server is running already, at port {self._run.port}")
+        self._run = _CaptureRun(self)
+
+    def stop(self) -> None:
+        """End the server; what was captured stays. Nothing where it is stopped already."""
+        run, self._run = self._run, None
+        if run is not None:
+            run.stop()
+            self.mailbox.wake()
+
+    @property
+    def is_running(self) -> bool:
+        return self._run is not None
+
+    @property
+    def port(self) -> int:
+        """The number of the port. Raises ChasquidError where the server is not running."""
+        return self.run.port
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port, as `socket` and others want them."""
+        return self.hostname, self.port
+
+    @property
+    def run(self) -> _CaptureRun:
+        """What belongs to the running server. Raises ChasquidError where there is none."""
+        if self._run is None:
+            raise ChasquidError("the server is not running: start it, or use it in a with block")
+        return self._run
+
+    # --- TLS and logins ---
+
+    @property
+    def certificate(self) -> str:
+        """The path of a PEM file with what a client has to trust."""
+        if self.settings.tls == "off":
+            raise ChasquidError('the server does no TLS: make it with tls="starttls" or "implicit"')
+        return _certificates()[0]
+
+    def client_context(self) -> ssl.SSLContext:
+        """Return a context for the client side that trusts the server and nobody else."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_verify_locations(self.certificate)
+        return context
+
+    @property
+    def login(self) -> str:
+        """The first of the users that may log in."""
+        return self._user[0]
+
+    @property
+    def password(self) -> str:
+        """The password of `login`."""
+        return self._user[1]
+
+    @property
+    def _user(self) -> tuple[str, str]:
+        users = self.settings.users
+        if users is None:
+            return "user", "password"
+        if callable(users) or not users:
+            raise ChasquidError("the server was given no list of users, so there is no first one")
+        return next(iter(users.items()))
+
+    # --- what was captured ---
+
+    @property
+    def messages(self) -> list[CapturedMessage]:
+        """What was captured, oldest first."""
+        return [captured.message for captured in self.mailbox.all()]
+
+    outbox = messages
+
+    @property
+    def transcripts(self) -> list[str]:
+        """The last sessions: lines that begin with "C: " or "S: "."""
+        return ["\n".join(list(one.lines)) for one in list(self.record.dialogues)]
+
+    @property
+    def log(self) -> list[str]:
+        """What the server has noted down, a line each."""
+        return list(self._log.lines)
+
+    @overload
+    def wait_for(self, what: int = 1, timeout: float | None = None) -> list[CapturedMessage]: ...
+    @overload
+    def wait_for(
+        self, what: Callable[[CapturedMessage], object], timeout: float | None = None
+    ) -> CapturedMessage: ...
+    def wait_for(
+        self, what: int | Callable[[CapturedMessage], object] = 1, timeout: float | None = None
+    ) -> list[CapturedMessage] | CapturedMessage:
+        """Wait for a number of messages, or for one that `what` is true of.
+
+        Returns all messages as soon as there are so many, or that one. Raises NotArrived
+        after `timeout` seconds with what did arrive, and ChasquidError where the server is
+        stopped, so that nothing more can.
+        """
+        seconds = self._timeout if timeout is None else timeout
+        if not callable(what) and (isinstance(what, bool) or what < 1):
+            raise ChasquidError(
+                f"expected a number of messages from 1, or a condition; found {what!r}. "
+                "That nothing arrives cannot be waited for: look at messages"
+            )
+
+        found: list[CapturedMessage] | CapturedMessage | None
+        if callable(what):
+            found = self.mailbox.wait(functools.partial(_first, what), seconds, self._is_over)
+        else:
+            found = self.mailbox.wait(functools.partial(_at_least, what), seconds, self._is_over)
+        if found is not None:
+            return found
+        if self._run is None:
+            raise ChasquidError(
+                self._not_arrived(what, "the server is stopped, so it is vain to wait")
+            )
+        raise NotArrived(self._not_arrived(what, f"waited {seconds:g} s in vain"))
+
+    def _is_over(self) -> bool:
+        return self._run is None
+
+    def reset(self) -> None:
+        """Forget messages and transcripts, and rules that were added since the start."""
+        self.mailbox.clear()
+        self.record.dialogues.clear()
+        self._log.lines.clear()
+        self.script.clear()
+        for fault in self._faults:
+            self.script.add(fault)
+
+    def fault(self, stage: str, **rule: Any) -> str:
+        """Add a rule (`Fault`) to the script; return its id. Raises FaultError.
+
+        `server.fault("RCPT", reply="451 4.2.1 busy", times=2)` refuses the first two
+        recipients, and accepts them from then on.
+        """
+        if isinstance(rule.get("without"), str):
+            rule["without"] = (rule["without"],)
+        return self.script.add_rule({**rule, "stage": stage})
+
+    # --- behind it ---
+
+    def _not_arrived(self, what: object, how: str) -> str:
+        if callable(what):
+            wanted = f"a message that {getattr(what, '__name__', 'the condition')} is true of"
+        else:
+            wanted = plural(what, "message")  # type: ignore[arg-type]
+        seen = self.mailbox.all()
+        lines = [f"{how} for {wanted}; arrived: {plural(len(seen), 'message')}"]
+        for number, one in enumerate(seen[-_SHOWN:], max(1, len(seen) - _SHOWN + 1)):
+            subject = printable(str(one.message.get("Subject", "")), 100)
+            lines.append(
+                f"  {number}. from <{one.mail_from}> to {', '.join(one.rcpt_tos)}: {subject!r}"
+            )
+        transcripts = self.transcripts[-3:]
+        lines += ["the last sessions:"] if transcripts else ["nobody has connected"]
+        for transcript in transcripts:
+            lines += ["  " + line for line in transcript.split("\n")[-40:]] + ["  --"]
+        crashes = [line for line in self.log if ": error: " in line]
+        return "\n".join(lines + crashes)
+
+    def _check_settings(self) -> tuple[list[str], str]:
+        """Return the stages that come up, and which has the handshake. Raises ChasquidError."""
+        settings = self.settings
+        if settings.tls not in ("off", "starttls", "implicit"):
+            raise ChasquidError(
+                f'tls: expected "off", "starttls" or "implicit", found {settings.tls!r}'
+            )
+        login = settings.tls != "off" or settings.login_in_the_clear
+        if settings.login_required and not login:
+            raise ChasquidError(
+                'login_required: nobody logs in without TLS; add tls="starttls" or '
+                "login_in_the_clear=True"
+            )
+        if settings.tls_required and settings.tls == "off":
+            raise ChasquidError('tls_required needs tls="starttls" or "implicit"')
+        if settings.size_limit < 1:
+            raise ChasquidError("size_limit: expected a number of octets from 1")
+        without = set()
+        if settings.tls != "starttls":
+            without.add("STARTTLS")
+        if not login:
+            without.add("AUTH")
+        handshake = {"off": "", "starttls": "STARTTLS", "implicit": "connect"}[settings.tls]
+        return [stage for stage in STAGES if stage not in without], handshake
+
+    def make_listener(self) -> tuple[socket.socket, Port]:
+        """Return a listening socket and what its port is. Raises ChasquidError."""
+        settings = self.settings
+        port = Port("smtp", settings.login_required, settings.tls == "implicit")
+        return listen(self.hostname, self._wanted_port), port
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens. Raises ChasquidError where it cannot."""
+    try:
+        place = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]
+        raw = socket.socket(*place[:3])
+    except (OSError, OverflowError) as error:
+        raise ChasquidError(f"{host}:{port} is no address to listen at: {reason(error)}") from error
+    try:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        raw.bind(place[4])
+        raw.listen(socket.SOMAXCONN)
+        raw.setblocking(False)
+    except OSError as error:
+        raw.close()
+        if error.errno == errno.EADDRINUSE:
+            text = f"port {port} of {host} is taken by another program; choose another, or 0"
+            raise ChasquidError(f"{text} for one that is free") from error
+        raise ChasquidError(f"cannot listen at {host}:{port}: {reason(error)}") from error
+    return raw
+
+
+class _CaptureRun:
+    """One run of a server, from its start to its end: the thread, and what lives in it."""
+
+    def __init__(self, server: CaptureServer) -> None:
+        self._server = server
+        self._listener, self._port_kind = server.make_listener()
+        self.port: int = self._listener.getsockname()[1]
+        self._workers = Workers(1, f"chasquid-{self.port}-worker")
+        self.loop = Loop(Clock(), self._workers, server.record.crash)
+        self._site = _CaptureSite(
+            self.loop, server.record, server.settings, server.mailbox, server.script
+        )
+        self._sessions: dict[CaptureSession, Task] = {}
+        self._stopping = Event(self.loop)
+        self._others: list[socket.socket] = []
+        self._thread = threading.Thread(
+            target=self._serve, name=f"chasquid-{self.port}", daemon=True
+        )
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End it and wait until it has ended. Raises ChasquidError where it does not end."""
+        if threading.current_thread() is self._thread:
+            raise ChasquidError("the server cannot be stopped from its own thread")
+        self.loop.post(self._stopping.set)
+        self._thread.join(_JOIN_SECONDS)
+        if self._thread.is_alive():
+            raise ChasquidError(f"the server did not end within {_JOIN_SECONDS:g} s")
+
+    def also_listen(
+        self, host: str, port: int, answer: Callable[[Stream], Coroutine[Any, Any, None]]
+    ) -> int:
+        """Have `answer` called for connections at another port too; return its number.
+
+        Raises ChasquidError where it is taken.
+        """
+        listener = listen(host, port)
+        self._others.append(listener)
+
+        async def accept() -> None:
+            async for raw, _ in connections(self.loop, self._server.record, "http", listener):
+                self.loop.spawn(answer(Stream(self.loop, raw)), "http request")
+
+        self.loop.post(lambda: self.loop.spawn(accept(), "http listener"))
+        return int(listener.getsockname()[1])
+
+    def _serve(self) -> None:
+        try:
+            self.loop.run(self._main())
+        finally:
+            for listener in (self._listener, *self._others):
+                listener.close()
+            self.loop.close()
+            self._workers.close()
+
+    async def _main(self) -> None:
+        accept = self.loop.spawn(self._accept(), "listener")
+        await self._stopping.wait()
+        accept.cancel()
+        self._listener.close()
+        self._site.closing = True
+        tasks = list(self._sessions.values())
+        for task in tasks:
+            task.cancel()
+        try:
+            with self.loop.deadline(_STOP_WAIT):
+                for task in tasks:
+                    await self._ended(task)
+        except Expired:
+            pass  # a client that does not go; its connection is closed with the loop
+
+    @staticmethod
+    async def _ended(task: Task) -> None:
+        try:
+            await task.join()
+        except Cancelled:
+            if not task.done:
+                raise
+
+    async def _accept(self) -> None:
+        async for raw, peer in connections(self.loop, self._server.record, "smtp", self._listener):
+            send_at_once(raw)
+            stream = Stream(self.loop, raw)
+            session = CaptureSession(self._site, stream, self._port_kind, clean_peer(peer[0]))
+            self._sessions[session] = self.loop.spawn(self._hold(session), f"session {session.id}")
+
+    async def _hold(self, session: CaptureSession) -> None:
+        try:
+            await session.run()
+        finally:
+            del self._sessions[session]
 
 
 # ======================================================================================
