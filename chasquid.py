@@ -33,6 +33,7 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     DAEMON       wiring, listeners, certificates, reload, control socket
     FAULTS       failures on purpose, by a script
     CAPTURE      a server that keeps what it is sent, for tests
+    PYTEST       fixtures with such servers
     COMMANDS     the command line
 
 Read SMTP, QUEUE and SERVER first: they say what the server does; the rest says how.
@@ -80,7 +81,20 @@ if TYPE_CHECKING:
     import subprocess
 
 __version__ = "0.1.0"
-__all__ = ["Config", "ConfigError", "Daemon", "load_config", "main"]
+__all__ = [
+    "CaptureServer",
+    "Captured",
+    "ChasquidError",
+    "Config",
+    "ConfigError",
+    "Daemon",
+    "Fault",
+    "FaultError",
+    "NotArrived",
+    "NotFound",
+    "load_config",
+    "main",
+]
 
 T = TypeVar("T")
 
@@ -11446,9 +11460,10 @@ def _certificates() -> tuple[str, dict[str, str]]:
     now = time.time()
     kinds: dict[str, tuple[tuple[str, ...], float]] = {
         "good": (_CERTIFICATE_NAMES, now),
-        "expired": (_CERTIFICATE_NAMES, now - 11 * 365 * 86400),
+        # issuers are found by their names, so each has its own
+        "expired": (("expired.invalid", *_CERTIFICATE_NAMES), now - 11 * 365 * 86400),
         "wrong-name": (("wrong.invalid",), now),
-        "untrusted": (_CERTIFICATE_NAMES, now),
+        "untrusted": (("untrusted.invalid", *_CERTIFICATE_NAMES), now),
     }
     paths, trusted = {}, ""
     for kind, (names, at) in kinds.items():
@@ -11665,6 +11680,8 @@ class CaptureServer:
         """
         if isinstance(rule.get("without"), str):
             rule["without"] = (rule["without"],)
+        if isinstance(rule.get("reply"), int):
+            rule["reply"] = str(rule["reply"])
         return self.script.add_rule({**rule, "stage": stage})
 
     # --- behind it ---
@@ -11832,6 +11849,117 @@ class _CaptureRun:
             await session.run()
         finally:
             del self._sessions[session]
+
+
+# ======================================================================================
+# ROOM: PYTEST
+#
+# The plugin for pytest, found by its entry point: fixtures that give each test a server of
+# its own, already running, and stop it afterwards. A test that fails shows what was said.
+#
+# - Nothing here is done before a test asks for a fixture, and pytest itself is imported
+#   only when it has loaded us.
+# - The options stand in pytest's own configuration; a mistake in one is a usage error of
+#   pytest, not a traceback.
+# ======================================================================================
+
+_PYTEST_OPTIONS = {
+    "mail_server_hostname": ("127.0.0.1", "where the servers of the tests listen"),
+    "mail_server_port": ("0", "their port; 0 lets the system choose, a port for each"),
+    "mail_server_login": ("user:password", "who may log in at secure_mail_server"),
+    "mail_server_timeout": ("5", "seconds that wait_for waits"),
+    "mail_server_size_limit": (str(_CAPTURE_SIZE), "octets of the largest message"),
+    "mail_server_magic": ("true", "whether recipients may name a failure (ana+450@…)"),
+}
+
+
+class _PytestPlugin:
+    """What pytest registers: options, fixtures, and a report of what was said."""
+
+    def pytest_addoption(self, parser: Any) -> None:
+        for name, (default, help) in _PYTEST_OPTIONS.items():
+            parser.addini(name, f"{help} (default: {default})", default=default)
+
+    def pytest_configure(self, config: Any) -> None:
+        config.pluginmanager.register(_pytest_fixtures(), "chasquid-fixtures")
+
+    def pytest_runtest_makereport(self, item: Any, call: Any) -> None:
+        if call.excinfo is None or call.when != "call":
+            return
+        for server in getattr(item, "chasquid_servers", ()):
+            for transcript in server.transcripts[-3:]:
+                item.add_report_section("call", f"dialogue with {server!r}", transcript)
+
+
+def _pytest_settings(config: Any) -> dict[str, Any]:
+    """Return what the configuration of pytest says of servers. Raises pytest's UsageError."""
+    import pytest
+
+    def read(name: str, kind: Callable[[str], Any], expected: str) -> Any:
+        value = str(config.getini(name)).strip()
+        try:
+            return kind(value)
+        except (ValueError, KeyError):
+            text = f"{name}: expected {expected}, found {value!r}"
+            raise pytest.UsageError(text) from None
+
+    user, _, password = str(config.getini("mail_server_login")).partition(":")
+    return {
+        "host": config.getini("mail_server_hostname"),
+        "port": read("mail_server_port", int, "a number"),
+        "users": {user: password},
+        "timeout": read("mail_server_timeout", float, "seconds"),
+        "size_limit": read("mail_server_size_limit", int, "a number of octets"),
+        "magic": read("mail_server_magic", lambda word: _SWITCH[word.lower()], "true or false"),
+    }
+
+
+_SWITCH = {"true": True, "yes": True, "on": True, "1": True,
+           "false": False, "no": False, "off": False, "0": False}  # fmt: skip
+
+
+def _pytest_fixtures() -> Any:
+    """Return an object with the fixtures."""
+    import pytest
+
+    class Fixtures:
+        @pytest.fixture
+        def mail_server_factory(
+            self, request: pytest.FixtureRequest
+        ) -> Iterator[Callable[..., CaptureServer]]:
+            """Make servers: `server = mail_server_factory(tls="starttls", size_limit=1000)`.
+
+            Takes what chasquid.CaptureServer takes. They are stopped after the test.
+            """
+            servers: list[CaptureServer] = []
+            request.node.chasquid_servers = servers
+
+            def make(**settings: Any) -> CaptureServer:
+                server = CaptureServer(**{**_pytest_settings(request.config), **settings})
+                server.start()
+                servers.append(server)
+                return server
+
+            yield make
+            for server in servers:
+                server.stop()
+
+        @pytest.fixture
+        def mail_server(self, mail_server_factory: Callable[..., CaptureServer]) -> CaptureServer:
+            """A mail server (chasquid.CaptureServer) without TLS, for one test."""
+            return mail_server_factory()
+
+        @pytest.fixture
+        def secure_mail_server(
+            self, mail_server_factory: Callable[..., CaptureServer]
+        ) -> CaptureServer:
+            """A mail server with STARTTLS at which one has to log in, for one test."""
+            return mail_server_factory(tls="starttls", login_required=True)
+
+    return Fixtures()
+
+
+pytest_plugin = _PytestPlugin()
 
 
 # ======================================================================================
