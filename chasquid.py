@@ -6851,19 +6851,27 @@ class SmarthostCourier:
     """Hands what is for other servers to one that sends it on, with a user and a password.
 
     The connection is one with TLS and a valid certificate, from the start on port 465,
-    else by STARTTLS. What the server itself refuses is our configuration's fault, or its
-    own, so it is only deferred.
+    else by STARTTLS; unless it need not be `safe`, then TLS is used where it is offered.
+    What the server itself refuses is our configuration's fault, or its own, so it is only
+    deferred.
     """
 
     def __init__(
-        self, loop: Loop, names: Names, hostname: str, address: str, login: tuple[str, str] | None
+        self,
+        loop: Loop,
+        names: Names,
+        hostname: str,
+        address: str,
+        login: tuple[str, str] | None,
+        safe: bool = True,
     ) -> None:
+        self._safe = safe
         self._loop = loop
         self._names = names
         self._hostname = hostname
         self._host, self._port = host_and_port(address, 587)
         self._login = login
-        self._context = functools.cache(lambda: client_tls_context(verify=True))
+        self._context = functools.cache(lambda: client_tls_context(verify=safe))
 
     async def deliver(self, shipment: Shipment, targets: Sequence[Target]) -> list[Result]:
         place = f"{self._host} (the smarthost, port {self._port})"
@@ -6910,7 +6918,7 @@ class SmarthostCourier:
             if self._port == 465:
                 await stream.start_tls(self._context(), False, self._host)
             await client.greet(self._hostname)
-            if self._port != 465:
+            if self._port != 465 and (self._safe or "STARTTLS" in client.extensions):
                 if "STARTTLS" not in client.extensions:
                     raise TLSFailed("it does not offer STARTTLS, and without TLS nothing is sent")
                 await client.start_tls(self._context(), self._host)
@@ -11483,6 +11491,42 @@ def tls_context_of(kind: str) -> ssl.SSLContext:
     """Return the server's side of TLS with a certificate: "good", or of `CERTIFICATE_FAULTS`."""
     path = _certificates()[1][kind]
     return server_tls_context(path, path)
+
+
+class Release:
+    """Sends captured messages on, to the real server at `address` ("host:port").
+
+    With a `login`, user and password, only over TLS with a valid certificate; without one,
+    TLS is used where it is offered.
+    """
+
+    def __init__(
+        self, loop: Loop, address: str, login: tuple[str, str] | None = None, hostname: str = ""
+    ) -> None:
+        self.address = address
+        names = Names(loop, DnsClient(loop, ()).ask)
+        name = hostname or domain_to_ascii(socket.gethostname())
+        self._courier = SmarthostCourier(loop, names, name, address, login, login is not None)
+
+    async def __call__(self, captured: Captured, to: Sequence[str]) -> str:
+        """Send a message to these recipients; return what became of it.
+
+        Raises ChasquidError where any of them did not get it.
+        """
+        raw = captured.raw
+        shipment = Shipment(
+            captured.id, captured.mail_from, Message(b"", "", len(raw), raw),
+            captured.smtputf8, not raw.isascii(),
+        )  # fmt: skip
+        targets = [Target("address", address) for address in dict.fromkeys(to)]
+        results = await self._courier.deliver(shipment, targets)
+        told = [
+            f"{target.value}: {result.state}: {result.text}"
+            for target, result in zip(targets, results, strict=True)
+        ]
+        if any(result.state != SENT for result in results):
+            raise ChasquidError("; ".join(told))
+        return "; ".join(told)
 
 
 class CaptureServer:
