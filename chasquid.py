@@ -10569,18 +10569,23 @@ _WORLD_KEYS = {
 
 
 class MovableClock(Clock):
-    """The real clock, and what `advance` has put on top of it. For any thread."""
+    """The real clock, and what `advance` has put on top of it. For any thread.
 
-    def __init__(self) -> None:
+    `moved` is called after each move: a loop that sleeps must look at its timers again.
+    """
+
+    def __init__(self, moved: Callable[[], object] = lambda: None) -> None:
+        self._moved = moved
         self._ahead = 0.0
         self._lock = threading.Lock()
 
     def advance(self, seconds: float) -> None:
         """Move the clock ahead. Raises ChasquidError where that would be back."""
-        if not seconds >= 0:
-            raise ChasquidError(f"the clock cannot be moved back, by {seconds:g} seconds")
+        if not 0 <= seconds < float("inf"):
+            raise ChasquidError(f"the clock cannot be moved back or for ever: {seconds:g} seconds")
         with self._lock:
             self._ahead += seconds
+        self._moved()
 
     def time(self) -> float:
         return time.time() + self._ahead
@@ -10697,11 +10702,19 @@ class WorldDns:
             raise ChasquidError(str(error)) from error
 
 
+class _House(NamedTuple):
+    """What is behind a virtual address and port; `ours` looks up who comes, and strikes it out."""
+
+    host: str
+    port: int
+    ours: bool
+
+
 class _Streets:
-    """Which loopback port is behind a virtual address, and who is on the way."""
+    """What is where in the world, who is on the way, and whom all trust."""
 
     def __init__(self) -> None:
-        self.houses: dict[tuple[str, int], tuple[str, int]] = {}
+        self.houses: dict[tuple[str, int], _House] = {}
         self.senders: dict[int, str] = {}  # by the port they come from
         self._contexts: list[ssl.SSLContext] = []
         self._certificates: list[str] = []
@@ -10739,24 +10752,25 @@ class _VirtualNetwork(Network):
     async def connect(self, loop: Loop, host: str, port: int) -> Stream:
         if host.startswith("/"):
             return await connect(loop, host, port)
-        place = self._streets.houses.get((host, port))
+        house = self._streets.houses.get((host, port))
         refused = f"cannot connect to [{host}]:{port}: {os.strerror(errno.ECONNREFUSED)}"
-        if place is None:
+        if house is None:
             raise Disconnected(refused)
         noted: list[int] = []
 
         def note(raw: socket.socket) -> None:
             raw.bind(("127.0.0.1", 0))
-            noted.append(raw.getsockname()[1])
-            self._streets.senders[noted[0]] = self._address
+            if house.ours:
+                noted.append(raw.getsockname()[1])
+                self._streets.senders[noted[0]] = self._address
 
         try:
-            return await connect(loop, *place, note)
+            return await connect(loop, house.host, house.port, note)
         except BaseException as error:
             for number in noted:
                 self._streets.senders.pop(number, None)
             if isinstance(error, Disconnected):
-                real, virtual = f"[{place[0]}]:{place[1]}", f"[{host}]:{port}"
+                real, virtual = f"[{house.host}]:{house.port}", f"[{host}]:{port}"
                 raise Disconnected(str(error).replace(real, virtual)) from None
             raise
 
@@ -10962,6 +10976,13 @@ class WorldServer:
 
     def on_loop(self, call: Callable[[], T]) -> T:
         """Have `call` called on the server's loop; return or raise what it did."""
+        return self.ask(call)()
+
+    def ask(self, call: Callable[[], T]) -> Callable[[], T]:
+        """As `on_loop`, but go on; what is returned waits for the result.
+
+        Raises ChasquidError where the server runs no more.
+        """
         done = threading.Event()
         results: list[T] = []
         errors: list[BaseException] = []
@@ -10973,14 +10994,18 @@ class WorldServer:
                 errors.append(error)
             done.set()
 
+        def wait() -> T:
+            if not done.wait(self._patience):
+                self.check()
+                text = f"{self.domain} has not answered for {self._patience:g} seconds"
+                raise ChasquidError(text)
+            if errors:
+                raise errors[0]
+            return results[0]
+
         self.check()
         self.daemon.loop.post(now)
-        if not done.wait(self._patience):
-            self.check()
-            raise ChasquidError(f"{self.domain} has not answered for {self._patience:g} seconds")
-        if errors:
-            raise errors[0]
-        return results[0]
+        return wait
 
     def report(self) -> str:
         """Return what the queue holds, and the last lines of the log."""
@@ -11023,16 +11048,14 @@ class WorldServer:
         config = self.daemon.config
         if config.mail_delivery_agent_bin or config.lmtp_address:
             raise ChasquidError(f"{self.domain} does not deliver into Maildirs")
-        try:
+        template = config.maildir.replace("%data_dir%", config.data_dir)
+        with contextlib.suppress(ValueError):
             user, domain = split_address(normalize_address(address))
-            if domain != self.domain or not self.daemon.has_user(user, domain):
-                users = ", ".join(sorted(self._passwords)) or "nobody"
-                text = f"{self.domain} has no user {printable(address, 100)}"
-                raise ChasquidError(f"{text}; here are {users}")
-            template = config.maildir.replace("%data_dir%", config.data_dir)
-            return maildir_path(template, f"{user}@{domain}")
-        except ValueError as error:
-            raise ChasquidError(str(error)) from error
+            if domain == self.domain and self.daemon.has_user(user, domain):
+                return maildir_path(template, f"{user}@{domain}")
+        users = ", ".join(sorted(self._passwords)) or "nobody"
+        text = f"{self.domain} has no user {printable(address, 100)}"
+        raise ChasquidError(f"{text} with a Maildir; here are {users}")
 
 
 def _octets_of(message: Any, utf8: bool) -> bytes:
@@ -11065,9 +11088,10 @@ class MailWorld:
 
     Time passes as it does outside, and is moved ahead by `run_until` and `advance`. Chance
     is left out: a first retry comes after exactly a minute, and of mail exchangers with the
-    same preference the first is taken. `patience` is how many real seconds the servers may
-    take to come to rest. `dns` is a `WorldDns`; `policies` are the texts of MTA-STS policies,
-    by domain, for those that announce one in the DNS.
+    same preference the first by name is tried first. The limits of chasquid.conf hold between
+    the servers, and not for clients from 127.0.0.1. `patience` is how many real seconds the
+    servers may take to come to rest. `dns` is a `WorldDns`; `policies` are the texts of
+    MTA-STS policies, by domain, for those that announce one in the DNS.
 
     Whatever goes wrong is a ChasquidError, at the end also a crash within a server. An
     assertion that fails inside has the ends of the logs in its notes.
@@ -11076,7 +11100,7 @@ class MailWorld:
     def __init__(self, patience: float = _WORLD_PATIENCE) -> None:
         import tempfile  # only here
 
-        self.clock = MovableClock()
+        self.clock = MovableClock(self._wake)
         self.dns = WorldDns(self._forget_names)
         self.policies: dict[str, str] = {}
         self.servers: list[WorldServer] = []
@@ -11154,7 +11178,7 @@ class MailWorld:
         self._streets.trust(chain)
         ports = ((25, server.smtp), (587, server.submission), (465, server.submission_over_tls))
         for number, place in ports:
-            self._streets.houses[address, number] = place
+            self._streets.houses[address, number] = _House(*place, ours=True)
         self._publish(server, ascii_domain, spf, load_dkim_keys(own, domain))
         self.servers.append(server)
         server.start()
@@ -11171,7 +11195,7 @@ class MailWorld:
         """
         self._check()
         address = self._next_address()
-        self._streets.houses[address, 25] = ("127.0.0.1", port)
+        self._streets.houses[address, 25] = _House("127.0.0.1", port, ours=False)
         self.dns[host, "A"] = [address]
         return address
 
@@ -11188,26 +11212,7 @@ class MailWorld:
         Then the queues are empty, or what is in them waits for its next attempt. Raises
         ChasquidError where the servers do not come to rest.
         """
-        self._check()
-        end, pause = time.monotonic() + self._patience, 0.0002
-        before: list[int] = []
-        while True:
-            seen = [server.on_loop(server.daemon.activity) for server in self.servers]
-            now = self.clock.monotonic()
-            rests = all(one.sessions == 0 and one.next_due > now for one in seen)
-            begun = [one.begun for one in seen]
-            if rests and before == begun:
-                return
-            before = begun if rests else []
-            if rests:
-                continue
-            if time.monotonic() > end:
-                open_now = sum(one.sessions for one in seen)
-                text = f"the servers did not come to rest within {self._patience:g} seconds"
-                text += f", with {plural(open_now, 'session')} open"
-                raise ChasquidError(f"{text}:\n{self.report()}")
-            time.sleep(pause)
-            pause = min(pause * 1.5, 0.005)
+        self._rest()
 
     def advance(self, *, hours: float = 0.0, minutes: float = 0.0, seconds: float = 0.0) -> None:
         """Move the clock on, from one attempt of the queues to the next, and settle.
@@ -11217,9 +11222,9 @@ class MailWorld:
         Raises ChasquidError, also where the clock would be moved back.
         """
         end = self.clock.monotonic() + self._length(hours, minutes, seconds)
-        self.settle()
-        while self._step(end):
-            pass
+        due = self._rest()
+        while self.clock.monotonic() < end:
+            due = self._move_to(min(due, end))
 
     def run_until(
         self,
@@ -11238,13 +11243,12 @@ class MailWorld:
         """
         length = self._length(hours, minutes, seconds) or 48 * 3600.0
         end = self.clock.monotonic() + length
-        self.settle()
+        due = self._rest()
         while not (value := condition()):
-            if not self._step(end):
-                if value := condition():
-                    return value
+            if self.clock.monotonic() >= end:
                 text = f"what was waited for did not come within {duration_text(length)}"
                 raise ChasquidError(f"{text} of the world's time:\n{self.report()}")
+            due = self._move_to(min(due, end))
         return value
 
     def report(self) -> str:
@@ -11258,22 +11262,45 @@ class MailWorld:
     def _length(self, hours: float, minutes: float, seconds: float) -> float:
         self._check()
         length = hours * 3600.0 + minutes * 60.0 + seconds
-        if not length >= 0:
-            raise ChasquidError(f"the clock cannot be moved back, by {-length:g} seconds")
+        if not 0 <= length < float("inf"):
+            raise ChasquidError(f"the clock cannot be moved back or for ever: {length:g} seconds")
         return length
 
-    def _step(self, end: float) -> bool:
-        """Move to the next attempt, and settle; false where `end`, monotonic, comes before."""
-        dues = [server.on_loop(server.daemon.activity).next_due for server in self.servers]
-        due = min(dues, default=float("inf")) + _A_MOMENT
-        self._move(min(due, end) - self.clock.monotonic())
-        self.settle()
-        return due <= end
+    def _rest(self) -> float:
+        """Wait until all servers rest; return when the first goes on, on the monotonic clock.
 
-    def _move(self, seconds: float) -> None:
-        self.clock.advance(max(0.0, seconds))
+        Raises ChasquidError.
+        """
+        self._check()
+        end, pause = time.monotonic() + self._patience, 0.0002
+        before: list[int] = []
+        while True:
+            asked = [server.ask(server.daemon.activity) for server in self.servers]
+            seen = [wait() for wait in asked]
+            due = min((one.next_due for one in seen), default=float("inf"))
+            rests = due > self.clock.monotonic() and not any(one.sessions for one in seen)
+            begun = [one.begun for one in seen]
+            if rests and before == begun:
+                return due
+            before = begun if rests else []
+            if rests:
+                continue
+            if time.monotonic() > end:
+                count = sum(one.sessions for one in seen)
+                text = f"the servers did not come to rest within {self._patience:g} seconds"
+                text += f", with {plural(count, 'session')} open"
+                raise ChasquidError(f"{text}:\n{self.report()}")
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.005)
+
+    def _move_to(self, when: float) -> float:
+        """Move the clock to `when`, monotonic, and a moment further; then as `_rest`."""
+        self.clock.advance(max(0.0, when + _A_MOMENT - self.clock.monotonic()))
+        return self._rest()
+
+    def _wake(self) -> None:
         for server in self.servers:
-            server.daemon.loop.post(lambda: None)  # it sleeps, and must look at its timers
+            server.daemon.loop.post(lambda: None)
 
     def _check(self) -> None:
         if self._ended:
