@@ -146,6 +146,20 @@ def test_to_settle_is_to_wait_for_the_whole_way(world: MailWorld, here: WorldSer
         assert len(world.servers[-1].mailbox(f"ida@s{count - 1}.example")) == number + 1
 
 
+def test_who_began_something_while_others_were_asked_is_asked_again(
+    world: MailWorld, here: WorldServer, there: WorldServer
+) -> None:
+    found, begun = here.daemon.activity, []
+
+    def activity() -> chasquid.Activity:
+        begun.append(min(len(begun), 3))  # it rests whenever it is asked, but was busy between
+        return found()._replace(begun=begun[-1])
+
+    here.daemon.activity = activity  # type: ignore[method-assign]
+    world.settle()
+    assert begun == [0, 1, 2, 3, 3]
+
+
 def test_mail_in_a_circle_ends(world: MailWorld) -> None:
     here = world.server(
         "here.example", users={"ana": "secret"}, aliases="ring: ring@back.example\n",
