@@ -5875,11 +5875,12 @@ _PATH = re.compile(
     """,
     re.VERBOSE,
 )
-_DOT_STRING = re.compile(r"[\w!#$%&'*+/=?^`{|}~.\x80-\U0010ffff-]+")
+# Said by what is left out: a range up to the end of Unicode takes 3 ms to compile.
+_DOT_STRING = re.compile(r'[^\x00-\x20"(),:;<>@\[\\\]\x7f]+')
 _QUOTED_STRING = re.compile(r'"((?:[^"\\\x00-\x1f\x7f]|\\[ -~])*)"')
 ADDRESS_LITERAL = re.compile(r"\[(?:IPv6:([0-9A-Fa-f:.]+)|([0-9.]+))\]", re.IGNORECASE)
 # RFC 5321, 4.1.2: esmtp-param = esmtp-keyword ["=" esmtp-value]
-_PARAMETER = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([!-<>-~\x80-\U0010ffff]+))?")
+_PARAMETER = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([^\x00-\x20=\x7f]+))?")
 _ADDRESS_LIMIT = 320  # octets: 64 for the local-part, 255 for the domain
 
 
