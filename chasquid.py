@@ -12660,14 +12660,13 @@ class MailWorld:
         directory = os.path.join(self._directory, f"{next(self._numbers)}-{ascii_domain}")
         config_dir = os.path.join(directory, "config")
         own = os.path.join(config_dir, "domains", ascii_domain)
-        make_directory(own)
         chain = self._write_certificate(config_dir, host)
         users = users or {}
         _write(os.path.join(own, "users"), format_users(_cheap_passwords(users)))
         _write(os.path.join(own, "aliases"), aliases.encode())
         if dkim:
-            pem = new_key("ed25519" if dkim is True else dkim).to_pem()
-            _write(os.path.join(own, "dkim:world.pem"), pem.encode())
+            key = _new_dkim_key("ed25519" if dkim is True else dkim)
+            _write(os.path.join(own, "dkim:world.pem"), key.to_pem().encode())
         text = _settings_text(directory, settings)
         _write(os.path.join(config_dir, "chasquid.conf"), text.encode())
         address = self._next_address()
@@ -12828,7 +12827,6 @@ class MailWorld:
         names = [domain_to_ascii(host), "127.0.0.1"]
         chain, key = self_signed_certificate(names, time.time())
         directory = os.path.join(config_dir, "certs", host)
-        make_directory(directory)
         _write(os.path.join(directory, "fullchain.pem"), chain.encode())
         _write(os.path.join(directory, "privkey.pem"), key.encode())
         return chain
@@ -12900,7 +12898,14 @@ def _settings_text(directory: str, settings: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _new_dkim_key(algorithm: str) -> PrivateKey:
+    if not re.fullmatch("ed25519|rsa[0-9]{4}", algorithm):
+        raise ChasquidError(f'expected "ed25519", or "rsa2048" and the like, not {algorithm!r}')
+    return new_key(algorithm)
+
+
 def _write(path: str, data: bytes) -> None:
+    make_directory(os.path.dirname(path))
     with open(path, "wb") as file:
         file.write(data)
 

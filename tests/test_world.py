@@ -8,6 +8,7 @@ import os
 import re
 import smtplib
 import ssl
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -62,6 +63,12 @@ def state(server: WorldServer) -> str:
 
 
 # --- a delivery ---
+
+
+def test_the_example_in_the_docstring_works() -> None:
+    [example] = re.findall(r"\n\n( +with .*?)\n\n", MailWorld.__doc__ or "", re.DOTALL)
+    assert "dkim=pass" in example
+    exec(textwrap.dedent(example), {"chasquid": chasquid})
 
 
 def test_a_message_arrives_signed_and_from_an_address_that_may_send_it(world: MailWorld) -> None:
@@ -478,6 +485,8 @@ def test_a_setting_that_is_unknown_is_refused_and_the_world_goes_on(world: MailW
         world.server("here.example", max_queue_item=3)
     with pytest.raises(chasquid.ChasquidError, match="data_dir is not to be set"):
         world.server("here.example", data_dir="/tmp")
+    with pytest.raises(chasquid.ChasquidError, match="expected \"ed25519\", or .* not 'dsa'"):
+        world.server("here.example", dkim="dsa")
     here = world.server("here.example", users={"ana": "secret"}, max_queue_items=3)
     assert here.daemon.config.max_queue_items == 3
     world.settle()
