@@ -29,6 +29,7 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     QUEUE        items, their files, the schedule, notifications
     LIMITS       how much one client or user may ask for
     SERVER       the session, the transaction, the command table
+    HTTP         requests and responses, for pages and programs
     MONITORING   the page, the metrics
     DAEMON       wiring, listeners, certificates, reload, control socket
     FAULTS       failures on purpose, by a script
@@ -9369,6 +9370,172 @@ _COMMANDS: dict[str, _Command] = {
 
 
 # ======================================================================================
+# ROOM: HTTP
+#
+# The server's side of HTTP/1.1 on a `Stream`, as little of it as a page for people and an
+# interface for programs need: one request a connection, then it is closed (RFC 9112).
+#
+# - A body comes with its length, or it does not come. What is not understood is refused,
+#   so two programs cannot disagree about where it ends.
+# - Every answer tells a browser to load nothing, to guess no types and to keep no copy,
+#   unless its maker says otherwise (`policy`).
+# - A browser may be told by a page elsewhere to ask us something. Such a page cannot
+#   choose our name (`is_our_name`), and cannot hide that it asks (`is_from_a_page`).
+#
+# What is answered to whom belongs to MONITORING and INBOX.
+# ======================================================================================
+
+HTTP_SECONDS = 10.0  # for a request to come in
+STRICT_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_HTTP_LINE_LIMIT = 8192  # octets
+_HTTP_LINES_LIMIT = 100
+_HTTP_REASONS = {
+    200: "OK", 201: "Created", 400: "Bad Request", 403: "Forbidden", 404: "Not Found",
+    405: "Method Not Allowed", 408: "Request Timeout", 411: "Length Required",
+    413: "Content Too Large", 415: "Unsupported Media Type", 421: "Misdirected Request",
+    500: "Internal Server Error", 501: "Not Implemented", 502: "Bad Gateway",
+    504: "Gateway Timeout",
+}  # fmt: skip
+
+
+class HttpRefused(ChasquidError):
+    """A request that is answered with an error: its status, a sentence, further headers."""
+
+    def __init__(self, status: int, text: str, *headers: tuple[str, str]) -> None:
+        super().__init__(text)
+        self.status = status
+        self.headers = headers
+
+
+class HttpRequest(NamedTuple):
+    """A request without its body: the path is still encoded, header names are in lower case."""
+
+    method: str
+    path: str
+    query: str
+    headers: Mapping[str, str]
+
+
+async def read_request(stream: Stream) -> HttpRequest:
+    """Return the next request, up to its body.
+
+    Raises ValueError where there is none, and what `Stream.read_line` does.
+    """
+    words = (await stream.read_line(_HTTP_LINE_LIMIT)).decode("latin-1").split(" ")
+    if len(words) != 3 or not words[2].startswith("HTTP/1."):
+        raise ValueError("no request")
+    path, _, query = words[1].partition("?")
+    headers: dict[str, str] = {}
+    for _ in range(_HTTP_LINES_LIMIT):
+        line = (await stream.read_line(_HTTP_LINE_LIMIT)).decode("latin-1")
+        if not line:
+            return HttpRequest(words[0], path, query, headers)
+        name, _, value = line.partition(":")
+        headers[name.strip().lower()] = value.strip()
+    raise ValueError("too many headers")
+
+
+async def read_body(stream: Stream, request: HttpRequest, limit: int) -> bytes:
+    """Return the body of `request`, b"" where there is none.
+
+    Raises HttpRefused where it has no plain length or more than `limit` octets,
+    Disconnected, Expired.
+    """
+    if "transfer-encoding" in request.headers:
+        raise HttpRefused(411, "a body must come with a Content-Length, and in one piece")
+    length = request.headers.get("content-length", "0")
+    if not re.fullmatch(r"[0-9]{1,15}", length):
+        raise HttpRefused(400, "Content-Length must be a number")
+    if int(length) > limit:
+        raise HttpRefused(413, f"a body may have {limit} octets, and this one has {int(length)}")
+    if length != "0" and request.headers.get("expect", "").lower() == "100-continue":
+        stream.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    body = bytearray()
+    while len(body) < int(length):
+        body += await stream.read_some(int(length) - len(body))
+    return bytes(body)
+
+
+def http_head(
+    status: int, kind: str, length: int | None, policy: str = STRICT_POLICY,
+    headers: Iterable[tuple[str, str]] = (),
+) -> bytes:  # fmt: skip
+    """Return all of a response before its body.
+
+    `length` is in octets, or None where the body lasts until the connection is closed.
+    `policy` is a Content-Security-Policy (W3C, CSP Level 3).
+    """
+    lines = [f"HTTP/1.1 {status} {_HTTP_REASONS[status]}", f"Content-Type: {kind}"]
+    if length is not None:
+        lines.append(f"Content-Length: {length}")
+    lines += [
+        f"Content-Security-Policy: {policy}", "X-Content-Type-Options: nosniff",
+        "Cache-Control: no-store", "Connection: close",
+    ]  # fmt: skip
+    lines += [f"{name}: {UNPRINTABLE.sub(' ', value)}" for name, value in headers]
+    return "\r\n".join([*lines, "", ""]).encode("utf-8", "replace")
+
+
+def http_response(
+    status: int, kind: str, body: str | bytes, policy: str = STRICT_POLICY,
+    headers: Iterable[tuple[str, str]] = (),
+) -> bytes:  # fmt: skip
+    """Return a response, its text in UTF-8."""
+    data = body.encode("utf-8", "replace") if isinstance(body, str) else body
+    return http_head(status, kind, len(data), policy, headers) + data
+
+
+def without_body(response: bytes) -> bytes:
+    """Return what answers HEAD where `response` answers GET."""
+    return response.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
+
+
+def host_name(host: str) -> str:
+    """Return the name in a Host header, in lower case. Raises ValueError."""
+    return host_and_port(host, 80)[0].lower()
+
+
+def is_our_name(host: str, *names: str) -> bool:
+    """Tell whether `host` is no name that a page elsewhere could have pointed at us.
+
+    A stranger's DNS may give our address to a name of theirs ("DNS rebinding"), but no
+    address literal, nor "localhost", nor one of `names`.
+    """
+    try:
+        name = host_name(host)
+    except ValueError:
+        return False
+    return name in ("", "localhost", *map(str.lower, names)) or is_ip_address(name)
+
+
+def is_from_a_page(headers: Mapping[str, str]) -> bool:
+    """Tell whether a web page made a request, be it ours or another's."""
+    return "origin" in headers or headers.get("sec-fetch-site", "none") != "none"
+
+
+def is_from_a_foreign_page(headers: Mapping[str, str]) -> bool:
+    """Tell whether a web page made a request that does not come from where it went to.
+
+    The Host must have been found to be ours before.
+    """
+    if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        return True
+    host = headers.get("host", "").lower()
+    origin = headers.get("origin")
+    return origin is not None and origin.lower() not in (f"http://{host}", f"https://{host}")
+
+
+def html_text(text: str) -> str:
+    """Return `text` so that it is nothing but text in HTML, also within an attribute."""
+    for mark, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ('"', "&quot;")):
+        text = text.replace(mark, entity)
+    return text.replace("'", "&#39;")
+
+
+# ======================================================================================
 # ROOM: MONITORING
 #
 # What the server shows of itself over HTTP, at `monitoring_address`: a page for people,
@@ -9383,8 +9550,6 @@ _COMMANDS: dict[str, _Command] = {
 # The room is told what to show (`Status`); it looks nothing up.
 # ======================================================================================
 
-_HTTP_SECONDS = 10.0
-_HTTP_LINES_LIMIT = 100
 _OPEN_METRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 _PLAIN_METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -9465,9 +9630,9 @@ class Monitor:
     async def answer(self, stream: Stream) -> None:
         """Read one request, answer it, and close."""
         try:
-            with self._loop.deadline(_HTTP_SECONDS):
-                method, path, headers = await self._request(stream)
-                stream.write(self._respond(method, path, headers))
+            with self._loop.deadline(HTTP_SECONDS):
+                request = await read_request(stream)
+                stream.write(self._respond(request.method, request.path, request.headers))
                 await stream.flush()
         except (Disconnected, Expired, LineTooLong, BareNewline, ValueError):
             pass
@@ -9476,67 +9641,33 @@ class Monitor:
         finally:
             await stream.finish()
 
-    async def _request(self, stream: Stream) -> tuple[str, str, dict[str, str]]:
-        """Return method, path and headers, their names in lower case. Raises ValueError."""
-        words = (await stream.read_line(8192)).decode("latin-1").split(" ")
-        if len(words) != 3 or not words[2].startswith("HTTP/1."):
-            raise ValueError("no request")
-        headers: dict[str, str] = {}
-        for _ in range(_HTTP_LINES_LIMIT):
-            line = (await stream.read_line(8192)).decode("latin-1")
-            if not line:
-                return words[0], words[1].partition("?")[0], headers
-            name, _, value = line.partition(":")
-            headers[name.strip().lower()] = value.strip()
-        raise ValueError("too many headers")
-
     def _respond(self, method: str, path: str, headers: Mapping[str, str]) -> bytes:
         if method == "POST":
             return self._exit(path, headers)
         if method not in ("GET", "HEAD"):
-            return _response("405 Method Not Allowed", "text/plain", "GET, HEAD or POST\n")
-        if path == "/" and not self._is_our_name(headers.get("host", "")):
-            found = _response("421 Misdirected Request", "text/plain", "not by this name\n")
+            return http_response(405, "text/plain", "GET, HEAD or POST\n")
+        if path == "/" and not is_our_name(headers.get("host", ""), self._hostname):
+            found = http_response(421, "text/plain", "not by this name\n")
         elif path == "/":
-            found = _response("200 OK", "text/html; charset=utf-8", page(self._status()))
+            found = http_response(200, "text/html; charset=utf-8", page(self._status()))
         elif path == "/metrics":
             open_metrics = "application/openmetrics-text" in headers.get("accept", "")
             kind = _OPEN_METRICS if open_metrics else _PLAIN_METRICS
-            found = _response("200 OK", kind, metrics(self._status(), open_metrics))
+            found = http_response(200, kind, metrics(self._status(), open_metrics))
         elif path == "/health":
-            found = _response("200 OK", "text/plain", "ok\n")
+            found = http_response(200, "text/plain", "ok\n")
         else:
-            found = _response("404 Not Found", "text/plain", "there is /, /metrics and /health\n")
-        return found if method == "GET" else found.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
-
-    def _is_our_name(self, host: str) -> bool:
-        """Tell whether `host` is no name that a page elsewhere could have pointed at us."""
-        try:
-            name = host_and_port(host, 80)[0].lower()
-        except ValueError:
-            return False
-        known = ("", "localhost", self._hostname.lower())
-        return name in known or is_ip_address(name)
+            found = http_response(404, "text/plain", "there is /, /metrics and /health\n")
+        return found if method == "GET" else without_body(found)
 
     def _exit(self, path: str, headers: Mapping[str, str]) -> bytes:
         if path != "/exit":
-            return _response("404 Not Found", "text/plain", "POST goes to /exit\n")
-        if "origin" in headers or headers.get("sec-fetch-site", "none") != "none":
-            return _response("403 Forbidden", "text/plain", "not from a web page\n")
+            return http_response(404, "text/plain", "POST goes to /exit\n")
+        if is_from_a_page(headers):
+            return http_response(403, "text/plain", "not from a web page\n")
         self._record.info("monitoring", "asked to exit")
         self._stop()
-        return _response("200 OK", "text/plain", "stopping\n")
-
-
-def _response(status: str, kind: str, text: str) -> bytes:
-    body = text.encode("utf-8", "replace")
-    head = (
-        f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
-        "Content-Security-Policy: default-src 'none'; style-src 'unsafe-inline'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'\r\n"
-        "X-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\nConnection: close\r\n\r\n"
-    )
-    return head.encode() + body
+        return http_response(200, "text/plain", "stopping\n")
 
 
 def metrics(status: Status, open_metrics: bool) -> str:
@@ -9612,14 +9743,14 @@ td:last-child { text-align: right; font-variant-numeric: tabular-nums; }
 def page(status: Status) -> str:
     """Return the page for people, in HTML."""
     up = duration_text(status.now - status.started)
-    title = f"chasquid at {_html(status.hostname)}"
+    title = f"chasquid at {html_text(status.hostname)}"
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8>",
         '<meta name=viewport content="width=device-width, initial-scale=1">',
         f"<title>{title}</title><style>{_STYLE}</style>",
         f"<h1>{title}</h1>",
         f"<p class=soft>version {__version__}, up {up}, "
-        f"as of {_html(rfc5322_date(status.now))}</p>",
+        f"as of {html_text(rfc5322_date(status.now))}</p>",
         _tiles(status),
         "<h2>Queue</h2>",
         *(map(_queue_line, status.queue) if status.queue else ["<p>It is empty.</p>"]),
@@ -9628,8 +9759,8 @@ def page(status: Status) -> str:
         "<h2>Counters</h2>",
         _counters(status),
         "<h2>Server</h2>",
-        *(f"<p>listening for {_html(one)}</p>" for one in status.listening),
-        f"<details><summary>Configuration</summary><pre>{_html(status.config)}</pre></details>",
+        *(f"<p>listening for {html_text(one)}</p>" for one in status.listening),
+        f"<details><summary>Configuration</summary><pre>{html_text(status.config)}</pre></details>",
         "<p class=soft><a href=metrics>metrics</a> · <a href=health>health</a></p></html>",
     ]
     return "\n".join(parts)
@@ -9656,18 +9787,18 @@ def _tiles(status: Status) -> str:
         *([(total("crashes"), "crashes: see the log", "bad")] if total("crashes") else []),
     )
     return "<div class=tiles>" + "".join(
-        f"<div class=tile><b class='{kind if count else ''}'>{count}</b>{_html(text)}</div>"
+        f"<div class=tile><b class='{kind if count else ''}'>{count}</b>{html_text(text)}</div>"
         for count, text, kind in tiles
     ) + "</div>"  # fmt: skip
 
 
 def _queue_line(line: QueueLine) -> str:
     rows = "".join(
-        f"<p><b>{_html(address)}</b><br>{_state(what)}</p>" for address, what in line.recipients
+        f"<p><b>{html_text(address)}</b><br>{_state(what)}</p>" for address, what in line.recipients
     )
     return (
-        f"<article><code>{_html(line.id)}</code> from &lt;{_html(line.sender)}&gt;, "
-        f"{_html(line.age)} old, {_html(line.next_attempt)}{rows}</article>"
+        f"<article><code>{html_text(line.id)}</code> from &lt;{html_text(line.sender)}&gt;, "
+        f"{html_text(line.age)} old, {html_text(line.next_attempt)}{rows}</article>"
     )
 
 
@@ -9675,34 +9806,28 @@ def _state(what: str) -> str:
     """Return what became of a recipient, its first word in the colour that it deserves."""
     word, rest = re.match(r"(\w*)(.*)", what, re.DOTALL).groups()  # type: ignore[union-attr]
     kind = {"sent": "good", "failed": "bad"}.get(word, "wait")
-    return f"<span class={kind}>{_html(word)}</span>{_html(rest)}"
+    return f"<span class={kind}>{html_text(word)}</span>{html_text(rest)}"
 
 
 def _dialogue(dialogue: Dialogue) -> str:
     lines = "".join(
-        f"<span{' class=bad' if re.match('S: [45]', line) else ''}>{_html(line)}</span>"
+        f"<span{' class=bad' if re.match('S: [45]', line) else ''}>{html_text(line)}</span>"
         for line in dialogue.lines
     )
     how = "under way" if dialogue.open else "ended"
     return (
-        f"<details><summary>{_html(time.strftime('%H:%M:%S', time.gmtime(dialogue.began)))} "
-        f"{_html(dialogue.port)} {_html(dialogue.peer)} <span class=soft>{how}, "
+        f"<details><summary>{html_text(time.strftime('%H:%M:%S', time.gmtime(dialogue.began)))} "
+        f"{html_text(dialogue.port)} {html_text(dialogue.peer)} <span class=soft>{how}, "
         f"{plural(len(dialogue.lines), 'line')}</span></summary><pre>{lines}</pre></details>"
     )
 
 
 def _counters(status: Status) -> str:
     rows = "".join(
-        f"<tr><td>{_html(' '.join(key))}<td>{count}"
+        f"<tr><td>{html_text(' '.join(key))}<td>{count}"
         for key, count in sorted(status.counters.items())
     )
     return f"<table>{rows}</table>" if rows else "<p>Nothing has happened yet.</p>"
-
-
-def _html(text: str) -> str:
-    for mark, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ('"', "&quot;")):
-        text = text.replace(mark, entity)
-    return text.replace("'", "&#39;")
 
 
 # ======================================================================================
