@@ -11478,6 +11478,7 @@ main { flex: 1; min-height: 0; display: grid;
 #list .who { flex: 1; } #list .who, #list .what, #list .how { overflow: hidden;
   text-overflow: ellipsis; white-space: nowrap; }
 #list time, #list .clip, #list .how { color: var(--soft); font-size: .82rem; white-space: nowrap; }
+#list .clip { border: 1px solid var(--edge); border-radius: .3rem; padding: 0 .35rem; }
 #list .what { flex: 1; } #list .new .who, #list .new .what { font-weight: 650; }
 #list .new::before { content: ""; position: absolute; left: .55rem; top: 1rem; width: .5rem;
   height: .5rem; border-radius: 50%; background: var(--main); }
@@ -11528,7 +11529,7 @@ dialog input { width: 100%; margin-bottom: .9rem; } #ask-error { color: var(--ba
   #view { display: none; } .reading #view { display: block; }
   .reading #side, .reading header { display: none; } #back { display: block; }
   #message { padding: .6rem .9rem 0; } #tabs, #panel { margin-left: -.9rem; margin-right: -.9rem; }
-  header { flex-wrap: wrap; } header h1 { margin-right: auto; }
+  header { flex-wrap: wrap; } #count { margin-right: auto; }
   #search { order: 9; flex-basis: 100%; max-width: none; margin: 0; }
   button, .button, input { padding: .45rem .75rem; } th { width: 7rem; } }
 """
@@ -11599,8 +11600,8 @@ function row(entry) {
   const middle = make("div", undefined, "row");
   middle.append(make("span", subject(entry), "what"));
   if (entry.attachments) {
-    const clip = make("span", "\u{1F4CE} " + entry.attachments, "clip");
-    clip.setAttribute("aria-label", entry.attachments + " attachments"); middle.append(clip);
+    const files = entry.attachments + (entry.attachments === 1 ? " file" : " files");
+    middle.append(make("span", files, "clip"));
   }
   const to = "to " + entry.rcpt_tos.join(", ");
   item.append(top, middle);
