@@ -119,10 +119,10 @@ class Running:
     def send(self, request: bytes) -> bytes:
         with socket.create_connection(("127.0.0.1", self.port), SECONDS) as connection:
             connection.sendall(request)
-            data = b""
+            data = bytearray()
             while piece := connection.recv(65536):
                 data += piece
-        return data
+        return bytes(data)
 
     def ask(
         self, path: str, method: str = "GET", body: object = None, host: str = "", **fields: str
@@ -263,6 +263,29 @@ def test_broken_mail_is_shown_all_the_same(inbox: Running, raw: bytes) -> None:
     assert inbox.get("messages")["messages"][0]["id"] == id
     assert inbox.get(f"messages/{id}")["parts"]
     assert inbox.ask(f"/api/v1/messages/{id}/parts/1").status == 200
+
+
+def test_a_large_message_comes_whole_and_holds_up_nobody(inbox: Running) -> None:
+    raw = b"Subject: big\n\n" + (b"x" * 76 + b"\n") * 250_000
+    id = inbox.add(raw)
+    waits, ended = [], threading.Event()
+
+    def probe() -> None:
+        while not ended.is_set():
+            began = time.monotonic()
+            inbox.ask("/health")
+            waits.append(time.monotonic() - began)
+
+    prober = threading.Thread(target=probe)
+    prober.start()
+    try:
+        assert inbox.get("messages")["messages"][0]["size"] == len(raw) + 250_002
+        assert len(inbox.get(f"messages/{id}")["text"]) <= chasquid._TEXT_LIMIT
+        assert inbox.ask(f"/api/v1/messages/{id}/raw").body == inbox.mailbox.all()[0].raw
+    finally:
+        ended.set()
+        prober.join(SECONDS)
+    assert len(waits) > 1 and max(waits) < 5
 
 
 def test_deleting(inbox: Running) -> None:
