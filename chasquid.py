@@ -36,6 +36,7 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     CAPTURE      a server that keeps what it is sent, for tests
     WORLD        several servers without a network, for tests
     PYTEST       fixtures with such servers
+    INBOX        what was captured, over HTTP: a page and JSON
     COMMANDS     the command line
 
 Read SMTP, QUEUE and SERVER first: they say what the server does; the rest says how.
@@ -81,6 +82,8 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeV
 if TYPE_CHECKING:
     import argparse
     import subprocess
+    from email.message import EmailMessage
+    from email.message import Message as ParsedMessage
 
 __version__ = "0.1.0"
 __all__ = [
@@ -11113,6 +11116,7 @@ def _magic_effect(stage: str, address: str) -> Effect | None:
 _TRANSCRIPT_LINES = 10_000  # of a dialogue
 _STOP_WAIT = 0.02  # seconds for sessions to say goodbye; their clients may not care
 _JOIN_SECONDS = 10.0
+_CAPTURE_WORKERS = 4
 _SHOWN = 10  # messages in an error
 CAPTURE_SIZE = 50 * 1024 * 1024
 _CERTIFICATE_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -11229,7 +11233,7 @@ class MessageDetails:
     @property
     def text(self) -> str:
         """What a reader sees: the plain text, or that of the HTML where there is none."""
-        return self._content("plain") or _text_of_html(self.html)
+        return self._content("plain") or text_of_html(self.html)
 
     @property
     def html(self) -> str:
@@ -11241,9 +11245,8 @@ class MessageDetails:
 
         With `pattern`, a regular expression, only those in which it is found.
         """
-        found = [*_links_of_html(self.html), *re.findall(r"https?://[^\s<>\"']+", self.text)]
-        links = dict.fromkeys(link.rstrip(".,;:!?)]}") for link in found)
-        return [link for link in links if re.search(pattern, link)]
+        links = links_in(self.html, self._content("plain"))
+        return [one for one in links if one[:4].lower() == "http" and re.search(pattern, one)]
 
     def link(self, pattern: str = "") -> str:
         """Return the first of `links`. Raises NotFound."""
@@ -11284,7 +11287,6 @@ _CODES = (
 )
 
 if TYPE_CHECKING:
-    from email.message import EmailMessage
 
     class CapturedMessage(MessageDetails, EmailMessage):
         """A message that was captured, with its envelope."""
@@ -11308,44 +11310,38 @@ def _message_kind() -> tuple[type[CapturedMessage], Any]:
     return kind, Policy()
 
 
-def _links_of_html(html: str) -> list[str]:
-    from html.parser import HTMLParser
-
-    found: list[str] = []
-
-    class Links(HTMLParser):
-        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-            href = dict(attrs).get("href") if tag in ("a", "area") else None
-            if href and href.lower().startswith(("http://", "https://")):
-                found.append(href)
-
-    Links().feed(html)
-    return found
+_HREF = re.compile(
+    r"href\s*=\s*(?:\"([^\"]{1,2000})\"|'([^']{1,2000})'|([^\s>\"']{1,2000}))", re.IGNORECASE
+)
+_URL = re.compile(r"https?://[^\s<>\"']{1,2000}", re.IGNORECASE)
 
 
-def _text_of_html(html: str) -> str:
-    from html.parser import HTMLParser
+def text_of_html(html: str) -> str:
+    """Return the text of `html`, roughly, in a time that grows with its length alone."""
+    import html as entities  # 3 ms; only who looks into a message needs it
 
-    found: list[str] = []
-    hidden: list[str] = []
+    words, skipped = [], ""
+    for piece in html.split("<"):
+        tag, closed, text = piece.partition(">")
+        name = tag.split(None, 1)[0].lower() if tag.strip() else ""
+        if skipped:
+            skipped = "" if name == f"/{skipped}" else skipped
+        elif name in ("script", "style", "title"):
+            skipped = name
+        if not skipped and closed:
+            words.append(text)
+    return entities.unescape(" ".join(words))
 
-    class Text(HTMLParser):
-        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-            if tag in ("style", "script", "title"):
-                hidden.append(tag)
 
-        def handle_endtag(self, tag: str) -> None:
-            if tag in hidden:
-                hidden.remove(tag)
-            elif tag in ("p", "div", "tr", "li", "h1", "h2", "h3", "table"):
-                found.append("\n")
+def links_in(html: str, text: str) -> list[str]:
+    """Return the links in the HTML and the text of a message, each once."""
+    import html as entities
 
-        def handle_data(self, data: str) -> None:
-            if not hidden:
-                found.append(data)
-
-    Text().feed(html)
-    return "".join(found)
+    found = ["".join(groups) for groups in _HREF.findall(html)]
+    links = [entities.unescape(link).strip() for link in found]
+    links += [link.rstrip(".,;:!?)]}") for link in _URL.findall(text)]
+    wanted = (one for one in links if one.lower().startswith(("http://", "https://", "mailto:")))
+    return list(dict.fromkeys(wanted))
 
 
 class Mailbox:
@@ -11762,7 +11758,7 @@ def tls_context_of(kind: str) -> ssl.SSLContext:
     return server_tls_context(path, path)
 
 
-class Release:
+class Releaser:
     """Sends captured messages on, to the real server at `address` ("host:port").
 
     With a `login`, user and password, only over TLS with a valid certificate; without one,
@@ -12079,7 +12075,7 @@ class _CaptureRun:
         self._server = server
         self._listener, self._port_kind = server.make_listener()
         self.port: int = self._listener.getsockname()[1]
-        self._workers = Workers(1, f"chasquid-{self.port}-worker")
+        self._workers = Workers(_CAPTURE_WORKERS, f"chasquid-{self.port}-worker")
         self.loop = Loop(Clock(), self._workers, server.record.crash)
         self._site = _CaptureSite(
             self.loop, server.record, server.settings, server.mailbox, server.script
@@ -13153,6 +13149,1204 @@ pytest_plugin = _PytestPlugin()
 
 
 # ======================================================================================
+# ROOM: INBOX
+#
+# What a capturing server received, over HTTP: JSON for programs below /api/v1, and at /
+# a page for people.
+#
+# - Mail comes from anybody and may be hostile. The page makes text of it, never HTML. A
+#   mail's own HTML is a document apart, in a frame and under a policy that let it run no
+#   script, send no form and load nothing; whoever wants its remote images asks for them.
+# - Mail may be broken. What cannot be taken apart is shown whole (`_read_content`).
+# - Mail may be large. It is taken apart in a worker thread, by code that takes time in
+#   proportion to its size; of each message only a small `_Summary` is kept.
+# - A page elsewhere can neither read nor delete: see HTTP.
+#
+# How mail comes in, and how long it is kept, belongs to CAPTURE.
+# ======================================================================================
+
+Release = Callable[[Captured, Sequence[str]], Awaitable[str]]
+
+_INBOX_BODY_LIMIT = 256 * 1024  # octets of a request
+_INBOX_SEND_SECONDS = 30.0  # for each piece
+_INBOX_RELEASE_SECONDS = 120.0
+_INBOX_WAIT_SECONDS = 60.0  # the most that a client may wait
+_INBOX_ALIVE_SECONDS = 15.0  # between two signs of life of a stream of events
+_INBOX_PAGE_LIMIT = 1000  # entries of a list
+_TEXT_LIMIT = 2 * 1024 * 1024  # characters of a text that are shown; /raw has all
+_SEARCHED_LIMIT = 64 * 1024  # characters of a text that are searched
+_PREVIEW_LIMIT = 140  # characters
+_LINK_LIMIT = 500
+_INLINE_LIMIT = 16 * 1024 * 1024  # octets of images put into a page
+_KEPT_CONTENTS = 4  # messages that are kept taken apart …
+_KEPT_OCTETS = 64 * 1024 * 1024  # … of at most this size together
+_SLOW_CHARSETS = {"idna", "punycode"}  # Python's decoders take quadratic time
+_BASE_HEADERS = (
+    ("Referrer-Policy", "no-referrer"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+)
+_JSON = "application/json"
+_OCTETS = "application/octet-stream"
+_FILE_POLICY = "sandbox; default-src 'none'; frame-ancestors 'none'"
+_SAFE_KINDS = {
+    "application/gzip", "application/json", "application/msword", "application/pdf",
+    "application/pgp-signature", "application/vnd.ms-excel", "application/zip", "audio/mpeg",
+    "audio/ogg", "audio/wav", "image/avif", "image/bmp", "image/gif", "image/jpeg", "image/png",
+    "image/webp", "text/calendar", "text/csv", "text/plain", "video/mp4", "video/webm",
+}  # fmt: skip
+
+
+class _Part(NamedTuple):
+    """A part of a message that has no parts of its own."""
+
+    number: int  # from 1
+    content_type: str
+    filename: str
+    content_id: str
+    disposition: str
+    data: bytes
+    text: str | None  # where it is part of what there is to read
+
+
+class _Content:
+    """A message taken apart. Texts have LF."""
+
+    def __init__(self, headers: list[tuple[str, str]], parts: list[_Part]) -> None:
+        self.headers = headers
+        self.parts = parts
+        html = [
+            part for part in parts if part.text is not None and part.content_type == "text/html"
+        ]
+        self.html = (html[0].text or "")[:_TEXT_LIMIT] if html else ""
+        texts = [part.text for part in parts if part.text is not None and part not in html]
+        self.text = "\n".join(text for text in texts if text)[:_TEXT_LIMIT]
+        self.bodies = {part.number for part in parts if part.text is not None}
+        self.cids = {_unquote(cid) for cid in _CID.findall(self.html)}
+
+    def header(self, name: str) -> str:
+        """Return the first header of this name, on one line, or ""."""
+        found = (value for key, value in self.headers if key.lower() == name)
+        return printable(next(found, ""), 1000)
+
+    def is_inline(self, part: _Part) -> bool:
+        return bool(part.content_id) and part.content_id in self.cids
+
+    def attachments(self) -> list[_Part]:
+        """Return what is neither text to be read nor an image within it."""
+        found = (part for part in self.parts if part.number not in self.bodies)
+        return [part for part in found if not self.is_inline(part)]
+
+
+_CID = re.compile(r"cid:([^\s\"'<>()]{1,998})", re.IGNORECASE)
+_REMOTE = re.compile(
+    r"(?:src|srcset|background|poster|data)\s*=\s*(?:[\"']\s*)?(?:https?:)?//"
+    r"|url\(\s*(?:[\"']\s*)?(?:https?:)?//|@import",
+    re.IGNORECASE,
+)
+# These act on a page from within its text, and some do so before any policy applies.
+_ACTING_TAGS = re.compile(r"<(?=(?:base|link|meta)\b)", re.IGNORECASE)
+
+
+def _unquote(text: str) -> str:
+    from urllib.parse import unquote  # 5 ms; only who looks into a message needs it
+
+    return unquote(text)
+
+
+def _read_content(raw: bytes) -> _Content:
+    """Take a message apart. Whatever it is made of, something comes of it."""
+    try:
+        return _parse_content(raw)
+    except Exception:  # the parser has limits of its own, and hostile mail finds them
+        text = raw[:_TEXT_LIMIT].decode("utf-8", "replace").replace("\r\n", "\n")
+        headers = []
+        for line in text.partition("\n\n")[0].split("\n")[:1000]:
+            name, colon, value = line.partition(":")
+            if colon and name and " " not in name and "\t" not in name:
+                headers.append((name, value.strip()))
+        return _Content(headers, [_Part(1, "text/plain", "", "", "", raw, text)])
+
+
+def _parse_content(raw: bytes) -> _Content:
+    from email.parser import BytesParser  # 25 ms; only who looks into a message needs it
+
+    # the older policy: it takes headers as they are, in a time that they cannot prolong
+    message = BytesParser().parsebytes(raw)
+    headers = [(printable(name, 200), _header_text(value)) for name, value in message.raw_items()]
+    parts: list[_Part] = []
+    rest = [message]
+    while rest:
+        one = rest.pop()
+        if one.is_multipart() and one.get_content_maintype() == "multipart":
+            rest += reversed(one.get_payload())  # type: ignore[arg-type]
+        else:
+            parts.append(_read_part(len(parts) + 1, one))
+    return _Content(headers, parts)
+
+
+def _read_part(number: int, one: ParsedMessage) -> _Part:
+    kind = one.get_content_type()
+    if kind.startswith("multipart/"):  # it says so, but has no parts
+        kind = "text/plain"
+    filename = printable(_header_text(one.get_filename("")), 255)
+    disposition = printable(one.get_content_disposition() or "", 40)
+    content_id = _header_text(one.get("Content-ID", "")).strip().strip("<>")
+    data = _payload(one)
+    text = None
+    if kind in ("text/plain", "text/html") and disposition != "attachment" and not filename:
+        text = _decoded(data, one.get_content_charset("utf-8"))
+    return _Part(number, printable(kind, 100), filename, content_id, disposition, data, text)
+
+
+def _payload(one: ParsedMessage) -> bytes:
+    if one.is_multipart():  # a message within a message
+        return b"\r\n".join(inner.as_bytes() for inner in one.get_payload())  # type: ignore[union-attr]
+    data = one.get_payload(decode=True)
+    return data if isinstance(data, bytes) else b""
+
+
+def _decoded(data: bytes, charset: str) -> str:
+    try:
+        if charset.lower() in _SLOW_CHARSETS:
+            raise LookupError
+        text = data.decode(charset, "replace")
+    except (LookupError, ValueError):
+        text = data.decode("utf-8", "replace")
+    text = text.encode("utf-8", "replace").decode("utf-8")  # some charsets make surrogates
+    return text.replace("\r\n", "\n").replace("\0", "\ufffd")
+
+
+def _header_text(value: object) -> str:
+    """Return a header unfolded, with its encoded words (RFC 2047) decoded."""
+    text = str(value).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    text = text.replace("\r", "").replace("\n", "")
+    if "=?" in text:
+        from email.header import decode_header, make_header
+
+        with contextlib.suppress(Exception):  # an unknown charset …: it stays as it is, then
+            text = str(make_header(decode_header(text)))
+    return UNPRINTABLE.sub(" ", text).strip()
+
+
+class _Summary:
+    """What lists and searches need to know of a message."""
+
+    __slots__ = ("entry", "fields")
+
+    def __init__(self, captured: Captured) -> None:
+        content = _read_content(captured.raw)
+        sender, subject = content.header("from"), content.header("subject")
+        to = ", ".join(filter(None, (content.header("to"), content.header("cc"))))
+        text = content.text[:_SEARCHED_LIMIT]
+        text = f"{text} {text_of_html(content.html[: 4 * _SEARCHED_LIMIT])}"[:_SEARCHED_LIMIT]
+        preview = content.text[:2000] if content.text.strip() else text[:2000]
+        self.entry: dict[str, Any] = {
+            "id": captured.id,
+            "received": iso_time(captured.received),
+            "received_seconds": captured.received,
+            "from": sender,
+            "to": to,
+            "mail_from": captured.mail_from,
+            "rcpt_tos": list(captured.rcpt_tos),
+            "subject": subject,
+            "preview": printable(" ".join(preview.split()), _PREVIEW_LIMIT),
+            "size": len(captured.raw),
+            "attachments": len(content.attachments()),
+            "tls": captured.tls,
+            "login": captured.login,
+        }
+        self.fields = {
+            "from": f"{captured.mail_from}\n{sender}".casefold(),
+            "to": "\n".join((*captured.rcpt_tos, to)).casefold(),
+            "subject": subject.casefold(),
+            "text": text.casefold(),
+        }
+
+    def matches(self, query: Sequence[tuple[str, str]]) -> bool:
+        """Tell whether each word of a query is found, in its field or in any."""
+        return all(
+            word in self.fields[field]
+            if field
+            else any(word in text for text in self.fields.values())
+            for field, word in query
+        )
+
+
+def _parse_query(text: str) -> list[tuple[str, str]]:
+    """Return the words of a search, each with its field or "".
+
+    A word may be in quotes; "from:", "to:" or "subject:" before it names the field.
+    """
+    found = re.findall(r"(?:(from|to|subject):)?(?:\"([^\"]*)\"|(\S+))", text.casefold()[:1000])
+    return [(field, quoted or word) for field, quoted, word in found if quoted or word]
+
+
+def iso_time(seconds: float) -> str:
+    """Return a time as RFC 3339 writes it, in UTC, with milliseconds."""
+    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+    return f"{whole}.{int(seconds % 1 * 1000):03}Z"
+
+
+class _Contents:
+    """The messages last looked at, taken apart. Used by worker threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: dict[str, tuple[int, _Content]] = {}
+
+    def get(self, captured: Captured) -> _Content:
+        with self._lock:
+            found = self._kept.pop(captured.id, None)
+        size, content = found or (len(captured.raw), _read_content(captured.raw))
+        with self._lock:
+            self._kept[captured.id] = size, content
+            while len(self._kept) > 1 and (
+                len(self._kept) > _KEPT_CONTENTS
+                or sum(size for size, _ in self._kept.values()) > _KEPT_OCTETS
+            ):
+                del self._kept[next(iter(self._kept))]
+        return content
+
+    def forget(self, ids: Iterable[str] | None = None) -> None:
+        """Forget these messages, or all."""
+        with self._lock:
+            for id in list(self._kept) if ids is None else ids:
+                self._kept.pop(id, None)
+
+
+class _Changes:
+    """Tells one connection of changes to the mailbox, for as long as its client is there."""
+
+    def __init__(self, loop: Loop, mailbox: Mailbox, stream: Stream) -> None:
+        self._loop = loop
+        self._mailbox = mailbox
+        self._stream = stream
+        self._something = Event(loop)
+        self._gone = False
+
+    async def __aenter__(self) -> _Changes:
+        self._end = self._mailbox.watch(lambda: self._loop.post(self._something.set))
+        self._listener = self._loop.spawn(self._listen(), "inbox client")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._end()
+        self._listener.cancel()
+        await self._loop.turn()  # let it stop listening before others listen
+
+    async def _listen(self) -> None:
+        with contextlib.suppress(Disconnected):
+            await self._stream.read_some()  # nothing more is to come: what comes is the end
+        self._gone = True
+        self._something.set()
+
+    async def next(self, seconds: float) -> bool:
+        """Wait for a change; False where there was none. Raises Disconnected."""
+        try:
+            with self._loop.deadline(seconds):
+                await self._something.wait()
+        except Expired:
+            return False
+        if self._gone:
+            raise Disconnected("the client is gone")
+        self._something.clear()
+        return True
+
+
+class Inbox:
+    """Shows a mailbox over HTTP, one request a connection.
+
+    `faults` are the rules that the interface shows and changes. `release` sends a message
+    on, or is None where that is not possible. `smtp` is where mail is to be sent, for
+    people ("smtp://127.0.0.1:1025"); `names` are names of this host besides "localhost".
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        record: Record,
+        mailbox: Mailbox,
+        faults: Script,
+        release: Release | None,
+        smtp: str = "",
+        names: Sequence[str] = (),
+    ) -> None:
+        self._loop = loop
+        self._record = record
+        self._mailbox = mailbox
+        self._faults = faults
+        self._release = release
+        self._smtp = smtp
+        self._names = tuple(names)
+        self._summaries: dict[str, _Summary] = {}
+        self._contents = _Contents()
+
+    async def answer(self, stream: Stream) -> None:
+        """Read one request, answer it, and close."""
+        try:
+            with self._loop.deadline(HTTP_SECONDS):
+                request = await read_request(stream)
+                answer = await self._admit(stream, request)
+            if not isinstance(answer, bytes):
+                answer = await self._guarded(answer(stream))
+            await self._send(stream, without_body(answer) if request.method == "HEAD" else answer)
+        except Cancelled:
+            stream.close()
+            raise
+        except (Disconnected, Expired, LineTooLong, BareNewline, ValueError):
+            pass
+        except Exception as error:
+            self._record.crash("inbox", error)
+        finally:
+            await stream.finish()
+
+    async def _send(self, stream: Stream, answer: bytes) -> None:
+        for start in range(0, len(answer), CHUNK):
+            with self._loop.deadline(_INBOX_SEND_SECONDS):
+                stream.write(answer[start : start + CHUNK])
+                await stream.be_fair()
+        with self._loop.deadline(_INBOX_SEND_SECONDS):
+            await stream.flush()
+
+    async def _guarded(self, answer: Awaitable[bytes]) -> bytes:
+        """Return what is answered; where that fails, an answer that says so."""
+        try:
+            return await answer
+        except HttpRefused as refused:
+            return _refusal(refused)
+        except (Disconnected, Expired):
+            raise
+        except Exception as error:
+            self._record.crash("inbox", error)
+            return _refusal(
+                HttpRefused(500, "something went wrong here; the server's log says what")
+            )
+
+    async def _admit(
+        self, stream: Stream, request: HttpRequest
+    ) -> bytes | Callable[[Stream], Awaitable[bytes]]:
+        """Find who answers `request`, or refuse it."""
+        try:
+            self._check_host(request.headers.get("host", ""))
+            method = "GET" if request.method == "HEAD" else request.method
+            action, values = _route(method, request.path)
+            if method != "GET" and is_from_a_foreign_page(request.headers):
+                raise HttpRefused(403, "a web page from elsewhere may not change anything here")
+            if method == "POST":
+                kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+                if kind != _JSON:
+                    raise HttpRefused(415, f"the Content-Type must be {_JSON}")
+            body = await read_body(stream, request, _INBOX_BODY_LIMIT)
+        except HttpRefused as refused:
+            return _refusal(refused)
+        asked = _Asked(values, _parameters(request.query), body)
+        return lambda stream: action(self, asked, stream)
+
+    def _check_host(self, host: str) -> None:
+        """Let through a name that no stranger's DNS could have given to our address.
+
+        A name without a dot, as containers have, is nobody's on the Internet.
+        """
+        if is_our_name(host, *self._names):
+            return
+        with contextlib.suppress(ValueError):
+            if re.fullmatch(r"[a-z0-9_-]+", host_name(host)):
+                return
+        raise HttpRefused(
+            421, f"this server has no name {printable(host, 100)!r}; ask localhost or an IP address"
+        )
+
+    # --- for people ---
+
+    async def _page(self, asked: _Asked, stream: Stream) -> bytes:
+        nonce = new_id()
+        text = _INBOX_PAGE
+        for mark, value in (
+            ("{nonce}", nonce), ("{style}", _INBOX_STYLE), ("{script}", _INBOX_SCRIPT),
+            ("{release}", "yes" if self._release else ""), ("{smtp}", html_text(self._smtp)),
+        ):  # fmt: skip
+            text = text.replace(mark, value)
+        policy = (
+            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
+            "connect-src 'self'; frame-src 'self'; img-src 'self' data:; "
+            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
+        return http_response(200, "text/html; charset=utf-8", text, policy, _BASE_HEADERS)
+
+    async def _health(self, asked: _Asked, stream: Stream) -> bytes:
+        return http_response(200, "text/plain", "ok\n")
+
+    # --- messages ---
+
+    def _find(self, query: str) -> list[dict[str, Any]]:
+        """Return the entries that match, the newest first. Called in a worker."""
+        words = _parse_query(query)
+        found, known = [], {}
+        for captured in reversed(self._mailbox.all()):
+            summary = self._summaries.get(captured.id) or _Summary(captured)
+            known[captured.id] = summary
+            if summary.matches(words):
+                found.append(summary.entry)
+        self._summaries = known  # without what is gone
+        return found
+
+    async def _list(self, asked: _Asked, stream: Stream) -> bytes:
+        start = asked.number("start", 0, 10**9)
+        limit = asked.number("limit", 50, _INBOX_PAGE_LIMIT)
+
+        def make() -> bytes:
+            found = self._find(asked.query.get("query", ""))
+            shown = found[start : start + limit]
+            total = len(self._mailbox.all())
+            return _json(
+                {"total": total, "matching": len(found), "start": start, "messages": shown}
+            )
+
+        return await self._loop.work(make)
+
+    def _captured(self, asked: _Asked) -> Captured:
+        captured = self._mailbox.get(asked.values[0])
+        if captured is None:
+            raise HttpRefused(404, "there is no such message; it may have been deleted")
+        return captured
+
+    async def _show(self, asked: _Asked, stream: Stream) -> bytes:
+        captured = self._captured(asked)
+        return await self._loop.work(lambda: _json(self._details(captured)))
+
+    def _details(self, captured: Captured) -> dict[str, Any]:
+        content = self._contents.get(captured)
+        summary = self._summaries.get(captured.id) or _Summary(captured)
+        return {
+            **summary.entry,
+            "peer": captured.peer,
+            "port": captured.port,
+            "hello": captured.hello,
+            "smtputf8": captured.smtputf8,
+            "headers": content.headers,
+            "text": content.text,
+            "html": content.html,
+            "remote": bool(_REMOTE.search(content.html)),
+            "parts": [
+                {
+                    "index": part.number,
+                    "content_type": part.content_type,
+                    "filename": part.filename,
+                    "size": len(part.data),
+                    "content_id": part.content_id,
+                    "disposition": part.disposition,
+                    "body": part.number in content.bodies,
+                    "inline": content.is_inline(part),
+                }
+                for part in content.parts
+            ],
+            "links": links_in(content.html, content.text)[:_LINK_LIMIT],
+            "transcript": captured.transcript,
+        }
+
+    async def _raw(self, asked: _Asked, stream: Stream) -> bytes:
+        captured = self._captured(asked)
+        return _file("message/rfc822", f"{captured.id}.eml", captured.raw)
+
+    async def _part(self, asked: _Asked, stream: Stream) -> bytes:
+        captured = self._captured(asked)
+        content = await self._loop.work(lambda: self._contents.get(captured))
+        index = int(asked.values[1])
+        if not 1 <= index <= len(content.parts):
+            raise HttpRefused(404, f'the message has no part {index}; see its "parts"')
+        part = content.parts[index - 1]
+        return _file(_safe_kind(part.content_type), part.filename or f"part-{index}", part.data)
+
+    async def _html(self, asked: _Asked, stream: Stream) -> bytes:
+        captured = self._captured(asked)
+        remote = asked.query.get("remote") == "1"
+
+        def make() -> bytes:
+            content = self._contents.get(captured)
+            if not content.html:
+                raise HttpRefused(404, "the message has no HTML")
+            return _framed(content, remote)
+
+        return await self._loop.work(make)
+
+    async def _delete(self, asked: _Asked, stream: Stream) -> bytes:
+        captured = self._captured(asked)
+        self._contents.forget([captured.id])
+        return _json({"deleted": int(self._mailbox.remove(captured.id))})
+
+    async def _delete_all(self, asked: _Asked, stream: Stream) -> bytes:
+        count = len(self._mailbox.all())
+        self._contents.forget()
+        self._mailbox.clear()
+        return _json({"deleted": count})
+
+    async def _release_message(self, asked: _Asked, stream: Stream) -> bytes:
+        captured = self._captured(asked)
+        if self._release is None:
+            raise HttpRefused(501, "this server sends nothing on: it was started without a way to")
+        to = asked.json().get("to")
+        if not isinstance(to, list) or not to or not all(map(_is_address, to)):
+            raise HttpRefused(400, 'expected {"to": ["user@domain", …]}')
+        try:
+            with self._loop.deadline(_INBOX_RELEASE_SECONDS):
+                return _json({"released": await self._release(captured, to)})
+        except Expired:
+            raise HttpRefused(504, "the other server did not answer in time") from None
+        except ChasquidError as error:
+            raise HttpRefused(502, str(error)) from error
+
+    # --- waiting ---
+
+    async def _wait(self, asked: _Asked, stream: Stream) -> bytes:
+        count = asked.number("count", 1, 10**6)
+        seconds = asked.seconds("timeout", 10.0, _INBOX_WAIT_SECONDS)
+        end = self._loop.clock.monotonic() + seconds
+        query = asked.query.get("query", "")
+        async with _Changes(self._loop, self._mailbox, stream) as changes:
+            while True:
+                found = await self._loop.work(lambda: self._find(query))
+                told = {"matching": len(found), "messages": found[:_INBOX_PAGE_LIMIT]}
+                if len(found) >= count:
+                    return _json(told)
+                if not await changes.next(end - self._loop.clock.monotonic()):
+                    break
+        total = len(self._mailbox.all())
+        sentence = (
+            f"{len(found)} of {plural(count, 'message')} came within {seconds:g} s; "
+            f"{total} are there in all"
+        )
+        others = await self._loop.work(lambda: self._find(""))
+        return _json({"error": sentence, **told, "total": total, "arrived": others[:10]}, 408)
+
+    async def _events(self, asked: _Asked, stream: Stream) -> bytes:
+        """Send an event at once and after each change; WHATWG HTML, 9.2."""
+        stream.write(http_head(200, "text/event-stream", None, headers=_BASE_HEADERS))
+        stream.write(b"retry: 2000\n\n")
+        changed = True
+        async with _Changes(self._loop, self._mailbox, stream) as changes:
+            while True:
+                data = json.dumps({"total": len(self._mailbox.all())})
+                event = f"event: change\ndata: {data}\n\n" if changed else ": nothing new\n\n"
+                stream.write(event.encode())
+                with self._loop.deadline(_INBOX_SEND_SECONDS):
+                    await stream.flush()
+                await self._loop.sleep(0.1)  # many changes at once are one event
+                changed = await changes.next(_INBOX_ALIVE_SECONDS)
+
+    # --- faults ---
+
+    async def _list_faults(self, asked: _Asked, stream: Stream) -> bytes:
+        return _json({"faults": self._faults.describe()})
+
+    async def _add_fault(self, asked: _Asked, stream: Stream) -> bytes:
+        try:
+            return _json({"id": self._faults.add_rule(asked.json())}, 201)
+        except ChasquidError as error:
+            if isinstance(error, HttpRefused):
+                raise
+            raise HttpRefused(400, str(error)) from error
+
+    async def _delete_fault(self, asked: _Asked, stream: Stream) -> bytes:
+        if not self._faults.remove_rule(asked.values[0]):
+            raise HttpRefused(404, "there is no such rule; it may have been used up")
+        return _json({"deleted": 1})
+
+    async def _delete_faults(self, asked: _Asked, stream: Stream) -> bytes:
+        count = len(self._faults.describe())
+        self._faults.clear()
+        return _json({"deleted": count})
+
+
+class _Asked(NamedTuple):
+    """What a request asks for: what stands in its path, its parameters, its body."""
+
+    values: tuple[str, ...]
+    query: Mapping[str, str]
+    body: bytes
+
+    def number(self, name: str, default: int, most: int) -> int:
+        text = self.query.get(name, str(default))
+        if not re.fullmatch(r"[0-9]{1,10}", text):
+            raise HttpRefused(400, f"{name} must be a number from 0 to {most}")
+        return min(int(text), most)
+
+    def seconds(self, name: str, default: float, most: float) -> float:
+        text = self.query.get(name, str(default))
+        if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text):
+            raise HttpRefused(400, f"{name} must be a number of seconds up to {most:g}")
+        return min(float(text), most)
+
+    def json(self) -> dict[str, Any]:
+        try:
+            value = json.loads(self.body)
+        except (ValueError, RecursionError) as error:
+            raise HttpRefused(400, f"the body is no JSON: {printable(str(error), 200)}") from error
+        if not isinstance(value, dict):
+            raise HttpRefused(400, "the body must be a JSON object")
+        return value
+
+
+def _parameters(query: str) -> dict[str, str]:
+    from urllib.parse import parse_qsl
+
+    try:
+        return dict(parse_qsl(query, keep_blank_values=True, max_num_fields=50))
+    except ValueError:
+        return {}
+
+
+def _json(value: Mapping[str, Any], status: int = 200) -> bytes:
+    text = json.dumps(value, indent=1) + "\n"
+    return http_response(status, _JSON, text, headers=_BASE_HEADERS)
+
+
+def _refusal(refused: HttpRefused) -> bytes:
+    text = json.dumps({"error": str(refused)}, indent=1) + "\n"
+    headers = (*_BASE_HEADERS, *refused.headers)
+    return http_response(refused.status, _JSON, text, headers=headers)
+
+
+def _is_address(value: object) -> bool:
+    if not isinstance(value, str) or re.search(r"[\s<>]", value) or UNPRINTABLE.search(value):
+        return False
+    return all(split_address(value)) and len(value) <= 500
+
+
+def _safe_kind(kind: str) -> str:
+    """Return a type that no browser runs, whatever a part says that it is."""
+    return kind if kind in _SAFE_KINDS else _OCTETS
+
+
+def _file(kind: str, name: str, data: bytes) -> bytes:
+    """Return a response that a browser stores under a name which is nothing but a name."""
+    from urllib.parse import quote
+
+    name = re.split(r"[/\\]", name)[-1].replace('"', "'").replace("\n", " ").replace("\r", " ")
+    name = UNPRINTABLE.sub(" ", name).strip(" .")[:150] or "unnamed"
+    plain = "".join(c if c.isascii() and c not in "%;" else "_" for c in name)
+    said = f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='')}"  # RFC 6266
+    headers = (("Content-Disposition", said), *_BASE_HEADERS)
+    return http_response(200, kind, data, _FILE_POLICY, headers)
+
+
+_FRAME_HEAD = (
+    "<!doctype html><meta charset=utf-8><base target=_blank>"
+    '<meta name=viewport content="width=device-width"><style>'
+    "html{color-scheme:light;background:#fff;color:#111}"
+    "body{font:15px/1.5 system-ui,sans-serif;margin:12px;overflow-wrap:anywhere}"
+    "img{max-width:100%}</style>\n"
+)
+
+
+def _framed(content: _Content, remote: bool) -> bytes:
+    """Return the HTML of a mail as a document that can do nothing but be looked at.
+
+    In the sandbox its origin is nobody's, and 'self' would stand for that: so the images
+    that came with the mail are put into the page itself. `<base>` of ours is the first,
+    so links open in a tab of their own.
+    """
+    images = "data: http: https:" if remote else "data:"
+    policy = (
+        "sandbox allow-popups allow-popups-to-escape-sandbox; default-src 'none'; "
+        f"style-src 'unsafe-inline'; img-src {images}; font-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
+    )
+    html = _ACTING_TAGS.sub("<!", content.html)  # a comment, up to the next ">"
+    by_id = {part.content_id: part for part in content.parts if part.content_id}
+    left = _INLINE_LIMIT
+
+    def image(match: re.Match[str]) -> str:
+        nonlocal left
+        part = by_id.get(_unquote(match[1]))
+        if part is None or not re.fullmatch(r"image/[a-z0-9.+-]+", part.content_type):
+            return match[0]
+        left -= len(part.data)
+        if left < 0:
+            return match[0]
+        return f"data:{part.content_type};base64,{base64.b64encode(part.data).decode()}"
+
+    headers = (*_BASE_HEADERS, ("X-DNS-Prefetch-Control", "off"))
+    text = _FRAME_HEAD + _CID.sub(image, html)
+    return http_response(200, "text/html; charset=utf-8", text, policy, headers)
+
+
+_INBOX_PAGE = """<!doctype html>
+<html lang=en><head><meta charset=utf-8>
+<meta name=viewport content="width=device-width, initial-scale=1">
+<meta name=color-scheme content="light dark"><title>chasquid inbox</title>
+<link rel=icon href="data:,"><style nonce={nonce}>{style}</style></head>
+<body data-release="{release}" data-smtp="{smtp}">
+<header>
+<h1>chasquid</h1><span id=count class=pill title="messages">0</span>
+<input id=search type=search placeholder="Search   /" aria-label="Search the messages"
+ title="words in addresses, subject or text; from: to: subject: narrow a word down">
+<span id=state role=status aria-live=polite></span>
+<button id=clear type=button>Delete all</button>
+</header>
+<main>
+<nav id=side aria-label="Messages">
+<ul id=list role=listbox aria-label="Messages, newest first" tabindex=0></ul>
+<button id=more type=button hidden>Show more</button>
+<div id=empty class=empty hidden></div>
+</nav>
+<article id=view aria-label="Message" tabindex=-1>
+<div id=nothing class=empty></div>
+<div id=message hidden>
+<div class=bar><button id=back type=button>&larr; Messages</button><span class=gap></span>
+<button id=release type=button hidden>Release&hellip;</button>
+<a id=download class=button download>Download</a>
+<button id=remove type=button title="Delete">Delete</button></div>
+<h2 id=subject></h2><dl id=facts></dl>
+<div id=tabs role=tablist aria-label="Views of the message"></div>
+<div id=panel role=tabpanel tabindex=0></div>
+</div>
+</article>
+</main>
+<dialog id=ask aria-labelledby=ask-text><p id=ask-text></p><input id=ask-input hidden
+ aria-label="Recipients, separated by commas"><p id=ask-error role=alert></p>
+<div class=bar><span class=gap></span><button id=ask-no type=button>Cancel</button>
+<button id=ask-yes type=button class=main></button></div></dialog>
+<script nonce={nonce}>{script}</script></body></html>
+"""
+
+_INBOX_STYLE = """
+:root { color-scheme: light dark; --back: #fff; --side: #f6f7f9; --text: #1b1f24; --soft: #59636e;
+  --edge: #d8dee4; --pick: #dcebff; --main: #0b5cad; --on: #fff; --bad: #b3261e; --good: #1b7a36;
+  --note: #fff4d6; }
+@media (prefers-color-scheme: dark) { :root { --back: #14171b; --side: #1b1f25; --text: #e6e9ed;
+  --soft: #9aa4b0; --edge: #323942; --pick: #20395a; --main: #7ab7ff; --on: #0c1a2b;
+  --bad: #ff8a80; --good: #81c995; --note: #3a3014; } }
+* { box-sizing: border-box; } [hidden] { display: none !important; }
+html, body { height: 100%; margin: 0; }
+body { display: flex; flex-direction: column; font: 15px/1.45 system-ui, sans-serif;
+  background: var(--back); color: var(--text); }
+header { display: flex; align-items: center; gap: .6rem; padding: .55rem .9rem;
+  border-bottom: 1px solid var(--edge); }
+h1 { font-size: 1.05rem; margin: 0; } h2 { font-size: 1.25rem; line-height: 1.3;
+  margin: .3rem 0 .5rem; overflow-wrap: anywhere; }
+.pill { background: var(--side); border: 1px solid var(--edge); border-radius: 1rem;
+  padding: 0 .55rem; font-size: .85rem; font-variant-numeric: tabular-nums; }
+#search { flex: 1; min-width: 0; max-width: 32rem; margin-left: .5rem; }
+#state { color: var(--bad); font-size: .85rem; margin-left: auto; }
+input, button, .button { font: inherit; color: inherit; background: var(--back);
+  border: 1px solid var(--edge); border-radius: .45rem; padding: .32rem .7rem; }
+button, .button { cursor: pointer; text-decoration: none; white-space: nowrap; font-size: .9rem; }
+button:hover, .button:hover { border-color: var(--main); }
+button:disabled { opacity: .5; cursor: default; border-color: var(--edge); }
+button.main { background: var(--main); color: var(--on); border-color: var(--main); }
+:focus-visible { outline: 2px solid var(--main); outline-offset: 1px; }
+main { flex: 1; min-height: 0; display: grid;
+  grid-template-columns: minmax(19rem, 25rem) minmax(0, 1fr); }
+#side { overflow-y: auto; border-right: 1px solid var(--edge); background: var(--side);
+  min-height: 0; }
+#list { list-style: none; margin: 0; padding: 0; }
+#list:focus-visible { outline-offset: -2px; }
+#list li { position: relative; padding: .6rem .9rem .6rem 1.5rem; cursor: pointer;
+  border-bottom: 1px solid var(--edge); }
+#list li:hover { background: color-mix(in srgb, var(--pick) 45%, transparent); }
+#list li[aria-selected=true] { background: var(--pick); }
+#list .row { display: flex; gap: .5rem; align-items: baseline; }
+#list .who { flex: 1; } #list .who, #list .what, #list .how { overflow: hidden;
+  text-overflow: ellipsis; white-space: nowrap; }
+#list time, #list .clip, #list .how { color: var(--soft); font-size: .82rem; white-space: nowrap; }
+#list .clip { border: 1px solid var(--edge); border-radius: .3rem; padding: 0 .35rem; }
+#list .what { flex: 1; } #list .new .who, #list .new .what { font-weight: 650; }
+#list .new::before { content: ""; position: absolute; left: .55rem; top: 1rem; width: .5rem;
+  height: .5rem; border-radius: 50%; background: var(--main); }
+#more { margin: .7rem auto; display: block; }
+.empty { color: var(--soft); padding: 3rem 1.5rem; text-align: center; }
+.empty b { display: block; color: var(--text); font-size: 1.1rem; margin-bottom: .3rem; }
+.empty code { overflow-wrap: anywhere; } .empty kbd { border: 1px solid var(--edge);
+  border-radius: .25rem; padding: 0 .3rem; font-size: .85em; }
+#view { min-width: 0; min-height: 0; overflow: hidden; outline: none; }
+#message { height: 100%; display: flex; flex-direction: column; padding: .7rem 1.1rem 0; }
+.bar { display: flex; gap: .5rem; align-items: center; } .gap { flex: 1; } #back { display: none; }
+#facts { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: .1rem .8rem; margin: 0;
+  font-size: .9rem; max-height: 9rem; overflow-y: auto; flex: none; }
+#facts dt { color: var(--soft); } #facts dd { margin: 0; overflow-wrap: anywhere; }
+#tabs { display: flex; gap: .2rem; overflow-x: auto; border-bottom: 1px solid var(--edge);
+  margin: .7rem -1.1rem 0; padding: 2px 1.1rem 0; flex: none; }
+#tabs button { border: 0; border-bottom: 2px solid transparent; border-radius: 0; background: none;
+  color: var(--soft); padding: .4rem .7rem; }
+#tabs button[aria-selected=true] { color: var(--text); border-color: var(--main); }
+#tabs :focus-visible { outline-offset: -2px; }
+#panel { flex: 1; min-height: 0; overflow: auto; margin: 0 -1.1rem; padding: .9rem 1.1rem;
+  display: flex; flex-direction: column; }
+#panel:focus-visible { outline-offset: -2px; }
+#panel.framed { padding: 0; overflow: hidden; }
+iframe { border: 0; width: 100%; flex: 1; min-height: 0; background: #fff; }
+.note { background: var(--note); padding: .4rem 1.1rem; display: flex; gap: .8rem;
+  align-items: center; flex-wrap: wrap; font-size: .9rem; }
+pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere;
+  font: .88rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }
+pre.text { max-width: 80ch; } a { color: var(--main); }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; }
+th, td { text-align: left; vertical-align: top; padding: .25rem .8rem .25rem 0;
+  border-bottom: 1px solid var(--edge); overflow-wrap: anywhere; }
+th { color: var(--soft); font-weight: 500; width: 11rem; }
+.says span { display: block; padding: 0 .4rem 0 3.4ch; text-indent: -3ch; }
+.says .client { color: var(--main); } .says .bad { color: var(--bad); font-weight: 600; }
+.files { display: grid; gap: .7rem; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); }
+.files a { border: 1px solid var(--edge); border-radius: .5rem; padding: .7rem; color: inherit;
+  text-decoration: none; overflow-wrap: anywhere; min-width: 0; }
+.files a:hover { border-color: var(--main); } .files small { color: var(--soft); display: block; }
+.files img { display: block; max-width: 100%; max-height: 9rem; margin-bottom: .5rem; }
+dialog { border: 1px solid var(--edge); border-radius: .7rem; padding: 1.2rem; width: 28rem;
+  max-width: calc(100vw - 2rem); background: var(--back); color: var(--text); }
+dialog::backdrop { background: #0008; } dialog p { margin: 0 0 .9rem; overflow-wrap: anywhere; }
+dialog input { width: 100%; margin-bottom: .9rem; } #ask-error { color: var(--bad); }
+#ask-error:empty { display: none; }
+@media (max-width: 760px) { main { display: block; } #side, #view { height: 100%; border: 0; }
+  #view { display: none; } .reading #view { display: block; }
+  .reading #side, .reading header { display: none; } #back { display: block; }
+  #message { padding: .6rem .9rem 0; } #tabs, #panel { margin-left: -.9rem; margin-right: -.9rem; }
+  header { flex-wrap: wrap; } #count { margin-right: auto; }
+  #search { order: 9; flex-basis: 100%; max-width: none; margin: 0; }
+  button, .button, input { padding: .45rem .75rem; } th { width: 7rem; } }
+"""
+
+# Every text of a mail becomes the textContent of an element, and nothing else.
+_INBOX_SCRIPT = r"""
+"use strict";
+const $ = id => document.getElementById(id), api = "api/v1/";
+const smtp = document.body.dataset.smtp, canRelease = document.body.dataset.release;
+let entries = [], current = null, shown = null, tab = "", limit = 50, total = 0, matching = 0;
+let loading = false, again = false, remote = false, read = new Set();
+try { read = new Set(JSON.parse(localStorage.getItem("read") || "[]")); } catch {}
+function make(tag, text, name) {
+  const element = document.createElement(tag);
+  if (text !== undefined) element.textContent = text;
+  if (name) element.className = name;
+  return element;
+}
+async function ask(path, options) {
+  const reply = await fetch(api + path, options), value = await reply.json();
+  if (!reply.ok) throw new Error(value.error || reply.statusText);
+  return value;
+}
+function size(octets) {
+  if (octets < 1024) return octets + " B";
+  if (octets < 1048576) return (octets / 1024).toFixed(octets < 10240 ? 1 : 0) + " KB";
+  return (octets / 1048576).toFixed(1) + " MB";
+}
+function ago(seconds) {
+  const past = Math.max(0, Date.now() / 1000 - seconds);
+  if (past < 10) return "now";
+  if (past < 60) return Math.floor(past / 10) * 10 + " s";
+  if (past < 3600) return Math.floor(past / 60) + " min";
+  if (past < 86400) return Math.floor(past / 3600) + " h";
+  return new Date(seconds * 1000).toLocaleDateString();
+}
+const when = seconds => new Date(seconds * 1000).toLocaleString();
+const name = text => (text.match(/^\s*"?([^"<]*?)"?\s*<.*>\s*$/) || ["", ""])[1] || text;
+const sender = entry => name(entry.from) || entry.mail_from || "<>";
+const subject = entry => entry.subject || "(no subject)";
+function remember(id) {
+  read.add(id);
+  try { localStorage.setItem("read", JSON.stringify([...read].slice(-5000))); } catch {}
+}
+async function load() {
+  if (loading) { again = true; return; }
+  loading = true;
+  try {
+    do {
+      again = false;
+      const query = encodeURIComponent($("search").value);
+      const found = await ask(`messages?limit=${limit}&query=${query}`);
+      entries = found.messages; total = found.total; matching = found.matching;
+      draw();
+    } while (again);
+    $("state").textContent = "";
+  } catch (error) { $("state").textContent = "The server does not answer."; }
+  loading = false;
+}
+function row(entry) {
+  const item = make("li");
+  item.id = "m-" + entry.id; item.setAttribute("role", "option");
+  item.setAttribute("aria-selected", entry.id === current);
+  if (!read.has(entry.id)) item.className = "new";
+  const top = make("div", undefined, "row"), time = make("time", ago(entry.received_seconds));
+  time.dateTime = entry.received; time.title = when(entry.received_seconds);
+  top.append(make("span", sender(entry), "who"), time);
+  const middle = make("div", undefined, "row");
+  middle.append(make("span", subject(entry), "what"));
+  if (entry.attachments) {
+    const files = entry.attachments + (entry.attachments === 1 ? " file" : " files");
+    middle.append(make("span", files, "clip"));
+  }
+  const to = "to " + entry.rcpt_tos.join(", ");
+  item.append(top, middle);
+  item.append(make("div", entry.preview ? to + " \u2014 " + entry.preview : to, "how"));
+  item.addEventListener("click", () => open(entry.id));
+  return item;
+}
+function draw() {
+  $("list").replaceChildren(...entries.map(row));
+  $("list").hidden = !entries.length;
+  const unread = entries.filter(entry => !read.has(entry.id)).length;
+  $("count").textContent = total;
+  document.title = (unread ? `(${unread}) ` : "") + "chasquid inbox";
+  $("more").hidden = entries.length >= matching; $("clear").disabled = !total;
+  const empty = $("empty"); empty.hidden = entries.length > 0; empty.replaceChildren();
+  if (total) empty.append(make("b", "Nothing found"), "No message has these words.");
+  else {
+    empty.append(make("b", "No mail yet"), "Send some");
+    if (smtp) empty.append(" to ", make("code", smtp));
+    empty.append("; it appears here by itself.");
+  }
+  $("nothing").replaceChildren(make("b", total ? "No message is open" : "Nothing to read"));
+  const keys = [["j", " and "], ["k", " go through the list, "], ["/", " searches, "],
+    ["Delete", " deletes"]];
+  if (total) for (const [key, what] of keys) $("nothing").append(make("kbd", key), what);
+  mark();
+}
+function mark() {
+  for (const item of $("list").children)
+    item.setAttribute("aria-selected", item.id === "m-" + current);
+  if (current && $("m-" + current)) $("list").setAttribute("aria-activedescendant", "m-" + current);
+  else $("list").removeAttribute("aria-activedescendant");
+}
+async function open(id) {
+  current = id; remote = false; remember(id); draw();
+  $("m-" + id)?.scrollIntoView({ block: "nearest" });
+  try {
+    const message = await ask("messages/" + id);
+    if (current !== id) return;
+    shown = message; show();
+    if (location.hash !== "#" + id) history.replaceState(null, "", "#" + id);
+  } catch (error) { if (current === id) { close(); $("state").textContent = error.message; } }
+}
+function close() {
+  current = shown = null; history.replaceState(null, "", location.pathname);
+  document.body.classList.remove("reading");
+  $("message").hidden = true; $("nothing").hidden = false; mark();
+}
+function fact(label, text) { if (text) $("facts").append(make("dt", label), make("dd", text)); }
+function show() {
+  const path = api + "messages/" + shown.id;
+  document.body.classList.add("reading");
+  $("message").hidden = false; $("nothing").hidden = true;
+  $("subject").textContent = subject(shown);
+  $("facts").replaceChildren();
+  fact("From", shown.from || "(none)"); fact("To", shown.to);
+  fact("Envelope", `<${shown.mail_from}> \u2192 ${shown.rcpt_tos.map(to => `<${to}>`).join(", ")}`);
+  fact("Received", [when(shown.received_seconds), size(shown.size), `from ${shown.peer}`,
+    shown.tls ? shown.tls.split(" ")[0] : "no TLS", shown.login && `as ${shown.login}`]
+    .filter(Boolean).join(" \u00b7 "));
+  $("download").href = path + "/raw"; $("release").hidden = !canRelease;
+  const files = shown.parts.filter(part => !part.body).length;
+  const tabs = [["html", "HTML"], ["text", "Text"], ["headers", "Headers"], ["raw", "Raw"],
+    ["attachments", "Attachments" + (files ? ` (${files})` : "")], ["dialogue", "Dialogue"]];
+  const usable = tabs.filter(([key]) => (key !== "html" || shown.html) &&
+    (key !== "attachments" || files));
+  if (!usable.some(([key]) => key === tab)) tab = shown.html ? "html" : "text";
+  else if (tab === "text" && !shown.text && shown.html) tab = "html";
+  $("tabs").replaceChildren(...usable.map(([key, label]) => {
+    const button = make("button", label);
+    button.type = "button"; button.id = "tab-" + key; button.setAttribute("role", "tab");
+    button.setAttribute("aria-controls", "panel");
+    button.addEventListener("click", () => { tab = key; fill(); });
+    return button;
+  }));
+  fill();
+}
+const views = {
+  html(panel, path) {
+    panel.className = "framed";
+    if (shown.remote) {
+      const note = make("div", undefined, "note");
+      note.setAttribute("role", "status");
+      const said = remote ? "Remote images are loaded." : "Remote content is blocked.";
+      note.append(make("span", said));
+      if (!remote) {
+        const button = make("button", "Load images once"); button.type = "button";
+        button.id = "remote"; button.addEventListener("click", () => { remote = true; fill(); });
+        note.append(button);
+      }
+      panel.append(note);
+    }
+    const frame = make("iframe"); frame.title = "The message";
+    frame.setAttribute("sandbox", "allow-popups allow-popups-to-escape-sandbox");
+    frame.referrerPolicy = "no-referrer";
+    frame.src = path + "/html" + (remote ? "?remote=1" : ""); panel.append(frame);
+  },
+  text(panel) {
+    const text = make("pre", undefined, "text");
+    for (const piece of shown.text.split(/(https?:\/\/[^\s<>"']+[^\s<>"'.,;:!?)\]])/i)) {
+      if (!/^https?:\/\//i.test(piece)) { text.append(piece); continue; }
+      const link = make("a", piece);
+      link.href = piece; link.target = "_blank"; link.rel = "noopener noreferrer";
+      text.append(link);
+    }
+    panel.append(shown.text.trim() ? text : make("div", "This message has no text.", "empty"));
+  },
+  headers(panel) {
+    const table = make("table");
+    for (const [key, value] of shown.headers) {
+      const line = table.insertRow(), head = make("th", key);
+      head.scope = "row"; line.append(head, make("td", value));
+    }
+    panel.append(table);
+  },
+  async raw(panel, path) {
+    const id = shown.id, text = make("pre", "Loading\u2026"); panel.append(text);
+    try {
+      const reply = await fetch(path + "/raw"), whole = await reply.text();
+      if (shown?.id !== id) return;
+      const cut = whole.length > 1000000;
+      text.textContent = whole.slice(0, 1000000) + (cut ? "\n\u2026 (Download has all of it)" : "");
+    } catch { text.textContent = "The server does not answer."; }
+  },
+  attachments(panel, path) {
+    const files = make("div", undefined, "files");
+    for (const part of shown.parts.filter(part => !part.body)) {
+      const link = make("a"); link.href = `${path}/parts/${part.index}`; link.download = "";
+      if (/^image\/(png|jpeg|gif|webp|avif|bmp)$/.test(part.content_type)) {
+        const image = make("img"); image.src = link.href; image.alt = ""; image.loading = "lazy";
+        link.append(image);
+      }
+      link.append(make("span", part.filename || "part " + part.index),
+        make("small", [part.content_type, size(part.size), part.inline && "inline"]
+          .filter(Boolean).join(" \u00b7 ")));
+      files.append(link);
+    }
+    panel.append(files);
+  },
+  dialogue(panel) {
+    const says = make("pre", undefined, "says");
+    for (const line of shown.transcript.split("\n")) {
+      const kind = /^S: [45]/.test(line) ? "bad" : line.startsWith("C:") ? "client" : "";
+      says.append(make("span", line, kind));
+    }
+    panel.append(shown.transcript ? says : make("div", "Nothing was kept.", "empty"));
+  },
+};
+function fill() {
+  const panel = $("panel"); panel.className = ""; panel.replaceChildren(); panel.scrollTop = 0;
+  for (const button of $("tabs").children) {
+    const on = button.id === "tab-" + tab;
+    button.setAttribute("aria-selected", on); button.tabIndex = on ? 0 : -1;
+  }
+  panel.setAttribute("aria-labelledby", "tab-" + tab);
+  views[tab](panel, api + "messages/" + shown.id);
+}
+function dialog(text, label, input, act) {
+  $("ask-text").textContent = text; $("ask-yes").textContent = label;
+  $("ask-error").textContent = "";
+  $("ask-input").hidden = input === null; $("ask-input").value = input ?? "";
+  $("ask-yes").onclick = async () => {
+    $("ask-yes").disabled = true; $("ask-error").textContent = "";
+    try { const said = await act($("ask-input").value); $("ask").close();
+      if (said) $("state").textContent = said;
+    } catch (error) { $("ask-error").textContent = error.message; }
+    $("ask-yes").disabled = false;
+  };
+  $("ask").showModal(); (input === null ? $("ask-yes") : $("ask-input")).focus();
+}
+async function drop(id) {
+  const place = entries.findIndex(entry => entry.id === id);
+  const next = entries[place + 1] || entries[place - 1];
+  const narrow = matchMedia("(max-width: 760px)").matches;
+  try { await ask("messages/" + id, { method: "DELETE" }); }
+  catch (error) { $("state").textContent = error.message; }
+  entries = entries.filter(entry => entry.id !== id);
+  if (next && !narrow) open(next.id); else close();
+  load();
+}
+function step(by) {
+  const place = entries.findIndex(entry => entry.id === current);
+  const next = entries[place < 0 ? 0 : place + by];
+  if (next) open(next.id);
+}
+$("clear").onclick = () => dialog(`Delete all ${total} messages? They cannot be brought back.`,
+  "Delete all", null, async () => {
+    await ask("messages", { method: "DELETE" }); close(); load(); });
+$("remove").onclick = () => shown && drop(shown.id);
+$("back").onclick = () => { close(); $("list").focus(); };
+$("more").onclick = () => { limit = Math.min(1000, limit + 100); load(); };
+$("release").onclick = () => {
+  const path = `messages/${shown.id}/release`;
+  dialog("Send this message on to:", "Release", shown.rcpt_tos.join(", "), async text => {
+    const to = text.split(",").map(one => one.trim()).filter(Boolean);
+    const headers = { "Content-Type": "application/json" }, body = JSON.stringify({ to });
+    return (await ask(path, { method: "POST", headers, body })).released;
+  });
+};
+$("ask-no").onclick = () => $("ask").close();
+$("ask-input").addEventListener("keydown", event => {
+  if (event.key === "Enter") $("ask-yes").click();
+});
+let typed = 0;
+$("search").addEventListener("input", () => {
+  clearTimeout(typed); typed = setTimeout(load, 150);
+});
+$("tabs").addEventListener("keydown", event => {
+  const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key], all = [...$("tabs").children];
+  if (!by) return;
+  const to = all[(all.findIndex(one => one.id === "tab-" + tab) + by + all.length) % all.length];
+  to.click(); to.focus(); event.preventDefault();
+});
+document.addEventListener("keydown", event => {
+  if (event.ctrlKey || event.metaKey || event.altKey || $("ask").open) return;
+  const typing = event.target.tagName === "INPUT", key = event.key;
+  if (key === "Escape" && typing) { event.target.blur(); $("list").focus(); }
+  else if (typing) { if (key === "ArrowDown" || key === "Enter") { event.target.blur(); step(1); } }
+  else if (key === "/") { $("search").focus(); $("search").select(); event.preventDefault(); }
+  else if (key === "Escape" && shown) { close(); $("list").focus(); }
+  else if (key === "Delete" && shown) drop(shown.id);
+  else if (key === "j" || key === "k") step(key === "j" ? 1 : -1);
+  else if ((key === "ArrowDown" || key === "ArrowUp") && !event.target.closest("#panel")) {
+    step(key === "ArrowDown" ? 1 : -1); event.preventDefault();
+  }
+});
+const events = new EventSource(api + "events");
+events.addEventListener("change", load);
+events.onerror = () => { $("state").textContent = "The server does not answer."; };
+setInterval(() => entries.forEach(entry => {
+  const time = $("m-" + entry.id)?.querySelector("time");
+  if (time) time.textContent = ago(entry.received_seconds);
+}), 10000);
+load().then(() => { if (/^#\w+$/.test(location.hash)) open(location.hash.slice(1)); });
+"""
+
+_Action = Callable[[Inbox, _Asked, Stream], Awaitable[bytes]]
+
+_ROUTES: tuple[tuple[str, dict[str, _Action]], ...] = (
+    (r"/", {"GET": Inbox._page}),
+    (r"/health", {"GET": Inbox._health}),
+    (r"/api/v1/messages", {"GET": Inbox._list, "DELETE": Inbox._delete_all}),
+    (r"/api/v1/messages/(\w{1,40})", {"GET": Inbox._show, "DELETE": Inbox._delete}),
+    (r"/api/v1/messages/(\w{1,40})/raw", {"GET": Inbox._raw}),
+    (r"/api/v1/messages/(\w{1,40})/html", {"GET": Inbox._html}),
+    (r"/api/v1/messages/(\w{1,40})/parts/([0-9]{1,6})", {"GET": Inbox._part}),
+    (r"/api/v1/messages/(\w{1,40})/release", {"POST": Inbox._release_message}),
+    (r"/api/v1/wait", {"GET": Inbox._wait}),
+    (r"/api/v1/events", {"GET": Inbox._events}),
+    (
+        r"/api/v1/faults",
+        {"GET": Inbox._list_faults, "POST": Inbox._add_fault, "DELETE": Inbox._delete_faults},
+    ),
+    (r"/api/v1/faults/([\w.-]{1,40})", {"DELETE": Inbox._delete_fault}),
+)
+
+
+def _route(method: str, path: str) -> tuple[_Action, tuple[str, ...]]:
+    """Return who answers, and what stands in the path. Raises HttpRefused."""
+    for pattern, actions in _ROUTES:
+        match = re.fullmatch(pattern, path, re.ASCII)
+        if match is None:
+            continue
+        if method not in actions:
+            allowed = ", ".join(actions)
+            text = f"{printable(path, 100)} allows {allowed}"
+            raise HttpRefused(405, text, ("Allow", allowed))
+        return actions[method], match.groups()
+    raise HttpRefused(
+        404, "there is nothing here; the page is /, and messages are /api/v1/messages"
+    )
+
+
+# ======================================================================================
 # ROOM: COMMANDS
 #
 # The command line. Exit status 0; 1 for "no" or failed, with one line on standard error;
@@ -13196,6 +14390,15 @@ Nothing is sent to other servers. Send a message:
     --user '{user}:{password}' --mail-from {user} --mail-rcpt {user}
 
 Each delivery is shown below; Ctrl-C ends.
+"""
+
+_CAPTURE_WELCOME = """\
+chasquid {version} shows what it is sent, and delivers nothing
+
+  mail goes to   {smtp}
+  and is shown   http://{host}:{port}/
+
+Ctrl-C ends, and all is forgotten.
 """
 
 
@@ -13382,6 +14585,83 @@ def _show_once(stored: list[str]) -> int:
     print(f"stored as {stored[0]}:\n")
     print(read_file(stored[0]).decode())
     return 0
+
+
+# --- capture ---
+
+
+def _capture(arguments: argparse.Namespace) -> int:
+    """Show what is sent, until SIGTERM or SIGINT."""
+    host, port = _place(arguments.smtp, "--smtp")
+    users = _capture_users(arguments)
+    server = CaptureServer(
+        host, port, tls=arguments.tls, users=users, login_in_the_clear=users is not None,
+        size_limit=arguments.size_limit_mb * 1024 * 1024, keep=arguments.keep,
+        magic=not arguments.no_magic,
+    )  # fmt: skip
+    for rule in arguments.fault:
+        server.script.add_rule(_rule(rule))
+    with server:
+        run = server.run
+        release = _release(arguments, run.loop)
+        web_host, web_port = _place(arguments.web, "--web")
+        smtp = f"smtp://{host}:{server.port}"
+        inbox = Inbox(run.loop, server.record, server.mailbox, server.script, release, smtp)
+        web_port = run.also_listen(web_host, web_port, inbox.answer)
+        print(_CAPTURE_WELCOME.format(version=__version__, smtp=smtp, host=web_host, port=web_port))
+        if server.settings.tls != "off":
+            print(f"  certificate  {server.certificate}\n")
+        sys.stdout.flush()
+        ended = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: ended.set())
+        ended.wait()
+    return 0
+
+
+def _place(text: str, option: str) -> tuple[str, int]:
+    """Return host and port of "host:port" or ":port". Raises ChasquidError."""
+    try:
+        host, port = host_and_port(text, 0)
+    except ValueError as error:
+        raise ChasquidError(f"{option}: {error}") from error
+    return host, port
+
+
+def _capture_users(
+    arguments: argparse.Namespace,
+) -> dict[str, str] | Callable[[str, str], bool] | None:
+    if arguments.any_login:
+        return lambda user, password: True
+    users = dict(one.partition(":")[::2] for one in arguments.login)
+    return users or None
+
+
+def _rule(text: str) -> dict[str, Any]:
+    """Return a rule that stands in JSON, or as "RCPT 451 4.2.1 busy". Raises ChasquidError."""
+    if not text.lstrip().startswith("{"):
+        stage, _, reply = text.partition(" ")
+        return {"stage": stage, "reply": reply}
+    try:
+        rule = json.loads(text)
+    except ValueError as error:
+        raise ChasquidError(f"--fault: {text!r} is no JSON: {error}") from error
+    return dict(rule)
+
+
+def _release(arguments: argparse.Namespace, loop: Loop) -> Releaser | None:
+    if not arguments.release:
+        return None
+    if bool(arguments.release_user) != bool(arguments.release_password_file):
+        raise ChasquidError("expected --release-user and --release-password-file together")
+    login = None
+    if arguments.release_user:
+        password = read_file(arguments.release_password_file).decode("utf-8", "replace")
+        login = arguments.release_user, password.strip("\r\n")
+    host, port = _place(arguments.release, "--release")
+    return Releaser(
+        loop, f"[{host}]:{port or 25}" if ":" in host else f"{host}:{port or 25}", login
+    )
 
 
 # --- users ---
@@ -13929,6 +15209,60 @@ _VERBS: dict[str, _Verb] = {
             ("--dir", {"metavar": "DIR", "help": "where to keep it"}),
         ),
         "run a throwaway server on this machine",
+    ),
+    "capture": _Verb(
+        _capture,
+        (
+            ("--smtp", {"metavar": "HOST:PORT", "default": "127.0.0.1:1025"}),
+            ("--web", {"metavar": "HOST:PORT", "default": "127.0.0.1:8025"}),
+            (
+                "--keep",
+                {
+                    "type": int,
+                    "default": 1000,
+                    "metavar": "N",
+                    "help": "so many messages; the oldest go (default 1000, 0: all)",
+                },
+            ),
+            ("--tls", {"choices": ("off", "starttls", "implicit"), "default": "off"}),
+            (
+                "--login",
+                {
+                    "action": "append",
+                    "default": [],
+                    "metavar": "USER:PASSWORD",
+                    "help": "offer AUTH, also without TLS, for this user; may be repeated",
+                },
+            ),
+            ("--any-login", {"action": "store_true", "help": "accept any user and password"}),
+            ("--size-limit-mb", {"type": int, "default": 50, "metavar": "MB"}),
+            (
+                "--fault",
+                {
+                    "action": "append",
+                    "default": [],
+                    "metavar": "RULE",
+                    "help": "fail on purpose: 'RCPT 451 4.2.1 busy', or a rule in JSON",
+                },
+            ),
+            (
+                "--no-magic",
+                {
+                    "action": "store_true",
+                    "help": "recipients like ana+450@… do not fail on purpose",
+                },
+            ),
+            (
+                "--release",
+                {
+                    "metavar": "HOST:PORT",
+                    "help": "a real server, to which a message can be sent on",
+                },
+            ),
+            ("--release-user", {"metavar": "USER"}),
+            ("--release-password-file", {"metavar": "FILE"}),
+        ),
+        "accept any mail and show it in a web page, deliver nothing",
     ),
     "user-add": _Verb(
         _user_add,
