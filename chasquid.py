@@ -14365,6 +14365,7 @@ chasquid {version}: a mail server in one file. Three ways to begin:
 
   {program} try                        a throwaway server, here and now
   {program} --config-dir DIR serve     the server, with the configuration in DIR
+  {program} capture                    a server for tests, which shows all mail
   {program} --help                     all commands
 
 Without a command, the server starts where DIR (now {config_dir})
