@@ -5854,10 +5854,14 @@ def parse_command(line: bytes) -> tuple[str, str]:
 
 
 class Path(NamedTuple):
-    """A reverse-path or forward-path: the address ("" for "<>") and the parameters."""
+    """A reverse-path or forward-path: the address ("" for "<>") and the parameters.
+
+    `written` is the address as it came.
+    """
 
     address: str
     parameters: dict[str, str]
+    written: str
 
 
 # RFC 5321, 4.1.2, with the UTF-8 of RFC 6531, 3.3:
@@ -5897,7 +5901,8 @@ def parse_path(argument: str, keyword: str) -> Path:
         _refuse(501, "5.1.7" if keyword == "FROM:" else "5.1.3", f"expected {keyword}<address>")
     path = match["bare"] if match["path"] is None else match["path"]
     status = "5.1.7" if keyword == "FROM:" else "5.1.3"
-    return Path(parse_address(path, status) if path else "", _parse_parameters(match["parameters"]))
+    address = parse_address(path, status) if path else ""
+    return Path(address, _parse_parameters(match["parameters"]), path)
 
 
 def parse_address(text: str, status: str = "5.1.3") -> str:
@@ -8330,6 +8335,7 @@ class Site:
     """What all sessions share. The daemon replaces the parts that are read again."""
 
     dialogue_lines = DIALOGUE_LINES
+    needs_domains = True  # in addresses; only where mail is captured it goes nowhere
     login_in_the_clear = False  # only for tests of what cannot do TLS
     login_delay = _AUTH_SECONDS
 
@@ -9148,7 +9154,9 @@ class Session:
             self._log(f"login failed for {printable(user, 100)!r}")
             wait = max(self.site.login_delay, limits.login_failed(self.peer, user))
             elapsed = self.loop.clock.monotonic() - start
+            self.idle = True  # this wait is for the client's sake, not the message's
             await self.loop.sleep(max(0.0, wait - elapsed))
+            self.idle = False
             return Reply(535, "5.7.8", "user or password is wrong")
         limits.login_succeeded(user)
         self.site.record.count("logins", "succeeded")
@@ -9161,9 +9169,9 @@ class Session:
     async def _mail(self, argument: str) -> Reply:
         if self.port.submission and not self.user:
             raise Refused(Reply(530, "5.7.0", "log in first: this port is for our users"))
-        sender, parameters = parse_path(argument, "FROM:")
+        sender, parameters, _ = parse_path(argument, "FROM:")
         self._about = f" from=<{sender}>"
-        if sender and not split_address(sender)[1]:
+        if sender and not split_address(sender)[1] and self.site.needs_domains:
             raise Refused(Reply(501, "5.1.7", "the sender's address needs a domain"))
         self._check_parameters(parameters)
         self._check_utf8(sender, "SMTPUTF8" in parameters)
@@ -9227,7 +9235,7 @@ class Session:
 
     async def _rcpt(self, argument: str) -> Reply:
         assert self.transaction is not None
-        address, parameters = parse_path(argument, "TO:")
+        address, parameters, _ = parse_path(argument, "TO:")
         wish = self._wish(parameters, self.transaction.smtputf8)
         if not address:
             raise Refused(Reply(501, "5.1.3", "expected a recipient, not <>"))
@@ -9261,7 +9269,7 @@ class Session:
         local, domain = split_address(address)
         if local.lower() == "postmaster" and domain in ("", self._own_domain):
             return f"{local}@{self.site.aliases.postmaster_domain(self._own_domain)}"
-        if not domain:
+        if not domain and self.site.needs_domains:
             raise Refused(Reply(501, "5.1.3", "the recipient's address needs a domain"))
         return address
 
@@ -11113,7 +11121,8 @@ def _magic_effect(stage: str, address: str) -> Effect | None:
 #   act, waiting for mail at a server that is stopped.
 # ======================================================================================
 
-_TRANSCRIPT_LINES = 10_000  # of a dialogue
+_TRANSCRIPTS = 1000  # sessions whose dialogue is kept
+_TRANSCRIPT_LINES = 10_000  # of each
 _STOP_WAIT = 0.02  # seconds for sessions to say goodbye; their clients may not care
 _JOIN_SECONDS = 10.0
 _CAPTURE_WORKERS = 4
@@ -11149,7 +11158,7 @@ class Captured:
     ) -> None:  # fmt: skip
         self.id = id
         self.received = received  # seconds since 1970
-        self.mail_from = mail_from  # "" for <>
+        self.mail_from = mail_from  # as it was written, "" for <>
         self.rcpt_tos = tuple(rcpt_tos)  # as they were written
         self.raw = raw  # with CRLF, as it came
         self.peer = peer
@@ -11187,7 +11196,7 @@ class MessageDetails:
 
     @property
     def mail_from(self) -> str:
-        """The reverse-path, "" for <>."""
+        """The reverse-path as it was written, "" for <>."""
         return self.captured.mail_from
 
     @property
@@ -11481,13 +11490,13 @@ class _Drafts:
 
 
 class CaptureSettings(NamedTuple):
-    """How a server that captures behaves. `size_limit` is in octets.
+    """How a server that captures behaves. `size_limit` is in octets, `name` what it calls itself.
 
     `tls` is "off", "starttls" or "implicit". `users` are names and passwords, or tells
     whether a password is right; None is {"user": "password"}.
     """
 
-    hostname: str = "localhost"
+    name: str = "localhost"
     tls: str = "off"
     users: Mapping[str, str] | Callable[[str, str], bool] | None = None
     login_required: bool = False
@@ -11501,6 +11510,7 @@ class _CaptureSite(Site):
     """What the sessions of a server that captures share."""
 
     dialogue_lines = _TRANSCRIPT_LINES
+    needs_domains = False
     login_delay = 0.0
 
     def __init__(
@@ -11511,14 +11521,14 @@ class _CaptureSite(Site):
         mailbox: Mailbox,
         script: Script,
     ) -> None:
-        config = Config("", settings.hostname)
+        config = Config("", settings.name)
 
         async def nobody(name: str, kind: str) -> Answer:
             raise TemporaryFailure(f"this server does not ask for {name}", "4.4.3")
 
         super().__init__(
             loop, record, config, Accounts({}), Aliases({}, lambda user, domain: True, "", ""),
-            _Drafts(loop, settings.hostname), Names(loop, nobody), Signer(loop, record, {}),
+            _Drafts(loop, settings.name), Names(loop, nobody), Signer(loop, record, {}),
             SecurityLevels(loop, record, ""), Hooks(Programs(loop), record, ""), None,
             Limits(loop.clock, config), tls_context_of("good") if settings.tls != "off" else None,
         )  # fmt: skip
@@ -11577,6 +11587,7 @@ class CaptureSession(Session):
     def __init__(self, site: _CaptureSite, stream: Stream, port: Port, peer: str) -> None:
         super().__init__(site, stream, port, peer)
         self.reader = self._capture_reader = _CaptureReader(site, stream)
+        self._sender = ""
         self._recipients: list[str] = []
         self._scripted: Reply | None = None
         self._greeting: Reply | None = None
@@ -11624,8 +11635,10 @@ class CaptureSession(Session):
             self._check_tls()
             self._recipients = []
         answer = await super().obey(verb, argument)
-        if verb == "RCPT" and answer is not None and not answer.is_error:
-            self._recipients.append(parse_path(argument, "TO:")[0])
+        if verb == "MAIL":
+            self._sender = parse_path(argument, "FROM:").written
+        elif verb == "RCPT":
+            self._recipients.append(parse_path(argument, "TO:").written)
         return answer
 
     async def say(self, reply: Reply) -> bool:
@@ -11657,12 +11670,12 @@ class CaptureSession(Session):
         if reply is not None:
             return reply
         captured = Captured(
-            draft.id, self.loop.clock.time(), transaction.sender, self._recipients,
+            draft.id, self.loop.clock.time(), self._sender, self._recipients,
             b"".join(draft.stored()), peer=self.peer, port=self.port.name, hello=self.hello,
             tls=self.stream.tls_text, login=self.user, smtputf8=transaction.smtputf8,
             dialogue=self.dialogue,
         )  # fmt: skip
-        self.site.record.mail(draft.id, f"from=<{transaction.sender}> captured")
+        self.site.record.mail(draft.id, f"from=<{self._sender}> captured")
         self.site.mailbox.add(captured)
         return Reply(250, "2.0.0", f"accepted as {draft.id}")
 
@@ -11693,9 +11706,9 @@ class CaptureSession(Session):
     def _addresses(self, verb: str, argument: str) -> Sequence[str]:
         try:
             if verb == "MAIL":
-                return [parse_path(argument, "FROM:")[0]]
+                return [parse_path(argument, "FROM:").written]
             if verb == "RCPT":
-                return [parse_path(argument, "TO:")[0]]
+                return [parse_path(argument, "TO:").written]
         except Refused:
             return []  # the command is refused where it is obeyed
         return self._recipients
@@ -11828,6 +11841,7 @@ class CaptureServer:
         self._timeout = timeout
         self._log = _Lines()
         self.record = Record(self._log, self._log)
+        self.record.dialogues = collections.deque(maxlen=_TRANSCRIPTS)
         stages, handshake = self._check_settings()
         self._faults = tuple(faults)
         self.script = Script(Clock(), stages, handshake, magic)
@@ -11927,7 +11941,7 @@ class CaptureServer:
 
     @property
     def transcripts(self) -> list[str]:
-        """The last sessions: lines that begin with "C: " or "S: "."""
+        """The last 1000 sessions: lines that begin with "C: " or "S: "."""
         return ["\n".join(list(one.lines)) for one in list(self.record.dialogues)]
 
     @property

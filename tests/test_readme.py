@@ -94,7 +94,9 @@ def test_the_actions_of_queue_are_in_its_row():
 def test_the_two_commands_stand_in_one_line_each():
     lines = README.splitlines()
     assert lines.count("python3 build_zipapp.py && python3 chasquid.pyz try") == 1
-    test = "python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && .venv/bin/pytest"
+    test = (
+        "python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && .venv/bin/pytest -n auto"
+    )
     assert lines.count(test) == 1
 
 

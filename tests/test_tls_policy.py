@@ -730,7 +730,11 @@ def test_a_record_matches_its_certificate_alone(selector: int, matching: int) ->
         assert not Tlsa(usage, selector, matching, data).matches(other)
 
 
-@pytest.mark.parametrize("der", [b"", b"\x30", b"\x30\x03\x02\x01\x01", DER[:40], b"\xff" * 50])
+@pytest.mark.parametrize(
+    "der",
+    [b"", b"\x30", b"\x30\x03\x02\x01\x01", DER[:40], b"\xff" * 50],
+    ids=["empty", "a tag", "a number", "cut short", "noise"],
+)
 def test_what_is_no_certificate_matches_nothing(der: bytes) -> None:
     assert not Tlsa(3, 1, 1, hashlib.sha256(b"").digest()).matches(der)
     assert not Tlsa(3, 1, 0, b"").matches(der)
