@@ -89,6 +89,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CaptureServer",
     "Captured",
+    "CapturedMessage",
     "ChasquidError",
     "Config",
     "ConfigError",
@@ -10821,7 +10822,8 @@ class Fault(NamedTuple):
     `stage` is one of `STAGES`: the greeting, a command, or "message", which is after the
     final dot. `address` is a pattern ("*@here.example") for the sender at MAIL, for the
     recipient at RCPT, and for any recipient at DATA and "message". Of the times that this
-    matches, `nth` picks one (from 1), `times` the first so many; neither means each time.
+    matches, `nth` picks one (from 1); with `times` the rule acts so many times, and then
+    leaves it to the next; neither means each time.
 
     What happens: a `reply` ("451 4.2.1 busy") instead of doing what was asked for; a
     `delay` before the answer; the answer octet by octet, with `drip` between two; the
@@ -10884,7 +10886,9 @@ class _Rule:
         self.seen += 1
         if fault.per_second:
             return self._is_too_fast(now)
-        return self.seen == fault.nth if fault.nth else not 0 < fault.times < self.seen
+        if fault.nth:
+            return self.seen == fault.nth
+        return not fault.times or self.acted < fault.times
 
     def _is_too_fast(self, now: float) -> bool:
         while self._recent and self._recent[0] <= now - 1.0:
@@ -10915,12 +10919,21 @@ class Script:
 
     def add(self, fault: Fault) -> str:
         """Add a rule behind the others; return its id. Raises FaultError."""
+        reply: Any = fault.reply
+        if type(reply) is int:
+            fault = fault._replace(reply=str(reply))
+        if isinstance(fault.without, (str, list)):
+            words = [fault.without] if isinstance(fault.without, str) else fault.without
+            fault = fault._replace(without=tuple(words))
+        _check_kinds(fault._asdict())
         rule = _Rule(Effect(fault, self._check(fault)))
         with self._lock:
             for id, other in self._rules.items():
                 earlier = other.effect.fault
                 covers = earlier.address in ("*", fault.address)
-                if earlier.stage == fault.stage and covers and earlier.always_ends_it:
+                taken = other.seen == 0 and 0 < fault.nth <= earlier.times
+                hides = earlier.always_ends_it or taken
+                if earlier.stage == fault.stage and covers and hides:
                     text = (
                         f"the rule can never act: rule {id} for {earlier.stage} always comes first"
                     )
@@ -10931,19 +10944,13 @@ class Script:
 
     def add_rule(self, rule: Mapping[str, Any]) -> str:
         """Add a rule that came as JSON; return its id. Raises FaultError."""
-        known = Fault._field_defaults
-        for name, value in rule.items():
+        for name in rule:
             if name not in Fault._fields:
                 expected = ", ".join(Fault._fields)
                 raise FaultError(f"a rule has no {printable(name, 40)!r}; it may have {expected}")
-            kind = type(known.get(name, ""))
-            wanted = {float: (int, float), tuple: (list, tuple)}.get(kind, (kind,))
-            if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
-                raise FaultError(f"{name} of a rule: expected {_RULE_VALUES[kind]}")
         if "stage" not in rule:
             raise FaultError(f"a rule needs a stage: {', '.join(STAGES)}")
-        without = tuple(str(one) for one in rule.get("without", ()))
-        return self.add(Fault(**{**rule, "without": without}))
+        return self.add(Fault(**rule))
 
     def remove_rule(self, id: str) -> bool:
         """Forget a rule; false where there is none."""
@@ -11004,7 +11011,7 @@ class Script:
             raise FaultError("a rule counts from 1: expected no number below")
         if sum(1 for one in (fault.nth, fault.times, fault.per_second) if one) > 1:
             raise FaultError("expected one of nth, times and per_second")
-        if min(fault.delay, fault.drip) < 0:
+        if not all(0 <= one < float("inf") for one in (fault.delay, fault.drip)):
             raise FaultError("expected a time of 0 seconds or more")
         self._check_place(fault)
         return _reply_of(fault)
@@ -11034,6 +11041,18 @@ class Script:
             raise FaultError(
                 "the rule can never act: drop_after counts octets of a message, at DATA"
             )
+
+
+def _check_kinds(rule: Mapping[str, Any]) -> None:
+    """Raise FaultError where a value is of the wrong kind."""
+    for name, value in rule.items():
+        kind = type(Fault._field_defaults.get(name, ""))
+        wanted = (int, float) if kind is float else kind
+        right = isinstance(value, wanted) and (kind is bool or not isinstance(value, bool))
+        if kind is tuple:
+            right = right and all(isinstance(one, str) for one in value)
+        if not right:
+            raise FaultError(f"{name} of a rule: expected {_RULE_VALUES[kind]}")
 
 
 _RULE_VALUES: dict[type, str] = {
@@ -11268,15 +11287,16 @@ class MessageDetails:
     def code(self, pattern: str = "") -> str:
         """Return the one-time code in the text, without spaces or hyphens. Raises NotFound.
 
-        That is what follows a word like "code", else a number of six digits, else of four
-        to eight; or what `pattern`, a regular expression, finds (its first group, if it has one).
+        That is a number of four to ten digits after a word like "code", else before one, else
+        one of six digits; or what `pattern`, a regular expression, finds in the text (its first
+        group, if it has one).
         """
-        text = self.text
+        text = self.text if pattern else _URL.sub(" ", self.text)
         for one in (pattern,) if pattern else _CODES:
             match = re.search(one, text)
             if match is not None:
                 code = match[1] if match.re.groups else match[0]
-                return code if pattern else re.sub(r"[ -]", "", code)
+                return code if pattern else re.sub(r"\D", "", code)
         wanted = f"fits {pattern!r}" if pattern else "looks like one"
         raise NotFound(f"no code in the message {wanted}; its text is: {printable(text, 500)!r}")
 
@@ -11289,10 +11309,14 @@ class MessageDetails:
             return str(part.get_payload(decode=True).decode("utf-8", "replace"))
 
 
+_NUMBER = r"(?:(?<=\b[A-Z]-)|(?<![\w.,/:#=&+-]))(%s)(?![\w/:-]|[.,]\d)"
+_ANY_DIGITS = _NUMBER % "\\d(?:[ \xa0\u202f-]?\\d){3,9}"
+_SIX_DIGITS = _NUMBER % "\\d{3}[ \xa0\u202f-]?\\d{3}"
+_CODE_WORD = r"\b(?:\w*code|pin|otp|token|\w*passwor[dt])\b"
 _CODES = (
-    r"(?i)\b(?:code|pin|otp|passcode|one-time password)\b\D{0,60}?(\d(?:[ -]?\d){3,9})\b",
-    r"(?<![\d.,/:-])(\d{3}[ -]?\d{3})(?![\d,/:-])",
-    r"(?<![\d.,/:-])(\d{4,8})(?![\d,/:-])",
+    rf"(?i){_CODE_WORD}(?:(?!\n\s*\n|©)\D){{0,60}}?{_ANY_DIGITS}",
+    rf"(?i){_ANY_DIGITS}(?:(?!\n\s*\n|©)\D){{0,40}}?{_CODE_WORD}",
+    _SIX_DIGITS,
 )
 
 if TYPE_CHECKING:
@@ -11316,7 +11340,14 @@ def _message_kind() -> tuple[type[CapturedMessage], Any]:
             return name, octets.decode("utf-8", "surrogateescape")
 
     kind = type("CapturedMessage", (MessageDetails, EmailMessage), {"__module__": __name__})
-    return kind, Policy()
+    return kind, Policy(utf8=True)
+
+
+def __getattr__(name: str) -> Any:
+    """Make `CapturedMessage` when it is asked for: it needs the package email (PEP 562)."""
+    if name == "CapturedMessage":
+        return _message_kind()[0]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 _HREF = re.compile(
@@ -11325,12 +11356,19 @@ _HREF = re.compile(
 _URL = re.compile(r"https?://[^\s<>\"']{1,2000}", re.IGNORECASE)
 
 
+_INLINE_TAGS = frozenset(
+    ("a", "abbr", "b", "code", "em", "font", "i", "mark", "s", "small", "span", "strong", "sub",
+     "sup", "tt", "u", "wbr")
+)  # fmt: skip
+
+
 def text_of_html(html: str) -> str:
     """Return the text of `html`, roughly, in a time that grows with its length alone."""
     import html as entities  # 3 ms; only who looks into a message needs it
 
-    words, skipped = [], ""
-    for piece in html.split("<"):
+    first, *pieces = html.split("<")
+    words, skipped = [first], ""
+    for piece in pieces:
         tag, closed, text = piece.partition(">")
         name = tag.split(None, 1)[0].lower() if tag.strip() else ""
         if skipped:
@@ -11338,8 +11376,18 @@ def text_of_html(html: str) -> str:
         elif name in ("script", "style", "title"):
             skipped = name
         if not skipped and closed:
-            words.append(text)
-    return entities.unescape(" ".join(words))
+            words += ["" if name.strip("/") in _INLINE_TAGS else "\n", text]
+    return entities.unescape("".join(words)).strip()
+
+
+def _without_punctuation(link: str) -> str:
+    """Return `link` without what ends the sentence around it."""
+    while link and link[-1] in ".,;:!?)]}":
+        opening = {")": "(", "]": "[", "}": "{"}.get(link[-1])
+        if opening is not None and link.count(opening) >= link.count(link[-1]):
+            break
+        link = link[:-1]
+    return link
 
 
 def links_in(html: str, text: str) -> list[str]:
@@ -11348,7 +11396,7 @@ def links_in(html: str, text: str) -> list[str]:
 
     found = ["".join(groups) for groups in _HREF.findall(html)]
     links = [entities.unescape(link).strip() for link in found]
-    links += [link.rstrip(".,;:!?)]}") for link in _URL.findall(text)]
+    links += [_without_punctuation(link) for link in _URL.findall(text)]
     wanted = (one for one in links if one.lower().startswith(("http://", "https://", "mailto:")))
     return list(dict.fromkeys(wanted))
 
@@ -11425,11 +11473,12 @@ class Mailbox:
             if found is not None:
                 return found
             with self._changed:
+                if list(self._messages.values()) != seen:
+                    continue  # more has come while we looked
                 left = end - time.monotonic()
                 if left <= 0 or is_over():
                     return None
-                if list(self._messages.values()) == seen:
-                    self._changed.wait(left)
+                self._changed.wait(left)
 
     def wake(self) -> None:
         """Have those who wait look again."""
@@ -11623,17 +11672,20 @@ class CaptureSession(Session):
         return [one for one in super().keywords() if one.split(" ")[0] not in self._without]
 
     async def obey(self, verb: str, argument: str) -> Reply | None:
-        stage = "EHLO" if verb == "HELO" else verb
+        await self._check_offered(verb, argument)
+        stage = {"HELO": "EHLO", "BDAT": "DATA"}.get(verb, verb)
         if stage == "EHLO":
             self._without = frozenset()
-        if stage in STAGES:
+        if stage in STAGES and (verb != "BDAT" or self.phase is RECIPIENTS):
             reply = await self._suffer(stage, self._addresses(verb, argument))
-            if reply is not None:
+            if reply is not None and verb != "BDAT":
                 return reply
-        self._check_offered(verb, argument)
+            if reply is not None and self.transaction is not None:
+                self.transaction.failure = reply  # the chunk is read all the same
         if verb == "MAIL":
             self._check_tls()
             self._recipients = []
+            self._capture_reader.left = 0
         answer = await super().obey(verb, argument)
         if verb == "MAIL":
             self._sender = parse_path(argument, "FROM:").written
@@ -11713,10 +11765,12 @@ class CaptureSession(Session):
             return []  # the command is refused where it is obeyed
         return self._recipients
 
-    def _check_offered(self, verb: str, argument: str) -> None:
+    async def _check_offered(self, verb: str, argument: str) -> None:
         """Refuse what EHLO was not to offer. Raises Refused."""
         for extension in self._without:
             if _VERBS_OF.get(extension) == verb:
+                if verb == "BDAT" and (size := re.match(r"\d{1,12}", argument)):
+                    await self.reader.read_chunk(int(size[0]), None)  # it is no command
                 raise Refused(Reply(502, "5.5.1", "there is no such command"))
             for name in _MESSAGE_FIELDS.get(extension, ()):
                 if verb in ("MAIL", "RCPT") and re.search(rf"(?i) {name}(=|\s|$)", argument):
@@ -11727,10 +11781,20 @@ class CaptureSession(Session):
             raise Refused(Reply(530, "5.7.0", "say STARTTLS first"))
 
 
-@functools.cache
+_MAKING_CERTIFICATES = threading.Lock()
+
+
 def _certificates() -> tuple[str, dict[str, str]]:
-    """Make certificates for the tests of this process; return a file of those to trust, and
-    the paths of all, by kind, each followed by its key in the same file."""
+    """Return a file of certificates to trust, and the paths of all, by kind.
+
+    They are made once in a process. A key stands behind its certificate.
+    """
+    with _MAKING_CERTIFICATES:
+        return _make_certificates()
+
+
+@functools.cache
+def _make_certificates() -> tuple[str, dict[str, str]]:
     import atexit
     import shutil
     import tempfile
@@ -11825,7 +11889,7 @@ class CaptureServer:
         host: str = "127.0.0.1",
         port: int = 0,
         *,
-        faults: Iterable[Fault] = (),
+        faults: Iterable[Fault] | Fault = (),
         magic: bool = True,
         timeout: float = 5.0,
         **settings: Any,
@@ -11843,7 +11907,7 @@ class CaptureServer:
         self.record = Record(self._log, self._log)
         self.record.dialogues = collections.deque(maxlen=_TRANSCRIPTS)
         stages, handshake = self._check_settings()
-        self._faults = tuple(faults)
+        self._faults = (faults,) if isinstance(faults, Fault) else tuple(faults)
         self.script = Script(Clock(), stages, handshake, magic)
         for fault in self._faults:
             self.script.add(fault)
@@ -11870,9 +11934,9 @@ class CaptureServer:
 
     def stop(self) -> None:
         """End the server; what was captured stays. Nothing where it is stopped already."""
-        run, self._run = self._run, None
-        if run is not None:
-            run.stop()
+        if self._run is not None:
+            self._run.stop()
+            self._run = None
             self.mailbox.wake()
 
     @property
@@ -11965,7 +12029,7 @@ class CaptureServer:
         stopped, so that nothing more can.
         """
         seconds = self._timeout if timeout is None else timeout
-        if not callable(what) and (isinstance(what, bool) or what < 1):
+        if not callable(what) and (type(what) is not int or what < 1):
             raise ChasquidError(
                 f"expected a number of messages from 1, or a condition; found {what!r}. "
                 "That nothing arrives cannot be waited for: look at messages"
@@ -12002,10 +12066,6 @@ class CaptureServer:
         `server.fault("RCPT", reply="451 4.2.1 busy", times=2)` refuses the first two
         recipients, and accepts them from then on.
         """
-        if isinstance(rule.get("without"), str):
-            rule["without"] = (rule["without"],)
-        if isinstance(rule.get("reply"), int):
-            rule["reply"] = str(rule["reply"])
         return self.script.add_rule({**rule, "stage": stage})
 
     # --- behind it ---
@@ -12032,6 +12092,19 @@ class CaptureServer:
     def _check_settings(self) -> tuple[list[str], str]:
         """Return the stages that come up, and which has the handshake. Raises ChasquidError."""
         settings = self.settings
+        users = settings.users
+        if not (users is None or callable(users) or isinstance(users, Mapping)):
+            raise ChasquidError(
+                "users: expected names and passwords ({'ana': 'secret'}) or a function"
+            )
+        if not isinstance(settings.name, str) or not is_host_name(settings.name):
+            raise ChasquidError(f"name: expected the name of a host, found {settings.name!r}")
+        for key, least in (("size_limit", 1), ("keep", 0)):
+            value = getattr(settings, key)
+            if type(value) is not int or value < least:
+                raise ChasquidError(f"{key}: expected a number from {least}, found {value!r}")
+        if not isinstance(self._timeout, (int, float)) or not self._timeout >= 0:
+            raise ChasquidError(f"timeout: expected seconds, found {self._timeout!r}")
         if settings.tls not in ("off", "starttls", "implicit"):
             raise ChasquidError(
                 f'tls: expected "off", "starttls" or "implicit", found {settings.tls!r}'
@@ -12044,8 +12117,6 @@ class CaptureServer:
             )
         if settings.tls_required and settings.tls == "off":
             raise ChasquidError('tls_required needs tls="starttls" or "implicit"')
-        if settings.size_limit < 1:
-            raise ChasquidError("size_limit: expected a number of octets from 1")
         without = set()
         if settings.tls != "starttls":
             without.add("STARTTLS")
@@ -12063,10 +12134,13 @@ class CaptureServer:
 
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens. Raises ChasquidError where it cannot."""
+    if type(port) is not int or not 0 <= port <= 65535:
+        text = "the port must be a number from 0 to 65535"
+        raise ChasquidError(f"{host}:{port} is no address to listen at: {text}")
     try:
         place = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]
         raw = socket.socket(*place[:3])
-    except (OSError, OverflowError) as error:
+    except (OSError, UnicodeError) as error:
         raise ChasquidError(f"{host}:{port} is no address to listen at: {reason(error)}") from error
     try:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -13075,6 +13149,12 @@ class _PytestPlugin:
             parser.addini(name, f"{help} (default: {default})", default=default)
 
     def pytest_configure(self, config: Any) -> None:
+        import pytest
+
+        try:
+            CaptureServer(**_pytest_settings(config))
+        except ChasquidError as error:
+            raise pytest.UsageError(f"mail_server_{error}") from None  # it begins with the key
         config.pluginmanager.register(_pytest_fixtures(), "chasquid-fixtures")
 
     def pytest_runtest_makereport(self, item: Any, call: Any) -> None:
@@ -13097,15 +13177,22 @@ def _pytest_settings(config: Any) -> dict[str, Any]:
             text = f"{name}: expected {expected}, found {value!r}"
             raise pytest.UsageError(text) from None
 
-    user, _, password = str(config.getini("mail_server_login")).partition(":")
+    login = read("mail_server_login", _parse_login, "user:password")
     return {
         "host": config.getini("mail_server_hostname"),
         "port": read("mail_server_port", int, "a number"),
-        "users": {user: password},
+        "users": {login[0]: login[1]},
         "timeout": read("mail_server_timeout", float, "seconds"),
         "size_limit": read("mail_server_size_limit", int, "a number of octets"),
         "magic": read("mail_server_magic", lambda word: _SWITCH[word.lower()], "true or false"),
     }
+
+
+def _parse_login(text: str) -> tuple[str, str]:
+    user, _, password = text.partition(":")
+    if not user or not password:
+        raise ValueError
+    return user, password
 
 
 _SWITCH = {"true": True, "yes": True, "on": True, "1": True,

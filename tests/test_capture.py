@@ -1,0 +1,607 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Room CAPTURE: what a server for tests promises to those who test with it."""
+
+from __future__ import annotations
+
+import base64
+import gc
+import multiprocessing
+import os
+import smtplib
+import socket
+import ssl
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from email.message import EmailMessage
+from typing import Any
+
+import pytest
+from support import SECONDS, Wire, wait_for
+
+import chasquid
+from chasquid import CaptureServer, ChasquidError, Fault, NotArrived, NotFound
+
+PATH = os.path.dirname(chasquid.__file__)
+SMALL = b"Subject: x\r\n\r\nx\r\n"
+
+
+def client(server: CaptureServer) -> smtplib.SMTP:
+    smtp = smtplib.SMTP(*server.address, timeout=SECONDS)
+    smtp.ehlo("client.example")
+    return smtp
+
+
+def send(server: CaptureServer, raw: bytes = SMALL, *to: str) -> None:
+    with client(server) as smtp:
+        smtp.sendmail("a@a.example", to or ("ana@here.example",), raw, ["BODY=8BITMIME"])
+
+
+def captured(raw: bytes) -> Any:
+    """Return a message as a server that captured it shows it."""
+    dialogue = chasquid.Dialogue("", "", 0.0)
+    one = chasquid.Captured(
+        "id", 0.0, "a@a.example", ["ana@here.example"], raw.replace(b"\n", b"\r\n"), peer="",
+        port="smtp", hello="", tls="", login="", smtputf8=False, dialogue=dialogue,
+    )  # fmt: skip
+    return one.message
+
+
+def plain(text: str) -> Any:
+    return captured(b"Content-Type: text/plain; charset=utf-8\n\n" + text.encode())
+
+
+def page(html: str) -> Any:
+    return captured(b"Content-Type: text/html; charset=utf-8\n\n" + html.encode())
+
+
+# --- running ---
+
+
+def test_a_server_starts_and_stops_as_often_as_one_likes() -> None:
+    server = CaptureServer()
+    assert not server.is_running and "stopped" in repr(server)
+    with pytest.raises(ChasquidError, match="not running: start it, or use it in a with block"):
+        _ = server.port
+    server.stop()
+    server.start()
+    with pytest.raises(ChasquidError, match="running already, at port"):
+        server.start()
+    send(server)
+    assert repr(server) == f"<CaptureServer at 127.0.0.1:{server.port}, 1 message>"
+    server.stop()
+    server.stop()
+    assert len(server.messages) == 1
+    with server:
+        send(server)
+        assert len(server.messages) == 2
+
+
+def test_a_port_can_be_had_again_at_once() -> None:
+    with CaptureServer() as server:
+        port = server.port
+        with pytest.raises(ChasquidError, match=f"port {port} of 127.0.0.1 is taken"):
+            CaptureServer(port=port).start()
+        open_connection = client(server)
+    for _ in range(3):
+        with CaptureServer(port=port) as server:
+            send(server)
+            assert server.port == port
+    open_connection.close()
+
+
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        ({"host": "192.0.2.1"}, "cannot listen at 192.0.2.1:0"),
+        ({"host": "256.1.1.1"}, "256.1.1.1:0 is no address to listen at"),
+        ({"port": -1}, "is no address to listen at"),
+        ({"tls": True}, "tls: expected"),
+        ({"size_limit": 0}, "size_limit: expected a number from 1"),
+        ({"login_required": True}, "nobody logs in without TLS"),
+        ({"tls_required": True}, 'tls_required needs tls="starttls" or "implicit"'),
+        ({"nonsense": 1}, "there is no setting 'nonsense'; there are"),
+    ],
+)
+def test_settings_that_make_no_sense_are_told(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ChasquidError) as caught:
+        CaptureServer(**settings).start()
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"port": 70000}, {"host": "ü" * 100}, {"name": "a b"}, {"name": None},
+     {"name": ""},
+     {"size_limit": "1"}, {"keep": -1}, {"keep": "a"}, {"users": ["a"]}, {"timeout": "x"}],
+    ids=str,
+)  # fmt: skip
+def test_settings_of_a_wrong_kind_are_told(settings: dict[str, Any]) -> None:
+    server = None
+    try:
+        with pytest.raises(ChasquidError):
+            server = CaptureServer(**settings)
+            server.start()
+    finally:
+        if server is not None:
+            server.stop()
+
+
+def test_nothing_is_left_behind() -> None:
+    with CaptureServer(tls="starttls") as server:
+        send(server)
+    gc.collect()
+    threads, files = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
+    for number in range(50):
+        with CaptureServer(tls="starttls" if number % 2 else "off") as server:
+            raw = socket.create_connection(server.address)
+            if number % 5 == 0:
+                send(server)
+        raw.close()
+    gc.collect()
+    assert set(threading.enumerate()) == threads
+    assert len(os.listdir("/proc/self/fd")) <= files
+
+
+def test_a_start_that_fails_leaves_nothing_behind() -> None:
+    with CaptureServer() as server:
+        before = len(os.listdir("/proc/self/fd")), threading.active_count()
+        for _ in range(5):
+            with pytest.raises(ChasquidError):
+                CaptureServer(port=server.port).start()
+        assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+
+
+def test_many_servers_side_by_side() -> None:
+    errors: list[BaseException] = []
+
+    def work(name: int) -> None:
+        try:
+            for number in range(5):
+                with CaptureServer() as server:
+                    send(server, SMALL, f"{name}-{number}@here.example")
+                    [message] = server.wait_for(1, SECONDS)
+                    assert message.rcpt_tos == [f"{name}-{number}@here.example"]
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SECONDS)
+    assert errors == []
+
+
+def _in_a_child(server: CaptureServer) -> None:
+    send(server)
+    server.stop()
+
+
+def test_a_fork_of_the_process_does_no_harm() -> None:
+    with CaptureServer(tls="starttls") as server:
+        child = multiprocessing.get_context("fork").Process(target=_in_a_child, args=(server,))
+        child.start()
+        child.join(SECONDS)
+        assert child.exitcode == 0
+        send(server)
+        assert len(server.wait_for(2, SECONDS)) == 2
+        assert os.path.exists(server.certificate)
+
+
+def test_threads_that_want_certificates_at_once_get_the_same() -> None:
+    code = """
+        import sys, threading, time
+        sys.path.insert(0, sys.argv[1])
+        import chasquid
+
+        make = chasquid.self_signed_certificate
+
+        def slowly(names, at):
+            time.sleep(0.02)
+            return make(names, at)
+
+        chasquid.self_signed_certificate = slowly
+        servers = [chasquid.CaptureServer(tls="starttls") for _ in range(4)]
+        found = []
+        note = lambda server: found.append(server.certificate)
+        threads = [threading.Thread(target=note, args=(server,)) for server in servers]
+        for one in threads: one.start()
+        for one in threads: one.join()
+        assert len(set(found)) == 1, found
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), PATH], capture_output=True, timeout=SECONDS
+    )
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_rubbish_does_not_bring_it_down() -> None:
+    with CaptureServer(tls="starttls") as server:
+        for rubbish in (b"\0" * 5000, b"\xff\xfe\r\n", b"GET / HTTP/1.1\r\n\r\n", b"a" * 100_000,
+                        b"\x16\x03\x01\x02\x00\x01\x00", b"MAIL FROM:<\r\nDATA\r\n"):  # fmt: skip
+            with socket.create_connection(server.address) as raw:
+                raw.sendall(rubbish)
+        send(server)
+        assert len(server.messages) == 1
+        assert not [line for line in server.log if ": error: " in line]
+
+
+# --- TLS and logins ---
+
+
+def test_tls() -> None:
+    with CaptureServer(tls="starttls", tls_required=True) as server:
+        with client(server) as smtp:
+            assert smtp.mail("a@a.example")[0] == 530
+            smtp.starttls(context=server.client_context())
+            smtp.sendmail("a@a.example", ["b@b.example"], SMALL)
+        with client(server) as smtp, pytest.raises(ssl.SSLCertVerificationError):
+            smtp.starttls(context=ssl.create_default_context())
+        assert server.messages[0].tls.startswith("TLSv1.3 ")
+    with CaptureServer(tls="implicit") as server:
+        with smtplib.SMTP_SSL(*server.address, context=server.client_context()) as smtp:
+            assert not smtp.has_extn("starttls")
+            smtp.sendmail("a@a.example", ["b@b.example"], SMALL)
+        with pytest.raises(ssl.SSLCertVerificationError):
+            smtplib.SMTP_SSL(*server.address, context=ssl.create_default_context())
+    with CaptureServer() as server, client(server) as smtp:
+        assert not smtp.has_extn("starttls") and not smtp.has_extn("auth")
+        with pytest.raises(ChasquidError, match="the server does no TLS: make it with"):
+            server.client_context()
+
+
+@pytest.mark.parametrize(
+    "users",
+    [None, {"user": "password"}, lambda name, password: (name, password) == ("user", "password")],
+    ids=["none", "mapping", "callable"],
+)
+@pytest.mark.parametrize("mechanism", ["PLAIN", "LOGIN"])
+def test_logins(users: Any, mechanism: str) -> None:
+    with CaptureServer(
+        users=users, tls="starttls", login_in_the_clear=True, login_required=True
+    ) as server:
+        with client(server) as smtp:
+            assert smtp.mail("a@a.example")[0] == 530
+            auth = getattr(smtp, f"auth_{mechanism.lower()}")
+            smtp.user, smtp.password = "user", "wr0ng-secret"
+            with pytest.raises(smtplib.SMTPAuthenticationError) as caught:
+                smtp.auth(mechanism, auth)
+            assert caught.value.smtp_code == 535
+            smtp.password = "password"
+            assert smtp.auth(mechanism, auth)[0] == 235
+            smtp.sendmail("anyone@else.example", ["b@b.example"], SMALL)
+        [message] = server.messages
+        assert message.login == "user"
+        everything = "\n".join([*server.transcripts, *server.log])
+        for secret in ("wr0ng-secret", "password", "cGFzc3dvcmQ", "wr0n"):
+            encoded = base64.b64encode(secret.encode()).decode().rstrip("=")
+            assert encoded not in everything and f"C: {secret}" not in everything
+        assert "wr0ng-secret" not in everything
+
+
+def test_who_may_log_in_first() -> None:
+    assert (CaptureServer().login, CaptureServer().password) == ("user", "password")
+    server = CaptureServer(users={"ana": "1", "ben": "2"})
+    assert (server.login, server.password) == ("ana", "1")
+    with pytest.raises(ChasquidError, match="no list of users"):
+        _ = CaptureServer(users=lambda name, password: True).login
+
+
+def test_wrong_passwords_never_lock_out() -> None:
+    with CaptureServer(login_in_the_clear=True) as server:
+        for _ in range(30):
+            with client(server) as smtp:
+                assert smtp.docmd("AUTH PLAIN AHVzZXIAeA==")[0] == 535
+        with client(server) as smtp:
+            assert smtp.login("user", "password")[0] == 235
+
+
+# --- what is kept ---
+
+
+def test_the_octets_are_exact() -> None:
+    raw = b"Subject: x\r\n\r\n.\r\n..a\r\n.b\r\n\r\n  \t\r\n" + "größer ".encode() + b"\xff\x80\r\n"
+    with CaptureServer() as server:
+        send(server, raw)
+        with Wire.to(*server.address) as wire:
+            wire.reply()
+            for line in ("EHLO c", "MAIL FROM:<>", "RCPT TO:<Ana+x@Here.Example>"):
+                wire.say(line)
+                wire.reply()
+            wire.send(b"BDAT 7\r\n" + raw[:7] + b"BDAT %d LAST\r\n" % (len(raw) - 7) + raw[7:])
+            wire.reply()
+            wire.reply()
+        by_data, by_bdat = server.wait_for(2)
+        assert by_data.raw == by_bdat.raw == raw
+        assert by_bdat.mail_from == "" and by_bdat.rcpt_tos[0].lower() == "ana+x@here.example"
+        assert by_bdat.peer == "127.0.0.1" and by_bdat.hello == "c"
+
+
+def test_the_size_limit() -> None:
+    with CaptureServer(size_limit=1000) as server, client(server) as smtp:
+        assert smtp.esmtp_features["size"] == "1000"
+        assert smtp.docmd("MAIL FROM:<a@a.example> SIZE=1001")[0] == 552
+        with pytest.raises(smtplib.SMTPDataError) as caught:
+            smtp.mail("a@a.example")
+            smtp.rcpt("b@b.example")
+            raise smtplib.SMTPDataError(*smtp.data(SMALL + b"y" * 2000))
+        assert caught.value.smtp_code == 552 and b"1000 octets" in bytes(caught.value.smtp_error)
+        exact = SMALL + b"y" * (1000 - len(SMALL) - 2) + b"\r\n"
+        smtp.mail("a@a.example")
+        smtp.rcpt("b@b.example")
+        assert smtp.data(exact)[0] == 250
+        assert [len(one.raw) for one in server.messages] == [1000]
+
+
+def test_a_large_message() -> None:
+    raw = SMALL + (b"z" * 998 + b"\r\n") * 20_000
+    with CaptureServer() as server:
+        send(server, raw)
+        assert server.messages[0].raw == raw
+
+
+def test_an_envelope_of_its_own_for_each_message() -> None:
+    with CaptureServer(faults=[Fault("RCPT", reply="550", address="no@*")]) as server:
+        with client(server) as smtp:
+            smtp.mail("gone@a.example")
+            smtp.rcpt("gone@b.example")
+            smtp.rset()
+            for number in range(3):
+                to = [f"{number}@b.example", "no@b.example", "hidden@b.example"]
+                smtp.sendmail(f"{number}@a.example", to, b"To: 0@b.example\r\n\r\n")
+        for number, message in enumerate(server.messages):
+            assert message.mail_from == f"{number}@a.example"
+            assert message.rcpt_tos == [f"{number}@b.example", "hidden@b.example"]
+            assert message["To"] == "0@b.example" and message["Bcc"] is None
+
+
+def test_a_message_with_everything() -> None:
+    message = EmailMessage()
+    message["Subject"] = "Größe"
+    message["To"] = "grün@bücher.example"
+    message.set_content("Schöne Grüße\n", cte="quoted-printable")
+    message.add_alternative("<p>Schöne <b>Grüße</b></p>", subtype="html", cte="base64")
+    message.add_attachment(b"\0\1", maintype="image", subtype="png", filename="ü.png")
+    with CaptureServer() as server:
+        with client(server) as smtp:
+            smtp.send_message(message, "ä@a.example", ["grün@bücher.example"])
+        [one] = server.messages
+        assert one["Subject"] == "Größe" and one["to"] == "grün@bücher.example"
+        assert one.smtputf8 and one.mail_from == "ä@a.example"
+        assert one.rcpt_tos == ["grün@bücher.example"]
+        assert one.text == "Schöne Grüße\n" and "<b>Grüße</b>" in one.html
+        [attachment] = one.iter_attachments()
+        assert attachment.get_filename() == "ü.png" and attachment.get_content() == b"\0\1"
+        assert isinstance(one, EmailMessage)
+
+
+def test_text_that_is_hard_to_read() -> None:
+    assert captured(b"Content-Type: text/plain; charset=no-such\n\nabc\n").text == "abc\n"
+    assert captured(b"").text == "" and captured(b"\n").html == ""
+    assert captured(b"Content-Type: multipart/mixed\n\nabc\n").text in ("", "abc\n")
+    assert captured(b"Content-Type: image/png\n\nabc\n").text == ""
+    assert captured(b"Subject: a\n\nx\ny\n").get_content() == "x\ny\n"
+
+
+def test_an_empty_message() -> None:
+    with CaptureServer() as server:
+        with client(server) as smtp:
+            smtp.sendmail("a@a.example", ["b@b.example"], b"")
+        assert server.messages[0].raw in (b"", b"\r\n")
+
+
+def test_the_transcript() -> None:
+    with CaptureServer() as server:
+        send(server)
+        lines = server.messages[0].transcript.split("\n")
+        assert {line[:3] for line in lines} == {"C: ", "S: "}
+        assert lines[0].startswith("S: 220 localhost") and lines[1] == "C: EHLO client.example"
+        assert server.transcripts[0].startswith("S: 220")
+        assert any(" captured" in line for line in server.log)
+
+
+def test_only_the_last_are_kept_where_that_is_asked_for() -> None:
+    with CaptureServer(keep=2) as server:
+        for name in "abc":
+            send(server, SMALL, f"{name}@b.example")
+        assert [one.rcpt_tos for one in server.messages] == [["b@b.example"], ["c@b.example"]]
+        server.reset()
+        assert server.messages == [] and server.transcripts == [] and server.log == []
+
+
+def test_as_many_messages_and_connections_as_a_test_may_need() -> None:
+    with CaptureServer() as server:
+        with client(server) as smtp:
+            for _ in range(300):
+                smtp.sendmail("a@a.example", ["b@b.example"], SMALL)
+        connections = [socket.create_connection(server.address, SECONDS) for _ in range(150)]
+        for raw in connections:
+            assert raw.recv(3) == b"220"
+            raw.close()
+        assert len(server.messages) == 300
+
+
+def test_addresses_are_kept_as_they_were_written() -> None:
+    with CaptureServer() as server:
+        send(server, SMALL, "Ana+X@Here.Example")
+        assert server.messages[0].rcpt_tos == ["Ana+X@Here.Example"]
+
+
+def test_a_message_with_utf8_in_its_fields_can_be_written_again() -> None:
+    message = captured("Subject: Größe\nX-Other: ü\n\nx\n".encode())
+    assert "Größe".encode() in bytes(message)
+
+
+# --- waiting ---
+
+
+@pytest.mark.parametrize("what", [0, -1, True])
+def test_what_cannot_be_waited_for(what: Any) -> None:
+    with CaptureServer() as server, pytest.raises(ChasquidError, match="That nothing arrives"):
+        server.wait_for(what)
+
+
+@pytest.mark.parametrize("what", ["1", None, 1.5])
+def test_what_is_no_number_cannot_be_waited_for(what: Any) -> None:
+    with CaptureServer() as server, pytest.raises(ChasquidError, match="expected a number"):
+        server.wait_for(what, timeout=0.01)
+
+
+def test_waiting_for_messages_of_other_threads() -> None:
+    with CaptureServer() as server:
+        threads = [threading.Thread(target=send, args=(server, SMALL, f"{n}@b")) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        assert len(server.wait_for(8, SECONDS)) == 8
+        found = server.wait_for(lambda message: "5@b" in message.rcpt_tos)
+        assert found.rcpt_tos == ["5@b"]
+        for thread in threads:
+            thread.join()
+
+
+def test_waiting_in_vain_tells_what_did_arrive() -> None:
+    def is_welcome(message: object) -> bool:
+        return False
+
+    with CaptureServer(timeout=0.02) as server:
+        with pytest.raises(
+            NotArrived, match="waited 0.02 s in vain for 1 message; (?s:.*)nobody has"
+        ) as e:
+            server.wait_for()
+        assert isinstance(e.value, AssertionError)
+        send(server, "Subject: Grüße\r\n\r\n".encode())
+        with pytest.raises(NotArrived) as caught:
+            server.wait_for(is_welcome)
+        text = str(caught.value)
+        assert "a message that is_welcome is true of; arrived: 1 message" in text
+        assert "from <a@a.example> to ana@here.example: 'Grüße'" in text
+        assert "C: RCPT TO:<ana@here.example>" in text
+
+
+def test_a_condition_that_fails_is_heard() -> None:
+    with CaptureServer() as server:
+        send(server)
+        with pytest.raises(ZeroDivisionError):
+            server.wait_for(lambda message: 1 / 0)
+
+
+def test_waiting_at_a_server_that_is_stopped() -> None:
+    server = CaptureServer()
+    with pytest.raises(ChasquidError, match="the server is stopped, so it is vain to wait"):
+        server.wait_for(1, SECONDS)
+    server.start()
+    threading.Timer(0.05, server.stop).start()
+    began = time.monotonic()
+    with pytest.raises(ChasquidError, match="stopped"):
+        server.wait_for(1, SECONDS)
+    assert time.monotonic() - began < 2
+    wait_for(lambda: threading.active_count() == 1 or not server.is_running, "the end")
+
+
+def test_what_comes_while_a_condition_is_asked_is_not_overlooked() -> None:
+    server = CaptureServer()
+
+    def second(message: Any) -> bool:
+        if server.is_running:
+            send(server, SMALL, "second@b.example")
+            server.stop()
+        return message.rcpt_tos == ["second@b.example"]
+
+    with server:
+        send(server)
+        assert server.wait_for(second).rcpt_tos == ["second@b.example"]
+
+
+# --- links and codes ---
+
+
+def test_links() -> None:
+    mail = page('<p><a href="https://t.example/c?a=1&amp;b=2">x</a> <a href="mailto:a@b">m</a>'
+                '<a href="HTTPS://u.example/unsubscribe">y</a></p>')  # fmt: skip
+    assert mail.links() == ["https://t.example/c?a=1&b=2", "HTTPS://u.example/unsubscribe"]
+    assert mail.link("unsubscribe").endswith("/unsubscribe")
+    with pytest.raises(NotFound, match="no link in the message fits 'reset'; it has: https://t"):
+        mail.link("reset")
+    text = plain("Siehe https://a.example/x. Oder (https://b.example/y), <https://c.example/z>!\n")
+    assert text.links() == ["https://a.example/x", "https://b.example/y", "https://c.example/z"]
+    assert plain("nothing").links() == []
+    assert page('<a href="https://a.example/?t=abc.">x</a>').links() == [
+        "https://a.example/?t=abc."
+    ]
+    assert plain("HTTPS://a.example/x").links() == ["HTTPS://a.example/x"]
+
+
+@pytest.mark.parametrize(
+    "mail, link",
+    [
+        (plain("https://a.example/Foo_(bar)"), "https://a.example/Foo_(bar)"),
+        (plain("[https://a.example/[x]]"), "https://a.example/[x]"),
+    ],
+    ids=["round", "square"],
+)
+def test_links_are_whole(mail: Any, link: str) -> None:
+    assert mail.links() == [link]
+
+
+@pytest.mark.parametrize(
+    "text, code",
+    [
+        ("Your code is 482913.", "482913"),
+        ("Your verification code: 482 913", "482913"),
+        ("Use 482-913 to log in", "482913"),
+        ("Ihr Bestätigungscode lautet 482913. Er gilt 10 Minuten.", "482913"),
+        ("Ihr Code: 4821\nBestellung vom 22.11.2026", "4821"),
+        ("Votre code de vérification est 482913", "482913"),
+        ("Order 20481234: your PIN is 7712", "7712"),
+        ("22.11.2026: 482913", "482913"),
+    ],
+)
+def test_codes(text: str, code: str) -> None:
+    assert plain(text).code() == code
+    assert page(f"<style>#123456 {{}}</style><p style='color:#654321'>{text}</p>").code() == code
+
+
+HARD_CODES = [
+    ("482913 is your code.\n\n© 2026 Example Inc.", "482913"),
+    ("G-482913 is your Google verification code.", "482913"),
+    ("Use 482913, it works for ten minutes", "482913"),
+    ("Votre code : 482\N{NARROW NO-BREAK SPACE}913", "482913"),
+    ("© 2026 Firma\nIhr Bestätigungscode lautet 4821", "4821"),
+    ("Farbe #336699. Ihr Bestätigungscode: 482913", "482913"),
+]
+
+
+@pytest.mark.parametrize("text, code", HARD_CODES)
+def test_codes_that_are_harder_to_see(text: str, code: str) -> None:
+    assert plain(text).code() == code
+
+
+@pytest.mark.parametrize(
+    "text", ["© 2026 Example", "Color #336699", "Tel. 030 1234567", "https://a.example/?id=482913"]
+)
+def test_what_is_no_code(text: str) -> None:
+    with pytest.raises(NotFound):
+        plain(text).code()
+
+
+def test_no_code_is_told_with_the_text() -> None:
+    with pytest.raises(
+        NotFound, match="no code in the message looks like one; its text is: 'Hello"
+    ):
+        plain("Hello, 12 apples for 3,50 €").code()
+    assert plain("Your token: AB-12 now").code(r"token: (\S+)") == "AB-12"
+    with pytest.raises(NotFound, match=r"fits 'x\+'"):
+        plain("abc").code("x+")
+
+
+def test_html_keeps_words_apart() -> None:
+    assert page("<p>Your code is<br>482913<br>2026</p>").code() == "482913"
+    assert "12" not in page("<table><tr><td>1</td><td>2</td></tr></table>").text
+
+
+def test_what_is_hidden_is_no_text() -> None:
+    html = "<html><head><title>T</title><style>s</style></head><body><script>x</script>a&amp;b"
+    assert page(html).text.strip() == "a&b"
