@@ -410,3 +410,29 @@ def test_the_page_runs_its_own_script_alone(inbox: Running) -> None:
     assert "innerHTML" not in text and "smtp://127.0.0.1:1025" in text
     assert inbox.ask("/health").body == b"ok\n"
     assert inbox.ask("/", "HEAD").body == b""
+
+
+# --- hostile mail and pages, in the time that they take ---
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"Subject: " + b"=?a?q?x " * 14_000 + b"\r\n\r\nx",
+        b"Subject: " + b"=?" * 60_000 + b"\r\n\r\nx",
+        b'Content-Type: text/plain; a="' + b'\\";' * 40_000 + b"\r\n\r\nx",
+        b"Content-Disposition: attachment; " + b"a=b; " * 20_000 + b"\r\n\r\nx",
+        b"Content-Type: multipart/mixed; boundary=b\r\n\r\n" + b"--b\r\n\r\n" * 20_000,
+    ],
+    ids=["words without an end", "beginnings", "quotes", "parameters", "parts"],
+)
+def test_hostile_mail_is_taken_apart_in_little_time(raw: bytes) -> None:
+    """A square of these lengths would be tens of seconds."""
+    start = time.process_time()
+    chasquid._read_content(raw)
+    assert time.process_time() - start < 5
+
+
+def test_words_that_belong_together_are_joined() -> None:
+    raw = b"Subject: Hi =?utf-8?q?=C3=A4?= =?utf-8?b?w6Q=?= you =?no?q?x?=\r\n\r\n"
+    assert chasquid._read_content(raw).header("subject") == "Hi ää you =?no?q?x?="
