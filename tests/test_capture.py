@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import gc
 import multiprocessing
 import os
+import re
 import smtplib
 import socket
 import ssl
@@ -605,3 +607,80 @@ def test_html_keeps_words_apart() -> None:
 def test_what_is_hidden_is_no_text() -> None:
     html = "<html><head><title>T</title><style>s</style></head><body><script>x</script>a&amp;b"
     assert page(html).text.strip() == "a&b"
+
+
+# --- many threads, and much mail ---
+
+
+def test_of_so_many_octets_the_oldest_go() -> None:
+    with CaptureServer(keep_octets=3000) as server:
+        for number in range(5):
+            send(server, b"Subject: %d\r\n\r\n" % number + b"x" * 1000)
+        assert [message["Subject"] for message in server.messages] == ["3", "4"]
+        send(server, b"Subject: big\r\n\r\n" + b"x" * 5000)
+        assert [message["Subject"] for message in server.messages] == ["big"]
+
+
+def test_results_that_a_message_claims_are_left_as_they_came() -> None:
+    with CaptureServer() as server:
+        send(server, b"Authentication-Results: localhost; spf=pass\r\nSubject: a\r\n\r\nx\r\n")
+        assert server.messages[0]["Authentication-Results"] == "localhost; spf=pass"
+
+
+def test_starts_and_stops_of_many_threads_leave_one_server_or_none() -> None:
+    server = CaptureServer()
+
+    def both() -> None:
+        for _ in range(10):
+            with contextlib.suppress(ChasquidError):
+                server.start()
+            server.stop()
+
+    threads = [threading.Thread(target=both) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    server.stop()
+    names = [thread.name for thread in threading.enumerate()]
+    assert not [name for name in names if re.fullmatch(r"chasquid-\d+", name)]
+
+
+def test_a_server_that_is_to_stop_itself_says_so_and_can_be_stopped() -> None:
+    told = []
+
+    def right(user: str, password: str) -> bool:
+        try:
+            server.stop()
+        except ChasquidError as error:
+            told.append(str(error))
+        return True
+
+    server = CaptureServer(users=right, login_in_the_clear=True)
+    with server, client(server) as smtp:
+        smtp.login("ana", "secret")
+    assert told == ["the server cannot be stopped from its own thread"]
+    assert not server.is_running
+
+
+def test_rules_meet_clients_that_send_in_chunks() -> None:
+    faults = [Fault("DATA", reply="451 4.3.0 later", times=1)]
+    with CaptureServer(faults=faults) as server, Wire.to(*server.address) as wire:
+        wire.reply()
+        for code, count in (("451", 0), ("250", 1)):
+            for line in ("EHLO c", "MAIL FROM:<a@a.example>", "RCPT TO:<b@b.example>"):
+                wire.say(line)
+                assert wire.reply()[:3] == "250"
+            wire.send(b"BDAT 6\r\nA: b\r\n")
+            assert wire.reply()[:3] == code
+            wire.send(b"BDAT 5 LAST\r\n\r\nx\r\n")
+            assert wire.reply()[:3] == code
+            assert len(server.messages) == count
+
+
+def test_a_field_that_the_parser_fails_on_is_there_as_it_came() -> None:
+    with CaptureServer() as server:
+        send(server, b'From: "\r\nMessage-ID: <a@[\r\nSubject: b\r\n\r\nx\r\n')
+        [message] = server.wait_for(1)
+        assert (message["From"], message["Subject"]) == ('"', "b")
+        assert message["Message-ID"]

@@ -340,6 +340,8 @@ def test_who_may_change_something(inbox: Running) -> None:
         {"Sec_Fetch_Site": "cross-site"}, {"Origin": own, "Sec_Fetch_Site": "same-site"},
     ):  # fmt: skip
         assert inbox.ask(path, "DELETE", **fields).status == 403, fields
+        assert inbox.ask(path, **fields).status == 403, fields  # the time alone would tell it much
+    assert inbox.ask("/", Sec_Fetch_Site="cross-site").status == 200  # a link to the page
     assert inbox.ask("/api/v1/messages", host="evil.example").status == 421
     assert inbox.ask("/api/v1/messages", host="mailserver:8025").status == 200
     assert inbox.ask(path, "DELETE", Origin=own, Sec_Fetch_Site="same-origin").status == 200
@@ -436,3 +438,24 @@ def test_hostile_mail_is_taken_apart_in_little_time(raw: bytes) -> None:
 def test_words_that_belong_together_are_joined() -> None:
     raw = b"Subject: Hi =?utf-8?q?=C3=A4?= =?utf-8?b?w6Q=?= you =?no?q?x?=\r\n\r\n"
     assert chasquid._read_content(raw).header("subject") == "Hi ää you =?no?q?x?="
+
+
+def test_a_head_request_for_events_ends(inbox: Running) -> None:
+    assert inbox.send(b"HEAD /api/v1/events HTTP/1.1\r\nHost: localhost\r\n\r\n")[:12] == (
+        b"HTTP/1.1 405"
+    )
+
+
+def test_a_request_with_two_hosts_is_none(inbox: Running) -> None:
+    request = b"GET /api/v1/messages HTTP/1.1\r\nHost: evil.example\r\nHost: localhost\r\n\r\n"
+    assert inbox.send(request) == b""
+
+
+def test_only_so_many_pages_are_told_of_changes(
+    inbox: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chasquid, "_INBOX_LISTENERS", 1)
+    with socket.create_connection(("127.0.0.1", inbox.port), SECONDS) as first:
+        first.sendall(b"GET /api/v1/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert first.recv(100).startswith(b"HTTP/1.1 200")
+        assert inbox.ask("/api/v1/events").status == 503
