@@ -14822,6 +14822,9 @@ def _capture_users(
 ) -> dict[str, str] | Callable[[str, str], bool] | None:
     if arguments.any_login:
         return lambda user, password: True
+    for one in arguments.login:
+        if not re.fullmatch(r"[^:]+:.+", one):
+            raise ChasquidError(f"--login: expected USER:PASSWORD, found {printable(one, 100)!r}")
     users = dict(one.partition(":")[::2] for one in arguments.login)
     return users or None
 
@@ -14839,6 +14842,8 @@ def _rule(text: str) -> dict[str, Any]:
 
 
 def _release(arguments: argparse.Namespace, loop: Loop) -> Releaser | None:
+    if not arguments.release and (arguments.release_user or arguments.release_password_file):
+        raise ChasquidError("expected --release HOST:PORT with the user and the password for it")
     if not arguments.release:
         return None
     if bool(arguments.release_user) != bool(arguments.release_password_file):
