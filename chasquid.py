@@ -10935,6 +10935,8 @@ class Script:
         reply: Any = fault.reply
         if type(reply) is int:
             fault = fault._replace(reply=str(reply))
+        stages = {stage.lower(): stage for stage in STAGES}
+        fault = fault._replace(stage=stages.get(str(fault.stage).lower(), fault.stage))
         if isinstance(fault.without, (str, list)):
             words = [fault.without] if isinstance(fault.without, str) else fault.without
             fault = fault._replace(without=tuple(words))
@@ -11012,7 +11014,8 @@ class Script:
                 f"{printable(str(stage), 40)!r} is no stage; expected one of {', '.join(STAGES)}"
             )
         if stage not in self._stages:
-            raise FaultError(f"{stage} never comes up at this server, as it is set up")
+            how = 'tls="starttls"' if stage == "STARTTLS" else "TLS, or login_in_the_clear=True"
+            raise FaultError(f"{stage} never comes up at this server: make it with {how}")
         if fault.address != "*" and stage not in _ADDRESSED_STAGES:
             raise FaultError(f"the rule can never match: there is no address at {stage}")
         if not re.search(r"[@*?\[]", fault.address) and fault.address:
@@ -11170,6 +11173,7 @@ _MESSAGE_FIELDS = {
     "SIZE": ("SIZE",), "8BITMIME": ("BODY",), "SMTPUTF8": ("SMTPUTF8",),
     "REQUIRETLS": ("REQUIRETLS",), "DSN": ("RET", "ENVID", "NOTIFY", "ORCPT"),
 }  # fmt: skip
+_TRUSTED = "`certificate`, or use `client_context()`"
 _VERBS_OF = {"STARTTLS": "STARTTLS", "AUTH": "AUTH", "CHUNKING": "BDAT"}
 
 
@@ -11696,7 +11700,12 @@ class CaptureSession(Session):
         if self._certificate == "broken":
             self.stream.write(b"\x16\x03\x03\x00\x05 oops")
             raise Dropped
-        await super().secure()
+        try:
+            await super().secure()
+        except (TLSFailed, Disconnected) as error:
+            self.dialogue.client_spoke = True
+            self.dialogue.add("*", f"no TLS came about: {error}; does the client trust {_TRUSTED}?")
+            raise
 
     def tls_context(self) -> ssl.SSLContext | None:
         if self._certificate in ("", "broken"):
@@ -11924,29 +11933,32 @@ class CaptureServer:
         host: str = "127.0.0.1",
         port: int = 0,
         *,
-        faults: Iterable[Fault] | Fault = (),
+        faults: Iterable[Fault | Mapping[str, Any]] | Fault = (),
         magic: bool = True,
         timeout: float = 5.0,
         **settings: Any,
     ) -> None:
         unknown = sorted(set(settings) - set(CaptureSettings._fields))
         if unknown:
-            known = ", ".join(CaptureSettings._fields)
+            known = ", ".join(
+                ("host", "port", "faults", "magic", "timeout", *CaptureSettings._fields)
+            )
             raise ChasquidError(f"there is no setting {unknown[0]!r}; there are {known}")
         self.settings = CaptureSettings(**settings)
         self.hostname = host
         self._wanted_port = port
         self._timeout = timeout
+        self._magic = magic
         self._log = _Lines()
         self.record = Record(self._log, self._log)
         self.record.dialogues = collections.deque(maxlen=_TRANSCRIPTS)
         stages, handshake = self._check_settings()
         self.mailbox = Mailbox(self.settings.keep, self.settings.keep_octets)
-        self._faults = (faults,) if isinstance(faults, Fault) else tuple(faults)
+        self._faults = (faults,) if isinstance(faults, (Fault, str, Mapping)) else tuple(faults)
         self.script = Script(Clock(), stages, handshake, magic)
-        for fault in self._faults:
-            self.script.add(fault)
+        self._add_faults()
         self._run: _CaptureRun | None = None
+        self._was_started = False
         self._changing = threading.Lock()
 
     def __enter__(self) -> CaptureServer:
@@ -11962,12 +11974,14 @@ class CaptureServer:
 
     # --- running ---
 
-    def start(self) -> None:
+    def start(self) -> CaptureServer:
         """Listen, and serve in a thread. Raises ChasquidError where the port is taken."""
         with self._changing:
             if self._run is not None:
                 raise ChasquidError(f"the server is running already, at port {self._run.port}")
             self._run = _CaptureRun(self)
+            self._was_started = True
+        return self
 
     def stop(self) -> None:
         """End the server; what was captured stays. Nothing where it is stopped already."""
@@ -12084,8 +12098,10 @@ class CaptureServer:
         if found is not None:
             return found
         if self._run is None:
+            begin = "not started: call start(), or use it in a with block"
+            state = "stopped" if self._was_started else begin
             raise ChasquidError(
-                self._not_arrived(what, "the server is stopped, so it is vain to wait")
+                self._not_arrived(what, f"the server is {state}; it is vain to wait")
             )
         raise NotArrived(self._not_arrived(what, f"waited {seconds:g} s in vain"))
 
@@ -12098,8 +12114,7 @@ class CaptureServer:
         self.record.dialogues.clear()
         self._log.lines.clear()
         self.script.clear()
-        for fault in self._faults:
-            self.script.add(fault)
+        self._add_faults()
 
     def fault(self, stage: str, **rule: Any) -> str:
         """Add a rule (`Fault`) to the script; return its id. Raises FaultError.
@@ -12110,6 +12125,15 @@ class CaptureServer:
         return self.script.add_rule({**rule, "stage": stage})
 
     # --- behind it ---
+
+    def _add_faults(self) -> None:
+        for fault in self._faults:
+            if isinstance(fault, Fault):
+                self.script.add(fault)
+            elif isinstance(fault, Mapping):
+                self.script.add_rule(fault)
+            else:
+                raise FaultError(f"faults: expected chasquid.Fault objects, found {fault!r}")
 
     def _not_arrived(self, what: object, how: str) -> str:
         if callable(what):
@@ -12146,6 +12170,8 @@ class CaptureServer:
                 raise ChasquidError(f"{key}: expected a number from {least}, found {value!r}")
         if not isinstance(self._timeout, (int, float)) or not self._timeout >= 0:
             raise ChasquidError(f"timeout: expected seconds, found {self._timeout!r}")
+        if not isinstance(self._magic, bool):
+            raise ChasquidError(f"magic: expected True or False, found {self._magic!r}")
         if settings.tls not in ("off", "starttls", "implicit"):
             raise ChasquidError(
                 f'tls: expected "off", "starttls" or "implicit", found {settings.tls!r}'
@@ -12192,7 +12218,7 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raw.close()
         if error.errno == errno.EADDRINUSE:
-            text = f"port {port} of {host} is taken by another program; choose another, or 0"
+            text = f"port {port} of {host} is taken already; choose another, or 0"
             raise ChasquidError(f"{text} for one that is free") from error
         raise ChasquidError(f"cannot listen at {host}:{port}: {reason(error)}") from error
     return raw
@@ -13299,6 +13325,10 @@ def _pytest_fixtures() -> Any:
 
 
 pytest_plugin = _PytestPlugin()
+# for "pytest -p chasquid", where the module is not installed but can be imported
+pytest_addoption = pytest_plugin.pytest_addoption
+pytest_configure = pytest_plugin.pytest_configure
+pytest_runtest_makereport = pytest_plugin.pytest_runtest_makereport
 
 
 # ======================================================================================
@@ -14820,6 +14850,8 @@ def _place(text: str, option: str) -> tuple[str, int]:
 def _capture_users(
     arguments: argparse.Namespace,
 ) -> dict[str, str] | Callable[[str, str], bool] | None:
+    if arguments.any_login and arguments.login:
+        raise ChasquidError("expected one of --login and --any-login")
     if arguments.any_login:
         return lambda user, password: True
     for one in arguments.login:

@@ -492,7 +492,7 @@ def test_a_condition_that_fails_is_heard() -> None:
 
 def test_waiting_at_a_server_that_is_stopped() -> None:
     server = CaptureServer()
-    with pytest.raises(ChasquidError, match="the server is stopped, so it is vain to wait"):
+    with pytest.raises(ChasquidError, match="not started: call start\\(\\)"):
         server.wait_for(1, SECONDS)
     server.start()
     threading.Timer(0.05, server.stop).start()
@@ -684,3 +684,34 @@ def test_a_field_that_the_parser_fails_on_is_there_as_it_came() -> None:
         [message] = server.wait_for(1)
         assert (message["From"], message["Subject"]) == ('"', "b")
         assert message["Message-ID"]
+
+
+def test_faults_may_be_mappings_and_nothing_else() -> None:
+    rules = [Fault("MAIL", reply="450"), {"stage": "rcpt", "reply": 451}]
+    assert [one["stage"] for one in CaptureServer(faults=rules).script.describe()] == [
+        "MAIL",
+        "RCPT",
+    ]
+    for wrong in ("RCPT 451", ["RCPT 451"]):
+        with pytest.raises(
+            ChasquidError, match="expected chasquid.Fault objects, found 'RCPT 451'"
+        ):
+            CaptureServer(faults=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ChasquidError, match="magic: expected True or False"):
+        CaptureServer(magic="no")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tls", ["starttls", "implicit"])
+def test_a_handshake_that_fails_stands_in_the_transcript(tls: str) -> None:
+    with CaptureServer(tls=tls) as server:
+        with pytest.raises(ssl.SSLCertVerificationError):
+            if tls == "implicit":
+                trusting = ssl.create_default_context()
+                smtplib.SMTP_SSL("localhost", server.port, timeout=SECONDS, context=trusting)
+            else:
+                with client(server) as smtp:
+                    smtp.starttls(context=ssl.create_default_context())
+        transcript = wait_for(
+            lambda: [one for one in server.transcripts if "no TLS came about" in one], "the note"
+        )
+        assert "does the client trust `certificate`" in transcript[0]

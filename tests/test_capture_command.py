@@ -191,7 +191,7 @@ def test_a_message_is_sent_on_after_a_login_only_with_tls(tmp_path: Path) -> Non
 def test_a_port_that_is_taken_is_told() -> None:
     with chasquid.CaptureServer() as other:
         line = refused("--smtp", f"127.0.0.1:{other.port}")
-        assert f"port {other.port} of 127.0.0.1 is taken by another program" in line
+        assert f"port {other.port} of 127.0.0.1 is taken already" in line
         assert "is taken" in refused("--web", f"127.0.0.1:{other.port}")
 
 
@@ -207,6 +207,7 @@ def test_a_port_that_is_taken_is_told() -> None:
         (["--keep", "-1"], "keep: expected a number from 0"),
         (["--login", "ana"], "--login: expected USER:PASSWORD"),
         (["--release-user", "ana"], "expected --release"),
+        (["--login", "ana:x", "--any-login"], "expected one of --login and --any-login"),
     ],
 )
 def test_wrong_usage_is_told(options: list[str], text: str) -> None:

@@ -138,27 +138,15 @@ def test_the_limits_are_those_of_the_module(text, value):
     assert wanted in text
 
 
-PLUGIN = """\
-from chasquid import pytest_plugin
-
-pytest_addoption = pytest_plugin.pytest_addoption
-pytest_configure = pytest_plugin.pytest_configure
-pytest_runtest_makereport = pytest_plugin.pytest_runtest_makereport
-"""
-
-
 def test_the_examples_of_the_fixture_run(tmp_path):
     blocks = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
     blocks = [block for block in blocks if "django" not in block]
     assert len(blocks) == 3
     for number, block in enumerate(blocks):
         (tmp_path / f"test_{number}.py").write_text(block)
-    (tmp_path / "plugin_under_test.py").write_text(
-        PLUGIN
-    )  # as the entry point does once it is installed
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:chasquid", "-p", "plugin_under_test"]
-    environment = {**os.environ, "PYTHONPATH": f"{TOP}{os.pathsep}{tmp_path}"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "chasquid"]
+    environment = {**os.environ, "PYTHONPATH": str(TOP)}
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
-    assert "4 passed" in done.stdout, done.stdout + done.stderr
+    assert "5 passed" in done.stdout, done.stdout + done.stderr
