@@ -11831,10 +11831,14 @@ _MAKING_CERTIFICATES = threading.Lock()
 def _certificates() -> tuple[str, dict[str, str]]:
     """Return a file of certificates to trust, and the paths of all, by kind.
 
-    They are made once in a process. A key stands behind its certificate.
+    They are made once in a process. A key stands behind its certificate. Raises ChasquidError.
     """
     with _MAKING_CERTIFICATES:
-        return _make_certificates()
+        try:
+            return _make_certificates()
+        except OSError as error:
+            text = f"the certificates of the tests cannot be written: {reason(error)}"
+            raise ChasquidError(text) from error
 
 
 @functools.cache
@@ -12229,20 +12233,24 @@ class _CaptureRun:
 
     def __init__(self, server: CaptureServer) -> None:
         self._server = server
-        self._listener, self._port_kind = server.make_listener()
-        self.port: int = self._listener.getsockname()[1]
-        self._workers = Workers(_CAPTURE_WORKERS, f"chasquid-{self.port}-worker")
-        self.loop = Loop(Clock(), self._workers, server.record.crash)
-        self._site = _CaptureSite(
-            self.loop, server.record, server.settings, server.mailbox, server.script
-        )
         self._sessions: dict[CaptureSession, Task] = {}
-        self._stopping = Event(self.loop)
         self._others: list[socket.socket] = []
-        self._thread = threading.Thread(
-            target=self._serve, name=f"chasquid-{self.port}", daemon=True
-        )
-        self._thread.start()
+        with contextlib.ExitStack() as undo:  # where the start fails, nothing is left behind
+            self._listener, self._port_kind = server.make_listener()
+            undo.callback(self._listener.close)
+            self.port: int = self._listener.getsockname()[1]
+            self._workers = Workers(_CAPTURE_WORKERS, f"chasquid-{self.port}-worker")
+            self.loop = Loop(Clock(), self._workers, server.record.crash)
+            undo.callback(self.loop.close)
+            self._site = _CaptureSite(
+                self.loop, server.record, server.settings, server.mailbox, server.script
+            )
+            self._stopping = Event(self.loop)
+            self._thread = threading.Thread(
+                target=self._serve, name=f"chasquid-{self.port}", daemon=True
+            )
+            self._thread.start()
+            undo.pop_all()
 
     def stop(self) -> None:
         """End it and wait until it has ended. Raises ChasquidError where it does not end."""

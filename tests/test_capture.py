@@ -715,3 +715,20 @@ def test_a_handshake_that_fails_stands_in_the_transcript(tls: str) -> None:
             lambda: [one for one in server.transcripts if "no TLS came about" in one], "the note"
         )
         assert "does the client trust `certificate`" in transcript[0]
+
+
+def test_a_start_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = CaptureServer()
+    before = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
+
+    def fail(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(chasquid, "_CaptureSite", fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        server.start()
+    if before:
+        assert len(os.listdir("/proc/self/fd")) == len(before)
+    monkeypatch.undo()
+    with server:
+        send(server)
