@@ -11154,7 +11154,7 @@ def _magic_effect(stage: str, address: str) -> Effect | None:
 #
 # - The dialogue is the one of SERVER: the same replies, TLS, logins and limits. What is
 #   left out is what needs the world: no DNS is asked, no sender is judged, every recipient
-#   is known, and nothing is written to the disk.
+#   is known, and no message is written to the disk.
 # - A server runs in a thread of its own, on a port that the system chose; any number run
 #   side by side. Whoever uses one may do so from any thread.
 # - Bad use is told at once, in a sentence: a port that is taken, a rule that can never

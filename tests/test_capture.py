@@ -717,7 +717,7 @@ def test_a_handshake_that_fails_stands_in_the_transcript(tls: str) -> None:
         assert "does the client trust `certificate`" in transcript[0]
 
 
-def test_a_start_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_that_fails_half_way_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     server = CaptureServer()
     before = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
 
