@@ -480,7 +480,7 @@ def test_waiting_in_vain_tells_what_did_arrive() -> None:
         text = str(caught.value)
         assert "a message that is_welcome is true of; arrived: 1 message" in text
         assert "from <a@a.example> to ana@here.example: 'Grüße'" in text
-        assert "C: RCPT TO:<ana@here.example>" in text
+        assert "c: rcpt to:<ana@here.example>" in text.lower()  # smtplib differs by version
 
 
 def test_a_condition_that_fails_is_heard() -> None:

@@ -90,10 +90,9 @@ def test_mail_is_shown_searched_and_deleted() -> None:
         [message] = server.ask("wait?count=1&query=welcome")["messages"]
         assert message["rcpt_tos"] == ["ana@here.example"]
         shown = server.ask(f"messages/{message['id']}")
-        assert (shown["text"], "C: RCPT TO:<ana@here.example>" in shown["transcript"]) == (
-            ".hello\n",
-            True,
-        )
+        assert shown["text"] == ".hello\n"
+        transcript = shown["transcript"].lower()  # smtplib differs by version
+        assert "c: rcpt to:<ana@here.example>" in transcript
         with urllib.request.urlopen(f"{server.web}api/v1/messages/{message['id']}/raw") as raw:
             assert raw.read() == LETTER.encode()
         assert server.ask("messages", method="DELETE") == {"deleted": 1}

@@ -112,7 +112,7 @@ def test_a_test_that_fails_shows_what_was_said(project: Project) -> None:
     )
     assert status == 1
     assert "dialogue with <CaptureServer at 127.0.0.1:" in output
-    assert "C: RCPT TO:<bad@here.example>" in output
+    assert "c: rcpt to:<bad@here.example>" in output.lower()  # smtplib differs by version
     assert "good@here.example" not in output
 
 
