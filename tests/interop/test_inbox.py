@@ -10,6 +10,7 @@ import os
 import subprocess
 import threading
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -76,8 +77,19 @@ class Browser:
         self.call("/actions", {"actions": [{"type": "key", "id": "k", "actions": actions}]})
 
     def click(self, css: str) -> None:
-        found = self.call("/element", {"using": "css selector", "value": css})
-        self.call(f"/element/{found[ELEMENT]}/click")
+        """Click what is there; the page may just be making it anew, so more than once is tried."""
+
+        def clicked() -> bool:
+            try:
+                found = self.call("/element", {"using": "css selector", "value": css})
+                self.call(f"/element/{found[ELEMENT]}/click")
+            except urllib.error.HTTPError as error:
+                if error.code == 404:  # not there, or not any more
+                    return False
+                raise
+            return True
+
+        wait_for(f"a click on {css}", clicked)
 
     def size(self, width: int, height: int) -> None:
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
