@@ -1538,6 +1538,15 @@ class Event:
             self._waiting.discard(task)
 
 
+async def ended(task: Task) -> None:
+    """Wait for the end of a task, which may have been cancelled. Raises its error."""
+    try:
+        await task.join()
+    except Cancelled:
+        if not task.done:
+            raise
+
+
 async def together(loop: Loop, waits: Sequence[Coroutine[Any, Any, Any]]) -> None:
     """Run all of `waits` at the same time, and wait for their end.
 
@@ -10384,19 +10393,11 @@ class Daemon:
         try:
             with self.loop.deadline(_STOP_SECONDS):
                 for task in list(self._sessions.values()):
-                    await self._ended(task)
+                    await ended(task)
                 await self.queue.close()
         except Expired:
             text = f"not everything ended within {_STOP_SECONDS:g}s; the queue keeps what is left"
             self.record.warning("daemon", text)
-
-    @staticmethod
-    async def _ended(task: Task) -> None:
-        try:
-            await task.join()
-        except Cancelled:
-            if not task.done:
-                raise
 
     def _begin_to_accept(self) -> None:
         self._accepting = [
@@ -12294,7 +12295,7 @@ class _CaptureRun:
         accept = self.loop.spawn(self._accept(), "listener")
         await self._stopping.wait()
         accept.cancel()
-        await self._ended(accept)
+        await ended(accept)
         self.loop.forget(self._listener.fileno())
         self._listener.close()
         self._site.closing = True
@@ -12304,17 +12305,9 @@ class _CaptureRun:
         try:
             with self.loop.deadline(_STOP_WAIT):
                 for task in tasks:
-                    await self._ended(task)
+                    await ended(task)
         except Expired:
             pass  # a client that does not go; its connection is closed with the loop
-
-    @staticmethod
-    async def _ended(task: Task) -> None:
-        try:
-            await task.join()
-        except Cancelled:
-            if not task.done:
-                raise
 
     async def _accept(self) -> None:
         async for raw, peer in connections(self.loop, self._server.record, "smtp", self._listener):
