@@ -106,7 +106,9 @@ class TestKill:
             chasquid.kill()
             client.close()
         chasquid.start()
-        assert not list((chasquid.data_dir / "queue" / "tmp").iterdir())
+        # the ports accept before the queue is looked through, which is before any greeting
+        tmp = chasquid.data_dir / "queue" / "tmp"
+        wait_for("an empty tmp", lambda: not list(tmp.iterdir()))
         assert not chasquid.queue_ids()
         with chasquid.smtp() as client:
             assert send_letter(client, "whole")[0] == 250
