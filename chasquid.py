@@ -8905,6 +8905,12 @@ class Session:
         return domain_to_unicode(self.site.hostname)
 
     @property
+    def origin(self) -> Origin:
+        return Origin(
+            self.port, self.peer, self.hello, self.extended, self.user, self.stream.tls_text
+        )
+
+    @property
     def phase(self) -> Phase:
         if not self.hello:
             return CONNECTED
@@ -9056,10 +9062,7 @@ class Session:
 
     async def take(self, transaction: Transaction, draft: Draft) -> Reply:
         """Judge a complete message and queue it. Raises Refused."""
-        origin = Origin(
-            self.port, self.peer, self.hello, self.extended, self.user, self.stream.tls_text
-        )
-        reception = Reception(self.site, origin, transaction)
+        reception = Reception(self.site, self.origin, transaction)
         try:
             envelope, trace = await reception.judge(draft)
         except Refused:
@@ -10807,7 +10810,7 @@ def notify_systemd(state: str) -> None:
 # every time, since a rule counts what it sees and nothing is left to chance.
 #
 # - Rules are asked in their order; the first that applies at a place is the one that acts.
-#   Each counts what matches it, whether or not it acts.
+#   `nth` counts what matches a rule, whether or not it acts; `times`, how often it has.
 # - A rule that could never act is refused when it is added, with the reason.
 # - A recipient can carry its failure in its own name ("ana+450@here.example"), for tests
 #   that cannot reach the server otherwise.
@@ -11169,6 +11172,7 @@ _JOIN_SECONDS = 10.0
 _CAPTURE_WORKERS = 4
 _SHOWN = 10  # messages in an error
 CAPTURE_SIZE = 50 * 1024 * 1024
+_USUAL_USERS = {"user": "password"}
 _CERTIFICATE_NAMES = ("localhost", "127.0.0.1", "::1")
 _MESSAGE_FIELDS = {
     "SIZE": ("SIZE",), "8BITMIME": ("BODY",), "SMTPUTF8": ("SMTPUTF8",),
@@ -11630,7 +11634,7 @@ class _CaptureSite(Site):
         self, login: str, password: bytes, check: Callable[[], None]
     ) -> str | None:
         users = self.settings.users
-        users = {"user": "password"} if users is None else users
+        users = _USUAL_USERS if users is None else users
         try:
             said = password.decode()
         except UnicodeDecodeError:
@@ -11683,12 +11687,6 @@ class CaptureSession(Session):
         self._drip = 0.0
         self._certificate = ""
         self._without: frozenset[str] = frozenset()
-
-    async def run(self) -> None:
-        try:
-            await super().run()
-        finally:
-            self.site.mailbox.wake()
 
     async def greet(self) -> Reply:
         if not self.port.implicit_tls:
@@ -11759,10 +11757,7 @@ class CaptureSession(Session):
         return Spf("none")
 
     async def take(self, transaction: Transaction, draft: Draft) -> Reply:
-        origin = Origin(
-            self.port, self.peer, self.hello, self.extended, self.user, self.stream.tls_text
-        )
-        Reception(self.site, origin, transaction).check_header(draft.complete())
+        Reception(self.site, self.origin, transaction).check_header(draft.complete())
         reply = await self._suffer("message", self._recipients)
         if reply is not None:
             return reply
@@ -12047,9 +12042,7 @@ class CaptureServer:
 
     @property
     def _user(self) -> tuple[str, str]:
-        users = self.settings.users
-        if users is None:
-            return "user", "password"
+        users = _USUAL_USERS if self.settings.users is None else self.settings.users
         if callable(users) or not users:
             raise ChasquidError("the server was given no list of users, so there is no first one")
         return next(iter(users.items()))
