@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Room WORLD: servers that deliver to each other, without a network, by a clock that moves."""
+"""world.py: servers that deliver to each other, without a network, by a clock that moves."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 from support import Peer
+from world import MailWorld, MovableClock, SubmissionRefused, WorldServer
 
 import chasquid
-from chasquid import MailWorld, WorldServer
 
 ANA, EVA = "ana@here.example", "eva@there.example"
 HOUR = 3600.0
@@ -68,7 +68,7 @@ def state(server: WorldServer) -> str:
 def test_the_example_in_the_docstring_works() -> None:
     [example] = re.findall(r"\n\n( +with .*?)\n\n", MailWorld.__doc__ or "", re.DOTALL)
     assert "dkim=pass" in example
-    exec(textwrap.dedent(example), {"chasquid": chasquid})
+    exec(textwrap.dedent(example), {"MailWorld": MailWorld})
 
 
 def test_a_message_arrives_signed_and_from_an_address_that_may_send_it(world: MailWorld) -> None:
@@ -500,10 +500,10 @@ def test_a_mailbox_is_that_of_a_user(here: WorldServer) -> None:
 
 
 def test_what_a_server_refuses_is_told(here: WorldServer) -> None:
-    with pytest.raises(chasquid.SubmissionRefused) as refused:
+    with pytest.raises(SubmissionRefused) as refused:
         send(here, "nobody@here.example")
     assert refused.value.reply.startswith("550 5.1.1 ")
-    with pytest.raises(chasquid.SubmissionRefused, match="535 5.7.8"):
+    with pytest.raises(SubmissionRefused, match="535 5.7.8"):
         here.submit(ANA, [EVA], message(), login=(ANA, "wrong"))
     with pytest.raises(chasquid.ChasquidError, match="has no user eve@here.example: say with"):
         here.submit("eve@here.example", [EVA], message())
@@ -599,7 +599,7 @@ def test_a_table_wants_lists_and_whole_lines(world: MailWorld) -> None:
 
 
 def test_the_clock_runs_and_is_moved() -> None:
-    clock = chasquid.MovableClock()
+    clock = MovableClock()
     assert clock.time() == pytest.approx(time.time(), abs=5)
     before = clock.monotonic()
     threads = [threading.Thread(target=lambda: clock.advance(10)) for _ in range(10)]
