@@ -194,6 +194,7 @@ def reason(error: BaseException) -> str:
 # decided by `normalize_address` alone (PRECIS, RFC 8265; IDNA 2008, RFC 5891).
 # ======================================================================================
 
+LOCAL_PART_LIMIT = 64  # octets; RFC 5321, 4.5.3.1.1
 _ASCII_USER = re.compile(r"[!-~]+")
 ASCII_DOMAIN = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
@@ -268,6 +269,13 @@ def printable(text: str, limit: int = 500) -> str:
     """Return `text` on one line, without control characters, at most `limit` long."""
     text = UNPRINTABLE.sub(" ", text).strip()
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def short_hash(text: str) -> str:
+    """Return 16 characters, always the same for the same text, that hold 64 bits of SHA-256."""
+    import hashlib  # loads OpenSSL's hashes, and is rarely needed
+
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def plural(count: int, noun: str) -> str:
@@ -6422,9 +6430,34 @@ class Client:
             raise TLSFailed(f"{self.place} did not finish the TLS handshake in time") from error
 
     async def authenticate(self, user: str, password: str) -> None:
-        """Log in with AUTH PLAIN (RFC 4616). Raises TemporaryFailure, PermanentFailure."""
-        secret = base64.b64encode(f"\0{user}\0{password}".encode()).decode("ascii")
-        self._expect(await self._command(f"AUTH PLAIN {secret}"), "answers AUTH with")
+        """Log in by a mechanism that EHLO offers, PLAIN before LOGIN (RFC 4954, 4).
+
+        What the challenges of LOGIN say is up to the server, and not looked at. Raises
+        TemporaryFailure; PermanentFailure too if the server offers neither mechanism.
+        """
+        offered = self._mechanisms()
+        if "PLAIN" in offered:  # RFC 4616
+            lines = [f"AUTH PLAIN {_in_base64(f'{chr(0)}{user}{chr(0)}{password}')}"]
+        elif "LOGIN" in offered:
+            lines = ["AUTH LOGIN", _in_base64(user), _in_base64(password)]
+        else:
+            found = f"only {' '.join(offered)}" if offered else "no login (AUTH) at all"
+            text = f"{self.place} offers {found}; expected PLAIN or LOGIN"
+            raise PermanentFailure(text, "5.7.4")
+        for line in lines:
+            reply = await self._command(line)
+            if reply.code != 334:
+                break
+        self._expect(reply, "answers AUTH with")
+
+    def _mechanisms(self) -> list[str]:
+        """Return the names after AUTH in EHLO's answer; "AUTH=" is how old servers wrote it."""
+        return [
+            name
+            for keyword, rest in self.extensions.items()
+            if keyword == "AUTH" or keyword.startswith("AUTH=")
+            for name in f"{keyword[5:]} {rest.upper()}".split()
+        ]
 
     def lacks(self, shipment: Shipment) -> Result | None:
         """Return the failure of all recipients where the server lacks what the message needs."""
@@ -6453,7 +6486,7 @@ class Client:
         mail, *rcpts, data = await self._group(commands)
         if mail.code // 100 != 2:
             rcpts = [mail] * len(recipients)
-        results = [self._result(reply) for reply in rcpts]
+        results = self._rcpt_results(rcpts)
         accepted = [number for number, one in enumerate(results) if one.state == SENT]
         if data.code != 354:
             failure = mail if mail.code // 100 != 2 else data
@@ -6467,6 +6500,22 @@ class Client:
             passed_on = "DSN" in self.extensions and not self._lmtp
             for number, reply in zip(accepted, final, strict=True):
                 results[number] = self._result(reply)._replace(passed_on=passed_on)
+        return results
+
+    def _rcpt_results(self, replies: Sequence[Reply]) -> list[Result]:
+        """Return what the answers to RCPT mean.
+
+        Once a recipient was accepted, 552 says "too many" and is temporary, for servers that
+        follow RFC 821 (RFC 5321, 4.5.3.1.10).
+        """
+        results: list[Result] = []
+        some_accepted = False
+        for reply in replies:
+            result = self._result(reply)
+            if reply.code == 552 and some_accepted:
+                result = result._replace(state=DEFERRED, status="4.5.3")
+            some_accepted = some_accepted or result.state == SENT
+            results.append(result)
         return results
 
     async def quit(self) -> None:
@@ -6586,6 +6635,10 @@ class Client:
         # an answer to no question of ours has no status that means anything
         status = self._status(reply) if state != DEFERRED or reply.code >= 400 else "4.5.0"
         return Result(state, status, f"{self.place} {doing} {said}", self.place, said)
+
+
+def _in_base64(text: str) -> str:
+    return base64.b64encode(text.encode()).decode("ascii")
 
 
 class LmtpCourier:
@@ -7428,14 +7481,18 @@ class Draft:
     def _take_header(self, end: int) -> None:
         """Split what was held back at `end`, where the empty line begins."""
         self._header = bytes(self._head[:end])
-        kept = self._without_forged_results(self._header)
+        kept = self._without_false_traces(self._header)
         self.size -= end - len(kept)
         self._body_at = len(kept) + 2
         self._hold(kept)
         self._hold(bytes(self._head[end:]))
         self._head.clear()
 
-    def _without_forged_results(self, header: bytes) -> bytes:
+    def _without_false_traces(self, header: bytes) -> bytes:
+        """Leave out what only we may say: results of ours, and where mail is from.
+
+        Return-Path is written at the final delivery, and stands there once (RFC 5321, 4.4).
+        """
         hostname = self._hostname
         if hostname is None:
             return header
@@ -7443,10 +7500,11 @@ class Draft:
             fields = header_fields(header)
         except ValueError:
             return header  # it is refused later
-        claims = [one for one in fields if one.name == "authentication-results"]
-        forged = {one for one in claims[:_CLAIMS_LIMIT] if claims_results_of(one, hostname)}
-        forged |= set(claims[_CLAIMS_LIMIT:])
-        return b"".join(one.raw for one in fields if one not in forged) if forged else header
+        claims = [field for field in fields if field.name == "authentication-results"]
+        false = {one for one in claims[:_CLAIMS_LIMIT] if claims_results_of(one, hostname)}
+        false |= set(claims[_CLAIMS_LIMIT:])
+        false |= {field for field in fields if field.name == "return-path"}
+        return b"".join(field.raw for field in fields if field not in false) if false else header
 
     async def _spill(self) -> None:
         data = b"".join(self._pieces)
@@ -7882,8 +7940,14 @@ class Queue:
             return sender
         separator = self._settings.suffix_separator
         old = f"{local_part_content(local)}={domain}"
-        content = f"{local_part_content(user)}{separator}fwd_from={old}"
-        return f"{local_part(content)}@{own_domain}"
+        begin = f"{local_part_content(user)}{separator}fwd_from="
+        # RFC 5321, 4.5.3.1.1: what is too long becomes a hash, and without room for one
+        # the alias itself; a notification to it finds its way by the alias in any case
+        for content in (begin + old, begin + short_hash(old), local_part_content(user)):
+            rewritten = local_part(content)
+            if len(rewritten.encode()) <= LOCAL_PART_LIMIT:
+                break
+        return f"{rewritten}@{own_domain}"
 
     async def _report(self, item: Item) -> None:
         """Tell the sender of failures, and of successes where that was asked for.
@@ -7989,6 +8053,10 @@ _KINDS = {
 }
 
 
+_MESSAGE_ID = re.compile(rb"<[!-;=?-~]{1,200}>")
+_REFERENCES_LIMIT = 10  # ids of earlier messages that are repeated
+
+
 def notification(
     item: Item, kind: str, recipients: Sequence[Recipient], settings: QueueSettings, now: float
 ) -> tuple[bytes, bool]:
@@ -8006,28 +8074,60 @@ def notification(
     boundary = f"=_{new_id()}"
     status = "global-delivery-status" if utf8 else "delivery-status"
     parts = [
-        b"Content-Type: text/plain; charset=utf-8\r\nContent-Transfer-Encoding: 8bit\r\n\r\n"
-        + _explanation(item, kind, recipients, settings),
-        f"Content-Type: message/{status}\r\n\r\n".encode()
-        + _delivery_status(item, kind, recipients, settings, utf8),
+        _part("text/plain; charset=utf-8", _explanation(item, kind, recipients, settings)),
+        _part(f"message/{status}", _delivery_status(item, kind, recipients, settings, utf8)),
         _returned_content(item, kind, utf8),
     ]
-    encoding = "7bit" if all(part.isascii() for part in parts) else "8bit"
     header = (
         f"From: Mail Delivery System <postmaster@{settings.hostname}>\r\n"
         f"To: <{sender}>\r\n"
         f"Subject: {_KINDS[kind].subject}\r\n"
         f"Message-ID: <{new_id()}@{settings.hostname}>\r\n"
         f"Date: {rfc5322_date(now)}\r\n"
+        f"{_thread_fields(item.message.header())}"
+        f"{_failed_recipients(recipients) if kind == 'failed' else ''}"
         "Auto-Submitted: auto-replied\r\n"
         "MIME-Version: 1.0\r\n"
-        f"Content-Transfer-Encoding: {encoding}\r\n"
+        f"Content-Transfer-Encoding: {_encoding(b''.join(parts))}\r\n"
         "Content-Type: multipart/report; report-type=delivery-status;\r\n"
         f'\tboundary="{boundary}"\r\n\r\n'
     ).encode()
     delimiter = f"--{boundary}\r\n".encode()
     body = b"".join(delimiter + part + b"\r\n" for part in parts)
     return header + body + f"--{boundary}--\r\n".encode(), utf8
+
+
+def _encoding(content: bytes) -> str:
+    """RFC 2045, 6.4: what holds an 8bit part is 8bit itself."""
+    return "7bit" if content.isascii() else "8bit"
+
+
+def _part(kind: str, content: bytes) -> bytes:
+    head = f"Content-Type: {kind}\r\nContent-Transfer-Encoding: {_encoding(content)}\r\n\r\n"
+    return head.encode() + content
+
+
+def _thread_fields(header: bytes) -> str:
+    """Return In-Reply-To and References, by which mail programs show it with the original.
+
+    RFC 5322, 3.6.4; nothing if the message has no Message-ID that can be repeated.
+    """
+    try:
+        fields = {field.name: field.value for field in header_fields(header)}
+    except ValueError:
+        return ""
+    ids = _MESSAGE_ID.findall(fields.get("message-id", b""))
+    if not ids:
+        return ""
+    thread = [*_MESSAGE_ID.findall(fields.get("references", b""))[-_REFERENCES_LIMIT:], ids[0]]
+    references = [one.decode("ascii") for one in thread]
+    return (fold("In-Reply-To", references[-1]) + fold("References", *references)).decode()
+
+
+def _failed_recipients(recipients: Sequence[Recipient]) -> str:
+    names = dict.fromkeys(_in_ascii_where_possible(one.original) for one in recipients)
+    *others, last = names
+    return fold("X-Failed-Recipients", *(f"{one}," for one in others), last).decode()
 
 
 def _in_ascii_where_possible(address: str) -> str:
@@ -8116,9 +8216,7 @@ def _returned_content(item: Item, kind: str, utf8: bool) -> bytes:
     else:
         kind = "message/global-headers" if utf8 else "text/rfc822-headers"
         content = message.header()[:NOTIFICATION_ORIGINAL_LIMIT]
-    encoding = "7bit" if content.isascii() else "8bit"
-    head = f"Content-Type: {kind}\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n"
-    return head.encode() + content
+    return _part(kind, content)
 
 
 # ======================================================================================
@@ -10291,7 +10389,7 @@ class Daemon:
             login = config.smarthost_user, password.strip("\r\n")
         courier = SmarthostCourier(
             self.loop,
-            self._names,
+            self._names_out,
             self._hostname,
             config.smarthost,
             login,

@@ -758,6 +758,32 @@ def test_the_sender_is_rewritten_where_we_forward_for_others(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
+    ("user", "sender", "expected"),
+    [
+        ("ana", "x" * 37 + "@far.example", "ana+fwd_from=" + "x" * 37 + "=far.example"),  # 61
+        ("ana", "x" * 41 + "@far.example", "ana+fwd_from=" + chasquid.short_hash(
+            "x" * 41 + "=far.example")),
+        ("a" * 60, "x@far.example", "a" * 60),
+    ],
+    ids=["fits", "hash", "no room"],
+)  # fmt: skip
+def test_a_rewritten_sender_has_at_most_64_octets_before_the_at(
+    tmp_path: Path, user: str, sender: str, expected: str
+) -> None:
+    """RFC 5321, 4.5.3.1.1"""
+
+    async def test(bench: Bench) -> None:
+        forwarded = Addressee(address("eva@there.example"), f"{user}@here.example")
+        await bench.accept(forwarded, sender=sender)
+        await bench.quiet()
+        ((shipment, _),) = bench.remote.messages
+        assert shipment.sender == f"{expected}@here.example"
+        assert len(expected) <= 64
+
+    on_bench(tmp_path, test)
+
+
+@pytest.mark.parametrize(
     ("sender", "target", "original"),
     [
         ("ben@here.example", "eva@there.example", "ana@here.example"),
@@ -945,6 +971,39 @@ def test_several_failures_of_an_attempt_share_a_notification(tmp_path: Path) -> 
     assert [one["Final-Recipient"] for one in recipients] == [
         f"rfc822; {names[0]}", f"rfc822; {names[2]}"
     ]  # fmt: skip
+
+
+def test_a_report_belongs_to_the_thread_of_the_message_and_names_who_failed(
+    tmp_path: Path,
+) -> None:
+    names = [f"{name}@there.example" for name in "ab"]
+    data = b"Message-ID: <3@x>\r\nReferences: <1@x>\r\n <2@x>\r\nSubject: x\r\n\r\nhello\r\n"
+    parsed, _ = report(tmp_path, *names, plan={name: [FAILED] for name in names}, data=data)
+    assert parsed["In-Reply-To"] == "<3@x>"
+    assert parsed["References"].split() == ["<1@x>", "<2@x>", "<3@x>"]
+    assert parsed["X-Failed-Recipients"].split() == [f"{names[0]},", names[1]]
+
+
+@pytest.mark.parametrize("field", [b"", b"Message-ID: none\r\n", b"Message-ID: <\xff@x>\r\n"])
+def test_a_message_without_an_id_that_can_be_repeated_has_no_thread(
+    tmp_path: Path, field: bytes
+) -> None:
+    data = field + b"Subject: x\r\n\r\nhello\r\n"
+    parsed, _ = report(tmp_path, "a@there.example", plan={"a@there.example": [FAILED]}, data=data)
+    assert parsed["In-Reply-To"] is None and parsed["References"] is None
+
+
+@pytest.mark.parametrize("body", [b"hello\r\n", b"h\xc3\xa9llo\r\n"])
+def test_an_8bit_part_is_never_inside_one_that_is_7bit(tmp_path: Path, body: bytes) -> None:
+    """RFC 2045, 6.4"""
+    parsed, _ = report(
+        tmp_path, "a@there.example", plan={"a@there.example": [FAILED]},
+        data=b"Subject: x\r\n\r\n" + body,
+    )  # fmt: skip
+    encodings = [one["Content-Transfer-Encoding"] for one in parts(parsed)]
+    whole = "8bit" if "8bit" in encodings else "7bit"
+    assert parsed["Content-Transfer-Encoding"] == whole == ("7bit" if body.isascii() else "8bit")
+    assert encodings[0] == "7bit"
 
 
 def test_each_failure_is_reported_once(tmp_path: Path) -> None:

@@ -325,6 +325,17 @@ def test_nothing_is_added_to_the_mail_of_strangers_but_the_trace(serve: Serve) -
     assert names == ["Return-Path", "Delivered-To", *TRACE, "Subject"]
 
 
+def test_a_return_path_that_came_with_the_message_does_not_stay(serve: Serve) -> None:
+    """RFC 5321, 4.4"""
+    server = serve()
+    with greeted(server) as wire:
+        data = b"Return-Path: <a@b>\r\nSubject: x\r\nreturn-path:\r\n <c@d>\r\nTo: y\r\n\r\n"
+        assert send(wire, data).startswith("250 ")
+    message = email.message_from_bytes(server.mail("ana")[0])
+    assert message.get_all("Return-Path") == ["<>"]
+    assert message.keys()[-2:] == ["Subject", "To"]
+
+
 def test_received_is_ascii_where_the_client_did_not_ask_for_smtputf8(serve: Serve) -> None:
     server = serve()
     with server.connect() as wire:

@@ -175,7 +175,8 @@ def test_what_the_message_needs_is_said() -> None:
 
 
 def test_what_the_smarthost_lacks_fails() -> None:
-    script = STARTTLS + "S: 250 smart.example\n" + WELCOME + "C: QUIT\nS: 221 bye"
+    script = STARTTLS + "S: 250-smart.example\nS: 250 AUTH PLAIN\n" + WELCOME
+    script += "C: QUIT\nS: 221 bye"
     load = shipment("Subject: grüße\r\n\r\nx\r\n".encode(), smtputf8=True)
     (result,), _ = attempt(script, load=load)
     assert (result.state, result.status) == (FAILED, "5.6.7")
@@ -296,6 +297,36 @@ def test_on_port_465_tls_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ports == [465]
 
 
+def in_base64(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
+
+
+@pytest.mark.parametrize(
+    ("offered", "first"), [("LOGIN XOAUTH2", "VXNlcm5hbWU6"), ("XOAUTH2 LOGIN", "who are you?")]
+)
+def test_where_plain_is_not_offered_login_is_used_whatever_it_asks(
+    offered: str, first: str
+) -> None:
+    extensions = EXTENSIONS.replace("AUTH PLAIN LOGIN", f"AUTH {offered}")
+    login = f"""
+        C: AUTH LOGIN
+        S: 334 {first}
+        C: {in_base64(LOGIN[0])}
+        S: 334
+        C: {in_base64(LOGIN[1])}
+        S: 235 2.7.0 welcome
+    """
+    (result,), _ = attempt(STARTTLS + extensions + login + TRANSFER + CONTENT)
+    assert result.state == SENT
+
+
+@pytest.mark.parametrize("form", ["AUTH LOGIN PLAIN", "auth plain", "AUTH=PLAIN"])
+def test_plain_comes_before_login_and_old_forms_are_understood(form: str) -> None:
+    script = WHOLE.replace("AUTH PLAIN LOGIN", form)
+    (result,), _ = attempt(script)
+    assert result.state == SENT
+
+
 # --- what it refuses ---
 
 
@@ -303,6 +334,15 @@ def test_on_port_465_tls_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_login_that_is_refused_is_tried_again_later(reply: str) -> None:
     text = refused(STARTTLS + EXTENSIONS + f"C: AUTH PLAIN {SECRET}\nS: {reply}\n* closed")
     assert f"answers AUTH with {reply}" in text
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [("AUTH XOAUTH2 GSSAPI", "offers only XOAUTH2 GSSAPI; "), ("HELP", "offers no login (AUTH)")],
+)
+def test_a_smarthost_without_a_mechanism_of_ours_is_told_of(line: str, said: str) -> None:
+    text = refused(STARTTLS + EXTENSIONS.replace("AUTH PLAIN LOGIN", line) + "* closed")
+    assert f"{said}" in text and "expected PLAIN or LOGIN" in text
 
 
 def test_why_nothing_was_sent_is_said_once() -> None:
@@ -340,6 +380,25 @@ def test_recipients_that_are_refused_fail_and_the_others_are_served() -> None:
         (FAILED, "5.1.1"), (DEFERRED, "4.2.1"), (SENT, "2.0.0")
     ]  # fmt: skip
     assert "who is that?" in results[0].text
+
+
+def test_552_is_temporary_once_a_recipient_was_accepted() -> None:
+    """RFC 5321, 4.5.3.1.10"""
+    script = STARTTLS + EXTENSIONS + WELCOME + """
+        C: MAIL FROM:<eva@there.example>
+        S: 250 fine
+        C: RCPT TO:<eva@there.example>
+        S: 552 5.2.2 the mailbox is full
+        C: RCPT TO:<eve@there.example>
+        S: 250 fine
+        C: RCPT TO:<max@there.example>
+        S: 552 too many recipients
+    """ + CONTENT  # fmt: skip
+    targets = [address(f"{name}@there.example") for name in ("eva", "eve", "max")]
+    results, _ = attempt(script, targets=targets)
+    assert [(one.state, one.status) for one in results] == [
+        (FAILED, "5.2.2"), (SENT, "2.0.0"), (DEFERRED, "4.5.3")
+    ]  # fmt: skip
 
 
 def test_a_message_that_is_refused_fails() -> None:
