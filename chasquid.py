@@ -2555,6 +2555,13 @@ class Answer(NamedTuple):
 Ask = Callable[[str, str], Awaitable[Answer]]
 
 
+class _Failure(NamedTuple):
+    """That nobody could say. Not an exception, which would collect the places of all askers."""
+
+    text: str
+    status: str
+
+
 class Names:
     """Answers from the cache, or by asking. Names are ASCII (A-labels)."""
 
@@ -2562,7 +2569,7 @@ class Names:
         self._loop = loop
         self._ask = ask
         self._slots = Slots(loop, _QUESTION_SLOTS)
-        self._cache: dict[tuple[str, str], tuple[float, Answer | TemporaryFailure]] = {}
+        self._cache: dict[tuple[str, str], tuple[float, Answer | _Failure]] = {}
         self._octets = 0  # in the cache, roughly
         self._under_way: dict[tuple[str, str], Task] = {}
 
@@ -2574,8 +2581,8 @@ class Names:
             if key not in self._under_way:
                 self._under_way[key] = self._loop.spawn(self._fetch(key), f"DNS {kind} {name}")
             known = await self._under_way[key].join()
-        if isinstance(known, TemporaryFailure):
-            raise known
+        if isinstance(known, _Failure):
+            raise TemporaryFailure(*known)
         return known
 
     def forget_all(self) -> None:
@@ -2622,18 +2629,18 @@ class Names:
             raise failure
         return found
 
-    async def _fetch(self, key: tuple[str, str]) -> Answer | TemporaryFailure:
-        result: Answer | TemporaryFailure
+    async def _fetch(self, key: tuple[str, str]) -> Answer | _Failure:
+        result: Answer | _Failure
         try:
             async with self._slots:
                 with self._loop.deadline(DNS_SECONDS):
                     result = await self._ask(*key)
             ttl = max(_TTL_LIMITS[0], min(result.ttl, _TTL_LIMITS[1]))
         except TemporaryFailure as error:
-            result, ttl = error, _FAILURE_SECONDS
+            result, ttl = _Failure(str(error), error.status), _FAILURE_SECONDS
         except Expired:
             text = f"no name server answered for {key[0]} {key[1]} in time"
-            result, ttl = TemporaryFailure(text, "4.4.3"), _FAILURE_SECONDS
+            result, ttl = _Failure(text, "4.4.3"), _FAILURE_SECONDS
         finally:
             del self._under_way[key]
         self._forget(key)
@@ -2644,7 +2651,7 @@ class Names:
         return result
 
     @staticmethod
-    def _size(known: Answer | TemporaryFailure) -> int:
+    def _size(known: Answer | _Failure) -> int:
         records = known.records if isinstance(known, Answer) else ()
         return 300 + sum(60 + len(record) for record in records)
 
@@ -2678,6 +2685,7 @@ class DnsClient:
         self._servers = servers
         self._trust_ad = trust_ad
         self._resolver: Any = None
+        self._plain_resolver: Any = None  # without EDNS
         self._backend: Any = None
 
     async def ask(self, name: str, kind: str) -> Answer:
@@ -2688,10 +2696,7 @@ class DnsClient:
         import dns.resolver
 
         try:
-            found = await self._resolver.resolve(
-                name.rstrip(".") + ".", kind, raise_on_no_answer=False, search=False,
-                lifetime=DNS_SECONDS, backend=self._backend,
-            )  # fmt: skip
+            found = await self._resolve(name.rstrip(".") + ".", kind)
         except dns.resolver.NXDOMAIN as error:
             responses: Any = error.kwargs["responses"]
             ttls = [one.resolve_chaining().minimum_ttl for one in responses.values()]
@@ -2713,6 +2718,26 @@ class DnsClient:
             "" if canonical == name.rstrip(".").lower() else canonical,
         )  # fmt: skip
 
+    async def _resolve(self, name: str, kind: str) -> Any:
+        """Ask, and where a server does not understand EDNS, ask without (RFC 6891, 7)."""
+        import dns.rcode
+        import dns.resolver
+
+        async def ask(resolver: Any) -> Any:
+            return await resolver.resolve(
+                name, kind, raise_on_no_answer=False, search=False, lifetime=DNS_SECONDS,
+                backend=self._backend,
+            )  # fmt: skip
+
+        try:
+            return await ask(self._resolver)
+        except dns.resolver.NoNameservers as error:
+            responses = [one[4] for one in error.kwargs["errors"]]
+            codes = [one.rcode() for one in responses if one is not None]
+            if dns.rcode.FORMERR not in codes:
+                raise
+        return await ask(self._plain_resolver)
+
     def _is_authentic(self, found: Any) -> bool:
         import dns.flags
 
@@ -2733,6 +2758,11 @@ class DnsClient:
         for feature in ("dnssec", "doh", "doq", "trio", "wmi"):
             dns._features.force(feature, False)
         dns._features.force("idna", True)
+        self._resolver, self._plain_resolver = self._new_resolver(0), self._new_resolver(-1)
+        self._backend = _dns_backend(self._loop)
+
+    def _new_resolver(self, edns: int) -> Any:
+        """Return a resolver of dnspython's; `edns` is the version, -1 for none."""
         import dns.asyncresolver
         import dns.flags
         import dns.nameserver
@@ -2749,9 +2779,8 @@ class DnsClient:
                 dns.nameserver.Do53Nameserver(host, port) for host, port in places
             ]
         resolver.set_flags(dns.flags.RD | dns.flags.AD)  # AD asks for AD; RFC 6840, 5.7
-        resolver.use_edns(0, 0, 1232)
-        self._resolver = resolver
-        self._backend = _dns_backend(self._loop)
+        resolver.use_edns(edns, 0, 1232)
+        return resolver
 
 
 def _dns_backend(loop: Loop) -> Any:
@@ -4451,6 +4480,8 @@ class _Unknown(BaseException):
     """pyspf asks what is not known yet. No Exception, for it catches those."""
 
 
+# What shows that something is wrong here, not with the message: it must not become a result.
+_OUR_FAULTS = (ImportError, EOFError, OSError, MemoryError, NameError)
 _SPF_VERSION = re.compile(r"v=spf1(?: |$)", re.IGNORECASE)
 _SpfAnswers = dict[tuple[str, str], "Answer | TemporaryFailure"]
 
@@ -4610,6 +4641,8 @@ def _run_spf(query: Any) -> tuple[str, str]:
         result, _, explanation = query.check()
     except _Unknown:
         return "", ""
+    except _OUR_FAULTS:
+        raise
     except Exception as error:  # it lets slip several kinds that it does not mean to
         return "permerror", _in_ascii(str(error))
     return str(result), _in_ascii(str(explanation))
@@ -4669,6 +4702,13 @@ class _Unacceptable(Exception):
         self.result = result
 
 
+class _Key(NamedTuple):
+    """A key as the shortest record that says it; `testing` is t=y of RFC 6376, 3.6.1."""
+
+    record: bytes
+    testing: bool
+
+
 class _Claim(NamedTuple):
     """A signature field whose form is right: its tags, and the names in h= in lower case."""
 
@@ -4705,8 +4745,18 @@ async def _load_library(loop: Loop, library: functools._lru_cache_wrapper[Any]) 
 
 @functools.cache
 def _dkim() -> Any:
-    """Return dkimpy, with our Ed25519 in the place of PyNaCl."""
-    import dkim  # 70 ms, with dnspython; not before the first signature
+    """Return a dkimpy of our own, with our Ed25519 in the place of PyNaCl.
+
+    Others in the process may use dkimpy too, and theirs stays as it is.
+    """
+    import importlib.util
+
+    import dkim.util  # 70 ms, with dnspython; not before the first signature
+
+    spec = dkim.__spec__
+    own: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(own)
+    own.util = dkim.util
 
     class BadSignature(Exception):
         pass
@@ -4721,25 +4771,60 @@ def _dkim() -> Any:
             if not ed25519_verify(self._key, message, signature):
                 raise BadSignature
 
-    dkim.nacl = types.SimpleNamespace(
+    own.nacl = types.SimpleNamespace(
         signing=types.SimpleNamespace(VerifyKey=VerifyKey),
         encoding=types.SimpleNamespace(Base64Encoder=None),
         exceptions=types.SimpleNamespace(ValueError=ValueError, BadSignatureError=BadSignature),
     )
-    return dkim
+    return own
+
+
+_SIGNED_TAG = re.compile(rb"(?:\A|;)\s*h\s*=([^;]*)")
+_DOMAIN_TAG = re.compile(rb"(?:\A|;)\s*d\s*=([^;]*)")
+
+
+def choose_signatures(fields: Sequence[Field], authors: Sequence[str]) -> tuple[list[Field], bool]:
+    """Return the signatures to check, from the top, and whether one that matters is left out.
+
+    Those that may be aligned with one of the domains `authors` are taken first, so that
+    forwarders on the way do not hide the signature of the author (RFC 6376, 6.1, leaves the
+    choice to us).
+    """
+    found = [field for field in fields if field.name == "dkim-signature"]
+    if len(found) <= _SIGNATURE_COUNT_LIMIT:
+        return found, False
+    aligned = [_may_be_aligned(field, authors) for field in found]
+    order = sorted(range(len(found)), key=lambda place: (not aligned[place], place))
+    chosen = sorted(order[:_SIGNATURE_COUNT_LIMIT])
+    left_out = any(aligned[place] for place in order[_SIGNATURE_COUNT_LIMIT:])
+    return [found[place] for place in chosen], left_out
+
+
+def _may_be_aligned(field: Field, authors: Sequence[str]) -> bool:
+    """Tell whether d= has the last two labels of an author's domain, without asking the DNS."""
+    match = _DOMAIN_TAG.search(field.value[:_SIGNATURE_SIZE_LIMIT])
+    try:
+        domain = domain_to_ascii(re.sub(rb"\s+", b"", match[1]).decode()) if match else ""
+    except ValueError:
+        return False
+    return domain.split(".")[-2:] in [author.split(".")[-2:] for author in authors]
 
 
 async def verify_signatures(
-    names: Names, loop: Loop, fields: Sequence[Field], body: Callable[[], Iterable[bytes]]
+    names: Names,
+    loop: Loop,
+    fields: Sequence[Field],
+    body: Callable[[], Iterable[bytes]],
+    authors: Sequence[str] = (),
 ) -> list[Signature]:
-    """Return what becomes of each DKIM signature among `fields`, from the top, up to five.
+    """Return what becomes of each DKIM signature that `choose_signatures` takes, from the top.
 
     `body` returns the octets after the header's empty line; it is called in a worker
     thread, where a signature makes that necessary, and may raise OSError.
     """
-    found = [field for field in fields if field.name == "dkim-signature"]
+    found, _ = choose_signatures(fields, authors)
     results: list[Signature] = []
-    claims: dict[int, tuple[_Claim, bytes]] = {}  # by place in `results`
+    claims: dict[int, tuple[_Claim, _Key]] = {}  # by place in `results`
     now = loop.clock.time()
 
     async def prepare(place: int, field: Field) -> None:
@@ -4752,7 +4837,7 @@ async def verify_signatures(
         except _Unacceptable as refused:
             results[place] = results[place]._replace(result=refused.result, reason=str(refused))
 
-    results += [Signature("neutral")] * min(len(found), _SIGNATURE_COUNT_LIMIT)
+    results += [Signature("neutral")] * len(found)
     if found:
         await _load_library(loop, _dkim)
     try:
@@ -4778,13 +4863,24 @@ def _read_signature(field: Field) -> _Claim:
     dkim = _dkim()
     try:
         raw = dkim.util.parse_tag_value(field.value.replace(b"\r\n", b""))
+        _turn_into_a_labels(raw)
         dkim.validate_signature_fields({**raw, b"t": b"1", b"x": b"9999999999"})
         tags = {name: re.sub(rb"\s+", b"", value) for name, value in raw.items()}
         names = [name.lower() for name in tags[b"h"].decode("ascii").split(":")]
         signature = _identified(tags)
+    except _OUR_FAULTS:
+        raise
     except Exception:  # it lets slip several kinds that it does not mean to
         raise _Unacceptable("neutral", "the field is malformed") from None
     return _Claim(field, tags, names, signature)
+
+
+def _turn_into_a_labels(tags: dict[bytes, bytes]) -> None:
+    """Write the names in d=, s= and i= in A-labels (RFC 8616, 5). Raises ValueError."""
+    for tag in (b"d", b"s", b"i"):
+        if tag in tags and not tags[tag].isascii():
+            local, at, domain = re.sub(rb"\s+", b"", tags[tag]).rpartition(b"@")
+            tags[tag] = local + at + domain_to_ascii(domain.decode()).encode()
 
 
 def _identified(tags: Mapping[bytes, bytes]) -> Signature:
@@ -4829,8 +4925,22 @@ def _check_times(tags: Mapping[bytes, bytes], now: float) -> None:
         raise _Unacceptable("policy", "the signature has expired")
 
 
-async def _key_record(names: Names, claim: _Claim) -> bytes:
-    """Return the key as the shortest record that says it. Raises _Unacceptable."""
+def names_signed(fields: Iterable[Field]) -> set[str]:
+    """Return the names, in lower case, of all fields that some DKIM-Signature signs.
+
+    Also those that are not there: adding one would break the signature (RFC 6376, 5.4.2).
+    """
+    names: set[str] = set()
+    for field in fields:
+        if field.name == "dkim-signature":
+            for match in _SIGNED_TAG.finditer(field.value[:_SIGNATURE_SIZE_LIMIT]):
+                words = match[1].decode("latin-1").lower().split(":")
+                names.update(word.strip() for word in words)
+    return names
+
+
+async def _key_record(names: Names, claim: _Claim) -> _Key:
+    """Return the key of a signature. Raises _Unacceptable."""
     try:
         answer = await names.query(claim.key_name, "TXT")
     except TemporaryFailure as failure:
@@ -4846,8 +4956,8 @@ async def _key_record(names: Names, claim: _Claim) -> bytes:
     raise refused
 
 
-def _key_of_record(record: str, tags: Mapping[bytes, bytes]) -> bytes:
-    """Return the record with its key alone, checked against a signature's `tags`.
+def _key_of_record(record: str, tags: Mapping[bytes, bytes]) -> _Key:
+    """Return the key in a record, checked against a signature's `tags`.
 
     RFC 6376, 3.6.1 and 6.1.2. Raises _Unacceptable.
     """
@@ -4856,9 +4966,25 @@ def _key_of_record(record: str, tags: Mapping[bytes, bytes]) -> bytes:
     try:
         text = ";".join(filter(str.strip, record.split(";")))  # empty tags do no harm
         raw = _dkim().util.parse_tag_value(text.encode("latin-1"))
+    except _OUR_FAULTS:
+        raise
     except Exception:
         raise _Unacceptable("permerror", "the key record is malformed") from None
     key = {name: re.sub(rb"\s+", b"", value) for name, value in raw.items()}
+    testing = b"y" in key.get(b"t", b"").split(b":")
+    try:
+        return _Key(_checked_key(key, tags), testing)
+    except _Unacceptable as refused:
+        raise _as_unsigned(refused) if testing else refused from None
+
+
+def _as_unsigned(refused: _Unacceptable) -> _Unacceptable:
+    """RFC 6376, 3.6.1: what fails with a key that is being tested is like unsigned mail."""
+    return _Unacceptable("none", f"{refused}; the key is being tested")
+
+
+def _checked_key(key: Mapping[bytes, bytes], tags: Mapping[bytes, bytes]) -> bytes:
+    """Return the record with its key alone. Raises _Unacceptable."""
     kind, public = key.get(b"k", b"rsa"), key.get(b"p", b"")
     flags = key.get(b"t", b"").split(b":")
     if key.get(b"v", b"DKIM1") != b"DKIM1" or b"p" not in key:
@@ -4874,8 +5000,6 @@ def _key_of_record(record: str, tags: Mapping[bytes, bytes]) -> bytes:
     identity = tags.get(b"i", b"@" + tags[b"d"]).rpartition(b"@")[2]
     if b"s" in flags and identity.lower() != tags[b"d"].lower():
         raise _Unacceptable("permerror", "the key is not for subdomains")
-    if b"y" in flags:
-        raise _Unacceptable("neutral", "the key is only being tested")
     try:
         decoded = base64.b64decode(public, validate=True)
         if kind == b"rsa":  # said anew, so that dkimpy cannot read another key in it
@@ -4888,7 +5012,7 @@ def _key_of_record(record: str, tags: Mapping[bytes, bytes]) -> bytes:
 
 
 def _check_claims(
-    claims: Sequence[tuple[_Claim, bytes]], fields: Sequence[Field], body: Iterable[bytes],
+    claims: Sequence[tuple[_Claim, _Key]], fields: Sequence[Field], body: Iterable[bytes],
     now: float,
 ) -> list[Signature]:  # fmt: skip
     """Hash the body once for all signatures, then check each. Computes; for a worker."""
@@ -4898,18 +5022,21 @@ def _check_claims(
             one.feed(piece)
     digests = {relaxed: (one.digest(), one.length) for relaxed, one in hashes.items()}
     results = []
-    for claim, record in claims:
+    for claim, key in claims:
         digest, length = digests[claim.relaxed_body]
         try:
             _check_body(claim, digest, length)
-            if not _is_valid(claim, record, fields):
+            if not _is_valid(claim, key.record, fields):
                 raise _Unacceptable("fail", "the signature does not fit")
             outcome = ("pass", "")
             if int(claim.tags.get(b"t", b"0")) > now + _CLOCK_SLOP:
                 # whoever has the key signed it, so it may be our clock that is wrong
                 outcome = ("temperror", "the signature is from the future")
         except _Unacceptable as refused:
+            refused = _as_unsigned(refused) if key.testing else refused
             outcome = (refused.result, str(refused))
+        except _OUR_FAULTS:
+            raise
         except Exception:  # dkimpy lets slip several kinds that it does not mean to
             outcome = ("neutral", "the signature cannot be processed")
         results.append(claim.signature._replace(result=outcome[0], reason=outcome[1]))
@@ -5040,8 +5167,8 @@ class Signer:
         try:
             signed = await self._loop.work(lambda: sign(keys, header, body(), now))
         except Exception as error:  # whatever it is, the message must not leave without
-            self._record.error("dkim", f"cannot sign for {domain}: {reason(error)}")
-            raise TemporaryFailure("the message cannot be signed now", "4.7.0") from error
+            self._record.crash(f"signing for {domain}", error)
+            raise TemporaryFailure("the message cannot be signed now", "4.3.0") from error
         self._record.count("dkim signatures", "made")
         return signed
 
@@ -5366,14 +5493,22 @@ class SecurityLevels:
             await self._keep(domain, info._replace(outgoing=level))
 
     async def of(self, domain: str) -> DomainInfo:
-        """Return what is known of `domain`, in Unicode."""
+        """Return what is known of `domain`, in Unicode.
+
+        Raises TemporaryFailure if its file cannot be read or understood: to go on without
+        would give up what was promised to hold.
+        """
         if domain not in self._known:
             path = self._path(domain)
             try:
                 info = await self._loop.work(lambda: read_domain_info(path))
             except ConfigError as error:
-                self._record.error("security levels", f"{error}; going on without")
-                info = DomainInfo()
+                remedy = (
+                    "mail from and to it waits until that is mended or domaininfo-remove was run"
+                )
+                self._record.error("security levels", f"{error}; {remedy}")
+                text = f"what was seen of {domain} cannot be read"
+                raise TemporaryFailure(text, "4.3.0") from error
             if len(self._known) >= _DOMAIN_INFO_LIMIT:
                 self._known.clear()
             self._known.setdefault(domain, info)  # something better may have been seen meanwhile
@@ -5381,7 +5516,10 @@ class SecurityLevels:
 
     async def forget(self, domain: str) -> bool:
         """Forget what was seen of `domain`; false where that was nothing. Raises OSError."""
-        known = await self.of(domain) != DomainInfo()
+        try:
+            known = await self.of(domain) != DomainInfo()
+        except TemporaryFailure:
+            known = True
         self._known.pop(domain, None)
         path = self._path(domain)
         removed = await self._loop.work(lambda: remove_domain_info(path))
@@ -8680,8 +8818,6 @@ class Reception:
             return await self._site.hooks.post_data(self._environment(), message)
         except PermanentFailure as error:
             raise Refused(Reply(554, error.status, str(error))) from error
-        except TemporaryFailure as error:
-            raise Refused(Reply(451, error.status, str(error))) from error
 
     def _environment(self) -> dict[str, str]:
         """What post-data is told, as chasquid names it, and the results of our checks."""
@@ -8726,11 +8862,7 @@ class Reception:
             return
         for field in fields:
             for author in author_addresses(field.value) if field.name == "from" else ():
-                try:
-                    allowed = await self._site.may_send_as(user, author)
-                except TemporaryFailure as error:
-                    raise Refused(Reply(451, error.status, str(error))) from error
-                if not allowed:
+                if not await self._site.may_send_as(user, author):
                     text = f"{user} may not write as {printable(author, 200)} in From"
                     raise Refused(Reply(554, "5.7.1", text))
 
@@ -8742,16 +8874,14 @@ class Reception:
         Raises Refused.
         """
         names = {field.name for field in fields}
+        names |= names_signed(fields)
         prefix = received
         if "date" not in names:
             prefix += fold("Date", rfc5322_date(self._site.loop.clock.time()))
         if "message-id" not in names:
             prefix += fold("Message-ID", f"<{draft.id}@{self._site.hostname}>")
         domain = split_address(self._transaction.sender)[1]
-        try:
-            return await self._site.signer.sign(domain, prefix + header, draft.body) + prefix
-        except TemporaryFailure as error:
-            raise Refused(Reply(451, error.status, str(error))) from error
+        return await self._site.signer.sign(domain, prefix + header, draft.body) + prefix
 
     async def _verify(self, draft: Draft, fields: Sequence[Field]) -> tuple[bytes, bool]:
         """Return trace fields, and whether it is junk. Raises Refused."""
@@ -8801,17 +8931,15 @@ class Reception:
         self, draft: Draft, fields: Sequence[Field], authors: Sequence[str] | None
     ) -> tuple[list[Signature], Dmarc]:
         site = self._site
-        signatures: list[Signature] = []
-        try:
-            signatures = await verify_signatures(site.names, site.loop, fields, draft.body)
-            if authors is None:
-                return signatures, Dmarc("permerror")
-            dmarc = await check_dmarc(
-                site.names, site.loop, authors, self._transaction.spf, signatures
-            )
-        except Exception as error:  # a fault of ours must neither reject nor let in
-            site.record.crash(f"checks of {draft.id}", error)
-            dmarc = Dmarc("temperror")
+        signatures = await verify_signatures(
+            site.names, site.loop, fields, draft.body, authors or ()
+        )
+        if authors is None:
+            return signatures, Dmarc("permerror")
+        dmarc = await check_dmarc(site.names, site.loop, authors, self._transaction.spf, signatures)
+        if dmarc.policy == "reject" and choose_signatures(fields, authors)[1]:
+            # an author's signature that was not looked at may be a good one
+            dmarc = dmarc._replace(policy="quarantine")
         return signatures, dmarc
 
     def _said(self) -> tuple[str, str]:
@@ -9148,8 +9276,6 @@ class Session:
             raise Refused(Reply(503, "5.7.1", text))
         try:
             return await self.site.queue.expand(address)
-        except TemporaryFailure as error:
-            raise Refused(Reply(451, error.status, str(error))) from error
         except NoSuchUser as error:
             raise Refused(Reply(550, "5.1.1", str(error))) from error
         except AliasLoop as error:
@@ -9161,20 +9287,20 @@ class Session:
         reception = Reception(self.site, self.origin, transaction)
         try:
             envelope, trace = await reception.judge(draft)
-        except Refused:
+        except Exception:
             recipients = ", ".join(
                 dict.fromkeys(original for _, original in transaction.addressees)
             )
             self._about = f" from=<{transaction.sender}> to={recipients}{reception.results}"
             raise
         transaction.draft = None  # from here on the queue answers for it
-        try:
-            await self.site.queue.accept(draft, envelope, trace)
-        except QueueFull as error:
-            return Reply(451, error.status, str(error))
+        await self.site.queue.accept(draft, envelope, trace)
         domain = split_address(transaction.sender)[1]
         if domain and transaction.spf.result == "pass":
-            await self.site.levels.saw_incoming(domain, self.stream.tls is not None)
+            try:
+                await self.site.levels.saw_incoming(domain, self.stream.tls is not None)
+            except Exception as error:  # the message is ours, whatever comes of this
+                self.site.record.crash(f"security level of {domain}", error)
         return Reply(250, "2.0.0", f"accepted as {draft.id}")
 
     # --- HELO, EHLO, STARTTLS ---
@@ -9283,7 +9409,28 @@ class Session:
 
     # --- MAIL and RCPT ---
 
+    @contextlib.contextmanager
+    def _checking(self, what: str) -> Iterator[None]:
+        """Turn what keeps a check from its end into 451: nothing is let in unchecked.
+
+        Raises Refused, also for faults of ours, which are logged and counted.
+        """
+        try:
+            yield
+        except TemporaryFailure as error:
+            raise Refused(Reply(451, error.status, str(error))) from error
+        except (ChasquidError, Refused):
+            raise
+        except Exception as error:
+            self.site.record.crash(f"{what} in session {self.id}", error)
+            text = "a check has failed by a fault of ours; try again later"
+            raise Refused(Reply(451, "4.3.0", text)) from error
+
     async def _mail(self, argument: str) -> Reply:
+        with self._checking("MAIL"):
+            return await self._begin_transaction(argument)
+
+    async def _begin_transaction(self, argument: str) -> Reply:
         if self.port.submission and not self.user:
             raise Refused(Reply(530, "5.7.0", "log in first: this port is for our users"))
         sender, parameters, _ = parse_path(argument, "FROM:")
@@ -9292,7 +9439,7 @@ class Session:
             raise Refused(Reply(501, "5.1.7", "the sender's address needs a domain"))
         self._check_parameters(parameters)
         self._check_utf8(sender, "SMTPUTF8" in parameters)
-        self._check_room()
+        self.site.queue.check_room()
         await self._check_own(sender)
         self._count(self.site.limits.message)
         spf = Spf("none") if self.user else await self.check_sender(sender)
@@ -9329,11 +9476,7 @@ class Session:
         """Where that is asked for, let users write only as themselves. Raises Refused."""
         if not self.user or not sender:
             return
-        try:
-            allowed = await self.site.may_send_as(self.user, sender)
-        except TemporaryFailure as error:
-            raise Refused(Reply(451, error.status, str(error))) from error
-        if not allowed:
+        if not await self.site.may_send_as(self.user, sender):
             text = f"{self.user} may not send as {sender}: it is no address of that user"
             raise Refused(Reply(550, "5.7.1", text))
 
@@ -9344,13 +9487,11 @@ class Session:
             self.site.record.count("limits", "rate")
             raise Refused(Reply(450, error.status, str(error))) from error
 
-    def _check_room(self) -> None:
-        try:
-            self.site.queue.check_room()
-        except QueueFull as error:
-            raise Refused(Reply(451, error.status, str(error))) from error
-
     async def _rcpt(self, argument: str) -> Reply:
+        with self._checking("RCPT"):
+            return await self._add_recipient(argument)
+
+    async def _add_recipient(self, argument: str) -> Reply:
         assert self.transaction is not None
         address, parameters, _ = parse_path(argument, "TO:")
         wish = self._wish(parameters, self.transaction.smtputf8)
@@ -9430,7 +9571,8 @@ class Session:
             if transaction.draft is None:
                 assert transaction.failure is not None
                 return transaction.failure
-            return await self.take(transaction, transaction.draft)
+            with self._checking("the message"):
+                return await self.take(transaction, transaction.draft)
         finally:
             self._reset()
 

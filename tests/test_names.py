@@ -7,6 +7,7 @@ import contextlib
 import socket
 import struct
 import threading
+import traceback
 from collections.abc import Callable
 
 import dns.flags
@@ -107,6 +108,21 @@ def test_a_failure_is_remembered_for_a_moment_only():
         loop.clock.now += 6
         table.answers["a.example", "A"] = Answer(True, ("192.0.2.1",), 60)
         assert (await names.query("a.example", "A")).records == ("192.0.2.1",)
+
+    run(main, HandClock())
+
+
+def test_a_failure_is_raised_anew_to_each_asker():
+    async def main(loop):
+        names = Names(loop, Table(loop, A_a_example=TemporaryFailure("down", "4.4.3")).ask)
+        errors = []
+        for _ in range(3):
+            with pytest.raises(TemporaryFailure, match="down") as caught:
+                await names.query("a.example", "A")
+            errors.append(caught.value)
+        assert len(set(map(id, errors))) == 3
+        depths = [len(list(traceback.walk_tb(one.__traceback__))) for one in errors]
+        assert depths[1] == depths[2]
 
     run(main, HandClock())
 
@@ -498,6 +514,24 @@ def test_a_server_that_cannot_say_is_a_failure_that_may_pass(rcode):
     found, _ = ask("a.example", "A", answering(rcode=rcode))
     assert isinstance(found, TemporaryFailure)
     assert found.status == "4.4.3"
+
+
+def test_a_server_that_does_not_know_edns_is_asked_once_more_without():
+    """RFC 6891, 7"""
+    known = answering("a.example. 300 A 192.0.2.1")
+    versions = []
+
+    def respond(query: dns.message.Message, via: str) -> dns.message.Message:
+        versions.append(query.edns)
+        if query.edns < 0:
+            return known(query, via)
+        response = answering(rcode="FORMERR")(query, via)
+        response.use_edns(-1)
+        return response
+
+    found, _ = ask("a.example", "A", respond)
+    assert found == Answer(True, ("192.0.2.1",), 300)
+    assert versions == [0, -1]
 
 
 @pytest.mark.parametrize("rcode", ["SERVFAIL", "REFUSED"])

@@ -187,13 +187,20 @@ def test_a_domain_may_be_as_long_as_domains_are(tmp_path: Path, labels: list[str
     [b"outgoing_sec_level: HIGH\n", b'outgoing_sec_level: "TLS_SECURE"', b'name: "', b"\0\xff{",
      b"outgoing_sec_level { }"],
 )  # fmt: skip
-def test_a_corrupt_file_is_told_of_and_then_replaced(tmp_path: Path, content: bytes) -> None:
+def test_mail_of_a_domain_waits_while_its_file_is_corrupt(tmp_path: Path, content: bytes) -> None:
     domain_file(tmp_path).parent.mkdir()
     domain_file(tmp_path).write_bytes(content)
 
     async def main(levels: chasquid.SecurityLevels) -> None:
-        assert await levels.of("there.example") == DomainInfo()
-        assert await levels.accepts("there.example", False)
+        for ask in (
+            lambda: levels.of("there.example"),
+            lambda: levels.accepts("there.example", False),
+            lambda: levels.saw_outgoing("there.example", TLS_INSECURE),
+        ):
+            with pytest.raises(chasquid.TemporaryFailure, match="of there.example cannot be read"):
+                await ask()
+        assert domain_file(tmp_path).read_bytes() == content
+        assert await levels.forget("there.example")
         await levels.saw_outgoing("there.example", TLS_INSECURE)
 
     with_levels(tmp_path, main)
@@ -202,8 +209,22 @@ def test_a_corrupt_file_is_told_of_and_then_replaced(tmp_path: Path, content: by
     assert domain_file(tmp_path).read_text() == domain_text(PLAIN, TLS_INSECURE)
 
 
+def test_mail_from_a_domain_with_a_corrupt_file_is_answered_451(serve: Serve) -> None:
+    zone = Zone({("there.example", "TXT"): ["v=spf1 +all"]})
+    server = serve(ask=zone.ask)
+    path = server.data_dir / "domaininfo" / "s:there.example"
+    path.parent.mkdir()
+    path.write_bytes(b"incoming_sec_level: HIGH\n")
+    with greeted(server) as wire:
+        reply = wire.ask("MAIL FROM:<eva@there.example>")
+        assert reply == "451 4.3.0 what was seen of there.example cannot be read"
+        path.write_bytes(b"incoming_sec_level: PLAIN\n")
+        assert wire.ask("MAIL FROM:<eva@there.example>").startswith("250 ")
+    assert f"{path}:1: expected one of PLAIN" in server.log
+
+
 def test_a_directory_that_cannot_be_written_keeps_nothing_but_the_memory(tmp_path: Path) -> None:
-    (tmp_path / "domaininfo").write_text("in the way")
+    (tmp_path / "domaininfo").symlink_to("nowhere/at/all")
 
     async def main(levels: chasquid.SecurityLevels) -> None:
         await levels.saw_incoming("there.example", True)
@@ -212,7 +233,7 @@ def test_a_directory_that_cannot_be_written_keeps_nothing_but_the_memory(tmp_pat
 
     with_levels(tmp_path, main)
     assert "s:there.example cannot be written" in (tmp_path / "server.log").read_text()
-    assert (tmp_path / "domaininfo").read_text() == "in the way"
+    assert not (tmp_path / "domaininfo").exists()
 
 
 SIGHTS = st.tuples(st.just("in"), st.booleans()) | st.tuples(
