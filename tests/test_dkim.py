@@ -857,7 +857,7 @@ def test_dmarc_refuses_nobody_whose_signature_was_not_looked_at(
             assert wire.ask("DATA").startswith("354 ")
             wire.send(data + b".\r\n")
             assert wire.reply().startswith("250 ")
-        server.settle()
+        wait_for(lambda: not server.queued(), "the delivery")
         junk = list((server.data_dir / "mail").glob("*/ana/.Junk/new/*"))
         assert bool(junk) == (folder == "Junk")
 
