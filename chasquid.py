@@ -2804,7 +2804,9 @@ def _dns_backend(loop: Loop) -> Any:
             self._raw = raw
 
         async def sendto(self, what: bytes, destination: Any, timeout: float | None) -> int:
-            return self._raw.sendto(what, destination)
+            # connected, it hears at once that nobody listens there (ICMP), instead of waiting
+            self._raw.connect(destination)
+            return self._raw.send(what)
 
         async def recvfrom(self, size: int, timeout: float | None) -> Any:
             return await within(timeout, self._receive(size))

@@ -550,6 +550,20 @@ def test_the_second_server_is_asked_where_the_first_is_silent():
     assert found == Answer(True, ("192.0.2.1",), 300)
 
 
+def test_that_no_server_listens_is_known_at_once():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as raw:
+        raw.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{raw.getsockname()[1]}"
+
+    async def main(loop):
+        client = chasquid.DnsClient(loop, [place])
+        with loop.deadline(chasquid.DNS_SECONDS / 3), pytest.raises(TemporaryFailure) as caught:
+            await client.ask("a.example", "A")
+        assert caught.value.status == "4.4.3"
+
+    run(main)
+
+
 def test_who_waits_for_a_silent_server_may_stop_and_nothing_is_left_open():
     with serving(lambda query, via: None) as servers:
 
