@@ -167,6 +167,23 @@ def new_id() -> str:
     return base64.b32encode(os.urandom(10)).decode("ascii").lower()[:13]
 
 
+def load_modules(names: Iterable[str]) -> None:
+    """Import modules now that would be imported when they are first used.
+
+    A server does so before it says that it is ready: from then on the archive that it was
+    started from may be replaced, and a module that is read from it later would be missing,
+    or of another version. Raises ChasquidError.
+    """
+    import importlib
+
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # a damaged archive raises EOFError, zlib.error and others
+            text = f"the library {name} cannot be loaded: {type(error).__name__}: {error}"
+            raise ChasquidError(f"{text}; is the installation complete?") from error
+
+
 class Clock:
     """Wall time for what people read, monotonic time for what waits; both in seconds."""
 
@@ -2534,6 +2551,9 @@ _QUESTION_SLOTS = 100  # asked at a time; each holds a descriptor
 _CACHE_LIMIT = 10_000  # answers
 _CACHE_OCTETS = 16 * 1024 * 1024
 _TTL_LIMITS = (1.0, 86400.0)
+_RECORD_TYPES = (
+    "A", "AAAA", "CNAME", "DNAME", "MX", "NS", "OPT", "PTR", "RRSIG", "SOA", "TLSA", "TXT",
+)  # fmt: skip
 _FAILURE_SECONDS = 5.0  # a failure is remembered this long; RFC 2308, 7.1 allows 5 minutes
 
 
@@ -2691,7 +2711,7 @@ class DnsClient:
     async def ask(self, name: str, kind: str) -> Answer:
         """Return the answer of the first server that has one. Raises TemporaryFailure."""
         if self._resolver is None:
-            self._set_up()
+            self.set_up()
         import dns.exception
         import dns.resolver
 
@@ -2752,12 +2772,20 @@ class DnsClient:
             return tuple(b"".join(one.strings).decode("latin-1") for one in found.rrset)
         return tuple(one.to_text() for one in found.rrset)
 
-    def _set_up(self) -> None:
+    def set_up(self) -> None:
+        """Load dnspython and read which name servers there are. Raises TemporaryFailure."""
         import dns._features  # 70 ms, and not before the first question
 
         for feature in ("dnssec", "doh", "doq", "trio", "wmi"):
             dns._features.force(feature, False)
         dns._features.force("idna", True)
+        import dns.rdata
+        import dns.rdataclass
+        import dns.rdatatype
+
+        load_type: Any = dns.rdata.get_rdata_class
+        for kind in _RECORD_TYPES:  # dnspython would load the code of a type when it meets it
+            load_type(dns.rdataclass.IN, dns.rdatatype.from_text(kind))
         self._resolver, self._plain_resolver = self._new_resolver(0), self._new_resolver(-1)
         self._backend = _dns_backend(self._loop)
 
@@ -4473,6 +4501,12 @@ class Dmarc(NamedTuple):
     result: str
     domain: str = ""
     policy: str = "none"
+
+
+def load_checks() -> None:
+    """Load the libraries for SPF and DKIM. Takes 100 ms, for a worker thread."""
+    _spf_query()
+    _dkim()
 
 
 # --- SPF ---
@@ -10130,6 +10164,11 @@ _BACKLOG = 1024
 _SPARE_DESCRIPTORS = 300  # a message that comes in, a delivery, a name look-up: one each
 _CONTROL_LIMIT = 64 * 1024  # octets of a request to the control socket
 _CONTROL_SECONDS = 30.0
+# Everything that is imported when it is first used; see `load_modules`.
+_LATE_MODULES = (
+    "base64", "dns.asyncresolver", "dns.rcode", "fcntl", "hashlib", "hmac", "http.client", "idna",
+    "idna.uts46data", "io", "ipaddress", "precis_i18n.profile", "resource", "shlex", "subprocess",
+)  # fmt: skip
 DOMAIN_INFO_DIRECTORY = "domaininfo"  # below data_dir
 DOMAIN_FORGOTTEN = "what was seen of {} is forgotten"
 DOMAIN_UNKNOWN = "nothing was known of {}"
@@ -10337,7 +10376,7 @@ class Daemon:
         certificates = Certificates(config)
         self._domains = load_domains(config)
         self._signature = file_signature(config.config_dir)
-        client = DnsClient(loop, config.dns_server, config.dns_trust_ad)
+        self._dns = client = DnsClient(loop, config.dns_server, config.dns_trust_ad)
         self._names = Names(loop, ask or client.ask)
         # strangers' questions must not keep our own mail waiting
         self._names_out = Names(loop, ask or client.ask)
@@ -10426,10 +10465,13 @@ class Daemon:
         """Return kind, host and port of each listening socket."""
         return [(port, *raw.getsockname()[:2]) for port, raw in self._listeners.sockets]
 
-    def run(self) -> None:
-        """Serve until `stop` is called. Raises ConfigError."""
+    def run(self, on_ready: Callable[[], object] = lambda: None) -> None:
+        """Serve until `stop` is called. Raises ChasquidError.
+
+        `on_ready` is called when connections are taken and nothing more need be loaded.
+        """
         with self._resources:
-            self.loop.run(self._main())
+            self.loop.run(self._main(on_ready))
 
     def stop(self) -> None:
         """End the server. May be called from a signal handler or another thread."""
@@ -10601,7 +10643,7 @@ class Daemon:
 
     # --- running ---
 
-    async def _main(self) -> None:
+    async def _main(self, on_ready: Callable[[], object]) -> None:
         self._sts.load()
         self.queue.recover()
         self._begin_to_accept()
@@ -10616,6 +10658,9 @@ class Daemon:
         ]
         for port, host, number in self.addresses:
             self.record.info("daemon", f"listening for {port.name} on [{host}]:{number}")
+        await self.loop.work(self._load_libraries)
+        self.record.info("daemon", "ready")
+        on_ready()
         notify_systemd("READY=1")
         await self._stopping.wait()
         notify_systemd("STOPPING=1")
@@ -10626,6 +10671,19 @@ class Daemon:
         self._control.close()
         await self._wind_up()
         self.record.info("daemon", "stopped")
+
+    def _load_libraries(self) -> None:
+        """Load all that may be needed later. Computes; raises ChasquidError."""
+        load_modules(_LATE_MODULES)
+        try:
+            load_checks()
+            domain_to_ascii("bücher.example")  # idna and precis-i18n read tables at first
+            normalize_user("É")
+            with contextlib.suppress(TemporaryFailure):  # no name server is known, or not yet
+                self._dns.set_up()
+        except Exception as error:
+            text = f"a library cannot be loaded: {type(error).__name__}: {error}"
+            raise ChasquidError(f"{text}; is the installation complete?") from error
 
     async def _wind_up(self) -> None:
         self._site.closing = True
@@ -13976,6 +14034,14 @@ Ctrl-C ends, and all is forgotten.
 """
 
 
+# What `capture` imports when it is first used; see `load_modules`.
+_CAPTURE_MODULES = (
+    "dns.asyncresolver", "email.header", "email.message", "email.parser", "email.policy", "fnmatch",
+    "hashlib", "hmac", "html", "idna", "idna.uts46data", "ipaddress", "precis_i18n.profile",
+    "shutil", "tempfile", "urllib.parse",
+)  # fmt: skip
+
+
 class _NowhereCourier:
     """Takes what is for other servers, and fails it."""
 
@@ -13984,15 +14050,18 @@ class _NowhereCourier:
         return [Result(FAILED, "5.7.1", text)] * len(targets)
 
 
-def run_daemon(daemon: Daemon) -> None:
-    """Run until SIGTERM or SIGINT; SIGHUP reads the files again. Raises ConfigError."""
+def run_daemon(daemon: Daemon, on_ready: Callable[[], object] = lambda: None) -> None:
+    """Run until SIGTERM or SIGINT; SIGHUP reads the files again. Raises ChasquidError.
+
+    Signals are minded before `on_ready` is called.
+    """
     sys.setswitchinterval(0.0005)  # a finished fsync is noticed sooner while we compute
     signal.set_wakeup_fd(daemon.loop.wakeup_fd, warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: daemon.stop())
     signal.signal(signal.SIGHUP, lambda *_: daemon.reload())
     try:
-        daemon.run()
+        daemon.run(on_ready)
     finally:
         signal.set_wakeup_fd(-1)
 
@@ -14107,9 +14176,12 @@ def _try(arguments: argparse.Namespace) -> int:
 
     daemon = Daemon(config, ask=know_nothing, remote=_NowhereCourier(), on_result=show)
     ports = {port: number for port, _, number in daemon.addresses}
-    if arguments.once:
-        daemon.loop.spawn(_send_once(daemon, place, ports[SUBMISSION_PORT], stored), "try --once")
-    else:
+
+    def begin() -> None:
+        if arguments.once:
+            sending = _send_once(daemon, place, ports[SUBMISSION_PORT], stored)
+            daemon.loop.spawn(sending, "try --once")
+            return
         print(_TRY_WELCOME.format(
             version=__version__, directory=place.directory, domain=_TRY_DOMAIN, user=_TRY_USER,
             smtp=ports[SMTP_PORT], submission=ports[SUBMISSION_PORT],
@@ -14117,7 +14189,8 @@ def _try(arguments: argparse.Namespace) -> int:
             certificate=place.certificate, maildir=place.maildir,
         ), flush=True)  # fmt: skip
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    run_daemon(daemon)
+
+    run_daemon(daemon, begin)
     if arguments.once:
         return _show_once(stored)
     return 0
@@ -14176,6 +14249,9 @@ def _capture(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     for rule in arguments.fault:
         server.script.add_rule(_rule(rule))
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
     with server:
         run = server.run
         release = _release(arguments, run.loop)
@@ -14185,13 +14261,14 @@ def _capture(arguments: argparse.Namespace) -> int:
         inbox = Inbox(run.loop, server.record, server.mailbox, server.script, release, smtp)
         web_port = run.also_listen(web_host, web_port, inbox.answer)
         shown = f"[{web_host}]" if ":" in web_host else web_host or "127.0.0.1"
+        load_modules(_CAPTURE_MODULES)
+        if release is not None:
+            with contextlib.suppress(TemporaryFailure):  # it is said when it is needed
+                DnsClient(run.loop, ()).set_up()
         print(_CAPTURE_WELCOME.format(version=__version__, smtp=smtp, host=shown, port=web_port))
         if server.settings.tls != "off":
             print(f"  certificate  {server.certificate}\n")
         sys.stdout.flush()
-        ended = threading.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: ended.set())
         ended.wait()
     return 0
 

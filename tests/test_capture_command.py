@@ -211,3 +211,22 @@ def test_a_port_that_is_taken_is_told() -> None:
 )
 def test_wrong_usage_is_told(options: list[str], text: str) -> None:
     assert text in refused(*options)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("command", ["capture", "try"])
+def test_what_is_said_of_the_end_holds_as_soon_as_it_is_said(
+    tmp_path: Path, command: str, number: int
+) -> None:
+    options = ANYWHERE if command == "capture" else ("--dir", str(tmp_path))
+    words = [sys.executable, str(MODULE), command, *options]
+    for _ in range(4):
+        with subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            while "Ctrl-C ends" not in process.stdout.readline():
+                pass
+            process.send_signal(number)
+            _, errors = process.communicate(timeout=SECONDS)
+            assert (process.returncode, errors) == (0, "")
