@@ -586,6 +586,7 @@ class Config(NamedTuple):
     limit_loopback: bool = False
     max_connections: int = 0
     max_connections_per_address: int = 50
+    max_connections_per_minute: int = 300
     max_messages_per_minute: int = 100
     max_recipients_per_minute: int = 500
     max_user_messages_per_minute: int = 60
@@ -795,6 +796,7 @@ _KEYS: dict[str, Callable[[Value], object]] = {
     "limit_loopback": _flag,
     "max_connections": _limit,
     "max_connections_per_address": _limit,
+    "max_connections_per_minute": _limit,
     "max_messages_per_minute": _limit,
     "max_recipients_per_minute": _limit,
     "max_user_messages_per_minute": _limit,
@@ -1115,7 +1117,8 @@ class Record:
 # - A task has one deadline, the nearest of those it is inside (`Loop.deadline`). When it
 #   passes, `Expired` is raised at the wait. Most deadlines never pass, so setting one
 #   only writes a number; the heap learns of it when the task next sleeps, and an entry
-#   that comes up too early is put back.
+#   that comes up too early is put back. The entries of tasks that have ended are taken out
+#   once they are half of the heap, so what has ended holds no memory.
 # - A job in a worker thread cannot be taken back. Expiry and cancellation wait for it.
 # - A descriptor stays registered when nobody waits for it, and is taken off only when it
 #   becomes ready to nobody: so a dialogue costs one registration, not one per line.
@@ -1123,6 +1126,11 @@ class Record:
 #
 # The room knows nothing of sockets' contents, nor of why anybody waits.
 # ======================================================================================
+
+
+_IN_MEMORY = 1024 * 1024  # octets of a program's input that are not written to a disk
+_SYSTEMD_VARIABLES = {"LISTEN_FDNAMES", "LISTEN_FDS", "LISTEN_PID", "NOTIFY_SOCKET"}
+_STALE_TIMERS = 64  # so few are not worth a new heap
 
 
 class Workers:
@@ -1199,7 +1207,7 @@ class Task:
 
     __slots__ = (
         "begun", "cancelled", "coroutine", "deadline", "done", "error", "joiners", "loop", "name",
-        "result", "shielded", "timer", "waiting", "waits",
+        "result", "shielded", "timer", "timers", "waiting", "waits",
     )  # fmt: skip
 
     def __init__(self, loop: Loop, coroutine: Coroutine[Any, Any, Any], name: str) -> None:
@@ -1213,6 +1221,7 @@ class Task:
         self.joiners: list[Task] = []
         self.deadline = float("inf")
         self.timer = float("inf")  # when the heap will next look at this task
+        self.timers = 0  # its entries in the heap
         self.waits = 0  # tells one wait of the task from the next
         self.waiting = False
         self.shielded = False
@@ -1284,6 +1293,7 @@ class Loop:
         self._ready: collections.deque[tuple[Task, Any, BaseException | None]] = collections.deque()
         self._timers: list[tuple[float, int, Task, int]] = []
         self._timer_number = 0
+        self._stale_timers = 0  # entries of tasks that have ended
         self._tasks: set[Task] = set()
         self._posted: collections.deque[Callable[[], object]] = collections.deque()
         self._asleep = False
@@ -1461,6 +1471,7 @@ class Loop:
 
     def _add_timer(self, when: float, task: Task, wait: int) -> None:
         self._timer_number += 1
+        task.timers += 1
         heapq.heappush(self._timers, (when, self._timer_number, task, wait))
 
     def _fire_timers(self) -> None:
@@ -1469,6 +1480,10 @@ class Loop:
         now = self.clock.monotonic()
         while self._timers and self._timers[0][0] <= now:
             _, _, task, wait = heapq.heappop(self._timers)
+            if task.done:
+                self._stale_timers -= 1
+                continue
+            task.timers -= 1
             if wait >= 0:
                 if task.waits == wait:
                     self.wake(task)
@@ -1515,6 +1530,11 @@ class Loop:
     def _finish(self, task: Task, result: Any, error: BaseException | None) -> None:
         task.done, task.result, task.error = True, result, error
         self._tasks.discard(task)
+        self._stale_timers += task.timers
+        if self._stale_timers > max(_STALE_TIMERS, len(self._timers) // 2):
+            self._timers = [entry for entry in self._timers if not entry[2].done]
+            heapq.heapify(self._timers)
+            self._stale_timers = 0
         if isinstance(error, Exception) and not task.joiners:
             self._on_crash(task.name, error)
         for joiner in task.joiners:
@@ -1640,10 +1660,13 @@ class Slots:
 
 
 class Spawn(Protocol):
-    """How a child process is started: `subprocess.Popen`, or what a test puts there."""
+    """How a child process is started: `subprocess.Popen`, or what a test puts there.
+
+    `stdin` is a descriptor of a file that the program reads from its beginning.
+    """
 
     def __call__(
-        self, argv: Sequence[str], *, env: Mapping[str, str] | None, cwd: str | None
+        self, argv: Sequence[str], *, stdin: int, env: Mapping[str, str], cwd: str | None
     ) -> subprocess.Popen[bytes]: ...
 
 
@@ -1656,15 +1679,57 @@ class Outcome(NamedTuple):
 
 
 def spawn_program(
-    argv: Sequence[str], *, env: Mapping[str, str] | None, cwd: str | None
+    argv: Sequence[str], *, stdin: int, env: Mapping[str, str], cwd: str | None
 ) -> subprocess.Popen[bytes]:
-    """Start a program in a session of its own, with pipes to it. Raises OSError."""
+    """Start a program in a session of its own, with pipes from it. Raises OSError."""
     import subprocess  # 12 ms; many servers never start a program
 
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        argv, stdin=pipe, stdout=pipe, stderr=pipe, env=env, cwd=cwd, start_new_session=True
+        argv, stdin=stdin, stdout=pipe, stderr=pipe, env=env, cwd=cwd, start_new_session=True
     )
+
+
+def inherited_environment() -> dict[str, str]:
+    """Return our environment for a program, without what systemd tells us alone."""
+    return {
+        "PATH": "/usr/local/bin:/usr/bin:/bin",
+        **{key: value for key, value in os.environ.items() if key not in _SYSTEMD_VARIABLES},
+    }
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of `data` to `fd`. Raises OSError."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _nameless_file(chunks: Iterable[bytes]) -> int:
+    """Return a descriptor of a file without a name that holds `chunks`. Blocks; raises OSError.
+
+    What is small stays in memory; the rest lies where temporary files do.
+    """
+    import tempfile  # only for programs; it loads random
+
+    rest = iter(chunks)
+    held: list[bytes] = []
+    while sum(map(len, held)) < _IN_MEMORY and (chunk := next(rest, None)) is not None:
+        held.append(chunk)
+    small = sum(map(len, held)) < _IN_MEMORY and hasattr(os, "memfd_create")
+    with contextlib.ExitStack() as stack:
+        if small:
+            fd = os.memfd_create("message")
+        else:
+            fd = os.dup(stack.enter_context(tempfile.TemporaryFile()).fileno())
+        try:
+            for chunk in itertools.chain(held, rest):
+                write_all(fd, chunk)
+            os.lseek(fd, 0, os.SEEK_SET)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
 
 
 class Programs:
@@ -1682,17 +1747,25 @@ class Programs:
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
     ) -> Outcome:
-        """Run a program, feed it `input`, and wait until it ends.
+        """Run a program that reads `input`, and wait until it ends.
 
-        Raises OSError where it cannot be started and `Expired` where it takes longer than
-        `seconds`; it and its children are killed then.
+        Its standard input is a file that is complete before the program starts: through a
+        pipe, it would take the half that came before our death for the whole. Without `env`
+        it has our environment. Raises OSError if it cannot be started and `Expired` if it
+        takes longer than `seconds`; it and its children are killed then.
         """
-        process = self._spawn(argv, env=env, cwd=cwd)
-        assert process.stdin and process.stdout and process.stderr
-        pipes: tuple[IO[bytes], ...] = (process.stdin, process.stdout, process.stderr)
+        files: list[int] = []
+        try:
+            await self._loop.work(lambda: files.append(_nameless_file(input)))
+            env = inherited_environment() if env is None else env
+            process = self._spawn(argv, stdin=files[0], env=env, cwd=cwd)
+        finally:
+            for fd in files:
+                os.close(fd)
+        assert process.stdout and process.stderr
+        pipes: tuple[IO[bytes], ...] = (process.stdout, process.stderr)
         for pipe in pipes:
             os.set_blocking(pipe.fileno(), False)
-        feeder = self._loop.spawn(self._feed(process.stdin, input), "program input")
         output, errors = bytearray(), bytearray()
         readers = [
             self._loop.spawn(self._collect(process.stdout, output), "program output"),
@@ -1703,26 +1776,13 @@ class Programs:
                 status = await self._exit_status(process)
             await self._grace(readers)
         finally:
-            for task in (feeder, *readers):
+            for task in readers:
                 task.cancel()
             if process.returncode is None:
                 self._kill(process)
             for pipe in pipes:
                 self._close(pipe)
         return Outcome(status, bytes(output), bytes(errors))
-
-    async def _feed(self, pipe: IO[bytes], input: Iterable[bytes]) -> None:
-        try:
-            for chunk in input:
-                view = memoryview(chunk)
-                while view:
-                    try:
-                        view = view[os.write(pipe.fileno(), view) :]
-                    except BlockingIOError:
-                        await self._loop.writable(pipe.fileno())
-        except BrokenPipeError:
-            pass  # a program need not read everything
-        self._close(pipe)
 
     async def _collect(self, pipe: IO[bytes], into: bytearray) -> None:
         while True:
@@ -1825,13 +1885,6 @@ def owner_above(path: str) -> tuple[int, int]:
     """
     above = os.stat(os.path.dirname(path) or ".")
     return above.st_uid, above.st_gid
-
-
-def write_all(fd: int, data: bytes) -> None:
-    """Write all of `data` to `fd`. Raises OSError."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
 
 
 def create_synced(
@@ -3792,6 +3845,7 @@ def fold(name: str, *parts: str) -> bytes:
 
 _ALIAS_HOOK_SECONDS = 5.0
 _POST_DATA_SECONDS = 60.0
+_HOOK_VARIABLES = ("USER", "SHELL", "PATH", "LANG")  # of ours that post-data gets
 _HOOK_REFUSES = 20  # the exit status of post-data that means "never"
 
 
@@ -3808,7 +3862,7 @@ class Hooks:
         path = self._path("alias-resolve")
         if not path:
             return ()
-        outcome = await self._run([path, address], [], _ALIAS_HOOK_SECONDS, {})
+        outcome = await self._run([path, address], [], _ALIAS_HOOK_SECONDS, inherited_environment())
         if outcome.status:
             raise self._failed("alias-resolve", outcome, outcome.errors, outcome.output)
         try:
@@ -3833,6 +3887,9 @@ class Hooks:
         path = self._path("post-data")
         if not path:
             return b""
+        ours = {key: os.environ[key] for key in _HOOK_VARIABLES if key in os.environ}
+        environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "PWD": self._config_dir,
+                       **ours, **environment}  # fmt: skip
         outcome = await self._run([path], message, _POST_DATA_SECONDS, environment)
         self._record.count("post-data", str(outcome.status))
         if outcome.status == _HOOK_REFUSES:
@@ -3847,13 +3904,12 @@ class Hooks:
         return path if os.access(path, os.X_OK) and os.path.isfile(path) else ""
 
     async def _run(
-        self, argv: Sequence[str], input: Iterable[bytes], seconds: float, more: Mapping[str, str]
+        self,
+        argv: Sequence[str],
+        input: Iterable[bytes],
+        seconds: float,
+        environment: Mapping[str, str],
     ) -> Outcome:
-        environment = {
-            key: os.environ[key] for key in ("USER", "SHELL", "PATH", "LANG") if key in os.environ
-        }
-        environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "PWD": self._config_dir,
-                       **environment, **more}  # fmt: skip
         name = os.path.basename(argv[0])
         try:
             return await self._programs.run(argv, input, seconds, environment, self._config_dir)
@@ -6461,13 +6517,8 @@ class _ProgramCourier:
 
     async def _run(self, argv: Sequence[str], shipment: Shipment, address: str) -> Result:
         environment = {
-            "PATH": os.environ.get("PATH", "/usr/local/bin:/usr/bin:/bin"),
-            "HOME": os.environ.get("HOME", "/"),
-            "SHELL": "/bin/sh",
-            "LANG": os.environ.get("LANG", "C.UTF-8"),
-            "SENDER": shipment.sender,
-            "RECIPIENT": address,
-        }
+            **inherited_environment(), "SENDER": shipment.sender, "RECIPIENT": address
+        }  # fmt: skip
         program = os.path.basename(argv[0])
         try:
             outcome = await self._programs.run(
@@ -7254,11 +7305,15 @@ class Smarthost(NamedTuple):
 
 
 class Route(NamedTuple):
-    """Which courier takes a target; targets with the same key travel together."""
+    """Which courier takes a target; targets with the same key travel together.
+
+    `program`: the courier runs one, which may take as long as it likes.
+    """
 
     courier: Courier
     key: tuple[str, ...]
     local: bool
+    program: bool = False
 
 
 class Couriers:
@@ -7281,7 +7336,7 @@ class Couriers:
     def route(self, target: Target, attempts: int = 0) -> Route:
         """Return the route of `target` after so many attempts."""
         if target.kind == "pipe":
-            return Route(self._pipe, ("pipe", target.value), True)
+            return Route(self._pipe, ("pipe", target.value), True, True)
         domain = split_address(target.value)[1]
         smarthost = self._smarthost
         if target.via:
@@ -7289,7 +7344,8 @@ class Couriers:
                 return Route(smarthost.courier, ("smarthost",), False)
             return Route(self._remote, ("via", *target.via), False)
         if self._is_local(domain):
-            return Route(self._local, ("local",), True)
+            agent = isinstance(self._local, AgentCourier)
+            return Route(self._local, ("local",), True, agent)
         if smarthost is not None and attempts >= smarthost.after:
             return Route(smarthost.courier, ("smarthost",), False)
         return Route(self._remote, ("mx", domain), False)
@@ -7328,7 +7384,8 @@ _PAUSES = (60.0, 300.0, 600.0, 1200.0)  # seconds after the 1st, 2nd, 3rd, any l
 _JITTER = 60.0
 _LOCAL_SLOTS = 16  # attempts at a time, each kind for itself: slow servers elsewhere must
 _REMOTE_SLOTS = 100  # not hold up mail that is delivered here
-_LOCAL_BACKLOG = 64  # deliveries here that may wait before senders are slowed down,
+_PIPE_SLOTS = 4  # runs of one command at a time; of the delivery agent, as many as local ones
+_LOCAL_BACKLOG = 64  # deliveries here that may wait before their senders are slowed down,
 _CATCH_UP_SECONDS = 2.0  # at most by this for each message
 _CATCH_UP_STEPS = 100
 _DISK_SECONDS = 2.0  # how long what was seen of the disk is good enough
@@ -7736,9 +7793,10 @@ class Queue:
         self._is_local = is_local
         self._random = random
         self._on_result = on_result
-        self._slots = {True: Slots(loop, _LOCAL_SLOTS), False: Slots(loop, _REMOTE_SLOTS)}
+        self._remote_slots = Slots(loop, _REMOTE_SLOTS)
         self._destinations: dict[tuple[str, ...], Slots] = {}
-        self._local_under_way = 0  # deliveries here that wait or are being made
+        # by route, deliveries that wait for a place or are being made
+        self._under_way: collections.Counter[tuple[str, ...]] = collections.Counter()
         self._closing = False
         self._disk_seen = float("-inf")
         self._has_room = True
@@ -7832,7 +7890,9 @@ class Queue:
 
         `trace` says in the mail log where it came from.
         """
+        routes = self._local_routes(envelope)
         try:
+            self._check_programs(routes)
             message = await draft.store(envelope)
         except OSError as error:
             draft.discard()
@@ -7849,16 +7909,27 @@ class Queue:
             f"from=<{envelope.sender}> to={recipients} queued, {message.size} octets, {trace}",
         )
         self._start(item)
-        await self._let_deliveries_catch_up()
+        await self._let_deliveries_catch_up(routes)
         return item
 
-    async def _let_deliveries_catch_up(self) -> None:
-        """Slow the senders down a little where mail comes in faster than it is delivered here.
+    def _local_routes(self, envelope: Envelope) -> set[Route]:
+        routes = {self._couriers.route(addressee.target) for addressee in envelope.addressees}
+        return {route for route in routes if route.local}
+
+    def _check_programs(self, routes: Iterable[Route]) -> None:
+        """Raise QueueFull while half of the queue waits for a program that is asked for."""
+        for route in routes:
+            if route.program and self._under_way[route.key] > self._settings.limit // 2:
+                raise QueueFull("too much mail is waiting for a program here", "4.3.2")
+
+    async def _let_deliveries_catch_up(self, routes: Iterable[Route]) -> None:
+        """Slow senders down a little if their mail comes in faster than it is delivered here.
 
         Otherwise a quick sender would fill the queue, and be sent away.
         """
+        most = min(_LOCAL_BACKLOG, self._settings.limit)
         for _ in range(_CATCH_UP_STEPS):
-            if self._local_under_way < min(_LOCAL_BACKLOG, self._settings.limit):
+            if all(self._under_way[route.key] < most for route in routes):
                 return
             await self._loop.sleep(_CATCH_UP_SECONDS / _CATCH_UP_STEPS)
 
@@ -7969,7 +8040,7 @@ class Queue:
             envelope.envid, self._wishes(group, sender == envelope.sender),
         )  # fmt: skip
         targets = list(dict.fromkeys(recipient.target for recipient in group))
-        async with self._destination(route), self._slots[route.local]:
+        async with self._places(route):
             try:
                 results = await route.courier.deliver(shipment, targets)
             except Exception as error:  # a fault of ours must not lose the message
@@ -8017,22 +8088,21 @@ class Queue:
         }
 
     @contextlib.asynccontextmanager
-    async def _destination(self, route: Route) -> AsyncIterator[None]:
-        """Hold one of the few slots of a destination elsewhere, or count a delivery here."""
-        if route.local:
-            self._local_under_way += 1
-            try:
-                yield
-            finally:
-                self._local_under_way -= 1
-            return
-        slots = self._destinations.setdefault(route.key, Slots(self._loop, _DESTINATION_SLOTS))
+    async def _places(self, route: Route) -> AsyncIterator[None]:
+        """Hold one of the few places of a destination, and one of those for all elsewhere.
+
+        Mailboxes and each program have places of their own, so that nobody waits for them.
+        """
+        few = {"local": _LOCAL_SLOTS, "pipe": _PIPE_SLOTS}.get(route.key[0], _DESTINATION_SLOTS)
+        slots = self._destinations.setdefault(route.key, Slots(self._loop, few))
+        self._under_way[route.key] += 1
         try:
-            async with slots:
+            async with slots, contextlib.nullcontext() if route.local else self._remote_slots:
                 yield
         finally:
-            if slots.is_unused:
-                self._destinations.pop(route.key, None)
+            self._under_way[route.key] -= 1
+            if not self._under_way[route.key]:
+                del self._under_way[route.key], self._destinations[route.key]
 
     async def _settle(self, item: Item) -> bool:
         """Report failures, then write down what is left, or remove; true when it is over.
@@ -8486,6 +8556,7 @@ class Limits:
     def __init__(self, clock: Clock, config: Config) -> None:
         self._config = config
         self._connections: collections.Counter[str] = collections.Counter()
+        self._connection_rate = _Meter(clock, config.max_connections_per_minute)
         self._failed_logins = _Failures(clock)
         self._messages = _Meter(clock, config.max_messages_per_minute)
         self._recipients = _Meter(clock, config.max_recipients_per_minute)
@@ -8509,8 +8580,11 @@ class Limits:
     def connection(self, peer: str) -> Iterator[None]:
         """Count a connection for as long as it lasts. Raises TemporaryFailure."""
         client, limit = client_of(peer), self._config.max_connections_per_address
-        if limit and self._connections[client] >= limit and not self.is_exempt(peer):
-            raise TemporaryFailure(f"more than {limit} connections from {client}", "4.7.0")
+        if not self.is_exempt(peer):
+            if limit and self._connections[client] >= limit:
+                raise TemporaryFailure(f"more than {limit} connections from {client}", "4.7.0")
+            if not self._connection_rate.takes(client):
+                raise TemporaryFailure(f"too many connections a minute from {client}", "4.7.0")
         self._connections[client] += 1
         try:
             yield
@@ -8518,6 +8592,10 @@ class Limits:
             self._connections[client] -= 1
             if not self._connections[client]:
                 del self._connections[client]
+
+    def is_connected(self, peer: str) -> bool:
+        """Tell whether the client has a connection already."""
+        return self._connections[client_of(peer)] > 0
 
     def message(self, peer: str, user: str) -> None:
         """Count a message. Raises TemporaryFailure."""
@@ -10168,6 +10246,7 @@ _CONTROL_SECONDS = 30.0
 _LATE_MODULES = (
     "base64", "dns.asyncresolver", "dns.rcode", "fcntl", "hashlib", "hmac", "http.client", "idna",
     "idna.uts46data", "io", "ipaddress", "precis_i18n.profile", "resource", "shlex", "subprocess",
+    "tempfile",
 )  # fmt: skip
 DOMAIN_INFO_DIRECTORY = "domaininfo"  # below data_dir
 DOMAIN_FORGOTTEN = "what was seen of {} is forgotten"
@@ -10402,9 +10481,10 @@ class Daemon:
             loop, Disk(loop), self.record, self._queue_settings(), couriers, self._expand,
             self._is_local, random, self._sign_notification, on_result,
         )  # fmt: skip
+        self._limits = Limits(clock, config)
         self._site = Site(
             loop, self.record, config, self._domains.accounts, self._domains.aliases, self.queue,
-            self._names, self._signer, self.levels, hooks, self._dovecot, Limits(clock, config),
+            self._names, self._signer, self.levels, hooks, self._dovecot, self._limits,
             certificates.default,
         )  # fmt: skip
         self._listeners = Listeners(config, loop)
@@ -10714,8 +10794,20 @@ class Daemon:
         async for raw, _ in connections(self.loop, self.record, "monitoring", listener):
             self.loop.spawn(self._monitor.answer(Stream(self.loop, raw)), "monitoring request")
 
+    def _has_place(self, peer: str) -> bool:
+        """Tell whether a client may have another connection.
+
+        The last tenth of the places is for clients that have none yet, so that a few busy or
+        hostile ones leave room for the others.
+        """
+        left = self._session_limit - len(self._sessions)
+        kept = self._session_limit // 10
+        if self.config.haproxy_incoming:  # who the client is, is not known yet
+            kept = 0
+        return left > (kept if self._limits.is_connected(clean_peer(peer)) else 0)
+
     def _begin(self, port: Port, raw: socket.socket, peer: str) -> None:
-        if len(self._sessions) >= self._session_limit:
+        if not self._has_place(peer):
             self.record.count("connections", "refused")
             with contextlib.suppress(OSError):
                 raw.setblocking(False)
@@ -14042,6 +14134,9 @@ _CAPTURE_MODULES = (
 )  # fmt: skip
 
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
+
 class _NowhereCourier:
     """Takes what is for other servers, and fails it."""
 
@@ -14050,11 +14145,28 @@ class _NowhereCourier:
         return [Result(FAILED, "5.7.1", text)] * len(targets)
 
 
+def _return_memory_at_once() -> None:
+    """Have glibc give large blocks back to the system as soon as they are free.
+
+    By itself it keeps what was freed, for each thread: after some logins, which take 16 MB
+    each, that would be 16 MB for every worker thread, for ever. See mallopt(3).
+    """
+    try:
+        import ctypes
+
+        mallopt = ctypes.CDLL(None).mallopt
+    except (ImportError, OSError, AttributeError):
+        return  # another C library, which does not keep them
+    mallopt(_M_MMAP_THRESHOLD, 1024 * 1024)
+    mallopt(_M_TRIM_THRESHOLD, 1024 * 1024)
+
+
 def run_daemon(daemon: Daemon, on_ready: Callable[[], object] = lambda: None) -> None:
     """Run until SIGTERM or SIGINT; SIGHUP reads the files again. Raises ChasquidError.
 
     Signals are minded before `on_ready` is called.
     """
+    _return_memory_at_once()
     sys.setswitchinterval(0.0005)  # a finished fsync is noticed sooner while we compute
     signal.set_wakeup_fd(daemon.loop.wakeup_fd, warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -194,6 +194,18 @@ def test_connections_are_counted_for_as_long_as_they_last():
     assert not of._connections
 
 
+def test_the_rate_of_connections_is_bounded_as_their_number_is():
+    of = limits(max_connections_per_minute=3)
+    for _ in range(3):
+        with of.connection(ONE):
+            pass
+    text = f"^too many connections a minute from {ONE}$"
+    with pytest.raises(chasquid.TemporaryFailure, match=text), of.connection(ONE):
+        pass
+    with of.connection(OTHER):
+        pass
+
+
 def test_a_connection_that_ends_in_an_error_is_over_too():
     of = limits(max_connections_per_address=1)
     for _ in range(3):
@@ -378,6 +390,17 @@ def test_this_machine_may_have_many_connections_unless_it_is_limited_too(behind)
     server = behind("limit_loopback", max_connections_per_address=1)
     with greeted(server, "127.0.0.1"), client(server, "127.0.0.1") as second:
         assert second.reply().startswith("421 4.7.0 ")
+
+
+def test_the_last_places_are_kept_for_clients_that_have_none(behind) -> None:
+    server = behind(max_connections=10)
+    with contextlib.ExitStack() as stack:
+        for _ in range(9):
+            stack.enter_context(greeted(server, "127.0.0.1"))
+        if server.daemon.config.haproxy_incoming:
+            server.daemon.config = server.daemon.config._replace(haproxy_incoming=False)
+        assert not server.daemon._has_place("127.0.0.1")
+        assert server.daemon._has_place(OTHER)
 
 
 def test_all_connections_together_are_limited(behind) -> None:

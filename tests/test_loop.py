@@ -936,12 +936,9 @@ def test_a_program_is_killed_when_its_task_is_cancelled(tmp_path):
 
 def test_cancelling_in_the_middle_of_output_and_input_is_no_crash():
     async def call(loop, programs):
-        def endless():
-            while True:
-                yield b"y\n" * 1000
-
         for _ in range(5):
-            task = loop.spawn(programs.run(["cat"], endless(), 60), "runs")
+            chunks = [b"y\n" * 1000] * 1000
+            task = loop.spawn(programs.run(["sh", "-c", "cat; exec sleep 60"], chunks, 60), "runs")
             await loop.sleep(0.02)
             task.cancel()
             assert isinstance(await outcome(task), Cancelled)
@@ -950,6 +947,55 @@ def test_cancelling_in_the_middle_of_output_and_input_is_no_crash():
     crashes = []
     in_programs(call, crashes)
     assert crashes == []
+
+
+@pytest.mark.parametrize("octets", [0, 140_000, 3_000_000])
+def test_a_program_reads_a_file_that_is_complete(octets):
+    """So that it never takes a half for the whole, if we die while it reads."""
+    script = "import os, stat, sys; s = os.fstat(0); print(stat.S_ISREG(s.st_mode), s.st_size)"
+
+    async def call(loop, programs):
+        chunks = [b"x" * 1000] * (octets // 1000)
+        return await programs.run([sys.executable, "-I", "-S", "-c", script], chunks, 25)
+
+    assert in_programs(call) == chasquid.Outcome(0, f"True {octets}\n".encode(), b"")
+
+
+def test_the_timers_of_tasks_that_have_ended_hold_no_memory():
+    async def main(loop):
+        async def short():
+            with loop.deadline(3600):
+                await loop.sleep(0)
+
+        for _ in range(20):
+            tasks = [loop.spawn(short(), "short") for _ in range(100)]
+            for task in tasks:
+                await task.join()
+        return len(loop._timers)
+
+    assert run(main, HandClock()) < 300
+
+
+def test_timers_of_others_fire_when_the_heap_was_made_anew():
+    async def main(loop):
+        async def ends():
+            with loop.deadline(3600):
+                await loop.sleep(0)
+
+        async def late():
+            try:
+                with loop.deadline(5):
+                    await chasquid.Event(loop).wait()
+            except Expired:
+                return loop.clock.now
+
+        waiting = [loop.spawn(late(), "late") for _ in range(10)]
+        for _ in range(1000):
+            await loop.spawn(ends(), "ends").join()
+        loop.clock.now += 6
+        return [await task.join() for task in waiting]
+
+    assert len(run(main, HandClock())) == 10
 
 
 def test_a_child_that_keeps_the_pipes_open_does_not_hold_up_the_end():

@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import email
+import os
 import shutil
 import ssl
+import threading
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -441,3 +445,50 @@ def test_a_client_that_reads_nothing_holds_up_nobody(serve: Serve) -> None:
         with greeted(server) as wire:
             wire.socket.settimeout(SECONDS)
             assert send(wire, b"Subject: x\r\n\r\n").startswith("250 ")
+
+
+def test_a_slow_program_holds_up_neither_mailboxes_nor_replies_nor_other_programs(
+    tmp_path: Path,
+) -> None:
+    gate, quick = tmp_path / "gate", tmp_path / "quick"
+    os.mkfifo(gate)
+    aliases = f"slow: | cat {gate}\nquick: | tee {quick}\n"
+    with Server(tmp_path / "s", aliases={"here.example": aliases}) as server:
+        with greeted(server) as wire:
+            for _ in range(30):
+                assert send(wire, b"Subject: x\r\n\r\n", "slow@here.example")[:3] == "250"
+            assert send(wire, b"Subject: x\r\n\r\n", "quick@here.example")[:3] == "250"
+            assert send(wire, b"Subject: x\r\n\r\n")[:3] == "250"
+        wait_for(lambda: list(server.maildir("ana").glob("new/*")), "the mailbox")
+        wait_for(lambda: quick.exists() and quick.read_bytes(), "the quick program")
+        assert len(server.queued()) == 30
+        assert "cat took it" not in server.mail_log
+        end = threading.Event()
+
+        def open_gate() -> None:
+            while not end.is_set():
+                with contextlib.suppress(OSError):
+                    os.close(os.open(gate, os.O_WRONLY | os.O_NONBLOCK))
+                time.sleep(0.005)
+
+        opener = threading.Thread(target=open_gate)
+        opener.start()
+        try:
+            wait_for(lambda: not server.queued(), "the slow program")
+        finally:
+            end.set()
+            opener.join()
+
+
+def test_mail_for_a_program_that_half_the_queue_waits_for_is_refused_for_now(
+    tmp_path: Path,
+) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    with Server(
+        tmp_path / "s", aliases={"here.example": f"slow: | timeout 1 cat {gate}\n"},
+        max_queue_items=8,
+    ) as server, greeted(server) as wire:  # fmt: skip
+        replies = [send(wire, b"Subject: x\r\n\r\n", "slow@here.example") for _ in range(6)]
+        assert replies[-1] == "451 4.3.2 too much mail is waiting for a program here"
+        assert send(wire, b"Subject: x\r\n\r\n")[:3] == "250"
