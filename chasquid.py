@@ -2993,11 +2993,29 @@ _SCRYPT_MEMORY = 512 * 1024 * 1024  # octets one check may need; above, the file
 def new_password(password: bytes) -> Scrypt:
     """Return a fresh hash of `password`. Blocks for tens of milliseconds."""
     costs = Scrypt(14, 8, 1, 32, os.urandom(16), b"")
-    return costs._replace(encrypted=_derive(costs, password))
+    return costs._replace(encrypted=_derive(costs, _composed(password)))
+
+
+def _composed(password: bytes) -> bytes:
+    """Return a password in NFC: keyboards send the same letter in several forms (RFC 8265, 4.2)."""
+    if password.isascii():
+        return password
+    import unicodedata  # rarely needed
+
+    try:
+        return unicodedata.normalize("NFC", password.decode()).encode()
+    except UnicodeDecodeError:
+        return password
 
 
 def check_password(known: Password, password: bytes) -> bool:
     """Tell whether `password` is the one behind `known`. Blocks where it is a hash."""
+    # as it came too: a hash of another tool may be of that form
+    forms = dict.fromkeys((_composed(password), password))
+    return any(_is_password(known, form) for form in forms)
+
+
+def _is_password(known: Password, password: bytes) -> bool:
     import hmac  # loads OpenSSL's hashes; only for logins
 
     if isinstance(known, Scrypt):
@@ -3109,6 +3127,10 @@ class Accounts:
         self._domains = domains
         self._costs = {domain: self._usual_costs(users) for domain, users in domains.items()}
         self._default_costs = Scrypt(14, 8, 1, 32, os.urandom(16), os.urandom(32))
+
+    @property
+    def domains(self) -> list[str]:
+        return list(self._domains)
 
     def domains_with_users(self) -> set[str]:
         return {domain for domain, users in self._domains.items() if users}
@@ -3248,14 +3270,21 @@ class Dovecot:
 #     *: …                           whoever is neither user nor alias
 #     …: *@elsewhere                 "*" on the right is the name that was asked for
 #
-# An address is looked up as it came, then without its suffix and its drop characters, then
-# without its suffix alone ("a.b+c", "ab", "a.b"). Aliases win over users, and users over
-# "*". A name that stands on its own right side means the mailbox of that name. A later
-# line overrides an earlier one. Expansion goes ten steps deep at most.
+# Names of aliases are compared without drop characters, and with their suffix, then without
+# it ("a.b+c" is looked up as "ab+c" and "ab"). Users are looked up as the address came, then
+# without its suffix and its drop characters, then without its suffix alone ("a.b+c", "ab",
+# "a.b"). Aliases win over users, and users over "*". A name that stands on its own right side
+# means the mailbox of that name. A later line overrides an earlier one. Expansion goes ten
+# steps deep at most.
 #
-# The program hooks/alias-resolve adds to the right side of any address; Dovecot may know
-# users that are in no file. Expansion itself asks neither: it is a function of what they
-# have said, and where something is missing, that is fetched and it is done again.
+# An alias must lead somewhere: unknown users among its targets are left out and told of, and
+# if there is nobody else, the alias is unknown itself. "localhost" is always ours.
+#
+# The program hooks/alias-resolve adds to the right side of any address: it is asked with the
+# address as it came, if that gives nothing without suffix and drop characters, and for "*"
+# if nobody else is found. Dovecot may know users that are in no file. Expansion itself asks
+# neither: it is a function of what they have said, and where something is missing, that is
+# fetched and it is done again.
 #
 # The room knows which domains and users there are, and nothing of how mail is delivered.
 # ======================================================================================
@@ -3295,9 +3324,11 @@ def parse_aliases(data: bytes, path: str, domain: str) -> dict[str, tuple[Target
             raise ConfigError(path, number, text)
         try:
             key = name if name == "*" else normalize_user(name)
-            aliases[key] = parse_targets(right, domain)
+            targets = parse_targets(right, domain)
         except ValueError as error:
             raise ConfigError(path, number, str(error)) from None
+        aliases.pop(key, None)  # the order is that of the lines that count
+        aliases[key] = targets
     return aliases
 
 
@@ -3310,13 +3341,15 @@ def parse_targets(right: str, domain: str) -> tuple[Target, ...]:
         return (Target("pipe", command),)
     targets = []
     for part in filter(None, (one.strip() for one in right.split(","))):
-        address, *rest = part.split()
+        address, *rest = part.split(None, 2)
         via: tuple[str, ...] = ()
         if rest:
             if len(rest) != 2 or rest[0] != "via":
                 raise ValueError(f"expected 'address via host/host', found {part!r}")
-            via = tuple(filter(None, rest[1].split("/")))
-            if not via or not all(host_and_port(host, 25)[0] for host in via):
+            via = tuple(host.strip() for host in rest[1].split("/"))
+            if not all(host and not re.search(r"\s", host) for host in via):
+                raise ValueError(f"expected hosts with '/' between them, found {rest[1]!r}")
+            if not all(host_and_port(host, 25)[0] for host in via):
                 raise ValueError(f"expected hosts after 'via', found {rest[1]!r}")
         local, of = split_address(address)
         if not local or address.endswith("@"):
@@ -3385,6 +3418,18 @@ class Outside:
 _NOBODY = Outside()
 
 
+def _pipe_problem(command: str) -> str:
+    """Return what keeps a pipe from being run, "" if nothing does."""
+    import shlex  # only for pipes
+    import shutil
+
+    try:
+        program = shlex.split(command)[0]
+    except (ValueError, IndexError) as error:
+        return f"the pipe {command!r} is malformed: {error}"
+    return "" if shutil.which(program) else f"the program {program} is not there, or not executable"
+
+
 class Aliases:
     """Expands addresses; `tables` holds the aliases of each domain that is ours."""
 
@@ -3398,32 +3443,38 @@ class Aliases:
         self._user_exists = user_exists
         self._separators = suffix_separators
         self._drops = drop_characters
-        self._tables = {domain: self._with_short_names(of) for domain, of in tables.items()}
+        self._tables = {
+            domain: {
+                name if name == "*" else self._without_drops(name): targets
+                for name, targets in table.items()
+            }
+            for domain, table in tables.items()
+        }
 
-    async def expand_with(self, outside: Outside, address: str) -> list[Target]:
+    async def expand_with(
+        self, outside: Outside, address: str, unknown: list[str] | None = None
+    ) -> list[Target]:
         """As `expand`, asking `outside` where that is needed. Raises also TemporaryFailure."""
         outside = outside.fresh()
         while True:
+            dead: list[str] = []
             try:
-                found = self.expand(address, outside)
+                found = self.expand(address, outside, dead)
                 if not outside.unanswered:
+                    if unknown is not None:
+                        unknown += dead
                     return found
             except (NoSuchUser, AliasLoop):
                 if not outside.unanswered:
                     raise
             await outside.answer()
 
-    def _with_short_names(
-        self, table: Mapping[str, tuple[Target, ...]]
-    ) -> dict[str, tuple[Target, ...]]:
-        """Return `table` with each name also without drop characters, where that is free."""
-        short = {"".join(one for one in name if one not in self._drops): targets
-                 for name, targets in table.items() if name != "*"}  # fmt: skip
-        return {**short, **table}
+    def _without_drops(self, user: str) -> str:
+        return "".join(character for character in user if character not in self._drops)
 
     def is_local(self, domain: str) -> bool:
         """Tell whether `domain` (in Unicode, lower case) is served here."""
-        return domain in self._tables
+        return domain in self._tables or domain == "localhost"
 
     def postmaster_domain(self, hostname: str) -> str:
         """Return the domain whose postmaster is the one of `hostname` (RFC 5321, 4.5.1).
@@ -3437,37 +3488,50 @@ class Aliases:
 
     def clean(self, user: str) -> str:
         """Return `user` without suffix and without drop characters."""
-        return "".join(one for one in self._without_suffix(user) if one not in self._drops)
+        return self._without_drops(self._without_suffix(user))
 
     def _without_suffix(self, user: str) -> str:
         for separator in self._separators:
             user = user.partition(separator)[0]
         return user
 
-    def expand(self, address: str, outside: Outside = _NOBODY) -> list[Target]:
+    def expand(
+        self, address: str, outside: Outside = _NOBODY, unknown: list[str] | None = None
+    ) -> list[Target]:
         """Return the final recipients of `address`, each once.
 
-        Raises NoSuchUser where it is of one of our domains and unknown, and AliasLoop.
-        None of this counts while `outside` has unanswered questions.
+        To `unknown` are added the addresses of ours on the way that are neither user nor
+        alias, nor lead anywhere. Raises NoSuchUser if `address` itself is one of them, and
+        AliasLoop. None of this counts while `outside` has unanswered questions.
         """
         found: dict[Target, None] = {}
-        if not self._expand(Target("address", address), 0, found, set(), outside):
+        dead: dict[str, None] = {}
+        if not self._expand(Target("address", address), (), found, {}, outside, dead):
+            others = ", ".join(other for other in dead if other != address)
+            if others:
+                text = f"the alias {printable(address, 200)} leads to nobody: no user {others}"
+                raise NoSuchUser(printable(text, 400))
             raise NoSuchUser(f"there is no user or alias {printable(address, 200)}")
+        if unknown is not None:
+            unknown += dead
         return list(found)
 
     def _expand(
         self,
         target: Target,
-        depth: int,
+        path: tuple[tuple[str, str], ...],
         found: dict[Target, None],
-        done: set[Target],
+        done: dict[Target, bool],
         outside: Outside,
+        dead: dict[str, None],
     ) -> bool:
-        """Add what `target` stands for to `found`; false where it is unknown.
+        """Add what `target` stands for to `found`; false if that is nobody.
 
-        What is in `done` was expanded to its end, so many ways to it cost no more than one.
+        `path` has the names, with their domains, that led here; "" is the catch-all. `done`
+        holds what was expanded to its end, and whether it led somewhere, so many ways to it
+        cost no more than one.
         """
-        if depth > ALIAS_DEPTH_LIMIT:
+        if len(path) > ALIAS_DEPTH_LIMIT:
             text = f"the aliases behind {target.value} go deeper than {ALIAS_DEPTH_LIMIT} steps"
             raise AliasLoop(text)
         user, domain = split_address(target.value)
@@ -3475,19 +3539,26 @@ class Aliases:
             found[target] = None
             return True
         name, next_targets = self._look_up(user, domain, outside)
-        mailbox = Target("address", f"{name}@{domain}")
-        if not next_targets:
-            if name:
-                found[mailbox] = None
-            return bool(name)
+        if name and not next_targets:
+            found[Target("address", f"{name}@{domain}")] = None
+            return True
+        if not name and ("", domain) in path:
+            next_targets = ()  # the catch-all leads to nobody that it would not catch again
+        path = (*path, (name, domain))
+        leads_somewhere = False
         for one in next_targets:
             one = self._fill_in(one, user)
             if self._names_itself(one, name, domain, outside):
-                found[mailbox] = None
-            elif one not in done and not self._expand(one, depth + 1, found, done, outside):
-                found[one] = None  # its delivery will fail, and the sender will hear of it
-            done.add(one)
-        return True
+                mailbox = self._user_of(normalize_user(user), domain, outside)
+                if mailbox:
+                    found[Target("address", f"{mailbox}@{domain}")] = None
+                done[one] = bool(mailbox)
+            elif one not in done:
+                done[one] = self._expand(one, path, found, done, outside, dead)
+            leads_somewhere = leads_somewhere or done[one]
+        if not leads_somewhere:
+            dead[target.value] = None
+        return leads_somewhere
 
     def _names_itself(self, target: Target, name: str, domain: str, outside: Outside) -> bool:
         """Tell whether the alias `name` has `target`, its own mailbox, on its right side."""
@@ -3503,25 +3574,59 @@ class Aliases:
 
         The name is "" for what only "*" answers to, or nobody.
         """
-        table = self._tables[domain]
+        table = self._tables.get(domain, {})
         told = outside.targets(f"{user}@{domain}")
         try:
-            user = normalize_user(user)
+            normal = normalize_user(user)
         except ValueError:
             return "", ()
-        names = dict.fromkeys((user, self.clean(user), self._without_suffix(user)))
-        for name in names:
+        clean = self.clean(normal)
+        if not told and not outside.unanswered and clean != user:
+            told = outside.targets(f"{clean}@{domain}")
+        for name in (self._without_drops(normal), clean):
             if name in table and name != "*":
                 return name, table[name] + told
         if told:
-            return user, told
+            return normal, told
+        name = self._user_of(normal, domain, outside)
+        if name:
+            return name, ()
+        told = () if outside.unanswered else outside.targets(f"*@{domain}")
+        return "", table.get("*", ()) + told
+
+    def _user_of(self, user: str, domain: str, outside: Outside) -> str:
+        """Return the user whose mailbox that is, as the users are named; "" for nobody."""
+        names = dict.fromkeys((user, self.clean(user), self._without_suffix(user)))
         for name in names:
             if self._user_exists(name, domain):
-                return name, ()
+                return name
         for name in names:
             if outside.has_user(f"{name}@{domain}"):
-                return name, ()
-        return "", table.get("*", ())
+                return name
+        return ""
+
+    def findings(self, domain: str, users: Iterable[str]) -> Iterator[str]:
+        """Yield what is wrong with the aliases of `domain`, as sentences.
+
+        `users` are the names of its users. Who only a hook or Dovecot knows is not asked for.
+        """
+        for name, targets in self._tables.get(domain, {}).items():
+            address = f"{name}@{domain}"
+            for target in targets:
+                if target.kind == "pipe" and (problem := _pipe_problem(target.value)):
+                    yield f"{address}: {problem}"
+            if name == "*":  # what "*" on the right side means is not known here
+                continue
+            unknown: list[str] = []
+            try:
+                found = self.expand(address, _NOBODY, unknown)
+            except (NoSuchUser, AliasLoop) as error:
+                yield str(error)
+                continue
+            for other in unknown:
+                yield f"{address}: there is no user or alias {other}; the others get its mail"
+            if name in users and Target("address", address) not in found:
+                yield f"{address}: the alias hides the user of that name, who gets no mail"
 
     @staticmethod
     def _fill_in(target: Target, user: str) -> Target:
@@ -6091,7 +6196,9 @@ def parse_command(line: bytes) -> tuple[str, str]:
     try:
         text = line.decode()
     except UnicodeDecodeError:
-        _refuse(500, "5.5.2", "the command is no valid UTF-8")
+        if line[:5].upper() not in (b"EHLO ", b"HELO "):
+            _refuse(500, "5.5.2", "the command is no valid UTF-8")
+        text = line.decode("latin-1")  # the name of a computer at home, which proves nothing
     if UNPRINTABLE.search(text.replace("\t", " ")):
         _refuse(500, "5.5.2", "the command holds a control character")
     verb, _, argument = text.strip(" \t").partition(" ")
@@ -6136,6 +6243,7 @@ ADDRESS_LITERAL = re.compile(r"\[(?:IPv6:([0-9A-Fa-f:.]+)|([0-9.]+))\]", re.IGNO
 # RFC 5321, 4.1.2: esmtp-param = esmtp-keyword ["=" esmtp-value]
 _PARAMETER = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([^\x00-\x20=\x7f]+))?")
 _ADDRESS_LIMIT = 320  # octets: 64 for the local-part, 255 for the domain
+_PATH_LIMIT = 256  # octets, with "<" and ">"; RFC 5321, 4.5.3.1.3
 
 
 def parse_path(argument: str, keyword: str) -> Path:
@@ -6147,6 +6255,8 @@ def parse_path(argument: str, keyword: str) -> Path:
         _refuse(501, "5.1.7" if keyword == "FROM:" else "5.1.3", f"expected {keyword}<address>")
     path = match["bare"] if match["path"] is None else match["path"]
     status = "5.1.7" if keyword == "FROM:" else "5.1.3"
+    if len(path.encode()) + 2 > _PATH_LIMIT:
+        _refuse(501, status, f"the path is longer than {_PATH_LIMIT} octets")
     address = parse_address(path, status) if path else ""
     return Path(address, _parse_parameters(match["parameters"]), path)
 
@@ -6206,7 +6316,9 @@ def _parse_domain(domain: str) -> str:
         return domain
     unicode = domain_to_unicode(domain)
     malformed = unicode.isascii() and not ASCII_DOMAIN.fullmatch(unicode)
-    if malformed or unicode.startswith("[") or unicode.endswith("."):
+    labels = domain_to_ascii(unicode).split(".")  # RFC 1035, 2.3.4
+    too_long = len(".".join(labels)) > 253 or any(len(label) > 63 for label in labels)
+    if malformed or too_long or unicode.startswith("[") or unicode.endswith("."):
         raise ValueError(domain)
     return unicode
 
@@ -8747,6 +8859,7 @@ class Site:
         login's turn, and may raise TemporaryFailure; so may the rest.
         """
         accounts = self.accounts
+        given, login = login, self.complete_login(login)
         async with self.password_slots:
             check()
             address = await self.loop.work(lambda: accounts.authenticate(login, password))
@@ -8759,7 +8872,15 @@ class Site:
         user, domain = split_address(address)
         if not self.aliases.is_local(domain) or accounts.exists(user, domain):
             return None  # of whom the files know, they have the last word
-        return address if await self.dovecot.authenticate(address, password) else None
+        name = address if "@" in given else given
+        return address if await self.dovecot.authenticate(name, password) else None
+
+    def complete_login(self, login: str) -> str:
+        """Return `login` with a domain: the only one served here, or else the host's own."""
+        if "@" in login:
+            return login
+        domains = self.accounts.domains
+        return f"{login}@{domains[0] if len(domains) == 1 else domain_to_unicode(self.hostname)}"
 
     async def may_send_as(self, user: str, sender: str) -> bool:
         """Tell whether `sender` is an address of `user`, or everybody may send as anyone.
@@ -9301,7 +9422,8 @@ class Session:
             raise Refused(Reply(500, "5.5.1", "there is no such command"))
         self.site.record.count("commands", verb)
         if self.phase not in command.phases:
-            raise Refused(Reply(503, "5.5.1", self.phase.then))
+            nested = verb == "MAIL" and self.phase is MAIL
+            raise Refused(Reply(503, "5.5.1", (RECIPIENTS if nested else self.phase).then))
         if command.argument == "none" and argument:
             raise Refused(Reply(501, "5.5.4", f"{verb} takes no argument"))
         if command.argument == "required" and not argument:
@@ -9398,6 +9520,8 @@ class Session:
 
     async def take(self, transaction: Transaction, draft: Draft) -> Reply:
         """Judge a complete message and queue it. Raises Refused."""
+        if not draft.size:
+            raise Refused(Reply(554, "5.6.0", "the message is empty"))
         reception = Reception(self.site, self.origin, transaction)
         try:
             envelope, trace = await reception.judge(draft)
@@ -9509,13 +9633,14 @@ class Session:
         if address is None:
             self.site.record.count("logins", "failed")
             self._log(f"login failed for {printable(user, 100)!r}")
-            wait = max(self.site.login_delay, limits.login_failed(self.peer, user))
+            failed = limits.login_failed(self.peer, self.site.complete_login(user))
+            wait = max(self.site.login_delay, failed)
             elapsed = self.loop.clock.monotonic() - start
             self.idle = True  # this wait is for the client's sake, not the message's
             await self.loop.sleep(max(0.0, wait - elapsed))
             self.idle = False
             return Reply(535, "5.7.8", "user or password is wrong")
-        limits.login_succeeded(user)
+        limits.login_succeeded(address)
         self.site.record.count("logins", "succeeded")
         self._log(f"login succeeded for {address}")
         self.user = address
@@ -10246,7 +10371,7 @@ _CONTROL_SECONDS = 30.0
 _LATE_MODULES = (
     "base64", "dns.asyncresolver", "dns.rcode", "fcntl", "hashlib", "hmac", "http.client", "idna",
     "idna.uts46data", "io", "ipaddress", "precis_i18n.profile", "resource", "shlex", "subprocess",
-    "tempfile",
+    "shutil", "tempfile", "unicodedata",
 )  # fmt: skip
 DOMAIN_INFO_DIRECTORY = "domaininfo"  # below data_dir
 DOMAIN_FORGOTTEN = "what was seen of {} is forgotten"
@@ -10680,7 +10805,12 @@ class Daemon:
         return self._domains.aliases.is_local(domain)
 
     async def _expand(self, address: str) -> list[Target]:
-        return await self._domains.aliases.expand_with(self._outside, address)
+        unknown: list[str] = []
+        targets = await self._domains.aliases.expand_with(self._outside, address, unknown)
+        if unknown:
+            text = f"{address} leads to {', '.join(unknown)}, who is no user here"
+            self.record.warning("aliases", text)
+        return targets
 
     def _report_start(self, certificates: Certificates) -> None:
         record, config = self.record, self.config
@@ -14543,13 +14673,19 @@ def _check_userdb(arguments: argparse.Namespace) -> int:
         if domain not in directories:
             raise ChasquidError(f"there is no domain {domain}")
         directories = {domain: directories[domain]}
+    config = _load(arguments)
+    aliases = load_domains(config).aliases
+    found = 0
     for domain, directory in directories.items():
         users = load_users(directory)
-        aliases = load_aliases(directory, domain)
         keys = load_dkim_keys(directory, domain)
-        print(f"{domain}: {plural(len(users), 'user')}, {len(aliases)} names in aliases, "
+        print(f"{domain}: {plural(len(users), 'user')}, "
+              f"{len(load_aliases(directory, domain))} names in aliases, "
               f"{plural(len(keys), 'DKIM key')}")  # fmt: skip
-    return 0
+        for finding in aliases.findings(domain, users):
+            found += 1
+            print(f"  {finding}")
+    return 1 if found else 0
 
 
 # --- the running server and the queue ---

@@ -412,14 +412,24 @@ def test_a_wrong_password_is_refused_like_an_unknown_user(asking, client: Auth) 
     assert len(client.asked) == 2
 
 
-@pytest.mark.parametrize(
-    "user", ["eve@far.example", "dov", "a b@here.example", "", "@here.example"]
-)
+@pytest.mark.parametrize("user", ["eve@far.example", "a b@here.example", "", "@here.example"])
 def test_dovecot_is_not_asked_about_who_cannot_be_ours(asking, client: Auth, user: str) -> None:
     client.answer = "OK\t{n}\tuser=x\n"
     with connected(asking()) as wire:
         assert login(wire, user, "pass").startswith("535 ")
     assert not client.asked
+
+
+def test_a_name_without_a_domain_is_given_to_dovecot_as_it_is(asking, client: Auth) -> None:
+    client.answer = "OK\t{n}\tuser=x\n"
+    server = asking()
+    with connected(server) as wire:
+        assert login(wire, "dov", "pass").startswith("235 ")
+        assert wire.ask("MAIL FROM:<dov@here.example>").startswith("250 ")
+    [asked] = client.asked
+    secret = asked.rpartition("resp=")[2].strip()
+    assert base64.b64decode(secret) == b"\0dov\0pass"
+    assert "login succeeded for dov@here.example" in server.mail_log
 
 
 def test_the_users_of_the_files_do_not_need_dovecot(asking, client: Auth, userdb: Auth) -> None:

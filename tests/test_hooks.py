@@ -575,8 +575,21 @@ def test_the_hook_is_asked_for_each_address_as_it_came(serve: Serve, tmp_path: P
     alias_resolve(server, f'[ $# = 1 ] && echo "$1" >> {tmp_path}/asked')
     assert rcpt(server, "Team+x@Here.Example").startswith("250 ")
     assert (tmp_path / "asked").read_text().splitlines() == [
-        *["Team+x@here.example", "ana@here.example"]
+        *["Team+x@here.example", "ana@here.example", "team@here.example"]
     ]
+
+
+def test_the_hook_is_asked_for_the_catch_all_last(serve: Serve, tmp_path: Path) -> None:
+    server = serve(users={"here.example": {"ana": "secret"}})
+    asked = tmp_path / "asked"
+    alias_resolve(server, f'echo "$1" >> {asked}; [ "$1" != "*@here.example" ] || echo ana')
+    assert rcpt(server, "no.body+x@here.example").startswith("250 ")
+    assert asked.read_text().splitlines() == [
+        "no.body+x@here.example", "nobody@here.example", "*@here.example", "ana@here.example"
+    ]  # fmt: skip
+    asked.unlink()
+    assert rcpt(server, "ana@here.example").startswith("250 ")
+    assert asked.read_text().splitlines() == ["ana@here.example"]
 
 
 def test_the_hook_decides_where_mail_goes(serve: Serve, tmp_path: Path) -> None:
@@ -706,7 +719,7 @@ def test_a_hook_whose_interpreter_is_missing_is_for_later(serve: Serve) -> None:
     [
         ('case "$1" in a@*) echo b ;; b@*) echo a ;; esac', "451 4.3.5 "),
         ('echo "x$1"', "451 4.3.5 "),
-        ('echo "$1"', "250 "),  # a name that stands for itself is a mailbox
+        ('echo "$1"', "550 5.1.1 "),  # the mailbox of a user who is not there
         ('case "$1" in a@*) echo b, b+x ;; *) echo ben ;; esac', "250 "),
     ],
 )

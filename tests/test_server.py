@@ -461,7 +461,7 @@ def test_a_slow_program_holds_up_neither_mailboxes_nor_replies_nor_other_program
             assert send(wire, b"Subject: x\r\n\r\n")[:3] == "250"
         wait_for(lambda: list(server.maildir("ana").glob("new/*")), "the mailbox")
         wait_for(lambda: quick.exists() and quick.read_bytes(), "the quick program")
-        assert len(server.queued()) == 30
+        wait_for(lambda: len(server.queued()) == 30, "the end of the two others")
         assert "cat took it" not in server.mail_log
         end = threading.Event()
 
@@ -492,3 +492,84 @@ def test_mail_for_a_program_that_half_the_queue_waits_for_is_refused_for_now(
         replies = [send(wire, b"Subject: x\r\n\r\n", "slow@here.example") for _ in range(6)]
         assert replies[-1] == "451 4.3.2 too much mail is waiting for a program here"
         assert send(wire, b"Subject: x\r\n\r\n")[:3] == "250"
+
+
+@pytest.mark.parametrize(
+    ("command", "status"), [("MAIL FROM", "5.1.7"), ("RCPT TO", "5.1.3")], ids=["MAIL", "RCPT"]
+)
+@pytest.mark.parametrize(
+    "address",
+    [f"{'x' * 250}@here.example", f"x@{'y' * 64}.example", f"x@{'y.' * 127}example"],
+    ids=["path", "label", "domain"],
+)
+def test_what_cannot_be_an_address_is_refused_before_anything_else(
+    serve: Serve, command: str, status: str, address: str
+) -> None:
+    """RFC 5321, 4.5.3.1.3; RFC 1035, 2.3.4"""
+    with greeted(serve()) as wire:
+        if command == "RCPT TO":
+            assert wire.ask("MAIL FROM:<>").startswith("250 ")
+        assert wire.ask(f"{command}:<{address}>").startswith(f"501 {status} ")
+        assert wire.ask(f"{command}:<ana@here.example>").startswith("250 ")
+
+
+def test_a_path_of_256_octets_is_let_in(serve: Serve) -> None:
+    local = "x" * (256 - len("<@a.example>"))
+    with greeted(serve()) as wire:
+        assert wire.ask(f"MAIL FROM:<{local}@a.example>").startswith("250 ")
+
+
+@pytest.mark.parametrize("verb", [b"EHLO", b"helo"])
+def test_the_name_of_a_client_need_not_be_utf8(serve: Serve, verb: bytes) -> None:
+    server = serve()
+    with server.connect() as wire:
+        assert wire.reply().startswith("220 ")
+        wire.send(verb + b" M\xdcLLER\r\n")
+        assert wire.reply()[:3] == "250"
+        assert send(wire, b"Subject: x\r\n\r\n").startswith("250 ")
+    assert b"from M?LLER ([127.0.0.1])" in server.mail("ana")[0]
+
+
+def test_a_second_mail_hears_that_a_transaction_is_under_way(serve: Serve) -> None:
+    with greeted(serve()) as wire:
+        assert wire.ask("MAIL FROM:<>").startswith("250 ")
+        assert wire.ask("MAIL FROM:<>") == "503 5.5.1 a transaction is under way"
+
+
+def test_an_empty_message_is_refused_also_in_chunks(serve: Serve) -> None:
+    with greeted(serve()) as wire:
+        assert wire.ask("MAIL FROM:<>").startswith("250 ")
+        assert wire.ask("RCPT TO:<ana@here.example>").startswith("250 ")
+        assert wire.ask("BDAT 0 LAST") == "554 5.6.0 the message is empty"
+
+
+@pytest.mark.parametrize("domains", [1, 2])
+def test_a_login_without_a_domain_means_the_only_one_or_the_hosts_own(
+    serve: Serve, domains: int
+) -> None:
+    users = {"here.example": {"ana": "secret"}}
+    if domains == 2:
+        users = {HOST: {"ana": "secret"}, "there.example": {"ana": "other"}}
+    server = serve(users=users)
+    with server.connect("submission over TLS") as wire:
+        wire.start_tls(trusting())
+        assert wire.reply().startswith("220 ")
+        assert wire.ask("EHLO client.example").startswith("250-")
+        assert wire.ask("AUTH PLAIN AGFuYQBzZWNyZXQ=").startswith("235 ")
+    domain = "here.example" if domains == 1 else HOST
+    assert f"login succeeded for ana@{domain}" in server.mail_log
+
+
+def test_an_alias_that_leads_to_nobody_is_refused_and_of_some_the_rest_gets_it(
+    serve: Serve,
+) -> None:
+    server = serve(aliases={"here.example": "sales: gone\nteam: gone, ana\n"})
+    with greeted(server) as wire:
+        assert wire.ask("MAIL FROM:<>").startswith("250 ")
+        assert wire.ask("RCPT TO:<sales@here.example>").startswith("550 5.1.1 ")
+        assert wire.ask("RCPT TO:<x@localhost>").startswith("550 5.1.1 ")
+        assert wire.ask("RSET").startswith("250 ")
+        reply = send(wire, b"Subject: x\r\n\r\n", "team@here.example")
+        assert reply.startswith("250 ")
+    assert len(server.mail("ana")) == 1
+    assert "team@here.example leads to gone@here.example, who is no user here" in server.log

@@ -277,3 +277,15 @@ def test_the_comparison_of_hashes_does_not_depend_on_its_luck():
     # A hash of another length is wrong, and no error.
     short = cheap(b"secret")._replace(encrypted=b"")
     assert not chasquid.check_password(short, b"secret")
+
+
+def test_passwords_are_compared_in_nfc():
+    """RFC 8265, 4.2"""
+    composed, decomposed = "caf\u00e9".encode(), "cafe\u0301".encode()
+    for known in (chasquid.new_password(composed), chasquid.new_password(decomposed)):
+        assert chasquid.check_password(known, composed)
+        assert chasquid.check_password(known, decomposed)
+        assert not chasquid.check_password(known, b"cafe")
+    plain = chasquid.Plain(decomposed)  # written by another tool
+    assert chasquid.check_password(plain, decomposed)
+    assert not chasquid.check_password(plain, b"\xff")
