@@ -45,6 +45,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import calendar
 import collections
 import contextlib
 import errno
@@ -707,7 +708,7 @@ def _server_address(value: Value) -> str:
 
 def _lmtp_address(value: Value) -> str:
     text = _text(value)
-    if text and not text.startswith("/"):
+    if text and "/" not in text:
         try:
             host, port = host_and_port(text, 0)
         except ValueError:
@@ -807,19 +808,48 @@ _KEYS: dict[str, Callable[[Value], object]] = {
 }
 
 
-def load_config(config_dir: str, overrides: str = "") -> Config:
+# Keys that hold paths. In the file, one that is relative is below the configuration directory.
+_PATHS = (
+    "data_dir", "mail_log_path", "log_path", "mail_delivery_agent_bin", "lmtp_address",
+    "dovecot_userdb_path", "dovecot_client_path", "smarthost_password_file",
+)  # fmt: skip
+
+
+def load_config(
+    config_dir: str, overrides: str = "", problems: list[ConfigError] | None = None
+) -> Config:
     """Read chasquid.conf in `config_dir`, then `overrides`. Raises ConfigError.
 
-    A key in `overrides` replaces what the file says, also where it may be repeated.
+    A key in `overrides` replaces what the file says, also where it may be repeated. With
+    `problems`, what is wrong with single keys is added to it instead, and the default holds.
     """
     path = os.path.join(config_dir, "chasquid.conf")
+    found: list[ConfigError] = []
     values: dict[str, object] = {"hostname": socket.gethostname()}
-    values.update(_read_keys(read_file(path), path))
-    values.update(_read_keys(os.fsencode(overrides), "--config-overrides"))
+    values.update(_absolute(_read_keys(read_file(path), path, found), config_dir))
+    text = os.fsencode(overrides)
+    values.update(_absolute(_read_keys(text, "--config-overrides", found), os.getcwd()))
     config = Config(config_dir=os.path.abspath(config_dir), **values)  # type: ignore[arg-type]
     if config.mail_delivery_agent_bin and config.lmtp_address:
-        raise ConfigError(path, 0, "expected mail_delivery_agent_bin or lmtp_address, not both")
-    return config._replace(data_dir=os.path.abspath(config.data_dir))
+        told = "expected mail_delivery_agent_bin or lmtp_address, not both"
+        found.append(ConfigError(path, 0, told))
+    if problems is None and found:
+        raise found[0]
+    if problems is not None:
+        problems += found
+    return config
+
+
+def _absolute(values: dict[str, object], base: str) -> dict[str, object]:
+    """Return `values` with the paths among them made absolute."""
+    for key in _PATHS:
+        path = values.get(key)
+        if not isinstance(path, str) or not path or path.startswith(("<", "%", "/")):
+            continue
+        if key == "lmtp_address" and "/" not in path:
+            continue  # host:port
+        values[key] = os.path.abspath(os.path.join(base, path))
+    return values
 
 
 def read_file(path: str, missing: bytes | None = None) -> bytes:
@@ -857,6 +887,15 @@ def domain_directories(config_dir: str) -> dict[str, str]:
     return domains
 
 
+def changed_keys(config: Config) -> list[str]:
+    """Return the keys whose values are not the defaults."""
+    return [
+        key
+        for key in _KEYS
+        if key not in Config._field_defaults or getattr(config, key) != Config._field_defaults[key]
+    ]
+
+
 def config_text(config: Config) -> str:
     """Return `config` in the text format, every key with the value that is in force."""
     lines = []
@@ -872,22 +911,26 @@ def config_text(config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _read_keys(data: bytes, path: str) -> dict[str, object]:
+def _read_keys(data: bytes, path: str, problems: list[ConfigError]) -> dict[str, object]:
+    """Return the values of keys; what is wrong with one is added to `problems`.
+
+    Raises ConfigError if the text itself is malformed.
+    """
     values: dict[str, object] = {}
     for entry in parse_text_format(data, path):
-        if entry.key not in _KEYS:
-            raise ConfigError(path, entry.line, _unknown_key(entry.key))
         try:
+            if entry.key not in _KEYS:
+                raise _WrongValue(_unknown_key(entry.key))
             value = _KEYS[entry.key](entry.value)
+            if entry.key in values and entry.key not in _REPEATED:
+                raise _WrongValue("expected once, found again")
         except _WrongValue as error:
-            raise ConfigError(path, entry.line, f"{entry.key}: {error}") from None
+            text = str(error) if entry.key not in _KEYS else f"{entry.key}: {error}"
+            problems.append(ConfigError(path, entry.line, text))
+            continue
         if entry.key in _REPEATED:
-            earlier = values.get(entry.key, ())
-            values[entry.key] = (*earlier, value)  # type: ignore[misc]
-        elif entry.key in values:
-            raise ConfigError(path, entry.line, f"{entry.key}: expected once, found again")
-        else:
-            values[entry.key] = value
+            value = (*values.get(entry.key, ()), value)  # type: ignore[misc]
+        values[entry.key] = value
     return values
 
 
@@ -951,6 +994,7 @@ class Sink:
             self._open_syslog()
         else:
             try:
+                os.makedirs(os.path.dirname(self._target) or ".", exist_ok=True)
                 file = open(self._target, "a", encoding="utf-8", errors="replace")  # noqa: SIM115
             except OSError as error:
                 text = f"the log cannot be opened: {error.strerror}"
@@ -3120,11 +3164,19 @@ def load_users(directory: str) -> dict[str, Password]:
     return parse_users(read_file(path, missing=b""), path)
 
 
+def broken_domain(domain: str) -> TemporaryFailure:
+    """Return the failure of whatever needs the files of a domain that cannot be read."""
+    return TemporaryFailure(f"the configuration of {domain} has a mistake", "4.3.5")
+
+
 class Accounts:
     """The users of all domains."""
 
-    def __init__(self, domains: Mapping[str, Mapping[str, Password]]) -> None:
+    def __init__(
+        self, domains: Mapping[str, Mapping[str, Password]], broken: Iterable[str] = ()
+    ) -> None:
         self._domains = domains
+        self._broken = frozenset(broken)  # domains whose files cannot be read
         self._costs = {domain: self._usual_costs(users) for domain, users in domains.items()}
         self._default_costs = Scrypt(14, 8, 1, 32, os.urandom(16), os.urandom(32))
 
@@ -3142,13 +3194,16 @@ class Accounts:
     def authenticate(self, login: str, password: bytes) -> str | None:
         """Return the normalised address behind `login` if `password` fits, else None.
 
-        Takes as long for a user who does not exist. Blocks; for a worker thread.
+        Takes as long for a user who does not exist. Blocks; for a worker thread. Raises
+        TemporaryFailure if the files of the domain cannot be read.
         """
         try:
             address = normalize_address(login)
         except ValueError:
             address = ""
         user, domain = split_address(address)
+        if domain in self._broken:
+            raise broken_domain(domain)
         known = self._domains.get(domain, {}).get(user)
         if not isinstance(known, Scrypt):
             check_password(self._costs.get(domain) or self._default_costs, password)
@@ -3439,7 +3494,9 @@ class Aliases:
         user_exists: Callable[[str, str], bool],
         suffix_separators: str,
         drop_characters: str,
+        broken: Iterable[str] = (),
     ) -> None:
+        self._broken = frozenset(broken)  # domains of ours whose files cannot be read
         self._user_exists = user_exists
         self._separators = suffix_separators
         self._drops = drop_characters
@@ -3474,7 +3531,7 @@ class Aliases:
 
     def is_local(self, domain: str) -> bool:
         """Tell whether `domain` (in Unicode, lower case) is served here."""
-        return domain in self._tables or domain == "localhost"
+        return domain in self._tables or domain in self._broken or domain == "localhost"
 
     def postmaster_domain(self, hostname: str) -> str:
         """Return the domain whose postmaster is the one of `hostname` (RFC 5321, 4.5.1).
@@ -3501,8 +3558,9 @@ class Aliases:
         """Return the final recipients of `address`, each once.
 
         To `unknown` are added the addresses of ours on the way that are neither user nor
-        alias, nor lead anywhere. Raises NoSuchUser if `address` itself is one of them, and
-        AliasLoop. None of this counts while `outside` has unanswered questions.
+        alias, nor lead anywhere. Raises NoSuchUser if `address` itself is one of them,
+        AliasLoop, and TemporaryFailure for a domain whose files cannot be read. None of this
+        counts while `outside` has unanswered questions.
         """
         found: dict[Target, None] = {}
         dead: dict[str, None] = {}
@@ -3538,6 +3596,8 @@ class Aliases:
         if target.kind == "pipe" or target.via or not self.is_local(domain):
             found[target] = None
             return True
+        if domain in self._broken:
+            raise broken_domain(domain)
         name, next_targets = self._look_up(user, domain, outside)
         if name and not next_targets:
             found[Target("address", f"{name}@{domain}")] = None
@@ -4439,11 +4499,7 @@ def certificate_names(pem: bytes) -> set[str]:
 
     They stand as [2] IA5String in the extension subjectAltName; RFC 5280, 4.2.1.6.
     """
-    match = re.search(rb"-----BEGIN CERTIFICATE-----(.*?)-----END", pem, re.DOTALL)
-    try:
-        der = base64.b64decode(match[1]) if match else b""
-    except binascii.Error:
-        der = b""
+    der = _first_certificate(pem)
     position = der.find(_oid(_ALTERNATIVE_NAMES_OID))
     if position < 0:
         return set()
@@ -4455,6 +4511,33 @@ def certificate_names(pem: bytes) -> set[str]:
         for tag, content in _elements(names)
         if tag == 0x82
     }
+
+
+def _first_certificate(pem: bytes) -> bytes:
+    match = re.search(rb"-----BEGIN CERTIFICATE-----(.*?)-----END", pem, re.DOTALL)
+    try:
+        return base64.b64decode(match[1]) if match else b""
+    except binascii.Error:
+        return b""
+
+
+def certificate_expiry(pem: bytes) -> float:
+    """Return when the first certificate in `pem` expires, in seconds since 1970.
+
+    Raises ValueError if that cannot be read. RFC 5280, 4.1.2.5: validity is the first SEQUENCE
+    of two times (UTCTime or GeneralizedTime) in the TBSCertificate.
+    """
+    whole = next((content for _, content in _elements(_first_certificate(pem))), b"")
+    body = next((content for _, content in _elements(whole)), b"")
+    for tag, content in _elements(body):
+        times = [(kind, text) for kind, text in _elements(content) if kind in (0x17, 0x18)]
+        if tag == 0x30 and len(times) == 2:
+            kind, text = times[1]
+            form = "%y%m%d%H%M%SZ" if kind == 0x17 else "%Y%m%d%H%M%SZ"
+            # RFC 5280, 4.1.2.5.1: a year of two digits from 50 on is in the last century
+            moment = time.strptime(text.decode("ascii"), form)
+            return float(calendar.timegm(moment))
+    raise ValueError("the certificate says no time of its end")
 
 
 def _only(der: bytes, tag: int) -> bytes:
@@ -5351,12 +5434,15 @@ class Signer:
         self._loop = loop
         self._record = record
         self.keys = keys
+        self.broken: frozenset[str] = frozenset()  # domains whose keys cannot be read
 
     async def sign(self, domain: str, header: bytes, body: Callable[[], Iterable[bytes]]) -> bytes:
         """Return a field for each key of `domain`; b"" where it has none.
 
         `header` is all that will stand above the body. Raises TemporaryFailure.
         """
+        if domain in self.broken:
+            raise broken_domain(domain)
         keys = self.keys.get(domain, ())
         if not keys:
             return b""
@@ -8735,12 +8821,16 @@ class Limits:
                 "too many failed logins from your address; wait an hour", "4.7.0"
             )
 
-    def login_failed(self, peer: str, user: str) -> float:
-        """Count a failed login; return how many seconds the answer should be late."""
+    def login_failed(self, peer: str, user: str, known: bool = True) -> float:
+        """Count a failed login; return how many seconds the answer should be late.
+
+        If `user` is not `known`, it does not bring the client nearer to being sent away: the
+        user may have been added a moment ago. The answer is late all the same.
+        """
         if self.is_exempt(peer):
             return 0.0
-        keys = (client_of(peer), self._user_key(user))
-        for key in keys:
+        keys = (f"client {client_of(peer)}", self._user_key(user))
+        for key in (*keys, client_of(peer)) if known else keys:
             self._failed_logins.add(key)
         worst = max(map(self._failed_logins.count, keys))
         return min(0.5 * 2.0 ** min(worst - 1, 10), _LOGIN_DELAY_LIMIT)
@@ -8874,6 +8964,14 @@ class Site:
             return None  # of whom the files know, they have the last word
         name = address if "@" in given else given
         return address if await self.dovecot.authenticate(name, password) else None
+
+    def may_know(self, login: str) -> bool:
+        """Tell whether there may be a user of that name: Dovecot is not asked."""
+        try:
+            known = self.accounts.exists(*split_address(normalize_address(login)))
+        except ValueError:
+            return False
+        return known or self.dovecot is not None
 
     def complete_login(self, login: str) -> str:
         """Return `login` with a domain: the only one served here, or else the host's own."""
@@ -9633,7 +9731,8 @@ class Session:
         if address is None:
             self.site.record.count("logins", "failed")
             self._log(f"login failed for {printable(user, 100)!r}")
-            failed = limits.login_failed(self.peer, self.site.complete_login(user))
+            login = self.site.complete_login(user)
+            failed = limits.login_failed(self.peer, login, self.site.may_know(login))
             wait = max(self.site.login_delay, failed)
             elapsed = self.loop.clock.monotonic() - start
             self.idle = True  # this wait is for the client's sake, not the message's
@@ -10364,6 +10463,8 @@ _WORKER_COUNT = 8
 _STOP_SECONDS = 10.0
 _ACCEPT_PAUSE = 1.0  # when there are no descriptors left
 _BACKLOG = 1024
+_EXPIRY_DAYS = 14  # before its end, that of a certificate is warned of
+_DAY = 86400.0
 _SPARE_DESCRIPTORS = 300  # a message that comes in, a delivery, a name look-up: one each
 _CONTROL_LIMIT = 64 * 1024  # octets of a request to the control socket
 _CONTROL_SECONDS = 30.0
@@ -10442,33 +10543,98 @@ def recipient_text(recipient: Recipient) -> str:
     return printable(f"{recipient.state}{text}", 300)
 
 
+class Certificate(NamedTuple):
+    """A certificate of config_dir/certs: its directory, its names, when it expires (since 1970)."""
+
+    directory: str
+    names: frozenset[str]
+    expires: float
+    context: ssl.SSLContext
+
+    def covers(self, host: str) -> bool:
+        """Tell whether it is for `host`, perhaps by a wildcard (RFC 6125, 6.4.3)."""
+        return host in self.names or "*." + host.partition(".")[2] in self.names
+
+
+def smarthost_problem(config: Config) -> ConfigError | None:
+    """Return what keeps a login at the smarthost from being one."""
+    if bool(config.smarthost_user) == bool(config.smarthost_password_file):
+        return None
+    path = os.path.join(config.config_dir, "chasquid.conf")
+    text = "expected smarthost_user and smarthost_password_file together, or neither"
+    return ConfigError(path, 0, text)
+
+
+def setting_warnings(config: Config) -> Iterator[str]:
+    """Yield what is allowed, but probably not meant."""
+    agent = config.mail_delivery_agent_bin
+    if agent and not os.access(agent, os.X_OK):
+        yield f"mail_delivery_agent_bin: {agent} is not there, or not executable; mail will wait"
+    lmtp = config.lmtp_address
+    if lmtp.startswith("/") and not os.path.exists(lmtp):
+        yield f"lmtp_address: there is no socket {lmtp}; mail will wait until there is"
+    address = config.monitoring_address
+    host = host_and_port(address, 0)[0]
+    if address and address != "systemd" and host != "localhost" and not is_loopback(host):
+        yield f"monitoring_address: {address} can be seen from other hosts, without a login"
+    if "." not in config.hostname:
+        yield f"the hostname {config.hostname} has no domain; see hostname"
+
+
 class Certificates:
     """The certificates of config_dir/certs, one directory each, chosen by SNI (RFC 6066).
 
-    Raises ConfigError where one cannot be used.
+    Each is loaded by itself. One that cannot be used is among the `problems`, and stays as it
+    was in `before`, if it was there.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, before: Certificates | None = None) -> None:
+        self.problems: list[str] = []
+        self.loaded: dict[str, Certificate] = {}
         self._contexts: dict[str, ssl.SSLContext] = {}
-        self.names: list[str] = []
-        self.default: ssl.SSLContext | None = None
-        for name, chain, key in self._files(config.config_dir):
-            context = server_tls_context(chain, key)
-            context.sni_callback = self._choose
-            self.names.append(name)
-            for host in certificate_names(read_file(chain)) | {name.lower()}:
-                self._contexts.setdefault(host, context)
-            self.default = self.default or context
-        own = self._find(domain_to_ascii(config.hostname))
-        self.default = own or self.default
-
-    @staticmethod
-    def _files(config_dir: str) -> Iterator[tuple[str, str, str]]:
-        top = os.path.join(config_dir, "certs")
+        top = os.path.join(config.config_dir, "certs")
         for name in sorted(os.listdir(top)) if os.path.isdir(top) else []:
-            chain = os.path.join(top, name, "fullchain.pem")
-            if os.path.exists(chain):
-                yield name, chain, os.path.join(top, name, "privkey.pem")
+            certificate = self._load(name, os.path.join(top, name))
+            if certificate is None and before is not None:
+                certificate = before.loaded.get(name)
+            if certificate is not None:
+                self.loaded[name] = certificate
+                for host in certificate.names | {name.lower()}:
+                    self._contexts.setdefault(host, certificate.context)
+        first = next((one.context for one in self.loaded.values()), None)
+        self.default = self._find(domain_to_ascii(config.hostname)) or first
+
+    def _load(self, name: str, directory: str) -> Certificate | None:
+        """Load one; None, and a problem, if it cannot be used."""
+        chain, key = (os.path.join(directory, file) for file in ("fullchain.pem", "privkey.pem"))
+        missing = [path for path in (chain, key) if not os.path.exists(path)]
+        if len(missing) == 1:
+            self.problems.append(f"{missing[0]} is missing, so the directory is left out")
+        if missing:
+            return None
+        try:
+            context = server_tls_context(chain, key)
+            pem = read_file(chain)
+            context.sni_callback = self._choose
+            return Certificate(
+                name, frozenset(certificate_names(pem)), certificate_expiry(pem), context
+            )
+        except (ConfigError, ValueError) as error:
+            self.problems.append(str(error))
+            return None
+
+    def warnings(self, now: float, hosts: Iterable[str]) -> Iterator[str]:
+        """Yield what will not work, or soon no more, for clients that ask for `hosts`."""
+        for one in self.loaded.values():
+            days = (one.expires - now) / 86400.0
+            what = f"the certificate in certs/{one.directory}"
+            if days < 0:
+                yield f"{what} has expired, on {rfc5322_date(one.expires)}: renew it"
+            elif days < _EXPIRY_DAYS:
+                yield f"{what} expires in {plural(int(days), 'day')}: renew it"
+        for host in hosts:
+            if self.loaded and not any(one.covers(host) for one in self.loaded.values()):
+                yield f"no certificate in certs is for {host}"
 
     def _find(self, host: str) -> ssl.SSLContext | None:
         wildcard = "*." + host.partition(".")[2]
@@ -10480,26 +10646,65 @@ class Certificates:
             tls.context = found
 
 
+class Domain(NamedTuple):
+    """What the directory of a domain says."""
+
+    users: Mapping[str, Password]
+    aliases: Mapping[str, tuple[Target, ...]]
+    keys: Sequence[DkimKey]
+
+
 class Domains(NamedTuple):
-    """What the directories of the domains say."""
+    """What the directories of the domains say, and what is wrong with some, as sentences."""
 
     accounts: Accounts
     aliases: Aliases
     keys: Mapping[str, Sequence[DkimKey]]
+    each: Mapping[str, Domain]
+    broken: frozenset[str]
+    problems: tuple[str, ...]
 
 
-def load_domains(config: Config) -> Domains:
-    """Read users, aliases and keys of all domains. Raises ConfigError."""
+def load_domains(config: Config, before: Mapping[str, Domain] | None = None) -> Domains:
+    """Read users, aliases and keys of all domains, each by itself.
+
+    A domain with a mistake in its files stays as it was in `before`; without that it is
+    broken: it is ours, and what concerns it must wait. Raises ConfigError if not even the
+    names of the domains can be read.
+    """
+    before = before or {}
+    each: dict[str, Domain] = {}
+    problems: list[str] = []
     directories = domain_directories(config.config_dir)
-    accounts = Accounts({name: load_users(path) for name, path in directories.items()})
+    for name, path in directories.items():
+        try:
+            domain = Domain(load_users(path), load_aliases(path, name), load_dkim_keys(path, name))
+            known = before.get(name)
+            if known is not None and known.users and not domain.users:
+                # a file that was cut short must not turn mail away
+                text = "all users are gone; if that is meant, start the server anew"
+                raise ConfigError(os.path.join(path, "users"), 0, text)
+            each[name] = domain
+        except (ConfigError, OSError) as error:
+            problems.append(str(error) if isinstance(error, ConfigError) else reason(error))
+            if name in before:
+                each[name] = before[name]
+    for name in before.keys() - directories.keys():
+        if before[name].users:
+            text = f"{config.config_dir}/domains/{name}: the directory is gone"
+            problems.append(f"{text}; if that is meant, start the server anew")
+            each[name] = before[name]
+    broken = frozenset(directories.keys() - each.keys())
+    accounts = Accounts({name: domain.users for name, domain in each.items()}, broken)
     aliases = Aliases(
-        {name: load_aliases(path, name) for name, path in directories.items()},
+        {name: domain.aliases for name, domain in each.items()},
         accounts.exists,
         config.suffix_separators,
         config.drop_characters,
+        broken,
     )
-    keys = {name: load_dkim_keys(path, name) for name, path in directories.items()}
-    return Domains(accounts, aliases, keys)
+    keys = {name: domain.keys for name, domain in each.items()}
+    return Domains(accounts, aliases, keys, each, broken, tuple(problems))
 
 
 def file_signature(config_dir: str) -> tuple[tuple[str, int, int, int], ...]:
@@ -10577,14 +10782,17 @@ class Daemon:
         undo.callback(workers.close)
         self.loop = loop = Loop(clock, workers, self.record.crash)
         undo.callback(loop.close)
-        certificates = Certificates(config)
+        self._certificates = certificates = Certificates(config)
         self._domains = load_domains(config)
+        self._loading = Slots(loop, 1)
+        self._reloaded = (clock.time(), True)
         self._signature = file_signature(config.config_dir)
         self._dns = client = DnsClient(loop, config.dns_server, config.dns_trust_ad)
         self._names = Names(loop, ask or client.ask)
         # strangers' questions must not keep our own mail waiting
         self._names_out = Names(loop, ask or client.ask)
         self._signer = Signer(loop, self.record, self._domains.keys)
+        self._signer.broken = self._domains.broken
         self.levels = SecurityLevels(
             loop, self.record, os.path.join(config.data_dir, DOMAIN_INFO_DIRECTORY)
         )
@@ -10770,10 +10978,8 @@ class Daemon:
         config = self.config
         if not config.smarthost:
             return None
-        if bool(config.smarthost_user) != bool(config.smarthost_password_file):
-            path = os.path.join(config.config_dir, "chasquid.conf")
-            text = "expected smarthost_user and smarthost_password_file together, or neither"
-            raise ConfigError(path, 0, text)
+        if (problem := smarthost_problem(config)) is not None:
+            raise problem
         login = None
         if config.smarthost_user:
             password = read_file(config.smarthost_password_file).decode("utf-8", "replace")
@@ -10815,12 +11021,13 @@ class Daemon:
     def _report_start(self, certificates: Certificates) -> None:
         record, config = self.record, self.config
         record.info("daemon", f"chasquid {__version__} starts as {config.hostname}")
+        self._report_problems()
         if certificates.default is None:
             top = os.path.join(config.config_dir, "certs")
             text = f"no certificate in {top}/NAME/: TLS is off, and nobody can log in"
             record.warning("daemon", text)
         else:
-            record.info("daemon", f"certificates: {', '.join(certificates.names)}")
+            record.info("daemon", f"certificates: {', '.join(certificates.loaded)}")
         if self._domains.keys:
             record.info("daemon", f"domains: {', '.join(sorted(self._domains.keys))}")
             self._report_keys()
@@ -10830,8 +11037,8 @@ class Daemon:
 
     def _report_settings(self) -> None:
         record, config = self.record, self.config
-        if "." not in config.hostname:
-            record.warning("daemon", f"the hostname {config.hostname} has no domain; see hostname")
+        for warning in setting_warnings(config):
+            record.warning("daemon", warning)
         if config.smarthost:
             after = f" after {plural(config.smarthost_after, 'attempt')}"
             when = after if config.smarthost_after else ""
@@ -10864,6 +11071,7 @@ class Daemon:
         tasks += [
             self.loop.spawn(self._control.serve(), "control"),
             self.loop.spawn(self._reload_forever(), "reload"),
+            self.loop.spawn(self._watch_certificates(), "certificates"),
             self.loop.spawn(self._sts.refresh_forever(), "MTA-STS policies"),
         ]
         for port, host, number in self.addresses:
@@ -10974,9 +11182,10 @@ class Daemon:
             if self._reopen_logs:
                 self._reopen_logs = False
                 self._reopen()
-            signature = await self.loop.work(lambda: file_signature(self.config.config_dir))
-            if asked or signature != self._signature:
-                await self._load_again(signature)
+            if asked:
+                await self.read_again()
+            elif not await self.look_again():
+                self._report_problems()  # as long as they last
 
     def _reopen(self) -> None:
         try:
@@ -10984,35 +11193,83 @@ class Daemon:
         except ConfigError as error:
             self.record.error("daemon", f"a log is not opened anew: {error}")
 
-    async def _load_again(self, signature: tuple[tuple[str, int, int, int], ...]) -> None:
-        self._signature = signature
-        try:
-            domains, certificates = await self.loop.work(
-                lambda: (load_domains(self.config), Certificates(self.config))
-            )
-            self._check_still_there(domains)
-        except (ChasquidError, OSError) as error:
-            self.record.error("daemon", f"not read again, the old stays in force: {reason(error)}")
-            return
-        self._domains = domains
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong with the files of domains and with certificates, as sentences."""
+        return [*self._domains.problems, *self._certificates.problems]
+
+    def _report_problems(self) -> None:
+        for problem in self.problems:
+            self.record.error("daemon", f"{problem}; what was in force there before stays so")
+
+    async def look_again(self) -> bool:
+        """Read the files of domains and certificates again if they have changed."""
+        signature = await self.loop.work(lambda: file_signature(self.config.config_dir))
+        if signature == self._signature:
+            return False
+        await self.read_again()
+        return True
+
+    async def read_again(self) -> list[str]:
+        """Read the files of domains and certificates again; return the problems found."""
+        config = self.config
+        async with self._loading:  # or what was read first might come into force last
+            domains, certificates = self._domains, self._certificates
+            try:
+                self._signature = await self.loop.work(lambda: file_signature(config.config_dir))
+                domains, certificates = await self.loop.work(
+                    lambda: (
+                        load_domains(config, self._domains.each),
+                        Certificates(config, self._certificates),
+                    )
+                )
+            except (ChasquidError, OSError) as error:
+                self._reloaded = (self.loop.clock.time(), False)
+                text = f"not read again, the old stays in force: {reason(error)}"
+                self.record.error("daemon", text)
+                return [reason(error)]
+            self._take_over(domains, certificates)
+        return self.problems
+
+    def _take_over(self, domains: Domains, certificates: Certificates) -> None:
+        self._domains, self._certificates = domains, certificates
         self._site.accounts = domains.accounts
         self._site.aliases = domains.aliases
-        self._signer.keys = domains.keys
+        self._signer.keys, self._signer.broken = domains.keys, domains.broken
         if certificates.default is not None:
             self._site.tls_context = certificates.default
+        self._reloaded = (self.loop.clock.time(), not self.problems)
         self.record.info("daemon", "users, aliases, keys and certificates read again")
+        self._report_problems()
 
-    def _check_still_there(self, domains: Domains) -> None:
-        """Raise ChasquidError where all users of a domain have vanished.
+    async def _watch_certificates(self) -> None:
+        """Warn each day of certificates that expire, or are not for the names of this host."""
+        while True:
+            hosts = dict.fromkeys([self._hostname, *await self._mail_exchangers_of_ours()])
+            now = self.loop.clock.time()
+            for warning in self._certificates.warnings(now, hosts):
+                self.record.warning("certificates", warning)
+            await self.loop.sleep(_DAY)
 
-        A file that was cut short, or a disk that is not mounted, must not turn mail away.
+    async def _mail_exchangers_of_ours(self) -> list[str]:
+        """Return the names under which this host is the mail exchanger of a domain of ours.
+
+        Which of several that is, is not known; so they count only where none has a certificate.
         """
-        before, now = self._domains.accounts, domains.accounts
-        gone = before.domains_with_users() - now.domains_with_users()
-        if gone:
-            names = ", ".join(sorted(gone))
-            text = f"{names}: all users are gone; if that is meant, start the server anew"
-            raise ChasquidError(text)
+        names: list[str] = []
+        for domain in self._domains.each:
+            try:
+                found = await self._names_out.mail_exchangers(domain_to_ascii(domain))
+            except (TemporaryFailure, PermanentFailure, ValueError):
+                continue
+            hosts = [host for _, host in found if host != domain]
+            covered = [
+                host
+                for host in hosts
+                if any(one.covers(host) for one in self._certificates.loaded.values())
+            ]
+            names += [] if covered else hosts[:1]
+        return names
 
 
 class Listeners:
@@ -11194,6 +11451,7 @@ class Control:
             "queue-retry": self._queue_retry,
             "queue-remove": self._queue_remove,
             "domaininfo-remove": self._domaininfo_remove,
+            "reload": self._reload,
         }
 
     def open(self) -> None:
@@ -11248,7 +11506,12 @@ class Control:
         except ChasquidError as error:
             return {"error": str(error)}
 
+    async def _reload(self, about: str) -> list[str]:
+        """Return what is wrong with the files, as lines; none if all is in force."""
+        return await self._daemon.read_again()
+
     async def _aliases_resolve(self, address: str) -> list[str]:
+        await self._daemon.look_again()  # or the answer would be that of a moment ago
         return [target_text(target) for target in await self._daemon.resolve(address)]
 
     async def _queue_retry(self, id: str) -> list[str]:
@@ -11267,7 +11530,9 @@ class Control:
             known = await self._daemon.levels.forget(domain_to_unicode(domain))
         except (ValueError, OSError) as error:
             raise ChasquidError(reason(error)) from None
-        return [DOMAIN_FORGOTTEN.format(domain) if known else DOMAIN_UNKNOWN.format(domain)]
+        if not known:
+            raise ChasquidError(DOMAIN_UNKNOWN.format(domain))
+        return [DOMAIN_FORGOTTEN.format(domain)]
 
     def _item(self, id: str) -> Item:
         item = self._daemon.queue.items.get(id)
@@ -11489,6 +11754,9 @@ class Script:
                 raise FaultError(f"a rule has no {printable(name, 40)!r}; it may have {expected}")
         if "stage" not in rule:
             raise FaultError(f"a rule needs a stage: {', '.join(STAGES)}")
+        for name in ("nth", "times"):
+            if name in rule and rule[name] == 0:
+                raise FaultError(f"{name}: expected a number from 1, found {rule[name]!r}")
         return self.add(Fault(**rule))
 
     def remove_rule(self, id: str) -> bool:
@@ -14208,6 +14476,7 @@ def _route(method: str, path: str) -> tuple[_Action, tuple[str, ...]]:
 # Only here are there signal handlers, arguments, and text for the terminal.
 # ======================================================================================
 
+_CONFIG_DIR = "/etc/chasquid"
 _TRY_DOMAIN = "try.test"
 _TRY_USER = f"you@{_TRY_DOMAIN}"
 _TRY_PORTS = (2525, 2587, 2465)
@@ -14313,8 +14582,41 @@ def _load(arguments: argparse.Namespace) -> Config:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    run_daemon(Daemon(_load(arguments)))
+    daemon = Daemon(_load(arguments))
+    if os.geteuid() == 0 and sys.stderr.isatty():
+        text = "running as root; a user of its own is safer, as the unit for systemd has it"
+        print(f"chasquid: warning: {text}", file=sys.stderr)
+    run_daemon(daemon)
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    """Print everything that is wrong with the configuration, and what is doubtful."""
+    problems: list[ConfigError] = []
+    config = load_config(arguments.config_dir, arguments.config_overrides, problems)
+    if (problem := smarthost_problem(config)) is not None:
+        problems.append(problem)
+    domains, certificates = load_domains(config), Certificates(config)
+    wrong = [str(problem) for problem in problems]
+    wrong += [*domains.problems, *certificates.problems]
+    if not (config.dovecot_auth or os.path.exists(f"{config.config_dir}/hooks/alias-resolve")):
+        for name, domain in domains.each.items():
+            wrong += domains.aliases.findings(name, domain.users)
+    doubtful = [*setting_warnings(config)]
+    doubtful += certificates.warnings(time.time(), [domain_to_ascii(config.hostname)])
+    if not domains.each and not domains.broken:
+        doubtful.append(f"no domain in {config.config_dir}/domains: all mail for here is refused")
+    if not certificates.loaded:
+        top = f"{config.config_dir}/certs/NAME/"
+        doubtful.append(f"no certificate in {top}: TLS is off, and nobody can log in")
+    for text in wrong:
+        print(text)
+    for text in doubtful:
+        print(f"warning: {text}")
+    if not wrong:
+        served = ", ".join(domains.each) or "no domain"
+        print(f"The configuration in {config.config_dir} can be used; it serves {served}.")
+    return 1 if wrong else 0
 
 
 # --- try ---
@@ -14516,7 +14818,9 @@ def _capture(arguments: argparse.Namespace) -> int:
 
 
 def _place(text: str, option: str) -> tuple[str, int]:
-    """Return host and port of "host:port" or ":port". Raises ChasquidError."""
+    """Return host and port of "host:port", ":port" or "port". Raises ChasquidError."""
+    if text.isdecimal():
+        text = f"127.0.0.1:{text}"
     try:
         host, port = host_and_port(text, 0)
     except ValueError as error:
@@ -14552,7 +14856,7 @@ def _rule(text: str) -> dict[str, Any]:
 
 def _release(arguments: argparse.Namespace, loop: Loop) -> Releaser | None:
     if not arguments.release and (arguments.release_user or arguments.release_password_file):
-        raise ChasquidError("expected --release HOST:PORT with the user and the password for it")
+        raise ChasquidError("expected --release HOST[:PORT] with the user and the password for it")
     if not arguments.release:
         return None
     if bool(arguments.release_user) != bool(arguments.release_password_file):
@@ -14562,9 +14866,8 @@ def _release(arguments: argparse.Namespace, loop: Loop) -> Releaser | None:
         password = read_file(arguments.release_password_file).decode("utf-8", "replace")
         login = arguments.release_user, password.strip("\r\n")
     host, port = _place(arguments.release, "--release")
-    return Releaser(
-        loop, f"[{host}]:{port or 25}" if ":" in host else f"{host}:{port or 25}", login
-    )
+    port = port or (587 if login else 25)
+    return Releaser(loop, f"[{host}]:{port}" if ":" in host else f"{host}:{port}", login)
 
 
 # --- users ---
@@ -14595,6 +14898,9 @@ def _domain_directory(config: Config, domain: str) -> str:
     return known or os.path.join(config.config_dir, "domains", domain)
 
 
+_SHORT_PASSWORD = 8
+
+
 def _ask_password(arguments: argparse.Namespace, twice: bool) -> bytes:
     """Take the password from the arguments, the terminal or standard input.
 
@@ -14611,7 +14917,12 @@ def _ask_password(arguments: argparse.Namespace, twice: bool) -> bytes:
     else:
         password = sys.stdin.buffer.readline().rstrip(b"\r\n")
     if not password:
-        raise ChasquidError("the password is empty; nothing was changed")
+        raise ChasquidError(
+            f"the password is empty; {'nothing was changed' if twice else 'nobody may log in so'}"
+        )
+    if twice and len(password) < _SHORT_PASSWORD:
+        text = f"warning: a password of fewer than {_SHORT_PASSWORD} characters is soon guessed"
+        print(f"chasquid: {text}", file=sys.stderr)
     return password
 
 
@@ -14631,13 +14942,34 @@ def _user_add(arguments: argparse.Namespace) -> int:
     is_new = not os.path.isdir(directory)
     users = load_users(directory)
     password: Password = Denied()
+    if arguments.receive_only and arguments.password is not None:
+        raise ChasquidError("expected --receive-only or --password, not both")
     if not arguments.receive_only:
         password = new_password(_ask_password(arguments, twice=True))
     existed = user in users
     _write_users(directory, {**users, user: password})
     print(f"{user}@{domain} {'has a new password' if existed else 'is added'}")
     _tell_of_new_domain(domain, is_new)
+    _put_in_force(config, domain)
     return 0
+
+
+def _put_in_force(config: Config, domain: str, file: IO[str] | None = None) -> None:
+    """Have the running server read the files again, and say to `file` whether that took."""
+    try:
+        problems = ask_running_server(config.data_dir, "reload", "")
+    except ChasquidError as error:
+        text = "the running server cannot be told, and will see it by itself"
+        print(f"{text}: {error}", file=file)
+        return
+    if problems is None:
+        print("no server is running; it will be in force at its start", file=file)
+        return
+    ours = [problem for problem in problems if f"/domains/{domain}/" in problem]
+    for problem in ours:
+        print(f"chasquid: not in force: {problem}", file=sys.stderr)
+    if not ours:
+        print("the running server has taken it over", file=file)
 
 
 def _tell_of_new_domain(domain: str, is_new: bool) -> None:
@@ -14647,13 +14979,15 @@ def _tell_of_new_domain(domain: str, is_new: bool) -> None:
 
 def _user_remove(arguments: argparse.Namespace) -> int:
     user, domain = _split_user(arguments.user)
-    directory = _domain_directory(_load(arguments), domain)
+    config = _load(arguments)
+    directory = _domain_directory(config, domain)
     users = load_users(directory)
     if user not in users:
         raise ChasquidError(f"{directory}/users: there is no user {user!r}")
     del users[user]
     _write_users(directory, users)
     print(f"{user}@{domain} is removed; the mail in the Maildir is kept")
+    _put_in_force(config, domain)
     return 0
 
 
@@ -14697,25 +15031,33 @@ def _aliases_resolve(arguments: argparse.Namespace) -> int:
     if lines is None:
         print("chasquid: no server is running; these are the files' words", file=sys.stderr)
         address = address_from_person(arguments.address)
-        lines = [target_text(target) for target in load_domains(config).aliases.expand(address)]
+        domains = load_domains(config)
+        if split_address(address)[1] in domains.broken:
+            raise ChasquidError(domains.problems[0])
+        lines = [target_text(target) for target in domains.aliases.expand(address)]
     print("\n".join(lines))
     return 0
 
 
 def _print_config(arguments: argparse.Namespace) -> int:
-    print(config_text(_load(arguments)), end="")
+    config = _load(arguments)
+    lines = config_text(config).splitlines()
+    if arguments.changed:
+        changed = changed_keys(config)
+        lines = [line for line in lines if line.partition(":")[0] in changed]
+    print("\n".join(lines))
     return 0
 
 
 def _domaininfo_remove(arguments: argparse.Namespace) -> int:
     config, domain = _load(arguments), _parse_domain_name(arguments.domain)
     path = domain_info_path(os.path.join(config.data_dir, DOMAIN_INFO_DIRECTORY), domain)
-    text = [DOMAIN_UNKNOWN.format(domain)]
 
     def offline() -> None:
-        if remove_domain_info(path):
-            text[0] = DOMAIN_FORGOTTEN.format(domain)
+        if not remove_domain_info(path):
+            raise ChasquidError(DOMAIN_UNKNOWN.format(domain))
 
+    text = [DOMAIN_FORGOTTEN.format(domain)]
     return _change(config, "domaininfo-remove", domain, offline, text)
 
 
@@ -14726,40 +15068,42 @@ _TXT_STRING = 255  # octets of a string in a TXT record; RFC 1035, 3.3.14
 
 
 def _dkim_keygen(arguments: argparse.Namespace) -> int:
-    config, domain = _load(arguments), _parse_domain_name(arguments.domain)
+    domain = _parse_domain_name(arguments.domain)
     selector = arguments.selector or time.strftime("%Y%m%d", time.gmtime())
-    path = _dkim_path(arguments, config, domain, selector)
+    path = _dkim_path(arguments, domain, selector)
     if os.path.exists(path):
         raise ChasquidError(f"{path} exists already; choose another selector, or remove it")
-    is_new = not os.path.isdir(_domain_directory(config, domain))
+    if not arguments.key and not os.path.isdir(os.path.dirname(path)):
+        text = f"{domain} is not served here: there is no {os.path.dirname(path)}"
+        raise ChasquidError(f"{text}; add a user first, or name a file for the key")
     key = new_key(arguments.algo)
     try:
         make_directory(os.path.dirname(path), 0o755)
         replace_durably(path, key.to_pem().encode(), 0o600)
     except OSError as error:
         raise ChasquidError(f"{path} cannot be written: {error.strerror}") from error
-    print(f"The key is in {path}. Publish its record now: a running server signs with the key")
-    print(f"within {duration_text(config.reload_every)}.\n")
-    print(_dns_record(load_dkim_key(path, domain, selector)))
-    _tell_of_new_domain(domain, is_new and not arguments.key)
+    print(f"The key is in {path}. Publish its record now:", file=sys.stderr)
+    print(_dns_record(load_dkim_key(path, domain, selector)), flush=True)
+    if not arguments.key:
+        _put_in_force(_load(arguments), domain, sys.stderr)
     return 0
 
 
-def _dkim_path(arguments: argparse.Namespace, config: Config, domain: str, selector: str) -> str:
+def _dkim_path(arguments: argparse.Namespace, domain: str, selector: str) -> str:
     if not is_selector(selector):
         raise ChasquidError(f"expected a selector, found {printable(selector, 80)!r}")
     if arguments.key:
         return os.path.abspath(str(arguments.key))
-    return os.path.join(_domain_directory(config, domain), f"dkim:{selector}.pem")
+    return os.path.join(_domain_directory(_load(arguments), domain), f"dkim:{selector}.pem")
 
 
 def _dkim_keys(arguments: argparse.Namespace) -> tuple[DkimKey, ...]:
     """Return the keys that the arguments mean, at least one. Raises ChasquidError."""
-    config, domain = _load(arguments), _parse_domain_name(arguments.domain)
+    domain = _parse_domain_name(arguments.domain)
     if arguments.selector:
-        path = _dkim_path(arguments, config, domain, arguments.selector)
+        path = _dkim_path(arguments, domain, arguments.selector)
         return (load_dkim_key(path, domain, arguments.selector),)
-    directory = _domain_directory(config, domain)
+    directory = _domain_directory(_load(arguments), domain)
     keys = load_dkim_keys(directory, domain)
     if not keys:
         text = f"there is no dkim:SELECTOR.pem in {directory}; make one with dkim-keygen"
@@ -14792,9 +15136,20 @@ def _read_message() -> tuple[bytes, bytes]:
     return header, data[len(header) + 2 :]
 
 
+def _author_of(header: bytes) -> str:
+    """Return the domain of the first author in From. Raises ChasquidError."""
+    with contextlib.suppress(ValueError):
+        for field in header_fields(header):
+            for domain in author_domains(field.value) if field.name == "from" else ():
+                return domain
+    raise ChasquidError("the message has no From with a domain; name the domain to sign for")
+
+
 def _dkim_sign(arguments: argparse.Namespace) -> int:
-    keys = _dkim_keys(arguments)
     header, body = _read_message()
+    if arguments.domain is None:
+        arguments.domain = _author_of(header)
+    keys = _dkim_keys(arguments)
     try:
         signed = sign(keys, header, [body], time.time())
     except ValueError as error:
@@ -15173,8 +15528,9 @@ _VERBS: dict[str, _Verb] = {
             (
                 "--release",
                 {
-                    "metavar": "HOST:PORT",
-                    "help": "a real server, to which a message can be sent on",
+                    "metavar": "HOST[:PORT]",
+                    "help": "a real server, to which a message can be sent on (port 25; with "
+                    "--release-user 587)",
                 },
             ),
             ("--release-user", {"metavar": "USER"}),
@@ -15212,14 +15568,24 @@ _VERBS: dict[str, _Verb] = {
     ),
     "dkim-dns": _Verb(_dkim_dns, _DKIM_KEY, "show the DNS records of a domain's keys"),
     "dkim-sign": _Verb(
-        _dkim_sign, _DKIM_KEY, "print the signature of the message on standard input"
+        _dkim_sign,
+        (
+            ("domain", {"nargs": "?", "metavar": "DOMAIN", "help": "default: that of From"}),
+            *_DKIM_KEY[1:],
+        ),
+        "print the signature of the message on standard input",
     ),
     "dkim-verify": _Verb(
         _dkim_verify,
         (("--txt", {"metavar": "RECORD", "help": "the key's record, instead of the DNS"}),),
         "check the signatures of the message on standard input",
     ),
-    "print-config": _Verb(_print_config, (), "show the configuration that is in force"),
+    "check": _Verb(_check, (), "check the whole configuration, and show all mistakes at once"),
+    "print-config": _Verb(
+        _print_config,
+        (("--changed", {"action": "store_true", "help": "only what is not the default"}),),
+        "show the configuration that is in force",
+    ),
     "queue": _Verb(
         _queue,
         (
@@ -15237,23 +15603,95 @@ _VERBS: dict[str, _Verb] = {
 }
 
 
-def _argument_parser() -> argparse.ArgumentParser:
+# Options that stand before or after the command, and how many words follow each.
+_GLOBAL_OPTIONS = {"--config-dir": 1, "--config-overrides": 1, "--verbose": 0}
+# As Go's flag package writes options, for the server and for chasquid-util.
+_GO_OPTIONS = {
+    "-C": "--config-dir", "-v": "--verbose", "-version": "--version", "-help": "--help",
+    "-config_dir": "--config-dir", "-config-dir": "--config-dir",
+    "-config_overrides": "--config-overrides", "-config-overrides": "--config-overrides",
+}  # fmt: skip
+
+
+def _argument_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Return the parser, and those of the commands."""
     import argparse  # 7 ms, and no business of those who import the module
 
     parser = argparse.ArgumentParser(prog="chasquid", description="A mail server in one file.")
-    parser.add_argument("--config-dir", default="/etc/chasquid", metavar="DIR")
-    parser.add_argument("--config-overrides", default="", metavar='"key: value …"')
+    parser.add_argument(
+        "--config-dir", default=_CONFIG_DIR, metavar="DIR",
+        help="where chasquid.conf is (default: %(default)s); also -C DIR",
+    )  # fmt: skip
+    parser.add_argument(
+        "--config-overrides", default="", metavar='"key: value …"',
+        help="keys that replace those of chasquid.conf",
+    )  # fmt: skip
+    parser.add_argument("--verbose", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="store_true", help="as the command version")
     verbs = parser.add_subparsers(dest="verb", metavar="COMMAND")
+    subs = {}
     for name, verb in _VERBS.items():
-        sub = verbs.add_parser(name, help=verb.help, description=verb.help)
+        subs[name] = sub = verbs.add_parser(name, help=verb.help, description=verb.help)
         for argument, options in verb.arguments:
             sub.add_argument(argument, **options)
-    return parser
+    sub = verbs.add_parser("help", help="show the options of a command")
+    sub.add_argument("command", nargs="?", choices=[*_VERBS], metavar="COMMAND")
+    return parser, subs
+
+
+def _in_our_spelling(words: Sequence[str]) -> list[str]:
+    """Return arguments with Go's spelling of options undone, and those for all first."""
+    first: list[str] = []
+    rest: list[str] = []
+    queue = collections.deque(words)
+    while queue:
+        word = queue.popleft()
+        if word == "--":
+            rest += [word, *queue]
+            break
+        name, equals, value = word.partition("=")
+        name = _GO_OPTIONS.get(name, name)
+        if name.startswith("--"):
+            name = name.replace("_", "-")
+        follow = _GLOBAL_OPTIONS.get(name)
+        if follow is None:
+            rest.append(name + equals + value if word.startswith("-") else word)
+            continue
+        first.append(name + equals + value)
+        if follow and not equals and queue:
+            first.append(queue.popleft())
+    return first + rest
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    """Parse arguments. Raises SystemExit with status 2 after a word on what is wrong."""
+    import difflib  # only here
+
+    parser, subs = _argument_parser()
+    words = _in_our_spelling(words)
+    position = 0
+    while position < len(words) and words[position].startswith("-"):
+        known = _GLOBAL_OPTIONS.get(words[position], 0)
+        position += 1 + known
+    command = words[position] if position < len(words) else ""
+    if command and command not in (*_VERBS, "help"):
+        near = difflib.get_close_matches(command, _VERBS, 1)
+        hint = f"; is it {near[0]!r}?" if near else "; see --help"
+        parser.error(f"there is no command {printable(command, 40)!r}{hint}")
+    arguments, unknown = parser.parse_known_args(words)
+    if unknown:
+        subs.get(command, parser).error(f"unrecognized arguments: {' '.join(unknown)}")
+    if arguments.verb == "help":
+        subs.get(arguments.command, parser).print_help()
+        sys.exit(0)
+    if arguments.version:
+        arguments.verb = "version"
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
-    arguments = _argument_parser().parse_args(argv)
+    arguments = _parse(sys.argv[1:] if argv is None else argv)
     config_dir = arguments.config_dir
     if arguments.verb is None:
         if not os.path.exists(os.path.join(config_dir, "chasquid.conf")):

@@ -213,7 +213,128 @@ def test_a_certificate_that_does_not_fit_is_told(place: Place) -> None:
     path = place.write("certs/x/fullchain.pem", "no certificate")
     place.write("certs/x/privkey.pem", "no key")
     place.configure(smtp_address="127.0.0.1:0", log_path=str(place.config_dir / "server.log"))
-    assert place.fails("serve").startswith(f"{path}: expected a certificate chain")
+    ended = place.run("check")
+    assert ended.status == 1
+    assert ended.out.startswith(f"{path}: expected a certificate chain")
+
+
+def test_check_tells_of_all_mistakes_at_once(place: Place, tmp_path: Path) -> None:
+    config = place.write("chasquid.conf", 'hostname: "x"\nmax_data: 1\nmax_queue_items: "7"\n')
+    users = place.write("domains/bad.example/users", "hello")
+    place.write("domains/here.example/aliases", "sales: nobody\np: | /no/such/thing\n")
+    ended = place.run("--config-overrides", f'data_dir: "{tmp_path}/d"', "check")
+    assert ended.status == 1
+    lines = ended.out.splitlines()
+    assert lines[0].startswith(f"{config}:2: expected a known key, found 'max_data'")
+    assert lines[1].startswith(f"{config}:3: max_queue_items: expected ")
+    assert lines[2].startswith(f"{users}:1: ")
+    assert lines[3].startswith("the alias sales@here.example leads to nobody")
+    assert "/no/such/thing" in lines[4]
+    assert [line for line in lines if line.startswith("warning: the hostname x has no domain")]
+
+
+def test_check_says_that_all_is_well(place: Place) -> None:
+    ended = place.run("check")
+    assert ended.status == 0
+    assert "can be used; it serves here.example." in ended.out
+    place.configure(mail_delivery_agent_bin="/no/agent", monitoring_address=":1099")
+    ended = place.run("check")
+    assert ended.status == 0
+    assert "warning: mail_delivery_agent_bin: /no/agent is not there" in ended.out
+    assert "warning: monitoring_address: :1099 can be seen" in ended.out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-C={}", "print-config"], ["-C", "{}", "print-config"], ["print-config", "-C={}"],
+        ["--config_dir={}", "print-config"], ["print-config", "--config_dir", "{}"],
+        ["-config_dir={}", "print-config"], ["-config_dir", "{}", "-v", "print-config"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_options_may_be_spelt_as_in_go_and_stand_anywhere(
+    place: Place, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    overrides = ["--config_overrides", "max_queue_items: 7"]
+    words = [word.format(place.config_dir) for word in words] + overrides
+    assert chasquid.main(words) == 0
+    assert "max_queue_items: 7\n" in capsys.readouterr().out
+
+
+def test_only_what_was_changed_is_shown(place: Place) -> None:
+    ended = place.run("print-config", "--changed")
+    keys = {line.partition(":")[0] for line in ended.out.splitlines()}
+    assert keys == {"hostname", "data_dir", "mail_log_path"}
+
+
+@pytest.mark.parametrize("words", [["--version"], ["-version"], ["version"]])
+def test_the_version_is_shown(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    assert chasquid.main(words) == 0
+    assert capsys.readouterr().out.startswith(f"chasquid {chasquid.__version__}\n")
+
+
+def test_help_and_mistakes_in_words_are_answered_with_what_fits(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for words, status, out, err in (
+        (["help"], 0, "(default: /etc/chasquid)", ""),
+        (["help", "user-add"], 0, "usage: chasquid user-add", ""),
+        (["user-ad", "x@y"], 2, "", "there is no command 'user-ad'; is it 'user-add'?"),
+        (["user-add", "x@y", "--nonsense"], 2, "", "usage: chasquid user-add"),
+        (["queue", "list", "--jsn"], 2, "", "usage: chasquid queue"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            chasquid.main(words)
+        said = capsys.readouterr()
+        assert (ended.value.code, out in said.out, err in said.err) == (status, True, True), said
+
+
+def test_a_short_password_is_warned_of_and_an_empty_one_explained(place: Place) -> None:
+    assert (
+        "fewer than 8 characters" in place.run("user-add", "x@here.example", "--password", "a").err
+    )
+    said = place.fails("authenticate", "ana@here.example", "--password", "")
+    assert said.startswith("the password is empty; nobody may log in so")
+    said = place.fails("user-add", "y@here.example", "--receive-only", "--password", "x")
+    assert said.startswith("expected --receive-only or --password, not both")
+
+
+def test_a_running_server_takes_over_what_a_command_writes(
+    serve: Serve, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = serve()
+    command = ["--config-dir", str(server.config_dir)]
+    assert (
+        chasquid.main([*command, "user-add", "new@here.example", "--password", "long enough"]) == 0
+    )
+    assert capsys.readouterr().out.endswith("the running server has taken it over\n")
+    with server.connect() as wire:
+        assert wire.reply().startswith("220 ")
+        assert wire.ask("EHLO client.example").startswith("250-")
+        assert wire.ask("MAIL FROM:<>").startswith("250 ")
+        assert wire.ask("RCPT TO:<new@here.example>").startswith("250 ")
+    path = server.write("domains/here.example/aliases", b"no colon\n")
+    assert chasquid.main([*command, "user-remove", "new@here.example"]) == 0
+    said = capsys.readouterr()
+    assert f"chasquid: not in force: {path}:1: " in said.err
+    path.unlink()
+    assert chasquid.main([*command, "dkim-keygen", "here.example", "sel", "--algo", "ed25519"]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("sel._domainkey.here.example.\tIN TXT\t")
+    assert said.out.count("\n") == 1
+    assert said.err.endswith("the running server has taken it over\n")
+    assert "sel" in [key.selector for key in server.daemon._signer.keys["here.example"]]
+
+
+def test_a_key_for_a_domain_that_is_not_served_needs_a_file(place: Place, tmp_path: Path) -> None:
+    said = place.fails("dkim-keygen", "new.example", "sel")
+    assert said.startswith("new.example is not served here: ")
+    assert not (place.config_dir / "domains" / "new.example").exists()
+    path = tmp_path / "key.pem"
+    words = ["dkim-keygen", "new.example", "sel", str(path), "--algo", "ed25519"]
+    assert chasquid.main(["--config-dir", str(tmp_path / "nowhere"), *words]) == 0
+    assert path.exists()
 
 
 @pytest.mark.parametrize(
@@ -228,6 +349,9 @@ def test_a_mistake_in_a_domain_is_told_with_file_and_line(
     ended = place.run("aliases-resolve", "ana@here.example")
     assert (ended.status, ended.out) == (1, "")
     assert ended.err.splitlines()[-1].startswith(f"chasquid: {path}:1: ")
+    ended = place.run("check")
+    assert (ended.status, ended.err) == (1, "")
+    assert ended.out.startswith(f"{path}:1: ")
 
 
 # --- users ---
@@ -235,7 +359,8 @@ def test_a_mistake_in_a_domain_is_told_with_file_and_line(
 
 def test_a_user_is_added_with_a_password_that_works(place: Place) -> None:
     ended = place.run("user-add", "Ben@Here.Example", "--password", "geheim")
-    assert ended == (0, "ben@here.example is added\n", "")
+    told = "no server is running; it will be in force at its start\n"
+    assert ended[:2] == (0, f"ben@here.example is added\n{told}")
     assert set(place.users()) == {"ana", "ben"}
     assert isinstance(place.users()["ben"], chasquid.Scrypt)
     assert place.run("authenticate", "ben@here.example", "--password", "geheim") == (
@@ -248,9 +373,9 @@ def test_a_user_is_added_with_a_password_that_works(place: Place) -> None:
 def test_the_password_may_come_from_standard_input(tmp_path: Path) -> None:
     server = Server(tmp_path)
     words = ("--config-dir", server.config_dir)
-    ended = program(*words, "user-add", "ben@here.example", input="geheim\n")
+    ended = program(*words, "user-add", "ben@here.example", input="sehr geheim\n")
     assert (ended.returncode, ended.stderr) == (0, "")
-    ended = program(*words, "authenticate", "ben@here.example", input="geheim\n")
+    ended = program(*words, "authenticate", "ben@here.example", input="sehr geheim\n")
     assert ended.returncode == 0
     ended = program(*words, "authenticate", "ben@here.example", input="\n")
     assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
@@ -258,7 +383,8 @@ def test_the_password_may_come_from_standard_input(tmp_path: Path) -> None:
 
 def test_a_password_is_changed(place: Place) -> None:
     ended = place.run("user-add", "ana@here.example", "--password", "new")
-    assert ended == (0, "ana@here.example has a new password\n", "")
+    told = "no server is running; it will be in force at its start\n"
+    assert ended[:2] == (0, f"ana@here.example has a new password\n{told}")
     assert chasquid.check_password(place.users()["ana"], b"new")
 
 
@@ -396,10 +522,10 @@ def test_aliases_are_resolved_by_the_server_that_runs(
     serve: Serve, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = serve(aliases={"here.example": "team: ana\n"})
-    server.write("domains/here.example/aliases", b"team: ben\n")  # which is not read yet
+    server.write("domains/here.example/aliases", b"team: ben\n")
     command = ["--config-dir", str(server.config_dir), "aliases-resolve"]
     assert chasquid.main([*command, "team@here.example"]) == 0
-    assert capsys.readouterr() == ("ana@here.example\n", "")
+    assert capsys.readouterr() == ("ben@here.example\n", "")  # read again before it answers
     assert chasquid.main([*command, "nobody@here.example"]) == 1
     assert capsys.readouterr().err == ("chasquid: there is no user or alias nobody@here.example\n")
 

@@ -419,10 +419,37 @@ def test_overrides_that_are_no_utf8_are_refused(tmp_path):
         load(tmp_path, "", 'hostname: "\udcff"')
 
 
-def test_relative_directories_become_absolute(tmp_path):
-    config = load(tmp_path, 'data_dir: "data"')
-    assert config.data_dir == os.path.abspath("data")
+def test_relative_paths_are_below_the_configuration_those_of_overrides_below_here(tmp_path):
+    text = (
+        'data_dir: "data"\nlog_path: "logs/a/log"\nmail_log_path: "<syslog>"\n'
+        'mail_delivery_agent_bin: "bin/mda"\ndovecot_client_path: "/run/x"\n'
+        'smarthost_password_file: "../secret"\n'
+    )
+    config = load(tmp_path, text)
+    assert config.data_dir == str(tmp_path / "data")
+    assert config.log_path == str(tmp_path / "logs/a/log")
+    assert config.mail_log_path == "<syslog>"
+    assert config.mail_delivery_agent_bin == str(tmp_path / "bin/mda")
+    assert config.dovecot_client_path == "/run/x"
+    assert config.smarthost_password_file == str(tmp_path.parent / "secret")
     assert os.path.isabs(config.config_dir)
+    config = chasquid.load_config(str(tmp_path), 'data_dir: "data"')
+    assert config.data_dir == os.path.abspath("data")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("lmtp:24", "lmtp:24"), ("run/lmtp", "run/lmtp"), ("/run/l", "/run/l")]
+)
+def test_a_socket_for_lmtp_may_be_relative_too(tmp_path, value, expected):
+    found = load(tmp_path, f'lmtp_address: "{value}"').lmtp_address
+    assert found == (str(tmp_path / expected) if value == "run/lmtp" else expected)
+
+
+def test_the_directory_of_a_log_is_made(tmp_path):
+    sink = chasquid.Sink(str(tmp_path / "a" / "b" / "log"), chasquid.Clock())
+    sink.write("hello")
+    sink.close()
+    assert "hello" in (tmp_path / "a" / "b" / "log").read_text()
 
 
 def test_a_missing_or_unreadable_file_is_told(tmp_path):

@@ -11,6 +11,7 @@ import ssl
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from support import (
     RunningClock,
     Server,
     Wire,
+    Zone,
     certificate,
     trusting,
     users_file,
@@ -163,12 +165,83 @@ def test_a_bad_file_leaves_the_old_in_force(
     server.write(name, data)
     server.write("domains/new.example/users", users_file({"ida": "geheim"}))
     reload(server)
-    assert "the old stays in force" in server.log
-    assert where in server.log.partition("the old stays in force")[2]
+    wait_for(lambda: "what was in force there before stays so" in server.log, "the complaint")
+    assert where in server.log.partition("read again")[2]
     assert rcpt(server, "team@here.example").startswith("250 ")
-    assert rcpt(server, "ida@new.example").startswith("503 ")
+    assert rcpt(server, "ida@new.example").startswith("250 ")  # one mistake stays where it is
     assert login(server, "ana@here.example", "secret").startswith("235 ")
     assert certificate_of(server) == certificate(HOST)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [("users", b"oops\n"), ("aliases", b"no colon\n"), ("dkim:a.pem", b"no key\n")],
+)
+def test_at_the_start_a_broken_domain_waits_and_the_others_are_served(
+    tmp_path: Path, name: str, data: bytes
+) -> None:
+    users = {"here.example": {"ana": "secret"}, "bad.example": {"eva": "secret"}}
+    server = Server(tmp_path, users=users, reload_every="20ms")
+    path = server.write(f"domains/bad.example/{name}", data)
+    old = users_file({"eva": "secret"}) if name == "users" else b""
+    with server:
+        assert f"{path}:" in server.log
+        assert server.daemon.problems == [
+            line for line in server.daemon.problems if str(path) in line
+        ]
+        assert rcpt(server, "ana@here.example").startswith("250 ")
+        said = "the configuration of bad.example has a mistake"
+        assert rcpt(server, "eva@bad.example") == f"451 4.3.5 {said}"
+        assert login(server, "eva@bad.example", "secret") == f"454 4.3.5 {said}"
+        wait_for(lambda: server.log.count(f"{path}:") > 3, "a complaint at each look")
+        if name.startswith("dkim"):
+            path.unlink()
+        else:
+            path.write_bytes(old)
+        wait_for(lambda: not server.daemon.problems, "the mended file to be read")
+        assert rcpt(server, "eva@bad.example").startswith("250 ")
+
+
+def test_a_certificate_of_which_half_is_missing_is_left_out(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    server.write("certs/half.example/fullchain.pem", certificate("half.example")[0].encode())
+    with server:
+        assert "certs/half.example/privkey.pem is missing" in server.log
+        assert login(server, "ana@here.example", "secret").startswith("235 ")
+
+
+@pytest.mark.parametrize(
+    ("days", "said"),
+    [(-1, "has expired, on "), (5, "expires in 4 days: renew it"), (20, "")],
+)
+def test_the_end_of_a_certificate_is_told_of_before_it_comes(
+    tmp_path: Path, days: int, said: str
+) -> None:
+    made = time.time() + days * 86400 - chasquid._CERTIFICATE_SECONDS
+    chain, key = chasquid.self_signed_certificate([HOST], made)
+    assert abs(chasquid.certificate_expiry(chain.encode()) - time.time() - days * 86400) < 90000
+    server = Server(tmp_path)
+    server.write(f"certs/{HOST}/fullchain.pem", chain.encode())
+    server.write(f"certs/{HOST}/privkey.pem", key.encode())
+    with server:
+        server.settle()
+        text = f"certificates: warning: the certificate in certs/{HOST} {said}"
+        if said:
+            wait_for(lambda: text in server.log, "the warning")
+        else:
+            wait_for(lambda: "ready" in server.log, "the start")
+            assert "certificates: warning" not in server.log
+
+
+def test_a_name_without_a_certificate_is_told_of(tmp_path: Path) -> None:
+    chain, key = certificate("other.example")
+    zone = Zone({("here.example", "MX"): ["10 mx.here.example"]})
+    server = Server(tmp_path, ask=zone.ask)
+    server.write(f"certs/{HOST}/fullchain.pem", chain.encode())
+    server.write(f"certs/{HOST}/privkey.pem", key.encode())
+    with server:
+        for host in (HOST, "mx.here.example"):
+            wait_for(lambda host=host: f"no certificate in certs is for {host}" in server.log, host)
 
 
 def test_a_new_certificate_is_shown_after_a_reload(serve: Serve) -> None:
@@ -401,20 +474,11 @@ def test_the_data_dir_is_free_again_after_the_end(serve: Serve) -> None:
     assert rcpt(server, "ana@here.example").startswith("250 ")
 
 
-@pytest.mark.parametrize(
-    ("name", "data"),
-    [
-        (f"certs/{HOST}/fullchain.pem", b"no certificate"),
-        ("domains/here.example/aliases", b"no colon\n"),
-    ],
-)
-def test_the_data_dir_is_free_again_after_a_start_that_failed(
-    tmp_path: Path, name: str, data: bytes
-) -> None:
+def test_the_data_dir_is_free_again_after_a_start_that_failed(tmp_path: Path) -> None:
     server = Server(tmp_path)
-    path = server.config_dir / name
-    old = path.read_bytes() if path.exists() else b""
-    server.write(name, data)
+    name = "chasquid.conf"
+    old = (server.config_dir / name).read_bytes()
+    server.write(name, old + b'smarthost: "smart.example:587"\nsmarthost_user: "ana"\n')
     with pytest.raises(chasquid.ConfigError):
         server.make()
     server.write(name, old)

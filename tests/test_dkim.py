@@ -1626,12 +1626,22 @@ def test_keys_are_read_again(tmp_path: Path) -> None:
         assert_signed(signing.sent(FULL + b"\r\nHello\r\n"))
 
 
-def test_a_server_does_not_start_with_a_broken_key(tmp_path: Path) -> None:
-    server = Server(tmp_path)
-    path = server.write("domains/here.example/dkim:old.pem", rsa().to_pem()[:300].encode())
-    with pytest.raises(chasquid.ConfigError) as caught:
-        server.make()
-    assert str(caught.value).startswith(f"{path}: expected ")
+def test_with_a_broken_key_nothing_of_its_domain_leaves_unsigned(tmp_path: Path) -> None:
+    users = {"here.example": {"ana": "secret"}, "else.example": {"eva": "secret"}}
+    server = Server(tmp_path, users=users)
+    path = server.write("domains/else.example/dkim:old.pem", rsa().to_pem()[:300].encode())
+    with server:
+        assert f"{path}: expected " in server.log
+        with server.connect("submission over TLS") as wire:
+            wire.start_tls(trusting())
+            assert wire.reply().startswith("220 ")
+            assert wire.ask("EHLO client.example").startswith("250-")
+            assert wire.ask("AUTH PLAIN AGFuYUBoZXJlLmV4YW1wbGUAc2VjcmV0").startswith("235 ")
+            assert wire.ask("MAIL FROM:<eva@else.example>").startswith("250 ")
+            assert wire.ask("RCPT TO:<ana@here.example>").startswith("250 ")
+            assert wire.ask("DATA").startswith("354 ")
+            wire.send(b"Subject: x\r\n\r\nx\r\n.\r\n")
+            assert wire.reply().startswith("451 4.3.5 the configuration of else.example ")
 
 
 def test_a_message_that_cannot_be_signed_now_is_not_accepted(
