@@ -153,7 +153,9 @@ def test_names_of_aliases_are_compared_without_drops_and_with_their_suffix_first
     assert expand(table, "a.b+c@here.example") == ["suffixed@here.example"]
     assert expand(table, "ab+c@here.example") == ["suffixed@here.example"]
     assert expand(table, "a.b+d@here.example") == ["plain@here.example"]
-    assert expand(table, "r.ecu-zz.z@here.example") == ["eve@here.example"]
+    assert expand(table, "r.ecu-zzz@here.example") == ["eve@here.example"]
+    with pytest.raises(chasquid.NoSuchUser):  # drop characters count in a suffix
+        table.expand("recu-zz.z@here.example")
 
 
 @pytest.mark.parametrize(
@@ -240,8 +242,22 @@ def test_unknown_users_behind_an_alias_are_left_out_and_named():
 
 @pytest.mark.parametrize("text", ["a: gone", "a: gone, lost", "a: c\nc: gone", "a: a", "*: gone"])
 def test_an_alias_that_leads_to_nobody_is_unknown(text):
-    with pytest.raises(chasquid.NoSuchUser, match="leads to nobody: no user |no user or alias a@"):
+    with pytest.raises(chasquid.NoSuchUser, match="leads to nobody$|no user or alias a@") as caught:
         aliases(text, users="b").expand("a@here.example")
+    assert "gone" not in str(caught.value), "strangers do not hear whom it names"
+    assert caught.value.unknown or text == "a: a"
+
+
+@pytest.mark.parametrize("asked", ["p.q", "pq", "P.q+x", "pq+x"])
+def test_a_user_whose_name_has_a_drop_character_keeps_a_copy_however_asked_for(asked):
+    table = aliases("p.q: p.q, copy@away.example", users="p.q")
+    assert expand(table, f"{asked}@here.example") == ["p.q@here.example", "copy@away.example"]
+
+
+def test_a_name_on_its_own_right_side_that_is_no_user_is_named():
+    unknown = []
+    aliases("ann: ann, b", users="b").expand("ann@here.example", unknown=unknown)
+    assert unknown == ["ann@here.example"]
 
 
 def test_localhost_is_always_ours():
@@ -252,18 +268,44 @@ def test_localhost_is_always_ours():
 def test_what_is_wrong_with_aliases_is_found():
     text = (
         "dead: gone\nsome: gone, b\nhidden: b\nkept: kept, b\nl1: l2\nl2: l1\n"
-        "p: | /no/such/program x\nq: | cat\nr: | 'x\n"
+        "p: | /no/such/program x\nq: | cat\nr: | 'x\nh.2: b\n"
     )
-    table = aliases(text, users="b hidden kept")
-    assert list(table.findings(HERE, {"b", "hidden", "kept"})) == [
-        "the alias dead@here.example leads to nobody: no user gone@here.example",
-        "some@here.example: there is no user or alias gone@here.example; the others get its mail",
-        "hidden@here.example: the alias hides the user of that name, who gets no mail",
-        "the aliases behind l2@here.example go deeper than 10 steps",
-        "the aliases behind l1@here.example go deeper than 10 steps",
-        "p@here.example: the program /no/such/program is not there, or not executable",
-        'r@here.example: the pipe "\'x" is malformed: No closing quotation',
-    ]
+    users = ["b", "hidden", "kept", "h.2", "free"]
+    table = aliases(text, users=" ".join(users))
+    assert [tuple(one) for one in table.findings(HERE, users, everybody=True)] == [
+        ("dead@here.example leads to nobody: there is no user or alias gone@here.example", True),
+        ("some@here.example: there is no user or alias gone@here.example; the others get its mail",
+         True),
+        ("l1@here.example: the aliases behind l2@here.example lead in a circle, or deeper than "
+         "10 steps", True),
+        ("l2@here.example: the aliases behind l1@here.example lead in a circle, or deeper than "
+         "10 steps", True),
+        ("p@here.example: the program /no/such/program is not there, or not executable", True),
+        ('r@here.example: the pipe "\'x" is malformed: No closing quotation', True),
+        ("hidden@here.example: an alias hides this user, who can log in but gets no mail", False),
+        ("h.2@here.example: an alias hides this user, who can log in but gets no mail", False),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "finding"),
+    [
+        ("*: gone", " leads to nobody: there is no user or alias gone@here.example"),
+        ("*: gone, *@away.example",
+         ": there is no user or alias gone@here.example; the others get its mail"),
+        ("*: | /no/such", ": the program /no/such is not there, or not executable"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_catch_all_is_found(text, finding):
+    found = list(aliases(text).findings(HERE, [], everybody=True))
+    assert found == [(f"*@here.example{finding}", True)]
+    assert not list(aliases("*: *@away.example, b", users="b").findings(HERE, ["b"], True))
+
+
+def test_whom_others_may_know_is_not_reported():
+    table = aliases("dead: gone\nsome: gone, b\nl1: l1x\nl1x: l1\n*: gone", users="b")
+    found = list(table.findings(HERE, ["b"], everybody=False))
+    assert [one.text.partition(":")[0] for one in found] == ["l1@here.example", "l1x@here.example"]
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def test_check_tells_of_all_mistakes_at_once(place: Place, tmp_path: Path) -> No
     assert lines[0].startswith(f"{config}:2: expected a known key, found 'max_data'")
     assert lines[1].startswith(f"{config}:3: max_queue_items: expected ")
     assert lines[2].startswith(f"{users}:1: ")
-    assert lines[3].startswith("the alias sales@here.example leads to nobody")
+    assert lines[3].startswith("sales@here.example leads to nobody")
     assert "/no/such/thing" in lines[4]
     assert [line for line in lines if line.startswith("warning: the hostname x has no domain")]
 
@@ -454,6 +454,38 @@ def test_users_are_counted(place: Place) -> None:
     assert "no domain" in place.fails("check-userdb", "else.example")
 
 
+def test_aliases_that_lose_mail_end_the_check_with_1(place: Place) -> None:
+    place.write("domains/here.example/aliases", "sales: anna\nteam: ana\n")
+    ended = place.run("check-userdb")
+    assert (ended.status, ended.err) == (1, "")
+    assert ended.out == (
+        "here.example: 1 user, 2 names in aliases, 0 DKIM keys\n"
+        "  sales@here.example leads to nobody: there is no user or alias anna@here.example\n"
+    )
+
+
+def test_a_user_behind_an_alias_is_told_and_no_mistake(place: Place) -> None:
+    place.write("domains/here.example/aliases", "ana: ana@far.example\n")
+    ended = place.run("check-userdb")
+    assert (ended.status, ended.err) == (0, "")
+    assert "  ana@here.example: an alias hides this user" in ended.out
+
+
+@pytest.mark.parametrize("other", ["dovecot", "hook"])
+def test_whom_dovecot_or_a_hook_may_know_is_not_called_unknown(place: Place, other: str) -> None:
+    place.write("domains/here.example/aliases", "sales: anna\n")
+    if other == "dovecot":
+        text = (place.config_dir / "chasquid.conf").read_text()
+        place.write("chasquid.conf", f"{text}dovecot_auth: true\n")
+    else:
+        place.write("hooks/alias-resolve", "#!/bin/sh\n").chmod(0o755)
+    ended = place.run("check-userdb")
+    assert (ended.status, ended.out.count("\n")) == (0, 1)
+    assert "are not reported: Dovecot or a hook may know them" in ended.err
+    place.write("domains/here.example/aliases", "sales: | /no/such\n")
+    assert place.run("check-userdb").status == 1
+
+
 @pytest.mark.parametrize("name", ["a..b", "a b", "-", "\udcff", "xn--0"])
 def test_a_domain_that_is_none_is_told(place: Place, name: str) -> None:
     place.fails("check-userdb", name)
@@ -509,6 +541,21 @@ def test_aliases_are_resolved_from_the_files_without_a_server(place: Place) -> N
         ended = place.run("aliases-resolve", name)
         assert (ended.status, ended.out) == (1, "")
         assert text in ended.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_an_alias_of_nobody_is_resolved_with_the_names_it_leads_to(
+    serve: Callable[..., Server], capsys: pytest.CaptureFixture[str], running: bool
+) -> None:
+    server = serve(aliases={"here.example": "sales: anna, hugo\n"})
+    if not running:
+        server.stop()
+    arguments = ["--config-dir", str(server.config_dir), "aliases-resolve", "sales@here.example"]
+    assert chasquid.main(arguments) == 1
+    error = capsys.readouterr().err
+    names = "anna@here.example, hugo@here.example"
+    text = f"leads to nobody: there is no user or alias {names}"
+    assert f"the alias sales@here.example {text}" in error
 
 
 @pytest.mark.parametrize("name", ["a b@here.example", "ana@", "", "<ana@x>", "\udcff@here.example"])

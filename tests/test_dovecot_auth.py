@@ -432,6 +432,25 @@ def test_a_name_without_a_domain_is_given_to_dovecot_as_it_is(asking, client: Au
     assert "login succeeded for dov@here.example" in server.mail_log
 
 
+def test_a_name_without_a_domain_is_dovecots_also_if_the_host_is_no_domain(
+    asking, client: Auth
+) -> None:
+    client.answer = "OK\t{n}\tuser=x\n"
+    server = asking(users={"here.example": {"ana": "secret"}, "there.example": {}})
+    with connected(server) as wire:
+        assert login(wire, "dov", "pass").startswith("235 ")
+    assert "login succeeded for dov@mail.here.example" in server.mail_log
+    assert len(client.asked) == 1
+
+
+def test_of_a_name_without_a_domain_the_files_have_the_last_word(asking, client: Auth) -> None:
+    client.answer = "OK\t{n}\tuser=x\n"
+    with connected(asking()) as wire:
+        assert login(wire, "ana", "wrong").startswith("535 ")
+        assert login(wire, "ana", "secret").startswith("235 ")
+    assert not client.asked
+
+
 def test_the_users_of_the_files_do_not_need_dovecot(asking, client: Auth, userdb: Auth) -> None:
     server = asking()
     for auth in (client, userdb):

@@ -575,8 +575,40 @@ def test_the_hook_is_asked_for_each_address_as_it_came(serve: Serve, tmp_path: P
     alias_resolve(server, f'[ $# = 1 ] && echo "$1" >> {tmp_path}/asked')
     assert rcpt(server, "Team+x@Here.Example").startswith("250 ")
     assert (tmp_path / "asked").read_text().splitlines() == [
-        *["Team+x@here.example", "ana@here.example", "team@here.example"]
+        *["Team+x@here.example", "team@here.example", "ana@here.example"]
     ]
+
+
+@pytest.mark.parametrize(
+    ("address", "asked"),
+    [
+        ("t.eam@here.example", ["t.eam@", "ana@"]),  # the alias of the file is enough
+        ("told+x@here.example", ["told+x@", "ben@"]),
+        ("to.ld+y@here.example", ["to.ld+y@", "told@", "ben@"]),
+        ("ben+x@here.example", ["ben+x@", "ben@"]),
+    ],
+)
+def test_the_hook_is_not_asked_again_about_what_is_known(
+    serve: Serve, tmp_path: Path, address: str, asked: list[str]
+) -> None:
+    server = serve(aliases={"here.example": "team: ana\n"})
+    alias_resolve(
+        server,
+        f'echo "$1" >> {tmp_path}/asked\ncase $1 in told+x@*|told@*) echo ben ;; esac',
+    )
+    assert rcpt(server, address).startswith("250 ")
+    lines = (tmp_path / "asked").read_text().splitlines()
+    assert lines == [f"{name}here.example" for name in asked]
+
+
+def test_the_hook_gets_the_environment_of_the_server(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE", "postgres://db")
+    server = serve()
+    alias_resolve(server, f'echo "$DATABASE" > {tmp_path}/seen')
+    assert rcpt(server, "ana@here.example").startswith("250 ")
+    assert (tmp_path / "seen").read_text() == "postgres://db\n"
 
 
 def test_the_hook_is_asked_for_the_catch_all_last(serve: Serve, tmp_path: Path) -> None:

@@ -286,6 +286,21 @@ def test_passwords_are_compared_in_nfc():
         assert chasquid.check_password(known, composed)
         assert chasquid.check_password(known, decomposed)
         assert not chasquid.check_password(known, b"cafe")
-    plain = chasquid.Plain(decomposed)  # written by another tool
-    assert chasquid.check_password(plain, decomposed)
-    assert not chasquid.check_password(plain, b"\xff")
+    for plain in (chasquid.Plain(decomposed), chasquid.Plain(composed)):  # of another tool
+        assert chasquid.check_password(plain, decomposed)
+        assert chasquid.check_password(plain, composed)
+        assert not chasquid.check_password(plain, b"\xff")
+    assert chasquid.check_password(cheap(decomposed), decomposed)  # likewise
+
+
+def test_an_unknown_user_costs_as_much_however_the_password_is_spelled(monkeypatch):
+    costs = []
+    scrypt = hashlib.scrypt
+    monkeypatch.setattr(hashlib, "scrypt", lambda *a, **k: costs.append(k["n"]) or scrypt(*a, **k))
+    accounts = Accounts({"d.example": {"ana": cheap(b"x")}})
+    for typed in (b"ascii", "caf\u00e9".encode(), "cafe\u0301".encode()):
+        costs.clear()
+        accounts.authenticate("ana@d.example", typed)
+        known = len(costs)
+        accounts.authenticate("bob@d.example", typed)
+        assert len(costs) == 2 * known
