@@ -1906,17 +1906,25 @@ def sync_directory(path: str) -> None:
 
 
 def make_directory(path: str, mode: int = 0o700) -> None:
-    """Make the directory `path` and those above it, durably. Raises OSError."""
+    """Make the directory `path` and those above it, durably. Raises OSError.
+
+    A directory that is there may have been made by somebody who died before its name was
+    durable, so those above are synced in any case.
+    """
+    path = os.path.abspath(path)
+    parent = os.path.dirname(path)
     if os.path.isdir(path):
+        while path != parent:
+            with contextlib.suppress(PermissionError):  # whoever owns that has made it long ago
+                sync_directory(parent)
+            path, parent = parent, os.path.dirname(parent)
         return
-    parent = os.path.dirname(path) or "."
     make_directory(parent, mode)
     try:
         os.mkdir(path, mode)
     except FileExistsError:
         if not os.path.isdir(path):
             raise
-        return
     if os.geteuid() == 0:
         os.chown(path, *owner_above(path), follow_symlinks=False)
     sync_directory(parent)
@@ -1948,7 +1956,7 @@ def create_synced(
             os.fchown(fd, *owner)
         os.fsync(fd)
     except BaseException:
-        os.unlink(path)
+        discard_names(path)
         raise
     finally:
         os.close(fd)
@@ -1958,6 +1966,42 @@ def move_synced(source: str, target: str) -> None:
     """Rename `source` to `target` and make the new name durable. Raises OSError."""
     os.rename(source, target)
     sync_directory(os.path.dirname(target))
+
+
+def discard_names(*paths: str) -> None:
+    """Remove files that were not written to their end, as durably as that can be had.
+
+    What cannot be removed stays: it is found for what it is at the next start.
+    """
+    for path in filter(None, paths):
+        try:
+            os.unlink(path)
+            sync_directory(os.path.dirname(path))
+        except OSError:
+            pass
+
+
+def create_durably(temporary: str, chunks: Iterable[bytes], path: Callable[[int], str]) -> str:
+    """Write `chunks` to a file by way of `temporary`; return its name, when that is durable.
+
+    `path` gets the size in octets. Neither name is left if that fails. Raises OSError.
+    """
+    size, name = 0, ""
+
+    def counted() -> Iterator[bytes]:
+        nonlocal size
+        for chunk in chunks:
+            size += len(chunk)
+            yield chunk
+
+    create_synced(temporary, counted())
+    try:
+        name = path(size)
+        move_synced(temporary, name)
+    except BaseException:
+        discard_names(temporary, name)
+        raise
+    return name
 
 
 def append_synced(path: str, data: bytes) -> None:
@@ -2118,9 +2162,7 @@ class Disk:
         batch.add(commit)
         await self._end_of(batch)
         if not commit.safe:
-            if commit.name:
-                with contextlib.suppress(OSError):
-                    os.unlink(commit.name)
+            discard_names(commit.name)
             error = commit.error or batch.failure
             if isinstance(error, OSError):
                 raise error
@@ -5947,8 +5989,8 @@ class Tlsa(NamedTuple):
 
 def parse_tlsa(record: str) -> Tlsa | None:
     """Return a record in presentation form; None where it cannot be used."""
-    usage, selector, matching, *data = record.split()
     try:
+        usage, selector, matching, *data = record.split()
         tlsa = Tlsa(int(usage), int(selector), int(matching), bytes.fromhex("".join(data)))
     except ValueError:
         return None
@@ -6681,6 +6723,7 @@ class MaildirCourier:
         self._host = hostname.replace("/", r"\057").replace(":", r"\072")
         self._user_exists = user_exists
         self._number = 0
+        self._made: set[str] = set()  # Maildirs whose directories are known to be durable
 
     async def deliver(self, shipment: Shipment, targets: Sequence[Target]) -> list[Result]:
         return [await self._deliver(shipment, target.value) for target in targets]
@@ -6717,9 +6760,10 @@ class MaildirCourier:
         head = f"Return-Path: <{shipment.sender}>\nDelivered-To: {address}\n".encode()
         temporary = os.path.join(directory, "tmp", name)
         parts = [os.path.join(directory, part) for part in ("tmp", "new", "cur")]
-        if not all(map(os.path.isdir, parts)):
+        if directory not in self._made or not all(map(os.path.isdir, parts)):
             for part in parts:
                 await self._loop.work(functools.partial(make_directory, part))
+            self._made.add(directory)
             if shipment.junk:  # by which tools know a subfolder in Maildir++
                 marker = os.path.join(directory, "maildirfolder")
                 await self._loop.work(lambda: replace_durably(marker, b""))
@@ -6729,24 +6773,11 @@ class MaildirCourier:
             path = f"{new},S={len(data)}"
             await self._disk.create(temporary, data, path)
         else:
-            size = await self._loop.work(lambda: self._copy(temporary, head, shipment.message))
-            path = f"{new},S={size}"
-            await self._loop.work(lambda: move_synced(temporary, path))
+            content = itertools.chain([head], with_lf(shipment.message.chunks()))
+            path = await self._loop.work(
+                lambda: create_durably(temporary, content, lambda size: f"{new},S={size}")
+            )
         return path
-
-    @staticmethod
-    def _copy(path: str, head: bytes, message: Message) -> int:
-        """Write a message that is too large for memory; return the size of the file."""
-        size = 0
-
-        def content() -> Iterator[bytes]:
-            nonlocal size
-            for chunk in itertools.chain([head], with_lf(message.chunks())):
-                size += len(chunk)
-                yield chunk
-
-        create_synced(path, content())
-        return size
 
 
 def maildir_path(template: str, address: str) -> str:
@@ -7690,20 +7721,62 @@ class Envelope(NamedTuple):
 
     @classmethod
     def from_line(cls, line: bytes) -> Envelope:
-        """Raises ValueError, TypeError or KeyError where the line is no envelope."""
-        value = json.loads(line)
-        if not isinstance(value, dict):
-            raise ValueError("the line is no JSON object")
+        """Raises ValueError, TypeError or KeyError if the line is no envelope."""
+        value = _json_object(line)
         addressees = tuple(
             Addressee(
-                Target(kind, address, tuple(via)),
-                original,
-                *(Wish(tuple(notify), orcpt) for notify, orcpt in wish),
+                Target(_one_of(kind, "address", "pipe"), _string(address), _strings(via)),
+                _string(original),
+                *(Wish(_strings(notify), _string(orcpt)) for notify, orcpt in wish),
             )
             for (kind, address, via), original, *wish in value.pop("addressees")
         )
-        prefix = value.pop("prefix").encode("latin-1")
+        if not addressees:
+            raise ValueError("it has no recipients")
+        prefix = _string(value.pop("prefix")).encode("latin-1")
+        for key in ("id", "sender", "ret", "envid"):
+            _string(value.get(key, ""))
+        for key in ("smtputf8", "eight_bit", "junk", "require_tls", "tls_optional"):
+            if not isinstance(value.get(key, False), bool):
+                raise ValueError(f"{key} is neither true nor false")
+        value["received"] = _number_of(value["received"])
         return cls(addressees=addressees, prefix=prefix, **value)
+
+
+def _json_object(line: bytes) -> dict[str, Any]:
+    """Raises ValueError."""
+    try:
+        value = json.loads(line)
+    except RecursionError:
+        raise ValueError("the line is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("the line is no JSON object")
+    return value
+
+
+def _string(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{str(value)[:40]} is no string")
+    return value
+
+
+def _strings(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise ValueError(f"{str(value)[:40]} is no list")
+    return tuple(_string(one) for one in value)
+
+
+def _one_of(value: object, *known: str) -> str:
+    if value not in known:
+        raise ValueError(f"{str(value)[:40]!r} is none of {', '.join(known)}")
+    return str(value)
+
+
+def _number_of(value: object) -> float:
+    number = float(value) if isinstance(value, (int, float)) else float("nan")
+    if not abs(number) < 1e18:
+        raise ValueError(f"{str(value)[:40]} is no number")
+    return number
 
 
 class Recipient:
@@ -7782,20 +7855,39 @@ class Item:
         return b"\n" + json.dumps(value, separators=(",", ":")).encode() + b"\n"
 
     def apply(self, line: bytes) -> None:
-        """Take over a line of the journal; a torn one changes nothing."""
+        """Take over a line of the journal; one that is none was torn, and changes nothing.
+
+        Raises ValueError, TypeError, KeyError, IndexError if it says what cannot be.
+        """
+        if b'"results"' not in line:
+            return
         try:
             value = json.loads(line)
-            results = {int(key): Result(*one) for key, one in value["results"].items()}
-            attempts, next_attempt = int(value["attempt"]), float(value["next"])
-            waited = float(value["waited"])
-            delay_told, told = bool(value.get("delay_told")), set(value.get("told", ()))
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except ValueError:
             return
+        except RecursionError:
+            raise ValueError("the line is nested too deeply") from None
+        if not isinstance(value, dict):
+            return
+        results = {int(key): _result_of(*one) for key, one in value["results"].items()}
+        attempts, next_attempt = int(_number_of(value["attempt"])), _number_of(value["next"])
+        waited = _number_of(value["waited"])
+        delay_told, told = bool(value.get("delay_told")), set(value.get("told", ()))
+        if any(number not in range(len(self.recipients)) for number in results):
+            raise IndexError("a result is of a recipient who is not there")
         self.attempts, self.next_attempt, self.waited = attempts, next_attempt, waited
         self.delay_told = delay_told
         for number, result in results.items():
             self.recipients[number].result = result
             self.recipients[number].reported = result.state == FAILED or number in told
+
+
+def _result_of(state: object, *texts: object) -> Result:
+    """Raises ValueError, TypeError."""
+    state = _one_of(state, PENDING, SENT, DEFERRED, FAILED)
+    *rest, last = texts
+    passed_on = (last,) if isinstance(last, bool) else (_string(last),)
+    return Result(state, *(_string(text) for text in rest), *passed_on)  # type: ignore[arg-type]
 
 
 def read_item(path: str) -> Item:
@@ -7814,10 +7906,77 @@ def read_item(path: str) -> Item:
         item = Item(envelope, Message(envelope.prefix, path, size))
         for line in filter(None, lines[1:]):
             item.apply(line)
-    except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError, AttributeError) as error:
         text = f"{path}: expected a message of {size} octets and its envelope: {error}"
         raise UnreadableItem(text) from error
     return item
+
+
+_GO_KINDS = {"EMAIL": "address", "FORWARD": "address", "PIPE": "pipe"}
+
+
+def item_from_go(data: bytes, path: str, now: float) -> tuple[str, tuple[int, list[bytes]]]:
+    """Return the id, size and file of a message in the queue of chasquid in Go.
+
+    That is a protocol buffer in text form: ID, from, To, rcpt (address, type EMAIL, PIPE or
+    FORWARD, status PENDING, SENT or FAILED, original_address, via, last_failure_message),
+    data, created_at_ts in nanoseconds since 1970. The id follows from theirs, so whoever is
+    taken over twice gets the same name. Recipients that have failed are tried once more, and
+    then reported. Raises ConfigError.
+    """
+    import hashlib  # loads OpenSSL's hashes; only for such files
+
+    fields: dict[str, list[Entry]] = {}
+    for entry in parse_text_format(data, path):
+        fields.setdefault(entry.key, []).append(entry)
+
+    def octets(key: str, of: Mapping[str, list[Entry]]) -> bytes:
+        value = of[key][-1].value if key in of else b""
+        if not isinstance(value, bytes):
+            raise ConfigError(path, of[key][-1].line, f"{key}: expected a string in quotes")
+        return value
+
+    def text(key: str, of: Mapping[str, list[Entry]]) -> str:
+        try:
+            return octets(key, of).decode()
+        except UnicodeDecodeError:
+            raise ConfigError(path, of[key][-1].line, f"{key}: expected UTF-8") from None
+
+    addressees, sent = [], {}
+    for number, entry in enumerate(fields.get("rcpt", [])):
+        if not isinstance(entry.value, tuple):
+            raise ConfigError(path, entry.line, "expected '{' after 'rcpt'")
+        rcpt: dict[str, list[Entry]] = {}
+        for field in entry.value:
+            rcpt.setdefault(field.key, []).append(field)
+        kind = _GO_KINDS.get(str(rcpt["type"][-1].value) if "type" in rcpt else "EMAIL")
+        status = str(rcpt["status"][-1].value) if "status" in rcpt else "PENDING"
+        address = text("address", rcpt)
+        if kind is None or status not in ("PENDING", "SENT", "FAILED") or not address:
+            raise ConfigError(path, entry.line, "expected a recipient with address, type, status")
+        via = tuple(text("via", {"via": [one]}) for one in rcpt.get("via", []))
+        original = text("original_address", rcpt) or address
+        addressees.append(Addressee(Target(kind, address, via), original))
+        if status == "SENT":
+            sent[number] = Result(SENT, "2.0.0", "sent by chasquid in Go")
+    if not addressees or "data" not in fields or "ID" not in fields:
+        raise ConfigError(path, 0, "expected ID, rcpt and data")
+    created = fields["created_at_ts"][-1].value if "created_at_ts" in fields else ""
+    age = 0.0
+    if isinstance(created, Word) and re.fullmatch(r"\d{1,20}", created):
+        age = max(0.0, now - int(created) / (1e9 if len(created) > 12 else 1))
+    id = f"g{hashlib.sha256(text('ID', fields).encode()).hexdigest()[:15]}"
+    message = re.sub(rb"\r?\n", b"\r\n", octets("data", fields))
+    envelope = Envelope(
+        id, text("from", fields).removeprefix("<").removesuffix(">"), tuple(addressees),
+        now - age, b"", eight_bit=not message.isascii(),
+    )  # fmt: skip
+    item = Item(envelope, Message(b"", "", len(message)))
+    item.waited = age
+    for number, result in sent.items():
+        item.recipients[number].result = result
+        item.recipients[number].reported = True
+    return id, (len(message), [message, envelope.to_line(), item.journal_line(now)])
 
 
 class QueueContents(NamedTuple):
@@ -7950,7 +8109,7 @@ class Draft:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-            os.unlink(self._path)
+            discard_names(self._path)
 
     def _look_for_header(self, piece: bytes) -> None:
         start = max(0, len(self._head) - 3)
@@ -8000,6 +8159,10 @@ class Draft:
         if self._fd < 0:
             self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         write_all(self._fd, data)
+
+
+def _always(path: str, size: int) -> str:
+    return path
 
 
 class QueueSettings(NamedTuple):
@@ -8076,7 +8239,8 @@ class Queue:
             for place in ("tmp", "new", "cur", "bad"):
                 make_directory(os.path.join(directory, place))
             for name in os.listdir(os.path.join(directory, "tmp")):
-                os.unlink(os.path.join(directory, "tmp", name))
+                self._sweep(os.path.join(directory, "tmp", name))
+            self._take_over(directory)
         except OSError as error:
             text = f"the queue cannot be written: {error.strerror}"
             raise ConfigError(error.filename or directory, 0, text) from error
@@ -8092,7 +8256,41 @@ class Queue:
     def _set_aside(self, path: str, why: str) -> None:
         self._record.error("queue", f"set aside in bad: {why}")
         target = os.path.join(self._settings.directory, "bad", os.path.basename(path))
-        os.rename(path, target)
+        try:
+            os.rename(path, target)
+        except OSError as error:
+            self._record.error("queue", f"{path} stays where it is: {reason(error)}")
+
+    def _sweep(self, path: str) -> None:
+        try:
+            os.unlink(path)
+        except OSError as error:
+            self._record.error("queue", f"{path} cannot be removed: {reason(error)}")
+
+    def _take_over(self, directory: str) -> None:
+        """Make items of the messages that chasquid in Go has left; each once, or it stays.
+
+        Raises OSError if one cannot be written.
+        """
+        now = self._loop.clock.time()
+        for name in sorted(os.listdir(directory)):
+            path = os.path.join(directory, name)
+            if not name.startswith("m:") or not os.path.isfile(path):
+                continue
+            try:
+                id, (size, chunks) = item_from_go(read_file(path), path, now)
+            except ConfigError as error:
+                self._record.error("queue", f"not taken over from chasquid in Go: {error}")
+                continue
+            places = [
+                os.path.join(directory, place, f"{id},S={size}") for place in ("new", "cur", "bad")
+            ]
+            if not any(map(os.path.exists, places)):  # or we died before the old one was removed
+                target = functools.partial(_always, places[1])
+                create_durably(os.path.join(directory, "tmp", id), chunks, target)
+            os.unlink(path)
+            sync_directory(directory)
+            self._record.mail(id, f"taken over from chasquid in Go, where it was {name}")
 
     def _take_up(self, item: Item) -> None:
         self._record.mail(item.id, f"from=<{item.envelope.sender}> found in the queue")
@@ -8191,6 +8389,20 @@ class Queue:
         item.next_attempt = item.due = 0.0
         if item.nudge is not None:
             item.nudge.set()
+
+    async def retry_as_asked(self, item: Item) -> None:
+        """As `retry`, and let the file say so too, which is what people are shown."""
+        item.next_attempt = item.due = 0.0
+        await self._write_progress(item)
+        self.retry(item)
+
+    async def bounce(self, item: Item) -> None:
+        """Give `item` up now: its sender is told, as if its time had passed."""
+        item.waited = self._settings.give_up_after
+        self._give_up(item)
+        self.retry(item)
+        if item.task is not None:
+            await item.task.join()
 
     async def remove(self, item: Item) -> None:
         """Take `item` out of the queue, delivered or not; the sender is not told."""
@@ -8368,7 +8580,7 @@ class Queue:
         try:
             await self._report(item)
             if not any(recipient.is_open for recipient in item.recipients):
-                await self._disk.remove(item.message.path)
+                await self._remove_file(item)
                 self._record.mail(item.id, f"done after {plural(item.attempts, 'attempt')}")
                 return True
             if item.waited >= _DELAY_NOTICE_SECONDS and not item.delay_told:
@@ -8382,6 +8594,18 @@ class Queue:
                 self._record.mail(item.id, "its file is gone from the queue; forgotten")
                 return True
         return False
+
+    async def _remove_file(self, item: Item) -> None:
+        """Remove the file of a message that is done with. Raises OSError.
+
+        If that fails, the results are written down, or it would be delivered again at the
+        next start.
+        """
+        try:
+            await self._disk.remove(item.message.path)
+        except OSError:
+            await self._write_progress(item)
+            raise
 
     def _count_wait(self, item: Item) -> None:
         now = self._loop.clock.monotonic()
@@ -11514,6 +11738,7 @@ class Control:
             "aliases-resolve": self._aliases_resolve,
             "queue-retry": self._queue_retry,
             "queue-remove": self._queue_remove,
+            "queue-bounce": self._queue_bounce,
             "domaininfo-remove": self._domaininfo_remove,
             "reload": self._reload,
         }
@@ -11581,8 +11806,15 @@ class Control:
     async def _queue_retry(self, id: str) -> list[str]:
         items = list(self._daemon.queue.items.values()) if id == "all" else [self._item(id)]
         for item in items:
-            self._daemon.queue.retry(item)
+            await self._daemon.queue.retry_as_asked(item)
         return [f"{plural(len(items), 'message')} will be attempted now"]
+
+    async def _queue_bounce(self, id: str) -> list[str]:
+        item = self._item(id)
+        if item.nudge is None:
+            raise ChasquidError(f"{item.id} is being attempted; try again in a moment")
+        await self._daemon.queue.bounce(item)
+        return [f"{item.id} went back to {item.envelope.sender or 'nobody: its sender is <>'}"]
 
     async def _queue_remove(self, id: str) -> list[str]:
         item = self._item(id)
@@ -12235,6 +12467,8 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+# a character reference that names no character; html.unescape fails on the longest of them
+_HUGE_REFERENCE = re.compile(r"&#(?:\d{8,}|[xX][0-9A-Fa-f]{7,});?")
 _HREF = re.compile(
     r"href\s*=\s*(?:\"([^\"]{1,2000})\"|'([^']{1,2000})'|([^\s>\"']{1,2000}))", re.IGNORECASE
 )
@@ -12262,7 +12496,7 @@ def text_of_html(html: str) -> str:
             skipped = name
         if not skipped and closed:
             words += ["" if name.strip("/") in _INLINE_TAGS else "\n", text]
-    return entities.unescape("".join(words)).strip()
+    return entities.unescape(_HUGE_REFERENCE.sub("\ufffd", "".join(words))).strip()
 
 
 def _without_punctuation(link: str) -> str:
@@ -12280,7 +12514,7 @@ def links_in(html: str, text: str) -> list[str]:
     import html as entities
 
     found = ["".join(groups) for groups in _HREF.findall(html)]
-    links = [entities.unescape(link).strip() for link in found]
+    links = [entities.unescape(_HUGE_REFERENCE.sub("\ufffd", link)).strip() for link in found]
     links += [_without_punctuation(link) for link in _URL.findall(text)]
     wanted = (one for one in links if one.lower().startswith(("http://", "https://", "mailto:")))
     return list(dict.fromkeys(wanted))
@@ -15283,8 +15517,12 @@ def _queue_items(config: Config) -> list[Item]:
     return sorted(contents.items, key=lambda item: item.envelope.received)
 
 
-def _queue_list(config: Config, id: str) -> int:
-    items, now = _queue_items(config), time.time()
+def _queue_list(config: Config, arguments: argparse.Namespace) -> int:
+    now = time.time()
+    items = [item for item in _queue_items(config) if _is_wanted(item, arguments)]
+    if arguments.json:
+        print(json.dumps([_item_in_json(item) for item in items], indent=2))
+        return 0
     for item in items:
         age = duration_text(now - item.envelope.received)
         print(f"{item.id}  {age} old, {item.message.size} octets, from <{item.envelope.sender}>, "
@@ -15295,6 +15533,37 @@ def _queue_list(config: Config, id: str) -> int:
     return 0
 
 
+def _is_wanted(item: Item, arguments: argparse.Namespace) -> bool:
+    """Tell whether a message is one of --sender and --domain, where they are given."""
+    sender, domain = arguments.sender, arguments.domain
+    if sender is not None and item.envelope.sender.lower() != sender.strip("<>").lower():
+        return False
+    domains = {split_address(one.target.value)[1] for one in item.recipients}
+    return domain is None or _parse_domain_name(domain) in domains
+
+
+def _item_in_json(item: Item) -> dict[str, Any]:
+    """Return what `queue list --json` says of a message; times in seconds since 1970."""
+    return {
+        "id": item.id,
+        "sender": item.envelope.sender,
+        "size": item.message.size,
+        "received": item.envelope.received,
+        "attempts": item.attempts,
+        "next_attempt": item.next_attempt,
+        "recipients": [
+            {
+                "recipient": target_text(one.target),
+                "original": one.original,
+                "state": one.state,
+                "status": one.result.status,
+                "text": one.result.text,
+            }
+            for one in item.recipients
+        ],
+    }
+
+
 def _queue_item(config: Config, id: str) -> Item:
     for item in _queue_items(config):
         if item.id == id:
@@ -15302,8 +15571,8 @@ def _queue_item(config: Config, id: str) -> Item:
     raise ChasquidError(f"there is no message {printable(id, 40)} in {_queue_directory(config)}")
 
 
-def _queue_show(config: Config, id: str) -> int:
-    item, now = _queue_item(config, id), time.time()
+def _queue_show(config: Config, arguments: argparse.Namespace) -> int:
+    item, now = _queue_item(config, arguments.id), time.time()
     print(f"file      {item.message.path}")
     print(f"received  {rfc5322_date(item.envelope.received)}")
     print(f"from      <{item.envelope.sender}>")
@@ -15339,7 +15608,9 @@ def _change(
     return 0
 
 
-def _queue_retry(config: Config, id: str) -> int:
+def _queue_retry(config: Config, arguments: argparse.Namespace) -> int:
+    id = arguments.id
+
     def offline() -> None:
         for item in _queue_items(config) if id == "all" else [_queue_item(config, id)]:
             item.next_attempt = 0.0
@@ -15348,7 +15619,16 @@ def _queue_retry(config: Config, id: str) -> int:
     return _change(config, "queue-retry", id, offline)
 
 
-def _queue_remove(config: Config, id: str) -> int:
+def _queue_bounce(config: Config, arguments: argparse.Namespace) -> int:
+    def offline() -> None:
+        raise ChasquidError("no server is running, and only one can write to the sender")
+
+    return _change(config, "queue-bounce", arguments.id, offline)
+
+
+def _queue_remove(config: Config, arguments: argparse.Namespace) -> int:
+    id = arguments.id
+
     def offline() -> None:
         os.unlink(_queue_item(config, id).message.path)
 
@@ -15356,18 +15636,18 @@ def _queue_remove(config: Config, id: str) -> int:
 
 
 def _queue(arguments: argparse.Namespace) -> int:
-    action = _QUEUE_ACTIONS[arguments.action]
     if arguments.action != "list" and not arguments.id:
         print(f"chasquid: expected an id after 'queue {arguments.action}'", file=sys.stderr)
         return 2
-    return action(_load(arguments), arguments.id or "")
+    return _QUEUE_ACTIONS[arguments.action](_load(arguments), arguments)
 
 
-_QUEUE_ACTIONS: dict[str, Callable[[Config, str], int]] = {
+_QUEUE_ACTIONS: dict[str, Callable[[Config, argparse.Namespace], int]] = {
     "list": _queue_list,
     "show": _queue_show,
     "retry": _queue_retry,
     "remove": _queue_remove,
+    "bounce": _queue_bounce,
 }
 
 
@@ -15663,8 +15943,11 @@ _VERBS: dict[str, _Verb] = {
         (
             ("action", {"choices": list(_QUEUE_ACTIONS)}),
             ("id", {"nargs": "?", "help": "of a message; for retry also 'all'"}),
+            ("--json", {"action": "store_true", "help": "list for programs"}),
+            ("--sender", {"metavar": "ADDRESS", "help": "list only mail of that sender"}),
+            ("--domain", {"metavar": "DOMAIN", "help": "list only mail for that domain"}),
         ),
-        "look at the queue, retry or remove a message",
+        "look at the queue; retry, remove or return a message",
     ),
     "explain": _Verb(
         _explain,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from support import HOST, MODULE, SECONDS, Peer, Server, Wire, config_text, users_file, wait_for
+from support import (
+    HOST,
+    MODULE,
+    SECONDS,
+    Peer,
+    Server,
+    Wire,
+    config_text,
+    trusting,
+    users_file,
+    wait_for,
+)
 
 import chasquid
 
@@ -781,3 +793,32 @@ def test_try_in_a_place_that_cannot_be_used_is_told(tmp_path: Path) -> None:
     assert ended.returncode == 1
     assert ended.stderr.count("\n") == 1
     assert "cannot be used" in ended.stderr
+
+
+def test_the_queue_is_listed_for_programs_and_by_sender_and_domain(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Server(tmp_path, remote=Deferring()) as server:
+        with server.connect("submission over TLS") as wire:
+            wire.start_tls(trusting())
+            assert wire.reply().startswith("220 ")
+            assert wire.ask("EHLO client.example").startswith("250-")
+            assert wire.ask("AUTH PLAIN AGFuYUBoZXJlLmV4YW1wbGUAc2VjcmV0").startswith("235 ")
+            for recipient in ("eva@there.example", "ida@far.example"):
+                assert wire.ask("MAIL FROM:<ana@here.example>").startswith("250 ")
+                assert wire.ask(f"RCPT TO:<{recipient}>").startswith("250 ")
+                assert wire.ask("DATA").startswith("354 ")
+                wire.send(b"Subject: x\r\n\r\nx\r\n.\r\n")
+                assert wire.reply().startswith("250 ")
+        wait_for(lambda: server.mail_log.count("next attempt in") == 2, "the first attempts")
+    command = ["--config-dir", str(server.config_dir), "queue", "list", "--json"]
+
+    def listed(*more: str) -> list[str]:
+        assert chasquid.main([*command, *more]) == 0
+        found = json.loads(capsys.readouterr().out)
+        return sorted(one["recipients"][0]["recipient"] for one in found)
+
+    assert listed() == ["eva@there.example", "ida@far.example"]
+    assert listed("--domain", "far.example") == ["ida@far.example"]
+    assert listed("--sender", "nobody@x.example") == []
+    assert len(listed("--sender", "ana@here.example")) == 2

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import email
 import email.policy
+import errno
 import itertools
 import json
 import os
@@ -476,7 +477,7 @@ envelopes = st.builds(
     Envelope,
     id=st.just("abc"),
     sender=names,
-    addressees=st.lists(st.builds(Addressee, targets, names), max_size=4).map(tuple),
+    addressees=st.lists(st.builds(Addressee, targets, names), min_size=1, max_size=4).map(tuple),
     received=st.floats(0, 2e9),
     prefix=st.binary(max_size=100),
     smtputf8=st.booleans(),
@@ -1426,3 +1427,240 @@ _SHORT_LIVED = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 TestQueueMachine = QueueMachine.TestCase
 TestQueueMachine.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+
+
+# --- files that are not as they must be ---
+
+GOOD = {
+    "id": "abc", "sender": "a@b", "addressees": [[["address", "c@d", []], "c@d"]],
+    "received": 1.0, "prefix": "", "smtputf8": False, "eight_bit": False,
+}  # fmt: skip
+
+
+def queue_file(directory: Path, envelope: bytes, journal: bytes = b"", place: str = "new") -> Path:
+    path = directory / "queue" / place / "abc,S=3"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x\r\n" + envelope + b"\n" + journal)
+    return path
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prefix": 7}, {"sender": 7}, {"addressees": []}, {"addressees": 1}, {"received": "x"},
+        {"addressees": [[["fax", "c@d", []], "c@d"]]}, {"addressees": [[["address", 1, []], "c"]]},
+        {"addressees": [[["address", "c@d", "via"], "c@d"]]}, {"smtputf8": "yes"}, {"ret": []},
+        {"envid": 1}, {"id": None}, {"received": 1e999}, {"more": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_envelope_with_a_wrong_type_is_set_aside(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    path = queue_file(tmp_path, json.dumps({**GOOD, **change}).encode())
+
+    async def test(bench: Bench) -> None:
+        await bench.quiet()
+        assert not path.exists()
+        assert (tmp_path / "queue" / "bad" / path.name).exists()
+        assert bench.local.messages + bench.remote.messages == []
+
+    on_bench(tmp_path, test)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[" * 100_000, b'{"results": ' + b"[" * 100_000, b'{"a":' * 100_000,
+    ],
+    ids=["envelope", "journal", "objects"],
+)  # fmt: skip
+def test_json_that_is_nested_deeply_ends_nothing(tmp_path: Path, line: bytes) -> None:
+    if line.startswith(b'{"results"'):
+        path = queue_file(tmp_path, json.dumps(GOOD).encode(), line + b"\n")
+    else:
+        path = queue_file(tmp_path, line)
+    contents = chasquid.read_queue(str(tmp_path / "queue"))
+    assert [found for found, _ in contents.unreadable] == [str(path)] and not contents.items
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        {"0": ["gone", "2.0.0", "x"]}, {"7": ["sent", "2.0.0", "x"]},
+        {"-1": ["sent", "2.0.0", "x"]},
+        {"0": ["sent", 2, "x"]}, {"0": ["sent"]}, [], {"x": ["sent", "2.0.0", "x"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_journal_that_says_what_cannot_be_is_set_aside(tmp_path: Path, results: object) -> None:
+    line = {"at": 1, "attempt": 1, "next": 0, "waited": 0, "results": results}
+    queue_file(tmp_path, json.dumps(GOOD).encode(), json.dumps(line).encode() + b"\n")
+    contents = chasquid.read_queue(str(tmp_path / "queue"))
+    assert len(contents.unreadable) == 1 and not contents.items
+
+
+def test_what_cannot_be_set_aside_stays_and_is_told_of(tmp_path: Path) -> None:
+    path = queue_file(tmp_path, b"oops")
+    (tmp_path / "queue" / "bad").mkdir()
+    (tmp_path / "queue" / "bad" / path.name).mkdir()  # so that it cannot be moved there
+
+    async def test(bench: Bench) -> None:
+        await bench.quiet()
+        assert path.exists()
+        await bench.accept("eva@there.example")
+        await bench.quiet()
+        assert len(bench.remote.messages) == 1
+
+    on_bench(tmp_path, test)
+    assert f"{path} stays where it is" in (tmp_path / "server.log").read_text()
+
+
+# --- what fails leaves nothing behind ---
+
+
+def test_a_file_that_cannot_be_removed_is_not_delivered_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(self: chasquid.Disk, path: str) -> None:
+        raise OSError(errno.EIO, "no")
+
+    async def deliver(bench: Bench) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(chasquid.Disk, "remove", refuse)
+            await bench.accept("eva@there.example")
+            await bench.until(lambda: bench.remote.messages)
+            for _ in range(20):
+                await bench.loop.turn()
+        assert len(bench.remote.messages) == 1
+
+    async def start_again(bench: Bench) -> None:
+        await bench.quiet()
+        assert bench.remote.messages == []
+        assert bench.files() == []
+
+    on_bench(tmp_path, deliver)
+    on_bench(tmp_path, start_again)
+
+
+@pytest.mark.parametrize("broken", ["rename", "fsync of the directory"])
+def test_a_file_that_fails_leaves_neither_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "no")
+
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "new").mkdir()
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="no"):
+        if broken == "rename":
+            patched.setattr(os, "rename", fail)
+        else:
+            patched.setattr(chasquid, "sync_directory", fail)
+        chasquid.create_durably(
+            str(tmp_path / "tmp" / "x"), [b"a"], lambda size: str(tmp_path / "new" / f"x,S={size}")
+        )
+    assert os.listdir(tmp_path / "tmp") == os.listdir(tmp_path / "new") == []
+
+
+def test_a_draft_that_cannot_be_removed_ends_nothing(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        draft = bench.queue.draft()
+        await draft.add(b"Subject: x\r\n\r\n" + b"x" * 200_000)
+        for path in (tmp_path / "queue" / "tmp").iterdir():
+            path.unlink()
+        draft.discard()
+
+    on_bench(tmp_path, test)
+
+
+# --- messages of chasquid in Go ---
+
+GO = """\
+ID: "QWERTY12"
+from: "boss@far.example"
+To: "team@here.example"
+rcpt: {
+  address: "eva@there.example"
+  type: EMAIL
+  status: PENDING
+  original_address: "team@here.example"
+}
+rcpt {
+  address: "done@there.example" type: EMAIL status: SENT original_address: "team@here.example"
+}
+rcpt: <
+  address: "ida@via.example" type: FORWARD original_address: "x@here.example"
+  via: "mx1" via: "mx2"
+>
+rcpt: { address: "cat" type: PIPE status: FAILED last_failure_message: "no" }
+data: "Subject: caf\\303\\251\\r\\n\\r\\nIt \\"works\\".\\n"
+created_at_ts: %d
+"""
+
+
+def test_messages_of_chasquid_in_go_are_taken_over_once(tmp_path: Path) -> None:
+    queue = tmp_path / "queue"
+    queue.mkdir()
+    (queue / "m:QWERTY12").write_text(GO % (int(FakeClock().time() - 3600) * 10**9))
+    (queue / "m:BROKEN").write_text("ID: 7")
+    (queue / "other").write_text("not ours")
+
+    async def test(bench: Bench) -> None:
+        await bench.quiet()
+        sent = {names[0]: shipment for shipment, names in bench.remote.messages}
+        assert set(sent) == {"eva@there.example", "ida@via.example"}
+        assert sent["eva@there.example"].sender == "team+fwd_from=boss=far.example@here.example"
+        [(_, piped)] = bench.pipe.messages
+        assert piped == ["cat"]
+        assert b'Subject: caf\xc3\xa9\r\n\r\nIt "works".\r\n' in bench.pipe.contents
+        assert bench.files() == []
+
+    on_bench(tmp_path, test)
+    assert sorted(path.name for path in queue.iterdir() if path.is_file()) == ["m:BROKEN", "other"]
+    log = (tmp_path / "server.log").read_text()
+    assert "m:BROKEN" in log and "not taken over from chasquid in Go" in log
+
+
+def test_a_message_that_was_taken_over_before_a_crash_is_not_taken_twice(tmp_path: Path) -> None:
+    queue = tmp_path / "queue"
+    queue.mkdir()
+    text = GO % 0
+
+    async def end_at_once(bench: Bench) -> None:
+        bench.queue.begin_closing()
+
+    (queue / "m:QWERTY12").write_text(text)
+    on_bench(tmp_path, end_at_once)
+    (queue / "m:QWERTY12").write_text(text)  # as if we had died before it was removed
+    on_bench(tmp_path, end_at_once)
+    assert len([path for place in ("new", "cur") for path in (queue / place).iterdir()]) == 1
+
+
+# --- what the operator asks for ---
+
+
+def test_a_message_that_is_given_up_by_the_operator_goes_back(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        bench.remote.plan = {"eva@there.example": [DEFERRED] * 9}
+        item = await bench.accept("eva@there.example")
+        await bench.until(lambda: item.nudge)
+        await bench.queue.bounce(item)
+        await bench.quiet()
+        [content] = bench.local.contents
+        assert b"eva@there.example" in content and b"Mail delivery failed" in content
+        assert bench.files() == []
+
+    on_bench(tmp_path, test)
+
+
+def test_after_a_retry_the_file_says_that_it_is_due(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        bench.remote.plan = {"eva@there.example": [DEFERRED] * 9}
+        item = await bench.accept("eva@there.example")
+        await bench.until(lambda: item.nudge)
+        assert chasquid.read_item(item.message.path).next_attempt > bench.clock.time()
+        await bench.queue.retry_as_asked(item)
+        assert chasquid.read_item(item.message.path).next_attempt == 0.0
+
+    on_bench(tmp_path, test)

@@ -673,8 +673,8 @@ def test_domaininfo_remove_forgets_what_was_seen(
         assert not path.exists()
         if running:
             assert sends(server, f"eva@{ascii}", tls=False).startswith("250 ")
-        assert forget(server, given) == 0
-        assert capsys.readouterr().out == f"nothing was known of {domain}\n"
+        assert forget(server, given) == 1
+        assert capsys.readouterr().err == f"chasquid: nothing was known of {domain}\n"
 
 
 def test_domaininfo_remove_wants_a_domain(
@@ -682,6 +682,11 @@ def test_domaininfo_remove_wants_a_domain(
 ) -> None:
     assert forget(Server(tmp_path), "../there") == 1
     assert "../there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("record", ["", "3", "3 1", "3 1 1", "x y z w", "3 1 1 zz"])
+def test_a_record_that_is_no_tlsa_cannot_be_used(record: str) -> None:
+    assert chasquid.parse_tlsa(record) is None
 
 
 # --- DANE: records ---
