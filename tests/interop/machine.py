@@ -8,7 +8,6 @@ in it is gone with it, and nothing changes here.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import pty
 import re
@@ -164,20 +163,15 @@ class Machine:
         """
         self.root(f"cat > ~{user}/script && chown {user}: ~{user}/script", True, script)
         login = (
-            f"cd ~{user}/chasquid && exec setpriv --reuid={user} --regid={user} --init-groups"
+            f"cd ~{user}/chasquid && exec setsid --ctty --wait"
+            f" setpriv --reuid={user} --regid={user} --init-groups"
             f" env HOME=~{user} USER={user} TERM=dumb SYSTEMD_PAGER=cat"
             f" PATH=/usr/local/bin:/usr/bin:/bin bash -eo pipefail ~{user}/script"
         )
         ours, theirs = pty.openpty()
-
-        def take_terminal() -> None:
-            os.setsid()
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
         process = subprocess.Popen(
-            self._inside(login), stdin=theirs, stdout=theirs, stderr=theirs,
-            preexec_fn=take_terminal,
-        )  # fmt: skip
+            self._inside(login), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+        )
         os.close(theirs)
         try:
             text = _converse(ours, answers, time.monotonic() + seconds)
