@@ -79,6 +79,17 @@ exec /lib/systemd/systemd --system --unit=test.target --log-target=console --sho
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
+# Its own control groups, so that what systemd makes of them lies below and goes away with them.
+_ENTER = """
+set -e
+for group in "${@:2:$1}"; do
+    mkdir "$group"
+    echo $$ >"$group/cgroup.procs"
+done
+exec "${@:$1 + 2}"
+"""
+
+
 class Done(NamedTuple):
     """What a person saw of some commands: the exit status, and all that stood in the terminal."""
 
@@ -99,10 +110,12 @@ class Machine:
         self._output = directory / "output"
         self._words = [hostname, *addresses]
         self._pid = 0
+        self._groups = [group / f"chasquid-{os.getpid()}-{id(self)}" for group in own_groups()]
 
     def __enter__(self) -> Machine:
         kinds = ("--mount", "--net", "--pid", "--ipc", "--uts", "--cgroup")
-        command = [program("unshare"), *kinds, "--fork", "--kill-child"]
+        command = ["bash", "-c", _ENTER, "enter", str(len(self._groups)), *map(str, self._groups)]
+        command += [program("unshare"), *kinds, "--fork", "--kill-child"]
         command += ["bash", "-c", _BOOT, "boot", str(self._top), *self._words]
         with self._output.open("wb") as output:
             self._process = subprocess.Popen(
@@ -126,6 +139,8 @@ class Machine:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.wait()
+        for group in self._groups:
+            wait_for(f"the end of {group}", lambda group=group: _remove_group(group))
 
     def log(self) -> str:
         """Return what systemd said at the boot, and the end of the journal."""
@@ -210,3 +225,24 @@ def _wait_for_silence(terminal: int) -> None:
     end = time.monotonic() + 1
     while termios.tcgetattr(terminal)[3] & termios.ECHO and time.monotonic() < end:
         time.sleep(0.01)
+
+
+def own_groups() -> list[Path]:
+    """Return the control groups of this process that systemd looks at (cgroups(7))."""
+    top = Path("/sys/fs/cgroup")
+    unified = top if (top / "cgroup.procs").exists() else top / "unified"
+    places = {"": unified, "name=systemd": top / "systemd"}
+    entries = (
+        line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines()
+    )
+    return [Path(f"{places[kind]}{path}") for kind, path in entries if kind in places]
+
+
+def _remove_group(group: Path) -> bool:
+    """Remove a control group and those below it; False while there are processes in it."""
+    try:
+        for directory, _, _ in os.walk(group, topdown=False):
+            os.rmdir(directory)
+    except OSError:
+        return False
+    return True

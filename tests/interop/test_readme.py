@@ -235,6 +235,12 @@ def the_signature_is_good(reader: Reader, done: Done) -> None:
     assert re.search(r"\bpass\b", done.text), done.text
 
 
+def it_runs_again(reader: Reader, done: Done) -> None:
+    log = "journalctl -u chasquid"
+    wait_for("the second start", lambda: reader.sh(log).count(" starts as ") == 2)
+    reader.send("ana@example.com", "after the upgrade")
+
+
 def it_is_forgotten(reader: Reader, done: Done) -> None:
     assert "what was seen of example.net is forgotten" in done.text
 
@@ -282,6 +288,12 @@ def the_second_host_is_the_same(reader: Reader, done: Done) -> None:
     assert reader.sh("ls /srv/mx2/certs").split() == ["mx2.example.com"]
 
 
+def nothing_listens(reader: Reader, done: Done) -> None:
+    listening = reader.sh("ss -ltn")
+    assert not [port for port in (25, 465, 587) if f":{port} " in listening]
+    reader.sh("test -f /etc/chasquid.before/chasquid.conf")
+
+
 def it_was_captured(reader: Reader, done: Done) -> None:
     assert '"subject": "Welcome"' in done.text
 
@@ -294,6 +306,7 @@ AFTER: dict[str, Check] = {
     "sudo install -m 644 sample-config/systemd/* /etc/systemd/system/": it_listens,
     "swaks --server mail.example.com --to ana@example.com --from '<>'": both_arrive_in_the_inbox,
     f"sudo cat {INBOX}/FILE | chasquid dkim-verify": the_signature_is_good,
+    "sudo install -m 755 chasquid.pyz /usr/local/bin/chasquid": it_runs_again,
     "sudo -u chasquid chasquid domaininfo-remove example.net": it_is_forgotten,
     "sudo openssl x509 -in /etc/chasquid/certs/mail.example.com/fullchain.pem -noout -pubkey |": (
         it_is_a_hash
@@ -310,6 +323,8 @@ AFTER: dict[str, Check] = {
         the_second_host_is_the_same
     ),
     "python3 chasquid.pyz capture &": it_was_captured,
+    "sudo systemctl disable --now chasquid.service chasquid-smtp.socket"
+    " chasquid-submission.socket \\": nothing_listens,
 }
 
 
