@@ -133,12 +133,14 @@ class Machine:
             unavailable(f"no machine can be made here: {self.log()[-500:].strip()}")
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
         self._pid = int((children.read_text().split() or ["0"])[0])
-        up = ("running", "degraded")
-        return bool(self._pid) and self.root("systemctl is-system-running").text.strip() in up
+        # not the systemd of this system, which could be asked until the root is another
+        ask = "test -e /etc/systemd/system/test.target && systemctl is-system-running"
+        return bool(self._pid) and self.root(ask).text.strip() in ("running", "degraded")
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.wait()
+        self._pid = 0
         for group in self._groups:
             wait_for(f"the end of {group}", lambda group=group: _remove_group(group))
 
