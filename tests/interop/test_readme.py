@@ -4,7 +4,7 @@
 The machine has systemd, sudo, Dovecot, fail2ban … as Debian has them, but no network: `STAND_INS`
 are what takes the place of the world outside. A block runs as it stands, or with the words that
 `PLACEHOLDERS` names replaced, or it is in `NOT_RUN` with the reason and with what is checked
-instead. A new block that does not simply work fails the test.
+instead. A new block that does not work as it stands fails the test until it is in one of them.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import pytest
 
 from .machine import Done, Machine
 from .tools import program, wait_for
+
+T = TypeVar("T")
 
 TOP = Path(__file__).resolve().parent.parent.parent
 README = (TOP / "README.md").read_text(encoding="utf-8")
@@ -33,14 +35,14 @@ ANSWERS = {
 }
 
 STAND_INS = {
-    # The packages come from a mirror. Those that tests can do without need not be here.
+    # Everything but certbot is here already. As Debian has it, services start.
     "apt": r"""
         set -e
         [ "$1" = install ] && shift
         for package; do
             case $package in certbot) continue ;; esac
             dpkg-query -W -f '${Status}\n' "$package" | grep ' installed$'
-            systemctl start "$package.service" 2>/dev/null || true # as Debian does
+            systemctl start "$package.service" 2>/dev/null || true
         done
     """,
     # An authority that everybody trusts, and that looks the name up before it signs.
@@ -103,10 +105,6 @@ class Block(NamedTuple):
     text: str
     line: int
 
-    @property
-    def name(self) -> str:
-        return self.text.splitlines()[0]
-
 
 def blocks() -> Iterator[Block]:
     for match in re.finditer(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL):
@@ -147,14 +145,13 @@ class Reader(Machine):
     def configure(self, text: str) -> None:
         self.root("cat >> /etc/chasquid/chasquid.conf", True, text)
 
-    def send(self, recipient: str, subject: str, check: bool = True) -> None:
+    def send(self, recipient: str, subject: str) -> None:
         """Send something as ana."""
-        self.root(
+        self.sh(
             "swaks --server mail.example.com --port 587 --tls --auth PLAIN"
             f" --auth-user ana@example.com --auth-password '{PASSWORD}' --from ana@example.com"
-            f" --to {recipient} --header 'Subject: {subject}'",
-            check,
-        )  # fmt: skip
+            f" --to {recipient} --header 'Subject: {subject}'"
+        )
 
     def inbox(self) -> list[str]:
         """Return the names of ana's new messages, the oldest first."""
@@ -189,11 +186,9 @@ def a_second_host(reader: Reader) -> None:
 
 
 BEFORE: dict[str, Look] = {
-    "sudo -u chasquid chasquid domaininfo-remove example.net": a_level_is_known,
-    "sudo -u chasquid chasquid queue list         # what is waiting, and why": a_message_waits,
-    "sudo rsync -a --delete --exclude=/certs /etc/chasquid/ root@mx2.example.com:/etc/chasquid/": (
-        a_second_host
-    ),
+    "sudo -u chasquid chasquid domaininfo-remove ": a_level_is_known,
+    "sudo -u chasquid chasquid queue list ": a_message_waits,
+    "sudo rsync ": a_second_host,
 }
 
 
@@ -300,31 +295,24 @@ def it_was_captured(reader: Reader, done: Done) -> None:
 
 AFTER: dict[str, Check] = {
     "python3 build_zipapp.py && python3 chasquid.pyz try": it_was_tried,
-    "python3 build_zipapp.py": it_is_installed,
+    "python3 build_zipapp.py\n": it_is_installed,
     "sudo apt install certbot": the_certificate_is_there,
-    "sudo -u chasquid chasquid user-add ana@example.com": the_key_can_be_published,
-    "sudo install -m 644 sample-config/systemd/* /etc/systemd/system/": it_listens,
-    "swaks --server mail.example.com --to ana@example.com --from '<>'": both_arrive_in_the_inbox,
-    f"sudo cat {INBOX}/FILE | chasquid dkim-verify": the_signature_is_good,
-    "sudo install -m 755 chasquid.pyz /usr/local/bin/chasquid": it_runs_again,
-    "sudo -u chasquid chasquid domaininfo-remove example.net": it_is_forgotten,
-    "sudo openssl x509 -in /etc/chasquid/certs/mail.example.com/fullchain.pem -noout -pubkey |": (
-        it_is_a_hash
-    ),
+    "sudo -u chasquid chasquid user-add ": the_key_can_be_published,
+    "sudo install -m 644 sample-config/systemd/* ": it_listens,
+    "swaks ": both_arrive_in_the_inbox,
+    "sudo cat ": the_signature_is_good,
+    "sudo install -m 755 chasquid.pyz ": it_runs_again,
+    "sudo -u chasquid chasquid domaininfo-remove ": it_is_forgotten,
+    "sudo openssl x509 ": it_is_a_hash,
     "sudo apt install dovecot-imapd": ana_can_read,
-    "sudo install -o chasquid -m 600 /dev/null /etc/chasquid/smarthost-password": (
-        it_uses_the_smarthost
-    ),
+    "sudo install -o chasquid -m 600 /dev/null ": it_uses_the_smarthost,
     "sudo apt install rspamd": mail_passes_the_filter,
-    "sudo apt install fail2ban python3-systemd": the_jail_is_there,
-    "sudo -u chasquid chasquid queue list         # what is waiting, and why": nothing_waits,
-    "sudo chasquid explain ID": the_story_is_told,
-    "sudo rsync -a --delete --exclude=/certs /etc/chasquid/ root@mx2.example.com:/etc/chasquid/": (
-        the_second_host_is_the_same
-    ),
-    "python3 chasquid.pyz capture &": it_was_captured,
-    "sudo systemctl disable --now chasquid.service chasquid-smtp.socket"
-    " chasquid-submission.socket \\": nothing_listens,
+    "sudo apt install fail2ban ": the_jail_is_there,
+    "sudo -u chasquid chasquid queue list ": nothing_waits,
+    "sudo chasquid explain ": the_story_is_told,
+    "sudo rsync ": the_second_host_is_the_same,
+    "python3 chasquid.pyz capture ": it_was_captured,
+    "sudo systemctl disable ": nothing_listens,
 }
 
 
@@ -345,9 +333,9 @@ def logged_id(reader: Reader) -> str:
 
 
 PLACEHOLDERS: dict[str, tuple[str, Callable[[Reader], str]]] = {
-    f"sudo cat {INBOX}/FILE | chasquid dkim-verify": ("FILE", newest_file),
-    "sudo -u chasquid chasquid queue list         # what is waiting, and why": ("ID", waiting_id),
-    "sudo chasquid explain ID": ("ID", logged_id),
+    "sudo cat ": ("FILE", newest_file),
+    "sudo -u chasquid chasquid queue list ": ("ID", waiting_id),
+    "sudo chasquid explain ": ("ID", logged_id),
 }
 
 
@@ -374,21 +362,18 @@ def the_page_is_there(reader: Reader, block: Block) -> None:
 
 
 NOT_RUN: dict[str, tuple[str, Callable[[Reader, Block], None]]] = {
-    "python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && .venv/bin/pytest -n auto": (
+    "python3 -m venv ": (
         "it needs a package index, and runs the tests; .ci/run does it",
         ci_runs_the_tests,
     ),
     "#!/bin/sh": ("it is a hook, not commands", the_hook_resolves),
-    "ssh -L 1099:127.0.0.1:1099 mail.example.com": (
-        "it is typed on another computer, and lasts",
-        the_page_is_there,
-    ),
+    "ssh ": ("it is typed on another computer, and lasts", the_page_is_there),
 }
 
 # Blocks that are no commands, and are put where the text around them says.
 TEXTS: dict[str, Callable[[Reader, str], None]] = {
-    "mail.example.com.        A     192.0.2.25": lambda reader, text: reader.publish(text),
-    'smarthost: "smtp.provider.example:587"': lambda reader, text: reader.configure(text),
+    "mail.example.com.        A ": lambda reader, text: reader.publish(text),
+    "smarthost: ": lambda reader, text: reader.configure(text),
 }
 
 
@@ -410,26 +395,32 @@ def test_every_block_of_commands_can_be_typed_in_order(reader: Reader) -> None:
     for block in blocks():
         if block.language == "sh":
             follow(reader, block)
-        elif block.name in TEXTS:
-            TEXTS[block.name](reader, block.text)
+        elif put := entry(TEXTS, block):
+            put(reader, block.text)
 
 
 def follow(reader: Reader, block: Block) -> None:
-    if block.name in NOT_RUN:
-        NOT_RUN[block.name][1](reader, block)
+    if instead := entry(NOT_RUN, block):
+        instead[1](reader, block)
         return
-    if block.name in BEFORE:
-        BEFORE[block.name](reader)
+    if prepare := entry(BEFORE, block):
+        prepare(reader)
     text = block.text
-    if block.name in PLACEHOLDERS:
-        word, value = PLACEHOLDERS[block.name]
+    if placeholder := entry(PLACEHOLDERS, block):
+        word, value = placeholder
         text = re.sub(rf"\b{word}\b", value(reader), text)
     done = reader.type("me", text, ANSWERS)
     assert done.status == 0, f"README.md:{block.line}:\n{block.text}\n{done.text}"
-    if block.name in AFTER:
-        AFTER[block.name](reader, done)
+    if check := entry(AFTER, block):
+        check(reader, done)
 
 
-def test_what_is_said_here_of_blocks_is_said_of_blocks_that_are_there() -> None:
-    named = {*BEFORE, *AFTER, *PLACEHOLDERS, *NOT_RUN, *TEXTS}
-    assert named <= {block.name for block in blocks()}
+def entry(table: Mapping[str, T], block: Block) -> T | None:
+    """Return what a table has for a block: each key is how one begins."""
+    return next((value for key, value in table.items() if block.text.startswith(key)), None)
+
+
+@pytest.mark.parametrize("table", [BEFORE, AFTER, PLACEHOLDERS, NOT_RUN, TEXTS])
+def test_each_entry_of_a_table_is_for_one_block(table: Mapping[str, object]) -> None:
+    for key in table:
+        assert len([block for block in blocks() if block.text.startswith(key)]) == 1, key
