@@ -252,13 +252,15 @@ class Server:
         return [path.read_bytes() for path in paths]
 
     def queued(self, *places: str) -> list[str]:
-        """Return the files of the queue, as "new/NAME"."""
+        """Return the files of the queue, as "new/NAME", each where it was seen last."""
         queue = self.data_dir / "queue"
-        return [
-            f"{place}/{path.name}"
+        # in this order, so that a file that moves meanwhile is seen
+        found = {
+            path.name: f"{place}/{path.name}"
             for place in places or ("tmp", "new", "cur", "bad")
             for path in sorted((queue / place).iterdir())
-        ]
+        }
+        return list(found.values())
 
     @property
     def log(self) -> str:

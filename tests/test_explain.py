@@ -86,7 +86,7 @@ def test_of_a_message_that_was_delivered_the_whole_story_is_told(
 ) -> None:
     server = serve(ask=Zone({("there.example", "TXT"): ["v=spf1 ip4:127.0.0.1 -all"]}).ask)
     id = send(server, EVA, ANA)
-    wait_for(lambda: not server.queued(), "the delivery")
+    wait_for(lambda: f"{id} done after" in server.mail_log, "the delivery")
     story = teller.story(id, server.config_dir)
     head, came, went, done = story.splitlines()
     assert head == f"{id}:"
@@ -103,7 +103,7 @@ def test_of_a_message_that_was_delivered_the_whole_story_is_told(
 def test_of_what_a_user_has_sent_the_user_is_named(serve: Serve, teller: Teller) -> None:
     server = serve(remote=Far({EVA: [PASSED_ON]}))
     id = send(server, ANA, EVA)
-    wait_for(lambda: not server.queued(), "the delivery")
+    wait_for(lambda: f"{id} done after" in server.mail_log, "the delivery")
     story = teller.story(id, server.config_dir)
     assert f"Came in by submission over TLS from user {ANA}, with TLSv1.3 " in story
     assert f"For {EVA}: delivered. mx.there.example says 250 2.0.0 got it" in story
@@ -126,7 +126,7 @@ def test_of_what_waits_the_reason_and_the_next_attempt_are_told(
 def test_a_failure_and_its_notification_are_linked_both_ways(serve: Serve, teller: Teller) -> None:
     server = serve(remote=Far({EVA: [REFUSED]}))
     id = send(server, ANA, EVA)
-    wait_for(lambda: not server.queued(), "the notification")
+    wait_for(lambda: server.mail_log.count(" done after") == 2, "the notification")
     story = teller.story(id, server.config_dir)
     assert f"For {EVA}: not delivered. mx.there.example says 550 no" in story
     match = re.search(r"The sender was written to about it: (\S{13})\.", story)

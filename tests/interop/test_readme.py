@@ -1,0 +1,426 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every block of commands in README.md is typed, in its order, on a machine of its own.
+
+The machine has systemd, sudo, Dovecot, fail2ban … as Debian has them, but no network: `STAND_INS`
+are what takes the place of the world outside. A block runs as it stands, or with the words that
+`PLACEHOLDERS` names replaced, or it is in `NOT_RUN` with the reason and with what is checked
+instead. A new block that does not work as it stands fails the test until it is in one of them.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import pytest
+
+from .machine import Done, Machine
+from .tools import program, wait_for
+
+T = TypeVar("T")
+
+TOP = Path(__file__).resolve().parent.parent.parent
+README = (TOP / "README.md").read_text(encoding="utf-8")
+INBOX = "/var/lib/chasquid/mail/example.com/ana/new"
+PASSWORD = "a good password"
+
+# What is typed where a program asks.
+ANSWERS = {
+    r"(?:password|once more|retype.*):": f"{PASSWORD}\n",
+    r"Ctrl-C ends\.": "\x03",
+}
+
+STAND_INS = {
+    # Everything but certbot is here already. As Debian has it, services start.
+    "apt": r"""
+        set -e
+        [ "$1" = install ] && shift
+        for package; do
+            case $package in certbot) continue ;; esac
+            dpkg-query -W -f '${Status}\n' "$package" | grep ' installed$'
+            systemctl start "$package.service" 2>/dev/null || true
+        done
+    """,
+    # An authority that everybody trusts, and that looks the name up before it signs.
+    "certbot": r"""
+        set -e
+        [ "$1 $2 $3 $5" = "certonly --standalone -d --deploy-hook" ]
+        [ "$(getent ahostsv4 "$4" | head -n 1 | cut -d ' ' -f 1)" = 192.0.2.25 ] ||
+            { echo "the challenge for $4 has failed: it has no address" >&2; exit 1; }
+        export RENEWED_LINEAGE=/etc/letsencrypt/live/$4
+        mkdir -p "$RENEWED_LINEAGE" && cd "$RENEWED_LINEAGE"
+        openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout privkey.pem \
+            -subj "/CN=$4" -addext "subjectAltName=DNS:$4" -out request.pem 2>/dev/null
+        openssl x509 -req -in request.pem -CA /root/ca.pem -CAkey /root/ca.key -days 90 \
+            -copy_extensions copy -out fullchain.pem 2>/dev/null
+        exec "$6"
+    """,
+    # A person, who knows what is to be written into a file.
+    "editor": r"""
+        case $1 in
+            *-password) echo secret > "$1" ;;
+            *) test -s "$1" ;;
+        esac
+    """,
+    # A second host, whose /etc/chasquid is elsewhere.
+    "ssh": r"""
+        [ "$1 $2 $3" = "-l root mx2.example.com" ] && shift 3
+        exec unshare -m sh -c 'mount --bind /srv/mx2 /etc/chasquid && exec "$@"' sh "$@"
+    """,
+}
+
+CA = """\
+openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj "/CN=Test CA" \
+    -addext basicConstraints=critical,CA:TRUE -keyout /root/ca.key -out /root/ca.pem 2>/dev/null
+cp /root/ca.pem /usr/local/share/ca-certificates/test.crt
+update-ca-certificates >/dev/null
+"""
+
+# Everything below the root, so that a name that is not there does not exist.
+NAME_SERVER = """\
+server:
+  ip-address: 127.0.0.1
+  username: ""
+  database: ""
+  pidfile: ""
+  server-count: 1
+  zonesdir: /etc/nsd
+remote-control:
+  control-enable: no
+zone:
+  name: "."
+  zonefile: test.zone
+"""
+ZONE = "$ORIGIN .\n$TTL 60\n. SOA ns. me. 1 3600 600 86400 60\n. NS ns.\nns. A 127.0.0.1\n"
+
+
+class Block(NamedTuple):
+    """A fenced block of README.md."""
+
+    language: str
+    text: str
+    line: int
+
+
+def blocks() -> Iterator[Block]:
+    for match in re.finditer(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL):
+        yield Block(match[1], match[2], README.count("\n", 0, match.start()) + 1)
+
+
+class Reader(Machine):
+    """The machine of somebody who does what README.md says."""
+
+    def prepare(self) -> None:
+        self.root(CA, True)
+        for name, text in STAND_INS.items():
+            path = f"/usr/local/bin/{name}"
+            self.root(f"cat > {path} && chmod 755 {path}", True, f"#!/bin/bash\n{text}")
+        self.root("useradd -m -s /bin/bash -G sudo me", True)
+        rules = "me ALL=(ALL) NOPASSWD: ALL\nDefaults env_keep += SYSTEMD_PAGER\n"
+        self.root("cat > /etc/sudoers.d/me", True, rules)
+        self.root("cat > /etc/hosts", True, "127.0.0.1 localhost mail\n::1 localhost\n")
+        self.root("rm -f /etc/resolv.conf; echo nameserver 127.0.0.1 > /etc/resolv.conf", True)
+        self.root("mkdir -p /etc/nsd && cat > /etc/nsd/test.conf", True, NAME_SERVER)
+        self.zone = ZONE
+        self.publish("")
+        self.copy(TOP, "/home/me/chasquid", "./.git", "./.venv", "./chasquid.pyz")
+        self.root("chown -R me: /home/me", True)
+
+    def publish(self, records: str) -> None:
+        """Put records into the DNS."""
+        self.zone += records
+        self.root("cat > /etc/nsd/test.zone", True, self.zone)
+        self.root("systemctl stop names.service 2>/dev/null; systemctl reset-failed")
+        self.root("systemd-run --unit names nsd -d -c /etc/nsd/test.conf", True)
+        wait_for("the name server", lambda: self.root("getent hosts ns.").status == 0)
+
+    def sh(self, command: str) -> str:
+        """Return what a command of root's prints; it must succeed."""
+        return self.root(command, True).text
+
+    def configure(self, text: str) -> None:
+        self.root("cat >> /etc/chasquid/chasquid.conf", True, text)
+
+    def send(self, recipient: str, subject: str) -> None:
+        """Send something as ana."""
+        self.sh(
+            "swaks --server mail.example.com --port 587 --tls --auth PLAIN"
+            f" --auth-user ana@example.com --auth-password '{PASSWORD}' --from ana@example.com"
+            f" --to {recipient} --header 'Subject: {subject}'"
+        )
+
+    def inbox(self) -> list[str]:
+        """Return the names of ana's new messages, the oldest first."""
+        return self.sh(f"ls -rt {INBOX}").split()
+
+    def waiting(self) -> list[str]:
+        """Return the ids of what is in the queue."""
+        return re.findall(r"^[a-z2-7]{13}\b", self.sh("chasquid queue list"), re.MULTILINE)
+
+
+Look = Callable[[Reader], None]
+Check = Callable[[Reader, Done], None]
+
+
+# --- what is done before a block, and what must hold after it ---
+
+
+def a_level_is_known(reader: Reader) -> None:
+    path = "/var/lib/chasquid/domaininfo/s:example.net"
+    text = 'name: "example.net"\nincoming_sec_level: TLS_CLIENT\n'
+    reader.root(f"install -d -o chasquid -g chasquid $(dirname {path}); cat > {path}", True, text)
+    reader.root(f"chown chasquid: {path}", True)
+
+
+def a_message_waits(reader: Reader) -> None:
+    reader.send("someone@example.net", "waits")
+    wait_for("the message in the queue", reader.waiting)
+
+
+def a_second_host(reader: Reader) -> None:
+    reader.sh("mkdir -p /srv/mx2/certs/mx2.example.com /srv/mx2/domains/old.example")
+
+
+BEFORE: dict[str, Look] = {
+    "sudo -u chasquid chasquid domaininfo-remove ": a_level_is_known,
+    "sudo -u chasquid chasquid queue list ": a_message_waits,
+    "sudo rsync ": a_second_host,
+}
+
+
+def it_was_tried(reader: Reader, done: Done) -> None:
+    assert "for trying things out in /home/me/.local/share/chasquid-try" in done.text
+
+
+def it_is_installed(reader: Reader, done: Done) -> None:
+    assert reader.sh("chasquid version").startswith("chasquid ")
+
+
+def the_certificate_is_there(reader: Reader, done: Done) -> None:
+    listing = reader.sh("stat -c '%U %G %a' /etc/chasquid/certs/mail.example.com/privkey.pem")
+    assert listing == "root chasquid 640\n"
+
+
+def the_key_can_be_published(reader: Reader, done: Done) -> None:
+    record = reader.sh("sudo -u chasquid chasquid dkim-dns example.com")
+    assert "_domainkey.example.com." in record
+    assert re.sub(r"\s", "", record) in re.sub(r"\s", "", done.text)
+    reader.publish(record)
+
+
+def it_listens(reader: Reader, done: Done) -> None:
+    assert "listening for submission over TLS" in done.text
+    assert "certificates: mail.example.com" in done.text and "warning" not in done.text
+    for port in (25, 465, 587):
+        assert f":{port} " in reader.sh("ss -ltn")
+
+
+def both_arrive_in_the_inbox(reader: Reader, done: Done) -> None:
+    assert "Verification: OK" in done.text
+    wait_for("both messages", lambda: len(reader.inbox()) == 2)
+    assert reader.root(f"ls {INBOX}/../.Junk").status != 0
+    assert "Return-Path: <>" in reader.sh(f"cat {INBOX}/{reader.inbox()[0]}")
+
+
+def the_signature_is_good(reader: Reader, done: Done) -> None:
+    assert re.search(r"\bpass\b", done.text), done.text
+
+
+def it_runs_again(reader: Reader, done: Done) -> None:
+    log = "journalctl -u chasquid"
+    wait_for("the second start", lambda: reader.sh(log).count(" starts as ") == 2)
+    reader.send("ana@example.com", "after the upgrade")
+
+
+def it_is_forgotten(reader: Reader, done: Done) -> None:
+    assert "what was seen of example.net is forgotten" in done.text
+
+
+def it_is_a_hash(reader: Reader, done: Done) -> None:
+    assert re.search(r"^[0-9a-f]{64}\b", done.text, re.MULTILINE)
+
+
+def ana_can_read(reader: Reader, done: Done) -> None:
+    fetch = (
+        f"curl -sS --user 'ana@example.com:{PASSWORD}' 'imaps://mail.example.com/INBOX;MAILINDEX=1'"
+    )
+    assert "Return-Path: <>" in reader.sh(fetch)
+
+
+def it_uses_the_smarthost(reader: Reader, done: Done) -> None:
+    log = wait_for(
+        "the start",
+        lambda: "through smtp.provider.example:587" in reader.sh("journalctl -u chasquid"),
+    )
+    assert log
+
+
+def mail_passes_the_filter(reader: Reader, done: Done) -> None:
+    before = len(reader.inbox())
+    reader.send("ana@example.com", "filtered")
+    wait_for("the message", lambda: len(reader.inbox()) > before)
+
+
+def the_jail_is_there(reader: Reader, done: Done) -> None:
+    status = "fail2ban-client status chasquid"
+    wait_for("the jail", lambda: "Journal matches:" in reader.root(status).text)
+
+
+def nothing_waits(reader: Reader, done: Done) -> None:
+    assert reader.waiting() == []
+
+
+def the_story_is_told(reader: Reader, done: Done) -> None:
+    assert "Came in by submission" in done.text
+
+
+def the_second_host_is_the_same(reader: Reader, done: Done) -> None:
+    reader.sh("diff -r --exclude=certs /etc/chasquid /srv/mx2")
+    assert reader.sh("ls /srv/mx2/certs").split() == ["mx2.example.com"]
+
+
+def nothing_listens(reader: Reader, done: Done) -> None:
+    listening = reader.sh("ss -ltn")
+    assert not [port for port in (25, 465, 587) if f":{port} " in listening]
+    reader.sh("test -f /etc/chasquid.before/chasquid.conf")
+
+
+def it_was_captured(reader: Reader, done: Done) -> None:
+    assert '"subject": "Welcome"' in done.text
+
+
+AFTER: dict[str, Check] = {
+    "python3 build_zipapp.py && python3 chasquid.pyz try": it_was_tried,
+    "python3 build_zipapp.py\n": it_is_installed,
+    "sudo apt install certbot": the_certificate_is_there,
+    "sudo -u chasquid chasquid user-add ": the_key_can_be_published,
+    "sudo install -m 644 sample-config/systemd/* ": it_listens,
+    "swaks ": both_arrive_in_the_inbox,
+    "sudo cat ": the_signature_is_good,
+    "sudo install -m 755 chasquid.pyz ": it_runs_again,
+    "sudo -u chasquid chasquid domaininfo-remove ": it_is_forgotten,
+    "sudo openssl x509 ": it_is_a_hash,
+    "sudo apt install dovecot-imapd": ana_can_read,
+    "sudo install -o chasquid -m 600 /dev/null ": it_uses_the_smarthost,
+    "sudo apt install rspamd": mail_passes_the_filter,
+    "sudo apt install fail2ban ": the_jail_is_there,
+    "sudo -u chasquid chasquid queue list ": nothing_waits,
+    "sudo chasquid explain ": the_story_is_told,
+    "sudo rsync ": the_second_host_is_the_same,
+    "python3 chasquid.pyz capture ": it_was_captured,
+    "sudo systemctl disable ": nothing_listens,
+}
+
+
+# --- words that a person replaces ---
+
+
+def newest_file(reader: Reader) -> str:
+    return reader.inbox()[-1]
+
+
+def waiting_id(reader: Reader) -> str:
+    return reader.waiting()[0]
+
+
+def logged_id(reader: Reader) -> str:
+    log = reader.sh("journalctl -u chasquid")
+    return re.findall(r"([a-z2-7]{13}) from=<ana@example.com>.* queued", log)[-1]
+
+
+PLACEHOLDERS: dict[str, tuple[str, Callable[[Reader], str]]] = {
+    "sudo cat ": ("FILE", newest_file),
+    "sudo -u chasquid chasquid queue list ": ("ID", waiting_id),
+    "sudo chasquid explain ": ("ID", logged_id),
+}
+
+
+# --- blocks that are not typed ---
+
+
+def ci_runs_the_tests(reader: Reader, block: Block) -> None:
+    grep = "command=$(grep -m 1 '^python3 -m venv \\.venv &&' README.md)"
+    assert grep in (TOP / ".ci" / "run").read_text()
+
+
+def the_hook_resolves(reader: Reader, block: Block) -> None:
+    reader.root("cat > /etc/chasquid/hooks/alias-resolve", True, block.text)
+    reader.sh("chmod 755 /etc/chasquid/hooks/alias-resolve")
+    resolved = reader.sh("sudo -u chasquid chasquid aliases-resolve team@example.com")
+    assert "ana@example.com" in resolved
+
+
+def the_page_is_there(reader: Reader, block: Block) -> None:
+    address = re.findall(r"-L 1099:(\S+) ", block.text)[0]
+    reader.configure(f'monitoring_address: "{address}"\n')
+    reader.sh("systemctl restart chasquid")
+    assert "chasquid" in reader.sh(f"curl -sS http://{address}/")
+
+
+NOT_RUN: dict[str, tuple[str, Callable[[Reader, Block], None]]] = {
+    "python3 -m venv ": (
+        "it needs a package index, and runs the tests; .ci/run does it",
+        ci_runs_the_tests,
+    ),
+    "#!/bin/sh": ("it is a hook, not commands", the_hook_resolves),
+    "ssh ": ("it is typed on another computer, and lasts", the_page_is_there),
+}
+
+# Blocks that are no commands, and are put where the text around them says.
+TEXTS: dict[str, Callable[[Reader, str], None]] = {
+    "mail.example.com.        A ": lambda reader, text: reader.publish(text),
+    "smarthost: ": lambda reader, text: reader.configure(text),
+}
+
+
+@pytest.fixture
+def reader(start, request: pytest.FixtureRequest) -> Reader:
+    for name in ("sudo", "nsd", "rsync", "dovecot", "fail2ban-client", "swaks", "ip"):
+        program(name)
+    if not list((TOP / ".cache").glob("*.whl")):  # the machine has no network
+        output = request.getfixturevalue("tmp_path") / "chasquid.pyz"
+        subprocess.run(
+            [sys.executable, str(TOP / "build_zipapp.py"), "--output", str(output)], check=True
+        )
+    machine = start(Reader, "mail", "192.0.2.25/32", "2001:db8::25/128")
+    machine.prepare()
+    return machine
+
+
+def test_every_block_of_commands_can_be_typed_in_order(reader: Reader) -> None:
+    for block in blocks():
+        if block.language == "sh":
+            follow(reader, block)
+        elif put := entry(TEXTS, block):
+            put(reader, block.text)
+
+
+def follow(reader: Reader, block: Block) -> None:
+    if instead := entry(NOT_RUN, block):
+        instead[1](reader, block)
+        return
+    if prepare := entry(BEFORE, block):
+        prepare(reader)
+    text = block.text
+    if placeholder := entry(PLACEHOLDERS, block):
+        word, value = placeholder
+        text = re.sub(rf"\b{word}\b", value(reader), text)
+    done = reader.type("me", text, ANSWERS)
+    assert done.status == 0, f"README.md:{block.line}:\n{block.text}\n{done.text}"
+    if check := entry(AFTER, block):
+        check(reader, done)
+
+
+def entry(table: Mapping[str, T], block: Block) -> T | None:
+    """Return what a table has for a block: each key is how one begins."""
+    return next((value for key, value in table.items() if block.text.startswith(key)), None)
+
+
+@pytest.mark.parametrize("table", [BEFORE, AFTER, PLACEHOLDERS, NOT_RUN, TEXTS])
+def test_each_entry_of_a_table_is_for_one_block(table: Mapping[str, object]) -> None:
+    for key in table:
+        assert len([block for block in blocks() if block.text.startswith(key)]) == 1, key
