@@ -1097,6 +1097,9 @@ class Dialogue:
         self._limit = limit
         self.open = True
         self.client_spoke = False
+        self.sender = ""  # of the last transaction, with "<" and ">"
+        self.recipients: list[str] = []
+        self.outcome = ""  # of the last transaction, or why the last command was refused
         self.lines: list[str] = []
 
     def add(self, who: str, text: str) -> None:
@@ -9150,6 +9153,7 @@ _FROM_LIMIT = 8192  # octets of a From field
 _AUTH_SECONDS = 0.5  # a login that fails takes at least this long
 _PASSWORD_SLOTS = 2  # passwords checked at a time; each takes a processor
 _CHALLENGE_LIMIT = 12_288  # octets of an AUTH answer; RFC 4954, 4
+_DIALOGUE_RECIPIENTS = 10  # of a transaction, that the status page shows
 _HTTP_VERBS = frozenset(
     ("GET", "POST", "PUT", "HEAD", "CONNECT", "OPTIONS", "DELETE", "PATCH", "TRACE")
 )
@@ -9817,6 +9821,7 @@ class Session:
         if not reply.is_error:
             return reply
         self.site.record.count("rejections", str(reply.code))
+        self.dialogue.outcome = f"refused: {reply}"
         about = self._about if self._verb in ("MAIL", "RCPT", "DATA", "BDAT") else ""
         self._log(f"rejected{about}: {reply}")
         if reply.close or reply.status == "4.5.3" or (self._verb == "RCPT" and reply.code == 450):
@@ -9917,6 +9922,7 @@ class Session:
                 await self.site.levels.saw_incoming(domain, self.stream.tls is not None)
             except Exception as error:  # the message is ours, whatever comes of this
                 self.site.record.crash(f"security level of {domain}", error)
+        self.dialogue.outcome = f"accepted as {draft.id}"
         return Reply(250, "2.0.0", f"accepted as {draft.id}")
 
     # --- HELO, EHLO, STARTTLS ---
@@ -10062,6 +10068,8 @@ class Session:
         self._count(self.site.limits.message)
         spf = Spf("none") if self.user else await self.check_sender(sender)
         self.transaction = Transaction(sender, parameters, spf)
+        self.dialogue.sender, self.dialogue.recipients = f"<{sender}>", []
+        self.dialogue.outcome = ""
         return Reply(250, "2.1.0", "the sender is accepted")
 
     def _check_parameters(self, parameters: Mapping[str, str]) -> None:
@@ -10124,6 +10132,8 @@ class Session:
         for target in await self.targets(address):
             self.transaction.addressees[target, address] = Addressee(target, address, wish)
         self.transaction.recipient_count += 1
+        if len(self.dialogue.recipients) < _DIALOGUE_RECIPIENTS:
+            self.dialogue.recipients.append(address)
         return Reply(250, "2.1.5", "the recipient is accepted")
 
     def _wish(self, parameters: Mapping[str, str], utf8: bool) -> Wish:
@@ -10447,33 +10457,94 @@ _PLAIN_METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metric(NamedTuple):
-    """How a counter of RECORD is told to Prometheus: its labels after the first word."""
+    """How a counter of RECORD is told to Prometheus: its labels after the first word.
+
+    `known` are the values of labels that are told of from the start, as 0: an alarm on a rate
+    would miss the first event of a series that begins with it.
+    """
 
     name: str
     help: str
     labels: tuple[str, ...] = ()
+    known: tuple[tuple[str, ...], ...] = ()
 
 
+def _each(*values: str) -> tuple[tuple[str, ...], ...]:
+    return tuple((value,) for value in values)
+
+
+_CHECK_RESULTS = ("pass", "fail", "softfail", "neutral", "none", "temperror", "permerror")
 METRICS = {
-    "connections": Metric("connections", "Connections that came in.", ("port",)),
-    "commands": Metric("commands", "Commands of clients.", ("verb",)),
-    "rejections": Metric("rejections", "Replies that refused something.", ("code",)),
-    "logins": Metric("logins", "Logins.", ("result",)),
-    "limits": Metric("limits", "Refusals because of a limit.", ("limit",)),
-    "messages": Metric("messages", "Messages accepted into the queue.", ("state",)),
-    "deliveries": Metric("deliveries", "Attempts, for each recipient.", ("route", "result")),
-    "notifications": Metric("notifications", "Notifications sent.", ("kind",)),
-    "spf": Metric("spf", "Results of SPF.", ("result",)),
-    "dkim": Metric("dkim", "Results of DKIM, for each signature.", ("result",)),
-    "dkim signatures": Metric("dkim_signatures", "Messages signed.", ("state",)),
-    "dmarc": Metric("dmarc", "Results of DMARC.", ("result",)),
-    "security levels": Metric(
-        "security_levels", "Levels seen, and refused downgrades.", ("direction", "level")
+    "connections": Metric(
+        "connections", "Connections that came in.", ("port",),
+        _each("smtp", "submission", "submission over TLS", "refused"),
     ),
-    "mta-sts": Metric("mta_sts", "MTA-STS policies.", ("result",)),
-    "post-data": Metric("post_data", "Runs of the post-data hook.", ("status",)),
+    "commands": Metric(
+        "commands", "Commands of clients.", ("verb",),
+        _each("HELO", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "BDAT", "RSET", "NOOP",
+              "VRFY", "EXPN", "HELP", "QUIT"),
+    ),
+    "rejections": Metric(
+        "rejections", "Replies that refused something.", ("code",),
+        _each("421", "450", "451", "452", "454", "500", "501", "502", "503", "504", "521", "530",
+              "535", "538", "550", "552", "553", "554", "555"),
+    ),
+    "logins": Metric(
+        "logins", "Logins.", ("result",), _each("succeeded", "failed", "not checked")
+    ),
+    "limits": Metric(
+        "limits", "Refusals because of a limit.", ("limit",), _each("connections", "rate")
+    ),
+    "messages": Metric(
+        "messages", "Messages accepted into the queue.", ("state",), _each("queued")
+    ),
+    "deliveries": Metric(
+        "deliveries", "Attempts, for each recipient.", ("route", "result"),
+        tuple(itertools.product(
+            ("local", "pipe", "mx", "via", "smarthost"), ("sent", "deferred", "failed")
+        )),
+    ),
+    "notifications": Metric(
+        "notifications", "Notifications sent.", ("kind",),
+        _each("failed", "delayed", "delivered", "relayed"),
+    ),
+    "spf": Metric("spf", "Results of SPF.", ("result",), _each(*_CHECK_RESULTS)),
+    "dkim": Metric(
+        "dkim", "Results of DKIM, for each signature.", ("result",),
+        _each("pass", "fail", "policy", "neutral", "none", "temperror", "permerror"),
+    ),
+    "dkim signatures": Metric("dkim_signatures", "Messages signed.", ("state",), _each("made")),
+    "dmarc": Metric(
+        "dmarc", "Results of DMARC.", ("result",),
+        _each("pass", "fail", "none", "temperror", "permerror"),
+    ),
+    "security levels": Metric(
+        "security_levels", "Levels seen, and refused downgrades.", ("direction", "level"),
+        (("in", "PLAIN"), ("in", "TLS_CLIENT"), ("out", "PLAIN"), ("out", "TLS_INSECURE"),
+         ("out", "TLS_SECURE"), ("refused", "in"), ("refused", "out")),
+    ),
+    "mta-sts": Metric("mta_sts", "MTA-STS policies.", ("result",), _each("fetched", "failed")),
+    "post-data": Metric(
+        "post_data", "Runs of the post-data hook.", ("status",), _each("0", "1", "20")
+    ),
     "crashes": Metric("crashes", "Errors that nobody foresaw; see the log."),
-}
+}  # fmt: skip
+
+
+class CertificateLine(NamedTuple):
+    """A certificate, for people and alarms: its directory, names, and end (since 1970)."""
+
+    directory: str
+    names: tuple[str, ...]
+    expires: float
+
+
+class DomainLine(NamedTuple):
+    """A domain, for people: how many users it has, and the selectors of its DKIM keys."""
+
+    name: str
+    users: int
+    selectors: tuple[str, ...]
 
 
 class QueueLine(NamedTuple):
@@ -10500,6 +10571,11 @@ class Status(NamedTuple):
     dialogues: tuple[Dialogue, ...]
     config: str
     queued: int = 0  # messages in the queue, of which `queue` need not have all
+    oldest: float = 0.0  # seconds that the oldest message in the queue has waited
+    reloaded: tuple[float, bool] = (0.0, True)  # when files were last read, and if all were good
+    problems: tuple[str, ...] = ()
+    certificates: tuple[CertificateLine, ...] = ()
+    domains: tuple[DomainLine, ...] = ()
 
 
 class Monitor:
@@ -10566,8 +10642,13 @@ def metrics(status: Status, open_metrics: bool) -> str:
     """Return the counters in OpenMetrics 1.0, or in Prometheus' older text format."""
     lines: list[str] = []
 
-    def tell(metric: Metric, kind: str, samples: Iterable[tuple[tuple[str, ...], float]]) -> None:
-        name = f"chasquid_{metric.name}"
+    def tell(
+        metric: Metric,
+        kind: str,
+        samples: Iterable[tuple[tuple[str, ...], float]],
+        prefix: str = "chasquid_",
+    ) -> None:
+        name = f"{prefix}{metric.name}"
         full = f"{name}_total" if kind == "counter" else name
         family = name if open_metrics else full
         lines.extend([f"# TYPE {family} {kind}", f"# HELP {family} {metric.help}"])
@@ -10578,7 +10659,9 @@ def metrics(status: Status, open_metrics: bool) -> str:
             )
             lines.append(f"{full}{{{labels}}} {value:.16g}" if labels else f"{full} {value:.16g}")
 
-    by_name: dict[str, dict[tuple[str, ...], float]] = {name: {} for name in METRICS}
+    by_name: dict[str, dict[tuple[str, ...], float]] = {
+        name: dict.fromkeys(metric.known, 0.0) for name, metric in METRICS.items()
+    }
     for (name, *values), count in status.counters.items():
         if name in METRICS:
             padded = (*values, *[""] * len(METRICS[name].labels))[: len(METRICS[name].labels)]
@@ -10592,13 +10675,46 @@ def metrics(status: Status, open_metrics: bool) -> str:
         "gauge",
         [((), max(status.queued, len(status.queue)))],
     )
+    reloaded, good = status.reloaded
+    for name, help, value in (
+        ("queue_oldest_seconds", "How long the oldest message has waited.", status.oldest),
+        ("start_time_seconds", "When the server started, since 1970.", status.started),
+        ("reload_time_seconds", "When files were last read again, since 1970.", reloaded),
+        ("reload_success", "Whether all that was read was good.", float(good)),
+        ("configuration_problems", "Domains and certificates with a mistake; see the log.",
+         len(status.problems)),
+    ):  # fmt: skip
+        tell(Metric(name, help), "gauge", [((), value)])
     tell(
-        Metric("start_time_seconds", "When the server started, since 1970."), "gauge",
-        [((), status.started)],
-    )  # fmt: skip
+        Metric("certificate_expiry_seconds", "When a certificate expires, since 1970.", ("name",)),
+        "gauge",
+        [((one.directory,), one.expires) for one in status.certificates],
+    )
+    for name, kind, help, value in _process_metrics():
+        tell(Metric(name, help), kind, [((), value)], prefix="")
     version = Metric("build_info", "The version of the server.", ("version", "python"))
     tell(version, "gauge", [((__version__, sys.version.split()[0]), 1)])
     return "\n".join(lines) + "\n" + ("# EOF\n" if open_metrics else "")
+
+
+def _process_metrics() -> Iterator[tuple[str, str, str, float]]:
+    """Yield what Prometheus' own clients tell of a process: name, kind, help, value."""
+    import resource
+
+    open_files, memory = 0, 0
+    with contextlib.suppress(OSError):
+        open_files = len(os.listdir("/dev/fd"))
+    with (
+        contextlib.suppress(OSError, ValueError, IndexError),
+        open("/proc/self/statm", encoding="ascii") as file,
+    ):
+        memory = int(file.read().split()[1]) * resource.getpagesize()
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    yield "process_resident_memory_bytes", "gauge", "Memory in use.", memory
+    yield "process_open_fds", "gauge", "Open descriptors.", open_files
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    yield "process_max_fds", "gauge", "How many descriptors there may be.", most
+    yield "process_cpu_seconds", "counter", "Processor time.", usage.ru_utime + usage.ru_stime
 
 
 def _label(text: str) -> str:
@@ -10650,12 +10766,43 @@ def page(status: Status) -> str:
         *(map(_dialogue, reversed(status.dialogues)) if status.dialogues else ["<p>None.</p>"]),
         "<h2>Counters</h2>",
         _counters(status),
+        "<h2>Domains</h2>",
+        *(map(_domain, status.domains) if status.domains else ["<p>None.</p>"]),
+        "<h2>Certificates</h2>",
+        *(
+            (_certificate(one, status.now) for one in status.certificates)
+            if status.certificates
+            else ["<p>None: TLS is off, and nobody can log in.</p>"]
+        ),
         "<h2>Server</h2>",
+        f"<p>files last read {_clock_text(status.reloaded[0])}</p>",
+        *(f"<p class=bad>{html_text(problem)}</p>" for problem in status.problems),
         *(f"<p>listening for {html_text(one)}</p>" for one in status.listening),
         f"<details><summary>Configuration</summary><pre>{html_text(status.config)}</pre></details>",
         "<p class=soft><a href=metrics>metrics</a> · <a href=health>health</a></p></html>",
     ]
     return "\n".join(parts)
+
+
+def _clock_text(moment: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(moment))
+
+
+def _domain(line: DomainLine) -> str:
+    keys = ", ".join(line.selectors)
+    signed = f"signed with {html_text(keys)}" if keys else "<span class=wait>not signed</span>"
+    return f"<p><b>{html_text(line.name)}</b> {plural(line.users, 'user')}, {signed}</p>"
+
+
+def _certificate(line: CertificateLine, now: float) -> str:
+    days = (line.expires - now) / 86400
+    kind = "bad" if days < 0 else "wait" if days < 14 else "good"
+    until = time.strftime("%Y-%m-%d", time.gmtime(line.expires))
+    names = ", ".join(line.names)
+    return (
+        f"<p><b>{html_text(line.directory)}</b> for {html_text(names)}, "
+        f"<span class={kind}>{'expired on' if days < 0 else 'until'} {until}</span></p>"
+    )
 
 
 def _tiles(status: Status) -> str:
@@ -10706,11 +10853,17 @@ def _dialogue(dialogue: Dialogue) -> str:
         f"<span{' class=bad' if re.match('S: [45]', line) else ''}>{html_text(line)}</span>"
         for line in dialogue.lines
     )
-    how = "under way" if dialogue.open else "ended"
+    how = "under way, " if dialogue.open else ""
+    began = time.strftime("%H:%M:%S UTC", time.gmtime(dialogue.began))
+    envelope = dialogue.sender
+    if dialogue.recipients:
+        envelope += f" to {', '.join(dialogue.recipients)}"
+    kind = "bad" if dialogue.outcome.startswith("refused") else "good"
     return (
-        f"<details><summary>{html_text(time.strftime('%H:%M:%S', time.gmtime(dialogue.began)))} "
-        f"{html_text(dialogue.port)} {html_text(dialogue.peer)} <span class=soft>{how}, "
-        f"{plural(len(dialogue.lines), 'line')}</span></summary><pre>{lines}</pre></details>"
+        f"<details><summary>{began} {html_text(dialogue.port)} {html_text(dialogue.peer)} "
+        f"{html_text(envelope)} <span class={kind}>{html_text(dialogue.outcome)}</span> "
+        f"<span class=soft>{how}{plural(len(dialogue.lines), 'line')}</span></summary>"
+        f"<pre>{lines}</pre></details>"
     )
 
 
@@ -11140,6 +11293,17 @@ class Daemon:
             tuple(self.record.dialogues),
             config_text(self.config),
             len(self.queue.items),
+            max((now - item.envelope.received for item in self.queue.items.values()), default=0.0),
+            self._reloaded,
+            tuple(self.problems),
+            tuple(
+                CertificateLine(one.directory, tuple(sorted(one.names)), one.expires)
+                for one in self._certificates.loaded.values()
+            ),
+            tuple(
+                DomainLine(name, len(domain.users), tuple(key.selector for key in domain.keys))
+                for name, domain in self._domains.each.items()
+            ),
         )
 
     def _queue_settings(self) -> QueueSettings:

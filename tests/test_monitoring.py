@@ -10,6 +10,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -658,3 +659,54 @@ def test_the_page_is_shown_under_no_name_that_a_stranger_made(
     request = f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
     answer = send(monitored(serve), request)
     assert answer.startswith(b"HTTP/1.1 200 " if shown else b"HTTP/1.1 421 ")
+
+
+class Later:
+    """A courier that never gets anything done."""
+
+    async def deliver(self, shipment: Shipment, targets: Sequence[Target]) -> list[Result]:
+        return [Result(DEFERRED, "4.0.0", "later")] * len(targets)
+
+
+def test_counters_exist_before_the_first_event(serve: Serve) -> None:
+    found = parse_metrics(ask(monitored(serve), "/metrics")[2], False)
+    for sample in (
+        'chasquid_deliveries_total{route="mx",result="failed"}',
+        'chasquid_logins_total{result="failed"}',
+        'chasquid_rejections_total{code="550"}',
+        'chasquid_spf_total{result="fail"}',
+        'chasquid_limits_total{limit="rate"}',
+    ):
+        assert found[sample] == 0
+
+
+def test_metrics_tell_of_the_process_the_queue_the_last_reload_and_certificates(
+    serve: Serve,
+) -> None:
+    server = monitored(serve, remote=Later())
+    mail(server, "ana@here.example", "eva@there.example", login=True)
+    wait_for(lambda: "next attempt" in server.mail_log, "the first attempt")
+    found = parse_metrics(ask(server, "/metrics")[2], False)
+    assert found["process_resident_memory_bytes"] > 1e6
+    assert 3 < found["process_open_fds"] <= found["process_max_fds"]
+    assert found["process_cpu_seconds_total"] > 0
+    assert found["chasquid_queue_oldest_seconds"] > 0
+    assert found["chasquid_reload_success"] == 1
+    assert abs(found["chasquid_reload_time_seconds"] - time.time()) < 3600
+    assert found[f'chasquid_certificate_expiry_seconds{{name="{HOST}"}}'] > time.time()
+    path = server.write("domains/bad.example/users", b"oops")
+    server.daemon.reload()
+    wait_for(lambda: str(path) in server.log, "the complaint")
+    found = parse_metrics(ask(server, "/metrics")[2], False)
+    assert found["chasquid_reload_success"] == 0
+    assert found["chasquid_configuration_problems"] == 1
+
+
+def test_the_page_tells_of_envelopes_outcomes_domains_and_certificates(serve: Serve) -> None:
+    server = monitored(serve)
+    mail(server, "eva@there.example", "ana@here.example")
+    page = ask(server, "/")[2]
+    assert "&lt;eva@there.example&gt; to ana@here.example <span class=good>accepted as " in page
+    assert " UTC smtp 127.0.0.1 " in page
+    assert "<b>here.example</b> 2 users, <span class=wait>not signed</span>" in page
+    assert f"<b>{HOST}</b> for {HOST}, <span class=good>until 2" in page
