@@ -11711,10 +11711,11 @@ class Daemon:
         names: list[str] = []
         for domain in self._domains.each:
             try:
-                found = await self._names_out.mail_exchangers(domain_to_ascii(domain))
-            except (TemporaryFailure, PermanentFailure, ValueError):
+                answer = await self._names_out.query(domain_to_ascii(domain), "MX")
+            except (TemporaryFailure, ValueError):
                 continue
-            hosts = [host for _, host in found if host != domain]
+            hosts = [record.split(" ")[-1].rstrip(".").lower() for record in answer.records]
+            hosts = [host for host in hosts if host]
             covered = [
                 host
                 for host in hosts

@@ -791,7 +791,8 @@ def test_what_our_users_send_is_not_judged(serve: Serve) -> None:
     for message in server.mail("ana"):
         assert "Authentication-Results" not in parsed(message)
     assert len(server.mail("ana")) == 2
-    assert zone.asked == []
+    # which certificates it needs is asked for at the start
+    assert set(zone.asked) <= {("here.example", "MX")}
     assert not any(name[0] == "dmarc" for name in server.daemon.record.counters)
 
 

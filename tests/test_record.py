@@ -94,13 +94,14 @@ def test_after_a_rotation_lines_go_into_the_new_file(tmp_path):
 
 def test_a_log_that_cannot_be_opened_is_told(tmp_path):
     with pytest.raises(chasquid.ConfigError, match="the log cannot be opened"):
-        chasquid.Sink(str(tmp_path / "none" / "log"), chasquid.Clock())
+        chasquid.Sink(str(tmp_path), chasquid.Clock())  # a directory
 
 
 def test_a_log_that_cannot_be_opened_any_more_goes_on_in_the_old_file(tmp_path):
     (tmp_path / "logs").mkdir()
     sink = chasquid.Sink(str(tmp_path / "logs" / "log"), chasquid.Clock())
     (tmp_path / "logs").rename(tmp_path / "moved")
+    (tmp_path / "logs" / "log").mkdir(parents=True)  # in the way
     with pytest.raises(chasquid.ConfigError):
         sink.reopen()
     sink.write("still here")
