@@ -7918,6 +7918,44 @@ def read_item(path: str) -> Item:
 _GO_KINDS = {"EMAIL": "address", "FORWARD": "address", "PIPE": "pipe"}
 
 
+class _GoFields:
+    """The fields of a protocol buffer in text form. Raises ConfigError with their lines."""
+
+    def __init__(self, entries: Iterable[Entry], path: str) -> None:
+        self._path = path
+        self._fields: dict[str, list[Entry]] = {}
+        for entry in entries:
+            self._fields.setdefault(entry.key, []).append(entry)
+
+    def all(self, key: str) -> list[Entry]:
+        return self._fields.get(key, [])
+
+    def word(self, key: str, default: str) -> str:
+        """Return a value that stands without quotes: a number, or a name."""
+        found = self.all(key)
+        return str(found[-1].value) if found else default
+
+    def octets(self, key: str) -> bytes:
+        return self._string(self.all(key)[-1]) if key in self._fields else b""
+
+    def text(self, key: str) -> str:
+        return self._decoded(self.all(key)[-1]) if key in self._fields else ""
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        return tuple(map(self._decoded, self.all(key)))
+
+    def _string(self, entry: Entry) -> bytes:
+        if not isinstance(entry.value, bytes):
+            raise ConfigError(self._path, entry.line, f"{entry.key}: expected a string in quotes")
+        return entry.value
+
+    def _decoded(self, entry: Entry) -> str:
+        try:
+            return self._string(entry).decode()
+        except UnicodeDecodeError:
+            raise ConfigError(self._path, entry.line, f"{entry.key}: expected UTF-8") from None
+
+
 def item_from_go(data: bytes, path: str, now: float) -> tuple[str, tuple[int, list[bytes]]]:
     """Return the id, size and file of a message in the queue of chasquid in Go.
 
@@ -7929,57 +7967,42 @@ def item_from_go(data: bytes, path: str, now: float) -> tuple[str, tuple[int, li
     """
     import hashlib  # loads OpenSSL's hashes; only for such files
 
-    fields: dict[str, list[Entry]] = {}
-    for entry in parse_text_format(data, path):
-        fields.setdefault(entry.key, []).append(entry)
-
-    def octets(key: str, of: Mapping[str, list[Entry]]) -> bytes:
-        value = of[key][-1].value if key in of else b""
-        if not isinstance(value, bytes):
-            raise ConfigError(path, of[key][-1].line, f"{key}: expected a string in quotes")
-        return value
-
-    def text(key: str, of: Mapping[str, list[Entry]]) -> str:
-        try:
-            return octets(key, of).decode()
-        except UnicodeDecodeError:
-            raise ConfigError(path, of[key][-1].line, f"{key}: expected UTF-8") from None
-
-    addressees, sent = [], {}
-    for number, entry in enumerate(fields.get("rcpt", [])):
-        if not isinstance(entry.value, tuple):
-            raise ConfigError(path, entry.line, "expected '{' after 'rcpt'")
-        rcpt: dict[str, list[Entry]] = {}
-        for field in entry.value:
-            rcpt.setdefault(field.key, []).append(field)
-        kind = _GO_KINDS.get(str(rcpt["type"][-1].value) if "type" in rcpt else "EMAIL")
-        status = str(rcpt["status"][-1].value) if "status" in rcpt else "PENDING"
-        address = text("address", rcpt)
-        if kind is None or status not in ("PENDING", "SENT", "FAILED") or not address:
-            raise ConfigError(path, entry.line, "expected a recipient with address, type, status")
-        via = tuple(text("via", {"via": [one]}) for one in rcpt.get("via", []))
-        original = text("original_address", rcpt) or address
-        addressees.append(Addressee(Target(kind, address, via), original))
-        if status == "SENT":
-            sent[number] = Result(SENT, "2.0.0", "sent by chasquid in Go")
-    if not addressees or "data" not in fields or "ID" not in fields:
+    fields = _GoFields(parse_text_format(data, path), path)
+    recipients = [_recipient_from_go(entry, path) for entry in fields.all("rcpt")]
+    if not recipients or not fields.all("data") or not fields.text("ID"):
         raise ConfigError(path, 0, "expected ID, rcpt and data")
-    created = fields["created_at_ts"][-1].value if "created_at_ts" in fields else ""
+    created = fields.word("created_at_ts", "")
     age = 0.0
-    if isinstance(created, Word) and re.fullmatch(r"\d{1,20}", created):
+    if re.fullmatch(r"\d{1,20}", created):
         age = max(0.0, now - int(created) / (1e9 if len(created) > 12 else 1))
-    id = f"g{hashlib.sha256(text('ID', fields).encode()).hexdigest()[:15]}"
-    message = re.sub(rb"\r?\n", b"\r\n", octets("data", fields))
+    id = f"g{hashlib.sha256(fields.text('ID').encode()).hexdigest()[:15]}"
+    message = re.sub(rb"\r?\n", b"\r\n", fields.octets("data"))
     envelope = Envelope(
-        id, text("from", fields).removeprefix("<").removesuffix(">"), tuple(addressees),
-        now - age, b"", eight_bit=not message.isascii(),
+        id, fields.text("from").removeprefix("<").removesuffix(">"),
+        tuple(addressee for addressee, _ in recipients), now - age, b"",
+        eight_bit=not message.isascii(),
     )  # fmt: skip
     item = Item(envelope, Message(b"", "", len(message)))
     item.waited = age
-    for number, result in sent.items():
-        item.recipients[number].result = result
-        item.recipients[number].reported = True
+    for recipient, (_, is_sent) in zip(item.recipients, recipients, strict=True):
+        if is_sent:
+            recipient.result = Result(SENT, "2.0.0", "sent by chasquid in Go")
+            recipient.reported = True
     return id, (len(message), [message, envelope.to_line(), item.journal_line(now)])
+
+
+def _recipient_from_go(entry: Entry, path: str) -> tuple[Addressee, bool]:
+    """Return a recipient, and whether it has got the message. Raises ConfigError."""
+    if not isinstance(entry.value, tuple):
+        raise ConfigError(path, entry.line, "expected '{' after 'rcpt'")
+    fields = _GoFields(entry.value, path)
+    kind = _GO_KINDS.get(fields.word("type", "EMAIL"))
+    status = fields.word("status", "PENDING")
+    address = fields.text("address")
+    if kind is None or status not in ("PENDING", "SENT", "FAILED") or not address:
+        raise ConfigError(path, entry.line, "expected a recipient with address, type, status")
+    target = Target(kind, address, fields.texts("via"))
+    return Addressee(target, fields.text("original_address") or address), status == "SENT"
 
 
 class QueueContents(NamedTuple):
