@@ -11282,7 +11282,7 @@ class Daemon:
         self._monitor = Monitor(
             loop, self.record, config.hostname, self._status, self._stop_from_inside
         )
-        self._control = Control(loop, self.record, self)
+        self._control = Control(loop, self.record, config.data_dir, _Requests(self).table)
         undo.callback(self._control.close)
         self._control.open()
         self._sessions: dict[Session, Task] = {}
@@ -11912,24 +11912,23 @@ class _ControlPath:
 class Control:
     """The socket for commands to the running server: data_dir/control, mode 0600.
 
-    A request is one line of JSON, [command, argument, …]; the answer is one too, either
-    {"lines": […]} or {"error": "…"}.
+    `commands` are what may be asked for, by name; each gets the argument, and returns lines
+    or raises ChasquidError.
     """
 
-    def __init__(self, loop: Loop, record: Record, daemon: Daemon) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        record: Record,
+        data_dir: str,
+        commands: Mapping[str, Callable[[str], Awaitable[list[str]]]],
+    ) -> None:
         self._loop = loop
         self._record = record
-        self._daemon = daemon
+        self._data_dir = data_dir
+        self._commands = commands
         self._socket: socket.socket | None = None
-        self._path = os.path.join(daemon.config.data_dir, "control")
-        self._commands: dict[str, Callable[[str], Awaitable[list[str]]]] = {
-            "aliases-resolve": self._aliases_resolve,
-            "queue-retry": self._queue_retry,
-            "queue-remove": self._queue_remove,
-            "queue-bounce": self._queue_bounce,
-            "domaininfo-remove": self._domaininfo_remove,
-            "reload": self._reload,
-        }
+        self._path = os.path.join(data_dir, "control")
 
     def open(self) -> None:
         """Raises ConfigError."""
@@ -11937,7 +11936,7 @@ class Control:
         try:
             if os.path.exists(self._path):
                 os.unlink(self._path)  # the lock says that nobody is behind it
-            with _ControlPath(self._daemon.config.data_dir) as path:
+            with _ControlPath(self._data_dir) as path:
                 raw.bind(path)
             os.chmod(self._path, 0o600)
             raw.listen(16)
@@ -11982,6 +11981,21 @@ class Control:
             return {"error": "the request is not understood; is the server another version?"}
         except ChasquidError as error:
             return {"error": str(error)}
+
+
+class _Requests:
+    """What commands ask of the running server."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self.table: dict[str, Callable[[str], Awaitable[list[str]]]] = {
+            "aliases-resolve": self._aliases_resolve,
+            "queue-retry": self._queue_retry,
+            "queue-remove": self._queue_remove,
+            "queue-bounce": self._queue_bounce,
+            "domaininfo-remove": self._domaininfo_remove,
+            "reload": self._reload,
+        }
 
     async def _reload(self, about: str) -> list[str]:
         """Return what is wrong with the files, as lines; none if all is in force."""
