@@ -654,15 +654,15 @@ def run(
         assert not crashes, crashes
 
 
-def shipment(
+def delivery(
     data: bytes = b"Subject: hello\r\n\r\nIt works.\r\n",
     sender: str = "eva@there.example",
     **fields: Any,
-) -> chasquid.Shipment:
-    """Return a shipment of a small message."""
+) -> chasquid.Delivery:
+    """Return a delivery of a small message."""
     message = chasquid.Message(fields.pop("prefix", b""), "", len(data), data)
     values = {"smtputf8": False, "eight_bit": not data.isascii(), **fields}
-    return chasquid.Shipment("abc", sender, message, **values)
+    return chasquid.Delivery("abc", sender, message, **values)
 
 
 def address(value: str, *via: str) -> chasquid.Target:

@@ -724,7 +724,7 @@ def test_a_start_that_fails_half_way_leaves_nothing_behind(monkeypatch: pytest.M
     def fail(*_: object) -> None:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(chasquid, "_CaptureSite", fail)
+    monkeypatch.setattr(chasquid, "_CaptureContext", fail)
     with pytest.raises(OSError, match="the disk is full"):
         server.start()
     if before:

@@ -20,16 +20,16 @@ from support import (
     Peer,
     Zone,
     address,
+    delivery,
     record,
     run,
-    shipment,
     tls_policies,
     wait_for,
     write_certificate,
 )
 
 import chasquid
-from chasquid import DEFERRED, FAILED, SENT, Result, Shipment, Target
+from chasquid import DEFERRED, FAILED, SENT, Delivery, Result, Target
 
 MESSAGE = b"Subject: hello\r\n\r\nIt works.\r\n"
 
@@ -37,11 +37,11 @@ MESSAGE = b"Subject: hello\r\n\r\nIt works.\r\n"
 def deliver(
     make: Callable[[chasquid.Loop], chasquid.Courier],
     targets: Sequence[Target],
-    load: Shipment | None = None,
+    load: Delivery | None = None,
     clock: chasquid.Clock | None = None,
 ) -> list[Result]:
     async def main(loop: chasquid.Loop) -> list[Result]:
-        return await make(loop).deliver(load or shipment(), targets)
+        return await make(loop).deliver(load or delivery(), targets)
 
     return run(main, clock=clock)
 
@@ -72,7 +72,7 @@ class Maildirs:
             somebody,
         )  # fmt: skip
 
-    def deliver(self, *addresses: str, load: Shipment | None = None) -> list[Result]:
+    def deliver(self, *addresses: str, load: Delivery | None = None) -> list[Result]:
         targets = [address(one) for one in addresses]
         return deliver(self.courier, targets, load, self.clock)
 
@@ -92,7 +92,7 @@ def test_a_maildir_has_its_three_directories_and_the_message_in_new(tmp_path: Pa
 
 def test_lines_in_a_maildir_end_with_lf_below_return_path_and_delivered_to(tmp_path: Path) -> None:
     place = Maildirs(tmp_path)
-    place.deliver("ana@here.example", load=shipment(prefix=b"Received: by us\r\n\tnow\r\n"))
+    place.deliver("ana@here.example", load=delivery(prefix=b"Received: by us\r\n\tnow\r\n"))
     assert place.files()[0].read_bytes() == (
         b"Return-Path: <eva@there.example>\nDelivered-To: ana@here.example\n"
         b"Received: by us\n\tnow\nSubject: hello\n\nIt works.\n"
@@ -105,7 +105,7 @@ def test_the_size_in_the_name_is_that_of_the_file(tmp_path: Path) -> None:
     stored.write_bytes(MESSAGE * 9000 + b"the journal")
     message = chasquid.Message(b"A: b\r\n", str(stored), len(MESSAGE) * 9000)
     place.deliver("ana@here.example")
-    place.deliver("ana@here.example", load=shipment()._replace(message=message))
+    place.deliver("ana@here.example", load=delivery()._replace(message=message))
     files = [path for path in place.files() if path != stored]
     assert len(files) == 2
     for path in files:
@@ -223,7 +223,7 @@ def test_a_maildir_that_cannot_be_made_defers(tmp_path: Path) -> None:
 def test_a_message_that_cannot_be_read_defers_and_leaves_nothing(tmp_path: Path) -> None:
     place = Maildirs(tmp_path)
     message = chasquid.Message(b"", str(tmp_path / "gone"), 10)
-    (result,) = place.deliver("ana@here.example", load=shipment()._replace(message=message))
+    (result,) = place.deliver("ana@here.example", load=delivery()._replace(message=message))
     assert result.state == DEFERRED
     assert place.files() == []
 
@@ -269,7 +269,7 @@ ANA = [address("ana@here.example")]
 
 def test_the_agent_gets_the_message_with_crlf(tmp_path: Path) -> None:
     got = tmp_path / "got"
-    (result,) = deliver(shell(f"cat > {got}"), ANA, shipment(prefix=b"A: b\r\n"))
+    (result,) = deliver(shell(f"cat > {got}"), ANA, delivery(prefix=b"A: b\r\n"))
     assert (result.state, result.status) == (SENT, "2.0.0")
     assert got.read_bytes() == b"A: b\r\n" + MESSAGE
 
@@ -277,7 +277,7 @@ def test_the_agent_gets_the_message_with_crlf(tmp_path: Path) -> None:
 def test_the_agent_gets_a_large_message_whole(tmp_path: Path) -> None:
     got = tmp_path / "got"
     data = MESSAGE * 50_000
-    (result,) = deliver(shell(f"sleep 0.01; cat > {got}"), ANA, shipment(data))
+    (result,) = deliver(shell(f"sleep 0.01; cat > {got}"), ANA, delivery(data))
     assert result.state == SENT
     assert got.read_bytes() == data
 
@@ -305,7 +305,7 @@ def test_what_a_failed_agent_says_is_told_on_one_line() -> None:
 
 
 def test_an_agent_need_not_read_the_message() -> None:
-    (result,) = deliver(shell("exit 0"), ANA, shipment(MESSAGE * 50_000))
+    (result,) = deliver(shell("exit 0"), ANA, delivery(MESSAGE * 50_000))
     assert result.state == SENT
 
 
@@ -334,7 +334,7 @@ def test_an_agent_that_takes_too_long_is_ended_with_its_children() -> None:
     make = agent("/bin/sh", "-c", "sleep 1000 & echo up; wait", spawn=spawn)
 
     async def main(loop: chasquid.Loop) -> list[Result]:
-        task = loop.spawn(make(loop).deliver(shipment(), ANA), "delivery")
+        task = loop.spawn(make(loop).deliver(delivery(), ANA), "delivery")
         while not spawn.processes:
             await loop.turn()
         for _ in range(5):
@@ -381,7 +381,7 @@ def test_without_arguments_the_agent_gets_the_usual_ones() -> None:
 
 def test_what_means_something_to_a_shell_is_taken_out_of_arguments() -> None:
     spawn = Spawned()
-    load = shipment(sender="$(rm -rf /);`x`|y&'z'\"\n\\{a}<b>@there.example")
+    load = delivery(sender="$(rm -rf /);`x`|y&'z'\"\n\\{a}<b>@there.example")
     deliver(agent("/bin/true", "%from%", "%to_user%", spawn=spawn), [address("../a b@here")], load)
     assert spawn.argv == [["/bin/true", "rm-rfxyzab@there.example", "..ab"]]
 
@@ -394,7 +394,7 @@ def test_no_address_brings_a_dangerous_character_into_an_argument(
     deliver(
         agent("/bin/true", "%from%", "%to%", "%from_user%", "%to_domain%", spawn=spawn),
         [address(recipient)],
-        shipment(sender=sender),
+        delivery(sender=sender),
     )
     assert not set("".join(spawn.argv[0][1:])) & set("\0\n\r\t /;\"'\\|*&$%()[]{}`!<>")
 
@@ -423,7 +423,7 @@ def test_a_program_inherits_our_environment_without_what_systemd_says(
 
 
 def pipe(
-    command: str, load: Shipment | None = None, spawn: Spawned | None = None
+    command: str, load: Delivery | None = None, spawn: Spawned | None = None
 ) -> tuple[Result, Spawned]:
     spawn = spawn or Spawned()
     (result,) = deliver(
@@ -513,7 +513,7 @@ class Smtp:
             loop, names, self._record, policies, HOST, self._port, self._random
         )
 
-    def deliver(self, targets: Sequence[Target] = EVA, load: Shipment | None = None) -> Any:
+    def deliver(self, targets: Sequence[Target] = EVA, load: Delivery | None = None) -> Any:
         return deliver(self.courier, targets, load)
 
 
@@ -521,7 +521,7 @@ def attempt(
     tmp_path: Path,
     *scripts: str,
     targets: Sequence[Target] = EVA,
-    load: Shipment | None = None,
+    load: Delivery | None = None,
     zone: Mapping[tuple[str, str], Any] = MX,
 ) -> tuple[list[Result], Peer]:
     """Let a courier attempt a delivery to servers that follow `scripts`, one after another."""
@@ -638,7 +638,7 @@ def test_what_the_server_has_is_used(tmp_path: Path) -> None:
         C: RCPT TO:<eva@there.example>
         S: 250 fine
     """
-    load = shipment(data, "žofie@there.example", prefix=b"A: b\r\n", smtputf8=True)
+    load = delivery(data, "žofie@there.example", prefix=b"A: b\r\n", smtputf8=True)
     results, peer = attempt(tmp_path, script + CONTENT, load=load)
     assert states(results) == [(SENT, "2.6.0")]
     assert peer.messages == [b"A: b\r\n" + data + b".\r\n"]
@@ -646,7 +646,7 @@ def test_what_the_server_has_is_used(tmp_path: Path) -> None:
 
 def test_dots_are_doubled_on_the_way(tmp_path: Path) -> None:
     data = b".Subject: x\r\n\r\n.\r\n..\r\na.b\r\n.end"
-    _, peer = attempt(tmp_path, GREETING + ENVELOPE + CONTENT, load=shipment(data))
+    _, peer = attempt(tmp_path, GREETING + ENVELOPE + CONTENT, load=delivery(data))
     assert peer.messages == [b"..Subject: x\r\n\r\n..\r\n...\r\na.b\r\n..end\r\n.\r\n"]
 
 
@@ -916,13 +916,13 @@ def test_an_international_domain_does_not(tmp_path: Path) -> None:
     script = GREETING + ENVELOPE.replace("there.example", "xn--bcher-kva.example") + CONTENT
     results, _ = attempt(
         tmp_path, script, targets=[address("eva@bücher.example")], zone=zone,
-        load=shipment(sender="eva@bücher.example", smtputf8=True),
+        load=delivery(sender="eva@bücher.example", smtputf8=True),
     )  # fmt: skip
     assert [one.state for one in results] == [SENT]
 
 
 def test_an_international_header_needs_smtputf8(tmp_path: Path) -> None:
-    load = shipment("Subject: žofie\r\n\r\n".encode(), smtputf8=True)
+    load = delivery("Subject: žofie\r\n\r\n".encode(), smtputf8=True)
     results, _ = attempt(tmp_path, GREETING + "* closed", load=load)
     assert states(results) == [(FAILED, "5.6.7")]
 
@@ -1079,7 +1079,7 @@ def test_lmtp_that_stops_between_its_replies_is_believed_in_none() -> None:
 
 
 class Nobody:
-    async def deliver(self, shipment: Shipment, targets: Sequence[Target]) -> list[Result]:
+    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
         raise AssertionError("nobody delivers here")
 
 

@@ -46,7 +46,7 @@ class Deferring:
         self.count = 0
 
     async def deliver(
-        self, shipment: chasquid.Shipment, targets: Sequence[chasquid.Target]
+        self, delivery: chasquid.Delivery, targets: Sequence[chasquid.Target]
     ) -> list[chasquid.Result]:
         self.count += 1
         return [chasquid.Result(chasquid.DEFERRED, "4.0.0", "not today")] * len(targets)

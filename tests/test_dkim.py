@@ -1417,9 +1417,9 @@ class Outbox:
         self.messages: list[bytes] = []
 
     async def deliver(
-        self, shipment: chasquid.Shipment, targets: Sequence[chasquid.Target]
+        self, delivery: chasquid.Delivery, targets: Sequence[chasquid.Target]
     ) -> list[chasquid.Result]:
-        self.messages.append(b"".join(shipment.message.chunks()))
+        self.messages.append(b"".join(delivery.message.chunks()))
         return [
             chasquid.Result(chasquid.FAILED, "5.1.1", "no such user")
             if target.value.startswith("nobody@")

@@ -25,10 +25,10 @@ from support import (
     Server,
     Wire,
     Zone,
+    delivery,
     play,
     record,
     run,
-    shipment,
     tls_policies,
     trusting,
     wait_for,
@@ -41,13 +41,13 @@ from chasquid import (
     DEFERRED,
     FAILED,
     SENT,
-    Addressee,
+    Delivery,
+    DsnParameters,
     Envelope,
+    FinalRecipient,
     Item,
     Result,
-    Shipment,
     Target,
-    Wish,
 )
 
 Serve = Callable[..., Server]
@@ -64,15 +64,15 @@ LATER = Result(DEFERRED, "4.2.1", "mx.there.example says 450 later", MX[0], "450
 class Far:
     """The servers elsewhere. `plan` has the next results of an address; else it is PASSED_ON.
 
-    `came` holds what was handed over: the shipment, its content and its targets.
+    `came` holds what was handed over: the delivery, its content and its targets.
     """
 
     def __init__(self, plan: Mapping[str, Sequence[Result]] | None = None) -> None:
         self.plan = {name: list(results) for name, results in (plan or {}).items()}
-        self.came: list[tuple[Shipment, bytes, list[Target]]] = []
+        self.came: list[tuple[Delivery, bytes, list[Target]]] = []
 
-    async def deliver(self, shipment: Shipment, targets: Sequence[Target]) -> list[Result]:
-        self.came.append((shipment, b"".join(shipment.message.chunks()), list(targets)))
+    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
+        self.came.append((delivery, b"".join(delivery.message.chunks()), list(targets)))
         return [self._next(one.value) for one in targets]
 
     def _next(self, name: str) -> Result:
@@ -82,7 +82,7 @@ class Far:
         return results.pop(0) if len(results) > 1 else results[0]
 
     def reports(self) -> list[Report]:
-        return reports(content for shipment, content, _ in self.came if not shipment.sender)
+        return reports(content for delivery, content, _ in self.came if not delivery.sender)
 
 
 class Report(NamedTuple):
@@ -311,8 +311,8 @@ def test_what_notify_says_twice_counts_once(words: list[str]) -> None:
 def test_a_wish_means_what_it_says_and_without_one_what_is_usual(
     notify: tuple[str, ...], wanted: set[str]
 ) -> None:
-    wish = Wish(notify)
-    assert {one for one in ("SUCCESS", "FAILURE", "DELAY") if wish.wants(one)} == wanted
+    dsn = DsnParameters(notify)
+    assert {one for one in ("SUCCESS", "FAILURE", "DELAY") if dsn.wants(one)} == wanted
 
 
 # --- where it is kept ---
@@ -340,8 +340,8 @@ def send(
             assert wire.ask(f"AUTH PLAIN {login}").startswith("235 ")
         assert wire.ask(f"MAIL FROM:<{sender}> {parameters}".strip()).startswith("250 ")
         for one in recipients:
-            name, _, wish = one.partition(" ")
-            assert wire.ask(f"RCPT TO:<{name}> {wish}".strip()).startswith("250 ")
+            name, _, dsn = one.partition(" ")
+            assert wire.ask(f"RCPT TO:<{name}> {dsn}".strip()).startswith("250 ")
         assert wire.ask("DATA").startswith("354 ")
         wire.send(data + b".\r\n")
         reply = wire.reply()
@@ -360,10 +360,12 @@ def test_what_was_asked_for_is_in_the_queues_file(serve: Serve) -> None:
     lines = path.read_bytes()[int(path.name.partition("S=")[2]) :].split(b"\n")
     envelope = json.loads(lines[0])
     assert (envelope["ret"], envelope["envid"]) == ("HDRS", "QQ+20314")
-    wish = [["SUCCESS", "FAILURE"], "rfc822;eve+40old.example"]
-    assert envelope["addressees"] == [[["address", EVA, []], EVA, wish]]
+    dsn = [["SUCCESS", "FAILURE"], "rfc822;eve+40old.example"]
+    assert envelope["addressees"] == [[["address", EVA, []], EVA, dsn]]
     item = chasquid.read_item(str(path))
-    assert item.recipients[0].wish == Wish(("SUCCESS", "FAILURE"), "rfc822;eve+40old.example")
+    assert item.recipients[0].dsn == DsnParameters(
+        ("SUCCESS", "FAILURE"), "rfc822;eve+40old.example"
+    )
 
 
 def test_what_was_asked_for_survives_a_restart(tmp_path: Path) -> None:
@@ -375,14 +377,14 @@ def test_what_was_asked_for_survives_a_restart(tmp_path: Path) -> None:
     with server:
         chasquid.ask_running_server(str(server.data_dir), "queue-retry", "all")
         wait_for(lambda: not server.queued(), "the second attempt")
-    before, after = (shipment for shipment, *_ in far.came)
+    before, after = (delivery for delivery, *_ in far.came)
     assert (after.ret, after.envid) == (before.ret, before.envid) == ("HDRS", "QQ314")
-    assert dict(after.wishes) == dict(before.wishes)
-    assert after.wishes[target(EVA)].notify == ("SUCCESS", "FAILURE")
+    assert dict(after.dsn_parameters) == dict(before.dsn_parameters)
+    assert after.dsn_parameters[target(EVA)].notify == ("SUCCESS", "FAILURE")
 
 
 def old_file(*names: str, journal: bytes = b"") -> tuple[str, bytes]:
-    """Return the name and content of a queue's file from before there were wishes."""
+    """Return the name and content of a queue's file from before there were dsn_parameters."""
     envelope = {
         "id": "abc", "sender": ANA, "received": 1_700_000_000.0, "prefix": "A: b\r\n",
         "addressees": [[["address", name, []], name] for name in names],
@@ -400,7 +402,7 @@ def test_a_file_from_before_there_were_wishes_is_read(tmp_path: Path) -> None:
     item = chasquid.read_item(str(tmp_path / name))
     assert (item.attempts, item.next_attempt, item.waited, item.delay_told) == (3, 99, 50, False)
     assert [one.state for one in item.recipients] == [SENT, DEFERRED]
-    assert [one.wish for one in item.recipients] == [Wish(), Wish()]
+    assert [one.dsn for one in item.recipients] == [DsnParameters(), DsnParameters()]
     assert not any(one.reported or one.result.passed_on for one in item.recipients)
     assert (item.envelope.ret, item.envelope.envid) == ("", "")
 
@@ -420,8 +422,8 @@ def test_a_file_from_before_there_were_wishes_is_delivered_as_usual(tmp_path: Pa
 
 TO_EVA, TO_EVE = target(EVA), target("eve@there.example")
 WISHES = {
-    TO_EVA: Wish(("SUCCESS", "DELAY"), "rfc822;old+40here.example"),
-    TO_EVE: Wish(),
+    TO_EVA: DsnParameters(("SUCCESS", "DELAY"), "rfc822;old+40here.example"),
+    TO_EVE: DsnParameters(),
 }
 
 
@@ -442,7 +444,9 @@ def smtp_attempt(
     """
     zone = Zone({("there.example", "MX"): ["10 mx.there.example"],
                  ("mx.there.example", "A"): ["127.0.0.1"]})  # fmt: skip
-    load = shipment(**{"sender": ANA, "ret": "HDRS", "envid": "QQ+20", "wishes": WISHES, **fields})
+    load = delivery(
+        **{"sender": ANA, "ret": "HDRS", "envid": "QQ+20", "dsn_parameters": WISHES, **fields}
+    )
     with Peer(script) as peer:
 
         async def main(loop: chasquid.Loop) -> list[Result]:
@@ -513,7 +517,7 @@ def test_where_nothing_was_asked_for_a_server_with_the_extension_is_told_nothing
         """,
         ret="",
         envid="",
-        wishes={},
+        dsn_parameters={},
     )
 
 
@@ -560,7 +564,7 @@ def test_over_lmtp_nothing_is_passed_on_even_to_a_server_that_has_the_extension(
         S: 221 bye
     """
     path = str(tmp_path / "lmtp")
-    load = shipment(sender=ANA, ret="FULL", envid="QQ", wishes=WISHES)
+    load = delivery(sender=ANA, ret="FULL", envid="QQ", dsn_parameters=WISHES)
     with Peer(script, path=path):
 
         async def main(loop: chasquid.Loop) -> list[Result]:
@@ -601,14 +605,14 @@ def test_who_never_wants_to_hear_does_not_hear_of_a_failure(serve: Serve) -> Non
 
 
 def test_who_wants_to_hear_of_success_alone_does_not_hear_of_a_failure(serve: Serve) -> None:
-    wishes = [f"{EVA} NOTIFY=SUCCESS", f"{BEN} NOTIFY=SUCCESS"]
-    (report,) = heard(serve, *wishes, plan={EVA: [REFUSED]})
+    dsn_parameters = [f"{EVA} NOTIFY=SUCCESS", f"{BEN} NOTIFY=SUCCESS"]
+    (report,) = heard(serve, *dsn_parameters, plan={EVA: [REFUSED]})
     assert report.outcome == [(BEN, "delivered")]
 
 
 def test_who_wants_to_hear_of_failure_alone_does_not_hear_of_success(serve: Serve) -> None:
-    wishes = [f"{name} NOTIFY=FAILURE" for name in (BEN, EVA, "eve@there.example")]
-    (report,) = heard(serve, *wishes, plan={EVA: [REFUSED], "eve@there.example": [RELAYED]})
+    dsn_parameters = [f"{name} NOTIFY=FAILURE" for name in (BEN, EVA, "eve@there.example")]
+    (report,) = heard(serve, *dsn_parameters, plan={EVA: [REFUSED], "eve@there.example": [RELAYED]})
     assert report.outcome == [(EVA, "failed")]
 
 
@@ -663,8 +667,8 @@ def test_recipients_with_different_wishes_get_what_they_asked_for(serve: Serve) 
 
 
 def test_the_recipient_is_named_as_the_sender_knows_it(serve: Serve) -> None:
-    wish = "NOTIFY=SUCCESS ORCPT=rfc822;Ben+2Bold@old.example"
-    (report,) = heard(serve, f"{BEN} {wish}", parameters="ENVID=QQ+20314+2B")
+    dsn = "NOTIFY=SUCCESS ORCPT=rfc822;Ben+2Bold@old.example"
+    (report,) = heard(serve, f"{BEN} {dsn}", parameters="ENVID=QQ+20314+2B")
     assert report.message["Original-Envelope-Id"] == "QQ 314+"
     (fields,) = report.recipients
     assert fields["Original-Recipient"] == "rfc822; Ben+old@old.example"
@@ -678,9 +682,9 @@ def test_without_an_envelopes_id_the_report_has_none(serve: Serve) -> None:
 
 @pytest.mark.parametrize("hidden", ["+0D+0ABcc:+20x@y", "+0A+0A", "+00+1B[2J", "+7F+80+85"])
 def test_what_a_sender_hides_in_xtext_adds_no_line_to_a_report(serve: Serve, hidden: str) -> None:
-    wish = f"NOTIFY=SUCCESS ORCPT=rfc822;ben{hidden}"
+    dsn = f"NOTIFY=SUCCESS ORCPT=rfc822;ben{hidden}"
     server = serve(remote=Far())
-    send(server, ANA, f"{BEN} {wish}", parameters=f"ENVID=QQ{hidden}")
+    send(server, ANA, f"{BEN} {dsn}", parameters=f"ENVID=QQ{hidden}")
     (content,) = server.mail("ana")
     (report,) = reports([content])
     assert "Bcc" not in report.message and "Bcc" not in report.recipients[0]
@@ -719,14 +723,14 @@ def test_a_report_is_marked_as_automatic_and_has_the_null_reverse_path(serve: Se
     server = serve(remote=far)
     send(server, EVA, f"{BEN} NOTIFY=SUCCESS")
     wait_for(lambda: not server.queued(), "the queue to become empty")
-    ((shipment, _, targets),) = far.came
-    assert shipment.sender == ""
+    ((delivery, _, targets),) = far.came
+    assert delivery.sender == ""
     assert targets == [target(EVA)]
     (report,) = far.reports()
     assert report.header["Auto-Submitted"] == "auto-replied"
     assert report.header["From"] == f"Mail Delivery System <postmaster@{HOST}>"
     assert report.header["To"] == f"<{EVA}>"
-    assert shipment.wishes[target(EVA)] == Wish()
+    assert delivery.dsn_parameters[target(EVA)] == DsnParameters()
 
 
 def test_a_report_that_cannot_be_delivered_is_not_reported(serve: Serve) -> None:
@@ -772,22 +776,22 @@ def test_a_target_of_an_alias_is_passed_on_with_the_wish(serve: Serve) -> None:
     send(server, ANA, "team@here.example NOTIFY=SUCCESS,FAILURE")
     (report,) = reports(server.mail("ana"))
     assert report.outcome == [(BEN, "delivered")]
-    ((shipment, *_),) = far.came
-    assert shipment.wishes[target(EVA)].notify == ("SUCCESS", "FAILURE")
+    ((delivery, *_),) = far.came
+    assert delivery.dsn_parameters[target(EVA)].notify == ("SUCCESS", "FAILURE")
 
 
 @pytest.mark.parametrize(
-    "wishes",
+    "dsn_parameters",
     [("NOTIFY=NEVER", "NOTIFY=SUCCESS"), ("NOTIFY=SUCCESS", ""), ("", "ORCPT=rfc822;x")],
 )
 def test_a_recipient_that_is_named_twice_is_delivered_to_once(
-    serve: Serve, wishes: tuple[str, str]
+    serve: Serve, dsn_parameters: tuple[str, str]
 ) -> None:
     far = Far({EVA: [RELAYED]})
     server = serve(remote=far)
-    send(server, ANA, *(f"{name} {wish}".strip() for wish in wishes for name in (BEN, EVA)))
+    send(server, ANA, *(f"{name} {dsn}".strip() for dsn in dsn_parameters for name in (BEN, EVA)))
     assert len(server.mail("ben")) == 1
-    assert [targets for shipment, _, targets in far.came if shipment.sender] == [[target(EVA)]]
+    assert [targets for delivery, _, targets in far.came if delivery.sender] == [[target(EVA)]]
     assert len(outcomes(reports(server.mail("ana")))) <= 2
 
 
@@ -796,9 +800,9 @@ def test_a_sender_hears_of_success_where_mail_goes_on_under_another_name(serve: 
     server = serve(remote=far, aliases={"here.example": "out: max@else.example\n"})
     send(server, EVA, "out@here.example NOTIFY=SUCCESS")
     wait_for(lambda: not server.queued(), "the queue to become empty")
-    shipment, _, targets = far.came[0]
-    assert shipment.sender == "out+fwd_from=eva=there.example@here.example"
-    assert not shipment.wishes[targets[0]].wants("SUCCESS"), "nobody would read that report"
+    delivery, _, targets = far.came[0]
+    assert delivery.sender == "out+fwd_from=eva=there.example@here.example"
+    assert not delivery.dsn_parameters[targets[0]].wants("SUCCESS"), "nobody would read that report"
     assert outcomes(far.reports()) == [("max@else.example", "relayed")]
 
 
@@ -807,8 +811,10 @@ def test_who_is_named_directly_and_by_an_alias_loses_no_wish(serve: Serve) -> No
     server = serve(remote=far, aliases={"here.example": f"team: {EVA}\n"})
     send(server, ANA, "team@here.example NOTIFY=SUCCESS,FAILURE", EVA)
     wait_for(lambda: not server.queued(), "the queue to become empty")
-    wishes = [shipment.wishes[one] for shipment, _, targets in far.came for one in targets]
-    assert any(wish.wants("SUCCESS") for wish in wishes)
+    dsn_parameters = [
+        delivery.dsn_parameters[one] for delivery, _, targets in far.came for one in targets
+    ]
+    assert any(dsn.wants("SUCCESS") for dsn in dsn_parameters)
 
 
 def test_a_report_of_success_does_not_say_where_mail_lies_here(serve: Serve) -> None:
@@ -826,15 +832,15 @@ def test_a_report_of_success_does_not_say_where_mail_lies_here(serve: Serve) -> 
 
 
 async def accept(
-    bench: Bench, *addressees: Addressee, data: bytes = MESSAGE, **fields: object
+    bench: Bench, *final_recipients: FinalRecipient, data: bytes = MESSAGE, **fields: object
 ) -> Item:
-    return await accept_with(bench.queue.draft(), bench, *addressees, data=data, **fields)
+    return await accept_with(bench.queue.draft(), bench, *final_recipients, data=data, **fields)
 
 
 async def accept_with(
     draft: chasquid.Draft,
     bench: Bench,
-    *addressees: Addressee,
+    *final_recipients: FinalRecipient,
     data: bytes = MESSAGE,
     **fields: object,
 ) -> Item:
@@ -842,13 +848,16 @@ async def accept_with(
     draft.complete()
     values = {"sender": ANA, "received": bench.clock.time(), "prefix": b"Received: by us\r\n"}
     envelope = Envelope(
-        id=draft.id, addressees=addressees, eight_bit=draft.eight_bit, **{**values, **fields}
+        id=draft.id,
+        final_recipients=final_recipients,
+        eight_bit=draft.eight_bit,
+        **{**values, **fields},
     )  # type: ignore[arg-type]
     return await bench.queue.accept(draft, envelope, "by a test")
 
 
-def to(name: str, *notify: str, original: str = "", orcpt: str = "") -> Addressee:
-    return Addressee(target(name), original or name, Wish(notify, orcpt))
+def to(name: str, *notify: str, original: str = "", orcpt: str = "") -> FinalRecipient:
+    return FinalRecipient(target(name), original or name, DsnParameters(notify, orcpt))
 
 
 def on_bench(

@@ -558,7 +558,7 @@ class Noting:
         self.targets: list[chasquid.Target] = []
 
     async def deliver(
-        self, shipment: chasquid.Shipment, targets: Sequence[chasquid.Target]
+        self, delivery: chasquid.Delivery, targets: Sequence[chasquid.Target]
     ) -> list[chasquid.Result]:
         self.targets += targets
         return [chasquid.Result(chasquid.SENT, "2.0.0", "noted")] * len(targets)
@@ -955,7 +955,7 @@ def test_a_long_list_is_expanded_a_few_times_whoever_its_members_are() -> None:
         return ()
 
     async def main(loop: chasquid.Loop) -> list[chasquid.Target]:
-        return await aliases.expand_with(chasquid.Outside(nothing, exists), f"all@{HERE}")
+        return await aliases.expand_with(chasquid.ExternalLookups(nothing, exists), f"all@{HERE}")
 
     found = run(main)
     assert [target.value for target in found] == [f"{name}@{HERE}" for name in members]

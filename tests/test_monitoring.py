@@ -33,7 +33,7 @@ from support import (
 )
 
 import chasquid
-from chasquid import DEFERRED, FAILED, QueueLine, Result, Shipment, Status, Target
+from chasquid import DEFERRED, FAILED, Delivery, QueueLine, Result, Status, Target
 
 Serve = Callable[..., Server]
 EVIL = "<script>alert(1)</script>"
@@ -55,7 +55,7 @@ class Refusing:
     def __init__(self, state: str = DEFERRED) -> None:
         self.state = state
 
-    async def deliver(self, shipment: Shipment, targets: Sequence[Target]) -> list[Result]:
+    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
         said = f"mx.there.example says 450 {EVIL}"
         return [Result(self.state, f"{'45'[self.state == FAILED]}.0.0", said)] * len(targets)
 
@@ -664,7 +664,7 @@ def test_the_page_is_shown_under_no_name_that_a_stranger_made(
 class Later:
     """A courier that never gets anything done."""
 
-    async def deliver(self, shipment: Shipment, targets: Sequence[Target]) -> list[Result]:
+    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
         return [Result(DEFERRED, "4.0.0", "later")] * len(targets)
 
 

@@ -34,12 +34,12 @@ from chasquid import (
     DEFERRED,
     FAILED,
     SENT,
-    Addressee,
+    Delivery,
     Envelope,
+    FinalRecipient,
     Item,
     Message,
     Result,
-    Shipment,
     Target,
 )
 
@@ -63,24 +63,24 @@ class Script:
     def __init__(self) -> None:
         self.plan: dict[str, list[str]] = {}
         self.deliveries: list[tuple[str, str, str]] = []
-        self.messages: list[tuple[Shipment, list[str]]] = []
+        self.messages: list[tuple[Delivery, list[str]]] = []
         self.contents: list[bytes] = []
         self.hold: list[chasquid.Event] = []
         self.fault: Exception | None = None
 
-    async def deliver(self, shipment: Shipment, targets: Sequence[Target]) -> list[Result]:
+    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
         if self.fault is not None:
             raise self.fault
         for event in self.hold:
             await event.wait()
-        self.messages.append((shipment, [target.value for target in targets]))
-        self.contents.append(b"".join(shipment.message.chunks()))
-        return [self._result(shipment, target) for target in targets]
+        self.messages.append((delivery, [target.value for target in targets]))
+        self.contents.append(b"".join(delivery.message.chunks()))
+        return [self._result(delivery, target) for target in targets]
 
-    def _result(self, shipment: Shipment, target: Target) -> Result:
+    def _result(self, delivery: Delivery, target: Target) -> Result:
         states = self.plan.get(target.value, [])
         state = states.pop(0) if states else SENT
-        self.deliveries.append((shipment.id, target.value, state))
+        self.deliveries.append((delivery.id, target.value, state))
         status = {SENT: "2.0.0", DEFERRED: "4.2.1", FAILED: "5.1.1"}[state]
         return Result(
             state,
@@ -119,7 +119,7 @@ class Bench:
 
     async def accept(
         self,
-        *targets: str | Target | Addressee,
+        *targets: str | Target | FinalRecipient,
         sender: str = "ana@here.example",
         data: bytes = MESSAGE,
         prefix: bytes = b"Received: by us\r\n",
@@ -128,13 +128,15 @@ class Bench:
         draft = self.queue.draft()
         await draft.add(data)
         draft.complete()
-        addressees = []
+        final_recipients = []
         for one in targets:
             if isinstance(one, str):
                 one = address(one)
-            addressees.append(one if isinstance(one, Addressee) else Addressee(one, one.value))
+            final_recipients.append(
+                one if isinstance(one, FinalRecipient) else FinalRecipient(one, one.value)
+            )
         envelope = Envelope(
-            draft.id, sender, tuple(addressees), self.clock.time(), prefix, smtputf8,
+            draft.id, sender, tuple(final_recipients), self.clock.time(), prefix, smtputf8,
             draft.eight_bit,
         )  # fmt: skip
         return await self.queue.accept(draft, envelope, "by a test")
@@ -294,8 +296,8 @@ def crashed(tmp_path: Path, make: Callable[[Path], None]) -> Bench:
 
 
 def envelope(*names: str, id: str = "abc", sender: str = "ana@here.example") -> Envelope:
-    addressees = tuple(Addressee(address(name), name) for name in names)
-    return Envelope(id, sender, addressees, FakeClock().time(), b"A: b\r\n")
+    final_recipients = tuple(FinalRecipient(address(name), name) for name in names)
+    return Envelope(id, sender, final_recipients, FakeClock().time(), b"A: b\r\n")
 
 
 def item_file(*names: str, journal: bytes = b"", **fields: str) -> bytes:
@@ -477,7 +479,9 @@ envelopes = st.builds(
     Envelope,
     id=st.just("abc"),
     sender=names,
-    addressees=st.lists(st.builds(Addressee, targets, names), min_size=1, max_size=4).map(tuple),
+    final_recipients=st.lists(
+        st.builds(FinalRecipient, targets, names), min_size=1, max_size=4
+    ).map(tuple),
     received=st.floats(0, 2e9),
     prefix=st.binary(max_size=100),
     smtputf8=st.booleans(),
@@ -749,11 +753,11 @@ def test_the_end_does_not_wait_for_what_was_accepted_last(tmp_path: Path, turns:
 
 def test_the_sender_is_rewritten_where_we_forward_for_others(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        forwarded = Addressee(address("eva@there.example"), "ana@here.example")
+        forwarded = FinalRecipient(address("eva@there.example"), "ana@here.example")
         await bench.accept(forwarded, sender="boss@far.example")
         await bench.quiet()
-        ((shipment, _),) = bench.remote.messages
-        assert shipment.sender == "ana+fwd_from=boss=far.example@here.example"
+        ((delivery, _),) = bench.remote.messages
+        assert delivery.sender == "ana+fwd_from=boss=far.example@here.example"
 
     on_bench(tmp_path, test)
 
@@ -774,11 +778,11 @@ def test_a_rewritten_sender_has_at_most_64_octets_before_the_at(
     """RFC 5321, 4.5.3.1.1"""
 
     async def test(bench: Bench) -> None:
-        forwarded = Addressee(address("eva@there.example"), f"{user}@here.example")
+        forwarded = FinalRecipient(address("eva@there.example"), f"{user}@here.example")
         await bench.accept(forwarded, sender=sender)
         await bench.quiet()
-        ((shipment, _),) = bench.remote.messages
-        assert shipment.sender == f"{expected}@here.example"
+        ((delivery, _),) = bench.remote.messages
+        assert delivery.sender == f"{expected}@here.example"
         assert len(expected) <= 64
 
     on_bench(tmp_path, test)
@@ -798,17 +802,17 @@ def test_the_sender_is_kept_elsewhere(
     tmp_path: Path, sender: str, target: str, original: str
 ) -> None:
     async def test(bench: Bench) -> None:
-        await bench.accept(Addressee(address(target), original), sender=sender)
+        await bench.accept(FinalRecipient(address(target), original), sender=sender)
         await bench.quiet()
-        ((shipment, _),) = bench.remote.messages + bench.local.messages
-        assert shipment.sender == sender
+        ((delivery, _),) = bench.remote.messages + bench.local.messages
+        assert delivery.sender == sender
 
     on_bench(tmp_path, test)
 
 
 def test_forwarded_and_direct_mail_to_one_server_go_separately(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        forwarded = Addressee(address("eva@there.example"), "ana@here.example")
+        forwarded = FinalRecipient(address("eva@there.example"), "ana@here.example")
         await bench.accept(forwarded, "ida@there.example", sender="boss@far.example")
         await bench.quiet()
         assert sorted((one.sender, names) for one, names in bench.remote.messages) == [
@@ -824,7 +828,7 @@ def test_forwarded_and_direct_mail_to_one_server_go_separately(tmp_path: Path) -
 
 def report(
     tmp_path: Path,
-    *targets: str | Addressee,
+    *targets: str | FinalRecipient,
     sender: str = "ana@here.example",
     data: bytes = MESSAGE,
     plan: dict[str, list[str]] | None = None,
@@ -860,8 +864,8 @@ def test_a_notification_is_a_report(tmp_path: Path) -> None:
     assert parsed["Auto-Submitted"] == "auto-replied"
     assert parsed["Date"].datetime.timestamp() == int(bench.clock.time())
     assert parsed["Message-ID"].endswith(f"@{HOST}>")
-    ((shipment, names),) = bench.local.messages
-    assert (shipment.sender, names) == ("", ["ana@here.example"])
+    ((delivery, names),) = bench.local.messages
+    assert (delivery.sender, names) == ("", ["ana@here.example"])
 
 
 def test_a_notification_explains_in_words(tmp_path: Path) -> None:
@@ -873,7 +877,7 @@ def test_a_notification_explains_in_words(tmp_path: Path) -> None:
 
 
 def test_a_notification_has_the_fields_of_rfc_3464(tmp_path: Path) -> None:
-    forwarded = Addressee(address("eva@there.example"), "out@here.example")
+    forwarded = FinalRecipient(address("eva@there.example"), "out@here.example")
     parsed, bench = report(tmp_path, forwarded, "ida@there.example")
     status = parts(parsed)[1]
     assert status.get_content_type() == "message/delivery-status"
@@ -939,7 +943,7 @@ def test_the_delivery_status_is_ascii_where_it_is_not_the_international_one(
         bench.remote.plan = {"eva@there.example": [FAILED]}
 
         class Speaking(Script):
-            def _result(self, shipment: Shipment, target: Target) -> Result:
+            def _result(self, delivery: Delivery, target: Target) -> Result:
                 return Result(FAILED, "5.1.1", "mx says: žofie není doma " + "x" * 900, "mx (::1)")
 
         bench.queue = chasquid.Queue(
@@ -957,7 +961,7 @@ def test_the_delivery_status_is_ascii_where_it_is_not_the_international_one(
 
 
 def test_the_delivery_status_is_international_where_a_final_recipient_is(tmp_path: Path) -> None:
-    forwarded = Addressee(address("žofie@there.example"), "out@here.example")
+    forwarded = FinalRecipient(address("žofie@there.example"), "out@here.example")
     _, bench = report(tmp_path, forwarded)
     (content,) = bench.local.contents
     assert b"message/global-delivery-status" in content or content.isascii()
@@ -1244,9 +1248,9 @@ class QueueMachine(RuleBasedStateMachine):
         machine = self
 
         class Courier(Script):
-            async def deliver(self, shipment: Shipment, targets: Sequence[Target]) -> list[Result]:
+            async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
                 await bench.loop.turn()
-                results = [machine.attempt(shipment, target) for target in targets]
+                results = [machine.attempt(delivery, target) for target in targets]
                 await bench.loop.turn()
                 return results
 
@@ -1257,12 +1261,12 @@ class QueueMachine(RuleBasedStateMachine):
             itself, bench.is_local, lambda: 0.5, unsigned,
         )  # fmt: skip
 
-    def attempt(self, shipment: Shipment, target: Target) -> Result:
+    def attempt(self, delivery: Delivery, target: Target) -> Result:
         """Be the courier: on the thread of the loop, while the machine waits."""
         if target.value == SENDER:
-            self.notified |= _reported(b"".join(shipment.message.chunks()))
+            self.notified |= _reported(b"".join(delivery.message.chunks()))
             return Result(SENT, "2.0.0", "told")
-        debt = (shipment.id, target.value)
+        debt = (delivery.id, target.value)
         if debt in self.journaled:
             self.wrong.append(f"{debt} was delivered after its success was written down")
         if debt in self.this_life:
@@ -1608,7 +1612,7 @@ def test_messages_of_chasquid_in_go_are_taken_over_once(tmp_path: Path) -> None:
 
     async def test(bench: Bench) -> None:
         await bench.quiet()
-        sent = {names[0]: shipment for shipment, names in bench.remote.messages}
+        sent = {names[0]: delivery for delivery, names in bench.remote.messages}
         assert set(sent) == {"eva@there.example", "ida@via.example"}
         assert sent["eva@there.example"].sender == "team+fwd_from=boss=far.example@here.example"
         [(_, piped)] = bench.pipe.messages

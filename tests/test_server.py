@@ -28,7 +28,7 @@ class Deferring:
     """A courier that never gets anything done."""
 
     async def deliver(
-        self, shipment: chasquid.Shipment, targets: Sequence[chasquid.Target]
+        self, delivery: chasquid.Delivery, targets: Sequence[chasquid.Target]
     ) -> list[chasquid.Result]:
         return [chasquid.Result(chasquid.DEFERRED, "4.0.0", "not today")] * len(targets)
 

@@ -15,15 +15,15 @@ from support import (
     Server,
     Zone,
     address,
+    delivery,
     run,
-    shipment,
     wait_for,
     write_certificate,
 )
 from test_dsn import ANA, BEN, EVA, REFUSED, outcomes, reports, send
 
 import chasquid
-from chasquid import DEFERRED, FAILED, SENT, Result, Shipment, Target, Wish
+from chasquid import DEFERRED, FAILED, SENT, Delivery, DsnParameters, Result, Target
 
 Serve = Callable[..., Server]
 SMART = "smart.example"
@@ -86,7 +86,7 @@ def trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def attempt(
     *scripts: str,
     targets: Sequence[Target] = (address(EVA),),
-    load: Shipment | None = None,
+    load: Delivery | None = None,
     login: tuple[str, str] | None = LOGIN,
     names: Sequence[str] = (SMART,),
 ) -> tuple[list[Result], Peer]:
@@ -97,7 +97,7 @@ def attempt(
             asked = chasquid.Names(loop, Zone(ZONE).ask)
             place = f"{SMART}:{peer.port}"
             courier = chasquid.SmarthostCourier(loop, asked, HOST, place, login)
-            return await courier.deliver(load or shipment(), targets)
+            return await courier.deliver(load or delivery(), targets)
 
         return run(main), peer
 
@@ -166,9 +166,9 @@ def test_what_the_message_needs_is_said() -> None:
         S: 250 fine
     """ + CONTENT  # fmt: skip
     target = address("ñandú@there.example")
-    load = shipment(
+    load = delivery(
         "Subject: grüße\r\n\r\nx\r\n".encode(), ANA, smtputf8=True, ret="HDRS", envid="QQ",
-        wishes={target: Wish(("SUCCESS",), "rfc822;old")},
+        dsn_parameters={target: DsnParameters(("SUCCESS",), "rfc822;old")},
     )  # fmt: skip
     (result,), _ = attempt(script, targets=[target], load=load)
     assert (result.state, result.passed_on) == (SENT, True)
@@ -177,14 +177,14 @@ def test_what_the_message_needs_is_said() -> None:
 def test_what_the_smarthost_lacks_fails() -> None:
     script = STARTTLS + "S: 250-smart.example\nS: 250 AUTH PLAIN\n" + WELCOME
     script += "C: QUIT\nS: 221 bye"
-    load = shipment("Subject: grüße\r\n\r\nx\r\n".encode(), smtputf8=True)
+    load = delivery("Subject: grüße\r\n\r\nx\r\n".encode(), smtputf8=True)
     (result,), _ = attempt(script, load=load)
     assert (result.state, result.status) == (FAILED, "5.6.7")
     assert "does not have SMTPUTF8" in result.text
 
 
 def test_smtputf8_is_not_asked_for_where_the_message_does_not_need_it() -> None:
-    (result,), _ = attempt(WHOLE, load=shipment(smtputf8=True))
+    (result,), _ = attempt(WHOLE, load=delivery(smtputf8=True))
     assert result.state == SENT
 
 
@@ -254,7 +254,7 @@ def without_a_server(place: str) -> Result:
     async def main(loop: chasquid.Loop) -> list[Result]:
         names = chasquid.Names(loop, Zone({}).ask)
         courier = chasquid.SmarthostCourier(loop, names, HOST, place, LOGIN)
-        return await courier.deliver(shipment(), [address(EVA)])
+        return await courier.deliver(delivery(), [address(EVA)])
 
     (result,) = run(main)
     return result
@@ -290,7 +290,7 @@ def test_on_port_465_tls_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
         async def main(loop: chasquid.Loop) -> list[Result]:
             names = chasquid.Names(loop, Zone(ZONE).ask)
             courier = chasquid.SmarthostCourier(loop, names, HOST, f"{SMART}:465", LOGIN)
-            return await courier.deliver(shipment(), [address(EVA)])
+            return await courier.deliver(delivery(), [address(EVA)])
 
         (result,) = run(main)
     assert result.state == SENT
@@ -421,7 +421,7 @@ class Direct:
     def __init__(self, result: Result) -> None:
         self.result = result
 
-    async def deliver(self, shipment: Shipment, targets: Sequence[Target]) -> list[Result]:
+    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
         return [self.result] * len(targets)
 
 

@@ -37,11 +37,11 @@ from support import (
     Zone,
     address,
     certificate,
+    delivery,
     no_policy,
     play,
     record,
     run,
-    shipment,
     tls_policies,
     trusting,
     wait_for,
@@ -59,13 +59,13 @@ from chasquid import (
     TLS_CLIENT,
     TLS_INSECURE,
     TLS_SECURE,
-    Demand,
+    Delivery,
     DomainInfo,
-    Shipment,
     StsPolicy,
     Target,
     TemporaryFailure,
     Tlsa,
+    TlsRequirement,
 )
 
 Serve = Callable[..., Server]
@@ -463,7 +463,7 @@ def deliver(
     directory: Path,
     zone: Zone,
     port: int = 1,
-    load: Shipment | None = None,
+    load: Delivery | None = None,
     target: Target = EVA[0],
     fetch: chasquid.FetchPolicy = no_policy,
 ) -> chasquid.Result:
@@ -474,7 +474,7 @@ def deliver(
         names = chasquid.Names(loop, zone.ask)
         policies = tls_policies(loop, names, log, directory, fetch)
         courier = chasquid.SmtpCourier(loop, names, log, policies, HOST, port, lambda: 0.5)
-        [result] = await courier.deliver(load or shipment(), [target])
+        [result] = await courier.deliver(load or delivery(), [target])
         return result
 
     try:
@@ -589,7 +589,7 @@ def test_a_downgrade_is_counted_and_told(tmp_path: Path, script: str) -> None:
         names = chasquid.Names(loop, Zone(MX).ask)
         policies = tls_policies(loop, names, log, tmp_path)
         courier = chasquid.SmtpCourier(loop, names, log, policies, HOST, peer.port, lambda: 0.5)
-        [result] = await courier.deliver(shipment(), EVA)
+        [result] = await courier.deliver(delivery(), EVA)
         return result
 
     with Peer(script, names=("mx.there.example",)) as peer:
@@ -1943,14 +1943,14 @@ def test_a_policy_holds_where_the_tlsa_records_cannot_be_used(
 # --- what is demanded ---
 
 
-def demand(
+def requirement(
     directory: Path, zone: Zone, by_mx: bool = True, host: str = "mx.there.example", **more: Any
-) -> Demand:
+) -> TlsRequirement:
     log = record(directory)
 
-    async def main(loop: chasquid.Loop) -> Demand:
+    async def main(loop: chasquid.Loop) -> TlsRequirement:
         policies = tls_policies(loop, chasquid.Names(loop, zone.ask), log, directory, **more)
-        return await policies.demand("there.example", host, 25, by_mx)
+        return await policies.requirement("there.example", host, 25, by_mx)
 
     return run(main)
 
@@ -1959,47 +1959,51 @@ SIGNED_TLSA = {**MX, ("_25._tcp.mx.there.example", "TLSA"): ["3 1 1 ab"]}
 
 
 def test_each_demand_says_who_makes_it(tmp_path: Path) -> None:
-    assert demand(tmp_path, Zone(MX)) == Demand(PLAIN, (), "", vouched=False)
-    assert demand(tmp_path, SignedZone(MX)) == Demand(PLAIN, (), "", vouched=True)
-    assert demand(tmp_path, SignedZone(MX), by_mx=False) == Demand(PLAIN, (), "", vouched=False)
-    assert demand(tmp_path, SignedZone(SIGNED_TLSA)) == Demand(
+    assert requirement(tmp_path, Zone(MX)) == TlsRequirement(PLAIN, (), "", vouched=False)
+    assert requirement(tmp_path, SignedZone(MX)) == TlsRequirement(PLAIN, (), "", vouched=True)
+    assert requirement(tmp_path, SignedZone(MX), by_mx=False) == TlsRequirement(
+        PLAIN, (), "", vouched=False
+    )
+    assert requirement(tmp_path, SignedZone(SIGNED_TLSA)) == TlsRequirement(
         TLS_SECURE, (Tlsa(3, 1, 1, b"\xab"),), "DANE", vouched=True
     )
-    assert demand(tmp_path, Zone(STS_RECORDS), fetch=published()) == Demand(
+    assert requirement(tmp_path, Zone(STS_RECORDS), fetch=published()) == TlsRequirement(
         TLS_SECURE, (), "MTA-STS", vouched=True
     )
     remember(tmp_path, TLS_INSECURE)
-    assert demand(tmp_path, SignedZone(MX)) == Demand(
+    assert requirement(tmp_path, SignedZone(MX)) == TlsRequirement(
         TLS_INSECURE, (), "it was TLS_INSECURE before", vouched=True
     )
 
 
 def test_a_host_with_ipv6_alone_is_signed_as_well(tmp_path: Path) -> None:
     records = {key: value for key, value in SIGNED_TLSA.items() if key[1] != "A"}
-    assert demand(tmp_path, SignedZone({**records, ("mx.there.example", "AAAA"): ["::1"]})).tlsa
+    assert requirement(
+        tmp_path, SignedZone({**records, ("mx.there.example", "AAAA"): ["::1"]})
+    ).tlsa
     unsigned = [("mx.there.example", "AAAA")]
     zone = SignedZone({**records, ("mx.there.example", "AAAA"): ["::1"]}, unsigned)
-    assert demand(tmp_path, zone) == Demand()
+    assert requirement(tmp_path, zone) == TlsRequirement()
 
 
 def test_of_an_address_nothing_is_asked(tmp_path: Path) -> None:
     zone = SignedZone({})
-    assert demand(tmp_path, zone, by_mx=False, host="127.0.0.1") == Demand()
+    assert requirement(tmp_path, zone, by_mx=False, host="127.0.0.1") == TlsRequirement()
     assert zone.asked == []
 
 
 def test_for_an_alias_the_records_of_what_it_stands_for_come_first(tmp_path: Path) -> None:
     real, alias = "_25._tcp.real.example", "_25._tcp.mx.there.example"
     for found, expected in (
-        ({real: ["3 1 1 ab"], alias: ["3 1 1 cd"]}, Demand(TLS_SECURE, (), "DANE", True)),
-        ({real: ["3 1 1 ab"]}, Demand(TLS_SECURE, (), "DANE", True)),
-        ({alias: ["3 1 1 ab"]}, Demand(TLS_SECURE, (), "DANE", True)),
-        ({real: ["1 1 1 ab"], alias: ["3 1 1 ab"]}, Demand(TLS_INSECURE, (), "DANE", True)),
-        ({}, Demand(PLAIN, (), "", True)),
+        ({real: ["3 1 1 ab"], alias: ["3 1 1 cd"]}, TlsRequirement(TLS_SECURE, (), "DANE", True)),
+        ({real: ["3 1 1 ab"]}, TlsRequirement(TLS_SECURE, (), "DANE", True)),
+        ({alias: ["3 1 1 ab"]}, TlsRequirement(TLS_SECURE, (), "DANE", True)),
+        ({real: ["1 1 1 ab"], alias: ["3 1 1 ab"]}, TlsRequirement(TLS_INSECURE, (), "DANE", True)),
+        ({}, TlsRequirement(PLAIN, (), "", True)),
     ):
         records = {**MX, **{(name, "TLSA"): texts for name, texts in found.items()}}
         zone = SignedZone(records, aliases={"mx.there.example": "real.example"})
-        seen = demand(tmp_path, zone)
+        seen = requirement(tmp_path, zone)
         assert seen._replace(tlsa=()) == expected
         assert seen.tlsa == ((Tlsa(3, 1, 1, b"\xab"),) if expected.least == TLS_SECURE else ())
 
@@ -2007,18 +2011,18 @@ def test_for_an_alias_the_records_of_what_it_stands_for_come_first(tmp_path: Pat
 def test_where_the_records_of_an_alias_cannot_be_had_nothing_is_sent(tmp_path: Path) -> None:
     records = {**SIGNED_TLSA, ("_25._tcp.real.example", "TLSA"): DOWN}
     with pytest.raises(TemporaryFailure, match="down"):
-        demand(tmp_path, SignedZone(records, aliases={"mx.there.example": "real.example"}))
+        requirement(tmp_path, SignedZone(records, aliases={"mx.there.example": "real.example"}))
 
 
 def test_only_so_many_records_are_looked_at(tmp_path: Path) -> None:
     many = [f"3 1 1 {number:04x}" for number in range(500)]
     zone = SignedZone({**MX, ("_25._tcp.mx.there.example", "TLSA"): many})
-    assert len(demand(tmp_path, zone).tlsa) == 20
+    assert len(requirement(tmp_path, zone).tlsa) == 20
 
 
 # --- REQUIRETLS and "TLS-Required: No", coming in ---
 
-NEEDS = shipment(require_tls=True)
+NEEDS = delivery(require_tls=True)
 WITH_REQUIRETLS = SECURE.replace("S: 250 mx", "S: 250-mx") + "S: 250 REQUIRETLS\n"
 REQUIRED = WITH_REQUIRETLS + ENVELOPE.replace(
     "FROM:<eva@there.example>", "FROM:<eva@there.example> REQUIRETLS"
@@ -2030,10 +2034,10 @@ class Taking:
 
     def __init__(self, state: str) -> None:
         self.state = state
-        self.shipments: list[Shipment] = []
+        self.deliveries: list[Delivery] = []
 
-    async def deliver(self, shipment: Shipment, targets: Sequence[Target]) -> list[chasquid.Result]:
-        self.shipments.append(shipment)
+    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[chasquid.Result]:
+        self.deliveries.append(delivery)
         return [chasquid.Result(self.state, "4.0.0", "as it is told")] * len(targets)
 
 
@@ -2090,7 +2094,7 @@ def test_requiretls_goes_with_the_message_and_survives_a_restart(
         clock.advance(300)
         server.settle()
         wait_for(lambda: not server.queued(), "the second attempt")
-    assert [one.require_tls for one in courier.shipments] == ["REQUIRETLS" in parameters] * 2
+    assert [one.require_tls for one in courier.deliveries] == ["REQUIRETLS" in parameters] * 2
 
 
 @pytest.mark.parametrize(
@@ -2121,8 +2125,8 @@ def test_tls_required_no_goes_with_the_message_and_survives_a_restart(
         clock.advance(300)
         server.settle()
         wait_for(lambda: not server.queued(), "the second attempt")
-    assert [one.tls_optional for one in courier.shipments] == [expected] * 2
-    assert not any(one.require_tls for one in courier.shipments)
+    assert [one.tls_optional for one in courier.deliveries] == [expected] * 2
+    assert not any(one.require_tls for one in courier.deliveries)
 
 
 # --- REQUIRETLS and "TLS-Required: No", going out ---
@@ -2191,7 +2195,7 @@ def test_a_message_that_does_not_require_tls_does_not_say_so(tmp_path: Path, tru
     assert attempt(tmp_path, script, tlsa=[]).state == SENT
 
 
-OPTIONAL = shipment(tls_optional=True)
+OPTIONAL = delivery(tls_optional=True)
 IN_THE_CLEAR = GREETING + ENVELOPE + CONTENT
 
 
@@ -2216,7 +2220,7 @@ def test_tls_required_no_uses_tls_where_it_can_and_learns_nothing(tmp_path: Path
 
 
 def test_requiretls_wins_over_tls_required_no(tmp_path: Path) -> None:
-    both = shipment(require_tls=True, tls_optional=True)
+    both = delivery(require_tls=True, tls_optional=True)
     assert deliver(tmp_path, Zone(MX), load=both).status == "5.7.30"
     assert_refused(attempt(tmp_path, NO_TLS, tlsa=[], load=both), "REQUIRETLS")
 

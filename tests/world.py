@@ -191,7 +191,7 @@ class WorldDns:
         self._changed()
 
     async def ask(self, name: str, kind: str) -> Answer:
-        """Answer a question of room NAMES. Raises TemporaryFailure."""
+        """Answer a question of room DNS. Raises TemporaryFailure."""
         table, (asked, kind) = self._table, self._key(name, kind)
         authentic = True
         for name in self._chain(table, asked, kind):
@@ -604,7 +604,7 @@ class MailWorld:
             [arrived] = there.mailbox("eva@there.example")
             assert "dkim=pass" in arrived["Authentication-Results"]
 
-    Time passes as it does outside, and is moved ahead by `run_until` and `advance`. Chance
+    Time passes as it does lookups, and is moved ahead by `run_until` and `advance`. Chance
     is left out: a first retry comes after exactly a minute, and of mail exchangers with the
     same preference the first by name is tried first. The limits of chasquid.conf hold between
     the servers, and not for clients from 127.0.0.1. `patience` is how many real seconds the

@@ -34,9 +34,9 @@ def status(report):
     return message, recipient
 
 
-def submit(chasquid, wish, recipient="dora@dest.example"):
+def submit(chasquid, dsn, recipient="dora@dest.example"):
     message = letter("asking", "ana@here.example", recipient)
-    options = {"mail_options": ["RET=HDRS", "ENVID=QQ+2B314"], "rcpt_options": wish}
+    options = {"mail_options": ["RET=HDRS", "ENVID=QQ+2B314"], "rcpt_options": dsn}
     chasquid.submit("ana@here.example", [recipient], message, **options)
 
 

@@ -2,7 +2,7 @@
 """Every block of commands in README.md is typed, in its order, on a machine of its own.
 
 The machine has systemd, sudo, Dovecot, fail2ban … as Debian has them, but no network: `STAND_INS`
-are what takes the place of the world outside. A block runs as it stands, or with the words that
+are what takes the place of the world lookups. A block runs as it stands, or with the words that
 `PLACEHOLDERS` names replaced, or it is in `NOT_RUN` with the reason and with what is checked
 instead. A new block that does not work as it stands fails the test until it is in one of them.
 """
