@@ -2706,9 +2706,6 @@ _QUESTION_SLOTS = 100  # asked at a time; each holds a descriptor
 _CACHE_LIMIT = 10_000  # answers
 _CACHE_OCTETS = 16 * 1024 * 1024
 _TTL_LIMITS = (1.0, 86400.0)
-_RECORD_TYPES = (
-    "A", "AAAA", "CNAME", "DNAME", "MX", "NS", "OPT", "PTR", "RRSIG", "SOA", "TLSA", "TXT",
-)  # fmt: skip
 _FAILURE_SECONDS = 5.0  # a failure is remembered this long; RFC 2308, 7.1 allows 5 minutes
 
 
@@ -2935,12 +2932,10 @@ class DnsClient:
             dns._features.force(feature, False)
         dns._features.force("idna", True)
         import dns.rdata
-        import dns.rdataclass
-        import dns.rdatatype
 
-        load_type: Any = dns.rdata.get_rdata_class
-        for kind in _RECORD_TYPES:  # dnspython would load the code of a type when it meets it
-            load_type(dns.rdataclass.IN, dns.rdatatype.from_text(kind))
+        # or the code of a type would be loaded when it is first met, in anybody's answer
+        load_all_types: Any = dns.rdata.load_all_types
+        load_all_types()
         self._resolver, self._plain_resolver = self._new_resolver(0), self._new_resolver(-1)
         self._backend = _dns_backend(self._loop)
 
@@ -7868,7 +7863,7 @@ class Item:
     """
 
     __slots__ = (
-        "attempts", "delay_told", "due", "envelope", "message", "next_attempt", "nudge",
+        "again", "attempts", "delay_told", "due", "envelope", "message", "next_attempt", "nudge",
         "recipients", "removed", "since", "task", "waited",
     )  # fmt: skip
 
@@ -7886,6 +7881,7 @@ class Item:
         self.since = 0.0
         self.removed = False
         self.nudge: Event | None = None
+        self.again = False  # to be attempted once more when the attempt under way has ended
         self.task: Task | None = None
 
     @property
@@ -8739,6 +8735,8 @@ class Queue:
         item.next_attempt = item.due = 0.0
         if item.nudge is not None:
             item.nudge.set()
+        else:
+            item.again = True  # an attempt is under way, and would put it off at its end
 
     async def retry_as_asked(self, item: Item) -> None:
         """As `retry`, and let the file say so too, which is what people are shown."""
@@ -8965,6 +8963,8 @@ class Queue:
         item.since = now
 
     def _postpone(self, item: Item, seconds: float) -> None:
+        if item.again:
+            item.again, seconds = False, 0.0
         item.next_attempt = self._loop.clock.time() + seconds
         item.due = self._loop.clock.monotonic() + seconds
         self._record.mail(item.id, f"next attempt in {duration_text(seconds)}")
@@ -11491,9 +11491,9 @@ _STOP_SECONDS = 10.0
 _DAY = 86400.0
 # Everything that is imported when it is first used; see `load_modules`.
 _LATE_MODULES = (
-    "base64", "dns.asyncresolver", "dns.rcode", "fcntl", "hashlib", "hmac", "http.client", "idna",
-    "idna.uts46data", "io", "ipaddress", "precis_i18n.profile", "resource", "shlex", "subprocess",
-    "shutil", "tempfile", "unicodedata",
+    "base64", "difflib", "dns.asyncresolver", "dns.rcode", "encodings.ascii", "fcntl", "hashlib",
+    "hmac", "http.client", "idna", "idna.uts46data", "io", "ipaddress", "precis_i18n.profile",
+    "resource", "shlex", "shutil", "subprocess", "tempfile", "unicodedata",
 )  # fmt: skip
 DOMAIN_INFO_DIRECTORY = "domaininfo"  # below data_dir
 DOMAIN_FORGOTTEN = "what was seen of {} is forgotten"
@@ -11669,7 +11669,7 @@ class Daemon:
         self._certificates = certificates = Certificates(config)
         self._domains = load_domains(config)
         self._loading = Slots(loop, 1)
-        self._reloaded = (clock.time(), True)
+        self._reloaded = (clock.time(), not self.problems)
         self._signature = file_signature(config.config_dir)
         self._dns = client = DnsClient(loop, config.dns_server, config.dns_trust_ad)
         self._names = Names(loop, ask or client.ask)
@@ -15188,9 +15188,9 @@ Ctrl-C ends, and all is forgotten.
 
 # What `capture` imports when it is first used; see `load_modules`.
 _CAPTURE_MODULES = (
-    "dns.asyncresolver", "email.header", "email.message", "email.parser", "email.policy", "fnmatch",
-    "hashlib", "hmac", "html", "idna", "idna.uts46data", "ipaddress", "precis_i18n.profile",
-    "shutil", "tempfile", "urllib.parse",
+    "dns.asyncresolver", "email.generator", "email.header", "email.message", "email.parser",
+    "email.policy", "fnmatch", "hashlib", "hmac", "html", "idna", "idna.uts46data", "ipaddress",
+    "precis_i18n.profile", "quopri", "shutil", "tempfile", "urllib.parse",
 )  # fmt: skip
 
 

@@ -1668,3 +1668,16 @@ def test_after_a_retry_the_file_says_that_it_is_due(tmp_path: Path) -> None:
         assert chasquid.read_item(item.message.path).next_attempt == 0.0
 
     on_bench(tmp_path, test)
+
+
+def test_a_retry_during_an_attempt_is_not_lost(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        bench.remote.plan = {"eva@there.example": [DEFERRED, SENT]}
+        item = await bench.accept("eva@there.example")
+        assert item.nudge is None  # its first attempt has not ended
+        bench.queue.retry(item)
+        await bench.quiet()
+        assert len(bench.remote.messages) == 2
+        assert bench.files() == []
+
+    on_bench(tmp_path, test)
