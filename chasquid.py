@@ -15226,12 +15226,13 @@ def run_daemon(daemon: Daemon, on_ready: Callable[[], object] = lambda: None) ->
 
     Signals are minded before `on_ready` is called.
     """
-    _return_memory_at_once()
     sys.setswitchinterval(0.0005)  # a finished fsync is noticed sooner while we compute
     signal.set_wakeup_fd(daemon.loop.wakeup_fd, warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: daemon.stop())
     signal.signal(signal.SIGHUP, lambda *_: daemon.reload())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
+    _return_memory_at_once()
     try:
         daemon.run(on_ready)
     finally:
@@ -15243,6 +15244,8 @@ def _load(arguments: argparse.Namespace) -> Config:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
+    # whoever sees the ports open may ask for a reload, which would end us before it is minded
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
     daemon = Daemon(_load(arguments))
     if os.geteuid() == 0 and sys.stderr.isatty():
         text = "running as root; a user of its own is safer, as the unit for systemd has it"

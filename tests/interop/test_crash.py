@@ -172,6 +172,14 @@ class TestHup:
             assert send_letter(client, "welcome", "new@here.example")[0] == 250
         chasquid.wait_for_letters("new@here.example")
 
+    def test_it_may_come_as_soon_as_the_ports_are_open(self, chasquid):
+        for _ in range(5):
+            chasquid.restart()
+            chasquid.hang_up()
+            chasquid.wait_for_log("daemon: ready")
+            with chasquid.smtp() as client:
+                assert client.noop()[0] == 250
+
     def test_a_mistake_leaves_the_old_in_force(self, chasquid):
         aliases = chasquid.config_dir / "domains" / "here.example" / "aliases"
         aliases.write_text("this is no alias\n")
