@@ -230,3 +230,11 @@ def test_what_is_said_of_the_end_holds_as_soon_as_it_is_said(
             process.send_signal(number)
             _, errors = process.communicate(timeout=SECONDS)
             assert (process.returncode, errors) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [("1025", ("127.0.0.1", 1025)), (":1025", ("", 1025)), ("localhost:25", ("localhost", 25))],
+)
+def test_a_number_alone_is_a_port_on_this_machine(text: str, place: tuple[str, int]) -> None:
+    assert chasquid._place(text, "--smtp") == place

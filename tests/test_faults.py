@@ -507,3 +507,9 @@ def test_nobody_hears_anything_from_a_server_that_hangs() -> None:
         raw.settimeout(0.05)
         with pytest.raises(TimeoutError):
             raw.recv(1)
+
+
+@pytest.mark.parametrize("name", ["nth", "times"])
+def test_a_rule_that_is_to_act_on_no_time_is_refused(name: str) -> None:
+    with pytest.raises(FaultError, match=f"{name}: expected a number from 1, found 0"):
+        script().add_rule({"stage": "RCPT", "reply": "451", name: 0})
