@@ -1919,6 +1919,12 @@ def sync_directory(path: str) -> None:
         os.close(fd)
 
 
+# A directory that is not ours to sync, or on a file system that does not know how.
+_CANNOT_SYNC = {
+    errno.EACCES, errno.EPERM, errno.EINVAL, errno.EROFS, errno.ENOSYS, errno.ENOTSUP,
+}  # fmt: skip
+
+
 def make_directory(path: str, mode: int = 0o700) -> None:
     """Make the directory `path` and those above it, durably. Raises OSError.
 
@@ -1929,8 +1935,11 @@ def make_directory(path: str, mode: int = 0o700) -> None:
     parent = os.path.dirname(path)
     if os.path.isdir(path):
         while path != parent:
-            with contextlib.suppress(PermissionError):  # whoever owns that has made it long ago
+            try:
                 sync_directory(parent)
+            except OSError as error:
+                if error.errno not in _CANNOT_SYNC:
+                    raise
             path, parent = parent, os.path.dirname(parent)
         return
     make_directory(parent, mode)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
@@ -290,3 +291,25 @@ def test_who_is_cancelled_while_a_file_is_synced_leaves_none_behind(tmp_path):
         return [*kept, "after"]
 
     assert sorted(on_disk(call)) == sorted(os.listdir(tmp_path))
+
+
+def test_a_directory_that_is_there_is_made_durable_too(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    synced = []
+    monkeypatch.setattr(chasquid, "sync_directory", synced.append)
+    chasquid.make_directory(str(tmp_path / "a" / "b"))
+    assert synced[:2] == [str(tmp_path / "a"), str(tmp_path)]
+    assert synced[-1] == "/"
+
+
+@pytest.mark.parametrize(("number", "fails"), [(errno.EACCES, False), (errno.EIO, True)])
+def test_what_is_not_ours_to_sync_is_passed_over(tmp_path, monkeypatch, number, fails):
+    def refuse(path):
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(chasquid, "sync_directory", refuse)
+    if fails:
+        with pytest.raises(OSError, match="no"):
+            chasquid.make_directory(str(tmp_path))
+    else:
+        chasquid.make_directory(str(tmp_path))
