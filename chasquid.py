@@ -45,6 +45,22 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     INBOX          what was captured, over HTTP: a page and JSON
     COMMANDS       the command line
 
+The way of a message, and what each room hands to the next:
+
+      a client
+        | octets                       LISTENERS accept, STREAM reads lines
+      SERVER                           the dialogue, in terms of SMTP SYNTAX
+        | MAIL: reverse-path           SPF, TLS POLICY
+        | RCPT: final recipients       ALIASES, USERS, HOOKS
+        | DATA: header and body        DKIM, DMARC; or a signature; HOOKS
+      ITEMS                            envelope and message, a file in new: then 250
+        | an item                      STORAGE makes it durable
+      QUEUE                            attempts and pauses, results written down
+        | a delivery                   a copy for each route
+      COURIERS                         a Maildir, a program, or SMTP CLIENT
+        | results                      sent, deferred, failed
+      NOTIFICATIONS                    what failed goes back, through the queue
+
 Read SERVER, QUEUE and COURIERS first: they say what the server does; the rest says how.
 """
 
@@ -7233,6 +7249,17 @@ _ANCHOR_LIMIT = 2  # of them that are tried as the authority that DANE names
 _ADDRESS_COUNT_LIMIT = 4  # addresses of one host that are tried in one attempt
 
 
+async def _connect_to_any(loop: Loop, network: Network, ips: Sequence[str], port: int) -> Stream:
+    """Connect to the first of `ips` that takes a connection. Raises Disconnected."""
+    failure = Disconnected("it has no address")
+    for ip in ips:
+        try:
+            return await network.connect(loop, ip, port)
+        except Disconnected as error:
+            failure = error
+    raise failure
+
+
 class LmtpCourier:
     """Delivers local messages over LMTP (RFC 2033), all recipients in one transaction."""
 
@@ -7273,13 +7300,8 @@ class LmtpCourier:
         if self._address.startswith("/"):
             return await self._network.connect(self._loop, self._address, 0)
         host, port = host_and_port(self._address, 24)
-        failure = Disconnected(f"{host} has no address")
-        for ip in await self._names.addresses(host):
-            try:
-                return await self._network.connect(self._loop, ip, port)
-            except Disconnected as error:
-                failure = error
-        raise failure
+        ips = await self._names.addresses(host)
+        return await _connect_to_any(self._loop, self._network, ips, port)
 
 
 def presentable(delivery: Delivery, targets: Sequence[Target]) -> tuple[Delivery, list[str]]:
@@ -7647,17 +7669,12 @@ class SmarthostCourier:
             raise
 
     async def _connect(self) -> Stream:
-        failure = Disconnected("it has no address")
         try:
             name = domain_to_ascii(self._host)
         except ValueError as error:
             raise TemporaryFailure(str(error)) from error
-        for ip in await self._names.addresses(name):
-            try:
-                return await self._network.connect(self._loop, ip, self._port)
-            except Disconnected as error:
-                failure = error
-        raise failure
+        ips = await self._names.addresses(name)
+        return await _connect_to_any(self._loop, self._network, ips, self._port)
 
 
 class Smarthost(NamedTuple):
