@@ -220,7 +220,7 @@ def test_what_is_said_of_the_end_holds_as_soon_as_it_is_said(
 ) -> None:
     options = ANYWHERE if command == "capture" else ("--dir", str(tmp_path))
     words = [sys.executable, str(MODULE), command, *options]
-    for _ in range(4):
+    for _ in range(2):
         with subprocess.Popen(
             words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         ) as process:
