@@ -68,7 +68,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import calendar
 import collections
 import contextlib
 import errno
@@ -4692,12 +4691,25 @@ def certificate_expiry(pem: bytes) -> float:
     for tag, content in _elements(body):
         times = [(kind, text) for kind, text in _elements(content) if kind in (0x17, 0x18)]
         if tag == 0x30 and len(times) == 2:
-            kind, text = times[1]
-            form = "%y%m%d%H%M%SZ" if kind == 0x17 else "%Y%m%d%H%M%SZ"
-            # RFC 5280, 4.1.2.5.1: a year of two digits from 50 on is in the last century
-            moment = time.strptime(text.decode("ascii"), form)
-            return float(calendar.timegm(moment))
+            return _moment(*times[1])
     raise ValueError("the certificate says no time of its end")
+
+
+def _moment(tag: int, text: bytes) -> float:
+    """Return a UTCTime or GeneralizedTime in seconds since 1970. Raises ValueError.
+
+    RFC 5280, 4.1.2.5.1: of a year in two digits, 50 and more are of the last century.
+    """
+    match = re.fullmatch(rb"(\d\d\d\d|\d\d)(\d\d)(\d\d)(\d\d)(\d\d)(\d\d)Z", text)
+    if match is None or len(match[1]) != (2 if tag == 0x17 else 4):
+        raise ValueError(f"{text!r} is no time in a certificate")
+    year, month, day, hour, minute, second = map(int, match.groups())
+    if tag == 0x17:
+        year += 1900 if year >= 50 else 2000
+    # days since 1 March of the year 0, so that a leap day is the last of a year
+    year, month = (year, month - 3) if month > 2 else (year - 1, month + 9)
+    days = 365 * year + year // 4 - year // 100 + year // 400 + (153 * month + 2) // 5 + day - 1
+    return (days - 719468) * 86400.0 + hour * 3600 + minute * 60 + second
 
 
 def _only(der: bytes, tag: int) -> bytes:

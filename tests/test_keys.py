@@ -659,3 +659,27 @@ def test_a_certificate_that_is_cut_short_has_its_key_or_raises_one_kind_of_error
 def test_any_octets_have_no_public_key_or_raise_one_kind_of_error(data):
     with contextlib.suppress(ValueError):
         assert isinstance(chasquid.public_key_info(data), bytes)
+
+
+@given(st.integers(-(2**31), 2**38))
+def test_a_time_in_a_certificate_is_read_as_it_was_written(seconds: int) -> None:
+    moment = time.gmtime(seconds)
+    text = time.strftime("%m%d%H%M%SZ", moment)
+    if 0 < moment.tm_year < 10000:
+        assert chasquid._moment(0x18, f"{moment.tm_year:04}{text}".encode()) == seconds
+    if 1950 <= moment.tm_year < 2050:
+        assert chasquid._moment(0x17, f"{moment.tm_year % 100:02}{text}".encode()) == seconds
+
+
+@pytest.mark.parametrize(
+    ("tag", "text"),
+    [
+        (0x17, b"20260101000000Z"),
+        (0x18, b"260101000000Z"),
+        (0x17, b"2601010000Z"),
+        (0x17, b"260101000000+0100"),
+    ],
+)
+def test_what_is_no_time_in_a_certificate_is_refused(tag: int, text: bytes) -> None:
+    with pytest.raises(ValueError, match="is no time in a certificate"):
+        chasquid._moment(tag, text)
