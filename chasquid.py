@@ -2006,6 +2006,12 @@ def move_synced(source: str, target: str) -> None:
     sync_directory(os.path.dirname(target))
 
 
+def close_written(fd: int) -> None:
+    """Close a descriptor whose data was synced, or is not wanted: what fails now loses nothing."""
+    with contextlib.suppress(OSError):
+        os.close(fd)
+
+
 def discard_names(*paths: str) -> None:
     """Remove files that were not written to their end, as durably as that can be had.
 
@@ -7833,6 +7839,8 @@ class Envelope(NamedTuple):
             if not isinstance(value.get(key, False), bool):
                 raise ValueError(f"{key} is neither true nor false")
         value["received"] = _number_of(value["received"])
+        if not 0 <= value["received"] < 253402300800:  # 1970 to 9999
+            raise ValueError("received is no time")
         return cls(final_recipients=final_recipients, prefix=prefix, **value)
 
 
@@ -7850,6 +7858,7 @@ def _json_object(line: bytes) -> dict[str, Any]:
 def _string(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{str(value)[:40]} is no string")
+    value.encode()  # half a character, which JSON can say, can be written nowhere
     return value
 
 
@@ -7873,7 +7882,7 @@ def _number_of(value: object) -> float:
 
 
 class Recipient:
-    """An final_recipient and what became of it. `reported`: the sender was told of the end."""
+    """A final recipient and what became of it. `reported`: the sender was told of the end."""
 
     __slots__ = ("dsn", "original", "reported", "result", "target")
 
@@ -7966,7 +7975,9 @@ class Item:
         if not isinstance(value, dict):
             return
         results = {int(key): _result_of(*one) for key, one in value["results"].items()}
-        attempts, next_attempt = int(_number_of(value["attempt"])), _number_of(value["next"])
+        attempts, next_attempt = value["attempt"], _number_of(value["next"])
+        if not isinstance(attempts, int) or attempts < 0:
+            raise ValueError("attempt is no number of attempts")
         waited = _number_of(value["waited"])
         delay_told, told = bool(value.get("delay_told")), set(value.get("told", ()))
         if any(number not in range(len(self.recipients)) for number in results):
@@ -8218,7 +8229,7 @@ class Draft:
             try:
                 await self._disk.commit(fd, tail, self._path, target)
             finally:
-                os.close(fd)
+                close_written(fd)
         small = self.size == len(data)
         return Message(envelope.prefix, target, self.size, data if small else None)
 
@@ -8226,7 +8237,7 @@ class Draft:
         """Forget the message; nothing where it was stored."""
         self._pieces.clear()
         if self._fd >= 0:
-            os.close(self._fd)
+            close_written(self._fd)
             self._fd = -1
             discard_names(self._path)
 
@@ -8699,7 +8710,7 @@ class Queue:
         return Draft(self._loop, self._disk, settings.directory, settings.hostname)
 
     def check_room(self) -> None:
-        """Raise QueueFull where the queue takes no more messages from lookups."""
+        """Raise QueueFull where the queue takes no more messages from outside."""
         if len(self.items) >= self._settings.limit:
             raise QueueFull(f"the queue is full ({self._settings.limit} messages)", "4.3.1")
         if self._settings.min_free_disk and not self._disk_has_room():
@@ -8784,18 +8795,27 @@ class Queue:
 
     async def bounce(self, item: Item) -> None:
         """Give `item` up now: its sender is told, as if its time had passed."""
-        item.waited = self._settings.give_up_after
-        self._give_up(item)
+        self._give_up(item, "given up by the operator", "5.0.0")
         self.retry(item)
         if item.task is not None:
             await item.task.join()
 
     async def remove(self, item: Item) -> None:
-        """Take `item` out of the queue, delivered or not; the sender is not told."""
+        """Take `item` out of the queue, delivered or not; the sender is not told.
+
+        Raises ChasquidError if its file cannot be removed; then it stays.
+        """
         item.removed = True
         self.retry(item)
         if item.task is not None:
             await item.task.join()
+        try:
+            await self._disk.remove(item.message.path)
+        except OSError as error:
+            item.removed = False
+            if any(recipient.is_open for recipient in item.recipients):
+                self._start(item)  # it is still there, and would be delivered after a restart
+            raise ChasquidError(f"{item.id} cannot be removed: {reason(error)}") from error
         self._record.mail(item.id, "removed by the operator")
 
     def begin_closing(self) -> None:
@@ -8829,8 +8849,6 @@ class Queue:
                         return
                 else:
                     await self._wait(item)
-            if item.removed:
-                await self._disk.remove(item.message.path)
         finally:
             del self.items[item.id]
 
@@ -8964,7 +8982,8 @@ class Queue:
         """
         self._count_wait(item)
         if item.waited >= self._settings.give_up_after:
-            self._give_up(item)
+            after = duration_text(self._settings.give_up_after)
+            self._give_up(item, f"not delivered within {after}", "4.4.7")
         try:
             await self._report(item)
             if not any(recipient.is_open for recipient in item.recipients):
@@ -9010,15 +9029,14 @@ class Queue:
     def _pause(self, attempts: int) -> float:
         return _PAUSES[min(attempts, len(_PAUSES)) - 1] + self._random() * _JITTER
 
-    def _give_up(self, item: Item) -> None:
-        after = duration_text(self._settings.give_up_after)
+    def _give_up(self, item: Item, why: str, status: str) -> None:
         for recipient in item.recipients:
             if recipient.is_open:
-                text = f"not delivered within {after}; the last attempt: {recipient.result.text}"
+                text = f"{why}; the last attempt: {recipient.result.text}"
                 recipient.result = recipient.result._replace(
-                    state=FAILED, status="4.4.7", text=text
+                    state=FAILED, status=status, text=text
                 )  # fmt: skip
-                self._record.mail(item.id, f"to={recipient.target.value} given up after {after}")
+                self._record.mail(item.id, f"to={recipient.target.value} given up: {why}")
                 self._on_result(item, recipient)
 
     async def _write_down(self, item: Item) -> None:
@@ -11480,6 +11498,9 @@ class Control:
             return {"error": "the request is not understood; is the server another version?"}
         except ChasquidError as error:
             return {"error": str(error)}
+        except Exception as error:
+            self._record.crash("control", error)
+            return {"error": f"the server failed at that: {reason(error)}; its log has more"}
 
 
 def ask_running_server(data_dir: str, command: str, argument: str) -> list[str] | None:
@@ -11818,6 +11839,10 @@ class Daemon:
         """
         with self._resources:
             self.loop.run(self._main(on_ready))
+
+    def at_end(self, call: Callable[[], object]) -> None:
+        """Have `call` called when the server has ended, before its loop is closed."""
+        self._resources.callback(call)
 
     def stop(self) -> None:
         """End the server. May be called from a signal handler or another thread."""
@@ -15266,15 +15291,13 @@ def run_daemon(daemon: Daemon, on_ready: Callable[[], object] = lambda: None) ->
     """
     sys.setswitchinterval(0.0005)  # a finished fsync is noticed sooner while we compute
     signal.set_wakeup_fd(daemon.loop.wakeup_fd, warn_on_full_buffer=False)
+    daemon.at_end(lambda: signal.set_wakeup_fd(-1))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: daemon.stop())
     signal.signal(signal.SIGHUP, lambda *_: daemon.reload())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
     _return_memory_at_once()
-    try:
-        daemon.run(on_ready)
-    finally:
-        signal.set_wakeup_fd(-1)
+    daemon.run(on_ready)
 
 
 def _load(arguments: argparse.Namespace) -> Config:
@@ -15923,6 +15946,8 @@ def _queue_items(config: Config) -> list[Item]:
 
 def _queue_list(config: Config, arguments: argparse.Namespace) -> int:
     now = time.time()
+    if arguments.domain is not None:
+        arguments.domain = _parse_domain_name(arguments.domain)
     items = [item for item in _queue_items(config) if _is_wanted(item, arguments)]
     if arguments.json:
         print(json.dumps([_item_in_json(item) for item in items], indent=2))
@@ -15943,7 +15968,7 @@ def _is_wanted(item: Item, arguments: argparse.Namespace) -> bool:
     if sender is not None and item.envelope.sender.lower() != sender.strip("<>").lower():
         return False
     domains = {split_address(one.target.value)[1] for one in item.recipients}
-    return domain is None or _parse_domain_name(domain) in domains
+    return domain is None or domain in domains
 
 
 def _item_in_json(item: Item) -> dict[str, Any]:

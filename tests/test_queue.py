@@ -1454,7 +1454,8 @@ def queue_file(directory: Path, envelope: bytes, journal: bytes = b"", place: st
         {"prefix": 7}, {"sender": 7}, {"addressees": []}, {"addressees": 1}, {"received": "x"},
         {"addressees": [[["fax", "c@d", []], "c@d"]]}, {"addressees": [[["address", 1, []], "c"]]},
         {"addressees": [[["address", "c@d", "via"], "c@d"]]}, {"smtputf8": "yes"}, {"ret": []},
-        {"envid": 1}, {"id": None}, {"received": 1e999}, {"more": 1},
+        {"envid": 1}, {"id": None}, {"received": 1e999}, {"more": 1}, {"received": 9e17},
+        {"sender": "\ud800@x.example"}, {"addressees": [[["address", "\ud800@d", []], "c@d"]]},
     ],
     ids=str,
 )  # fmt: skip
@@ -1499,6 +1500,14 @@ def test_json_that_is_nested_deeply_ends_nothing(tmp_path: Path, line: bytes) ->
 )  # fmt: skip
 def test_a_journal_that_says_what_cannot_be_is_set_aside(tmp_path: Path, results: object) -> None:
     line = {"at": 1, "attempt": 1, "next": 0, "waited": 0, "results": results}
+    queue_file(tmp_path, json.dumps(GOOD).encode(), json.dumps(line).encode() + b"\n")
+    contents = chasquid.read_queue(str(tmp_path / "queue"))
+    assert len(contents.unreadable) == 1 and not contents.items
+
+
+@pytest.mark.parametrize("attempt", [-100, 1.5, "1", None])
+def test_a_number_of_attempts_that_is_none_is_set_aside(tmp_path: Path, attempt: object) -> None:
+    line = {"at": 1, "attempt": attempt, "next": 0, "waited": 0, "results": {}}
     queue_file(tmp_path, json.dumps(GOOD).encode(), json.dumps(line).encode() + b"\n")
     contents = chasquid.read_queue(str(tmp_path / "queue"))
     assert len(contents.unreadable) == 1 and not contents.items
@@ -1653,6 +1662,8 @@ def test_a_message_that_is_given_up_by_the_operator_goes_back(tmp_path: Path) ->
         await bench.quiet()
         [content] = bench.local.contents
         assert b"eva@there.example" in content and b"Mail delivery failed" in content
+        assert b"given up by the operator; the last attempt: " in content
+        assert b"Status: 5.0.0" in content
         assert bench.files() == []
 
     on_bench(tmp_path, test)
@@ -1679,5 +1690,46 @@ def test_a_retry_during_an_attempt_is_not_lost(tmp_path: Path) -> None:
         await bench.quiet()
         assert len(bench.remote.messages) == 2
         assert bench.files() == []
+
+    on_bench(tmp_path, test)
+
+
+def test_a_message_whose_file_cannot_be_removed_stays_in_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(self: chasquid.Disk, path: str) -> None:
+        raise OSError(errno.EIO, "no")
+
+    async def test(bench: Bench) -> None:
+        bench.remote.plan = {"eva@there.example": [DEFERRED] * 9}
+        item = await bench.accept("eva@there.example")
+        await bench.until(lambda: item.nudge)
+        with monkeypatch.context() as patched:
+            patched.setattr(chasquid.Disk, "remove", refuse)
+            with pytest.raises(chasquid.ChasquidError, match=f"{item.id} cannot be removed"):
+                await bench.queue.remove(item)
+        assert list(bench.queue.items) == [item.id]
+        await bench.queue.remove(item)
+        assert bench.files() == []
+
+    on_bench(tmp_path, test)
+
+
+def test_a_file_that_cannot_be_closed_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close = os.close
+
+    def broken(fd: int) -> None:
+        close(fd)
+        raise OSError(errno.EIO, "no")
+
+    async def test(bench: Bench) -> None:
+        draft = bench.queue.draft()
+        await draft.add(b"Subject: x\r\n\r\n" + b"x" * 200_000)
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "close", broken)
+            draft.discard()
+        assert files(tmp_path / "queue", "tmp") == []
 
     on_bench(tmp_path, test)
