@@ -8789,7 +8789,7 @@ class Queue:
 
     async def retry_as_asked(self, item: Item) -> None:
         """As `retry`, and let the file say so too, which is what people are shown."""
-        item.next_attempt = item.due = 0.0
+        item.next_attempt = 0.0
         await self._write_progress(item)
         self.retry(item)
 
@@ -8844,6 +8844,7 @@ class Queue:
         try:
             while not item.removed and not self._closing:
                 if item.due <= self._loop.clock.monotonic():
+                    item.again = False
                     await self._attempt(item)
                     if await self._settle(item):
                         return

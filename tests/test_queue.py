@@ -1681,15 +1681,21 @@ def test_after_a_retry_the_file_says_that_it_is_due(tmp_path: Path) -> None:
     on_bench(tmp_path, test)
 
 
-def test_a_retry_during_an_attempt_is_not_lost(tmp_path: Path) -> None:
+def test_a_retry_during_an_attempt_is_not_lost_and_makes_one_more(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [DEFERRED, SENT]}
+        bench.remote.plan = {"eva@there.example": [DEFERRED, DEFERRED, DEFERRED]}
+        deliver = bench.remote.deliver
+
+        async def retried_meanwhile(*arguments: Any) -> Any:
+            if not bench.remote.messages:
+                for item in bench.queue.items.values():
+                    bench.queue.retry(item)
+            return await deliver(*arguments)
+
+        bench.remote.deliver = retried_meanwhile  # type: ignore[method-assign]
         item = await bench.accept("eva@there.example")
-        assert item.nudge is None  # its first attempt has not ended
-        bench.queue.retry(item)
-        await bench.quiet()
+        await bench.until(lambda: item.attempts == 2 and item.nudge)
         assert len(bench.remote.messages) == 2
-        assert bench.files() == []
 
     on_bench(tmp_path, test)
 
