@@ -4895,8 +4895,6 @@ class _Unknown(BaseException):
     """pyspf asks what is not known yet. No Exception, for it catches those."""
 
 
-# What shows that something is wrong here, not with the message: it must not become a result.
-OUR_FAULTS = (ImportError, EOFError, OSError, MemoryError, NameError)
 _SPF_VERSION = re.compile(r"v=spf1(?: |$)", re.IGNORECASE)
 _SpfAnswers = dict[tuple[str, str], "Answer | TemporaryFailure"]
 
@@ -5056,15 +5054,14 @@ def _has_spf(answer: Answer | TemporaryFailure) -> bool:
 
 
 def _run_spf(query: Any) -> tuple[str, str]:
-    """Run pyspf once; its result counts where nothing is missing."""
+    """Run pyspf once; its result counts where nothing is missing.
+
+    It makes a result of all that is wrong with a record: what it raises is a fault of ours.
+    """
     try:
         result, _, explanation = query.check()
     except _Unknown:
         return "", ""
-    except OUR_FAULTS:
-        raise
-    except Exception as error:  # it lets slip several kinds that it does not mean to
-        return "permerror", in_ascii(str(error))
     return str(result), in_ascii(str(explanation))
 
 
@@ -5319,6 +5316,21 @@ async def verify_signatures(
     return results
 
 
+def _is_our_fault(error: Exception) -> bool:
+    """Tell whether `error` shows that something is wrong here, not with the message.
+
+    dkimpy stumbles over what is malformed with errors of several kinds that it does not mean
+    to raise; this module means ValueError alone.
+    """
+    if isinstance(error, (ImportError, EOFError, OSError, MemoryError, NameError)):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    ours = trace is not None and trace.tb_frame.f_globals is globals()
+    return ours and not isinstance(error, ValueError)
+
+
 def _read_signature(field: Field) -> _Claim:
     """Raises _Unacceptable."""
     if len(field.raw) > _SIGNATURE_SIZE_LIMIT or _LONG_SPACE.search(field.raw):
@@ -5331,9 +5343,9 @@ def _read_signature(field: Field) -> _Claim:
         tags = {name: re.sub(rb"\s+", b"", value) for name, value in raw.items()}
         names = [name.lower() for name in tags[b"h"].decode("ascii").split(":")]
         signature = _identified(tags)
-    except OUR_FAULTS:
-        raise
-    except Exception:  # it lets slip several kinds that it does not mean to
+    except Exception as error:
+        if _is_our_fault(error):
+            raise
         raise _Unacceptable("neutral", "the field is malformed") from None
     return _Claim(field, tags, names, signature)
 
@@ -5429,9 +5441,9 @@ def _key_of_record(record: str, tags: Mapping[bytes, bytes]) -> _Key:
     try:
         text = ";".join(filter(str.strip, record.split(";")))  # empty tags do no harm
         raw = _dkim().util.parse_tag_value(text.encode("latin-1"))
-    except OUR_FAULTS:
-        raise
-    except Exception:
+    except Exception as error:
+        if _is_our_fault(error):
+            raise
         raise _Unacceptable("permerror", "the key record is malformed") from None
     key = {name: re.sub(rb"\s+", b"", value) for name, value in raw.items()}
     testing = b"y" in key.get(b"t", b"").split(b":")
@@ -5498,9 +5510,9 @@ def _check_claims(
         except _Unacceptable as refused:
             refused = _as_unsigned(refused) if key.testing else refused
             outcome = (refused.result, str(refused))
-        except OUR_FAULTS:
-            raise
-        except Exception:  # dkimpy lets slip several kinds that it does not mean to
+        except Exception as error:
+            if _is_our_fault(error):
+                raise
             outcome = ("neutral", "the signature cannot be processed")
         results.append(claim.signature._replace(result=outcome[0], reason=outcome[1]))
     return results
@@ -5941,8 +5953,12 @@ class SecurityLevels:
         self._writing = Slots(loop, 1)
 
     async def accepts(self, domain: str, tls: bool) -> bool:
-        """Tell whether mail from `domain` may come in with or without `tls`."""
-        return tls or (await self.of(domain)).incoming == PLAIN
+        """Tell whether mail from `domain` may come in with or without `tls`.
+
+        Raises TemporaryFailure as `of` does, with TLS too: what came in could not be remembered.
+        """
+        info = await self.of(domain)
+        return tls or info.incoming == PLAIN
 
     async def saw_incoming(self, domain: str, tls: bool) -> None:
         """Remember that a message of `domain`, with an SPF pass, came in so."""

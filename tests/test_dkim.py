@@ -888,6 +888,15 @@ def test_what_is_wrong_here_is_no_result(monkeypatch: pytest.MonkeyPatch, error:
                 outcome(message)
 
 
+def test_a_fault_of_this_module_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dkimpy calls our Ed25519: an error from there is not one of its own."""
+    monkeypatch.setattr(chasquid, "ed25519_verify", None)  # what calls it fails, in our frame
+    with pytest.raises(TypeError, match="not callable"):
+        outcome(signed(key=ED25519), [key_record(ED25519)])
+    monkeypatch.undo()
+    assert outcome(signed(key=ED25519), [key_record(ED25519)]) == "pass: "
+
+
 def test_the_dkimpy_of_others_in_the_process_stays_as_it_is() -> None:
     assert chasquid._dkim() is not dkim
     assert not hasattr(dkim, "nacl") or dkim.nacl is not chasquid._dkim().nacl

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from email.message import Message
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -790,3 +791,27 @@ def _let_go(server: Server, clock: RunningClock, crowd: Sequence[Wire]) -> None:
     server.settle()
     for wire in crowd:
         assert [wire.reply()[:3] for _ in range(3)] == ["220", "250", "250"]
+
+
+@pytest.mark.parametrize("error", [TypeError("odd"), ValueError("odd"), ImportError("gone")])
+def test_a_check_that_breaks_lets_nobody_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def broken(*_: Any) -> None:
+        raise error
+
+    zone = Zone({("there.example", "TXT"): ["v=spf1 -all"]})
+    server = Server(tmp_path, ask=zone.ask)
+    server.start()
+    try:
+        with greeted(server) as wire:
+            with monkeypatch.context() as patched:
+                patched.setattr(chasquid._spf_query(), "_values", broken)
+                reply = "451 4.3.0 a check has failed by a fault of ours; try again later"
+                assert wire.ask("MAIL FROM:<eva@there.example>") == reply
+            assert wire.ask("MAIL FROM:<eva@there.example>").startswith("550 5.7.23 ")
+        assert "MAIL in session" in server.log
+        assert f"{type(error).__name__}: {error}" in server.log
+        assert server.daemon.record.counters["crashes",] == 1
+    finally:
+        server.stop()
