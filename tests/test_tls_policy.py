@@ -223,6 +223,35 @@ def test_mail_from_a_domain_with_a_corrupt_file_is_answered_451(serve: Serve) ->
     assert f"{path}:1: expected one of PLAIN" in server.log
 
 
+def test_mail_from_a_domain_with_a_corrupt_file_waits_with_tls_too(serve: Serve) -> None:
+    zone = Zone({("there.example", "TXT"): ["v=spf1 +all"]})
+    server = serve(ask=zone.ask)
+    path = server.data_dir / "domaininfo" / "s:there.example"
+    path.mkdir(parents=True)
+    with greeted(server) as wire:
+        assert wire.ask("STARTTLS").startswith("220 ")
+        wire.start_tls(trusting())
+        assert wire.ask("EHLO client.example").startswith("250-")
+        reply = wire.ask("MAIL FROM:<eva@there.example>")
+        assert reply == "451 4.3.0 what was seen of there.example cannot be read"
+        path.rmdir()
+        letter = b"From: eva@there.example\r\n\r\nIt works.\r\n"
+        assert send(wire, letter, sender="eva@there.example").startswith("250 ")
+    assert "s:there.example: it cannot be read: Is a directory; mail from and to it" in server.log
+
+
+def test_mail_to_a_domain_with_a_corrupt_file_waits(tmp_path: Path) -> None:
+    domain_file(tmp_path).parent.mkdir()
+    domain_file(tmp_path).write_bytes(b"outgoing_sec_level: HIGH\n")
+    with Peer(GREETING + ENVELOPE + CONTENT, names=("mx.there.example",)) as peer:
+        result = deliver(tmp_path, Zone(MX), peer.port)
+        assert (result.state, result.status) == (chasquid.DEFERRED, "4.3.0")
+        assert result.text.endswith("what was seen of there.example cannot be read")
+        domain_file(tmp_path).unlink()
+        assert deliver(tmp_path, Zone(MX), peer.port).state == chasquid.SENT
+    assert f"{domain_file(tmp_path)}:1: expected one of" in (tmp_path / "server.log").read_text()
+
+
 def test_a_directory_that_cannot_be_written_keeps_nothing_but_the_memory(tmp_path: Path) -> None:
     (tmp_path / "domaininfo").symlink_to("nowhere/at/all")
 
