@@ -1566,6 +1566,31 @@ def test_date_and_message_id_that_we_add_are_signed_and_received_is_not(signing:
     assert_signed(re.sub(rb"\r\nReceived: (.*?\r\n\t)*.*?\r\n", b"\r\nReceived: x\r\n", message))
 
 
+@pytest.mark.parametrize(
+    ("closed", "added"),
+    [
+        ("from:subject:date:message-id", []),
+        ("from : Date:\r\n\tfrom", ["message-id"]),
+        ("from:MESSAGE-ID", ["date"]),
+        ("from:subject", ["date", "message-id"]),
+    ],
+)
+def test_no_field_is_added_that_a_signature_of_the_message_names(
+    signing: Signing, closed: str, added: list[str]
+) -> None:
+    """RFC 6376, 5.4.2: a field named in h= that is not there is signed as being absent."""
+    header = b"From: Eva <eva@there.example>\r\nSubject: for others\r\n"
+    data = signed(header + b"\r\nHello\r\n", h=closed)
+    message = signing.sent(data)
+    names = field_names(message)
+    assert names == [
+        "dkim-signature", "dkim-signature", "received", *added, "dkim-signature", "from", "subject",
+    ]  # fmt: skip
+    keys = {**zone_of_keys(OUR_KEYS), (KEY_NAME, "TXT"): [key_record()]}
+    found = verdicts(message, keys, now=time.time())
+    assert [one.result for one in found] == ["pass"] * 3
+
+
 def test_the_domain_of_mail_from_decides_whose_keys_sign(signing: Signing) -> None:
     assert_signed(signing.sent(FULL + b"\r\nHello\r\n", sender="other@HERE.Example"))
     for sender in ("eva@else.example", "ana@there.example", "ana@mail.here.example", ""):
