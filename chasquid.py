@@ -864,8 +864,8 @@ def _absolute(values: dict[str, object], base: str) -> dict[str, object]:
         path = values.get(key)
         if not isinstance(path, str) or not path or path.startswith(("<", "%", "/")):
             continue
-        if key == "lmtp_address" and "/" not in path:
-            continue  # host:port
+        if key in ("lmtp_address", "mail_delivery_agent_bin") and "/" not in path:
+            continue  # host:port; a program that is looked for in PATH
         values[key] = os.path.abspath(os.path.join(base, path))
     return values
 
@@ -11593,8 +11593,12 @@ def smarthost_problem(config: Config) -> ConfigError | None:
 def setting_warnings(config: Config) -> Iterator[str]:
     """Yield what is allowed, but probably not meant."""
     agent = config.mail_delivery_agent_bin
-    if agent and not os.access(agent, os.X_OK):
-        yield f"mail_delivery_agent_bin: {agent} is not there, or not executable; mail will wait"
+    if agent:
+        import shutil  # only for agents
+
+        if not shutil.which(agent, path=inherited_environment()["PATH"]):
+            text = f"{agent} is not there, or not executable; mail will wait"
+            yield f"mail_delivery_agent_bin: {text}"
     lmtp = config.lmtp_address
     if lmtp.startswith("/") and not os.path.exists(lmtp):
         yield f"lmtp_address: there is no socket {lmtp}; mail will wait until there is"

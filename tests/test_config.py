@@ -437,6 +437,14 @@ def test_relative_paths_are_below_the_configuration_those_of_overrides_below_her
     assert config.data_dir == os.path.abspath("data")
 
 
+def test_a_program_without_a_slash_is_looked_for_in_path(tmp_path):
+    assert load(tmp_path, 'mail_delivery_agent_bin: "maildrop"').mail_delivery_agent_bin == (
+        "maildrop"
+    )
+    here = load(tmp_path, 'mail_delivery_agent_bin: "./maildrop"').mail_delivery_agent_bin
+    assert here == str(tmp_path / "maildrop")
+
+
 @pytest.mark.parametrize(
     ("value", "expected"), [("lmtp:24", "lmtp:24"), ("run/lmtp", "run/lmtp"), ("/run/l", "/run/l")]
 )

@@ -202,6 +202,24 @@ def test_at_the_start_a_broken_domain_waits_and_the_others_are_served(
         assert rcpt(server, "eva@bad.example").startswith("250 ")
 
 
+def test_a_delivery_agent_is_looked_for_in_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server(tmp_path, mail_delivery_agent_bin="agent")
+    agent = server.write("bin/agent", b'#!/bin/sh\nexec cat > "${0%/*}/mail"\n')
+    agent.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{agent.parent}:{os.environ['PATH']}")
+    with server:
+        with greeted(server) as wire:
+            for line in ("MAIL FROM:<>", "RCPT TO:<ana@here.example>"):
+                assert wire.ask(line).startswith("250 ")
+            assert wire.ask("DATA").startswith("354 ")
+            assert wire.ask("Subject: x\r\n\r\nhello\r\n.").startswith("250 ")
+        wait_for(lambda: not server.queued(), "the delivery")
+        assert b"\nhello" in (agent.parent / "mail").read_bytes()
+        assert "mail_delivery_agent_bin" not in server.log
+
+
 def test_a_certificate_of_which_half_is_missing_is_left_out(tmp_path: Path) -> None:
     server = Server(tmp_path)
     server.write("certs/half.example/fullchain.pem", certificate("half.example")[0].encode())
