@@ -310,6 +310,14 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return "; is it 'x'?" for the one of `known` that is nearest to `word`, or ""."""
+    import difflib  # only for a mistake
+
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f"; is it {near[0]!r}?" if near else ""
+
+
 def rfc5322_date(seconds: float) -> str:
     """Return a date-time in UTC as RFC 5322, 3.3 writes it."""
     t = time.gmtime(seconds)
@@ -385,6 +393,7 @@ def in_ascii(text: str) -> str:
 #
 # A configuration is right or it is refused: an unknown key, a value of the wrong kind
 # or a file that cannot be read is a ConfigError with file, line and what was expected.
+# Who wants to hear of all mistakes, and not of the first alone, passes a list for them.
 # ======================================================================================
 
 
@@ -409,6 +418,7 @@ _TOKEN = re.compile(
     | (?P<string>  "(?:[^"\\\n]|\\.)*" | '(?:[^'\\\n]|\\.)*' )
     | (?P<word>    [A-Za-z0-9_.+-]+ )
     | (?P<mark>    [:{}<>\[\],;] )
+    | (?P<wrong>   [^\n]+ )
     """,
     re.VERBOSE,
 )
@@ -422,11 +432,33 @@ _SIMPLE_ESCAPES = {
 }  # fmt: skip
 
 
-def parse_text_format(data: bytes, path: str) -> list[Entry]:
-    """Parse the text format; `path` is for the messages. Raises ConfigError."""
-    parser = _TextParser(_tokens(data, path), path)
-    entries = parser.entries(closing="")
-    return list(entries)
+@contextlib.contextmanager
+def collected(problems: list[ConfigError] | None) -> Iterator[None]:
+    """Add a ConfigError to `problems`; if that is None, let it be raised."""
+    try:
+        yield
+    except ConfigError as error:
+        if problems is None:
+            raise
+        problems.append(error)
+
+
+def parse_text_format(
+    data: bytes, path: str, problems: list[ConfigError] | None = None
+) -> list[Entry]:
+    """Parse the text format; `path` is for the messages. Raises ConfigError.
+
+    With `problems`, a mistake is added to it instead, and reading goes on behind its line and
+    the message that it is in.
+    """
+    parser = _TextParser(_tokens(data), path)
+    entries: list[Entry] = []
+    while True:
+        with collected(problems):
+            for entry in parser.entries(closing=""):
+                entries.append(entry)  # one by one: those before a mistake count
+            return entries
+        parser.skip_mistake()
 
 
 def quote(value: str | bytes) -> str:
@@ -441,25 +473,19 @@ def quote(value: str | bytes) -> str:
 
 
 class _Token(NamedTuple):
-    kind: str  # "string", "word", "mark" or "end"
+    kind: str  # "string", "word", "mark", "end", or "wrong": the rest of a line
     text: bytes
     line: int
 
 
-def _tokens(data: bytes, path: str) -> list[_Token]:
-    tokens, line, position = [], 1, 0
-    while position < len(data):
-        match = _TOKEN.match(data, position)
-        if match is None:
-            seen = printable(data[position : position + 20].decode("utf-8", "replace"), 20)
-            what = "a string that is not closed" if data[position] in b"\"'" else f"{seen!r}"
-            raise ConfigError(path, line, f"expected a key or a value, found {what}")
+def _tokens(data: bytes) -> list[_Token]:
+    tokens, line = [], 1
+    for match in _TOKEN.finditer(data):
         kind = match.lastgroup or ""
         if kind == "newline":
             line += 1
         elif kind != "space":
             tokens.append(_Token(kind, match[0], line))
-        position = match.end()
     tokens.append(_Token("end", b"the end of the file", line))
     return tokens
 
@@ -472,6 +498,18 @@ class _TextParser:
         self._tokens = tokens
         self._next = 0
         self._path = path
+        self._depth = 0
+        self._failed_line = 0
+
+    def skip_mistake(self) -> None:
+        """Go on behind the line of the last failure, and the message that it was in."""
+        depth = self._depth
+        while (token := self._peek()).kind != "end":
+            if token.line > self._failed_line and depth <= 0:
+                break
+            if token.kind == "mark":
+                depth += (token.text in b"{<") - (token.text in b"}>")
+            self._take()
         self._depth = 0
 
     def entries(self, closing: str) -> Iterator[Entry]:
@@ -561,7 +599,14 @@ class _TextParser:
         return token
 
     def _fail(self, token: _Token, expected: str) -> NoReturn:
+        self._failed_line = token.line
+        if self._tokens[self._next - 1] is token:
+            self._next -= 1  # it may be the end of a message
         found = printable(token.text.decode("utf-8", "replace"), 40)
+        if token.kind == "wrong":
+            expected = "expected a key or a value"
+            is_open = token.text[:1] in (b'"', b"'")
+            found = "a string that is not closed" if is_open else repr(printable(found, 20))
         raise ConfigError(self._path, token.line, f"{expected}, found {found}")
 
 
@@ -839,7 +884,7 @@ def load_config(
     """Read chasquid.conf in `config_dir`, then `overrides`. Raises ConfigError.
 
     A key in `overrides` replaces what the file says, also where it may be repeated. With
-    `problems`, what is wrong with single keys is added to it instead, and the default holds.
+    `problems`, what is wrong in the file is added to it instead, and the default holds.
     """
     path = os.path.join(config_dir, "chasquid.conf")
     found: list[ConfigError] = []
@@ -881,10 +926,12 @@ def read_file(path: str, missing: bytes | None = None) -> bytes:
         raise ConfigError(path, 0, f"it cannot be read: {error.strerror}") from error
 
 
-def domain_directories(config_dir: str) -> dict[str, str]:
+def domain_directories(
+    config_dir: str, problems: list[ConfigError] | None = None
+) -> dict[str, str]:
     """Return the domains that are served, in Unicode, each with its directory.
 
-    Raises ConfigError.
+    Raises ConfigError; with `problems`, a name that is no domain's is added to it instead.
     """
     top = os.path.join(config_dir, "domains")
     domains: dict[str, str] = {}
@@ -898,10 +945,11 @@ def domain_directories(config_dir: str) -> dict[str, str]:
         directory = os.path.join(top, name)
         if name.startswith(".") or not os.path.isdir(directory):
             continue
-        try:
-            domains[domain_to_unicode(name)] = directory
-        except ValueError as error:
-            raise ConfigError(directory, 0, f"expected a domain name: {error}") from error
+        with collected(problems):
+            try:
+                domains[domain_to_unicode(name)] = directory
+            except ValueError as error:
+                raise ConfigError(directory, 0, f"expected a domain name: {error}") from error
     return domains
 
 
@@ -930,33 +978,26 @@ def config_text(config: Config) -> str:
 
 
 def _read_keys(data: bytes, path: str, problems: list[ConfigError]) -> dict[str, object]:
-    """Return the values of keys; what is wrong with one is added to `problems`.
-
-    Raises ConfigError if the text itself is malformed.
-    """
+    """Return the values of keys; mistakes are added to `problems`, in the order of lines."""
     values: dict[str, object] = {}
-    for entry in parse_text_format(data, path):
+    wrong: list[ConfigError] = []
+    for entry in parse_text_format(data, path, wrong):
         try:
             if entry.key not in _KEYS:
-                raise _WrongValue(_unknown_key(entry.key))
+                hint = did_you_mean(entry.key, _KEYS)
+                raise _WrongValue(f"expected a known key, found {entry.key!r}{hint}")
             value = _KEYS[entry.key](entry.value)
             if entry.key in values and entry.key not in _REPEATED:
                 raise _WrongValue("expected once, found again")
         except _WrongValue as error:
             text = str(error) if entry.key not in _KEYS else f"{entry.key}: {error}"
-            problems.append(ConfigError(path, entry.line, text))
+            wrong.append(ConfigError(path, entry.line, text))
             continue
         if entry.key in _REPEATED:
             value = (*values.get(entry.key, ()), value)  # type: ignore[misc]
         values[entry.key] = value
+    problems += sorted(wrong, key=lambda problem: problem.line)
     return values
-
-
-def _unknown_key(key: str) -> str:
-    import difflib  # only for a mistake
-
-    near = difflib.get_close_matches(key, _KEYS, 1)
-    return f"expected a known key, found {key!r}" + (f"; is it {near[0]!r}?" if near else "")
 
 
 # ======================================================================================
@@ -3160,21 +3201,32 @@ def _derive(costs: Scrypt, password: bytes) -> bytes:
     )  # fmt: skip
 
 
-def parse_users(data: bytes, path: str) -> dict[str, Password]:
-    """Parse a users file; `path` is for the messages. Raises ConfigError."""
+def parse_users(
+    data: bytes, path: str, problems: list[ConfigError] | None = None
+) -> dict[str, Password]:
+    """Parse a users file; `path` is for the messages.
+
+    Raises ConfigError; with `problems`, mistakes are added to it instead.
+    """
     users: dict[str, Password] = {}
-    for entry in parse_text_format(data, path):
-        if entry.key != "users":
-            raise ConfigError(path, entry.line, f"expected 'users', found {entry.key!r}")
-        fields = _message(entry, path, {"key", "value"})
-        if not isinstance(fields["key"].value, bytes):
-            raise ConfigError(path, fields["key"].line, "expected a user name in quotes")
-        try:
-            name = normalize_user(fields["key"].value.decode())
-        except ValueError as error:
-            raise ConfigError(path, entry.line, f"expected a user name: {error}") from None
-        users[name] = _parse_password(fields["value"], path)
+    for entry in parse_text_format(data, path, problems):
+        with collected(problems):
+            name, password = _parse_user(entry, path)
+            users[name] = password
     return users
+
+
+def _parse_user(entry: Entry, path: str) -> tuple[str, Password]:
+    if entry.key != "users":
+        raise ConfigError(path, entry.line, f"expected 'users', found {entry.key!r}")
+    fields = _message(entry, path, {"key", "value"})
+    if not isinstance(fields["key"].value, bytes):
+        raise ConfigError(path, fields["key"].line, "expected a user name in quotes")
+    try:
+        name = normalize_user(fields["key"].value.decode())
+    except ValueError as error:
+        raise ConfigError(path, entry.line, f"expected a user name: {error}") from None
+    return name, _parse_password(fields["value"], path)
 
 
 def _message(entry: Entry, path: str, required: set[str]) -> dict[str, Entry]:
@@ -3238,13 +3290,15 @@ def format_users(users: Mapping[str, Password]) -> bytes:
     return "".join(lines).encode()
 
 
-def load_users(directory: str) -> dict[str, Password]:
+def load_users(directory: str, problems: list[ConfigError] | None = None) -> dict[str, Password]:
     """Read the users file of a domain's directory; without one there are no users.
 
-    Raises ConfigError.
+    Raises ConfigError; with `problems`, mistakes are added to it instead.
     """
     path = os.path.join(directory, "users")
-    return parse_users(read_file(path, missing=b""), path)
+    with collected(problems):
+        return parse_users(read_file(path, missing=b""), path, problems)
+    return {}
 
 
 def broken_domain(domain: str) -> TemporaryFailure:
@@ -3462,30 +3516,39 @@ class NoSuchUser(ChasquidError):
         return ChasquidError(named) if self.unknown else self
 
 
-def parse_aliases(data: bytes, path: str, domain: str) -> dict[str, tuple[Target, ...]]:
-    """Parse an aliases file into normalised names and their targets. Raises ConfigError."""
+def parse_aliases(
+    data: bytes, path: str, domain: str, problems: list[ConfigError] | None = None
+) -> dict[str, tuple[Target, ...]]:
+    """Parse an aliases file into normalised names and their targets.
+
+    Raises ConfigError; with `problems`, mistakes are added to it instead.
+    """
     aliases: dict[str, tuple[Target, ...]] = {}
     for number, raw in enumerate(data.split(b"\n"), 1):
         try:
             line = raw.decode().strip()
-        except UnicodeDecodeError:
-            raise ConfigError(path, number, "expected UTF-8") from None
-        if not line or line.startswith("#"):
-            continue
-        name, colon, right = (part.strip() for part in line.partition(":"))
-        if not colon or not name or not right:
-            raise ConfigError(path, number, f"expected 'name: address, …', found {line!r}")
-        if "@" in name:
-            text = f"expected a name without '@' before the colon, found {name!r}"
-            raise ConfigError(path, number, text)
-        try:
-            key = name if name == "*" else normalize_user(name)
-            targets = parse_targets(right, domain)
+            if not line or line.startswith("#"):
+                continue
+            key, targets = _parse_alias(line, domain)
         except ValueError as error:
-            raise ConfigError(path, number, str(error)) from None
+            text = "expected UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+            with collected(problems):
+                raise ConfigError(path, number, text) from None
+            continue
         aliases.pop(key, None)  # the order is that of the lines that count
         aliases[key] = targets
     return aliases
+
+
+def _parse_alias(line: str, domain: str) -> tuple[str, tuple[Target, ...]]:
+    """Return the normalised name and the targets. Raises ValueError."""
+    name, colon, right = (part.strip() for part in line.partition(":"))
+    if not colon or not name or not right:
+        raise ValueError(f"expected 'name: address, …', found {line!r}")
+    if "@" in name:
+        raise ValueError(f"expected a name without '@' before the colon, found {name!r}")
+    key = name if name == "*" else normalize_user(name)
+    return key, parse_targets(right, domain)
 
 
 def parse_targets(right: str, domain: str) -> tuple[Target, ...]:
@@ -3516,10 +3579,17 @@ def parse_targets(right: str, domain: str) -> tuple[Target, ...]:
     return tuple(targets)
 
 
-def load_aliases(directory: str, domain: str) -> dict[str, tuple[Target, ...]]:
-    """Read the aliases file of a domain's directory, if there is one. Raises ConfigError."""
+def load_aliases(
+    directory: str, domain: str, problems: list[ConfigError] | None = None
+) -> dict[str, tuple[Target, ...]]:
+    """Read the aliases file of a domain's directory, if there is one.
+
+    Raises ConfigError; with `problems`, mistakes are added to it instead.
+    """
     path = os.path.join(directory, "aliases")
-    return parse_aliases(read_file(path, missing=b""), path, domain)
+    with collected(problems):
+        return parse_aliases(read_file(path, missing=b""), path, domain, problems)
+    return {}
 
 
 class Question(NamedTuple):
@@ -4172,6 +4242,15 @@ _ALIAS_HOOK_SECONDS = 5.0
 _POST_DATA_SECONDS = 60.0
 _HOOK_VARIABLES = ("USER", "SHELL", "PATH", "LANG")  # of ours that post-data gets
 _HOOK_REFUSES = 20  # the exit status of post-data that means "never"
+_HOOKS = ("alias-resolve", "post-data")
+
+
+def hook_warnings(config_dir: str) -> Iterator[str]:
+    """Yield which hooks are there, but are left out."""
+    for name in _HOOKS:
+        path = os.path.join(config_dir, "hooks", name)
+        if os.path.lexists(path) and not hook_path(config_dir, name):
+            yield f"{path} is left out: it is no file that may be run"
 
 
 def hook_path(config_dir: str, name: str) -> str:
@@ -5594,15 +5673,18 @@ class DkimKey(NamedTuple):
         return f"v=DKIM1; k={kind}; p={base64.b64encode(self.key.public).decode('ascii')}"
 
 
-def load_dkim_keys(directory: str, domain: str) -> tuple[DkimKey, ...]:
+def load_dkim_keys(
+    directory: str, domain: str, problems: list[ConfigError] | None = None
+) -> tuple[DkimKey, ...]:
     """Read the keys in a domain's directory, in the order of their selectors.
 
-    Raises ConfigError.
+    Raises ConfigError; with `problems`, mistakes are added to it instead.
     """
     found = []
     for name in sorted(os.listdir(directory)) if os.path.isdir(directory) else []:
         if name.startswith("dkim:") and name.endswith(".pem"):
-            found.append(load_dkim_key(os.path.join(directory, name), domain, name[5:-4]))
+            with collected(problems):
+                found.append(load_dkim_key(os.path.join(directory, name), domain, name[5:-4]))
     return tuple(found)
 
 
@@ -11562,6 +11644,7 @@ def ask_running_server(data_dir: str, command: str, argument: str) -> list[str] 
 # ======================================================================================
 
 _SHOWN_MESSAGES = 50  # of the queue, on the page; rendering must not hold up the loop
+_SHOWN_PROBLEMS = 20  # of a domain; the log gets them at each look
 _WORKER_COUNT = 8
 _STOP_SECONDS = 10.0
 _DAY = 86400.0
@@ -11581,13 +11664,16 @@ def random_fraction() -> float:
     return int.from_bytes(os.urandom(6), "big") / (1 << 48)
 
 
-def smarthost_problem(config: Config) -> ConfigError | None:
-    """Return what keeps a login at the smarthost from being one."""
-    if bool(config.smarthost_user) == bool(config.smarthost_password_file):
+def smarthost_login(config: Config) -> tuple[str, str] | None:
+    """Return user and password for the smarthost, if it wants them. Raises ConfigError."""
+    if bool(config.smarthost_user) != bool(config.smarthost_password_file):
+        path = os.path.join(config.config_dir, "chasquid.conf")
+        text = "expected smarthost_user and smarthost_password_file together, or neither"
+        raise ConfigError(path, 0, text)
+    if not config.smarthost_user:
         return None
-    path = os.path.join(config.config_dir, "chasquid.conf")
-    text = "expected smarthost_user and smarthost_password_file together, or neither"
-    return ConfigError(path, 0, text)
+    password = read_file(config.smarthost_password_file).decode("utf-8", "replace")
+    return config.smarthost_user, password.strip("\r\n")
 
 
 def setting_warnings(config: Config) -> Iterator[str]:
@@ -11608,6 +11694,7 @@ def setting_warnings(config: Config) -> Iterator[str]:
         yield f"monitoring_address: {address} can be seen from other hosts, without a login"
     if "." not in config.hostname:
         yield f"the hostname {config.hostname} has no domain; see hostname"
+    yield from hook_warnings(config.config_dir)
 
 
 class Domain(NamedTuple):
@@ -11639,20 +11726,14 @@ def load_domains(config: Config, before: Mapping[str, Domain] | None = None) -> 
     before = before or {}
     each: dict[str, Domain] = {}
     problems: list[str] = []
-    directories = domain_directories(config.config_dir)
+    misnamed: list[ConfigError] = []
+    directories = domain_directories(config.config_dir, misnamed)
+    problems += map(str, misnamed)
     for name, path in directories.items():
-        try:
-            domain = Domain(load_users(path), load_aliases(path, name), load_dkim_keys(path, name))
-            known = before.get(name)
-            if known is not None and known.users and not domain.users:
-                # a file that was cut short must not turn mail away
-                text = "all users are gone; if that is meant, start the server anew"
-                raise ConfigError(os.path.join(path, "users"), 0, text)
+        domain, wrong = _load_domain(name, path, before.get(name))
+        problems += wrong
+        if domain is not None:
             each[name] = domain
-        except (ConfigError, OSError) as error:
-            problems.append(str(error) if isinstance(error, ConfigError) else reason(error))
-            if name in before:
-                each[name] = before[name]
     for name in before.keys() - directories.keys():
         if before[name].users:
             text = f"{config.config_dir}/domains/{name}: the directory is gone"
@@ -11669,6 +11750,30 @@ def load_domains(config: Config, before: Mapping[str, Domain] | None = None) -> 
     )
     keys = {name: domain.keys for name, domain in each.items()}
     return Domains(accounts, aliases, keys, each, broken, tuple(problems))
+
+
+def _load_domain(name: str, path: str, known: Domain | None) -> tuple[Domain | None, list[str]]:
+    """Read what is in the directory of a domain; return also what is wrong with it.
+
+    If anything is, the domain is as it was `known`.
+    """
+    found: list[ConfigError] = []
+    domain = known
+    try:
+        domain = Domain(
+            load_users(path, found), load_aliases(path, name, found),
+            load_dkim_keys(path, name, found),
+        )  # fmt: skip
+        if not found and known is not None and known.users and not domain.users:
+            # a file that was cut short must not turn mail away
+            text = "all users are gone; if that is meant, start the server anew"
+            found.append(ConfigError(os.path.join(path, "users"), 0, text))
+    except OSError as error:
+        found.append(ConfigError(path, 0, f"it cannot be read: {error.strerror}"))
+    wrong = [str(problem) for problem in found[:_SHOWN_PROBLEMS]]
+    if len(found) > len(wrong):
+        wrong.append(f"{path}: {plural(len(found) - len(wrong), 'mistake')} more")
+    return known if wrong else domain, wrong
 
 
 def file_signature(config_dir: str) -> tuple[tuple[str, int, int, int], ...]:
@@ -11960,18 +12065,12 @@ class Daemon:
         config = self.config
         if not config.smarthost:
             return None
-        if (problem := smarthost_problem(config)) is not None:
-            raise problem
-        login = None
-        if config.smarthost_user:
-            password = read_file(config.smarthost_password_file).decode("utf-8", "replace")
-            login = config.smarthost_user, password.strip("\r\n")
         courier = SmarthostCourier(
             self.loop,
             self._names_out,
             self._hostname,
             config.smarthost,
-            login,
+            smarthost_login(config),
             network=self._network,
         )
         return Smarthost(courier, config.smarthost, config.smarthost_after)
@@ -12018,7 +12117,7 @@ class Daemon:
         if self._domains.keys:
             record.info("daemon", f"domains: {', '.join(sorted(self._domains.keys))}")
             self._report_keys()
-        else:
+        elif not self._domains.broken:
             top = os.path.join(config.config_dir, "domains")
             record.warning("daemon", f"no domain in {top}: all mail for here is refused")
 
@@ -15340,8 +15439,8 @@ def _check(arguments: argparse.Namespace) -> int:
     """Print everything that is wrong with the configuration, and what is doubtful."""
     problems: list[ConfigError] = []
     config = load_config(arguments.config_dir, arguments.config_overrides, problems)
-    if (problem := smarthost_problem(config)) is not None:
-        problems.append(problem)
+    with collected(problems):
+        smarthost_login(config)
     domains, certificates = load_domains(config), Certificates(config)
     wrong = [str(problem) for problem in problems]
     wrong += [*domains.problems, *certificates.problems]
@@ -15641,7 +15740,7 @@ def _split_user(text: str) -> tuple[str, str]:
 
 def _domain_directory(config: Config, domain: str) -> str:
     """Return the directory of `domain`, whether it exists or not."""
-    known = domain_directories(config.config_dir).get(domain)
+    known = domain_directories(config.config_dir, []).get(domain)
     return known or os.path.join(config.config_dir, "domains", domain)
 
 
@@ -15712,11 +15811,17 @@ def _put_in_force(config: Config, domain: str, file: IO[str] | None = None) -> N
     if problems is None:
         print("no server is running; it will be in force at its start", file=file)
         return
-    ours = [problem for problem in problems if f"/domains/{domain}/" in problem]
+    ours = _problems_of(domain, config, problems)
     for problem in ours:
         print(f"chasquid: not in force: {problem}", file=sys.stderr)
     if not ours:
         print("the running server has taken it over", file=file)
+
+
+def _problems_of(domain: str, config: Config, problems: Sequence[str]) -> list[str]:
+    """Return those of `problems` that are about the files of `domain`."""
+    place = f"/domains/{os.path.basename(_domain_directory(config, domain))}"
+    return [one for one in problems if f"{place}/" in one or f"{place}:" in one]
 
 
 def _tell_of_new_domain(domain: str, is_new: bool) -> None:
@@ -15748,23 +15853,25 @@ def _authenticate(arguments: argparse.Namespace) -> int:
 
 
 def _check_userdb(arguments: argparse.Namespace) -> int:
-    directories = domain_directories(_load(arguments).config_dir)
-    if arguments.domain:
-        domain = _parse_domain_name(arguments.domain)
-        if domain not in directories:
-            raise ChasquidError(f"there is no domain {domain}")
-        directories = {domain: directories[domain]}
     config = _load(arguments)
-    aliases = load_domains(config).aliases
+    domains = load_domains(config)
+    names = [*domains.each, *domains.broken]
+    problems: Sequence[str] = domains.problems
+    if arguments.domain:
+        wanted = _parse_domain_name(arguments.domain)
+        if wanted not in names:
+            raise ChasquidError(f"there is no domain {wanted}")
+        names = [wanted]
+        problems = _problems_of(wanted, config, problems)
     everybody = not (config.dovecot_auth or hook_path(config.config_dir, "alias-resolve"))
-    wrong = False
-    for domain, directory in directories.items():
-        users = load_users(directory)
-        keys = load_dkim_keys(directory, domain)
-        print(f"{domain}: {plural(len(users), 'user')}, "
-              f"{len(load_aliases(directory, domain))} names in aliases, "
+    for problem in problems:
+        print(f"chasquid: {problem}", file=sys.stderr)
+    wrong = bool(problems)
+    for name in sorted(set(names) - domains.broken):
+        users, own, keys = domains.each[name]
+        print(f"{name}: {plural(len(users), 'user')}, {len(own)} names in aliases, "
               f"{plural(len(keys), 'DKIM key')}")  # fmt: skip
-        for finding in aliases.findings(domain, users, everybody):
+        for finding in domains.aliases.findings(name, users, everybody):
             wrong = wrong or finding.wrong
             print(f"  {finding.text}")
     if not everybody:

@@ -245,6 +245,41 @@ def test_check_tells_of_all_mistakes_at_once(place: Place, tmp_path: Path) -> No
     assert [line for line in lines if line.startswith("warning: the hostname x has no domain")]
 
 
+def test_check_goes_on_after_each_mistake(place: Place) -> None:
+    config = place.write(
+        "chasquid.conf", 'hostname "x"\nsmarthost_user: "u"\nsmarthost_password_file: "none"\n'
+    )
+    (place.config_dir / "domains" / "no..domain").mkdir()
+    users = place.write("domains/here.example/users", "hello\nusers: 1\n")
+    aliases = place.write("domains/here.example/aliases", "a b\nfine: ana\nc: |\n")
+    key = place.write("domains/here.example/dkim:a.pem", "no key")
+    chain = place.write("certs/x/fullchain.pem", "no certificate")
+    place.write("certs/x/privkey.pem", "no key")
+    hook = place.write("hooks/post-data", "nobody may run it")
+    ended = place.run("check")
+    assert ended.status == 1
+    wrong = [line for line in ended.out.splitlines() if not line.startswith("warning: ")]
+    expected = [
+        f"{config}:1: expected ':'", f"{place.config_dir}/none: it cannot be read",
+        f"{place.config_dir}/domains/no..domain: expected a domain name", f"{users}:2: expected",
+        f"{aliases}:1: expected", f"{aliases}:3: expected a program", f"{key}: expected",
+        f"{chain}: expected",
+    ]  # fmt: skip
+    assert [line.startswith(begin) for line, begin in zip(wrong, expected, strict=True)] == (
+        [True] * len(expected)
+    ), wrong
+    assert f"warning: {hook} is left out" in ended.out
+
+
+def test_a_delivery_agent_may_be_in_path(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = place.write("bin/agent", "#!/bin/sh\n")
+    place.configure(mail_delivery_agent_bin="agent")
+    assert "mail_delivery_agent_bin: agent is not there" in place.run("check").out
+    agent.chmod(0o755)
+    monkeypatch.setenv("PATH", str(agent.parent))
+    assert "mail_delivery_agent_bin" not in place.run("check").out
+
+
 def test_check_says_that_all_is_well(place: Place) -> None:
     ended = place.run("check")
     assert ended.status == 0
@@ -331,6 +366,12 @@ def test_a_running_server_takes_over_what_a_command_writes(
     said = capsys.readouterr()
     assert f"chasquid: not in force: {path}:1: " in said.err
     path.unlink()
+    path = server.write("domains/xn--bcher-kva.example/aliases", b"no colon\n")
+    new = [*command, "user-add", "ana@bücher.example", "--password", "long enough"]
+    assert chasquid.main(new) == 0
+    said = capsys.readouterr()
+    assert f"chasquid: not in force: {path}:1: " in said.err
+    path.unlink()
     assert chasquid.main([*command, "dkim-keygen", "here.example", "sel", "--algo", "ed25519"]) == 0
     said = capsys.readouterr()
     assert said.out.startswith("sel._domainkey.here.example.\tIN TXT\t")
@@ -364,6 +405,18 @@ def test_a_mistake_in_a_domain_is_told_with_file_and_line(
     ended = place.run("check")
     assert (ended.status, ended.err) == (1, "")
     assert ended.out.startswith(f"{path}:1: ")
+
+
+def test_a_mistake_in_a_domain_hides_no_other_domain(place: Place) -> None:
+    users = place.write("domains/bad.example/users", "users: 1\nusers: 2\n")
+    (place.config_dir / "domains" / "no..domain").mkdir()
+    ended = place.run("check-userdb")
+    assert ended.status == 1
+    assert "here.example: 1 user" in ended.out
+    assert f"{users}:1: " in ended.err and f"{users}:2: " in ended.err
+    ended = place.run("check-userdb", "here.example")
+    assert (ended.status, ended.err) == (0, "")
+    assert place.run("user-add", "b@here.example", "--password", "long enough").status == 0
 
 
 # --- users ---

@@ -123,6 +123,39 @@ def test_what_is_no_text_format_is_refused_with_its_line(text, line, word):
     assert word in str(caught.value)
 
 
+def test_after_a_mistake_the_next_line_is_read():
+    text = 'a: 1\nb = 2\nc: "x\nd { e: [\n\x01\nf: 3 } g: 4\nh: 5'
+    problems = []
+    entries = chasquid.parse_text_format(text.encode(), "file", problems)
+    assert [entry.key for entry in entries] == ["a", "g", "h"]
+    assert [problem.line for problem in problems] == [2, 3, 5]
+    assert "found a string that is not closed" in str(problems[1])
+
+
+@pytest.mark.parametrize("bad", ["b", "b:", "b = 1", "b: [1", "b: 'x"])
+def test_a_mistake_in_a_message_is_told_once(bad):
+    text = f"m: {{\n a: 1\n n: {{\n {bad}\n c: 2\n }}\n}}\nlast: 1\n"
+    problems = []
+    entries = chasquid.parse_text_format(text.encode(), "file", problems)
+    assert len(problems) == 1
+    assert entries == [Entry("last", Word("1"), 8)]
+
+
+@searched
+@given(st.lists(st.sampled_from(["a", ":", "{", "}", "[", "]", ",", '"', "\\", "\n", "1", "\0"])))
+def test_mistakes_are_found_one_by_one_whatever_the_text_is(parts):
+    data, problems = "".join(parts).encode(), []
+    entries = chasquid.parse_text_format(data, "file", problems)
+    lines = [problem.line for problem in problems]
+    assert lines == sorted(set(lines))
+    if problems:
+        with pytest.raises(ConfigError) as caught:
+            parse(data)
+        assert str(caught.value) == str(problems[0])
+    else:
+        assert entries == parse(data)
+
+
 def test_a_file_that_nests_without_end_is_refused():
     with pytest.raises(ConfigError):
         parse("a{" * 100_000)
@@ -460,6 +493,21 @@ def test_the_directory_of_a_log_is_made(tmp_path):
     assert "hello" in (tmp_path / "a" / "b" / "log").read_text()
 
 
+def test_all_mistakes_of_the_file_are_told_in_the_order_of_its_lines(tmp_path):
+    text = (
+        'hostname: "x"\nmax_queue_items: 0\nlog_path "a"\ndns_trust_ad: true\n'
+        'data_dir: "not closed\nno_such_key: 1\nmail_log_path:'
+    )
+    (tmp_path / "chasquid.conf").write_text(text)
+    problems = []
+    config = chasquid.load_config(str(tmp_path), "nor_this: 1", problems)
+    assert [problem.line for problem in problems] == [2, 3, 5, 6, 7, 1]
+    assert str(problems[-1]).startswith("--config-overrides:1: ")
+    assert (config.hostname, config.dns_trust_ad, config.max_queue_items) == ("x", True, 200)
+    with pytest.raises(ConfigError, match=r":2: max_queue_items: expected"):
+        chasquid.load_config(str(tmp_path))
+
+
 def test_a_missing_or_unreadable_file_is_told(tmp_path):
     with pytest.raises(ConfigError, match="chasquid.conf: it cannot be read: No such file"):
         chasquid.load_config(str(tmp_path))
@@ -508,6 +556,14 @@ def test_a_directory_that_is_no_domain_is_refused(tmp_path):
     (tmp_path / "domains" / "ñ..example").mkdir(parents=True)
     with pytest.raises(ConfigError, match="expected a domain name"):
         chasquid.domain_directories(str(tmp_path))
+
+
+def test_a_directory_that_is_no_domain_hides_no_other(tmp_path):
+    for name in ("ñ..example", "fine.example"):
+        (tmp_path / "domains" / name).mkdir(parents=True)
+    problems = []
+    assert [*chasquid.domain_directories(str(tmp_path), problems)] == ["fine.example"]
+    assert ["expected a domain name" in str(problem) for problem in problems] == [True]
 
 
 def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path):

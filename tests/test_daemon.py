@@ -202,6 +202,26 @@ def test_at_the_start_a_broken_domain_waits_and_the_others_are_served(
         assert rcpt(server, "eva@bad.example").startswith("250 ")
 
 
+def test_a_directory_with_a_name_that_is_no_domains_is_left_out(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    path = server.write("domains/no..domain/aliases", b"").parent
+    with server:
+        assert f"{path}: expected a domain name" in server.log
+        assert rcpt(server, "ana@here.example").startswith("250 ")
+        server.write("domains/new.example/users", users_file({"ida": "geheim"}))
+        reload(server)
+        wait_for(lambda: "new.example" in server.daemon._domains.each, "the new domain")
+
+
+def test_a_file_full_of_mistakes_does_not_fill_the_log(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    path = server.write("domains/bad.example/aliases", b"oops\n" * 1000)
+    with server:
+        assert server.log.count(f"{path}:") == 20
+        assert f"{path.parent}: 980 mistakes more" in server.log
+        assert "no domain in" not in server.log
+
+
 def test_a_delivery_agent_is_looked_for_in_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
