@@ -16194,8 +16194,8 @@ def _queue_remove(config: Config, arguments: argparse.Namespace) -> int:
 
 def _queue(arguments: argparse.Namespace) -> int:
     if arguments.action != "list" and not arguments.id:
-        print(f"chasquid: expected an id after 'queue {arguments.action}'", file=sys.stderr)
-        return 2
+        text = f"expected an id after 'queue {arguments.action}'"
+        _argument_parser()[1]["queue"].error(text)
     return _QUEUE_ACTIONS[arguments.action](_load(arguments), arguments)
 
 
@@ -16516,7 +16516,7 @@ _VERBS: dict[str, _Verb] = {
 
 
 # Options that stand before or after the command, and how many words follow each.
-_GLOBAL_OPTIONS = {"--config-dir": 1, "--config-overrides": 1, "--verbose": 0}
+_GLOBAL_OPTIONS = {"--config-dir": 1, "--config-overrides": 1, "--verbose": 0, "--version": 0}
 # As Go's flag package writes options, for the server and for chasquid-util.
 _GO_OPTIONS = {
     "-C": "--config-dir", "-v": "--verbose", "-version": "--version", "-help": "--help",
@@ -16547,12 +16547,15 @@ def _argument_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argu
         for argument, options in verb.arguments:
             sub.add_argument(argument, **options)
     sub = verbs.add_parser("help", help="show the options of a command")
-    sub.add_argument("command", nargs="?", choices=[*_VERBS], metavar="COMMAND")
+    sub.add_argument("command", nargs="?", metavar="COMMAND")
     return parser, subs
 
 
-def _in_our_spelling(words: Sequence[str]) -> list[str]:
-    """Return arguments with Go's spelling of options undone, and those for all first."""
+def _in_our_spelling(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the options for all commands, and the rest, with Go's spelling undone.
+
+    Raises ValueError if an option lacks its value.
+    """
     first: list[str] = []
     rest: list[str] = []
     queue = collections.deque(words)
@@ -16568,37 +16571,48 @@ def _in_our_spelling(words: Sequence[str]) -> list[str]:
         follow = _GLOBAL_OPTIONS.get(name)
         if follow is None:
             rest.append(name + equals + value if word.startswith("-") else word)
-            continue
-        first.append(name + equals + value)
-        if follow and not equals and queue:
-            first.append(queue.popleft())
-    return first + rest
+        elif not follow:
+            first.append(name)  # "-v=1" too
+        elif equals or queue:
+            first.append(f"{name}={value if equals else queue.popleft()}")
+        else:
+            raise ValueError(f"expected a value after {word}")
+    return first, rest
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     """Parse arguments. Raises SystemExit with status 2 after a word on what is wrong."""
-    import difflib  # only here
-
     parser, subs = _argument_parser()
-    words = _in_our_spelling(words)
-    position = 0
-    while position < len(words) and words[position].startswith("-"):
-        known = _GLOBAL_OPTIONS.get(words[position], 0)
-        position += 1 + known
-    command = words[position] if position < len(words) else ""
-    if command and command not in (*_VERBS, "help"):
-        near = difflib.get_close_matches(command, _VERBS, 1)
-        hint = f"; is it {near[0]!r}?" if near else "; see --help"
-        parser.error(f"there is no command {printable(command, 40)!r}{hint}")
-    arguments, unknown = parser.parse_known_args(words)
+    try:
+        first, rest = _in_our_spelling(words)
+    except ValueError as error:
+        parser.error(str(error))
+    position = next((at for at, word in enumerate(rest) if not word.startswith("-")), None)
+    if position is not None:
+        command, options = rest[position], rest[:position]
+        if command not in (*_VERBS, "help"):
+            if options:
+                _unknown(parser, "option", options[0].partition("=")[0], _GLOBAL_OPTIONS)
+            _unknown(parser, "command", command, _VERBS)
+        rest = [command, *options, *rest[position + 1 :]]
+    arguments, unknown = parser.parse_known_args(first + rest)
     if unknown:
-        subs.get(command, parser).error(f"unrecognized arguments: {' '.join(unknown)}")
+        subs.get(arguments.verb, parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     if arguments.verb == "help":
+        if arguments.command not in (None, *subs):
+            _unknown(parser, "command", arguments.command, _VERBS)
         subs.get(arguments.command, parser).print_help()
         sys.exit(0)
     if arguments.version:
         arguments.verb = "version"
     return arguments
+
+
+def _unknown(
+    parser: argparse.ArgumentParser, what: str, word: str, known: Iterable[str]
+) -> NoReturn:
+    hint = did_you_mean(word, known) or "; see --help"
+    parser.error(f"there is no {what} {printable(word, 40)!r}{hint}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -309,6 +309,12 @@ def test_options_may_be_spelt_as_in_go_and_stand_anywhere(
     assert "max_queue_items: 7\n" in capsys.readouterr().out
 
 
+def test_options_of_a_command_may_stand_before_it(place: Place) -> None:
+    words = ["-v=1", "--password=long enough", "user-add", "new@here.example"]
+    assert place.run(*words).status == 0
+    assert place.run("authenticate", "new@here.example", "--password", "long enough").status == 0
+
+
 def test_only_what_was_changed_is_shown(place: Place) -> None:
     ended = place.run("print-config", "--changed")
     keys = {line.partition(":")[0] for line in ended.out.splitlines()}
@@ -330,6 +336,11 @@ def test_help_and_mistakes_in_words_are_answered_with_what_fits(
         (["user-ad", "x@y"], 2, "", "there is no command 'user-ad'; is it 'user-add'?"),
         (["user-add", "x@y", "--nonsense"], 2, "", "usage: chasquid user-add"),
         (["queue", "list", "--jsn"], 2, "", "usage: chasquid queue"),
+        (["queue", "show"], 2, "", "usage: chasquid queue"),
+        (["help", "user-ad"], 2, "", "there is no command 'user-ad'; is it 'user-add'?"),
+        ([""], 2, "", "there is no command ''; see --help"),
+        (["--config-dri", "x", "serve"], 2, "", "no option '--config-dri'; is it '--config-dir'?"),
+        (["print-config", "-C"], 2, "", "expected a value after -C"),
     ):
         with pytest.raises(SystemExit) as ended:
             chasquid.main(words)
