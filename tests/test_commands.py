@@ -701,7 +701,8 @@ class Waiting:
 def waiting(serve: Serve, capsys: pytest.CaptureFixture[str]) -> Waiting:
     courier = Deferring()
     aliases = {"here.example": "out: ida@far.example\n"}
-    return Waiting(serve(remote=courier, aliases=aliases), courier, capsys)
+    server = serve(remote=courier, aliases=aliases, random=lambda: 0.5)  # pauses without chance
+    return Waiting(server, courier, capsys)
 
 
 @pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
