@@ -33,7 +33,8 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     NOTIFICATIONS  delivery status notifications as messages (RFC 3464)
     QUEUE          the schedule: attempts, pauses, the end
     RATE LIMITS    how much a client or a user may do
-    SERVER         the session, the transaction, the command table
+    SESSION        the dialogue: connection, transaction, command table
+    RECEPTION      the receiver of the mail server: who may send what to whom
     HTTP           requests and responses, for pages and programs
     MONITORING     the status page, the metrics
     LISTENERS      sockets of our own or systemd's, accepting, certificates by name
@@ -49,7 +50,9 @@ The way of a message, and what each room hands to the next:
 
       a client
         | octets                       LISTENERS accept, STREAM reads lines
-      SERVER                           the dialogue, in terms of SMTP SYNTAX
+      SESSION                          the dialogue, in terms of SMTP SYNTAX
+        | commands                     Receiver: one question for each step
+      RECEPTION                        says yes or no
         | MAIL: reverse-path           SPF, TLS POLICY
         | RCPT: final recipients       ALIASES, USERS, HOOKS
         | DATA: header and body        DKIM, DMARC; or a signature; HOOKS
@@ -61,7 +64,7 @@ The way of a message, and what each room hands to the next:
         | results                      sent, deferred, failed
       NOTIFICATIONS                    what failed goes back, through the queue
 
-Read SERVER, QUEUE and COURIERS first: they say what the server does; the rest says how.
+Read SESSION, QUEUE and COURIERS first: they say what the server does; the rest says how.
 """
 
 from __future__ import annotations
@@ -70,6 +73,7 @@ import base64
 import binascii
 import collections
 import contextlib
+import enum
 import errno
 import functools
 import heapq
@@ -2527,8 +2531,7 @@ class Stream:
                 self.tls.unwrap()  # it need not be answered
 
     async def _fill(self) -> None:
-        if self._out:
-            await self.flush()
+        await self.flush()
         data = await self._receive()
         if not data:
             raise Disconnected("the other side closed the connection")
@@ -9277,6 +9280,10 @@ def is_loopback(peer: str) -> bool:
     return peer in ("local", "::1") or peer.startswith("127.")
 
 
+class RateExceeded(TemporaryFailure):
+    """A client or a user does more than it may within a minute; it may go on later."""
+
+
 class _Meter:
     """Lets through so many a minute for each key, evenly; at first that many at once."""
 
@@ -9380,11 +9387,11 @@ class Limits:
         return self._connections[client_of(peer)] > 0
 
     def message(self, peer: str, user: str) -> None:
-        """Count a message. Raises TemporaryFailure."""
+        """Count a message. Raises RateExceeded."""
         self._take(peer, user, self._messages, self._user_messages, "messages")
 
     def recipient(self, peer: str, user: str) -> None:
-        """Count a recipient. Raises TemporaryFailure."""
+        """Count a recipient. Raises RateExceeded."""
         self._take(peer, user, self._recipients, self._user_recipients, "recipients")
 
     def _take(self, peer: str, user: str, of_client: _Meter, of_user: _Meter, what: str) -> None:
@@ -9392,9 +9399,9 @@ class Limits:
             return
         if user:
             if not of_user.takes(user):
-                raise TemporaryFailure(f"too many {what} a minute for {user}", "4.7.0")
+                raise RateExceeded(f"too many {what} a minute for {user}", "4.7.0")
         elif not of_client.takes(client_of(peer)):
-            raise TemporaryFailure(f"too many {what} a minute from {client_of(peer)}", "4.7.0")
+            raise RateExceeded(f"too many {what} a minute from {client_of(peer)}", "4.7.0")
 
     def check_login(self, peer: str) -> None:
         """Raises TemporaryFailure where the address has failed too often."""
@@ -9432,19 +9439,23 @@ class Limits:
 
 
 # ======================================================================================
-# ROOM: SERVER
+# ROOM: SESSION
 #
-# The server's side of a connection. A session lives as long as the connection, a
-# transaction as long as one message; RSET and STARTTLS throw the transaction away.
+# The server's side of a connection: the dialogue, and nothing of what becomes of mail. That
+# a `Receiver` decides, one object with few methods, which the session asks; a third kind of
+# server is a third receiver.
 #
+# - A session lives as long as the connection, a transaction as long as one message; RSET,
+#   EHLO and STARTTLS throw the transaction away.
 # - Where the dialogue stands is derived from the facts (`Phase`), not kept beside them.
-# - The command table at the end says in which phases a command may come. An action
-#   returns its reply or raises `Refused`; one place writes, logs and counts replies.
-# - A message is answered with 250 only by `Queue.accept`, when it is safe on the disk.
+# - The command table at the end says in which phases a command may come. An action returns
+#   its reply or raises; `Session._reply_to` alone turns failures into replies, and
+#   `Session.say` alone writes them.
+# - A message is answered with 250 only when its receiver has it, safe.
 # - A message that is refused while it comes in is still read to its end, or its rest
 #   would be taken for commands.
 #
-# Where mail goes belongs to ALIASES and COURIERS; what a command looks like, to SMTP.
+# Who may send what to whom belongs to RECEPTION; what a command looks like, to SMTP SYNTAX.
 # ======================================================================================
 
 ERROR_LIMIT = 3  # error replies before the connection is closed
@@ -9456,9 +9467,6 @@ _MAIL_PARAMETERS = {"SIZE", "BODY", "SMTPUTF8", "AUTH", "REQUIRETLS", "RET", "EN
 _ENVID_LIMIT = 100  # octets; RFC 3461, 4.4
 _ORCPT_LIMIT = 500  # octets; RFC 3461, 4.2
 _PACE_SECONDS = 60.0  # so long, a sender may be as slow as it likes
-_FROM_LIMIT = 8192  # octets of a From field
-_AUTH_SECONDS = 0.5  # a login that fails takes at least this long
-_PASSWORD_SLOTS = 2  # passwords checked at a time; each takes a processor
 _CHALLENGE_LIMIT = 12_288  # octets of an AUTH answer; RFC 4954, 4
 _DIALOGUE_RECIPIENTS = 10  # of a transaction, that the status page shows
 _HTTP_VERBS = frozenset(
@@ -9479,169 +9487,171 @@ SUBMISSION_PORT = Port("submission", submission=True, implicit_tls=False)
 SUBMISSION_TLS_PORT = Port("submission over TLS", submission=True, implicit_tls=True)
 
 
-class Store(Protocol):
-    """Where messages go: the queue, or what captures them."""
-
-    def check_room(self) -> None: ...
-    def draft(self) -> Draft: ...
-    @property
-    def expand(self) -> Callable[[str], Awaitable[list[Target]]]: ...
-    async def accept(self, draft: Draft, envelope: Envelope, trace: str) -> object: ...
-
-
 class ServerContext:
-    """What all sessions share. The daemon replaces the parts that are read again."""
+    """What all sessions of a server share. The daemon replaces `tls_context` and `closing`.
 
-    dialogue_lines = DIALOGUE_LINES
-    needs_domains = True  # in addresses; only where mail is captured it goes nowhere
-    login_in_the_clear = False  # only for tests of what cannot do TLS
-    login_delay = _AUTH_SECONDS
+    `size_limit` is in octets. A message may come in as slowly as `min_octets_per_second`;
+    0 means as slowly as it likes.
+    """
 
     def __init__(
         self,
         loop: Loop,
         record: Record,
-        config: Config,
-        accounts: Accounts,
-        aliases: Aliases,
-        queue: Store,
-        names: Names,
-        signer: Signer,
-        levels: SecurityLevels,
-        hooks: Hooks,
-        dovecot: Dovecot | None,
         limits: Limits,
+        *,
+        hostname: str,
+        size_limit: int,
         tls_context: ssl.SSLContext | None,
+        min_octets_per_second: int = 0,
+        dialogue_lines: int = DIALOGUE_LINES,
     ) -> None:
         self.loop = loop
-        self.hooks = hooks
-        self.dovecot = dovecot
-        self.limits = limits
-        self.names = names
-        self.signer = signer
-        self.levels = levels
         self.record = record
-        self.config = config
-        self.accounts = accounts
-        self.aliases = aliases
-        self.queue = queue
+        self.limits = limits
+        self.hostname = hostname
+        self.size_limit = size_limit
         self.tls_context = tls_context
-        self.password_slots = Slots(loop, _PASSWORD_SLOTS)
+        self.min_octets_per_second = min_octets_per_second
+        self.dialogue_lines = dialogue_lines
         self.closing = False
-        self.hostname = domain_to_ascii(config.hostname)
 
-    async def authenticate(
-        self, login: str, password: bytes, check: Callable[[], None]
-    ) -> str | None:
-        """Return the address behind `login` if `password` fits, else None.
+    def new_dialogue(self, port: Port, peer: str) -> Dialogue:
+        """Return the notes of a session, which `record` shows from now on."""
+        now = self.loop.clock.time()
+        dialogue = Dialogue(port.name, peer, now, self.dialogue_lines)
+        self.record.dialogues.append(dialogue)
+        return dialogue
 
-        The users of the files come first, then Dovecot. `check` is called when it is this
-        login's turn, and may raise TemporaryFailure; so may the rest.
-        """
-        accounts = self.accounts
-        given, login = login, self.complete_login(login)
-        async with self.password_slots:
-            check()
-            address = await self.loop.work(lambda: accounts.authenticate(login, password))
-        if address is not None or self.dovecot is None:
-            return address
-        try:
-            address = normalize_address(login)
-        except ValueError:
-            return None
-        user, domain = split_address(address)
-        full = "@" in given  # or the domain is the host's own, perhaps, served or not
-        if accounts.exists(user, domain) or (full and not self.aliases.is_local(domain)):
-            return None  # of whom the files know, they have the last word
-        name = address if full else given
-        return address if await self.dovecot.authenticate(name, password) else None
+    def too_big(self) -> PermanentFailure:
+        size = self.size_limit
+        mega = f"{size // 1024**2} MB" if size % 1024**2 == 0 else f"{size} octets"
+        return PermanentFailure(f"the message is larger than {mega}", "5.3.4")
 
-    def may_know(self, login: str) -> bool:
-        """Tell whether there may be a user of that name: Dovecot is not asked."""
-        try:
-            known = self.accounts.exists(*split_address(normalize_address(login)))
-        except ValueError:
-            return False
-        return known or self.dovecot is not None
 
-    def complete_login(self, login: str) -> str:
-        """Return `login` with a domain: the only one served here, or else the host's own."""
-        if "@" in login:
-            return login
-        domains = self.accounts.domains
-        return f"{login}@{domains[0] if len(domains) == 1 else domain_to_unicode(self.hostname)}"
+class ClientInfo(NamedTuple):
+    """Who is at the other end, as far as is known by now.
 
-    async def may_send_as(self, user: str, sender: str) -> bool:
-        """Tell whether `sender` is an address of `user`, or everybody may send as anyone.
+    `user` is the address of who has logged in, `tls` names version and cipher; each is "" if
+    there is none. `hello` is what HELO or EHLO (then it is `extended`) has said.
+    """
 
-        Raises TemporaryFailure.
-        """
-        if not self.config.sender_must_match:
-            return True
-        try:
-            address = normalize_address(sender)
-        except ValueError:
-            return False
-        if address == user:
-            return True
-        try:
-            targets = await self.queue.expand(address)
-        except (NoSuchUser, AliasLoop):
-            return False
-        return any(target.kind == "address" and target.value == user for target in targets)
+    dialogue: Dialogue
+    port: Port
+    peer: str
+    hello: str
+    extended: bool
+    user: str
+    tls: str
 
-    @property
-    def size_limit(self) -> int:
-        """The largest message, in octets."""
-        return self.config.max_data_size_mb * 1024 * 1024
-
-    def too_big(self) -> Reply:
-        limit = self.config.max_data_size_mb
-        return Reply(552, "5.3.4", f"the message is larger than {limit} MB")
+    def check_login(self) -> None:
+        """Raises Refused on a submission port (RFC 6409, 4.3) if nobody has logged in."""
+        if self.port.submission and not self.user:
+            raise Refused(Reply(530, "5.7.0", "log in first: this port is for our users"))
 
 
 class Transaction:
     """One message on its way in: its envelope so far, and what was received of it."""
 
-    def __init__(self, sender: str, parameters: Mapping[str, str], spf: Spf) -> None:
-        self.sender = sender
+    def __init__(self, path: Path, spf: Spf) -> None:
+        parameters = path.parameters
+        self.path = path
+        self.sender = path.address
         self.smtputf8 = "SMTPUTF8" in parameters
         self.require_tls = "REQUIRETLS" in parameters
         self.ret = parameters.get("RET", "").upper()
         self.envid = parameters.get("ENVID", "")
         self.spf = spf
+        self.recipients: list[str] = []  # as they were written, one for each RCPT
         self.final_recipients: dict[tuple[Target, str], FinalRecipient] = {}
-        self.recipient_count = 0
-        self.draft: Draft | None = None
-        self.failure: Reply | None = None  # why the message is only read to be thrown away
+        self.incoming: Incoming | None = None
+        self.failure: Exception | None = None  # why the message is only read to be thrown away
         self.held = b""  # a CR at the end of a chunk, which may belong to a CRLF
+        self.results = ""  # of the checks, as the mail log names them
+
+    def add(self, path: Path, recipients: Iterable[FinalRecipient]) -> None:
+        """Add what RCPT has named."""
+        self.recipients.append(path.written)
+        for recipient in recipients:
+            self.final_recipients[recipient.target, recipient.original] = recipient
+
+    def fail(self, failure: Exception) -> None:
+        """Forget what came of the message; what still comes is read and thrown away."""
+        self.failure = failure
+        self.discard()
+        self.incoming = None
 
     def discard(self) -> None:
-        if self.draft is not None:
-            self.draft.discard()
+        if self.incoming is not None:
+            self.incoming.discard()
+
+    def __str__(self) -> str:
+        """The envelope and the results, as the mail log names them."""
+        recipients = dict.fromkeys(original for _, original in self.final_recipients)
+        return f" from=<{self.sender}> to={', '.join(recipients)}{self.results}"
 
 
-class Phase(NamedTuple):
-    """Where a dialogue stands; `then` is the reply to a command that comes too early."""
+class Incoming(Protocol):
+    """Where the octets of a message go as they arrive."""
 
-    name: str
-    then: str
+    size: int
+
+    async def add(self, piece: bytes) -> None:
+        """Take the next octets. Raises PermanentFailure, TemporaryFailure."""
+
+    def discard(self) -> None:
+        """Forget them all; nothing if the message was accepted."""
 
 
-CONNECTED = Phase("connected", "say EHLO first")
-GREETED = Phase("greeted", "say MAIL first")
-MAIL = Phase("mail", "say RCPT first, and have a recipient accepted")
-RECIPIENTS = Phase("recipients", "a transaction is under way")
-CHUNKS = Phase("chunks", "finish the message with BDAT … LAST, or say RSET")
-_ANY = frozenset((CONNECTED, GREETED, MAIL, RECIPIENTS, CHUNKS))
+class Login(NamedTuple):
+    """The address of who logs in, or None; and how many seconds the answer takes at least.
+
+    The time must not tell whether there is such a user.
+    """
+
+    address: str | None
+    seconds: float = 0.0
+
+
+class Receiver(Protocol):
+    """What a server does with mail. Methods refuse by Refused or one of our failures."""
+
+    def extensions(self, client: ClientInfo) -> list[str]:
+        """Return what EHLO offers beyond what the dialogue itself can do."""
+
+    async def authenticate(self, client: ClientInfo, login: str, password: bytes) -> Login:
+        """Tell who logs in. A TemporaryFailure ends the connection."""
+
+    async def check_sender(self, client: ClientInfo, path: Path) -> Spf:
+        """Return what is known of the sender that MAIL names."""
+
+    async def resolve(
+        self, client: ClientInfo, path: Path, dsn: DsnParameters
+    ) -> Sequence[FinalRecipient]:
+        """Return the final recipients of what RCPT names."""
+
+    def incoming(self, transaction: Transaction) -> Incoming:
+        """Return where the octets of the message are to go."""
+
+    async def accept(self, client: ClientInfo, transaction: Transaction) -> Reply:
+        """Take over the complete message. Once this has returned, it is safe."""
+
+
+class Phase(enum.Enum):
+    """Where a dialogue stands; the value answers a command that comes too early."""
+
+    CONNECTED = "say EHLO first"
+    GREETED = "say MAIL first"
+    MAIL = "say RCPT first, and have a recipient accepted"
+    RECIPIENTS = "a transaction is under way"
+    CHUNKS = "finish the message with BDAT … LAST, or say RSET"
 
 
 class _LoginDialogue:
     """Gets user and password from a client that said AUTH (RFC 4954). Raises Refused."""
 
-    def __init__(self, loop: Loop, stream: Stream) -> None:
-        self._loop = loop
-        self._stream = stream
+    def __init__(self, ask: Callable[[str], Awaitable[bytes]]) -> None:
+        self._ask = ask
 
     async def plain(self, initial: str) -> tuple[str, bytes]:
         """RFC 4616: [authzid] NUL authcid NUL passwd."""
@@ -9660,9 +9670,7 @@ class _LoginDialogue:
         return self._user_name(user), await self._challenge("UGFzc3dvcmQ6")
 
     async def _challenge(self, text: str) -> bytes:
-        self._stream.write(f"334 {text}\r\n".encode())
-        with self._loop.deadline(COMMAND_SECONDS):
-            answer = await self._stream.read_line(_CHALLENGE_LIMIT)
+        answer = await self._ask(text)
         if answer == b"*":
             raise Refused(Reply(501, "5.7.0", "the login was cancelled"))
         return self._decode(answer.decode("latin-1"))
@@ -9682,226 +9690,8 @@ class _LoginDialogue:
             raise Refused(Reply(501, "5.5.2", "expected a user name in UTF-8")) from None
 
 
-class Origin(NamedTuple):
-    """Who is at the other end: `user` is "" where nobody logged in, `tls` where there is none."""
-
-    port: Port
-    peer: str
-    hello: str
-    extended: bool
-    user: str
-    tls: str
-
-
-class Reception:
-    """Judges a complete message, and finds the fields to put in front of it.
-
-    What our users send is signed; what comes from elsewhere is verified.
-    """
-
-    def __init__(self, context: ServerContext, origin: Origin, transaction: Transaction) -> None:
-        self._context = context
-        self._origin = origin
-        self._transaction = transaction
-        self._dkim: list[str] = []
-        self._dmarc = "none"
-        self.results = ""  # of the checks, as the mail log names them
-
-    async def judge(self, draft: Draft) -> tuple[Envelope, str]:
-        """Return the envelope, and where the message came from, in words. Raises Refused."""
-        transaction = self._transaction
-        header = draft.complete()
-        fields = self.check_header(header)
-        await self._check_authors(fields)
-        received = self._received(draft.id)
-        junk = False
-        if self._origin.user:
-            prefix = await self._sign(draft, header, fields, received)
-        else:
-            prefix, junk = await self._verify(draft, fields)
-            prefix += received
-        added = await self._show_to_hook(draft, prefix)
-        prefix = added + prefix
-        junk = junk or any(
-            one.name == "x-spam-flag" and one.value.strip().upper() == b"YES"
-            for one in header_fields(added)
-        )
-        required = [one.value.strip().lower() for one in fields if one.name == "tls-required"]
-        envelope = Envelope(
-            draft.id, transaction.sender, tuple(transaction.final_recipients.values()),
-            self._context.loop.clock.time(), prefix, transaction.smtputf8,
-            draft.eight_bit or not prefix.isascii(), junk,
-            transaction.require_tls, required == [b"no"], transaction.ret, transaction.envid,
-        )  # fmt: skip
-        return envelope, self._trace()
-
-    async def _show_to_hook(self, draft: Draft, prefix: bytes) -> bytes:
-        """Return the fields that post-data wants on top. Raises Refused."""
-        message = itertools.chain([prefix], draft.stored())
-        try:
-            return await self._context.hooks.post_data(self._environment(), message)
-        except PermanentFailure as error:
-            raise Refused(Reply(554, error.status, str(error))) from error
-
-    def _environment(self) -> dict[str, str]:
-        """What post-data is told, as chasquid names it, and the results of our checks."""
-        origin, transaction = self._origin, self._transaction
-        recipients = dict.fromkeys(original for _, original in transaction.final_recipients)
-        local = self._context.aliases.is_local(split_address(transaction.sender)[1])
-        return {
-            "REMOTE_ADDR": origin.peer,
-            "EHLO_DOMAIN": re.sub(r"[^A-Za-z0-9\[\].:-]", "", origin.hello),
-            "EHLO_DOMAIN_RAW": origin.hello,
-            "MAIL_FROM": transaction.sender,
-            "RCPT_TO": " ".join(recipients),
-            "AUTH_AS": origin.user,
-            "ON_TLS": "1" if origin.tls else "0",
-            "FROM_LOCAL_DOMAIN": "1" if local else "0",
-            "SPF_PASS": "1" if transaction.spf.result == "pass" else "0",
-            "SPF_RESULT": transaction.spf.result,
-            "DKIM_RESULTS": " ".join(self._dkim),
-            "DMARC_RESULT": self._dmarc,
-        }
-
-    def check_header(self, block: bytes) -> list[Field]:
-        """Raises Refused where the header is not sane."""
-        try:
-            fields = header_fields(block)
-        except ValueError as error:
-            text = f"the header holds a line that is no field: {error}"
-            raise Refused(Reply(554, "5.6.0", text)) from None
-        names = collections.Counter(field.name for field in fields)
-        if names["received"] > self._context.config.max_received_headers:
-            text = "the message has come through too many servers: it may be in a loop"
-            raise Refused(Reply(554, "5.4.6", text))
-        if names["from"] > 1 and not self._origin.user:
-            # RFC 5322, 3.6; which of them a reader shows is anybody's guess
-            raise Refused(Reply(554, "5.6.0", "the header has more than one From field"))
-        return fields
-
-    async def _check_authors(self, fields: Sequence[Field]) -> None:
-        """Where users may write only as themselves, From must be theirs. Raises Refused."""
-        user = self._origin.user
-        if not user or not self._context.config.sender_must_match:
-            return
-        for field in fields:
-            for author in author_addresses(field.value) if field.name == "from" else ():
-                if not await self._context.may_send_as(user, author):
-                    text = f"{user} may not write as {printable(author, 200)} in From"
-                    raise Refused(Reply(554, "5.7.1", text))
-
-    async def _sign(
-        self, draft: Draft, header: bytes, fields: Sequence[Field], received: bytes
-    ) -> bytes:
-        """Return signatures, the trace, and what our user left out (RFC 6409, 8).
-
-        Raises Refused.
-        """
-        names = {field.name for field in fields}
-        names |= names_signed(fields)
-        prefix = received
-        if "date" not in names:
-            prefix += fold("Date", rfc5322_date(self._context.loop.clock.time()))
-        if "message-id" not in names:
-            prefix += fold("Message-ID", f"<{draft.id}@{self._context.hostname}>")
-        domain = split_address(self._transaction.sender)[1]
-        return await self._context.signer.sign(domain, prefix + header, draft.body) + prefix
-
-    async def _verify(self, draft: Draft, fields: Sequence[Field]) -> tuple[bytes, bool]:
-        """Return trace fields, and whether it is junk. Raises Refused."""
-        context, spf, sender = self._context, self._transaction.spf, self._transaction.sender
-        authors = self._authors(fields)
-        signatures, dmarc = await self._check_author(draft, fields, authors)
-        self._dkim, self._dmarc = [one.result for one in signatures], dmarc.result
-        for signature in signatures:
-            context.record.count("dkim", signature.result)
-        context.record.count("dmarc", dmarc.result)
-        dkim = ",".join(one.result for one in signatures) or "none"
-        self.results = f" spf={spf.result} dkim={dkim} dmarc={dmarc.result}"
-        # what a relay of ours passes on comes from its address, which proves nothing of others
-        enforced = context.config.dmarc_policy == "enforce"
-        enforced = enforced and not context.limits.is_relay(self._origin.peer)
-        junk = enforced and self._is_junk(dmarc)
-        trace = authentication_results(context.hostname, spf, sender, signatures, dmarc)
-        hello, sender = self._said()
-        trace += received_spf(spf, self._origin.peer, sender, hello, context.hostname)
-        return trace, junk
-
-    def _is_junk(self, dmarc: Dmarc) -> bool:
-        """Do what the owner of the From domain asks for. Raises Refused."""
-        if dmarc.result == "permerror":  # programs that report, from <>, write what they like
-            return bool(self._transaction.sender)
-        if dmarc.result == "fail" and dmarc.policy == "reject":
-            text = f"{dmarc.domain} asks to reject mail that cannot be shown to be its own"
-            raise Refused(Reply(550, "5.7.1", f"DMARC: {text}"))
-        return dmarc.result == "fail" and dmarc.policy == "quarantine"
-
-    @staticmethod
-    def _authors(fields: Sequence[Field]) -> list[str] | None:
-        """Return the domains in From; None where it names none that can be read.
-
-        Raises Refused where there are more than we judge.
-        """
-        found = [field for field in fields if field.name == "from"]
-        if not found:
-            return []
-        too_long = len(found[0].raw) > _FROM_LIMIT
-        authors = [] if too_long else author_domains(found[0].value)
-        if too_long or len(authors) > AUTHORS_LIMIT:
-            raise Refused(Reply(554, "5.6.0", "the From field names too many authors"))
-        return authors or None
-
-    async def _check_author(
-        self, draft: Draft, fields: Sequence[Field], authors: Sequence[str] | None
-    ) -> tuple[list[Signature], Dmarc]:
-        context = self._context
-        signatures = await verify_signatures(
-            context.names, context.loop, fields, draft.body, authors or ()
-        )
-        if authors is None:
-            return signatures, Dmarc("permerror")
-        dmarc = await check_dmarc(
-            context.names, context.loop, authors, self._transaction.spf, signatures
-        )
-        if dmarc.policy == "reject" and choose_signatures(fields, authors)[1]:
-            # an author's signature that was not looked at may be a good one
-            dmarc = dmarc._replace(policy="quarantine")
-        return signatures, dmarc
-
-    def _said(self) -> tuple[str, str]:
-        """Return HELO's name and the sender, in ASCII where the message must be."""
-        hello, sender = self._origin.hello, self._transaction.sender
-        if self._transaction.smtputf8:
-            return hello, sender
-        return hello.encode("ascii", "replace").decode("ascii"), address_to_ascii(sender)
-
-    def _received(self, id: str) -> bytes:
-        """RFC 5321, 4.4; where our users are is nobody's business."""
-        origin, transaction = self._origin, self._transaction
-        literal = f"[IPv6:{origin.peer}]" if ":" in origin.peer else f"[{origin.peer}]"
-        hello, sender = self._said()
-        protocol = "ESMTP" if origin.extended else "SMTP"
-        if transaction.smtputf8:
-            protocol = "UTF8SMTP"  # RFC 6531, 4.3
-        protocol += ("S" if origin.tls else "") + ("A" if origin.user else "")
-        tls = f", {origin.tls}" if origin.tls else ""
-        return fold(
-            "Received",
-            f"from {hello}" + ("" if origin.user else f" ({literal})"),
-            f"by {self._context.hostname} (chasquid) with {protocol} id {id}",
-            f"(over {origin.port.name}{tls}, envelope from <{sender}>)",
-            f"; {rfc5322_date(self._context.loop.clock.time())}",
-        )
-
-    def _trace(self) -> str:
-        origin = self._origin
-        user = f" user={origin.user}" if origin.user else ""
-        tls = f" ({origin.tls})" if origin.tls else ""
-        return f"by {origin.port.name} from {origin.peer} {origin.hello}{user}{tls}{self.results}"
-
-
 class _Pace:
-    """Raises Expired where a message comes in more slowly than so many octets a second."""
+    """Raises Expired if a message comes in more slowly than so many octets a second."""
 
     def __init__(self, clock: Clock, least: int) -> None:
         self._clock = clock
@@ -9916,37 +9706,38 @@ class _Pace:
             raise Expired("the message comes in too slowly")
 
 
-class MessageReader:
-    """Reads a message off the wire, into the draft of a transaction."""
+class _MessageReader:
+    """Reads a message off the wire, to where its receiver wants it."""
 
-    def __init__(self, context: ServerContext, stream: Stream) -> None:
+    def __init__(self, context: ServerContext, receiver: Receiver, stream: Stream) -> None:
         self._context = context
-        self._loop = context.loop
+        self._receiver = receiver
         self._stream = stream
+        self.reading = False  # what comes next is no command
 
-    def open_draft(self, transaction: Transaction) -> None:
-        """Give the transaction a draft, unless it has failed already. Raises Refused."""
-        if transaction.draft is None and transaction.failure is None:
-            try:
-                transaction.draft = self._context.queue.draft()
-            except QueueFull as error:
-                raise Refused(Reply(451, error.status, str(error))) from error
+    def open(self, transaction: Transaction) -> None:
+        """Have a place for the message, unless it has failed already. Raises as `incoming`."""
+        if transaction.incoming is None and transaction.failure is None:
+            transaction.incoming = self._receiver.incoming(transaction)
 
     async def read_data(self, transaction: Transaction) -> None:
-        """Read up to the final dot."""
+        """Read up to the final dot. Raises Disconnected, Expired, BareNewline."""
         decoder = DataDecoder()
         pace = self._pace()
+        self.reading = True
         while not decoder.done:
-            piece = await self.piece(CHUNK)
+            piece = await self._piece(CHUNK)
             pace.check(len(piece))
             await self._take(transaction, decoder.feed(piece))
+        self.reading = False
         self._stream.unread(decoder.rest)
 
     async def read_chunk(self, left: int, transaction: Transaction | None) -> None:
-        """Read so many octets; without a transaction, only to be rid of them."""
+        """Read so many octets (RFC 3030); without a transaction, only to be rid of them."""
         pace = self._pace()
+        self.reading = True
         while left:
-            piece = await self.piece(min(CHUNK, left))
+            piece = await self._piece(min(CHUNK, left))
             pace.check(len(piece))
             left -= len(piece)
             if transaction is not None:
@@ -9955,93 +9746,101 @@ class MessageReader:
                 piece = piece[: len(piece) - len(transaction.held)]
                 check_newlines(piece)
                 await self._take(transaction, piece)
+        self.reading = False
 
-    async def piece(self, limit: int) -> bytes:
-        """Return the next octets of the message, as they come. Raises Disconnected, Expired."""
-        with self._loop.deadline(TRANSFER_SECONDS):
+    async def _piece(self, limit: int) -> bytes:
+        with self._context.loop.deadline(TRANSFER_SECONDS):
             return await self._stream.read_some(limit)
 
     def _pace(self) -> _Pace:
-        return _Pace(self._loop.clock, self._context.config.min_octets_per_second)
+        return _Pace(self._context.loop.clock, self._context.min_octets_per_second)
 
     async def _take(self, transaction: Transaction, piece: bytes) -> None:
-        """Add to the draft; once that has failed, throw away what still comes."""
-        draft = transaction.draft
-        if draft is None:
+        """Pass the octets on; once that has failed, throw away what still comes."""
+        incoming = transaction.incoming
+        if incoming is None:
             return
         try:
-            if draft.size + len(piece) > self._context.size_limit:
-                raise Refused(self._context.too_big())
-            await draft.add(piece)
-            return
-        except Refused as refused:
-            transaction.failure = refused.reply
-        except PermanentFailure as error:
-            transaction.failure = Reply(552, error.status, str(error))
+            if incoming.size + len(piece) > self._context.size_limit:
+                raise self._context.too_big()
+            await incoming.add(piece)
+        except (PermanentFailure, TemporaryFailure) as error:
+            transaction.fail(error)
         except OSError as error:
             self._context.record.error("queue", f"a message cannot be stored: {reason(error)}")
-            transaction.failure = Reply(452, "4.3.1", "the message cannot be stored now")
-        draft.discard()
-        transaction.draft = None
+            transaction.fail(Refused(Reply(452, "4.3.1", "the message cannot be stored now")))
+
+
+_Act = Callable[[], Awaitable[Reply | None]]
+
+
+class Hook(Protocol):
+    """Stands between a client and a session, for fault injection.
+
+    It is called at each `stage`: "connect", a verb with its argument, or "message", when that
+    is complete. `act` does what is to be done there; a hook calls it, or does otherwise. It
+    returns the reply, or None if it has been said.
+    """
+
+    async def __call__(
+        self, session: Session, stage: str, argument: str, act: _Act
+    ) -> Reply | None: ...
+
+
+async def _no_hook(session: Session, stage: str, argument: str, act: _Act) -> Reply | None:
+    return await act()
 
 
 class Session:
-    """One connection, from the greeting to its end.
+    """One connection, from the greeting to its end."""
 
-    What a server that only captures mail does otherwise stands together, and is public.
-    """
-
-    def __init__(self, context: ServerContext, stream: Stream, port: Port, peer: str) -> None:
+    def __init__(
+        self,
+        context: ServerContext,
+        receiver: Receiver,
+        stream: Stream,
+        *,
+        port: Port,
+        peer: str,
+        hook: Hook = _no_hook,
+    ) -> None:
         self.id = new_id()
         self.peer = peer
         self.idle = False  # waiting for a command, so it may be ended at any time
         self.context = context
         self.loop = context.loop
         self.stream = stream
-        self.reader = MessageReader(context, stream)
         self.port = port
-        self.hello = ""
-        self.extended = False
-        self.user = ""  # who has logged in, as an address
+        self.tls_context = context.tls_context
+        self.dialogue = Dialogue("", "", 0.0)
+        self.transaction: Transaction | None = None
+        self._receiver = receiver
+        self._hook = hook
+        self._reader = _MessageReader(context, receiver, stream)
+        self._hello = ""
+        self._extended = False
+        self._user = ""  # who has logged in, as an address
         self._verb = ""
+        self._closing = False
         self._errors = 0
         self._unknown_recipients = 0
-        self.dialogue = Dialogue("", "", 0.0)
-        self._about = ""  # the envelope, as the mail log names it where it is refused
-        self.transaction: Transaction | None = None
+        self._about = ""  # the envelope, as the mail log names it when it is refused
 
     async def run(self) -> None:
         """Hold the dialogue; returns when the connection is closed."""
         self.context.record.count("connections", self.port.name)
-        self.dialogue = Dialogue(
-            self.port.name, self.peer, self.loop.clock.time(), self.context.dialogue_lines
-        )
-        self.context.record.dialogues.append(self.dialogue)
+        self.dialogue = self.context.new_dialogue(self.port, self.peer)
         try:
-            with (
-                self.loop.deadline(CONNECTION_SECONDS),
-                self.context.limits.connection(self.peer),
-            ):
-                if self.port.implicit_tls:
-                    if self.tls_context() is None:
-                        raise TLSFailed("there is no certificate, so no TLS on this port")
-                    await self.secure()
-                await self._converse()
+            await self._converse()
         except (Disconnected, TLSFailed) as error:
             if self.transaction is not None or isinstance(error, TLSFailed):
-                self._log(f"ended early: {error}")
-        except TemporaryFailure as error:
-            self.context.record.count("limits", "connections")
-            self._log(f"rejected: {error}")
-            self._write(Reply(421, error.status, f"{error}; try again later"))
-        except Expired:
-            self._write(Reply(421, "4.4.2", "too slow, closing the connection"))
+                self.log(f"ended early: {error}")
         except Cancelled:
-            self._write(Reply(421, "4.3.2", "the server is shutting down; try again later"))
+            self.say(Reply(421, "4.3.2", "the server is shutting down; try again later"))
             raise
         except Exception as error:
-            self.context.record.crash(f"session {self.id}", error)
-            self._write(Reply(421, "4.3.0", "an internal error, closing the connection"))
+            reply = self._reply_to(error)
+            self.say(reply._replace(code=421, close=True))
         finally:
             self._reset()
             self.dialogue.open = False
@@ -10051,55 +9850,77 @@ class Session:
             await self.stream.finish()
 
     @property
-    def _own_domain(self) -> str:
-        return domain_to_unicode(self.context.hostname)
-
-    @property
-    def origin(self) -> Origin:
-        return Origin(
-            self.port, self.peer, self.hello, self.extended, self.user, self.stream.tls_text
-        )
+    def client(self) -> ClientInfo:
+        return ClientInfo(
+            self.dialogue, self.port, self.peer, self._hello, self._extended, self._user,
+            self.stream.tls_text,
+        )  # fmt: skip
 
     @property
     def phase(self) -> Phase:
-        if not self.hello:
-            return CONNECTED
-        if self.transaction is None:
-            return GREETED
-        if self.transaction.draft is not None or self.transaction.failure is not None:
-            return CHUNKS
-        return RECIPIENTS if self.transaction.final_recipients else MAIL
+        if not self._hello:
+            return Phase.CONNECTED
+        transaction = self.transaction
+        if transaction is None:
+            return Phase.GREETED
+        if transaction.incoming is not None or transaction.failure is not None:
+            return Phase.CHUNKS
+        return Phase.RECIPIENTS if transaction.recipients else Phase.MAIL
 
     # --- the dialogue ---
 
     async def _converse(self) -> None:
-        close = await self.say(await self.greet())
-        while not close:
-            reply = await self._next_reply()
-            if reply is not None:
-                close = await self.say(self.count_error(reply))
-            await self.stream.be_fair()
-            if self.context.closing and not close:
-                close = self._write(Reply(421, "4.3.2", "the server is shutting down", close=True))
+        """Raises Disconnected, TLSFailed, Expired; and what says that there are too many."""
+        limits = self.context.limits
+        with self.loop.deadline(CONNECTION_SECONDS), self._connection(limits):
+            greeting = await self._hook(self, "connect", "", self._greet)
+            if greeting is not None:
+                self.say(greeting)
+            while not self._closing:
+                reply = await self._next_reply()
+                if reply is not None:
+                    self.say(self._count_error(reply))
+                await self.stream.be_fair()
+                if self.context.closing and not self._closing:
+                    text = "the server is shutting down"
+                    self.say(Reply(421, "4.3.2", text, close=True))
+
+    @contextlib.contextmanager
+    def _connection(self, limits: Limits) -> Iterator[None]:
+        """Count the connection while it lasts. Raises TemporaryFailure if there are too many."""
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(limits.connection(self.peer))
+            except TemporaryFailure as error:
+                self.context.record.count("limits", "connections")
+                self.log(f"rejected: {error}")
+                raise TemporaryFailure(f"{error}; try again later", error.status) from error
+            yield
+
+    async def _greet(self) -> Reply:
+        if self.port.implicit_tls:
+            if self.tls_context is None:
+                raise TLSFailed("there is no certificate, so no TLS on this port")
+            await self._start_tls(self.tls_context)
+        return Reply(220, "", f"{self.context.hostname} ESMTP chasquid")
 
     async def _next_reply(self) -> Reply | None:
+        """Obey one command; None if it has been answered. Raises Disconnected, TLSFailed."""
+        self._verb = ""
         try:
             self.idle = True
             with self.loop.deadline(COMMAND_SECONDS):
                 line = await self.stream.read_line()
             self.idle = False
             return await self._execute(line)
-        except LineTooLong as error:
-            return Reply(500, "5.5.2", str(error))
-        except BareNewline as error:
-            return Reply(521, "5.5.2", f"{error}; closing the connection", close=True)
-        except Refused as refused:
-            return refused.reply
+        except (Disconnected, TLSFailed, Expired):
+            raise
+        except Exception as error:
+            return self._reply_to(error)
         finally:
             self.idle = False
 
     async def _execute(self, line: bytes) -> Reply | None:
-        self._verb = ""
         verb, argument = parse_command(line)
         self._verb = verb
         said = "…"  # what is no command may be a password, or a line of a message
@@ -10107,21 +9928,49 @@ class Session:
             said = "AUTH …" if verb == "AUTH" else f"{verb} {argument}"
         self.dialogue.add("C", said)
         if verb in _HTTP_VERBS:
-            return Reply(502, "5.7.0", "this is a mail server and speaks no HTTP", close=True)
+            text = "this is a mail server and speaks no HTTP"
+            raise Refused(Reply(502, "5.7.0", text, close=True))
         command = _COMMANDS.get(verb)
         if command is None:
             raise Refused(Reply(500, "5.5.1", "there is no such command"))
         self.context.record.count("commands", verb)
         if self.phase not in command.phases:
-            too_late = self.phase is MAIL and GREETED in command.phases  # MAIL, AUTH
-            raise Refused(Reply(503, "5.5.1", (RECIPIENTS if too_late else self.phase).then))
+            too_late = self.phase is Phase.MAIL and Phase.GREETED in command.phases  # MAIL, AUTH
+            raise Refused(Reply(503, "5.5.1", (Phase.RECIPIENTS if too_late else self.phase).value))
         if command.argument == "none" and argument:
             raise Refused(Reply(501, "5.5.4", f"{verb} takes no argument"))
         if command.argument == "required" and not argument:
             raise Refused(Reply(501, "5.5.4", f"expected {command.help}"))
-        return await self.obey(verb, argument)
+        return await self._hook(self, verb, argument, lambda: command.action(self, argument))
 
-    def count_error(self, reply: Reply) -> Reply:
+    def _reply_to(self, error: Exception) -> Reply:
+        """Return the reply that a failure becomes (RFC 5321, 4.2 and 4.3.2).
+
+        A fault of ours is logged and counted. The client may try again; but not in this
+        connection if it broke amid a message, for then we do not know where a command begins.
+        """
+        if isinstance(error, Refused):
+            return error.reply
+        if isinstance(error, LineTooLong):
+            return Reply(500, "5.5.2", str(error))
+        if isinstance(error, BareNewline):
+            return Reply(521, "5.5.2", f"{error}; closing the connection", close=True)
+        if isinstance(error, Expired):
+            return Reply(421, "4.4.2", "too slow, closing the connection", close=True)
+        if isinstance(error, TemporaryFailure) and self._verb == "AUTH":
+            return Reply(454, error.status, str(error), close=True)  # RFC 4954, 4
+        if isinstance(error, RateExceeded):
+            return Reply(450, error.status, str(error))
+        if isinstance(error, TemporaryFailure):
+            return Reply(451, error.status, str(error))
+        if isinstance(error, PermanentFailure):
+            code = 552 if error.status == "5.3.4" else 554  # RFC 3463, 3.4: too big
+            return Reply(code, error.status, str(error))
+        self.context.record.crash(f"{self._verb or 'the start'} in session {self.id}", error)
+        text = "a check has failed by a fault of ours; try again later"
+        return Reply(451, "4.3.0", text, close=self._reader.reading)
+
+    def _count_error(self, reply: Reply) -> Reply:
         """Close the connection after some errors; a client of another protocol makes many.
 
         Unknown recipients count apart, and those above the limit not at all: a server that
@@ -10132,7 +9981,7 @@ class Session:
         self.context.record.count("rejections", str(reply.code))
         self.dialogue.outcome = f"refused: {reply}"
         about = self._about if self._verb in ("MAIL", "RCPT", "DATA", "BDAT") else ""
-        self._log(f"rejected{about}: {reply}")
+        self.log(f"rejected{about}: {reply}")
         if reply.close or reply.status == "4.5.3" or (self._verb == "RCPT" and reply.code == 450):
             return reply  # who sends much must still get to DATA with what was accepted
         if self._verb == "RCPT" and reply.code == 550:
@@ -10141,100 +9990,28 @@ class Session:
             self._errors += 1
         if self._errors < ERROR_LIMIT and self._unknown_recipients < RECIPIENT_ERROR_LIMIT:
             return reply
-        self._log(f"sent away after {plural(self._errors + self._unknown_recipients, 'error')}")
+        self.log(f"sent away after {plural(self._errors + self._unknown_recipients, 'error')}")
         text = f"too many errors, closing the connection; the last one: {reply.text}"
         return Reply(421, "4.7.0", text, close=True)
 
-    def _write(self, reply: Reply) -> bool:
-        self.stream.write(reply.encode())
+    def say(self, reply: Reply) -> None:
+        """Write a reply, which is sent with the next wait for input, and note it."""
+        self._closing = self._closing or reply.close
         self.dialogue.add("S", str(reply))
-        return reply.close
+        self.stream.write(reply.encode())
 
-    def _log(self, text: str) -> None:
+    async def discard_chunk(self, size: int) -> None:
+        """Read so many octets, which are no command, to be rid of them."""
+        await self._reader.read_chunk(size, None)
+
+    def log(self, text: str) -> None:
+        """Write to the mail log."""
         self.context.record.mail(self.id, f"{self.port.name} {self.peer} {text}")
 
     def _reset(self) -> None:
         if self.transaction is not None:
             self.transaction.discard()
             self.transaction = None
-
-    # --- what a server that captures mail does otherwise ---
-
-    async def greet(self) -> Reply:
-        """Return the first reply of all."""
-        return Reply(220, "", f"{self.context.hostname} ESMTP chasquid")
-
-    async def obey(self, verb: str, argument: str) -> Reply | None:
-        """Do what a command asks for, in its place; None where it was answered. Raises Refused."""
-        return await _COMMANDS[verb].action(self, argument)
-
-    async def say(self, reply: Reply) -> bool:
-        """Answer; return whether the connection is to be closed."""
-        return self._write(reply)
-
-    def tls_context(self) -> ssl.SSLContext | None:
-        """Return what TLS is done with, None where there is none."""
-        return self.context.tls_context
-
-    async def check_sender(self, sender: str) -> Spf:
-        """Judge a sender who has not logged in. Raises Refused."""
-        context = self.context
-        if context.limits.is_relay(self.peer):
-            return Spf("none", "mailfrom", "", "the client is a relay of ours")
-        spf = await check_spf(
-            context.names, self.loop, self.peer, sender, self.hello, context.hostname
-        )
-        context.record.count("spf", spf.result)
-        if spf.result == "fail":
-            text = f"{spf.domain} does not let {self.peer} send its mail"
-            explanation = f": {spf.explanation}" if spf.explanation else ""
-            raise Refused(Reply(550, "5.7.23", f"SPF: {text}{explanation}"))
-        domain = split_address(sender)[1]
-        if not domain or spf.result != "pass":
-            return spf  # anybody could set the level of somebody else's domain
-        if not await context.levels.accepts(domain, self.stream.tls is not None):
-            context.record.count("security levels", "refused", "in")
-            text = f"{domain} has sent its mail with TLS before: say STARTTLS"
-            raise Refused(Reply(550, "5.7.3", text))
-        return spf
-
-    async def targets(self, address: str) -> list[Target]:
-        """Return the final recipients of `address`. Raises Refused."""
-        local = self.context.aliases.is_local(split_address(address)[1])
-        if not local and not self.user:
-            text = "we do not relay: log in, or send to our own domains"
-            raise Refused(Reply(503, "5.7.1", text))
-        try:
-            return await self.context.queue.expand(address)
-        except NoSuchUser as error:
-            raise Refused(Reply(550, "5.1.1", str(error))) from error
-        except AliasLoop as error:
-            self.context.record.error("aliases", str(error))
-            raise Refused(Reply(451, "4.3.5", "the aliases of this address lead nowhere")) from None
-
-    async def take(self, transaction: Transaction, draft: Draft) -> Reply:
-        """Judge a complete message and queue it. Raises Refused."""
-        if not draft.size:
-            raise Refused(Reply(554, "5.6.0", "the message is empty"))
-        reception = Reception(self.context, self.origin, transaction)
-        try:
-            envelope, trace = await reception.judge(draft)
-        except Exception:
-            recipients = ", ".join(
-                dict.fromkeys(original for _, original in transaction.final_recipients)
-            )
-            self._about = f" from=<{transaction.sender}> to={recipients}{reception.results}"
-            raise
-        transaction.draft = None  # from here on the queue answers for it
-        await self.context.queue.accept(draft, envelope, trace)
-        domain = split_address(transaction.sender)[1]
-        if domain and transaction.spf.result == "pass":
-            try:
-                await self.context.levels.saw_incoming(domain, self.stream.tls is not None)
-            except Exception as error:  # the message is ours, whatever comes of this
-                self.context.record.crash(f"security level of {domain}", error)
-        self.dialogue.outcome = f"accepted as {draft.id}"
-        return Reply(250, "2.0.0", f"accepted as {draft.id}")
 
     # --- HELO, EHLO, STARTTLS ---
 
@@ -10244,11 +10021,10 @@ class Session:
 
     async def _ehlo(self, argument: str) -> Reply:
         self._greeted(argument, extended=True)
-        return Reply(
-            250, "", "\n".join([f"{self.context.hostname} greets {self.hello}", *self.keywords()])
-        )
+        lines = [f"{self.context.hostname} greets {self._hello}", *self._keywords()]
+        return Reply(250, "", "\n".join(lines))
 
-    def keywords(self) -> list[str]:
+    def _keywords(self) -> list[str]:
         """Return what we offer now, each with its parameters; RFC 5321, 4.1.1.1."""
         keywords = [
             "PIPELINING",
@@ -10258,15 +10034,11 @@ class Session:
             "ENHANCEDSTATUSCODES",
             "CHUNKING",
             f"LIMITS RCPTMAX={RECIPIENT_LIMIT}",
-            "DSN",
             "HELP",
+            *self._receiver.extensions(self.client),
         ]
-        if self.stream.tls is not None:
-            keywords.append("REQUIRETLS")
-        elif self.tls_context() is not None:
+        if self.stream.tls is None and self.tls_context is not None:
             keywords.append("STARTTLS")
-        if self.stream.tls is not None or self.context.login_in_the_clear:
-            keywords.append("AUTH PLAIN LOGIN")
         return keywords
 
     def _greeted(self, argument: str, extended: bool) -> None:
@@ -10275,37 +10047,36 @@ class Session:
             text = "expected the name of your host, or its address in brackets"
             raise Refused(Reply(501, "5.5.2", text))
         self._reset()
-        self.hello = name
-        self.extended = extended
+        self._hello = name
+        self._extended = extended
 
-    async def _starttls(self, argument: str) -> Reply | None:
+    async def _starttls(self, argument: str) -> None:
         if self.stream.tls is not None:
-            return Reply(503, "5.5.1", "TLS is already on")
-        if self.tls_context() is None:
-            return Reply(454, "4.7.0", "TLS is not available: there is no certificate")
-        await self.say(Reply(220, "2.0.0", "go ahead with TLS"))
-        await self.secure()
-        return None
+            raise Refused(Reply(503, "5.5.1", "TLS is already on"))
+        if self.tls_context is None:
+            text = "TLS is not available: there is no certificate"
+            raise Refused(Reply(454, "4.7.0", text))
+        self.say(Reply(220, "2.0.0", "go ahead with TLS"))
+        await self._start_tls(self.tls_context)
 
-    async def secure(self) -> None:
+    async def _start_tls(self, context: ssl.SSLContext) -> None:
         """Do the handshake and forget what was said before it (RFC 3207, 4.2)."""
-        context = self.tls_context()
-        assert context is not None
         with self.loop.deadline(COMMAND_SECONDS):
             await self.stream.start_tls(context, server_side=True)
         self._reset()
-        self.hello = ""
-        self.extended = False
+        self._hello = ""
+        self._extended = False
 
     # --- AUTH ---
 
     async def _auth(self, argument: str) -> Reply:
-        if self.stream.tls is None and not self.context.login_in_the_clear:
+        offered = [keyword.split(" ")[0] for keyword in self._receiver.extensions(self.client)]
+        if "AUTH" not in offered:
             raise Refused(Reply(538, "5.7.11", "logging in needs TLS: say STARTTLS first"))
-        if self.user:
+        if self._user:
             raise Refused(Reply(503, "5.5.1", "you have logged in already"))
         mechanism, _, initial = argument.partition(" ")
-        dialogue = _LoginDialogue(self.loop, self.stream)
+        dialogue = _LoginDialogue(self._challenge)
         if mechanism.upper() == "PLAIN":
             user, password = await dialogue.plain(initial)
         elif mechanism.upper() == "LOGIN":
@@ -10314,79 +10085,48 @@ class Session:
             raise Refused(Reply(504, "5.5.4", "the mechanisms here are PLAIN and LOGIN"))
         return await self._check_login(user, password)
 
+    async def _challenge(self, text: str) -> bytes:
+        self.say(Reply(334, "", text))
+        with self.loop.deadline(COMMAND_SECONDS):
+            return await self.stream.read_line(_CHALLENGE_LIMIT)
+
     async def _check_login(self, user: str, password: bytes) -> Reply:
         start = self.loop.clock.monotonic()
-        limits = self.context.limits
         try:
-            limits.check_login(self.peer)
-            address = await self.context.authenticate(
-                user, password, lambda: limits.check_login(self.peer)
-            )
-        except TemporaryFailure as error:
+            login = await self._receiver.authenticate(self.client, user, password)
+        except TemporaryFailure:
             self.context.record.count("logins", "not checked")
-            return Reply(454, error.status, str(error), close=True)
-        if address is None:
+            raise
+        if login.address is None:
             self.context.record.count("logins", "failed")
-            self._log(f"login failed for {printable(user, 100)!r}")
-            login = self.context.complete_login(user)
-            failed = limits.login_failed(self.peer, login, self.context.may_know(login))
-            wait = max(self.context.login_delay, failed)
+            self.log(f"login failed for {printable(user, 100)!r}")
             elapsed = self.loop.clock.monotonic() - start
             self.idle = True  # this wait is for the client's sake, not the message's
-            await self.loop.sleep(max(0.0, wait - elapsed))
+            await self.loop.sleep(max(0.0, login.seconds - elapsed))
             self.idle = False
-            return Reply(535, "5.7.8", "user or password is wrong")
-        limits.login_succeeded(address)
+            raise Refused(Reply(535, "5.7.8", "user or password is wrong"))
         self.context.record.count("logins", "succeeded")
-        self._log(f"login succeeded for {address}")
-        self.user = address
+        self.log(f"login succeeded for {login.address}")
+        self._user = login.address
         return Reply(235, "2.7.0", "you have logged in")
 
     # --- MAIL and RCPT ---
 
-    @contextlib.contextmanager
-    def _checking(self, what: str) -> Iterator[None]:
-        """Turn what keeps a check from its end into 451: nothing is let in unchecked.
-
-        Raises Refused, also for faults of ours, which are logged and counted.
-        """
-        try:
-            yield
-        except TemporaryFailure as error:
-            raise Refused(Reply(451, error.status, str(error))) from error
-        except (ChasquidError, Refused):
-            raise
-        except Exception as error:
-            self.context.record.crash(f"{what} in session {self.id}", error)
-            text = "a check has failed by a fault of ours; try again later"
-            raise Refused(Reply(451, "4.3.0", text)) from error
-
     async def _mail(self, argument: str) -> Reply:
-        with self._checking("MAIL"):
-            return await self._begin_transaction(argument)
-
-    async def _begin_transaction(self, argument: str) -> Reply:
-        if self.port.submission and not self.user:
-            raise Refused(Reply(530, "5.7.0", "log in first: this port is for our users"))
-        sender, parameters, _ = parse_path(argument, "FROM:")
-        self._about = f" from=<{sender}>"
-        if sender and not split_address(sender)[1] and self.context.needs_domains:
-            raise Refused(Reply(501, "5.1.7", "the sender's address needs a domain"))
-        self._check_parameters(parameters)
-        self._check_utf8(sender, "SMTPUTF8" in parameters)
-        self.context.queue.check_room()
-        await self._check_own(sender)
-        self._count(self.context.limits.message)
-        spf = Spf("none") if self.user else await self.check_sender(sender)
-        self.transaction = Transaction(sender, parameters, spf)
-        self.dialogue.sender, self.dialogue.recipients = f"<{sender}>", []
+        path = parse_path(argument, "FROM:")
+        self._about = f" from=<{path.address}>"
+        self._check_parameters(path.parameters)
+        self._check_utf8(path.address, "SMTPUTF8" in path.parameters)
+        spf = await self._receiver.check_sender(self.client, path)
+        self.transaction = Transaction(path, spf)
+        self.dialogue.sender, self.dialogue.recipients = f"<{path.address}>", []
         self.dialogue.outcome = ""
         return Reply(250, "2.1.0", "the sender is accepted")
 
     def _check_parameters(self, parameters: Mapping[str, str]) -> None:
-        """Check MAIL's parameters. Raises Refused."""
+        """Check MAIL's parameters. Raises Refused, PermanentFailure."""
         for name, value in parameters.items():
-            if name not in _MAIL_PARAMETERS or not self.extended:
+            if name not in _MAIL_PARAMETERS or not self._extended:
                 raise Refused(Reply(555, "5.5.4", f"the parameter {name} is unknown"))
             if name == "SIZE" and not value.isdecimal():
                 raise Refused(Reply(501, "5.5.4", "expected SIZE=octets"))
@@ -10401,7 +10141,7 @@ class Session:
             if name == "REQUIRETLS" and self.stream.tls is None:
                 raise Refused(Reply(530, "5.7.10", "REQUIRETLS needs TLS: say STARTTLS first"))
         if int(parameters.get("SIZE", "0")) > self.context.size_limit:
-            raise Refused(self.context.too_big())
+            raise self.context.too_big()
 
     @staticmethod
     def _check_utf8(address: str, smtputf8: bool) -> None:
@@ -10409,50 +10149,26 @@ class Session:
             text = "an internationalised address needs the parameter SMTPUTF8 of MAIL"
             raise Refused(Reply(553, "5.6.7", text))
 
-    async def _check_own(self, sender: str) -> None:
-        """Where that is asked for, let users write only as themselves. Raises Refused."""
-        if not self.user or not sender:
-            return
-        if not await self.context.may_send_as(self.user, sender):
-            text = f"{self.user} may not send as {sender}: it is no address of that user"
-            raise Refused(Reply(550, "5.7.1", text))
-
-    def _count(self, count: Callable[[str, str], None]) -> None:
-        try:
-            count(self.peer, self.user)
-        except TemporaryFailure as error:
-            self.context.record.count("limits", "rate")
-            raise Refused(Reply(450, error.status, str(error))) from error
-
     async def _rcpt(self, argument: str) -> Reply:
-        with self._checking("RCPT"):
-            return await self._add_recipient(argument)
-
-    async def _add_recipient(self, argument: str) -> Reply:
-        assert self.transaction is not None
-        address, parameters, _ = parse_path(argument, "TO:")
-        dsn = self._dsn_parameters(parameters, self.transaction.smtputf8)
-        if not address:
+        transaction = self.transaction
+        assert transaction is not None
+        path = parse_path(argument, "TO:")
+        dsn = self._dsn_parameters(path.parameters, transaction.smtputf8)
+        if not path.address:
             raise Refused(Reply(501, "5.1.3", "expected a recipient, not <>"))
-        self._about = f" from=<{self.transaction.sender}> to={address}"
-        self._check_utf8(address, self.transaction.smtputf8)
-        if self.transaction.recipient_count >= RECIPIENT_LIMIT:
+        self._about = f" from=<{transaction.sender}> to={path.address}"
+        self._check_utf8(path.address, transaction.smtputf8)
+        if len(transaction.recipients) >= RECIPIENT_LIMIT:
             raise Refused(Reply(452, "4.5.3", "too many recipients; send the rest later"))
-        address = self._with_domain(address)
-        self._count(self.context.limits.recipient)
-        for target in await self.targets(address):
-            self.transaction.final_recipients[target, address] = FinalRecipient(
-                target, address, dsn
-            )
-        self.transaction.recipient_count += 1
+        transaction.add(path, await self._receiver.resolve(self.client, path, dsn))
         if len(self.dialogue.recipients) < _DIALOGUE_RECIPIENTS:
-            self.dialogue.recipients.append(address)
+            self.dialogue.recipients.append(path.address)
         return Reply(250, "2.1.5", "the recipient is accepted")
 
     def _dsn_parameters(self, parameters: Mapping[str, str], utf8: bool) -> DsnParameters:
         """Return what RCPT's parameters ask for. Raises Refused."""
         for name in parameters:
-            if name not in ("NOTIFY", "ORCPT") or not self.extended:
+            if name not in ("NOTIFY", "ORCPT") or not self._extended:
                 raise Refused(Reply(555, "5.5.4", f"the parameter {name} is unknown"))
         orcpt = parameters.get("ORCPT", "")
         notify = parse_notify(parameters["NOTIFY"]) if "NOTIFY" in parameters else ()
@@ -10460,60 +10176,56 @@ class Session:
             raise Refused(Reply(501, "5.5.4", "expected ORCPT=type;address"))
         return DsnParameters(notify, orcpt)
 
-    def _with_domain(self, address: str) -> str:
-        """Complete "postmaster", which needs no domain (RFC 5321, 4.1.1.3).
-
-        It is also at our hostname, from where notifications come, served or not.
-        """
-        local, domain = split_address(address)
-        if local.lower() == "postmaster" and domain in ("", self._own_domain):
-            return f"{local}@{self.context.aliases.postmaster_domain(self._own_domain)}"
-        if not domain and self.context.needs_domains:
-            raise Refused(Reply(501, "5.1.3", "the recipient's address needs a domain"))
-        return address
-
     # --- DATA and BDAT ---
 
-    async def _data(self, argument: str) -> Reply:
+    async def _data(self, argument: str) -> Reply | None:
         transaction = self.transaction
         assert transaction is not None
-        self.reader.open_draft(transaction)
-        await self.say(Reply(354, "", "go ahead, and end with a line that holds only a dot"))
-        await self.reader.read_data(transaction)
+        self._reader.open(transaction)
+        self.say(Reply(354, "", "go ahead, and end with a line that holds only a dot"))
+        await self._reader.read_data(transaction)
         return await self._finish_message(transaction)
 
-    async def _bdat(self, argument: str) -> Reply:
-        """RFC 3030: a chunk is read also where it is refused."""
+    async def _bdat(self, argument: str) -> Reply | None:
+        """RFC 3030: a chunk is read also if it is refused."""
         match = re.fullmatch(r"(\d{1,12})(?: +(LAST))?", argument, re.IGNORECASE)
         if match is None:
-            return Reply(501, "5.5.4", "expected BDAT octets [LAST]; closing", close=True)
+            text = "expected BDAT octets [LAST]; closing"
+            raise Refused(Reply(501, "5.5.4", text, close=True))
         size, last = int(match[1]), bool(match[2])
-        if self.phase not in (RECIPIENTS, CHUNKS):
-            await self.reader.read_chunk(size, None)
-            return Reply(503, "5.5.1", self.phase.then)
+        if self.phase not in (Phase.RECIPIENTS, Phase.CHUNKS):
+            await self.discard_chunk(size)
+            raise Refused(Reply(503, "5.5.1", self.phase.value))
         transaction = self.transaction
         assert transaction is not None
         try:
-            self.reader.open_draft(transaction)
-        except Refused as refused:
-            transaction.failure = refused.reply  # or the next chunk would begin a message
-            await self.reader.read_chunk(size, None)
-            raise
-        await self.reader.read_chunk(size, transaction)
+            self._reader.open(transaction)
+        except (Refused, ChasquidError) as error:
+            transaction.fail(error)  # or the next chunk would begin a message
+        await self._reader.read_chunk(size, transaction)
         if last:
-            if transaction.held:
+            if transaction.held and transaction.failure is None:
                 raise BareNewline("a line must end with CRLF, and hold no other CR or LF")
             return await self._finish_message(transaction)
-        return transaction.failure or Reply(250, "2.0.0", f"{size} octets received")
+        if transaction.failure is not None:
+            raise transaction.failure
+        return Reply(250, "2.0.0", f"{size} octets received")
 
-    async def _finish_message(self, transaction: Transaction) -> Reply:
-        """Answer for the complete message, or say why not."""
+    async def _finish_message(self, transaction: Transaction) -> Reply | None:
+        """Answer for the complete message. Raises what says why not."""
+
+        async def accept() -> Reply:
+            reply = await self._receiver.accept(self.client, transaction)
+            self.dialogue.outcome = reply.text
+            return reply
+
         try:
-            if transaction.draft is None:
-                assert transaction.failure is not None
-                return transaction.failure
-            with self._checking("the message"):
-                return await self.take(transaction, transaction.draft)
+            if transaction.failure is not None:
+                raise transaction.failure
+            return await self._hook(self, "message", "", accept)
+        except Exception:
+            self._about = str(transaction)
+            raise
         finally:
             self._reset()
 
@@ -10530,7 +10242,7 @@ class Session:
         return Reply(252, "2.0.0", "we do not tell who is here; send and see")
 
     async def _expn(self, argument: str) -> Reply:
-        return Reply(502, "5.5.1", "we do not tell what is behind a list")
+        raise Refused(Reply(502, "5.5.1", "we do not tell what is behind a list"))
 
     async def _quit(self, argument: str) -> Reply:
         return Reply(221, "2.0.0", f"{self.context.hostname} says goodbye", close=True)
@@ -10552,24 +10264,24 @@ class _Command(NamedTuple):
     help: str
 
 
-_NOT_IN_CHUNKS = _ANY - {CHUNKS}
+_ANY = frozenset(Phase)
+_GREETED = frozenset((Phase.GREETED,))
+_NOT_IN_CHUNKS = _ANY - {Phase.CHUNKS}
 _COMMANDS: dict[str, _Command] = {
     "HELO": _Command(Session._helo, _ANY, "required", "HELO host"),
     "EHLO": _Command(Session._ehlo, _ANY, "required", "EHLO host"),
-    "STARTTLS": _Command(Session._starttls, _NOT_IN_CHUNKS - {CONNECTED}, "none", "STARTTLS"),
-    "AUTH": _Command(
-        Session._auth, frozenset((GREETED,)), "required", "AUTH PLAIN|LOGIN [initial response]"
-    ),
+    "STARTTLS": _Command(Session._starttls, _NOT_IN_CHUNKS - {Phase.CONNECTED}, "none", "STARTTLS"),
+    "AUTH": _Command(Session._auth, _GREETED, "required", "AUTH PLAIN|LOGIN [initial response]"),
     "MAIL": _Command(
-        Session._mail, frozenset((GREETED,)), "required",
+        Session._mail, _GREETED, "required",
         "MAIL FROM:<address> [SIZE=n] [BODY=7BIT|8BITMIME] [SMTPUTF8] [REQUIRETLS] "
         "[RET=FULL|HDRS] [ENVID=id]",
     ),
     "RCPT": _Command(
-        Session._rcpt, frozenset((MAIL, RECIPIENTS)), "required",
+        Session._rcpt, frozenset((Phase.MAIL, Phase.RECIPIENTS)), "required",
         "RCPT TO:<address> [NOTIFY=NEVER|SUCCESS,FAILURE,DELAY] [ORCPT=type;address]",
     ),
-    "DATA": _Command(Session._data, frozenset((RECIPIENTS,)), "none", "DATA"),
+    "DATA": _Command(Session._data, frozenset((Phase.RECIPIENTS,)), "none", "DATA"),
     "BDAT": _Command(Session._bdat, _ANY, "required", "BDAT octets [LAST]"),
     "RSET": _Command(Session._rset, _ANY, "none", "RSET"),
     "NOOP": _Command(Session._noop, _ANY, "optional", "NOOP"),
@@ -10578,6 +10290,442 @@ _COMMANDS: dict[str, _Command] = {
     "HELP": _Command(Session._help, _ANY, "optional", "HELP [command]"),
     "QUIT": _Command(Session._quit, _ANY, "none", "QUIT"),
 }  # fmt: skip
+
+
+# ======================================================================================
+# ROOM: RECEPTION
+#
+# The `Receiver` of the mail server: who may send what to whom, and what a message has to
+# pass before it is ours.
+#
+# - Our users log in, and what they send is signed. What comes from elsewhere is for our own
+#   domains, its sender is checked, and its signatures are verified.
+# - A check that breaks refuses for now (4XX): mail is never let in unchecked.
+# - A message is accepted only by `Queue.accept`, when it is safe on the disk.
+#
+# How the dialogue goes belongs to SESSION; how a check is made, to SPF, DKIM, DMARC and TLS
+# POLICY; where mail goes then, to ALIASES and QUEUE.
+# ======================================================================================
+
+_FROM_LIMIT = 8192  # octets of a From field
+_AUTH_SECONDS = 0.5  # a login that fails takes at least this long
+_PASSWORD_SLOTS = 2  # passwords checked at a time; each takes a processor
+
+
+class MailReceiver:
+    """What the mail server does with mail. The daemon replaces `accounts` and `aliases`."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        loop: Loop,
+        record: Record,
+        accounts: Accounts,
+        aliases: Aliases,
+        queue: Queue,
+        names: Names,
+        signer: Signer,
+        levels: SecurityLevels,
+        hooks: Hooks,
+        dovecot: Dovecot | None,
+        limits: Limits,
+    ) -> None:
+        self.config = config
+        self.hostname = domain_to_ascii(config.hostname)
+        self.loop = loop
+        self.record = record
+        self.accounts = accounts
+        self.aliases = aliases
+        self.names = names
+        self.signer = signer
+        self.hooks = hooks
+        self.limits = limits
+        self._own_domain = domain_to_unicode(self.hostname)
+        self._queue = queue
+        self._levels = levels
+        self._dovecot = dovecot
+        self._password_slots = Slots(loop, _PASSWORD_SLOTS)
+
+    def extensions(self, client: ClientInfo) -> list[str]:
+        return ["DSN", *(("REQUIRETLS", "AUTH PLAIN LOGIN") if client.tls else ())]
+
+    # --- logins ---
+
+    async def authenticate(self, client: ClientInfo, login: str, password: bytes) -> Login:
+        limits = self.limits
+        limits.check_login(client.peer)
+        address = await self._find_user(client, login, password)
+        if address is not None:
+            limits.login_succeeded(address)
+            return Login(address)
+        name = self._complete_login(login)
+        late = limits.login_failed(client.peer, name, self._may_know(name))
+        return Login(None, max(_AUTH_SECONDS, late))
+
+    async def _find_user(self, client: ClientInfo, given: str, password: bytes) -> str | None:
+        """Return the address behind a login if `password` fits, else None.
+
+        The users of the files come first, then Dovecot. Raises TemporaryFailure.
+        """
+        accounts, login = self.accounts, self._complete_login(given)
+        async with self._password_slots:
+            self.limits.check_login(client.peer)  # others may have failed while we waited
+            address = await self.loop.work(lambda: accounts.authenticate(login, password))
+        if address is not None or self._dovecot is None:
+            return address
+        try:
+            address = normalize_address(login)
+        except ValueError:
+            return None
+        user, domain = split_address(address)
+        full = "@" in given  # or the domain is the host's own, perhaps, served or not
+        if accounts.exists(user, domain) or (full and not self.aliases.is_local(domain)):
+            return None  # of whom the files know, they have the last word
+        name = address if full else given
+        return address if await self._dovecot.authenticate(name, password) else None
+
+    def _may_know(self, login: str) -> bool:
+        """Tell whether there may be a user of that name: Dovecot is not asked."""
+        try:
+            known = self.accounts.exists(*split_address(normalize_address(login)))
+        except ValueError:
+            return False
+        return known or self._dovecot is not None
+
+    def _complete_login(self, login: str) -> str:
+        """Return `login` with a domain: the only one served here, or else the host's own."""
+        if "@" in login:
+            return login
+        domains = self.accounts.domains
+        return f"{login}@{domains[0] if len(domains) == 1 else self._own_domain}"
+
+    # --- senders ---
+
+    async def check_sender(self, client: ClientInfo, path: Path) -> Spf:
+        client.check_login()
+        sender = path.address
+        if sender and not split_address(sender)[1]:
+            raise Refused(Reply(501, "5.1.7", "the sender's address needs a domain"))
+        self._queue.check_room()
+        if client.user and sender and not await self.may_send_as(client.user, sender):
+            text = f"{client.user} may not send as {sender}: it is no address of that user"
+            raise Refused(Reply(550, "5.7.1", text))
+        self._count(self.limits.message, client)
+        return Spf("none") if client.user else await self._check_stranger(client, sender)
+
+    def _count(self, count: Callable[[str, str], None], client: ClientInfo) -> None:
+        """Raises RateExceeded."""
+        try:
+            count(client.peer, client.user)
+        except RateExceeded:
+            self.record.count("limits", "rate")
+            raise
+
+    async def _check_stranger(self, client: ClientInfo, sender: str) -> Spf:
+        """Judge a sender who has not logged in. Raises Refused, TemporaryFailure."""
+        if self.limits.is_relay(client.peer):
+            return Spf("none", "mailfrom", "", "the client is a relay of ours")
+        spf = await check_spf(
+            self.names, self.loop, client.peer, sender, client.hello, self.hostname
+        )
+        self.record.count("spf", spf.result)
+        if spf.result == "fail":
+            text = f"{spf.domain} does not let {client.peer} send its mail"
+            explanation = f": {spf.explanation}" if spf.explanation else ""
+            raise Refused(Reply(550, "5.7.23", f"SPF: {text}{explanation}"))
+        domain = split_address(sender)[1]
+        if not domain or spf.result != "pass":
+            return spf  # anybody could set the level of somebody else's domain
+        if not await self._levels.accepts(domain, bool(client.tls)):
+            self.record.count("security levels", "refused", "in")
+            text = f"{domain} has sent its mail with TLS before: say STARTTLS"
+            raise Refused(Reply(550, "5.7.3", text))
+        return spf
+
+    async def may_send_as(self, user: str, sender: str) -> bool:
+        """Tell whether `sender` is an address of `user`, or everybody may send as anyone.
+
+        Raises TemporaryFailure.
+        """
+        if not self.config.sender_must_match:
+            return True
+        try:
+            address = normalize_address(sender)
+        except ValueError:
+            return False
+        if address == user:
+            return True
+        try:
+            targets = await self._queue.expand(address)
+        except (NoSuchUser, AliasLoop):
+            return False
+        return any(target.kind == "address" and target.value == user for target in targets)
+
+    # --- recipients ---
+
+    async def resolve(
+        self, client: ClientInfo, path: Path, dsn: DsnParameters
+    ) -> Sequence[FinalRecipient]:
+        address = self._with_domain(path.address)
+        self._count(self.limits.recipient, client)
+        if not client.user and not self.aliases.is_local(split_address(address)[1]):
+            text = "we do not relay: log in, or send to our own domains"
+            raise Refused(Reply(503, "5.7.1", text))
+        try:
+            targets = await self._queue.expand(address)
+        except NoSuchUser as error:
+            raise Refused(Reply(550, "5.1.1", str(error))) from error
+        except AliasLoop as error:
+            self.record.error("aliases", str(error))
+            text = "the aliases of this address lead nowhere"
+            raise TemporaryFailure(text, "4.3.5") from None
+        return [FinalRecipient(target, address, dsn) for target in targets]
+
+    def _with_domain(self, address: str) -> str:
+        """Complete "postmaster", which needs no domain (RFC 5321, 4.1.1.3).
+
+        It is also at our hostname, from where notifications come, served or not. Raises Refused.
+        """
+        local, domain = split_address(address)
+        if local.lower() == "postmaster" and domain in ("", self._own_domain):
+            return f"{local}@{self.aliases.postmaster_domain(self._own_domain)}"
+        if not domain:
+            raise Refused(Reply(501, "5.1.3", "the recipient's address needs a domain"))
+        return address
+
+    # --- messages ---
+
+    def incoming(self, transaction: Transaction) -> Draft:
+        return self._queue.draft()
+
+    async def accept(self, client: ClientInfo, transaction: Transaction) -> Reply:
+        draft = transaction.incoming
+        assert isinstance(draft, Draft)
+        if not draft.size:
+            raise Refused(Reply(554, "5.6.0", "the message is empty"))
+        envelope, trace = await _Judgement(self, client, transaction, draft).judge()
+        transaction.incoming = None  # from here on the queue answers for it
+        await self._queue.accept(draft, envelope, trace)
+        domain = split_address(transaction.sender)[1]
+        if domain and transaction.spf.result == "pass":
+            try:
+                await self._levels.saw_incoming(domain, bool(client.tls))
+            except Exception as error:  # the message is ours, whatever comes of this
+                self.record.crash(f"security level of {domain}", error)
+        return Reply(250, "2.0.0", f"accepted as {draft.id}")
+
+
+def check_header(block: bytes, max_received: int, one_author: bool) -> list[Field]:
+    """Return the fields of a header block. Raises Refused if it is not sane.
+
+    That is a line which is no field (RFC 5322, 2.2), more than `max_received` hops (RFC 5321,
+    6.3), or, if `one_author`, a second From field (RFC 5322, 3.6): which of them a reader shows
+    is anybody's guess.
+    """
+    try:
+        fields = header_fields(block)
+    except ValueError as error:
+        text = f"the header holds a line that is no field: {error}"
+        raise Refused(Reply(554, "5.6.0", text)) from None
+    names = collections.Counter(field.name for field in fields)
+    if names["received"] > max_received:
+        text = "the message has come through too many servers: it may be in a loop"
+        raise Refused(Reply(554, "5.4.6", text))
+    if names["from"] > 1 and one_author:
+        raise Refused(Reply(554, "5.6.0", "the header has more than one From field"))
+    return fields
+
+
+class _Judgement:
+    """Judges a complete message, and finds the fields to put in front of it."""
+
+    def __init__(
+        self, receiver: MailReceiver, client: ClientInfo, transaction: Transaction, draft: Draft
+    ) -> None:
+        self._receiver = receiver
+        self._client = client
+        self._transaction = transaction
+        self._draft = draft
+        self._dkim: list[str] = []
+        self._dmarc = "none"
+        config = receiver.config
+        self._header = draft.complete()
+        self._fields = check_header(self._header, config.max_received_headers, not client.user)
+
+    async def judge(self) -> tuple[Envelope, str]:
+        """Return the envelope, and where the message came from, in words. Raises Refused."""
+        transaction, draft, fields = self._transaction, self._draft, self._fields
+        await self._check_authors()
+        received = self._received()
+        junk = False
+        if self._client.user:
+            prefix = await self._sign(received)
+        else:
+            prefix, junk = await self._verify()
+            prefix += received
+        added = await self._show_to_hook(prefix)
+        prefix = added + prefix
+        junk = junk or any(
+            field.name == "x-spam-flag" and field.value.strip().upper() == b"YES"
+            for field in header_fields(added)
+        )
+        required = [field.value.strip().lower() for field in fields if field.name == "tls-required"]
+        envelope = Envelope(
+            draft.id,
+            transaction.sender,
+            tuple(transaction.final_recipients.values()),
+            self._receiver.loop.clock.time(),
+            prefix=prefix,
+            smtputf8=transaction.smtputf8,
+            eight_bit=draft.eight_bit or not prefix.isascii(),
+            junk=junk,
+            require_tls=transaction.require_tls,
+            tls_optional=required == [b"no"],
+            ret=transaction.ret,
+            envid=transaction.envid,
+        )
+        return envelope, self._trace()
+
+    async def _show_to_hook(self, prefix: bytes) -> bytes:
+        """Return the fields that post-data wants on top. Raises PermanentFailure."""
+        message = itertools.chain([prefix], self._draft.stored())
+        return await self._receiver.hooks.post_data(self._environment(), message)
+
+    def _environment(self) -> dict[str, str]:
+        """What post-data is told, as chasquid names it, and the results of our checks."""
+        client, transaction = self._client, self._transaction
+        recipients = dict.fromkeys(original for _, original in transaction.final_recipients)
+        local = self._receiver.aliases.is_local(split_address(transaction.sender)[1])
+        return {
+            "REMOTE_ADDR": client.peer,
+            "EHLO_DOMAIN": re.sub(r"[^A-Za-z0-9\[\].:-]", "", client.hello),
+            "EHLO_DOMAIN_RAW": client.hello,
+            "MAIL_FROM": transaction.sender,
+            "RCPT_TO": " ".join(recipients),
+            "AUTH_AS": client.user,
+            "ON_TLS": "1" if client.tls else "0",
+            "FROM_LOCAL_DOMAIN": "1" if local else "0",
+            "SPF_PASS": "1" if transaction.spf.result == "pass" else "0",
+            "SPF_RESULT": transaction.spf.result,
+            "DKIM_RESULTS": " ".join(self._dkim),
+            "DMARC_RESULT": self._dmarc,
+        }
+
+    async def _check_authors(self) -> None:
+        """If users may write only as themselves, From must be theirs. Raises Refused."""
+        user = self._client.user
+        if not user or not self._receiver.config.sender_must_match:
+            return
+        for field in self._fields:
+            for author in author_addresses(field.value) if field.name == "from" else ():
+                if not await self._receiver.may_send_as(user, author):
+                    text = f"{user} may not write as {printable(author, 200)} in From"
+                    raise Refused(Reply(554, "5.7.1", text))
+
+    async def _sign(self, received: bytes) -> bytes:
+        """Return signatures, the trace, and what our user left out (RFC 6409, 8).
+
+        Raises TemporaryFailure.
+        """
+        receiver, draft = self._receiver, self._draft
+        names = {field.name for field in self._fields}
+        names |= names_signed(self._fields)
+        prefix = received
+        if "date" not in names:
+            prefix += fold("Date", rfc5322_date(receiver.loop.clock.time()))
+        if "message-id" not in names:
+            prefix += fold("Message-ID", f"<{draft.id}@{receiver.hostname}>")
+        domain = split_address(self._transaction.sender)[1]
+        signatures = await receiver.signer.sign(domain, prefix + self._header, draft.body)
+        return signatures + prefix
+
+    async def _verify(self) -> tuple[bytes, bool]:
+        """Return trace fields, and whether it is junk. Raises Refused."""
+        receiver, transaction = self._receiver, self._transaction
+        peer, hostname = self._client.peer, receiver.hostname
+        spf, sender = transaction.spf, transaction.sender
+        signatures, dmarc = await self._check_author()
+        self._dkim, self._dmarc = [signature.result for signature in signatures], dmarc.result
+        for signature in signatures:
+            receiver.record.count("dkim", signature.result)
+        receiver.record.count("dmarc", dmarc.result)
+        dkim = ",".join(self._dkim) or "none"
+        transaction.results = f" spf={spf.result} dkim={dkim} dmarc={dmarc.result}"
+        # what a relay of ours passes on comes from its address, which proves nothing of others
+        enforced = receiver.config.dmarc_policy == "enforce" and not receiver.limits.is_relay(peer)
+        junk = enforced and self._is_junk(dmarc)
+        trace = authentication_results(hostname, spf, sender, signatures, dmarc)
+        hello, sender = self._said()
+        return trace + received_spf(spf, peer, sender, hello, hostname), junk
+
+    def _is_junk(self, dmarc: Dmarc) -> bool:
+        """Do what the owner of the From domain asks for. Raises Refused."""
+        if dmarc.result == "permerror":  # programs that report, from <>, write what they like
+            return bool(self._transaction.sender)
+        if dmarc.result == "fail" and dmarc.policy == "reject":
+            text = f"{dmarc.domain} asks to reject mail that cannot be shown to be its own"
+            raise Refused(Reply(550, "5.7.1", f"DMARC: {text}"))
+        return dmarc.result == "fail" and dmarc.policy == "quarantine"
+
+    def _authors(self) -> list[str] | None:
+        """Return the domains in From; None if it names none that can be read.
+
+        Raises Refused if there are more than we judge.
+        """
+        found = [field for field in self._fields if field.name == "from"]
+        if not found:
+            return []
+        too_long = len(found[0].raw) > _FROM_LIMIT
+        authors = [] if too_long else author_domains(found[0].value)
+        if too_long or len(authors) > AUTHORS_LIMIT:
+            raise Refused(Reply(554, "5.6.0", "the From field names too many authors"))
+        return authors or None
+
+    async def _check_author(self) -> tuple[list[Signature], Dmarc]:
+        """Return the results of DKIM and DMARC. Raises Refused."""
+        names, loop = self._receiver.names, self._receiver.loop
+        fields, authors = self._fields, self._authors()
+        signatures = await verify_signatures(names, loop, fields, self._draft.body, authors or ())
+        if authors is None:
+            return signatures, Dmarc("permerror")
+        dmarc = await check_dmarc(names, loop, authors, self._transaction.spf, signatures)
+        if dmarc.policy == "reject" and choose_signatures(fields, authors)[1]:
+            # an author's signature that was not looked at may be a good one
+            dmarc = dmarc._replace(policy="quarantine")
+        return signatures, dmarc
+
+    def _said(self) -> tuple[str, str]:
+        """Return HELO's name and the sender, in ASCII if the message must be."""
+        hello, sender = self._client.hello, self._transaction.sender
+        if self._transaction.smtputf8:
+            return hello, sender
+        return hello.encode("ascii", "replace").decode("ascii"), address_to_ascii(sender)
+
+    def _received(self) -> bytes:
+        """RFC 5321, 4.4; where our users are is nobody's business."""
+        client, transaction = self._client, self._transaction
+        literal = f"[IPv6:{client.peer}]" if ":" in client.peer else f"[{client.peer}]"
+        hello, sender = self._said()
+        protocol = "ESMTP" if client.extended else "SMTP"
+        if transaction.smtputf8:
+            protocol = "UTF8SMTP"  # RFC 6531, 4.3
+        protocol += ("S" if client.tls else "") + ("A" if client.user else "")
+        tls = f", {client.tls}" if client.tls else ""
+        return fold(
+            "Received",
+            f"from {hello}" + ("" if client.user else f" ({literal})"),
+            f"by {self._receiver.hostname} (chasquid) with {protocol} id {self._draft.id}",
+            f"(over {client.port.name}{tls}, envelope from <{sender}>)",
+            f"; {rfc5322_date(self._receiver.loop.clock.time())}",
+        )
+
+    def _trace(self) -> str:
+        client = self._client
+        user = f" user={client.user}" if client.user else ""
+        tls = f" ({client.tls})" if client.tls else ""
+        results = self._transaction.results
+        return f"by {client.port.name} from {client.peer} {client.hello}{user}{tls}{results}"
 
 
 # ======================================================================================
@@ -11885,10 +12033,28 @@ class Daemon:
         )  # fmt: skip
         self._limits = Limits(clock, config)
         self._context = ServerContext(
-            loop, self.record, config, self._domains.accounts, self._domains.aliases, self.queue,
-            self._names, self._signer, self.levels, hooks, self._dovecot, self._limits,
-            certificates.default,
-        )  # fmt: skip
+            loop,
+            self.record,
+            self._limits,
+            hostname=self._hostname,
+            size_limit=config.max_data_size_mb * 1024 * 1024,
+            tls_context=certificates.default,
+            min_octets_per_second=config.min_octets_per_second,
+        )
+        self._receiver = MailReceiver(
+            config,
+            loop=loop,
+            record=self.record,
+            accounts=self._domains.accounts,
+            aliases=self._domains.aliases,
+            queue=self.queue,
+            names=self._names,
+            signer=self._signer,
+            levels=self.levels,
+            hooks=hooks,
+            dovecot=self._dovecot,
+            limits=self._limits,
+        )
         self._listeners = Listeners(config, loop)
         undo.callback(self._listeners.close)
         self._started = clock.time()
@@ -12241,7 +12407,8 @@ class Daemon:
             return
         send_at_once(raw)
         self._sessions_begun += 1
-        session = Session(self._context, Stream(self.loop, raw), port, clean_peer(peer))
+        stream = Stream(self.loop, raw)
+        session = Session(self._context, self._receiver, stream, port=port, peer=clean_peer(peer))
 
         async def run() -> None:
             try:
@@ -12320,8 +12487,8 @@ class Daemon:
 
     def _take_over(self, domains: Domains, certificates: Certificates) -> None:
         self._domains, self._certificates = domains, certificates
-        self._context.accounts = domains.accounts
-        self._context.aliases = domains.aliases
+        self._receiver.accounts = domains.accounts
+        self._receiver.aliases = domains.aliases
         self._signer.keys, self._signer.broken = domains.keys, domains.broken
         if certificates.default is not None:
             self._context.tls_context = certificates.default
@@ -12442,7 +12609,8 @@ def notify_systemd(state: str) -> None:
 # - A recipient can carry its failure in its own name ("ana+450@here.example"), for tests
 #   that cannot reach the server otherwise.
 #
-# The room knows no sessions: it is asked what happens, and says it.
+# A script is asked what happens at a place, and says it; `FaultInjection` is the hook of a
+# session that has it happen.
 # ======================================================================================
 
 STAGES = ("connect", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "message")
@@ -12775,6 +12943,180 @@ def _magic_effect(stage: str, address: str) -> Effect | None:
     return Effect(fault, _reply_of(fault) if code else None)
 
 
+_TRUST = "does the client trust `certificate`, or use `client_context()`?"
+_VERBS_OF = {"STARTTLS": "STARTTLS", "AUTH": "AUTH", "CHUNKING": "BDAT"}
+_PARAMETERS_OF = {
+    "SIZE": ("SIZE",), "8BITMIME": ("BODY",), "SMTPUTF8": ("SMTPUTF8",),
+    "REQUIRETLS": ("REQUIRETLS",), "DSN": ("RET", "ENVID", "NOTIFY", "ORCPT"),
+}  # fmt: skip
+
+
+class Dropped(Disconnected):
+    """The connection is to be dropped on purpose."""
+
+    def __init__(self) -> None:
+        super().__init__("the connection was dropped on purpose")
+
+
+class FaultyStream(Stream):
+    """A stream that can write slowly, and break amid a message.
+
+    With `drip`, the next reply is sent octet by octet, so many seconds apart. With `drop_after`,
+    `read_some` raises Dropped once so many octets have been read by it.
+    """
+
+    __slots__ = ("_loop_of_drips", "_slow", "drip", "drop_after")
+
+    def __init__(self, loop: Loop, connected: socket.socket) -> None:
+        super().__init__(loop, connected)
+        self._loop_of_drips = loop
+        self._slow: list[tuple[bytes, float]] = []
+        self.drip = 0.0
+        self.drop_after = 0
+
+    def write(self, data: bytes) -> None:
+        if self.drip or self._slow:
+            self._slow.append((data, self.drip))
+            self.drip = 0.0
+        else:
+            super().write(data)
+
+    async def flush(self) -> None:
+        while self._slow:
+            data, drip = self._slow.pop(0)
+            for piece in (data[at : at + 1] for at in range(len(data))) if drip else (data,):
+                super().write(piece)
+                await super().flush()
+                await self._loop_of_drips.sleep(drip)
+        await super().flush()
+
+    async def read_some(self, limit: int = CHUNK) -> bytes:
+        if not self.drop_after:
+            return await super().read_some(limit)
+        data = await super().read_some(min(limit, self.drop_after))
+        self.drop_after -= len(data)
+        if not self.drop_after:
+            raise Dropped
+        return data
+
+
+class FaultInjection:
+    """The hook of one session, which has happen there what a script says.
+
+    `tls_context_of` returns what TLS is done with for one of `CERTIFICATE_FAULTS`.
+    """
+
+    def __init__(
+        self,
+        script: Script,
+        stream: FaultyStream,
+        tls_context_of: Callable[[str], ssl.SSLContext],
+    ) -> None:
+        self._script = script
+        self._stream = stream
+        self._tls_context_of = tls_context_of
+        self._without: frozenset[str] = frozenset()
+
+    async def __call__(
+        self,
+        session: Session,
+        stage: str,
+        argument: str,
+        act: Callable[[], Awaitable[Reply | None]],
+    ) -> Reply | None:
+        """See `Hook`. Raises Dropped, and what `act` raises."""
+        await self._check_offered(session, stage, argument)
+        name = {"HELO": "EHLO", "BDAT": "DATA"}.get(stage, stage)
+        if name == "EHLO":
+            self._without = frozenset()
+        elif name == "MAIL":
+            self._stream.drop_after = 0  # it was about the message before
+        scripted = None
+        if name in STAGES and (stage != "BDAT" or session.phase is Phase.RECIPIENTS):
+            scripted = await self._suffer(session, name, self._addresses(session, stage, argument))
+        if scripted is not None and stage not in ("connect", "BDAT"):
+            return self._say(session, scripted)
+        try:
+            if scripted is not None and session.transaction is not None:
+                session.transaction.failure = Refused(scripted)  # the chunk is read all the same
+            reply = await act()
+        except Refused as refused:
+            if scripted is not None and refused.reply is scripted:
+                return self._say(session, scripted)
+            raise
+        except (TLSFailed, Disconnected) as error:
+            if stage in ("connect", "STARTTLS") and not isinstance(error, Dropped):
+                session.dialogue.client_spoke = True
+                session.dialogue.add("*", f"no TLS came about: {error}; {_TRUST}")
+            raise
+        if stage == "connect" and scripted is not None:
+            return scripted
+        return self._offered(reply) if stage == "EHLO" and reply is not None else reply
+
+    async def _suffer(self, session: Session, stage: str, addresses: Sequence[str]) -> Reply | None:
+        """Have happen what the script has for this place; return its reply. Raises Dropped."""
+        effect = self._script.effect(stage, addresses)
+        if effect is None:
+            return None
+        fault, reply = effect
+        session.log(f"fault on purpose at {stage}")
+        if fault.delay:
+            await session.loop.sleep(fault.delay)
+        while fault.hang:
+            await self._stream.read_some()
+        if fault.drop:
+            raise Dropped
+        if fault.certificate:
+            await self._spoil_handshake(session, fault.certificate)
+        self._stream.drip = fault.drip
+        self._stream.drop_after = fault.drop_after
+        self._without |= frozenset(fault.without)
+        return reply
+
+    async def _spoil_handshake(self, session: Session, certificate: str) -> None:
+        """Raises Dropped if it is to be broken altogether."""
+        if certificate != "broken":
+            session.tls_context = self._tls_context_of(certificate)
+            return
+        if not session.port.implicit_tls:
+            session.say(Reply(220, "2.0.0", "go ahead with TLS"))
+        self._stream.write(b"\x16\x03\x03\x00\x05 oops")
+        raise Dropped
+
+    def _offered(self, reply: Reply) -> Reply:
+        """Return the reply to EHLO without what is not to be offered."""
+        first, *keywords = reply.text.split("\n")
+        kept = [keyword for keyword in keywords if keyword.split(" ")[0] not in self._without]
+        return reply._replace(text="\n".join([first, *kept]))
+
+    @staticmethod
+    def _say(session: Session, reply: Reply) -> None:
+        """Say a scripted reply, which does not count as an error of the client."""
+        session.say(reply)
+
+    @staticmethod
+    def _addresses(session: Session, stage: str, argument: str) -> Sequence[str]:
+        try:
+            if stage == "MAIL":
+                return [parse_path(argument, "FROM:").written]
+            if stage == "RCPT":
+                return [parse_path(argument, "TO:").written]
+        except Refused:
+            return []  # the command is refused when it is obeyed
+        return session.transaction.recipients if session.transaction is not None else []
+
+    async def _check_offered(self, session: Session, stage: str, argument: str) -> None:
+        """Refuse what EHLO was not to offer. Raises Refused."""
+        for extension in self._without:
+            if _VERBS_OF.get(extension) == stage:
+                if stage == "BDAT" and (size := re.match(r"\d{1,12}", argument)):
+                    await session.discard_chunk(int(size[0]))
+                raise Refused(Reply(502, "5.5.1", "there is no such command"))
+            for name in _PARAMETERS_OF.get(extension, ()):
+                if stage in ("MAIL", "RCPT") and re.search(rf"(?i) {name}(=|\s|$)", argument):
+                    raise Refused(Reply(555, "5.5.4", f"the parameter {name} is unknown"))
+
+
 # ======================================================================================
 # ROOM: CAPTURE
 #
@@ -12801,15 +13143,10 @@ _STOP_WAIT = 0.02  # seconds for sessions to say goodbye; their clients may not 
 _JOIN_SECONDS = 10.0
 _CAPTURE_WORKERS = 4
 _SHOWN = 10  # messages in an error
+_RECEIVED_LIMIT = 50  # fields of that name
 CAPTURE_SIZE = 50 * 1024 * 1024
 _USUAL_USERS = {"user": "password"}
 _CERTIFICATE_NAMES = ("localhost", "127.0.0.1", "::1")
-_MESSAGE_FIELDS = {
-    "SIZE": ("SIZE",), "8BITMIME": ("BODY",), "SMTPUTF8": ("SMTPUTF8",),
-    "REQUIRETLS": ("REQUIRETLS",), "DSN": ("RET", "ENVID", "NOTIFY", "ORCPT"),
-}  # fmt: skip
-_TRUSTED = "`certificate`, or use `client_context()`"
-_VERBS_OF = {"STARTTLS": "STARTTLS", "AUTH": "AUTH", "CHUNKING": "BDAT"}
 
 
 class NotArrived(ChasquidError, AssertionError):
@@ -13191,26 +13528,6 @@ class _Lines(Sink):
         pass
 
 
-class _Drafts:
-    """The store of a context that captures: messages stay in memory."""
-
-    def __init__(self, loop: Loop) -> None:
-        self._loop = loop
-        self._disk = Disk(loop)
-
-    def check_room(self) -> None:
-        pass
-
-    def draft(self) -> Draft:
-        return Draft(self._loop, self._disk, "", None, sys.maxsize)
-
-    async def expand(self, address: str) -> list[Target]:
-        return [Target("address", address)]
-
-    async def accept(self, draft: Draft, envelope: Envelope, trace: str) -> object:
-        raise NotImplementedError("a session that captures keeps its messages itself")
-
-
 class CaptureSettings(NamedTuple):
     """How a server that captures behaves. `size_limit` is in octets, `name` what it calls itself.
 
@@ -13231,226 +13548,77 @@ class CaptureSettings(NamedTuple):
     keep_octets: int = 0
 
 
-class _CaptureContext(ServerContext):
-    """What the sessions of a server that captures share."""
+class _Arrived:
+    """The octets of a message, in memory."""
 
-    dialogue_lines = _TRANSCRIPT_LINES
-    needs_domains = False
-    login_delay = 0.0
+    def __init__(self) -> None:
+        self.size = 0
+        self._pieces: list[bytes] = []
+
+    async def add(self, piece: bytes) -> None:
+        self.size += len(piece)
+        self._pieces.append(piece)
+
+    def discard(self) -> None:
+        self._pieces.clear()
+
+    def octets(self) -> bytes:
+        return b"".join(self._pieces)
+
+
+class _CaptureReceiver:
+    """The receiver of a server that captures: every sender and recipient is known."""
 
     def __init__(
-        self,
-        loop: Loop,
-        record: Record,
-        settings: CaptureSettings,
-        mailbox: Mailbox,
-        script: Script,
+        self, loop: Loop, record: Record, settings: CaptureSettings, mailbox: Mailbox
     ) -> None:
-        config = Config("", settings.name)
+        self._loop = loop
+        self._record = record
+        self._settings = settings
+        self._mailbox = mailbox
 
-        async def nobody(name: str, kind: str) -> Answer:
-            raise TemporaryFailure(f"this server does not ask for {name}", "4.4.3")
+    def extensions(self, client: ClientInfo) -> list[str]:
+        login = client.tls or self._settings.login_in_the_clear
+        return ["DSN", *(["REQUIRETLS"] if client.tls else []),
+                *(["AUTH PLAIN LOGIN"] if login else [])]  # fmt: skip
 
-        super().__init__(
-            loop, record, config, Accounts({}), Aliases({}, lambda user, domain: True, "", ""),
-            _Drafts(loop), Names(loop, nobody), Signer(loop, record, {}),
-            SecurityLevels(loop, record, ""), Hooks(Programs(loop), record, ""), None,
-            Limits(loop.clock, config), tls_context_of("good") if settings.tls != "off" else None,
-        )  # fmt: skip
-        self.settings = settings
-        self.mailbox = mailbox
-        self.script = script
-        self.login_in_the_clear = settings.login_in_the_clear
-
-    async def authenticate(
-        self, login: str, password: bytes, check: Callable[[], None]
-    ) -> str | None:
-        users = self.settings.users
-        users = _USUAL_USERS if users is None else users
+    async def authenticate(self, client: ClientInfo, login: str, password: bytes) -> Login:
+        users = _USUAL_USERS if self._settings.users is None else self._settings.users
         try:
             said = password.decode()
         except UnicodeDecodeError:
-            return None
+            return Login(None)
         right = users(login, said) if callable(users) else users.get(login) == said
-        return login if right else None
+        return Login(login if right else None)
 
-    @property
-    def size_limit(self) -> int:
-        return self.settings.size_limit
-
-    def too_big(self) -> Reply:
-        return Reply(552, "5.3.4", f"the message is larger than {self.size_limit} octets")
-
-
-class Dropped(Disconnected):
-    """The connection is to be dropped on purpose."""
-
-    def __init__(self) -> None:
-        super().__init__("the connection was dropped on purpose")
-
-
-class _CaptureReader(MessageReader):
-    """Reads a message; the connection is dropped after `left` octets, unless that is 0."""
-
-    left = 0
-
-    async def piece(self, limit: int) -> bytes:
-        if not self.left:
-            return await super().piece(limit)
-        data = await super().piece(min(limit, self.left))
-        self.left -= len(data)
-        if not self.left:
-            raise Dropped
-        return data
-
-
-class CaptureSession(Session):
-    """A session whose message is kept, and which fails where the script says so."""
-
-    context: _CaptureContext
-
-    def __init__(self, context: _CaptureContext, stream: Stream, port: Port, peer: str) -> None:
-        super().__init__(context, stream, port, peer)
-        self.reader = self._capture_reader = _CaptureReader(context, stream)
-        self._sender = ""
-        self._recipients: list[str] = []
-        self._scripted: Reply | None = None
-        self._greeting: Reply | None = None
-        self._drip = 0.0
-        self._certificate = ""
-        self._without: frozenset[str] = frozenset()
-
-    async def greet(self) -> Reply:
-        if not self.port.implicit_tls:
-            await self._begin()
-        return self._greeting or await super().greet()
-
-    async def secure(self) -> None:
-        if self.port.implicit_tls:
-            await self._begin()
-        if self._certificate == "broken":
-            self.stream.write(b"\x16\x03\x03\x00\x05 oops")
-            raise Dropped
-        try:
-            await super().secure()
-        except (TLSFailed, Disconnected) as error:
-            self.dialogue.client_spoke = True
-            self.dialogue.add("*", f"no TLS came about: {error}; does the client trust {_TRUSTED}?")
-            raise
-
-    def tls_context(self) -> ssl.SSLContext | None:
-        if self._certificate in ("", "broken"):
-            return super().tls_context()
-        return tls_context_of(self._certificate)
-
-    def keywords(self) -> list[str]:
-        return [one for one in super().keywords() if one.split(" ")[0] not in self._without]
-
-    async def obey(self, verb: str, argument: str) -> Reply | None:
-        await self._check_offered(verb, argument)
-        stage = {"HELO": "EHLO", "BDAT": "DATA"}.get(verb, verb)
-        if stage == "EHLO":
-            self._without = frozenset()
-        if stage in STAGES and (verb != "BDAT" or self.phase is RECIPIENTS):
-            reply = await self._suffer(stage, self._addresses(verb, argument))
-            if reply is not None and verb != "BDAT":
-                return reply
-            if reply is not None and self.transaction is not None:
-                self.transaction.failure = reply  # the chunk is read all the same
-        if verb == "MAIL":
-            self._check_tls()
-            self._recipients = []
-            self._capture_reader.left = 0
-        answer = await super().obey(verb, argument)
-        if verb == "MAIL":
-            self._sender = parse_path(argument, "FROM:").written
-        elif verb == "RCPT":
-            self._recipients.append(parse_path(argument, "TO:").written)
-        return answer
-
-    async def say(self, reply: Reply) -> bool:
-        drip, self._drip = self._drip, 0.0
-        if not drip:
-            return await super().say(reply)
-        self.dialogue.add("S", str(reply))
-        for octet in reply.encode():
-            self.stream.write(bytes([octet]))
-            await self.stream.flush()
-            await self.loop.sleep(drip)
-        return reply.close
-
-    def count_error(self, reply: Reply) -> Reply:
-        return reply if reply is self._scripted else super().count_error(reply)
-
-    async def targets(self, address: str) -> list[Target]:
-        return await self.context.queue.expand(address)
-
-    async def check_sender(self, sender: str) -> Spf:
+    async def check_sender(self, client: ClientInfo, path: Path) -> Spf:
+        if self._settings.tls_required and not client.tls:
+            raise Refused(Reply(530, "5.7.0", "say STARTTLS first"))
+        client.check_login()
         return Spf("none")
 
-    async def take(self, transaction: Transaction, draft: Draft) -> Reply:
-        Reception(self.context, self.origin, transaction).check_header(draft.complete())
-        reply = await self._suffer("message", self._recipients)
-        if reply is not None:
-            return reply
+    async def resolve(
+        self, client: ClientInfo, path: Path, dsn: DsnParameters
+    ) -> Sequence[FinalRecipient]:
+        return [FinalRecipient(Target("address", path.written), path.written, dsn)]
+
+    def incoming(self, transaction: Transaction) -> _Arrived:
+        return _Arrived()
+
+    async def accept(self, client: ClientInfo, transaction: Transaction) -> Reply:
+        content = transaction.incoming
+        assert isinstance(content, _Arrived)
+        raw = content.octets()
+        header, _, _ = (b"\r\n" + raw).partition(b"\r\n\r\n")
+        check_header(header[2:] + b"\r\n" * bool(header), _RECEIVED_LIMIT, not client.user)
         captured = Captured(
-            draft.id, self.loop.clock.time(), self._sender, self._recipients,
-            b"".join(draft.stored()), peer=self.peer, port=self.port.name, hello=self.hello,
-            tls=self.stream.tls_text, login=self.user, smtputf8=transaction.smtputf8,
-            dialogue=self.dialogue,
+            new_id(), self._loop.clock.time(), transaction.path.written, transaction.recipients,
+            raw, peer=client.peer, port=client.port.name, hello=client.hello, tls=client.tls,
+            login=client.user, smtputf8=transaction.smtputf8, dialogue=client.dialogue,
         )  # fmt: skip
-        self.context.record.mail(draft.id, f"from=<{self._sender}> captured")
-        self.context.mailbox.add(captured)
-        return Reply(250, "2.0.0", f"accepted as {draft.id}")
-
-    async def _begin(self) -> None:
-        """Suffer what happens to a new connection."""
-        self._greeting = await self._suffer("connect", ())
-
-    async def _suffer(self, stage: str, addresses: Sequence[str]) -> Reply | None:
-        """Have happen what the script has for this place; return its reply. Raises Dropped."""
-        effect = self.context.script.effect(stage, addresses)
-        if effect is None:
-            return None
-        fault, reply = effect
-        self.context.record.mail(self.id, f"fault on purpose at {stage}")
-        if fault.delay:
-            await self.loop.sleep(fault.delay)
-        while fault.hang:
-            await self.stream.read_some()
-        if fault.drop:
-            raise Dropped
-        self._drip = fault.drip
-        self._certificate = fault.certificate or self._certificate
-        self._capture_reader.left = fault.drop_after
-        self._without |= frozenset(fault.without)
-        self._scripted = reply
-        return reply
-
-    def _addresses(self, verb: str, argument: str) -> Sequence[str]:
-        try:
-            if verb == "MAIL":
-                return [parse_path(argument, "FROM:").written]
-            if verb == "RCPT":
-                return [parse_path(argument, "TO:").written]
-        except Refused:
-            return []  # the command is refused where it is obeyed
-        return self._recipients
-
-    async def _check_offered(self, verb: str, argument: str) -> None:
-        """Refuse what EHLO was not to offer. Raises Refused."""
-        for extension in self._without:
-            if _VERBS_OF.get(extension) == verb:
-                if verb == "BDAT" and (size := re.match(r"\d{1,12}", argument)):
-                    await self.reader.read_chunk(int(size[0]), None)  # it is no command
-                raise Refused(Reply(502, "5.5.1", "there is no such command"))
-            for name in _MESSAGE_FIELDS.get(extension, ()):
-                if verb in ("MAIL", "RCPT") and re.search(rf"(?i) {name}(=|\s|$)", argument):
-                    raise Refused(Reply(555, "5.5.4", f"the parameter {name} is unknown"))
-
-    def _check_tls(self) -> None:
-        if self.context.settings.tls_required and self.stream.tls is None:
-            raise Refused(Reply(530, "5.7.0", "say STARTTLS first"))
+        self._record.mail(captured.id, f"from=<{captured.mail_from}> captured")
+        self._mailbox.add(captured)
+        return Reply(250, "2.0.0", f"accepted as {captured.id}")
 
 
 _MAKING_CERTIFICATES = threading.Lock()
@@ -13859,7 +14027,7 @@ class _CaptureRun:
 
     def __init__(self, server: CaptureServer) -> None:
         self._server = server
-        self._sessions: dict[CaptureSession, Task] = {}
+        self._sessions: dict[Session, Task] = {}
         self._others: list[socket.socket] = []
         with contextlib.ExitStack() as undo:  # where the start fails, nothing is left behind
             self._listener, self._port_kind = server.make_listener()
@@ -13868,9 +14036,18 @@ class _CaptureRun:
             self._workers = Workers(_CAPTURE_WORKERS, f"chasquid-{self.port}-worker")
             self.loop = Loop(Clock(), self._workers, server.record.crash)
             undo.callback(self.loop.close)
-            self._context = _CaptureContext(
-                self.loop, server.record, server.settings, server.mailbox, server.script
+            settings = server.settings
+            self._script = server.script
+            self._context = ServerContext(
+                self.loop,
+                server.record,
+                Limits(self.loop.clock, Config("", settings.name)),
+                hostname=settings.name,
+                size_limit=settings.size_limit,
+                tls_context=tls_context_of("good") if settings.tls != "off" else None,
+                dialogue_lines=_TRANSCRIPT_LINES,
             )
+            self._receiver = _CaptureReceiver(self.loop, server.record, settings, server.mailbox)
             self._stopping = Event(self.loop)
             self._thread = threading.Thread(
                 target=self._serve, name=f"chasquid-{self.port}", daemon=True
@@ -13937,11 +14114,18 @@ class _CaptureRun:
     async def _accept(self) -> None:
         async for raw, peer in connections(self.loop, self._server.record, "smtp", self._listener):
             send_at_once(raw)
-            stream = Stream(self.loop, raw)
-            session = CaptureSession(self._context, stream, self._port_kind, clean_peer(peer[0]))
+            stream = FaultyStream(self.loop, raw)
+            session = Session(
+                self._context,
+                self._receiver,
+                stream,
+                port=self._port_kind,
+                peer=clean_peer(peer[0]),
+                hook=FaultInjection(self._script, stream, tls_context_of),
+            )
             self._sessions[session] = self.loop.spawn(self._hold(session), f"session {session.id}")
 
-    async def _hold(self, session: CaptureSession) -> None:
+    async def _hold(self, session: Session) -> None:
         try:
             await session.run()
         finally:

@@ -721,10 +721,10 @@ def test_a_start_that_fails_half_way_leaves_nothing_behind(monkeypatch: pytest.M
     server = CaptureServer()
     before = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **named: object) -> None:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(chasquid, "_CaptureContext", fail)
+    monkeypatch.setattr(chasquid, "ServerContext", fail)
     with pytest.raises(OSError, match="the disk is full"):
         server.start()
     if before:
