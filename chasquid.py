@@ -9464,11 +9464,15 @@ CONNECTION_SECONDS = 20 * 60.0
 COMMAND_SECONDS = 60.0
 
 _MAIL_PARAMETERS = {"SIZE", "BODY", "SMTPUTF8", "AUTH", "REQUIRETLS", "RET", "ENVID"}
+_NEEDS_TLS = "Encryption required for requested authentication mechanism: say STARTTLS first"
 _ENVID_LIMIT = 100  # octets; RFC 3461, 4.4
 _ORCPT_LIMIT = 500  # octets; RFC 3461, 4.2
 _PACE_SECONDS = 60.0  # so long, a sender may be as slow as it likes
 _CHALLENGE_LIMIT = 12_288  # octets of an AUTH answer; RFC 4954, 4
 _DIALOGUE_RECIPIENTS = 10  # of a transaction, that the status page shows
+_SHUTTING_DOWN = Reply(
+    421, "4.3.2", "The server is shutting down, closing connection; try again later", close=True
+)
 _HTTP_VERBS = frozenset(
     ("GET", "POST", "PUT", "HEAD", "CONNECT", "OPTIONS", "DELETE", "PATCH", "TRACE")
 )
@@ -9526,7 +9530,7 @@ class ServerContext:
     def too_big(self) -> PermanentFailure:
         size = self.size_limit
         mega = f"{size // 1024**2} MB" if size % 1024**2 == 0 else f"{size} octets"
-        return PermanentFailure(f"the message is larger than {mega}", "5.3.4")
+        return PermanentFailure(f"Message size exceeds fixed limit: {mega}", "5.3.4")
 
 
 class ClientInfo(NamedTuple):
@@ -9547,7 +9551,9 @@ class ClientInfo(NamedTuple):
     def check_login(self) -> None:
         """Raises Refused on a submission port (RFC 6409, 4.3) if nobody has logged in."""
         if self.port.submission and not self.user:
-            raise Refused(Reply(530, "5.7.0", "log in first: this port is for our users"))
+            raise Refused(
+                Reply(530, "5.7.0", "Authentication required: this port is for our users")
+            )
 
 
 class Transaction:
@@ -9646,6 +9652,10 @@ class Phase(enum.Enum):
     RECIPIENTS = "a transaction is under way"
     CHUNKS = "finish the message with BDAT … LAST, or say RSET"
 
+    @property
+    def refusal(self) -> Refused:
+        return Refused(Reply(503, "5.5.1", f"Bad sequence of commands: {self.value}"))
+
 
 class _LoginDialogue:
     """Gets user and password from a client that said AUTH (RFC 4954). Raises Refused."""
@@ -9672,7 +9682,7 @@ class _LoginDialogue:
     async def _challenge(self, text: str) -> bytes:
         answer = await self._ask(text)
         if answer == b"*":
-            raise Refused(Reply(501, "5.7.0", "the login was cancelled"))
+            raise Refused(Reply(501, "5.7.0", "Authentication cancelled"))
         return self._decode(answer.decode("latin-1"))
 
     @staticmethod
@@ -9836,7 +9846,7 @@ class Session:
             if self.transaction is not None or isinstance(error, TLSFailed):
                 self.log(f"ended early: {error}")
         except Cancelled:
-            self.say(Reply(421, "4.3.2", "the server is shutting down; try again later"))
+            self.say(_SHUTTING_DOWN)
             raise
         except Exception as error:
             reply = self._reply_to(error)
@@ -9882,8 +9892,7 @@ class Session:
                     self.say(self._count_error(reply))
                 await self.stream.be_fair()
                 if self.context.closing and not self._closing:
-                    text = "the server is shutting down"
-                    self.say(Reply(421, "4.3.2", text, close=True))
+                    self.say(_SHUTTING_DOWN)
 
     @contextlib.contextmanager
     def _connection(self, limits: Limits) -> Iterator[None]:
@@ -9932,11 +9941,11 @@ class Session:
             raise Refused(Reply(502, "5.7.0", text, close=True))
         command = _COMMANDS.get(verb)
         if command is None:
-            raise Refused(Reply(500, "5.5.1", "there is no such command"))
+            raise Refused(Reply(500, "5.5.1", "Command not recognized"))
         self.context.record.count("commands", verb)
         if self.phase not in command.phases:
             too_late = self.phase is Phase.MAIL and Phase.GREETED in command.phases  # MAIL, AUTH
-            raise Refused(Reply(503, "5.5.1", (Phase.RECIPIENTS if too_late else self.phase).value))
+            raise (Phase.RECIPIENTS if too_late else self.phase).refusal
         if command.argument == "none" and argument:
             raise Refused(Reply(501, "5.5.4", f"{verb} takes no argument"))
         if command.argument == "required" and not argument:
@@ -9956,7 +9965,7 @@ class Session:
         if isinstance(error, BareNewline):
             return Reply(521, "5.5.2", f"{error}; closing the connection", close=True)
         if isinstance(error, Expired):
-            return Reply(421, "4.4.2", "too slow, closing the connection", close=True)
+            return Reply(421, "4.4.2", "Timeout exceeded, closing connection", close=True)
         if isinstance(error, TemporaryFailure) and self._verb == "AUTH":
             return Reply(454, error.status, str(error), close=True)  # RFC 4954, 4
         if isinstance(error, RateExceeded):
@@ -9967,7 +9976,7 @@ class Session:
             code = 552 if error.status == "5.3.4" else 554  # RFC 3463, 3.4: too big
             return Reply(code, error.status, str(error))
         self.context.record.crash(f"{self._verb or 'the start'} in session {self.id}", error)
-        text = "a check has failed by a fault of ours; try again later"
+        text = "Local error in processing: a check has failed by a fault of ours; try again later"
         return Reply(451, "4.3.0", text, close=self._reader.reading)
 
     def _count_error(self, reply: Reply) -> Reply:
@@ -9984,14 +9993,14 @@ class Session:
         self.log(f"rejected{about}: {reply}")
         if reply.close or reply.status == "4.5.3" or (self._verb == "RCPT" and reply.code == 450):
             return reply  # who sends much must still get to DATA with what was accepted
-        if self._verb == "RCPT" and reply.code == 550:
+        if self._verb == "RCPT" and reply.status == "5.1.1":
             self._unknown_recipients += 1
         else:
             self._errors += 1
         if self._errors < ERROR_LIMIT and self._unknown_recipients < RECIPIENT_ERROR_LIMIT:
             return reply
         self.log(f"sent away after {plural(self._errors + self._unknown_recipients, 'error')}")
-        text = f"too many errors, closing the connection; the last one: {reply.text}"
+        text = f"Too many errors, closing connection; the last one: {reply.text}"
         return Reply(421, "4.7.0", text, close=True)
 
     def say(self, reply: Reply) -> None:
@@ -10052,11 +10061,11 @@ class Session:
 
     async def _starttls(self, argument: str) -> None:
         if self.stream.tls is not None:
-            raise Refused(Reply(503, "5.5.1", "TLS is already on"))
+            raise Refused(Reply(503, "5.5.1", "Bad sequence of commands: TLS is on already"))
         if self.tls_context is None:
-            text = "TLS is not available: there is no certificate"
+            text = "TLS not available: there is no certificate"
             raise Refused(Reply(454, "4.7.0", text))
-        self.say(Reply(220, "2.0.0", "go ahead with TLS"))
+        self.say(Reply(220, "2.0.0", "Ready to start TLS"))
         await self._start_tls(self.tls_context)
 
     async def _start_tls(self, context: ssl.SSLContext) -> None:
@@ -10072,9 +10081,9 @@ class Session:
     async def _auth(self, argument: str) -> Reply:
         offered = [keyword.split(" ")[0] for keyword in self._receiver.extensions(self.client)]
         if "AUTH" not in offered:
-            raise Refused(Reply(538, "5.7.11", "logging in needs TLS: say STARTTLS first"))
+            raise Refused(Reply(538, "5.7.11", _NEEDS_TLS))
         if self._user:
-            raise Refused(Reply(503, "5.5.1", "you have logged in already"))
+            raise Refused(Reply(503, "5.5.1", "Bad sequence of commands: you have logged in"))
         mechanism, _, initial = argument.partition(" ")
         dialogue = _LoginDialogue(self._challenge)
         if mechanism.upper() == "PLAIN":
@@ -10082,7 +10091,11 @@ class Session:
         elif mechanism.upper() == "LOGIN":
             user, password = await dialogue.login(initial)
         else:
-            raise Refused(Reply(504, "5.5.4", "the mechanisms here are PLAIN and LOGIN"))
+            raise Refused(
+                Reply(
+                    504, "5.5.4", "Unrecognized authentication mechanism: expected PLAIN or LOGIN"
+                )
+            )
         return await self._check_login(user, password)
 
     async def _challenge(self, text: str) -> bytes:
@@ -10104,11 +10117,11 @@ class Session:
             self.idle = True  # this wait is for the client's sake, not the message's
             await self.loop.sleep(max(0.0, login.seconds - elapsed))
             self.idle = False
-            raise Refused(Reply(535, "5.7.8", "user or password is wrong"))
+            raise Refused(Reply(535, "5.7.8", "Authentication credentials invalid"))
         self.context.record.count("logins", "succeeded")
         self.log(f"login succeeded for {login.address}")
         self._user = login.address
-        return Reply(235, "2.7.0", "you have logged in")
+        return Reply(235, "2.7.0", "Authentication succeeded")
 
     # --- MAIL and RCPT ---
 
@@ -10121,13 +10134,13 @@ class Session:
         self.transaction = Transaction(path, spf)
         self.dialogue.sender, self.dialogue.recipients = f"<{path.address}>", []
         self.dialogue.outcome = ""
-        return Reply(250, "2.1.0", "the sender is accepted")
+        return Reply(250, "2.1.0", "Sender OK")
 
     def _check_parameters(self, parameters: Mapping[str, str]) -> None:
         """Check MAIL's parameters. Raises Refused, PermanentFailure."""
         for name, value in parameters.items():
             if name not in _MAIL_PARAMETERS or not self._extended:
-                raise Refused(Reply(555, "5.5.4", f"the parameter {name} is unknown"))
+                raise Refused(Reply(555, "5.5.4", f"Parameter {name} not recognized"))
             if name == "SIZE" and not value.isdecimal():
                 raise Refused(Reply(501, "5.5.4", "expected SIZE=octets"))
             if name == "BODY" and value.upper() not in ("7BIT", "8BITMIME"):
@@ -10159,17 +10172,17 @@ class Session:
         self._about = f" from=<{transaction.sender}> to={path.address}"
         self._check_utf8(path.address, transaction.smtputf8)
         if len(transaction.recipients) >= RECIPIENT_LIMIT:
-            raise Refused(Reply(452, "4.5.3", "too many recipients; send the rest later"))
+            raise Refused(Reply(452, "4.5.3", "Too many recipients; send the rest later"))
         transaction.add(path, await self._receiver.resolve(self.client, path, dsn))
         if len(self.dialogue.recipients) < _DIALOGUE_RECIPIENTS:
             self.dialogue.recipients.append(path.address)
-        return Reply(250, "2.1.5", "the recipient is accepted")
+        return Reply(250, "2.1.5", "Recipient OK")
 
     def _dsn_parameters(self, parameters: Mapping[str, str], utf8: bool) -> DsnParameters:
         """Return what RCPT's parameters ask for. Raises Refused."""
         for name in parameters:
             if name not in ("NOTIFY", "ORCPT") or not self._extended:
-                raise Refused(Reply(555, "5.5.4", f"the parameter {name} is unknown"))
+                raise Refused(Reply(555, "5.5.4", f"Parameter {name} not recognized"))
         orcpt = parameters.get("ORCPT", "")
         notify = parse_notify(parameters["NOTIFY"]) if "NOTIFY" in parameters else ()
         if "ORCPT" in parameters and ";" not in check_xtext("ORCPT", orcpt, _ORCPT_LIMIT, utf8):
@@ -10182,7 +10195,7 @@ class Session:
         transaction = self.transaction
         assert transaction is not None
         self._reader.open(transaction)
-        self.say(Reply(354, "", "go ahead, and end with a line that holds only a dot"))
+        self.say(Reply(354, "", "End data with <CR><LF>.<CR><LF>"))
         await self._reader.read_data(transaction)
         return await self._finish_message(transaction)
 
@@ -10195,7 +10208,7 @@ class Session:
         size, last = int(match[1]), bool(match[2])
         if self.phase not in (Phase.RECIPIENTS, Phase.CHUNKS):
             await self.discard_chunk(size)
-            raise Refused(Reply(503, "5.5.1", self.phase.value))
+            raise self.phase.refusal
         transaction = self.transaction
         assert transaction is not None
         try:
@@ -10233,19 +10246,19 @@ class Session:
 
     async def _rset(self, argument: str) -> Reply:
         self._reset()
-        return Reply(250, "2.0.0", "the transaction is forgotten")
+        return Reply(250, "2.0.0", "OK")
 
     async def _noop(self, argument: str) -> Reply:
-        return Reply(250, "2.0.0", "done nothing")
+        return Reply(250, "2.0.0", "OK")
 
     async def _vrfy(self, argument: str) -> Reply:
-        return Reply(252, "2.0.0", "we do not tell who is here; send and see")
+        return Reply(252, "2.5.2", "Cannot VRFY user; RCPT tells")
 
     async def _expn(self, argument: str) -> Reply:
-        raise Refused(Reply(502, "5.5.1", "we do not tell what is behind a list"))
+        raise Refused(Reply(502, "5.5.1", "Command not implemented"))
 
     async def _quit(self, argument: str) -> Reply:
-        return Reply(221, "2.0.0", f"{self.context.hostname} says goodbye", close=True)
+        return Reply(221, "2.0.0", f"{self.context.hostname} closing connection", close=True)
 
     async def _help(self, argument: str) -> Reply:
         command = _COMMANDS.get(argument.upper())
@@ -10470,12 +10483,12 @@ class MailReceiver:
         address = self._with_domain(path.address)
         self._count(self.limits.recipient, client)
         if not client.user and not self.aliases.is_local(split_address(address)[1]):
-            text = "we do not relay: log in, or send to our own domains"
-            raise Refused(Reply(503, "5.7.1", text))
+            text = "Relaying denied: log in, or send to our own domains"
+            raise Refused(Reply(550, "5.7.1", text))
         try:
             targets = await self._queue.expand(address)
         except NoSuchUser as error:
-            raise Refused(Reply(550, "5.1.1", str(error))) from error
+            raise Refused(Reply(550, "5.1.1", f"User unknown: {error}")) from error
         except AliasLoop as error:
             self.record.error("aliases", str(error))
             text = "the aliases of this address lead nowhere"
@@ -10513,7 +10526,7 @@ class MailReceiver:
                 await self._levels.saw_incoming(domain, bool(client.tls))
             except Exception as error:  # the message is ours, whatever comes of this
                 self.record.crash(f"security level of {domain}", error)
-        return Reply(250, "2.0.0", f"accepted as {draft.id}")
+        return Reply(250, "2.0.0", f"OK: queued as {draft.id}")
 
 
 def check_header(block: bytes, max_received: int, one_author: bool) -> list[Field]:
@@ -10530,7 +10543,7 @@ def check_header(block: bytes, max_received: int, one_author: bool) -> list[Fiel
         raise Refused(Reply(554, "5.6.0", text)) from None
     names = collections.Counter(field.name for field in fields)
     if names["received"] > max_received:
-        text = "the message has come through too many servers: it may be in a loop"
+        text = "Too many hops: the message may be in a loop"
         raise Refused(Reply(554, "5.4.6", text))
     if names["from"] > 1 and one_author:
         raise Refused(Reply(554, "5.6.0", "the header has more than one From field"))
@@ -13079,7 +13092,7 @@ class FaultInjection:
             session.tls_context = self._tls_context_of(certificate)
             return
         if not session.port.implicit_tls:
-            session.say(Reply(220, "2.0.0", "go ahead with TLS"))
+            session.say(Reply(220, "2.0.0", "Ready to start TLS"))
         self._stream.write(b"\x16\x03\x03\x00\x05 oops")
         raise Dropped
 
@@ -13111,10 +13124,10 @@ class FaultInjection:
             if _VERBS_OF.get(extension) == stage:
                 if stage == "BDAT" and (size := re.match(r"\d{1,12}", argument)):
                     await session.discard_chunk(int(size[0]))
-                raise Refused(Reply(502, "5.5.1", "there is no such command"))
+                raise Refused(Reply(502, "5.5.1", "Command not recognized"))
             for name in _PARAMETERS_OF.get(extension, ()):
                 if stage in ("MAIL", "RCPT") and re.search(rf"(?i) {name}(=|\s|$)", argument):
-                    raise Refused(Reply(555, "5.5.4", f"the parameter {name} is unknown"))
+                    raise Refused(Reply(555, "5.5.4", f"Parameter {name} not recognized"))
 
 
 # ======================================================================================
@@ -13593,7 +13606,7 @@ class _CaptureReceiver:
 
     async def check_sender(self, client: ClientInfo, path: Path) -> Spf:
         if self._settings.tls_required and not client.tls:
-            raise Refused(Reply(530, "5.7.0", "say STARTTLS first"))
+            raise Refused(Reply(530, "5.7.0", "Must issue a STARTTLS command first"))
         client.check_login()
         return Spf("none")
 
@@ -13618,7 +13631,7 @@ class _CaptureReceiver:
         )  # fmt: skip
         self._record.mail(captured.id, f"from=<{captured.mail_from}> captured")
         self._mailbox.add(captured)
-        return Reply(250, "2.0.0", f"accepted as {captured.id}")
+        return Reply(250, "2.0.0", f"OK: queued as {captured.id}")
 
 
 _MAKING_CERTIFICATES = threading.Lock()

@@ -116,7 +116,7 @@ def test_new_users_are_known_after_a_reload(serve: Serve) -> None:
 
 def test_a_new_domain_is_known_after_a_reload(serve: Serve) -> None:
     server = serve()
-    assert rcpt(server, "ida@new.example").startswith("503 5.7.1 ")
+    assert rcpt(server, "ida@new.example").startswith("550 5.7.1 ")
     server.write("domains/new.example/users", users_file({"ida": "geheim"}))
     reload(server)
     assert rcpt(server, "ida@new.example").startswith("250 ")
@@ -569,7 +569,7 @@ def test_what_keeps_a_server_from_starting_is_a_sentence(
 def test_a_server_without_domains_starts_and_says_so(serve: Serve) -> None:
     server = serve(users={})
     assert "all mail for here is refused" in server.log
-    assert rcpt(server, "ana@here.example").startswith("503 5.7.1 ")
+    assert rcpt(server, "ana@here.example").startswith("550 5.7.1 ")
 
 
 def test_several_addresses_are_listened_on(serve: Serve) -> None:

@@ -905,7 +905,7 @@ def test_a_check_that_breaks_by_a_fault_of_ours_lets_nothing_in(tmp_path: Path) 
     server.start()
     try:
         with greeted(server) as wire:
-            reply = "451 4.3.0 a check has failed by a fault of ours; try again later"
+            reply = "451 4.3.0 Local error in processing: a check has failed by a fault of ours; try again later"
             assert send(wire, LETTER, sender=SENDER) == reply
             assert wire.ask("NOOP").startswith("250 ")
         assert server.mail("ana") == []

@@ -706,7 +706,7 @@ def test_the_page_tells_of_envelopes_outcomes_domains_and_certificates(serve: Se
     server = monitored(serve)
     mail(server, "eva@there.example", "ana@here.example")
     page = ask(server, "/")[2]
-    assert "&lt;eva@there.example&gt; to ana@here.example <span class=good>accepted as " in page
+    assert "&lt;eva@there.example&gt; to ana@here.example <span class=good>OK: queued as " in page
     assert " UTC smtp 127.0.0.1 " in page
     assert "<b>here.example</b> 2 users, <span class=wait>not signed</span>" in page
     assert f"<b>{HOST}</b> for {HOST}, <span class=good>until 2" in page

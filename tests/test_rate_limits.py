@@ -572,7 +572,7 @@ def test_a_sender_that_is_too_slow_is_sent_away(behind, command) -> None:
             server.settle()
             clock.advance(35)
             wire.send(b"x\r\n")
-        assert wire.reply().startswith("421 4.4.2 too slow")
+        assert wire.reply().startswith("421 4.4.2 Timeout exceeded")
         assert wire.is_closed()
     wait_for(lambda: not server.queued(), "the draft to be thrown away")
 

@@ -807,7 +807,7 @@ def test_a_check_that_breaks_lets_nobody_in(
         with greeted(server) as wire:
             with monkeypatch.context() as patched:
                 patched.setattr(chasquid._spf_query(), "_values", broken)
-                reply = "451 4.3.0 a check has failed by a fault of ours; try again later"
+                reply = "451 4.3.0 Local error in processing: a check has failed by a fault of ours; try again later"
                 assert wire.ask("MAIL FROM:<eva@there.example>") == reply
             assert wire.ask("MAIL FROM:<eva@there.example>").startswith("550 5.7.23 ")
         assert "MAIL in session" in server.log

@@ -327,7 +327,7 @@ def test_a_table_that_changes_holds_at_once(
     world.dns["there.example", "MX"] = ["10 mx.other.example."]
     send(here)
     world.settle()
-    assert "503 5.7.1" in here.log and other.address in here.log
+    assert "550 5.7.1" in here.log and other.address in here.log
     assert len(there.mailbox(EVA)) == 1
     del world.dns["there.example", "MX"]
     world.dns["there.example", "CNAME"] = ["there.invalid."]

@@ -100,7 +100,7 @@ def test_relaying_is_refused(chasquid):
     to_elsewhere = ("--from", "carl@client.example", "--to", "dora@dest.example")
     session = swaks(chasquid.smtp_port, *to_elsewhere)
     assert session.status != 0
-    assert session.refusals[0].startswith("503 5.7.1")
+    assert session.refusals[0].startswith("550 5.7.1")
 
 
 def test_an_unknown_recipient_is_refused(chasquid):
