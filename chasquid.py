@@ -1171,8 +1171,8 @@ class Dialogue:
             self.lines.append(f"{who}: {printable(text, _DIALOGUE_LINE)}")
 
 
-class Record:
-    """The two logs and the counters of one server, and its recent sessions."""
+class Log:
+    """The two logs and the metrics of one server, and its recent sessions."""
 
     def __init__(self, log: Sink, mail_log: Sink) -> None:
         self._log = log
@@ -3380,9 +3380,9 @@ class Dovecot:
     where Dovecot usually has it. See "Authentication Protocol" in Dovecot's manual.
     """
 
-    def __init__(self, loop: Loop, record: Record, userdb: str, client: str) -> None:
+    def __init__(self, loop: Loop, log: Log, userdb: str, client: str) -> None:
         self._loop = loop
-        self._record = record
+        self._log = log
         self._paths = {"userdb": userdb, "client": client}
         self._number = 0
 
@@ -3423,7 +3423,7 @@ class Dovecot:
                     if parts[1:2] == [number]:
                         return parts
         except (Disconnected, Expired, ValueError) as error:
-            self._record.error("dovecot", f"{path}: {reason(error)}")
+            self._log.error("dovecot", f"{path}: {reason(error)}")
             raise TemporaryFailure("Dovecot cannot be asked now", "4.3.0") from error
         finally:
             if stream is not None:
@@ -3439,7 +3439,7 @@ class Dovecot:
                     return path
         names = " or ".join(_DOVECOT_SOCKETS[kind])
         text = f"no socket {names} in {_DOVECOT_PLACES[0]}; see dovecot_{kind}_path"
-        self._record.error("dovecot", text)
+        self._log.error("dovecot", text)
         raise TemporaryFailure("Dovecot cannot be asked now", "4.3.0")
 
     async def _greeting(self, stream: Stream, last: str) -> None:
@@ -4265,9 +4265,9 @@ def hook_path(config_dir: str, name: str) -> str:
 class Hooks:
     """Runs the programs in `config_dir`/hooks."""
 
-    def __init__(self, programs: Programs, record: Record, config_dir: str) -> None:
+    def __init__(self, programs: Programs, log: Log, config_dir: str) -> None:
         self._programs = programs
-        self._record = record
+        self._log = log
         self._config_dir = config_dir
 
     async def alias_targets(self, address: str) -> tuple[Target, ...]:
@@ -4287,7 +4287,7 @@ class Hooks:
             domain = split_address(address)[1]
             return parse_targets(printed, domain) if printed else ()
         except ValueError as error:
-            self._record.error("hooks", f"{path} {address}: {error}")
+            self._log.error("hooks", f"{path} {address}: {error}")
             raise TemporaryFailure("the aliases of this address cannot be told", "4.3.5") from None
 
     async def post_data(self, environment: Mapping[str, str], message: Iterable[bytes]) -> bytes:
@@ -4304,7 +4304,7 @@ class Hooks:
         environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "PWD": self._config_dir,
                        **ours, **environment}  # fmt: skip
         outcome = await self._run([path], message, _POST_DATA_SECONDS, environment)
-        self._record.count("post-data", str(outcome.status))
+        self._log.count("post-data", str(outcome.status))
         if outcome.status == _HOOK_REFUSES:
             said = self._last_line(outcome.output, outcome.errors)
             raise PermanentFailure(said or "refused by a filter", "5.7.1")
@@ -4326,17 +4326,17 @@ class Hooks:
         try:
             return await self._programs.run(argv, input, seconds, environment, self._config_dir)
         except Expired:
-            self._record.error("hooks", f"{argv[0]} took more than {seconds:g}s")
+            self._log.error("hooks", f"{argv[0]} took more than {seconds:g}s")
             raise TemporaryFailure(f"{name} took too long", "4.3.0") from None
         except (OSError, ValueError) as error:
-            self._record.error("hooks", f"{argv[0]} cannot be run: {reason(error)}")
+            self._log.error("hooks", f"{argv[0]} cannot be run: {reason(error)}")
             raise TemporaryFailure(f"{name} cannot be run", "4.3.0") from None
 
     def _failed(self, name: str, outcome: Outcome, *printed: bytes) -> TemporaryFailure:
         said = self._last_line(*printed)
         how = f"exit status {outcome.status}" if outcome.status > 0 else "killed by a signal"
         errors = printable(outcome.errors[-500:].decode("utf-8", "replace"))
-        self._record.error("hooks", f"{name} failed, {how}: {said} {errors}")
+        self._log.error("hooks", f"{name} failed, {how}: {said} {errors}")
         return TemporaryFailure(said or f"{name} failed", "4.3.0")
 
     @staticmethod
@@ -4350,7 +4350,7 @@ class Hooks:
 
     def _fields(self, path: str, output: bytes) -> bytes:
         if len(output) >= PROGRAM_OUTPUT_LIMIT:
-            self._record.error("hooks", f"{path} prints more than a header may have, left out")
+            self._log.error("hooks", f"{path} prints more than a header may have, left out")
             return b""
         block = re.sub(rb"\r?\n", b"\r\n", output.strip(b"\r\n"))
         if not block:
@@ -4361,7 +4361,7 @@ class Hooks:
                 raise ValueError("an empty line")
             header_fields(block)
         except ValueError as error:
-            self._record.error("hooks", f"{path} prints what is no header, left out: {error}")
+            self._log.error("hooks", f"{path} prints what is no header, left out: {error}")
             return b""
         return block
 
@@ -5710,9 +5710,9 @@ def is_selector(text: str) -> bool:
 class Signer:
     """Signs what our users send; `keys` are by domain, in Unicode, and may be replaced."""
 
-    def __init__(self, loop: Loop, record: Record, keys: Mapping[str, Sequence[DkimKey]]) -> None:
+    def __init__(self, loop: Loop, log: Log, keys: Mapping[str, Sequence[DkimKey]]) -> None:
         self._loop = loop
-        self._record = record
+        self._log = log
         self.keys = keys
         self.broken: frozenset[str] = frozenset()  # domains whose keys cannot be read
 
@@ -5730,9 +5730,9 @@ class Signer:
         try:
             signed = await self._loop.work(lambda: sign(keys, header, body(), now))
         except Exception as error:  # whatever it is, the message must not leave without
-            self._record.crash(f"signing for {domain}", error)
+            self._log.crash(f"signing for {domain}", error)
             raise TemporaryFailure("the message cannot be signed now", "4.3.0") from error
-        self._record.count("dkim signatures", "made")
+        self._log.count("dkim signatures", "made")
         return signed
 
     async def sign_for_host(
@@ -6030,9 +6030,9 @@ class DomainInfo(NamedTuple):
 class SecurityLevels:
     """What was seen of each domain, in memory and below `directory`."""
 
-    def __init__(self, loop: Loop, record: Record, directory: str) -> None:
+    def __init__(self, loop: Loop, log: Log, directory: str) -> None:
         self._loop = loop
-        self._record = record
+        self._log = log
         self._directory = directory
         self._known: dict[str, DomainInfo] = {}
         self._writing = Slots(loop, 1)
@@ -6049,14 +6049,14 @@ class SecurityLevels:
         """Remember that a message of `domain`, with an SPF pass, came in so."""
         level = TLS_CLIENT if tls else PLAIN
         info = await self.of(domain)
-        self._record.count("security levels", "in", level)
+        self._log.count("security levels", "in", level)
         if LEVELS.index(level) > LEVELS.index(info.incoming):
             await self._keep(domain, info._replace(incoming=level))
 
     async def saw_outgoing(self, domain: str, level: str) -> None:
         """Remember that a server of `domain` has offered `level`."""
         info = await self.of(domain)
-        self._record.count("security levels", "out", level)
+        self._log.count("security levels", "out", level)
         if LEVELS.index(level) > LEVELS.index(info.outgoing):
             await self._keep(domain, info._replace(outgoing=level))
 
@@ -6074,7 +6074,7 @@ class SecurityLevels:
                 remedy = (
                     "mail from and to it waits until that is mended or domaininfo-remove was run"
                 )
-                self._record.error("security levels", f"{error}; {remedy}")
+                self._log.error("security levels", f"{error}; {remedy}")
                 text = f"what was seen of {domain} cannot be read"
                 raise TemporaryFailure(text, "4.3.0") from error
             if len(self._known) >= _DOMAIN_INFO_LIMIT:
@@ -6098,7 +6098,7 @@ class SecurityLevels:
 
     async def _keep(self, domain: str, info: DomainInfo) -> None:
         self._known[domain] = info
-        self._record.info("security levels", f"{domain} is now {' and '.join(info)}")
+        self._log.info("security levels", f"{domain} is now {' and '.join(info)}")
         path = self._path(domain)
 
         def write() -> None:
@@ -6109,7 +6109,7 @@ class SecurityLevels:
             async with self._writing:  # or an older level could end up on the disk
                 await self._loop.work(write)
         except OSError as error:
-            self._record.error("security levels", f"{path} cannot be written: {reason(error)}")
+            self._log.error("security levels", f"{path} cannot be written: {reason(error)}")
 
 
 def domain_info_path(directory: str, domain: str) -> str:
@@ -6235,10 +6235,10 @@ class StsPolicies:
     """
 
     def __init__(
-        self, loop: Loop, record: Record, names: Names, fetch: FetchPolicy, directory: str
+        self, loop: Loop, log: Log, names: Names, fetch: FetchPolicy, directory: str
     ) -> None:
         self._loop = loop
-        self._record = record
+        self._log = log
         self._names = names
         self._fetch = fetch
         self._directory = directory
@@ -6314,17 +6314,15 @@ class StsPolicies:
             policy = parse_sts_policy(text, id, self._loop.clock.time())
         except (ChasquidError, ValueError, OSError) as error:
             self._not_before[domain] = self._loop.clock.monotonic() + _STS_PAUSE
-            self._record.count("mta-sts", "failed")
-            self._record.info("mta-sts", f"the policy of {domain} cannot be had: {reason(error)}")
+            self._log.count("mta-sts", "failed")
+            self._log.info("mta-sts", f"the policy of {domain} cannot be had: {reason(error)}")
             return
         finally:
             del self._under_way[domain]
         self._not_before.pop(domain, None)
         self._policies[domain] = policy
-        self._record.count("mta-sts", "fetched")
-        self._record.info(
-            "mta-sts", f"{domain} has the policy {policy.mode}, {', '.join(policy.mx)}"
-        )
+        self._log.count("mta-sts", "fetched")
+        self._log.info("mta-sts", f"{domain} has the policy {policy.mode}, {', '.join(policy.mx)}")
         await self._write(domain, policy)
 
     async def _write(self, domain: str, policy: StsPolicy) -> None:
@@ -6337,7 +6335,7 @@ class StsPolicies:
         try:
             await self._loop.work(write)
         except OSError as error:
-            self._record.error("mta-sts", f"{path} cannot be written: {reason(error)}")
+            self._log.error("mta-sts", f"{path} cannot be written: {reason(error)}")
 
     async def _drop(self, domain: str) -> None:
         del self._policies[domain]
@@ -7461,7 +7459,7 @@ class SmtpCourier:
         self,
         loop: Loop,
         names: Names,
-        record: Record,
+        log: Log,
         policies: TlsPolicies,
         hostname: str,
         port: int,
@@ -7470,7 +7468,7 @@ class SmtpCourier:
     ) -> None:
         self._loop = loop
         self._names = names
-        self._record = record
+        self._log = log
         self._policies = policies
         self._hostname = hostname
         self._port = port
@@ -7637,7 +7635,7 @@ class SmtpCourier:
             return None
         except (TLSFailed, Disconnected) as error:
             client.close()
-            self._record.info("smtp client", f"{server.place}: {error}")
+            self._log.info("smtp client", f"{server.place}: {error}")
             return error if isinstance(error, TLSFailed) else TLSFailed(str(error))
         except BaseException:
             client.close()
@@ -7681,7 +7679,7 @@ class SmtpCourier:
         return client
 
     def _too_little(self, server: _Server, why: str) -> TemporaryFailure:
-        self._record.count("security levels", "refused", "out")
+        self._log.count("security levels", "refused", "out")
         said = server.requirement.why or server.requirement.least
         return TemporaryFailure(f"{why}; less is not safe ({said})", "4.7.5")
 
@@ -8684,7 +8682,7 @@ class Queue:
         self,
         loop: Loop,
         disk: Disk,
-        record: Record,
+        log: Log,
         settings: QueueSettings,
         couriers: Couriers,
         expand: Callable[[str], Awaitable[list[Target]]],
@@ -8695,7 +8693,7 @@ class Queue:
     ) -> None:
         self._loop = loop
         self._disk = disk
-        self._record = record
+        self._log = log
         self._sign = sign
         self._settings = settings
         self._couriers = couriers
@@ -8741,24 +8739,24 @@ class Queue:
         for path, why in contents.unreadable:
             self._set_aside(path, why)
         for path, why in contents.unread:
-            self._record.error("queue", f"{why}; reading it again in a minute")
+            self._log.error("queue", f"{why}; reading it again in a minute")
             self._loop.spawn(self._read_later(path), f"reading of {path}")
         for item in contents.items:
             self._take_up(item)
 
     def _set_aside(self, path: str, why: str) -> None:
-        self._record.error("queue", f"set aside in bad: {why}")
+        self._log.error("queue", f"set aside in bad: {why}")
         target = os.path.join(self._settings.directory, "bad", os.path.basename(path))
         try:
             os.rename(path, target)
         except OSError as error:
-            self._record.error("queue", f"{path} stays where it is: {reason(error)}")
+            self._log.error("queue", f"{path} stays where it is: {reason(error)}")
 
     def _sweep(self, path: str) -> None:
         try:
             os.unlink(path)
         except OSError as error:
-            self._record.error("queue", f"{path} cannot be removed: {reason(error)}")
+            self._log.error("queue", f"{path} cannot be removed: {reason(error)}")
 
     def _take_over(self, directory: str) -> None:
         """Make items of the messages that chasquid in Go has left; each once, or it stays.
@@ -8773,7 +8771,7 @@ class Queue:
             try:
                 id, (size, chunks) = item_from_go(read_file(path), path, now)
             except ConfigError as error:
-                self._record.error("queue", f"not taken over from chasquid in Go: {error}")
+                self._log.error("queue", f"not taken over from chasquid in Go: {error}")
                 continue
             places = [
                 os.path.join(directory, place, f"{id},S={size}") for place in ("new", "cur", "bad")
@@ -8783,10 +8781,10 @@ class Queue:
                 create_durably(os.path.join(directory, "tmp", id), chunks, target)
             os.unlink(path)
             sync_directory(directory)
-            self._record.mail(id, f"taken over from chasquid in Go, where it was {name}")
+            self._log.mail(id, f"taken over from chasquid in Go, where it was {name}")
 
     def _take_up(self, item: Item) -> None:
-        self._record.mail(item.id, f"from=<{item.envelope.sender}> found in the queue")
+        self._log.mail(item.id, f"from=<{item.envelope.sender}> found in the queue")
         self._start(item)
 
     async def _read_later(self, path: str) -> None:
@@ -8799,7 +8797,7 @@ class Queue:
                 self._set_aside(path, str(error))
                 return
             except OSError as error:
-                self._record.error("queue", f"{reason(error)}; reading it again in a minute")
+                self._log.error("queue", f"{reason(error)}; reading it again in a minute")
 
     def draft(self) -> Draft:
         """Return a message to be filled. Raises QueueFull."""
@@ -8840,15 +8838,15 @@ class Queue:
             message = await draft.store(envelope)
         except OSError as error:
             draft.discard()
-            self._record.error("queue", f"a message cannot be stored: {reason(error)}")
+            self._log.error("queue", f"a message cannot be stored: {reason(error)}")
             raise QueueFull("the message cannot be stored now", "4.3.1") from error
         except BaseException:
             draft.discard()
             raise
         item = Item(envelope, message)
         recipients = ", ".join(dict.fromkeys(one.original for one in envelope.final_recipients))
-        self._record.count("messages", "queued")
-        self._record.mail(
+        self._log.count("messages", "queued")
+        self._log.mail(
             item.id,
             f"from=<{envelope.sender}> to={recipients} queued, {message.size} octets, {trace}",
         )
@@ -8917,7 +8915,7 @@ class Queue:
             if any(recipient.is_open for recipient in item.recipients):
                 self._start(item)  # it is still there, and would be delivered after a restart
             raise ChasquidError(f"{item.id} cannot be removed: {reason(error)}") from error
-        self._record.mail(item.id, "removed by the operator")
+        self._log.mail(item.id, "removed by the operator")
 
     def begin_closing(self) -> None:
         """Begin no more attempts."""
@@ -8999,7 +8997,7 @@ class Queue:
         try:
             await self._loop.work(lambda: append_synced(path, line))
         except OSError as error:
-            self._record.error("queue", f"{item.id} cannot be written: {reason(error)}")
+            self._log.error("queue", f"{item.id} cannot be written: {reason(error)}")
 
     async def _deliver(self, item: Item, group: list[Recipient]) -> None:
         route = self._couriers.route(group[0].target, item.attempts)
@@ -9015,7 +9013,7 @@ class Queue:
             try:
                 results = await route.courier.deliver(delivery, targets)
             except Exception as error:  # a fault of ours must not lose the message
-                self._record.crash(f"delivery of {item.id}", error)
+                self._log.crash(f"delivery of {item.id}", error)
                 failure = Result(DEFERRED, "4.3.0", "an internal error; the log has more")
                 results = [failure] * len(targets)
         found = dict(zip(targets, results, strict=True))
@@ -9024,8 +9022,8 @@ class Queue:
             if sender != envelope.sender:  # who stands in for the sender would hear of it
                 result = result._replace(passed_on=False)
             recipient.result = result
-            self._record.count("deliveries", route.key[0], result.state)
-            self._record.mail(
+            self._log.count("deliveries", route.key[0], result.state)
+            self._log.mail(
                 item.id,
                 f"from=<{sender}> to={recipient.target.value} {result.state} "
                 f"({result.status}): {result.text}",
@@ -9090,17 +9088,17 @@ class Queue:
             await self._report(item)
             if not any(recipient.is_open for recipient in item.recipients):
                 await self._remove_file(item)
-                self._record.mail(item.id, f"done after {plural(item.attempts, 'attempt')}")
+                self._log.mail(item.id, f"done after {plural(item.attempts, 'attempt')}")
                 return True
             if item.waited >= _DELAY_NOTICE_SECONDS and not item.delay_told:
                 await self._report_delay(item)
             self._postpone(item, self._pause(item.attempts))
             await self._write_down(item)
         except OSError as error:
-            self._record.error("queue", f"{item.id} cannot be written: {reason(error)}")
+            self._log.error("queue", f"{item.id} cannot be written: {reason(error)}")
             self._postpone(item, _PAUSES[0])
             if not os.path.exists(item.message.path):
-                self._record.mail(item.id, "its file is gone from the queue; forgotten")
+                self._log.mail(item.id, "its file is gone from the queue; forgotten")
                 return True
         return False
 
@@ -9126,7 +9124,7 @@ class Queue:
             item.again, seconds = False, 0.0
         item.next_attempt = self._loop.clock.time() + seconds
         item.due = self._loop.clock.monotonic() + seconds
-        self._record.mail(item.id, f"next attempt in {duration_text(seconds)}")
+        self._log.mail(item.id, f"next attempt in {duration_text(seconds)}")
 
     def _pause(self, attempts: int) -> float:
         return _PAUSES[min(attempts, len(_PAUSES)) - 1] + self._random() * _JITTER
@@ -9138,7 +9136,7 @@ class Queue:
                 recipient.result = recipient.result._replace(
                     state=FAILED, status=status, text=text
                 )  # fmt: skip
-                self._record.mail(item.id, f"to={recipient.target.value} given up: {why}")
+                self._log.mail(item.id, f"to={recipient.target.value} given up: {why}")
                 self._on_result(item, recipient)
 
     async def _write_down(self, item: Item) -> None:
@@ -9192,7 +9190,7 @@ class Queue:
         for recipient in failed:  # or they are told again where the next report fails
             recipient.reported = True
         if failed and not item.envelope.sender:
-            self._record.mail(item.id, "failed, and no notification: the sender is <>")
+            self._log.mail(item.id, "failed, and no notification: the sender is <>")
         for kind, local in (("delivered", True), ("relayed", False)):
             told = [
                 one
@@ -9234,7 +9232,7 @@ class Queue:
             draft.id, "", final_recipients, now, prefix,
             smtputf8=utf8, eight_bit=draft.eight_bit, require_tls=item.envelope.require_tls,
         )  # fmt: skip
-        self._record.count("notifications", kind)
+        self._log.count("notifications", kind)
         try:
             await self.accept(draft, envelope, f"notification of {item.id} ({kind})")
         except QueueFull as error:
@@ -9501,7 +9499,7 @@ class ServerContext:
     def __init__(
         self,
         loop: Loop,
-        record: Record,
+        log: Log,
         limits: Limits,
         *,
         hostname: str,
@@ -9511,7 +9509,7 @@ class ServerContext:
         dialogue_lines: int = DIALOGUE_LINES,
     ) -> None:
         self.loop = loop
-        self.record = record
+        self.log = log
         self.limits = limits
         self.hostname = hostname
         self.size_limit = size_limit
@@ -9524,7 +9522,7 @@ class ServerContext:
         """Return the notes of a session, which `record` shows from now on."""
         now = self.loop.clock.time()
         dialogue = Dialogue(port.name, peer, now, self.dialogue_lines)
-        self.record.dialogues.append(dialogue)
+        self.log.dialogues.append(dialogue)
         return dialogue
 
     def too_big(self) -> PermanentFailure:
@@ -9777,7 +9775,7 @@ class _MessageReader:
         except (PermanentFailure, TemporaryFailure) as error:
             transaction.fail(error)
         except OSError as error:
-            self._context.record.error("queue", f"a message cannot be stored: {reason(error)}")
+            self._context.log.error("queue", f"a message cannot be stored: {reason(error)}")
             transaction.fail(Refused(Reply(452, "4.3.1", "the message cannot be stored now")))
 
 
@@ -9838,7 +9836,7 @@ class Session:
 
     async def run(self) -> None:
         """Hold the dialogue; returns when the connection is closed."""
-        self.context.record.count("connections", self.port.name)
+        self.context.log.count("connections", self.port.name)
         self.dialogue = self.context.new_dialogue(self.port, self.peer)
         try:
             await self._converse()
@@ -9856,7 +9854,7 @@ class Session:
             self.dialogue.open = False
             if not self.dialogue.client_spoke:  # a health check, most often
                 with contextlib.suppress(ValueError):
-                    self.context.record.dialogues.remove(self.dialogue)
+                    self.context.log.dialogues.remove(self.dialogue)
             await self.stream.finish()
 
     @property
@@ -9901,7 +9899,7 @@ class Session:
             try:
                 stack.enter_context(limits.connection(self.peer))
             except TemporaryFailure as error:
-                self.context.record.count("limits", "connections")
+                self.context.log.count("limits", "connections")
                 self.log(f"rejected: {error}")
                 raise TemporaryFailure(f"{error}; try again later", error.status) from error
             yield
@@ -9942,7 +9940,7 @@ class Session:
         command = _COMMANDS.get(verb)
         if command is None:
             raise Refused(Reply(500, "5.5.1", "Command not recognized"))
-        self.context.record.count("commands", verb)
+        self.context.log.count("commands", verb)
         if self.phase not in command.phases:
             too_late = self.phase is Phase.MAIL and Phase.GREETED in command.phases  # MAIL, AUTH
             raise (Phase.RECIPIENTS if too_late else self.phase).refusal
@@ -9975,8 +9973,8 @@ class Session:
         if isinstance(error, PermanentFailure):
             code = 552 if error.status == "5.3.4" else 554  # RFC 3463, 3.4: too big
             return Reply(code, error.status, str(error))
-        self.context.record.crash(f"{self._verb or 'the start'} in session {self.id}", error)
-        text = "Local error in processing: a check has failed by a fault of ours; try again later"
+        self.context.log.crash(f"{self._verb or 'the start'} in session {self.id}", error)
+        text = "Local error in processing: a check has failed by a fault of ours"
         return Reply(451, "4.3.0", text, close=self._reader.reading)
 
     def _count_error(self, reply: Reply) -> Reply:
@@ -9987,7 +9985,7 @@ class Session:
         """
         if not reply.is_error:
             return reply
-        self.context.record.count("rejections", str(reply.code))
+        self.context.log.count("rejections", str(reply.code))
         self.dialogue.outcome = f"refused: {reply}"
         about = self._about if self._verb in ("MAIL", "RCPT", "DATA", "BDAT") else ""
         self.log(f"rejected{about}: {reply}")
@@ -10015,7 +10013,7 @@ class Session:
 
     def log(self, text: str) -> None:
         """Write to the mail log."""
-        self.context.record.mail(self.id, f"{self.port.name} {self.peer} {text}")
+        self.context.log.mail(self.id, f"{self.port.name} {self.peer} {text}")
 
     def _reset(self) -> None:
         if self.transaction is not None:
@@ -10108,17 +10106,17 @@ class Session:
         try:
             login = await self._receiver.authenticate(self.client, user, password)
         except TemporaryFailure:
-            self.context.record.count("logins", "not checked")
+            self.context.log.count("logins", "not checked")
             raise
         if login.address is None:
-            self.context.record.count("logins", "failed")
+            self.context.log.count("logins", "failed")
             self.log(f"login failed for {printable(user, 100)!r}")
             elapsed = self.loop.clock.monotonic() - start
             self.idle = True  # this wait is for the client's sake, not the message's
             await self.loop.sleep(max(0.0, login.seconds - elapsed))
             self.idle = False
             raise Refused(Reply(535, "5.7.8", "Authentication credentials invalid"))
-        self.context.record.count("logins", "succeeded")
+        self.context.log.count("logins", "succeeded")
         self.log(f"login succeeded for {login.address}")
         self._user = login.address
         return Reply(235, "2.7.0", "Authentication succeeded")
@@ -10333,7 +10331,7 @@ class MailReceiver:
         config: Config,
         *,
         loop: Loop,
-        record: Record,
+        log: Log,
         accounts: Accounts,
         aliases: Aliases,
         queue: Queue,
@@ -10347,7 +10345,7 @@ class MailReceiver:
         self.config = config
         self.hostname = domain_to_ascii(config.hostname)
         self.loop = loop
-        self.record = record
+        self.log = log
         self.accounts = accounts
         self.aliases = aliases
         self.names = names
@@ -10432,7 +10430,7 @@ class MailReceiver:
         try:
             count(client.peer, client.user)
         except RateExceeded:
-            self.record.count("limits", "rate")
+            self.log.count("limits", "rate")
             raise
 
     async def _check_stranger(self, client: ClientInfo, sender: str) -> Spf:
@@ -10442,7 +10440,7 @@ class MailReceiver:
         spf = await check_spf(
             self.names, self.loop, client.peer, sender, client.hello, self.hostname
         )
-        self.record.count("spf", spf.result)
+        self.log.count("spf", spf.result)
         if spf.result == "fail":
             text = f"{spf.domain} does not let {client.peer} send its mail"
             explanation = f": {spf.explanation}" if spf.explanation else ""
@@ -10451,7 +10449,7 @@ class MailReceiver:
         if not domain or spf.result != "pass":
             return spf  # anybody could set the level of somebody else's domain
         if not await self._levels.accepts(domain, bool(client.tls)):
-            self.record.count("security levels", "refused", "in")
+            self.log.count("security levels", "refused", "in")
             text = f"{domain} has sent its mail with TLS before: say STARTTLS"
             raise Refused(Reply(550, "5.7.3", text))
         return spf
@@ -10490,7 +10488,7 @@ class MailReceiver:
         except NoSuchUser as error:
             raise Refused(Reply(550, "5.1.1", f"User unknown: {error}")) from error
         except AliasLoop as error:
-            self.record.error("aliases", str(error))
+            self.log.error("aliases", str(error))
             text = "the aliases of this address lead nowhere"
             raise TemporaryFailure(text, "4.3.5") from None
         return [FinalRecipient(target, address, dsn) for target in targets]
@@ -10525,7 +10523,7 @@ class MailReceiver:
             try:
                 await self._levels.saw_incoming(domain, bool(client.tls))
             except Exception as error:  # the message is ours, whatever comes of this
-                self.record.crash(f"security level of {domain}", error)
+                self.log.crash(f"security level of {domain}", error)
         return Reply(250, "2.0.0", f"OK: queued as {draft.id}")
 
 
@@ -10661,8 +10659,8 @@ class _Judgement:
         signatures, dmarc = await self._check_author()
         self._dkim, self._dmarc = [signature.result for signature in signatures], dmarc.result
         for signature in signatures:
-            receiver.record.count("dkim", signature.result)
-        receiver.record.count("dmarc", dmarc.result)
+            receiver.log.count("dkim", signature.result)
+        receiver.log.count("dmarc", dmarc.result)
         dkim = ",".join(self._dkim) or "none"
         transaction.results = f" spf={spf.result} dkim={dkim} dmarc={dmarc.result}"
         # what a relay of ours passes on comes from its address, which proves nothing of others
@@ -11058,13 +11056,13 @@ class Monitor:
     def __init__(
         self,
         loop: Loop,
-        record: Record,
+        log: Log,
         hostname: str,
         status: Callable[[], Status],
         stop: Callable[[], None],
     ) -> None:
         self._loop = loop
-        self._record = record
+        self._log = log
         self._hostname = hostname
         self._status = status
         self._stop = stop
@@ -11079,7 +11077,7 @@ class Monitor:
         except (Disconnected, Expired, LineTooLong, BareNewline, ValueError):
             pass
         except Exception as error:
-            self._record.crash("monitoring", error)
+            self._log.crash("monitoring", error)
         finally:
             await stream.finish()
 
@@ -11107,7 +11105,7 @@ class Monitor:
             return http_response(404, "text/plain", "POST goes to /exit\n")
         if is_from_a_page(headers):
             return http_response(403, "text/plain", "not from a web page\n")
-        self._record.info("monitoring", "asked to exit")
+        self._log.info("monitoring", "asked to exit")
         self._stop()
         return http_response(200, "text/plain", "stopping\n")
 
@@ -11414,7 +11412,7 @@ def session_limit() -> int:
 
 
 async def connections(
-    loop: Loop, record: Record, name: str, listener: socket.socket
+    loop: Loop, log: Log, name: str, listener: socket.socket
 ) -> AsyncIterator[tuple[socket.socket, Any]]:
     """Yield each connection with its peer; without descriptors, pause instead of failing."""
     while True:
@@ -11425,7 +11423,7 @@ async def connections(
         except ConnectionAbortedError:
             continue
         except OSError as error:
-            record.error("listener", f"cannot accept for {name}: {reason(error)}; pausing")
+            log.error("listener", f"cannot accept for {name}: {reason(error)}; pausing")
             await loop.sleep(_ACCEPT_PAUSE)
 
 
@@ -11696,12 +11694,12 @@ class Control:
     def __init__(
         self,
         loop: Loop,
-        record: Record,
+        log: Log,
         data_dir: str,
         commands: Mapping[str, Callable[[str], Awaitable[list[str]]]],
     ) -> None:
         self._loop = loop
-        self._record = record
+        self._log = log
         self._data_dir = data_dir
         self._commands = commands
         self._socket: socket.socket | None = None
@@ -11734,7 +11732,7 @@ class Control:
 
     async def serve(self) -> None:
         assert self._socket is not None
-        async for raw, _ in connections(self._loop, self._record, "control", self._socket):
+        async for raw, _ in connections(self._loop, self._log, "control", self._socket):
             self._loop.spawn(self._answer(Stream(self._loop, raw)), "control request")
 
     async def _answer(self, stream: Stream) -> None:
@@ -11759,7 +11757,7 @@ class Control:
         except ChasquidError as error:
             return {"error": str(error)}
         except Exception as error:
-            self._record.crash("control", error)
+            self._log.crash("control", error)
             return {"error": f"the server failed at that: {reason(error)}; its log has more"}
 
 
@@ -12006,11 +12004,11 @@ class Daemon:
         lock = DataDirectory(config.data_dir)
         lock.take()
         undo.callback(lock.release)
-        self.record = Record(Sink(config.log_path, clock), Sink(config.mail_log_path, clock))
-        undo.callback(self.record.close)
+        self.log = Log(Sink(config.log_path, clock), Sink(config.mail_log_path, clock))
+        undo.callback(self.log.close)
         workers = Workers(_WORKER_COUNT)
         undo.callback(workers.close)
-        self.loop = loop = Loop(clock, workers, self.record.crash)
+        self.loop = loop = Loop(clock, workers, self.log.crash)
         undo.callback(loop.close)
         self._certificates = certificates = Certificates(config)
         self._domains = load_domains(config)
@@ -12021,14 +12019,14 @@ class Daemon:
         self._names = Names(loop, ask or client.ask)
         # strangers' questions must not keep our own mail waiting
         self._names_out = Names(loop, ask or client.ask)
-        self._signer = Signer(loop, self.record, self._domains.keys)
+        self._signer = Signer(loop, self.log, self._domains.keys)
         self._signer.broken = self._domains.broken
         self.levels = SecurityLevels(
-            loop, self.record, os.path.join(config.data_dir, DOMAIN_INFO_DIRECTORY)
+            loop, self.log, os.path.join(config.data_dir, DOMAIN_INFO_DIRECTORY)
         )
         self._sts = self._sts_policies(fetch_policy)
         programs = Programs(loop, spawn)
-        hooks = Hooks(programs, self.record, config.config_dir)
+        hooks = Hooks(programs, self.log, config.config_dir)
         self._dovecot = self._ask_dovecot()
         self._lookups = ExternalLookups(
             hooks.alias_targets, self._dovecot.exists if self._dovecot else None
@@ -12041,13 +12039,13 @@ class Daemon:
             None if remote else self._smarthost(),
         )
         self.queue = Queue(
-            loop, Disk(loop), self.record, self._queue_settings(), couriers, self._expand,
+            loop, Disk(loop), self.log, self._queue_settings(), couriers, self._expand,
             self._is_local, random, self._sign_notification, on_result,
         )  # fmt: skip
         self._limits = Limits(clock, config)
         self._context = ServerContext(
             loop,
-            self.record,
+            self.log,
             self._limits,
             hostname=self._hostname,
             size_limit=config.max_data_size_mb * 1024 * 1024,
@@ -12057,7 +12055,7 @@ class Daemon:
         self._receiver = MailReceiver(
             config,
             loop=loop,
-            record=self.record,
+            log=self.log,
             accounts=self._domains.accounts,
             aliases=self._domains.aliases,
             queue=self.queue,
@@ -12072,9 +12070,9 @@ class Daemon:
         undo.callback(self._listeners.close)
         self._started = clock.time()
         self._monitor = Monitor(
-            loop, self.record, config.hostname, self._status, self._stop_from_inside
+            loop, self.log, config.hostname, self._status, self._stop_from_inside
         )
-        self._control = Control(loop, self.record, config.data_dir, _Requests(self).table)
+        self._control = Control(loop, self.log, config.data_dir, _Requests(self).table)
         undo.callback(self._control.close)
         self._control.open()
         self._sessions: dict[Session, Task] = {}
@@ -12104,8 +12102,8 @@ class Daemon:
                 for item in itertools.islice(self.queue.items.values(), _SHOWN_MESSAGES)
             ),
             self.config.max_queue_items,
-            self.record.counters,
-            tuple(self.record.dialogues),
+            self.log.counters,
+            tuple(self.log.dialogues),
             config_text(self.config),
             len(self.queue.items),
             max((now - item.envelope.received for item in self.queue.items.values()), default=0.0),
@@ -12223,9 +12221,7 @@ class Daemon:
         config = self.config
         if not config.dovecot_auth:
             return None
-        return Dovecot(
-            self.loop, self.record, config.dovecot_userdb_path, config.dovecot_client_path
-        )
+        return Dovecot(self.loop, self.log, config.dovecot_userdb_path, config.dovecot_client_path)
 
     async def _user_exists(self, user: str, domain: str) -> bool:
         if self._domains.accounts.exists(user, domain):
@@ -12236,7 +12232,7 @@ class Daemon:
         config = self.config
         policies = TlsPolicies(self._names_out, self.levels, self._sts)
         return SmtpCourier(
-            self.loop, self._names_out, self.record, policies, self._hostname,
+            self.loop, self._names_out, self.log, policies, self._hostname,
             config.outgoing_smtp_port, random, self._network,
         )  # fmt: skip
 
@@ -12258,7 +12254,7 @@ class Daemon:
         context = functools.cache(lambda: client_tls_context(verify=True))
         fetch = fetch or HttpsPolicies(self.loop, self._names_out, context).fetch
         directory = os.path.join(self.config.data_dir, "sts-cache")
-        return StsPolicies(self.loop, self.record, self._names_out, fetch, directory)
+        return StsPolicies(self.loop, self.log, self._names_out, fetch, directory)
 
     async def _sign_notification(self, header: bytes, body: Callable[[], Iterable[bytes]]) -> bytes:
         """Sign with the keys of our host; better unsigned than never."""
@@ -12281,10 +12277,10 @@ class Daemon:
         finally:
             if unknown:
                 text = f"{address} leads to {', '.join(unknown)}, who is no user here"
-                self.record.warning("aliases", text)
+                self.log.warning("aliases", text)
 
     def _report_start(self, certificates: Certificates) -> None:
-        record, config = self.record, self.config
+        record, config = self.log, self.config
         record.info("daemon", f"chasquid {__version__} starts as {config.hostname}")
         self._report_problems()
         if certificates.default is None:
@@ -12301,7 +12297,7 @@ class Daemon:
             record.warning("daemon", f"no domain in {top}: all mail for here is refused")
 
     def _report_settings(self) -> None:
-        record, config = self.record, self.config
+        record, config = self.log, self.config
         for warning in setting_warnings(config):
             record.warning("daemon", warning)
         if config.smarthost:
@@ -12318,10 +12314,10 @@ class Daemon:
         for domain, keys in sorted(self._domains.keys.items()):
             if keys:
                 selectors = ", ".join(key.selector for key in keys)
-                self.record.info("daemon", f"mail of {domain} is signed with {selectors}")
+                self.log.info("daemon", f"mail of {domain} is signed with {selectors}")
             else:
                 text = f"mail of {domain} leaves unsigned: it has no DKIM key; see dkim-keygen"
-                self.record.info("daemon", text)
+                self.log.info("daemon", text)
 
     # --- running ---
 
@@ -12340,20 +12336,20 @@ class Daemon:
             self.loop.spawn(self._sts.refresh_forever(), "MTA-STS policies"),
         ]
         for port, host, number in self.addresses:
-            self.record.info("daemon", f"listening for {port.name} on [{host}]:{number}")
+            self.log.info("daemon", f"listening for {port.name} on [{host}]:{number}")
         await self.loop.work(self._load_libraries)
-        self.record.info("daemon", "ready")
+        self.log.info("daemon", "ready")
         on_ready()
         notify_systemd("READY=1")
         await self._stopping.wait()
         notify_systemd("STOPPING=1")
-        self.record.info("daemon", "stopping")
+        self.log.info("daemon", "stopping")
         for task in tasks + self._accepting:
             task.cancel()
         self._listeners.close()
         self._control.close()
         await self._wind_up()
-        self.record.info("daemon", "stopped")
+        self.log.info("daemon", "stopped")
 
     def _load_libraries(self) -> None:
         """Load all that may be needed later. Computes; raises ChasquidError."""
@@ -12382,7 +12378,7 @@ class Daemon:
                 await self.queue.close()
         except Expired:
             text = f"not everything ended within {_STOP_SECONDS:g}s; the queue keeps what is left"
-            self.record.warning("daemon", text)
+            self.log.warning("daemon", text)
 
     def _begin_to_accept(self) -> None:
         self._accepting = [
@@ -12391,11 +12387,11 @@ class Daemon:
         ]
 
     async def _accept(self, port: Port, listener: socket.socket) -> None:
-        async for raw, peer in connections(self.loop, self.record, port.name, listener):
+        async for raw, peer in connections(self.loop, self.log, port.name, listener):
             self._begin(port, raw, self._network.peer(peer))
 
     async def _accept_monitoring(self, listener: socket.socket) -> None:
-        async for raw, _ in connections(self.loop, self.record, "monitoring", listener):
+        async for raw, _ in connections(self.loop, self.log, "monitoring", listener):
             self.loop.spawn(self._monitor.answer(Stream(self.loop, raw)), "monitoring request")
 
     def _has_place(self, peer: str) -> bool:
@@ -12412,7 +12408,7 @@ class Daemon:
 
     def _begin(self, port: Port, raw: socket.socket, peer: str) -> None:
         if not self._has_place(peer):
-            self.record.count("connections", "refused")
+            self.log.count("connections", "refused")
             with contextlib.suppress(OSError):
                 raw.setblocking(False)
                 raw.send(b"421 4.3.2 too many connections; try again later\r\n")
@@ -12429,7 +12425,7 @@ class Daemon:
                     session.peer = clean_peer(await proxied_peer(self.loop, raw) or session.peer)
                 await session.run()
             except (Disconnected, Expired) as error:  # before the session began
-                self.record.warning("haproxy", f"{peer}: {error}")
+                self.log.warning("haproxy", f"{peer}: {error}")
                 self.loop.forget(raw.fileno())
                 raw.close()
             finally:
@@ -12456,9 +12452,9 @@ class Daemon:
 
     def _reopen(self) -> None:
         try:
-            self.record.reopen()
+            self.log.reopen()
         except ConfigError as error:
-            self.record.error("daemon", f"a log is not opened anew: {error}")
+            self.log.error("daemon", f"a log is not opened anew: {error}")
 
     @property
     def problems(self) -> list[str]:
@@ -12467,7 +12463,7 @@ class Daemon:
 
     def _report_problems(self) -> None:
         for problem in self.problems:
-            self.record.error("daemon", f"{problem}; what was in force there before stays so")
+            self.log.error("daemon", f"{problem}; what was in force there before stays so")
 
     async def look_again(self) -> bool:
         """Read the files of domains and certificates again if they have changed."""
@@ -12493,7 +12489,7 @@ class Daemon:
             except (ChasquidError, OSError) as error:
                 self._reloaded = (self.loop.clock.time(), False)
                 text = f"not read again, the old stays in force: {reason(error)}"
-                self.record.error("daemon", text)
+                self.log.error("daemon", text)
                 return [reason(error)]
             self._take_over(domains, certificates)
         return self.problems
@@ -12506,7 +12502,7 @@ class Daemon:
         if certificates.default is not None:
             self._context.tls_context = certificates.default
         self._reloaded = (self.loop.clock.time(), not self.problems)
-        self.record.info("daemon", "users, aliases, keys and certificates read again")
+        self.log.info("daemon", "users, aliases, keys and certificates read again")
         self._report_problems()
 
     async def _watch_certificates(self) -> None:
@@ -12515,7 +12511,7 @@ class Daemon:
             hosts = dict.fromkeys([self._hostname, *await self._mail_exchangers_of_ours()])
             now = self.loop.clock.time()
             for warning in self._certificates.warnings(now, hosts):
-                self.record.warning("certificates", warning)
+                self.log.warning("certificates", warning)
             await self.loop.sleep(_DAY)
 
     async def _mail_exchangers_of_ours(self) -> list[str]:
@@ -13582,11 +13578,9 @@ class _Arrived:
 class _CaptureReceiver:
     """The receiver of a server that captures: every sender and recipient is known."""
 
-    def __init__(
-        self, loop: Loop, record: Record, settings: CaptureSettings, mailbox: Mailbox
-    ) -> None:
+    def __init__(self, loop: Loop, log: Log, settings: CaptureSettings, mailbox: Mailbox) -> None:
         self._loop = loop
-        self._record = record
+        self._log = log
         self._settings = settings
         self._mailbox = mailbox
 
@@ -13629,7 +13623,7 @@ class _CaptureReceiver:
             raw, peer=client.peer, port=client.port.name, hello=client.hello, tls=client.tls,
             login=client.user, smtputf8=transaction.smtputf8, dialogue=client.dialogue,
         )  # fmt: skip
-        self._record.mail(captured.id, f"from=<{captured.mail_from}> captured")
+        self._log.mail(captured.id, f"from=<{captured.mail_from}> captured")
         self._mailbox.add(captured)
         return Reply(250, "2.0.0", f"OK: queued as {captured.id}")
 
@@ -13763,8 +13757,8 @@ class CaptureServer:
         self._timeout = timeout
         self._magic = magic
         self._log = _Lines()
-        self.record = Record(self._log, self._log)
-        self.record.dialogues = collections.deque(maxlen=_TRANSCRIPTS)
+        self.server_log = Log(self._log, self._log)
+        self.server_log.dialogues = collections.deque(maxlen=_TRANSCRIPTS)
         stages, handshake = self._check_settings()
         self.mailbox = Mailbox(self.settings.keep, self.settings.keep_octets)
         self._faults = (faults,) if isinstance(faults, (Fault, str, Mapping)) else tuple(faults)
@@ -13872,7 +13866,7 @@ class CaptureServer:
     @property
     def transcripts(self) -> list[str]:
         """The last 1000 sessions: lines that begin with "C: " or "S: "."""
-        return ["\n".join(list(one.lines)) for one in list(self.record.dialogues)]
+        return ["\n".join(list(one.lines)) for one in list(self.server_log.dialogues)]
 
     @property
     def log(self) -> list[str]:
@@ -13922,7 +13916,7 @@ class CaptureServer:
     def reset(self) -> None:
         """Forget messages and transcripts, and rules that were added since the start."""
         self.mailbox.clear()
-        self.record.dialogues.clear()
+        self.server_log.dialogues.clear()
         self._log.lines.clear()
         self.script.clear()
         self._add_faults()
@@ -14047,20 +14041,22 @@ class _CaptureRun:
             undo.callback(self._listener.close)
             self.port: int = self._listener.getsockname()[1]
             self._workers = Workers(_CAPTURE_WORKERS, f"chasquid-{self.port}-worker")
-            self.loop = Loop(Clock(), self._workers, server.record.crash)
+            self.loop = Loop(Clock(), self._workers, server.server_log.crash)
             undo.callback(self.loop.close)
             settings = server.settings
             self._script = server.script
             self._context = ServerContext(
                 self.loop,
-                server.record,
+                server.server_log,
                 Limits(self.loop.clock, Config("", settings.name)),
                 hostname=settings.name,
                 size_limit=settings.size_limit,
                 tls_context=tls_context_of("good") if settings.tls != "off" else None,
                 dialogue_lines=_TRANSCRIPT_LINES,
             )
-            self._receiver = _CaptureReceiver(self.loop, server.record, settings, server.mailbox)
+            self._receiver = _CaptureReceiver(
+                self.loop, server.server_log, settings, server.mailbox
+            )
             self._stopping = Event(self.loop)
             self._thread = threading.Thread(
                 target=self._serve, name=f"chasquid-{self.port}", daemon=True
@@ -14091,7 +14087,7 @@ class _CaptureRun:
         self._others.append(listener)
 
         async def accept() -> None:
-            async for raw, _ in connections(self.loop, self._server.record, "http", listener):
+            async for raw, _ in connections(self.loop, self._server.server_log, "http", listener):
                 self.loop.spawn(answer(Stream(self.loop, raw)), "http request")
 
         self.loop.post(lambda: self.loop.spawn(accept(), "http listener"))
@@ -14125,7 +14121,9 @@ class _CaptureRun:
             pass  # a client that does not go; its connection is closed with the loop
 
     async def _accept(self) -> None:
-        async for raw, peer in connections(self.loop, self._server.record, "smtp", self._listener):
+        async for raw, peer in connections(
+            self.loop, self._server.server_log, "smtp", self._listener
+        ):
             send_at_once(raw)
             stream = FaultyStream(self.loop, raw)
             session = Session(
@@ -14612,7 +14610,7 @@ class Inbox:
     def __init__(
         self,
         loop: Loop,
-        record: Record,
+        log: Log,
         mailbox: Mailbox,
         faults: Script,
         release: Release | None,
@@ -14620,7 +14618,7 @@ class Inbox:
         names: Sequence[str] = (),
     ) -> None:
         self._loop = loop
-        self._record = record
+        self._log = log
         self._mailbox = mailbox
         self._faults = faults
         self._release = release
@@ -14645,7 +14643,7 @@ class Inbox:
         except (Disconnected, Expired, LineTooLong, BareNewline, ValueError):
             pass
         except Exception as error:
-            self._record.crash("inbox", error)
+            self._log.crash("inbox", error)
         finally:
             await stream.finish()
 
@@ -14666,7 +14664,7 @@ class Inbox:
         except (Disconnected, Expired):
             raise
         except Exception as error:
-            self._record.crash("inbox", error)
+            self._log.crash("inbox", error)
             return _refusal(
                 HttpRefused(500, "something went wrong here; the server's log says what")
             )
@@ -15845,7 +15843,7 @@ def _capture(arguments: argparse.Namespace) -> int:
         web_host, web_port = _place(arguments.web, "--web")
         shown = f"[{host}]" if ":" in host else host or "127.0.0.1"
         smtp = f"smtp://{shown}:{server.port}"
-        inbox = Inbox(run.loop, server.record, server.mailbox, server.script, release, smtp)
+        inbox = Inbox(run.loop, server.server_log, server.mailbox, server.script, release, smtp)
         web_port = run.also_listen(web_host, web_port, inbox.answer)
         shown = f"[{web_host}]" if ":" in web_host else web_host or "127.0.0.1"
         load_modules(_CAPTURE_MODULES)

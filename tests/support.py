@@ -229,7 +229,7 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-        assert not self.daemon.record.counters["crashes",], self.log
+        assert not self.daemon.log.counters["crashes",], self.log
 
     def settle(self) -> None:
         """Wait until the loop has dealt with what it was sent before."""
@@ -681,20 +681,20 @@ async def no_policy(domain: str) -> bytes:
 def tls_policies(
     loop: chasquid.Loop,
     names: chasquid.Names,
-    record: chasquid.Record,
+    log: chasquid.Log,
     directory: Path,
     fetch: chasquid.FetchPolicy = no_policy,
 ) -> chasquid.TlsPolicies:
     """Return what an SMTP courier asks, with its files below `directory`."""
-    levels = chasquid.SecurityLevels(loop, record, str(directory / "domaininfo"))
-    sts = chasquid.StsPolicies(loop, record, names, fetch, str(directory / "sts-cache"))
+    levels = chasquid.SecurityLevels(loop, log, str(directory / "domaininfo"))
+    sts = chasquid.StsPolicies(loop, log, names, fetch, str(directory / "sts-cache"))
     return chasquid.TlsPolicies(names, levels, sts)
 
 
-def record(directory: Path, clock: chasquid.Clock | None = None) -> chasquid.Record:
+def record(directory: Path, clock: chasquid.Clock | None = None) -> chasquid.Log:
     """Return a record that writes server.log and mail.log into `directory`."""
     clock = clock or chasquid.Clock()
     log, mail_log = (
         chasquid.Sink(os.path.join(directory, name), clock) for name in ("server.log", "mail.log")
     )
-    return chasquid.Record(log, mail_log)
+    return chasquid.Log(log, mail_log)

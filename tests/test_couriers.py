@@ -502,15 +502,15 @@ class Smtp:
     ) -> None:
         self.zone = Zone(zone)
         self._directory = directory
-        self._record = record(directory)
+        self._log = record(directory)
         self._port = port
         self._random = random
 
     def courier(self, loop: chasquid.Loop) -> chasquid.SmtpCourier:
         names = chasquid.Names(loop, self.zone.ask)
-        policies = tls_policies(loop, names, self._record, self._directory)
+        policies = tls_policies(loop, names, self._log, self._directory)
         return chasquid.SmtpCourier(
-            loop, names, self._record, policies, HOST, self._port, self._random
+            loop, names, self._log, policies, HOST, self._port, self._random
         )
 
     def deliver(self, targets: Sequence[Target] = EVA, load: Delivery | None = None) -> Any:

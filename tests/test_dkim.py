@@ -1704,7 +1704,7 @@ def test_a_message_that_cannot_be_signed_now_is_not_accepted(
 
 def forget_crashes(server: Server, count: int) -> None:
     """The end of a server in a test complains of faults; this one had so many on purpose."""
-    assert server.daemon.record.counters.pop(("crashes",)) == count
+    assert server.daemon.log.counters.pop(("crashes",)) == count
 
 
 def test_a_notification_that_cannot_be_signed_leaves_unsigned(

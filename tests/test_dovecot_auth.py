@@ -468,7 +468,7 @@ def test_a_login_that_dovecot_cannot_check_is_for_later(asking, client: Auth) ->
         assert login(wire, DOV, "pass").startswith("454 4.3.0 Dovecot ")
         assert wire.is_closed()
     assert "login failed" not in server.mail_log
-    assert server.daemon.record.counters["logins", "not checked"] == 1
+    assert server.daemon.log.counters["logins", "not checked"] == 1
 
 
 def test_a_recipient_whom_only_dovecot_knows_gets_mail(asking, userdb: Auth) -> None:

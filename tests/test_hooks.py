@@ -240,8 +240,8 @@ def test_a_refusal_is_logged_and_counted_and_leaves_nothing(serve: Serve) -> Non
     assert send(server).startswith("451 ")
     assert "554 5.7.1 too much spam" in server.mail_log
     assert "post-data failed, exit status 3: the scanner is down" in server.log
-    assert server.daemon.record.counters["post-data", "20"] == 1
-    assert server.daemon.record.counters["post-data", "3"] == 1
+    assert server.daemon.log.counters["post-data", "20"] == 1
+    assert server.daemon.log.counters["post-data", "3"] == 1
     assert not server.queued()
 
 

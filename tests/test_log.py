@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from lower import SOURCE, HandClock, chasquid, searched
 
 
-def logs(directory) -> tuple[chasquid.Record, list]:
+def logs(directory) -> tuple[chasquid.Log, list]:
     paths = [directory / "log", directory / "mail_log"]
     for path in paths:
         path.unlink(missing_ok=True)
     clock = HandClock(1_700_000_000.25)
-    record = chasquid.Record(*(chasquid.Sink(str(path), clock) for path in paths))
+    record = chasquid.Log(*(chasquid.Sink(str(path), clock) for path in paths))
     return record, paths
 
 

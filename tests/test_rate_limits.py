@@ -362,7 +362,7 @@ def logged_in(server: Server, user: str = ANA, address: str = ONE) -> Wire:
 
 
 def counted(server: Server, *name: str) -> int:
-    return server.daemon.record.counters[name]
+    return server.daemon.log.counters[name]
 
 
 def test_the_connections_of_one_client_are_limited(behind) -> None:
@@ -745,7 +745,7 @@ def test_a_user_may_not_write_as_somebody_else(strict: Server, fields: list[str]
 def test_an_author_that_cannot_be_read_is_nobodys(behind, field: str) -> None:
     server = behind("sender_must_match")
     reply = write(server, field)
-    server.daemon.record.counters.pop(("crashes",), None)  # the reply tells of it
+    server.daemon.log.counters.pop(("crashes",), None)  # the reply tells of it
     assert reply.startswith("554 5.7.1 ")
 
 

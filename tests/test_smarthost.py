@@ -486,7 +486,7 @@ def test_a_server_hands_all_that_is_for_elsewhere_to_its_smarthost(
     (content,) = peer.messages
     assert b"Subject: hello" in content
     assert server.mail_log.count(" sent (") == 3
-    assert server.daemon.record.counters["deliveries", "smarthost", "sent"] == 2
+    assert server.daemon.log.counters["deliveries", "smarthost", "sent"] == 2
     assert LOGIN[1] not in server.mail_log + server.log
 
 

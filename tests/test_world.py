@@ -570,7 +570,7 @@ def test_after_the_end_nothing_works() -> None:
 def test_a_crash_within_a_server_is_told_at_the_end() -> None:
     world = MailWorld()
     here = world.server("here.example", users={"ana": "secret"})
-    here.on_loop(lambda: here.daemon.record.crash("a test", ValueError("of a test")))
+    here.on_loop(lambda: here.daemon.log.crash("a test", ValueError("of a test")))
     with pytest.raises(chasquid.ChasquidError, match="errors that nobody foresaw"):
         world.close()
 

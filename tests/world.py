@@ -483,7 +483,7 @@ class WorldServer:
             return f"{self.domain} did not stop within {self._patience:g} seconds"
         if self._error is not None:
             return f"{self.domain} ended with an error: {self._error!r}"
-        if self.daemon.record.counters["crashes",]:
+        if self.daemon.log.counters["crashes",]:
             lines = "\n".join(self.log.splitlines()[-40:])
             return f"{self.domain} had errors that nobody foresaw:\n{lines}"
         return ""
