@@ -384,6 +384,10 @@ def in_ascii(text: str) -> str:
 # and which domains there are. What is inside a domain's files belongs to the rooms
 # that use them.
 #
+# A new key is one row in Config: its name and type, what it may hold, its default, and a
+# sentence of help. Reading, printing and defaults come from the row. Tests compare it with
+# the sample configuration and the README, which say the same sentence.
+#
 # The format is the text format of protocol buffers, as far as configuration needs it:
 #
 #     file    = { entry }
@@ -614,58 +618,15 @@ class _TextParser:
         raise ConfigError(self._path, token.line, f"{expected}, found {found}")
 
 
-class Config(NamedTuple):
-    """What chasquid.conf says, with its defaults; times are in seconds, sizes in MB."""
-
-    config_dir: str
-    hostname: str
-    max_data_size_mb: int = 50
-    smtp_address: tuple[str, ...] = ("systemd",)
-    submission_address: tuple[str, ...] = ("systemd",)
-    submission_over_tls_address: tuple[str, ...] = ("systemd",)
-    mail_delivery_agent_bin: str = ""
-    mail_delivery_agent_args: tuple[str, ...] = ()
-    lmtp_address: str = ""
-    maildir: str = "%data_dir%/mail/%to_domain%/%to_user%"
-    data_dir: str = "/var/lib/chasquid"
-    suffix_separators: str = "+"
-    drop_characters: str = "."
-    mail_log_path: str = "<syslog>"
-    log_path: str = "<stderr>"
-    dns_server: tuple[str, ...] = ()
-    dns_trust_ad: bool = False
-    dmarc_policy: str = "enforce"
-    outgoing_smtp_port: int = 25
-    max_received_headers: int = 50
-    max_queue_items: int = 200
-    give_up_send_after: float = 20 * 3600.0
-    reload_every: float = 30.0
-    monitoring_address: str = ""
-    dovecot_auth: bool = False
-    dovecot_userdb_path: str = ""
-    dovecot_client_path: str = ""
-    haproxy_incoming: bool = False
-    trusted_relay: tuple[str, ...] = ()
-    smarthost: str = ""
-    smarthost_user: str = ""
-    smarthost_password_file: str = ""
-    smarthost_after: int = 0
-    sender_must_match: bool = False
-    limit_loopback: bool = False
-    max_connections: int = 0
-    max_connections_per_address: int = 50
-    max_connections_per_minute: int = 300
-    max_messages_per_minute: int = 100
-    max_recipients_per_minute: int = 500
-    max_user_messages_per_minute: int = 60
-    max_user_recipients_per_minute: int = 300
-    max_failed_logins: int = 10
-    min_octets_per_second: int = 100
-    min_free_disk_mb: int = 50
-
-
 class _WrongValue(ValueError):
     """Its text says what was expected."""
+
+
+class _Relative(str):
+    """A path below the configuration directory; in overrides, below the current one."""
+
+
+# --- What a key may hold: each function returns the value, or raises _WrongValue. ---
 
 
 def _text(value: Value) -> str:
@@ -683,13 +644,6 @@ def _flag(value: Value) -> bool:
     return value == "true"
 
 
-def _dmarc_policy(value: Value) -> str:
-    text = _text(value)
-    if text not in ("enforce", "report"):
-        raise _WrongValue(f'expected "enforce" or "report", found {text!r}')
-    return text
-
-
 def _count(value: Value) -> int:
     try:
         number = int(value, 0) if isinstance(value, Word) else -1
@@ -705,27 +659,6 @@ def _limit(value: Value) -> int:
     return 0 if value == Word("0") else _count(value)
 
 
-def _network(value: Value) -> str:
-    import ipaddress  # only where it is set
-
-    text = _text(value)
-    try:
-        return str(ipaddress.ip_network(text))
-    except ValueError as error:
-        raise _WrongValue(f"expected an address or a network: {error}") from None
-
-
-def _smarthost(value: Value) -> str:
-    text = _text(value)
-    try:
-        host, port = host_and_port(text, 0)
-    except ValueError:
-        host, port = "", 0
-    if text and not (host and port):
-        raise _WrongValue(f'expected "host:port", such as "smtp.example.com:587", found {text!r}')
-    return text
-
-
 def _port(value: Value) -> int:
     number = _count(value)
     if number > 65535:
@@ -734,62 +667,16 @@ def _port(value: Value) -> int:
 
 
 def _duration(value: Value) -> float:
-    """A Go duration: numbers with units, as in "1h30m" or "1.5s"."""
+    """A Go duration in seconds: numbers with units, as in "1h30m" or "1.5s"."""
     text = _text(value)
-    one = r"(\d+\.?\d*|\.\d+)(ns|us|\u00b5s|\u03bcs|ms|s|m|h)"  # micro sign, Greek mu
-    if not re.fullmatch(f"({one})+", text):
+    part = r"(\d+\.?\d*|\.\d+)(ns|us|\u00b5s|\u03bcs|ms|s|m|h)"  # micro sign, Greek mu
+    if not re.fullmatch(f"({part})+", text):
         raise _WrongValue('expected a duration such as "20h", "1h30m" or "30s"')
     units = {"ns": 1e-9, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-    seconds = sum(float(number) * units.get(unit, 1e-6) for number, unit in re.findall(one, text))
+    seconds = sum(float(number) * units.get(unit, 1e-6) for number, unit in re.findall(part, text))
     if seconds <= 0:
         raise _WrongValue("expected a duration of more than nothing")
     return seconds
-
-
-def _listen_address(value: Value) -> str:
-    text = _text(value)
-    if text != "systemd":
-        try:
-            _, port = host_and_port(text, -1)
-        except ValueError:
-            port = -1
-        if port < 0:
-            raise _WrongValue('expected "systemd", "host:port" or ":port"')
-    return text
-
-
-def _monitoring_address(value: Value) -> str:
-    return _listen_address(value) if _text(value) else ""
-
-
-def _server_address(value: Value) -> str:
-    text = _text(value)
-    try:
-        host, _ = host_and_port(text, 53)
-    except ValueError:
-        host = ""
-    if not is_ip_address(host):
-        raise _WrongValue('expected the address of a name server, "ip" or "ip:port"')
-    return text
-
-
-def _lmtp_address(value: Value) -> str:
-    text = _text(value)
-    if text and "/" not in text:
-        try:
-            host, port = host_and_port(text, 0)
-        except ValueError:
-            host, port = "", 0
-        if not host or not port:
-            raise _WrongValue('expected the path of a socket or "host:port"')
-    return text
-
-
-def _log_path(value: Value) -> str:
-    text = _text(value)
-    if text.startswith("<") and text not in ("<syslog>", "<stdout>", "<stderr>"):
-        raise _WrongValue('expected a path, "<syslog>", "<stdout>" or "<stderr>"')
-    return text
 
 
 def _hostname(value: Value) -> str:
@@ -803,18 +690,96 @@ def _hostname(value: Value) -> str:
     return text
 
 
-def _directory(value: Value) -> str:
+def _split(text: str, default_port: int) -> tuple[str, int]:
+    """Return host and port as host_and_port does, but ("", -1) if `text` is wrong."""
+    try:
+        return host_and_port(text, default_port)
+    except ValueError:
+        return "", -1
+
+
+def _listen_address(value: Value) -> str:
     text = _text(value)
+    if text != "systemd" and _split(text, -1)[1] < 0:
+        raise _WrongValue('expected "systemd", "host:port" or ":port"')
+    return text
+
+
+def _monitoring_address(value: Value) -> str:
+    return _listen_address(value) if _text(value) else ""
+
+
+def _name_server(value: Value) -> str:
+    text = _text(value)
+    if not is_ip_address(_split(text, 53)[0]):
+        raise _WrongValue('expected the address of a name server, "ip" or "ip:port"')
+    return text
+
+
+def _smarthost(value: Value) -> str:
+    text = _text(value)
+    if text and not all(_split(text, 0)):
+        raise _WrongValue('expected "host:port", such as "smtp.example.com:587"')
+    return text
+
+
+def _network(value: Value) -> str:
+    import ipaddress  # only if the key is set
+
+    text = _text(value)
+    try:
+        return str(ipaddress.ip_network(text))
+    except ValueError:
+        told = 'expected an address, or a network such as "192.0.2.0/24"'
+        raise _WrongValue(told) from None
+
+
+def _dmarc_policy(value: Value) -> str:
+    text = _text(value)
+    if text not in ("enforce", "report"):
+        raise _WrongValue('expected "enforce" or "report"')
+    return text
+
+
+def _path(value: Value) -> str:
+    text = _text(value)
+    return text if not text or text.startswith("/") else _Relative(text)
+
+
+def _directory(value: Value) -> str:
+    text = _path(value)
     if not text or "\0" in text:
         raise _WrongValue("expected the path of a directory")
     return text
 
 
+def _program(value: Value) -> str:
+    text = _text(value)
+    return _path(value) if "/" in text else text  # a name alone is looked for in PATH
+
+
+def _lmtp_address(value: Value) -> str:
+    text = _text(value)
+    if not text or "/" in text:
+        return _path(value)
+    if not all(_split(text, 0)):
+        raise _WrongValue('expected the path of a socket or "host:port"')
+    return text
+
+
+def _log_path(value: Value) -> str:
+    text = _text(value)
+    if not text.startswith("<"):
+        return _path(value)
+    if text not in ("<syslog>", "<stdout>", "<stderr>"):
+        raise _WrongValue('expected a path, "<syslog>", "<stdout>" or "<stderr>"')
+    return text
+
+
 def _maildir(value: Value) -> str:
     text = _text(value)
-    unknown = set(re.findall(r"%\w*%", text)) - {"%data_dir%", "%to_domain%", "%to_user%", "%to%"}
-    if unknown:
-        raise _WrongValue(f"expected %data_dir%, %to_domain%, %to_user% or %to%, not {unknown}")
+    if set(re.findall(r"%\w*%", text)) - {"%data_dir%", "%to_domain%", "%to_user%", "%to%"}:
+        raise _WrongValue("expected only %data_dir%, %to_domain%, %to_user% or %to% in it")
     if not text.startswith(("/", "%data_dir%")):
         raise _WrongValue("expected an absolute path")
     if "%to%" not in text and "%to_user%" not in text:
@@ -822,84 +787,31 @@ def _maildir(value: Value) -> str:
     return text
 
 
-_REPEATED = {
-    "smtp_address", "submission_address", "submission_over_tls_address",
-    "mail_delivery_agent_args", "dns_server", "trusted_relay",
-}  # fmt: skip
-
-_KEYS: dict[str, Callable[[Value], object]] = {
-    "hostname": _hostname,
-    "max_data_size_mb": _count,
-    "smtp_address": _listen_address,
-    "submission_address": _listen_address,
-    "submission_over_tls_address": _listen_address,
-    "mail_delivery_agent_bin": _text,
-    "mail_delivery_agent_args": _text,
-    "lmtp_address": _lmtp_address,
-    "maildir": _maildir,
-    "data_dir": _directory,
-    "suffix_separators": _text,
-    "drop_characters": _text,
-    "mail_log_path": _log_path,
-    "log_path": _log_path,
-    "dns_server": _server_address,
-    "dns_trust_ad": _flag,
-    "dmarc_policy": _dmarc_policy,
-    "outgoing_smtp_port": _port,
-    "max_received_headers": _count,
-    "max_queue_items": _count,
-    "give_up_send_after": _duration,
-    "reload_every": _duration,
-    "monitoring_address": _monitoring_address,
-    "dovecot_auth": _flag,
-    "dovecot_userdb_path": _text,
-    "dovecot_client_path": _text,
-    "haproxy_incoming": _flag,
-    "trusted_relay": _network,
-    "smarthost": _smarthost,
-    "smarthost_user": _text,
-    "smarthost_password_file": _text,
-    "smarthost_after": _limit,
-    "sender_must_match": _flag,
-    "limit_loopback": _flag,
-    "max_connections": _limit,
-    "max_connections_per_address": _limit,
-    "max_connections_per_minute": _limit,
-    "max_messages_per_minute": _limit,
-    "max_recipients_per_minute": _limit,
-    "max_user_messages_per_minute": _limit,
-    "max_user_recipients_per_minute": _limit,
-    "max_failed_logins": _limit,
-    "min_octets_per_second": _limit,
-    "min_free_disk_mb": _limit,
-}
-
-
-# Keys that hold paths. In the file, one that is relative is below the configuration directory.
-_PATHS = (
-    "data_dir", "mail_log_path", "log_path", "mail_delivery_agent_bin", "lmtp_address",
-    "dovecot_userdb_path", "dovecot_client_path", "smarthost_password_file",
-)  # fmt: skip
+# --- Reading and writing ---
 
 
 def load_config(
     config_dir: str, overrides: str = "", problems: list[ConfigError] | None = None
 ) -> Config:
-    """Read chasquid.conf in `config_dir`, then `overrides`. Raises ConfigError.
+    """Read chasquid.conf in `config_dir`, then `overrides`, text of the same format.
 
-    A key in `overrides` replaces what the file says, also where it may be repeated. With
-    `problems`, what is wrong in the file is added to it instead, and the default holds.
+    A key in `overrides` replaces what the file says, even if it may be repeated. Raises
+    ConfigError. With `problems`, what is wrong is added to it instead, and the default holds;
+    a file that cannot be read is raised all the same.
     """
     path = os.path.join(config_dir, "chasquid.conf")
     found: list[ConfigError] = []
-    values: dict[str, object] = {"hostname": socket.gethostname()}
-    values.update(_absolute(_read_keys(read_file(path), path, found), config_dir))
-    text = os.fsencode(overrides)
-    values.update(_absolute(_read_keys(text, "--config-overrides", found), os.getcwd()))
-    config = Config(config_dir=os.path.abspath(config_dir), **values)  # type: ignore[arg-type]
+    settings = {
+        **_read_keys(read_file(path), path, config_dir, found),
+        **_read_keys(os.fsencode(overrides), "--config-overrides", os.getcwd(), found),
+    }
+    values = {name: setting.value for name, setting in settings.items()}
+    values.setdefault("hostname", socket.gethostname())
+    config = Config(config_dir=os.path.abspath(config_dir), **values)
     if config.mail_delivery_agent_bin and config.lmtp_address:
+        _, path, line = settings["lmtp_address"]
         told = "expected mail_delivery_agent_bin or lmtp_address, not both"
-        found.append(ConfigError(path, 0, told))
+        found.append(ConfigError(path, line, told))
     if problems is None and found:
         raise found[0]
     if problems is not None:
@@ -907,20 +819,95 @@ def load_config(
     return config
 
 
-def _absolute(values: dict[str, object], base: str) -> dict[str, object]:
-    """Return `values` with the paths among them made absolute."""
-    for key in _PATHS:
-        path = values.get(key)
-        if not isinstance(path, str) or not path or path.startswith(("<", "%", "/")):
-            continue
-        if key in ("lmtp_address", "mail_delivery_agent_bin") and "/" not in path:
-            continue  # host:port; a program that is looked for in PATH
-        values[key] = os.path.abspath(os.path.join(base, path))
-    return values
+class _Setting(NamedTuple):
+    value: Any
+    path: str
+    line: int
+
+
+def _read_keys(
+    data: bytes, path: str, base: str, problems: list[ConfigError]
+) -> dict[str, _Setting]:
+    """Return what each key is set to; `base` is the directory of relative paths.
+
+    Mistakes are added to `problems`, in the order of lines.
+    """
+    settings: dict[str, _Setting] = {}
+    wrong: list[ConfigError] = []
+    for entry in parse_text_format(data, path, wrong):
+        try:
+            value = _read_value(entry, base, settings.get(entry.key))
+        except _WrongValue as error:
+            wrong.append(ConfigError(path, entry.line, str(error)))
+        else:
+            settings[entry.key] = _Setting(value, path, entry.line)
+    problems += sorted(wrong, key=lambda problem: problem.line)
+    return settings
+
+
+def _read_value(entry: Entry, base: str, before: _Setting | None) -> object:
+    """Return the value of `entry`; if its key is repeated, all values up to this one.
+
+    Raises _WrongValue with the name of the key, what was expected, and what was found.
+    """
+    if entry.key not in _KEYS:
+        hint = did_you_mean(entry.key, _KEYS)
+        raise _WrongValue(f"expected a known key, found {entry.key!r}{hint}")
+    key = _KEYS[entry.key]
+    try:
+        value = key.read(entry.value)
+    except _WrongValue as error:
+        raise _WrongValue(f"{entry.key}: {error}, found {_shown(entry.value)}") from None
+    if isinstance(value, _Relative):
+        value = os.path.abspath(os.path.join(base, value))
+    if key.repeated:
+        return (*(before.value if before else ()), value)
+    if before:
+        raise _WrongValue(f"{entry.key}: expected once, found again after line {before.line}")
+    return value
+
+
+def _shown(value: Value) -> str:
+    """Return what stood in the file, for a person and on one line."""
+    if isinstance(value, tuple):
+        return "a message"
+    text = value if isinstance(value, Word) else quote(value.decode("utf-8", "replace"))
+    return printable(text, 80)
+
+
+def config_text(config: Config, explained: bool = False) -> str:
+    """Return `config` in the text format, every key with the value that is in force.
+
+    With `explained`, a comment above each key says what it means.
+    """
+    lines = []
+    for name, key in _KEYS.items():
+        if explained:
+            lines.append(f"# {key.help}")
+        value = getattr(config, name)
+        values = value if isinstance(value, tuple) else (value,)
+        lines += [f"{name}: {_written(value)}" for value in values]
+    return "\n".join(lines) + "\n"
+
+
+def _written(value: bool | int | float | str) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):  # a duration in seconds
+        return f'"{value:.9f}'.rstrip("0").rstrip(".") + 's"'
+    return quote(value) if isinstance(value, str) else str(value)
+
+
+def changed_keys(config: Config) -> list[str]:
+    """Return the names of the keys whose values are not the defaults."""
+    return [name for name, key in _KEYS.items() if getattr(config, name) != key.default]
 
 
 def read_file(path: str, missing: bytes | None = None) -> bytes:
-    """Return what `path` holds, or `missing` where there is no such file. Raises ConfigError."""
+    """Return what `path` holds; if there is no such file, `missing` unless it is None.
+
+    Raises ConfigError.
+    """
     try:
         with open(path, "rb") as file:
             return file.read()
@@ -957,51 +944,134 @@ def domain_directories(
     return domains
 
 
-def changed_keys(config: Config) -> list[str]:
-    """Return the keys whose values are not the defaults."""
-    return [
-        key
-        for key in _KEYS
-        if key not in Config._field_defaults or getattr(config, key) != Config._field_defaults[key]
-    ]
+# --- The keys ---
 
 
-def config_text(config: Config) -> str:
-    """Return `config` in the text format, every key with the value that is in force."""
-    lines = []
-    for key in _KEYS:
-        value = getattr(config, key)
-        for one in value if isinstance(value, tuple) else (value,):
-            if isinstance(one, bool):
-                lines.append(f"{key}: {str(one).lower()}")
-            elif _KEYS[key] is _duration:
-                lines.append(f'{key}: "{one:.9f}'.rstrip("0").rstrip(".") + 's"')
-            else:
-                lines.append(f"{key}: {one if isinstance(one, int) else quote(one)}")
-    return "\n".join(lines) + "\n"
+class _Row(NamedTuple):
+    """What Config says of a key; the name of its field is that of the key."""
+
+    read: Callable[[Value], object]
+    default: object
+    repeated: bool
+    help: str
 
 
-def _read_keys(data: bytes, path: str, problems: list[ConfigError]) -> dict[str, object]:
-    """Return the values of keys; mistakes are added to `problems`, in the order of lines."""
-    values: dict[str, object] = {}
-    wrong: list[ConfigError] = []
-    for entry in parse_text_format(data, path, wrong):
-        try:
-            if entry.key not in _KEYS:
-                hint = did_you_mean(entry.key, _KEYS)
-                raise _WrongValue(f"expected a known key, found {entry.key!r}{hint}")
-            value = _KEYS[entry.key](entry.value)
-            if entry.key in values and entry.key not in _REPEATED:
-                raise _WrongValue("expected once, found again")
-        except _WrongValue as error:
-            text = str(error) if entry.key not in _KEYS else f"{entry.key}: {error}"
-            wrong.append(ConfigError(path, entry.line, text))
-            continue
-        if entry.key in _REPEATED:
-            value = (*values.get(entry.key, ()), value)  # type: ignore[misc]
-        values[entry.key] = value
-    problems += sorted(wrong, key=lambda problem: problem.line)
-    return values
+_ROWS: list[_Row] = []
+
+
+def _key(read: Callable[[Value], T], default: T, help: str) -> T:
+    """Add a row, and return the default."""
+    _ROWS.append(_Row(read, default, False, help))
+    return default
+
+
+def _repeated(read: Callable[[Value], T], default: tuple[T, ...], help: str) -> tuple[T, ...]:
+    """Add the row of a key that may be repeated, and return the default."""
+    _ROWS.append(_Row(read, default, True, help))
+    return default
+
+
+# fmt: off
+class Config(NamedTuple):
+    """What chasquid.conf says: the table of its keys, in the order in which they are printed.
+
+    Durations are in seconds, sizes in MB of 1024 * 1024 octets; "" and 0 stand for none.
+    `config_dir`, the absolute path of the configuration directory, is no key.
+    """
+
+    config_dir: str
+    hostname: str = _key(_hostname, "",
+        "The name of this host in greetings and Received fields.")
+    max_data_size_mb: int = _key(_count, 50,
+        "The largest message, in MB of 1024 * 1024 octets.")
+    smtp_address: tuple[str, ...] = _repeated(_listen_address, ("systemd",),
+        'Where to listen for mail from other servers: "systemd", "host:port" or ":port".')
+    submission_address: tuple[str, ...] = _repeated(_listen_address, ("systemd",),
+        'Where to listen for mail from users, with STARTTLS: "systemd", "host:port" or ":port".')
+    submission_over_tls_address: tuple[str, ...] = _repeated(_listen_address, ("systemd",),
+        "Where to listen for mail from users, with TLS from the first octet, likewise.")
+    mail_delivery_agent_bin: str = _key(_program, "",
+        "The program that delivers mail for local users: a path, or a name to be found in PATH.")
+    mail_delivery_agent_args: tuple[str, ...] = _repeated(_text, (),
+        "The arguments of that program; without any, they are -f %from% -d %to_user%.")
+    lmtp_address: str = _key(_lmtp_address, "",
+        'Where mail for local users is delivered over LMTP: the path of a socket, or "host:port".')
+    maildir: str = _key(_maildir, "%data_dir%/mail/%to_domain%/%to_user%",
+        "The Maildir of a user, if neither a program nor LMTP takes the mail; %to% is the address.")
+    data_dir: str = _key(_directory, "/var/lib/chasquid",
+        "Where the queue, the Maildirs, and what is known of other domains are.")
+    suffix_separators: str = _key(_text, "+",
+        "What follows one of these characters in a local part is ignored: ana+shop@ is ana@.")
+    drop_characters: str = _key(_text, ".",
+        "These characters in a local part are ignored: a.na@ is ana@.")
+    mail_log_path: str = _key(_log_path, "<syslog>",
+        'The log of what happens to messages: a path, "<syslog>", "<stdout>" or "<stderr>".')
+    log_path: str = _key(_log_path, "<stderr>",
+        "The log of what the server does and what is wrong with it, likewise.")
+    dns_server: tuple[str, ...] = _repeated(_name_server, (),
+        'The name servers to ask, "ip" or "ip:port"; without any, those of /etc/resolv.conf.')
+    dns_trust_ad: bool = _key(_flag, False,
+        "Whether name servers on other machines are believed that an answer is signed (DNSSEC).")
+    dmarc_policy: str = _key(_dmarc_policy, "enforce",
+        'What to do if DMARC fails: "enforce" the policy of the domain, or only "report" it.')
+    outgoing_smtp_port: int = _key(_port, 25,
+        "The port of other servers that mail is sent to; only tests need another one.")
+    max_received_headers: int = _key(_count, 50,
+        "A message with more Received fields than this is taken to be in a loop.")
+    max_queue_items: int = _key(_count, 200,
+        "With this many messages in the queue, new ones are refused for the time being.")
+    give_up_send_after: float = _key(_duration, 20 * 3600.0,
+        "A message that could not be delivered for this long goes back to its sender.")
+    reload_every: float = _key(_duration, 30.0,
+        "How often to look whether users, aliases, DKIM keys or certificates have changed.")
+    monitoring_address: str = _key(_monitoring_address, "",
+        'Where to serve the page and the metrics over HTTP: "systemd", "host:port" or ":port".')
+    dovecot_auth: bool = _key(_flag, False,
+        "Whether Dovecot is asked too who has a mailbox and whose password is right.")
+    dovecot_userdb_path: str = _key(_path, "",
+        "Dovecot's socket that knows who has a mailbox; if empty, where Dovecot usually has it.")
+    dovecot_client_path: str = _key(_path, "",
+        "Dovecot's socket that checks passwords, likewise.")
+    haproxy_incoming: bool = _key(_flag, False,
+        "Whether connections come from a proxy that says whose they are (PROXY protocol, 1 or 2).")
+    trusted_relay: tuple[str, ...] = _repeated(_network, (),
+        "Addresses or networks that pass mail on to this host; SPF, DMARC and limits skip them.")
+    smarthost: str = _key(_smarthost, "",
+        'The server that mail for other servers goes through, "host:port".')
+    smarthost_user: str = _key(_text, "",
+        "The user to log in to the smarthost as; it needs smarthost_password_file.")
+    smarthost_password_file: str = _key(_path, "",
+        "The file that holds the password of that user, and nothing else.")
+    smarthost_after: int = _key(_limit, 0,
+        "How often a message is first tried without the smarthost.")
+    sender_must_match: bool = _key(_flag, False,
+        "Whether users can send only from their own address, or from an alias that leads to them.")
+    limit_loopback: bool = _key(_flag, False,
+        "Whether the limits on clients, users and logins hold on this machine too.")
+    max_connections: int = _key(_limit, 0,
+        "How many connections there may be; 0: as many as the limit on open files allows.")
+    max_connections_per_address: int = _key(_limit, 50,
+        "How many connections one client may have at a time.")
+    max_connections_per_minute: int = _key(_limit, 300,
+        "How many connections one client may open in a minute.")
+    max_messages_per_minute: int = _key(_limit, 100,
+        "How many messages one client may begin in a minute, without a login.")
+    max_recipients_per_minute: int = _key(_limit, 500,
+        "How many recipients one client may name in a minute, without a login.")
+    max_user_messages_per_minute: int = _key(_limit, 60,
+        "How many messages a user who has logged in may begin in a minute, from wherever.")
+    max_user_recipients_per_minute: int = _key(_limit, 300,
+        "How many recipients a user who has logged in may name in a minute, from wherever.")
+    max_failed_logins: int = _key(_limit, 10,
+        "With so many failed logins within an hour, a client cannot log in.")
+    min_octets_per_second: int = _key(_limit, 100,
+        "A message that comes in more slowly than this, after its first minute, is broken off.")
+    min_free_disk_mb: int = _key(_limit, 50,
+        "Mail is refused unless so many MB, or a tenth of the disk, are free for data_dir.")
+# fmt: on
+
+
+_KEYS = dict(zip(Config._fields[1:], _ROWS, strict=True))
 
 
 # ======================================================================================
@@ -16097,7 +16167,7 @@ def _aliases_resolve(arguments: argparse.Namespace) -> int:
 
 def _print_config(arguments: argparse.Namespace) -> int:
     config = _load(arguments)
-    lines = config_text(config).splitlines()
+    lines = config_text(config, explained=not arguments.changed).splitlines()
     if arguments.changed:
         changed = changed_keys(config)
         lines = [line for line in lines if line.partition(":")[0] in changed]

@@ -208,13 +208,13 @@ TREES = st.recursive(
 
 def written(tree: list, opening: str = "{", closing: str = "}") -> str:
     parts = []
-    for key, one in tree:
-        if isinstance(one, bytes):
-            parts.append(f"{key}: {chasquid.quote(one)}")
-        elif isinstance(one, str):
-            parts.append(f"{key}: {one}")
+    for key, inner in tree:
+        if isinstance(inner, bytes):
+            parts.append(f"{key}: {chasquid.quote(inner)}")
+        elif isinstance(inner, str):
+            parts.append(f"{key}: {inner}")
         else:
-            parts.append(f"{key} {opening}\n{written(one, opening, closing)}{closing}")
+            parts.append(f"{key} {opening}\n{written(inner, opening, closing)}{closing}")
     return "\n".join(parts) + "\n"
 
 
@@ -400,12 +400,38 @@ def test_a_bad_value_is_refused_with_its_line_and_what_was_expected(tmp_path, ke
     assert str(caught.value).startswith(f"{tmp_path}/chasquid.conf:3: {key}: expected")
     assert caught.value.line == 3
     assert "\n" not in str(caught.value)
+    assert ", found " in str(caught.value)
 
 
-def test_every_key_was_tried_with_good_and_bad_values(tmp_path):
-    keys = set(chasquid.Config._fields) - {"config_dir"}
-    assert {key for key, _, _ in GOOD} == keys
-    assert {key for key, _ in BAD} == keys
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("max_queue_items: many", "many"),
+        ('max_queue_items: "7"', '"7"'),
+        ("max_queue_items { a: 1 }", "a message"),
+        ('hostname: "a\\r\\nñ"', r'"a\015\012ñ"'),
+        (b'hostname: "\xff"', '"\ufffd"'),
+        ('maildir: "/mail/%user%"', '"/mail/%user%"'),
+    ],
+)
+def test_what_was_found_in_place_of_a_value_is_told_as_it_is_written(tmp_path, text, found):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+    assert str(caught.value).endswith(f", found {found}")
+
+
+def test_the_table_has_a_row_for_each_field():
+    assert list(chasquid._KEYS) == [*chasquid.Config._fields[1:]]
+    config = chasquid.Config("")
+    for name, key in chasquid._KEYS.items():
+        assert getattr(config, name) == key.default
+        assert isinstance(key.default, tuple) == key.repeated
+        assert key.help.endswith(".") and ". " not in key.help
+
+
+def test_every_key_was_tried_with_good_and_bad_values():
+    assert {key for key, _, _ in GOOD} == set(chasquid._KEYS)
+    assert {key for key, _ in BAD} == set(chasquid._KEYS)
 
 
 @pytest.mark.parametrize(
@@ -423,14 +449,17 @@ def test_an_unknown_key_that_is_near_to_none_is_refused(tmp_path):
 
 @pytest.mark.parametrize("key", ["hostname", "max_queue_items"])
 def test_a_key_that_stands_once_may_not_stand_twice(tmp_path, key):
-    one = '"a"' if key == "hostname" else "1"
-    with pytest.raises(ConfigError, match=f":2: {key}: expected once"):
-        load(tmp_path, f"{key}: {one}\n{key}: {one}\n")
+    value = '"a"' if key == "hostname" else "1"
+    with pytest.raises(ConfigError, match=f":2: {key}: expected once, found again after line 1$"):
+        load(tmp_path, f"{key}: {value}\n{key}: {value}\n")
 
 
 def test_an_agent_and_lmtp_at_once_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="not both"):
-        load(tmp_path, 'mail_delivery_agent_bin: "/bin/a"\nlmtp_address: "/run/b"')
+    agent, lmtp = 'mail_delivery_agent_bin: "/bin/a"\n', 'lmtp_address: "/run/b"'
+    with pytest.raises(ConfigError, match=r"chasquid.conf:2: expected .*, not both"):
+        load(tmp_path, agent + lmtp)
+    with pytest.raises(ConfigError, match=r"^--config-overrides:1: expected .*, not both"):
+        load(tmp_path, agent, lmtp)
 
 
 def test_overrides_replace_what_the_file_says(tmp_path):
@@ -516,11 +545,26 @@ def test_a_missing_or_unreadable_file_is_told(tmp_path):
         chasquid.load_config(str(tmp_path))
 
 
-def test_the_printed_configuration_reads_back_as_itself(tmp_path):
-    text = "\n".join(f"{key}: {text}" for key, text, _ in {one[0]: one for one in GOOD}.values())
+@pytest.mark.parametrize("explained", [False, True])
+def test_the_printed_configuration_reads_back_as_itself(tmp_path, explained):
+    text = "\n".join(f"{key}: {text}" for key, text in {row[0]: row[1] for row in GOOD}.items())
     text = text.replace('lmtp_address: ""', 'lmtp_address: "/x"').replace('"/bin/true"', '""')
     config = load(tmp_path, text)
+    assert load(tmp_path, chasquid.config_text(config, explained)) == config
+
+
+def test_the_printed_defaults_read_back_as_the_defaults(tmp_path):
+    config = chasquid.Config(str(tmp_path), "a")
     assert load(tmp_path, chasquid.config_text(config)) == config
+    assert chasquid.changed_keys(config) == ["hostname"]
+
+
+def test_a_printed_key_is_explained_once():
+    config = chasquid.Config("", "a", smtp_address=(":25", ":2525"))
+    text = chasquid.config_text(config, explained=True)
+    help = chasquid._KEYS["smtp_address"].help
+    assert f'\n# {help}\nsmtp_address: ":25"\nsmtp_address: ":2525"\n# ' in text
+    assert "#" not in chasquid.config_text(config)
 
 
 @searched_briefly

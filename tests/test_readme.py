@@ -57,7 +57,13 @@ def test_every_key_is_in_the_table_and_no_other():
 
 
 def test_keys_that_may_be_repeated_are_marked():
-    assert {key for key, row in keys().items() if row[0].endswith(" *")} == chasquid._REPEATED
+    marked = {key: row[0].endswith(" *") for key, row in keys().items()}
+    assert marked == {name: key.repeated for name, key in chasquid._KEYS.items()}
+
+
+@pytest.mark.parametrize("key", chasquid._KEYS)
+def test_the_meaning_in_the_table_is_the_help_of_the_key(key):
+    assert keys()[key][2].replace("`", "") == chasquid._KEYS[key].help
 
 
 @pytest.mark.parametrize("key", chasquid._KEYS)
@@ -65,12 +71,12 @@ def test_the_default_in_the_table_is_the_default(key):
     stated = keys()[key][1]
     if key in WITHOUT_VALUE:
         assert stated == WITHOUT_VALUE[key]
-        assert chasquid.Config._field_defaults.get(key, ()) == ()
+        assert chasquid._KEYS[key].default in ("", ())
         return
     [entry] = chasquid.parse_text_format(f"{key}: {stated.strip('`')}".encode(), "README.md")
-    value = chasquid._KEYS[key](entry.value)
-    default = chasquid.Config._field_defaults[key]
-    assert default == ((value,) if key in chasquid._REPEATED else value)
+    row = chasquid._KEYS[key]
+    value = row.read(entry.value)
+    assert row.default == ((value,) if row.repeated else value)
 
 
 def test_every_command_is_in_the_table_and_no_other():

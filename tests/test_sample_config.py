@@ -36,7 +36,7 @@ def settings(pattern: str) -> list[tuple[str, object]]:
     found = []
     for line in re.findall(pattern, CONF, re.MULTILINE):
         for entry in chasquid.parse_text_format(line.encode(), "chasquid.conf"):
-            found.append((entry.key, chasquid._KEYS[entry.key](entry.value)))
+            found.append((entry.key, chasquid._KEYS[entry.key].read(entry.value)))
     return found
 
 
@@ -61,11 +61,20 @@ def test_every_key_is_in_the_sample_and_no_other():
     assert set(re.findall(r"^#?([a-z_]+):", CONF, re.MULTILINE)) == set(chasquid._KEYS)
 
 
+def test_the_comment_above_a_key_begins_with_its_help():
+    above = {}
+    for comment, name in re.findall(r"^((?:# .*\n)+)#?([a-z_]+): ", CONF, re.MULTILINE):
+        above[name] = re.sub(r"^# |\n# ?", " ", comment).strip() + " "
+    assert above.keys() == chasquid._KEYS.keys()
+    for name, key in chasquid._KEYS.items():
+        assert above[name].startswith(f"{key.help} ")
+
+
 def test_settings_that_are_commented_out_show_the_default():
     shown = dict(settings(r"^#([a-z_]+: .*)$"))
     assert shown.keys() >= EXAMPLES
     for key in shown.keys() - EXAMPLES:
-        assert shown[key] == chasquid.Config._field_defaults[key]
+        assert shown[key] == chasquid._KEYS[key].default
 
 
 def test_the_example_of_arguments_is_what_the_agent_gets_by_default():
@@ -79,7 +88,7 @@ def test_the_sample_loads(config_dir, tmp_path):
     assert config.data_dir == f"{tmp_path}/data"
     others = config._asdict().keys() - {"config_dir", "hostname", "data_dir"}
     for key in others:
-        assert getattr(config, key) == chasquid.Config._field_defaults[key]
+        assert getattr(config, key) == chasquid._KEYS[key].default
 
 
 def test_every_line_that_is_commented_out_can_be_put_in_force(config_dir):
@@ -149,14 +158,13 @@ def test_the_service_knows_its_sockets_and_waits_to_be_told():
     }
     assert service["Type"] == "notify"
     assert service["User"] == "chasquid"
-    data_dir = chasquid.Config._field_defaults["data_dir"]
-    assert f"/var/lib/{service['StateDirectory']}" == data_dir
+    assert f"/var/lib/{service['StateDirectory']}" == chasquid.Config("").data_dir
 
 
 def test_dovecot_reads_the_maildir_that_is_the_default():
     text = (SAMPLE / "dovecot-local.conf").read_text(encoding="utf-8")
-    defaults = chasquid.Config._field_defaults
-    maildir = defaults["maildir"].replace("%data_dir%", defaults["data_dir"])
+    defaults = chasquid.Config("")
+    maildir = defaults.maildir.replace("%data_dir%", defaults.data_dir)
     maildir = maildir.replace("%to_domain%", "%d").replace("%to_user%", "%n")
     assert f"mail_location = maildir:{maildir}\n" in text
 
