@@ -1733,14 +1733,9 @@ class Slots:
 
     def __init__(self, loop: Loop, count: int) -> None:
         self._loop = loop
-        self._count = count
         self._free = count
         self._queue: collections.deque[Task] = collections.deque()
         self._granted: set[Task] = set()
-
-    @property
-    def is_unused(self) -> bool:
-        return self._free == self._count
 
     async def __aenter__(self) -> None:
         if self._free:
@@ -3292,9 +3287,6 @@ class Accounts:
     @property
     def domains(self) -> list[str]:
         return list(self._domains)
-
-    def domains_with_users(self) -> set[str]:
-        return {domain for domain, users in self._domains.items() if users}
 
     def exists(self, user: str, domain: str) -> bool:
         """Tell whether the normalised `user` has a mailbox in `domain`."""
