@@ -1807,14 +1807,9 @@ class Slots:
 
     def __init__(self, loop: Loop, count: int) -> None:
         self._loop = loop
-        self._count = count
         self._free = count
         self._queue: collections.deque[Task] = collections.deque()
         self._granted: set[Task] = set()
-
-    @property
-    def is_unused(self) -> bool:
-        return self._free == self._count
 
     async def __aenter__(self) -> None:
         if self._free:
@@ -2725,16 +2720,10 @@ def acknowledge_at_once(connected: socket.socket) -> None:
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
 
-async def connect(
-    loop: Loop,
-    host: str,
-    port: int,
-    prepare: Callable[[socket.socket], object] = lambda raw: None,
-) -> Stream:
+async def connect(loop: Loop, host: str, port: int) -> Stream:
     """Connect to an IP address and port, or to a socket where `host` is a path.
 
-    `prepare` is given the socket before it connects. Raises Disconnected with what the
-    system said, Expired.
+    Raises Disconnected with what the system said, Expired.
     """
     if host.startswith("/"):
         family, target, place = socket.AF_UNIX, host, host
@@ -2744,7 +2733,6 @@ async def connect(
     raw = socket.socket(family, socket.SOCK_STREAM)
     raw.setblocking(False)
     try:
-        prepare(raw)
         code = raw.connect_ex(target)
         while code == errno.EAGAIN and family == socket.AF_UNIX:  # its backlog is full
             await loop.sleep(0.05)
@@ -2764,6 +2752,9 @@ async def connect(
         raise Disconnected(f"cannot connect to {place}: {os.strerror(code)}")
     send_at_once(raw)
     return Stream(loop, raw)
+
+
+Connect = Callable[[Loop, str, int], Awaitable[Stream]]  # as `connect`
 
 
 def server_tls_context(fullchain: str, privkey: str) -> ssl.SSLContext:
@@ -2809,25 +2800,6 @@ def client_tls_context(verify: bool, authorities: str | None = None) -> ssl.SSLC
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return context
-
-
-class Network:
-    """How couriers reach other servers, and who it is that comes in: through the system.
-
-    A test may put another in its place, where servers have addresses that exist nowhere.
-    """
-
-    async def connect(self, loop: Loop, host: str, port: int) -> Stream:
-        """As the function `connect`. Raises Disconnected, Expired."""
-        return await connect(loop, host, port)
-
-    def peer(self, address: Any) -> str:
-        """Return the IP address of who connected, given what `accept` says of it, or "local"."""
-        return str(address[0]) if address else "local"
-
-    def tls_context(self, verify: bool) -> ssl.SSLContext:
-        """Return a context for connections to other servers; see `client_tls_context`."""
-        return client_tls_context(verify)
 
 
 # ======================================================================================
@@ -2900,11 +2872,6 @@ class Names:
         if isinstance(known, _Failure):
             raise TemporaryFailure(*known)
         return known
-
-    def forget_all(self) -> None:
-        """Forget all answers, so that every question is asked again."""
-        self._cache.clear()
-        self._octets = 0
 
     async def mail_exchangers(self, domain: str) -> list[tuple[int, str]]:
         """Return preference and host of each exchanger; RFC 5321, 5.1.
@@ -3393,9 +3360,6 @@ class Accounts:
     @property
     def domains(self) -> list[str]:
         return list(self._domains)
-
-    def domains_with_users(self) -> set[str]:
-        return {domain for domain, users in self._domains.items() if users}
 
     def exists(self, user: str, domain: str) -> bool:
         """Tell whether the normalised `user` has a mailbox in `domain`."""
@@ -7436,12 +7400,12 @@ _ANCHOR_LIMIT = 2  # of them that are tried as the authority that DANE names
 _ADDRESS_COUNT_LIMIT = 4  # addresses of one host that are tried in one attempt
 
 
-async def _connect_to_any(loop: Loop, network: Network, ips: Sequence[str], port: int) -> Stream:
+async def _connect_to_any(loop: Loop, connect: Connect, ips: Sequence[str], port: int) -> Stream:
     """Connect to the first of `ips` that takes a connection. Raises Disconnected."""
     failure = Disconnected("it has no address")
     for ip in ips:
         try:
-            return await network.connect(loop, ip, port)
+            return await connect(loop, ip, port)
         except Disconnected as error:
             failure = error
     raise failure
@@ -7456,19 +7420,19 @@ class LmtpCourier:
         names: Names,
         address: str,
         hostname: str,
-        network: Network | None = None,
+        connect: Connect = connect,
     ) -> None:
         self._loop = loop
         self._names = names
         self._address = address
         self._hostname = hostname
-        self._network = network or Network()
+        self._connect = connect
 
     async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
         client = None
         try:
             with self._loop.deadline(_CONNECT_SECONDS):
-                stream = await self._connect()
+                stream = await self._reach()
             client = Client(self._loop, stream, f"LMTP at {self._address}", lmtp=True)
             await client.greet(self._hostname)
             addresses = [target.value for target in targets]
@@ -7483,12 +7447,12 @@ class LmtpCourier:
             if client is not None:
                 client.close()
 
-    async def _connect(self) -> Stream:
+    async def _reach(self) -> Stream:
         if self._address.startswith("/"):
-            return await self._network.connect(self._loop, self._address, 0)
+            return await self._connect(self._loop, self._address, 0)
         host, port = host_and_port(self._address, 24)
         ips = await self._names.addresses(host)
-        return await _connect_to_any(self._loop, self._network, ips, port)
+        return await _connect_to_any(self._loop, self._connect, ips, port)
 
 
 def presentable(delivery: Delivery, targets: Sequence[Target]) -> tuple[Delivery, list[str]]:
@@ -7534,7 +7498,7 @@ class SmtpCourier:
         hostname: str,
         port: int,
         random: Callable[[], float],
-        network: Network | None = None,
+        connect: Connect = connect,
     ) -> None:
         self._loop = loop
         self._names = names
@@ -7543,7 +7507,7 @@ class SmtpCourier:
         self._hostname = hostname
         self._port = port
         self._random = random
-        self._network = network or Network()
+        self._connect = connect
         self._contexts: dict[bool, ssl.SSLContext] = {}
 
     async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
@@ -7755,7 +7719,7 @@ class SmtpCourier:
 
     async def _greet(self, server: _Server) -> Client:
         with self._loop.deadline(_CONNECT_SECONDS):
-            stream = await self._network.connect(self._loop, server.ip, server.port)
+            stream = await self._connect(self._loop, server.ip, server.port)
         client = Client(self._loop, stream, server.place)
         try:
             await client.greet(self._hostname)
@@ -7766,7 +7730,7 @@ class SmtpCourier:
 
     def _context(self, verify: bool) -> ssl.SSLContext:
         if verify not in self._contexts:
-            self._contexts[verify] = self._network.tls_context(verify)
+            self._contexts[verify] = client_tls_context(verify)
         return self._contexts[verify]
 
 
@@ -7787,7 +7751,7 @@ class SmarthostCourier:
         address: str,
         login: tuple[str, str] | None,
         safe: bool = True,
-        network: Network | None = None,
+        connect: Connect = connect,
     ) -> None:
         self._safe = safe
         self._loop = loop
@@ -7795,8 +7759,8 @@ class SmarthostCourier:
         self._hostname = hostname
         self._host, self._port = host_and_port(address, 587)
         self._login = login
-        self._network = chosen = network or Network()
-        self._context = functools.cache(lambda: chosen.tls_context(verify=safe))
+        self._connect = connect
+        self._context = functools.cache(lambda: client_tls_context(verify=safe))
 
     async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
         place = f"{self._host} (the smarthost, port {self._port})"
@@ -7837,7 +7801,7 @@ class SmarthostCourier:
 
     async def _open(self, place: str) -> Client:
         with self._loop.deadline(_CONNECT_SECONDS):
-            stream = await self._connect()
+            stream = await self._reach()
         client = Client(self._loop, stream, place)
         try:
             if self._port == 465:
@@ -7855,13 +7819,13 @@ class SmarthostCourier:
             client.close()
             raise
 
-    async def _connect(self) -> Stream:
+    async def _reach(self) -> Stream:
         try:
             name = domain_to_ascii(self._host)
         except ValueError as error:
             raise TemporaryFailure(str(error)) from error
         ips = await self._names.addresses(name)
-        return await _connect_to_any(self._loop, self._network, ips, self._port)
+        return await _connect_to_any(self._loop, self._connect, ips, self._port)
 
 
 class Smarthost(NamedTuple):
@@ -8779,16 +8743,6 @@ class Queue:
         self._has_room = True
         self.expand = expand
         self.items: dict[str, Item] = {}
-        self.begun = 0  # attempts, since the start
-
-    @property
-    def next_due(self) -> float:
-        """When something happens next, on the monotonic clock, as long as no mail comes in.
-
-        Infinity where the queue is empty, minus infinity while something is being attempted.
-        """
-        waiting = [item.due if item.nudge else float("-inf") for item in self.items.values()]
-        return min(waiting, default=float("inf"))
 
     def recover(self) -> None:
         """Make the directories, sweep tmp, and take up what is in new and cur.
@@ -9036,7 +8990,6 @@ class Queue:
 
         Where some are done while others still wait for a slow server, that is written down.
         """
-        self.begun += 1
         groups: dict[tuple[str, ...], list[Recipient]] = {}
         for recipient in item.recipients:
             if recipient.is_open:
@@ -11617,26 +11570,6 @@ class Listeners:
                 self._loop.forget(raw.fileno())
                 raw.close()
 
-    def refuse(self) -> None:
-        """Put a socket that does not listen in the place of each one for mail.
-
-        So the port stays ours, and who connects is refused.
-        """
-        for number, (port, raw) in enumerate(self.sockets):
-            place, family = raw.getsockname(), raw.family
-            self._loop.forget(raw.fileno())
-            raw.close()
-            deaf = socket.socket(family, socket.SOCK_STREAM)
-            self.sockets[number] = (port, deaf)
-            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            deaf.bind(place)
-
-    def listen(self) -> None:
-        """Listen again, after `refuse`. Raises OSError."""
-        for _, raw in self.sockets:
-            raw.listen(_BACKLOG)
-            raw.setblocking(False)
-
     @staticmethod
     def _inherited() -> dict[str, list[socket.socket]]:
         if os.environ.get("LISTEN_PID") != str(os.getpid()):
@@ -12020,15 +11953,6 @@ def file_signature(config_dir: str) -> tuple[tuple[str, int, int, int], ...]:
     return tuple(sorted(found))
 
 
-class Activity(NamedTuple):
-    """What a server is doing: how many sessions there are, how many sessions and attempts
-    have begun since the start, and `Queue.next_due`."""
-
-    sessions: int
-    begun: int
-    next_due: float
-
-
 class Daemon:
     """One server: made from a configuration, run by `run`, ended by `stop`.
 
@@ -12046,10 +11970,10 @@ class Daemon:
         remote: Courier | None = None,
         fetch_policy: FetchPolicy | None = None,
         on_result: Callable[[Item, Recipient], None] = lambda item, recipient: None,
-        network: Network | None = None,
+        connect: Connect = connect,
     ) -> None:
         self.config = config
-        self._network = network or Network()
+        self._connect = connect
         with contextlib.ExitStack() as undo:  # where the start fails, nothing is left behind
             self._assemble(
                 undo, clock or Clock(), ask, spawn, random, remote, fetch_policy, on_result
@@ -12146,8 +12070,6 @@ class Daemon:
         undo.callback(self._control.close)
         self._control.open()
         self._sessions: dict[Session, Task] = {}
-        self._sessions_begun = 0
-        self._accepting: list[Task] = []
         self._session_limit = min(config.max_connections or sys.maxsize, session_limit())
         self._stopping = Event(loop)
         self._reload_now = Event(loop)
@@ -12165,7 +12087,7 @@ class Daemon:
             self.config.hostname,
             now,
             self._started,
-            len(self._sessions),
+            self.session_count,
             tuple(f"{port.name} on [{host}]:{number}" for port, host, number in self.addresses),
             tuple(
                 queue_line(item, now)
@@ -12205,6 +12127,11 @@ class Daemon:
         """Return kind, host and port of each listening socket."""
         return [(port, *raw.getsockname()[:2]) for port, raw in self._listeners.sockets]
 
+    @property
+    def session_count(self) -> int:
+        """How many connections there are to the ports for mail."""
+        return len(self._sessions)
+
     def run(self, on_ready: Callable[[], object] = lambda: None) -> None:
         """Serve until `stop` is called. Raises ChasquidError.
 
@@ -12230,39 +12157,6 @@ class Daemon:
 
         self.loop.post(now)
 
-    # --- for tests; to be called on the loop ---
-
-    def activity(self) -> Activity:
-        """Return what is under way and when the queue goes on."""
-        begun = self._sessions_begun + self.queue.begun
-        return Activity(len(self._sessions), begun, self.queue.next_due)
-
-    def forget_names(self) -> None:
-        """Forget what was learnt from the DNS."""
-        self._names.forget_all()
-        self._names_out.forget_all()
-
-    @property
-    def is_listening(self) -> bool:
-        return bool(self._accepting)
-
-    def stop_listening(self) -> None:
-        """Let the ports of mail refuse connections; they stay ours. Sessions go on."""
-        for task in self._accepting:
-            task.cancel()
-        self._accepting = []
-        self._listeners.refuse()
-
-    def listen_again(self) -> None:
-        """Take connections again. Raises OSError."""
-        if not self._accepting:
-            self._listeners.listen()
-            self._begin_to_accept()
-
-    def has_user(self, user: str, domain: str) -> bool:
-        """Tell whether a users file has this user, both in their normal form."""
-        return self._domains.accounts.exists(user, domain)
-
     async def resolve(self, address: str) -> list[Target]:
         """Return the final recipients of `address`. Raises ChasquidError."""
         try:
@@ -12280,7 +12174,7 @@ class Daemon:
             )
         if config.lmtp_address:
             return LmtpCourier(
-                self.loop, self._names_out, config.lmtp_address, self._hostname, self._network
+                self.loop, self._names_out, config.lmtp_address, self._hostname, self._connect
             )
         return MaildirCourier(
             self.loop, Disk(self.loop), config.maildir, config.data_dir, config.hostname,
@@ -12303,7 +12197,7 @@ class Daemon:
         policies = TlsPolicies(self._names_out, self.levels, self._sts)
         return SmtpCourier(
             self.loop, self._names_out, self.log, policies, self._hostname,
-            config.outgoing_smtp_port, random, self._network,
+            config.outgoing_smtp_port, random, self._connect,
         )  # fmt: skip
 
     def _smarthost(self) -> Smarthost | None:
@@ -12316,7 +12210,7 @@ class Daemon:
             self._hostname,
             config.smarthost,
             smarthost_login(config),
-            network=self._network,
+            connect=self._connect,
         )
         return Smarthost(courier, config.smarthost, config.smarthost_after)
 
@@ -12394,8 +12288,11 @@ class Daemon:
     async def _main(self, on_ready: Callable[[], object]) -> None:
         self._sts.load()
         self.queue.recover()
-        self._begin_to_accept()
         tasks = [
+            self.loop.spawn(self._accept(port, raw), f"listener {port.name}")
+            for port, raw in self._listeners.sockets
+        ]
+        tasks += [
             self.loop.spawn(self._accept_monitoring(raw), "monitoring")
             for raw in self._listeners.monitoring
         ]
@@ -12414,7 +12311,7 @@ class Daemon:
         await self._stopping.wait()
         notify_systemd("STOPPING=1")
         self.log.info("daemon", "stopping")
-        for task in tasks + self._accepting:
+        for task in tasks:
             task.cancel()
         self._listeners.close()
         self._control.close()
@@ -12450,15 +12347,9 @@ class Daemon:
             text = f"not everything ended within {_STOP_SECONDS:g}s; the queue keeps what is left"
             self.log.warning("daemon", text)
 
-    def _begin_to_accept(self) -> None:
-        self._accepting = [
-            self.loop.spawn(self._accept(port, raw), f"listener {port.name}")
-            for port, raw in self._listeners.sockets
-        ]
-
     async def _accept(self, port: Port, listener: socket.socket) -> None:
         async for raw, peer in connections(self.loop, self.log, port.name, listener):
-            self._begin(port, raw, self._network.peer(peer))
+            self._begin(port, raw, str(peer[0]) if peer else "local")
 
     async def _accept_monitoring(self, listener: socket.socket) -> None:
         async for raw, _ in connections(self.loop, self.log, "monitoring", listener):
@@ -12470,7 +12361,7 @@ class Daemon:
         The last tenth of the places is for clients that have none yet, so that a few busy or
         hostile ones leave room for the others.
         """
-        left = self._session_limit - len(self._sessions)
+        left = self._session_limit - self.session_count
         kept = self._session_limit // 10
         if self.config.haproxy_incoming:  # who the client is, is not known yet
             kept = 0
@@ -12485,7 +12376,6 @@ class Daemon:
             raw.close()
             return
         send_at_once(raw)
-        self._sessions_begun += 1
         stream = Stream(self.loop, raw)
         session = Session(self._context, self._receiver, stream, port=port, peer=clean_peer(peer))
 

@@ -271,25 +271,24 @@ def test_a_smarthost_whose_name_is_none_makes_no_mail_fail(name: str) -> None:
     assert without_a_server(f"{name}:587").state == DEFERRED
 
 
-def test_on_port_465_tls_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_port_465_tls_comes_first() -> None:
     script = f"""
         * TLS
         S: 220 {SMART} ESMTP
         C: EHLO {HOST}
     """ + EXTENSIONS + WELCOME + TRANSFER + CONTENT  # fmt: skip
-    connect = chasquid.connect
     ports: list[int] = []
     with Peer(script, names=(SMART,)) as peer:
 
         async def redirected(loop: chasquid.Loop, host: str, port: int) -> chasquid.Stream:
             ports.append(port)
-            return await connect(loop, host, peer.port)
-
-        monkeypatch.setattr(chasquid, "connect", redirected)  # only root may listen on 465
+            return await chasquid.connect(loop, host, peer.port)  # only root may listen on 465
 
         async def main(loop: chasquid.Loop) -> list[Result]:
             names = chasquid.Names(loop, Zone(ZONE).ask)
-            courier = chasquid.SmarthostCourier(loop, names, HOST, f"{SMART}:465", LOGIN)
+            courier = chasquid.SmarthostCourier(
+                loop, names, HOST, f"{SMART}:465", LOGIN, connect=redirected
+            )
             return await courier.deliver(delivery(), [address(EVA)])
 
         (result,) = run(main)

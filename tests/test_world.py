@@ -6,8 +6,6 @@ from __future__ import annotations
 import email.message
 import os
 import re
-import smtplib
-import ssl
 import textwrap
 import threading
 import time
@@ -16,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from support import Peer
-from world import MailWorld, MovableClock, SubmissionRefused, WorldServer
+from world import Activity, MailWorld, MovableClock, SubmissionRefused, WorldServer
 
 import chasquid
 
@@ -156,13 +154,13 @@ def test_to_settle_is_to_wait_for_the_whole_way(world: MailWorld, here: WorldSer
 def test_who_began_something_while_others_were_asked_is_asked_again(
     world: MailWorld, here: WorldServer, there: WorldServer
 ) -> None:
-    found, begun = here.daemon.activity, []
+    found, begun = here.activity, []
 
-    def activity() -> chasquid.Activity:
+    def activity() -> Activity:
         begun.append(min(len(begun), 3))  # it rests whenever it is asked, but was busy between
         return found()._replace(begun=begun[-1])
 
-    here.daemon.activity = activity  # type: ignore[method-assign]
+    here.activity = activity  # type: ignore[method-assign]
     world.settle()
     assert begun == [0, 1, 2, 3, 3]
 
@@ -215,11 +213,10 @@ def test_what_is_submitted_may_be_text_or_octets(
 
 
 def test_a_program_submits_by_itself(here: WorldServer) -> None:
-    context = ssl.create_default_context(cafile=here.certificate)
-    with smtplib.SMTP_SSL(*here.submission_over_tls, "me.invalid", context=context) as client:
+    with here.client(465, "me.invalid") as client:
         client.login(ANA, "secret")
         client.send_message(message(), ANA, ["ben@here.example"])
-    with smtplib.SMTP(*here.smtp, "me.invalid") as client:
+    with here.client(25, "me.invalid") as client:
         client.sendmail("", ["ana@here.example"], b"Subject: from nobody\r\n\r\n")
     assert "from 127.0.0.1 me.invalid" in here.log
 
@@ -285,7 +282,7 @@ def test_who_does_not_listen_refuses_programs_too(here: WorldServer) -> None:
     here.stop_listening()
     here.stop_listening()  # does no harm
     with pytest.raises(ConnectionRefusedError):
-        smtplib.SMTP(*here.smtp, "me.invalid")
+        here.client(25)
     with pytest.raises(chasquid.ChasquidError, match="here.example cannot be talked to"):
         send(here)
     here.listen_again()
@@ -541,7 +538,7 @@ def test_a_session_that_stays_open_is_told(here: WorldServer) -> None:
     with MailWorld(patience=0.3) as world:
         server = world.server("busy.example")
         with (
-            smtplib.SMTP(*server.smtp, "me.invalid"),
+            server.client(25),
             pytest.raises(chasquid.ChasquidError, match="come to rest .*, with 1 session open"),
         ):
             world.settle()

@@ -5,7 +5,8 @@ a DNS that is a table, addresses that exist nowhere (192.0.2.0/24, RFC 5737), an
 that is moved on. So what takes twenty hours of retries is seen within a second.
 
 - A server here is the `Daemon` that serves elsewhere, in a thread of its own, with files,
-  sockets and TLS. Only its clock, its chance, its DNS and its `Network` are others.
+  sockets and TLS. Only its clock, its chance, its DNS and its `connect` are others. Who
+  connects says by a PROXY header where from, so every server has `haproxy_incoming`.
 - Nothing reaches the real network, nor a server on this machine that is none of the
   world's: an address that the world does not know refuses the connection.
 - The clock runs, and is moved ahead only while every server rests: no session is open,
@@ -22,6 +23,7 @@ import contextlib
 import email
 import email.policy
 import errno
+import functools
 import hashlib
 import itertools
 import os
@@ -48,14 +50,12 @@ from chasquid import (
     DkimKey,
     Item,
     Loop,
-    Network,
     Password,
     PrivateKey,
     QueueLine,
     Scrypt,
     Stream,
     TemporaryFailure,
-    client_tls_context,
     connect,
     domain_to_ascii,
     domain_to_unicode,
@@ -76,7 +76,7 @@ from chasquid import (
     recipient_text,
     rfc5322_date,
     self_signed_certificate,
-    split_address,
+    send_at_once,
     target_text,
 )
 
@@ -87,9 +87,12 @@ _WORLD_ROOM = 254  # addresses in 192.0.2.0/24
 _WORLD_LOG_LINES = 12  # of each server, in an error
 _ALIAS_CHAIN_LIMIT = 8
 _A_MOMENT = 0.001  # seconds beyond what is due, so that it is
+_ANSWER_SECONDS = 1.0  # for which room DNS keeps an answer at least,
+_FAILURE_SECONDS = 5.0  # and a failure
+_PORT_NUMBERS = {SMTP_PORT: 25, SUBMISSION_PORT: 587, SUBMISSION_TLS_PORT: 465}
 _WORLD_KEYS = {
     "smtp_address", "submission_address", "submission_over_tls_address", "data_dir",
-    "log_path", "mail_log_path",
+    "log_path", "mail_log_path", "haproxy_incoming",
 }  # fmt: skip
 
 
@@ -127,11 +130,14 @@ class WorldDns:
 
     Records are in presentation form, one string each; TXT without quotes. A CNAME is
     followed. A name that neither has records nor any below it does not exist. What is
-    changed holds at once: the servers forget what they learnt before.
+    changed holds at once: if a server has asked since the last change, the clock is moved by
+    the second for which it keeps the answer, after `mend` by the five for which it keeps a
+    failure.
     """
 
-    def __init__(self, changed: Callable[[], object]) -> None:
-        self._changed = changed
+    def __init__(self, clock: MovableClock) -> None:
+        self._clock = clock
+        self._asked = False  # since the last change
         self._table: dict[tuple[str, str], tuple[str, ...]] = {}  # replaced, never changed
         self._failing: frozenset[str] = frozenset()
         self._signed: frozenset[str] = frozenset()
@@ -182,7 +188,7 @@ class WorldDns:
         """Let questions for `name` be answered again, after `fail`."""
         with self._lock:
             self._failing -= {self._key(name, "")[0]}
-        self._changed()
+        self._changed(_FAILURE_SECONDS)
 
     def sign(self, name: str) -> None:
         """Let what `name`, and the names below it, have be authentic (DNSSEC)."""
@@ -190,8 +196,14 @@ class WorldDns:
             self._signed |= {self._key(name, "")[0]}
         self._changed()
 
+    def _changed(self, kept: float = _ANSWER_SECONDS) -> None:
+        if self._asked:
+            self._asked = False
+            self._clock.advance(kept + _A_MOMENT)
+
     async def ask(self, name: str, kind: str) -> Answer:
         """Answer a question of room DNS. Raises TemporaryFailure."""
+        self._asked = True  # before the table is looked at, or a change might be missed
         table, (asked, kind) = self._table, self._key(name, kind)
         authentic = True
         for name in self._chain(table, asked, kind):
@@ -201,7 +213,7 @@ class WorldDns:
             authentic = authentic and self._is_below(name, self._signed)
         exists = any(self._is_below(known, {name}) for known, _ in table)
         canonical = name if name != asked else ""
-        return Answer(exists, table.get((name, kind), ()), 1.0, authentic, canonical)
+        return Answer(exists, table.get((name, kind), ()), _ANSWER_SECONDS, authentic, canonical)
 
     @staticmethod
     def _chain(
@@ -228,83 +240,91 @@ class WorldDns:
 
 
 class _House(NamedTuple):
-    """What is behind a virtual address and port; `ours` looks up who comes, and strikes it out."""
+    """What is behind a virtual address and port: a server of the world, or of the test's own."""
 
     host: str
     port: int
-    ours: bool
+    server: WorldServer | None
 
 
 class _Streets:
-    """What is where in the world, who is on the way, and whom all trust."""
+    """What is where in the world, and whom all trust."""
 
     def __init__(self) -> None:
         self.houses: dict[tuple[str, int], _House] = {}
-        self.senders: dict[int, str] = {}  # by the port they come from
-        self._contexts: list[ssl.SSLContext] = []
-        self._certificates: list[str] = []
-        self._lock = threading.Lock()
+        self.tls_context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self.tls_context.minimum_version = ssl.TLSVersion.TLSv1_2
 
     def trust(self, certificate: str) -> None:
         """Let all servers trust a certificate, in PEM."""
-        with self._lock:
-            self._certificates.append(certificate)
-            for context in self._contexts:
-                context.load_verify_locations(cadata=certificate)
+        self.tls_context.load_verify_locations(cadata=certificate)
 
-    def tls_context(self) -> ssl.SSLContext:
-        """Return a context that trusts the servers of the world alone, those to come too."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        with self._lock:
-            self._contexts.append(context)
-            for certificate in self._certificates:
-                context.load_verify_locations(cadata=certificate)
-        return context
-
-
-class _VirtualNetwork(Network):
-    """What the server at `address` sees of the world.
-
-    The port that it connects from is noted before, so whoever accepts the connection
-    knows the address behind it.
-    """
-
-    def __init__(self, streets: _Streets, address: str) -> None:
-        self._streets = streets
-        self._address = address
-
-    async def connect(self, loop: Loop, host: str, port: int) -> Stream:
+    async def connect(self, address: str, loop: Loop, host: str, port: int) -> Stream:
+        """As the function `connect`, for the server at `address`. Raises Disconnected."""
         if host.startswith("/"):
             return await connect(loop, host, port)
-        house = self._streets.houses.get((host, port))
-        refused = f"cannot connect to [{host}]:{port}: {os.strerror(errno.ECONNREFUSED)}"
-        if house is None:
-            raise Disconnected(refused)
-        noted: list[int] = []
-
-        def note(raw: socket.socket) -> None:
-            raw.bind(("127.0.0.1", 0))
-            if house.ours:
-                noted.append(raw.getsockname()[1])
-                self._streets.senders[noted[0]] = self._address
-
         try:
-            return await connect(loop, house.host, house.port, note)
-        except BaseException as error:
-            for number in noted:
-                self._streets.senders.pop(number, None)
-            if isinstance(error, Disconnected):
-                real, virtual = f"[{house.host}]:{house.port}", f"[{host}]:{port}"
-                raise Disconnected(str(error).replace(real, virtual)) from None
-            raise
+            raw = self._enter(address, host, port)
+        except OSError as error:
+            raise Disconnected(f"cannot connect to [{host}]:{port}: {reason(error)}") from error
+        return _WorldStream(loop, raw, self.tls_context)
 
-    def peer(self, address: Any) -> str:
-        known = self._streets.senders.pop(address[1], "") if address else ""
-        return known or super().peer(address)
+    def _enter(self, address: str, host: str, port: int) -> socket.socket:
+        """Connect, on loopback, where that takes no time. Raises OSError."""
+        house = self.houses.get((host, port))
+        if house is None:
+            raise _refused()
+        if house.server is None:
+            return _dial(house.host, house.port)
+        house.server.check_door()
+        return _dial(house.host, house.port, f"TCP4 {address} {host} 1024 {port}")
 
-    def tls_context(self, verify: bool) -> ssl.SSLContext:
-        return self._streets.tls_context() if verify else client_tls_context(verify=False)
+
+def _refused() -> OSError:
+    return OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+
+
+def _dial(host: str, port: int, header: str = "") -> socket.socket:
+    """Connect, and say where from, if there is a PROXY header to be sent. Raises OSError."""
+    raw = socket.create_connection((host, port))
+    send_at_once(raw)
+    if header:
+        raw.sendall(f"PROXY {header}\r\n".encode())
+    return raw
+
+
+class _WorldStream(Stream):
+    """Verifies certificates by what the world trusts, instead of by what the system does.
+
+    A context that trusts a part of a chain is one of DANE, and stays.
+    """
+
+    __slots__ = ("_trusting",)
+
+    def __init__(self, loop: Loop, connected: socket.socket, trusting: ssl.SSLContext) -> None:
+        super().__init__(loop, connected)
+        self._trusting = trusting
+
+    async def start_tls(
+        self, context: ssl.SSLContext, server_side: bool, hostname: str | None = None
+    ) -> None:
+        dane = context.verify_flags & ssl.VERIFY_X509_PARTIAL_CHAIN
+        if context.verify_mode == ssl.CERT_REQUIRED and not dane:
+            context = self._trusting
+        await super().start_tls(context, server_side, hostname)
+
+
+class _Client(smtplib.SMTP):
+    """A client of the test's own, whose PROXY header names nobody: so it is 127.0.0.1."""
+
+    def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
+        connected = super()._get_socket(host, port, timeout)
+        connected.sendall(b"PROXY UNKNOWN\r\n")
+        return connected
+
+
+class _TlsClient(smtplib.SMTP_SSL, _Client):
+    """As `_Client`, with TLS after the header."""
 
 
 class SubmissionRefused(ChasquidError):
@@ -313,6 +333,20 @@ class SubmissionRefused(ChasquidError):
     def __init__(self, text: str, reply: str) -> None:
         super().__init__(text)
         self.reply = reply
+
+
+class Activity(NamedTuple):
+    """What a server is doing.
+
+    sessions    how many are open
+    begun       what has been counted since the start: sessions, deliveries and all else
+    next_due    when the queue goes on, on the monotonic clock: infinity if it is empty, minus
+                infinity while something is being attempted
+    """
+
+    sessions: int
+    begun: int
+    next_due: float
 
 
 class Queued(NamedTuple):
@@ -333,12 +367,11 @@ class Queued(NamedTuple):
 class WorldServer:
     """One server of a world, made by `MailWorld.server`.
 
-    domain, host, address     "here.example", "mx.here.example", "192.0.2.1"
-    smtp, submission,         (host, port) on loopback, for clients of the test's own;
-    submission_over_tls       they come from 127.0.0.1
-    certificate               the path of its certificate, for `host` and 127.0.0.1
-    config_dir                where its files are; `daemon.reload()` has them read again
-    daemon                    the server itself
+    domain, host, address    "here.example", "mx.here.example", "192.0.2.1"
+    places                   host and port on loopback, for each of the ports 25, 465 and 587
+    certificate              the path of its certificate, for `host` and 127.0.0.1
+    config_dir               where its files are; `daemon.reload()` has them read again
+    daemon                   the server itself
     """
 
     def __init__(
@@ -357,10 +390,11 @@ class WorldServer:
         self.config_dir = os.path.join(directory, "config")
         self.certificate = os.path.join(self.config_dir, "certs", host, "fullchain.pem")
         self.daemon = daemon
-        places = {port: (place, number) for port, place, number in daemon.addresses}
-        self.smtp = places[SMTP_PORT]
-        self.submission = places[SUBMISSION_PORT]
-        self.submission_over_tls = places[SUBMISSION_TLS_PORT]
+        self.places = {
+            _PORT_NUMBERS[port]: (place, number) for port, place, number in daemon.addresses
+        }
+        self._is_open = True
+        self._ready = threading.Event()
         self._log = os.path.join(directory, "log")
         self._passwords = passwords
         self._patience = patience
@@ -371,6 +405,20 @@ class WorldServer:
         return f"<server of {self.domain}, {self.host} ({self.address})>"
 
     # --- for tests ---
+
+    def client(self, port: int, hostname: str = "client.invalid") -> smtplib.SMTP:
+        """Return a client of the test's own, connected from 127.0.0.1 to port 25, 465 or 587.
+
+        Raises OSError, smtplib.SMTPException.
+
+            with here.client(465) as client:
+                client.login("ana@here.example", "secret")
+        """
+        self.check_door()
+        host, number = self.places[port]
+        if port != 465:
+            return _Client(host, number, hostname, _WORLD_PATIENCE)
+        return _TlsClient(host, number, hostname, timeout=_WORLD_PATIENCE, context=self._context())
 
     def submit(
         self,
@@ -399,8 +447,8 @@ class WorldServer:
         options = [*mail_options, *(["BODY=8BITMIME"] if not data.isascii() else [])]
         options += ["SMTPUTF8"] if utf8 else []
         try:
-            with smtplib.SMTP(*self.submission, "client.invalid", self._patience) as client:
-                client.starttls(context=ssl.create_default_context(cafile=self.certificate))
+            with self.client(587) as client:
+                client.starttls(context=self._context())
                 client.login(*login)
                 self._check_reply(client.mail(sender, options))
                 for recipient in recipients:
@@ -459,21 +507,22 @@ class WorldServer:
 
     def stop_listening(self) -> None:
         """Let connections be refused until `listen_again`; what is in the queue goes on."""
-        self.on_loop(self.daemon.stop_listening)
+        self.check()
+        self._is_open = False
 
     def listen_again(self) -> None:
         """Take connections again, at the same ports."""
-        self.on_loop(self.daemon.listen_again)
+        self.check()
+        self._is_open = True
 
     # --- for the world ---
 
     def start(self) -> None:
-        """Start the thread, and wait until the server listens."""
+        """Start the thread, and wait until the server is ready."""
         self._thread.start()
-        end = time.monotonic() + self._patience
-        while not self.on_loop(lambda: self.daemon.is_listening):
-            if time.monotonic() > end:
-                raise ChasquidError(f"{self.domain} does not start:\n{self.report()}")
+        if not self._ready.wait(_WORLD_PATIENCE):
+            raise ChasquidError(f"{self.domain} does not start:\n{self.report()}")
+        self.check()
 
     def end(self) -> str:
         """Stop the server; return what went wrong with it, or ""."""
@@ -490,9 +539,21 @@ class WorldServer:
 
     def check(self) -> None:
         """Raise ChasquidError where the server runs no more."""
-        if not self._thread.is_alive():
+        if self._error is not None or not self._thread.is_alive():
             why = f", because of {self._error!r}" if self._error is not None else ""
             raise ChasquidError(f"{self.domain} runs no more{why}")
+
+    def check_door(self) -> None:
+        """Raise OSError where connections are refused."""
+        if not self._is_open:
+            raise _refused()
+
+    def activity(self) -> Activity:
+        """Return what is under way; to be called on the server's loop."""
+        daemon, busy = self.daemon, float("-inf")
+        due = [item.due if item.nudge else busy for item in daemon.queue.items.values()]
+        begun = sum(daemon.log.counters.values())
+        return Activity(daemon.session_count, begun, min(due, default=float("inf")))
 
     def on_loop(self, call: Callable[[], T]) -> T:
         """Have `call` called on the server's loop; return or raise what it did."""
@@ -545,9 +606,13 @@ class WorldServer:
 
     def _run(self) -> None:
         try:
-            self.daemon.run()
+            self.daemon.run(self._ready.set)
         except BaseException as error:
             self._error = error
+            self._ready.set()
+
+    def _context(self) -> ssl.SSLContext:
+        return ssl.create_default_context(cafile=self.certificate)
 
     def _login_of(self, sender: str) -> tuple[str, str]:
         password = self._passwords.get(sender.lower())
@@ -570,9 +635,9 @@ class WorldServer:
             raise ChasquidError(f"{self.domain} does not deliver into Maildirs")
         template = config.maildir.replace("%data_dir%", config.data_dir)
         with contextlib.suppress(ValueError):
-            user, domain = split_address(normalize_address(address))
-            if domain == self.domain and self.daemon.has_user(user, domain):
-                return maildir_path(template, f"{user}@{domain}")
+            known = normalize_address(address)
+            if known in self._passwords:
+                return maildir_path(template, known)
         users = ", ".join(sorted(self._passwords)) or "nobody"
         text = f"{self.domain} has no user {printable(address, 100)}"
         raise ChasquidError(f"{text} with a Maildir; here are {users}")
@@ -617,7 +682,7 @@ class MailWorld:
 
     def __init__(self, patience: float = _WORLD_PATIENCE) -> None:
         self.clock = MovableClock(self._wake)
-        self.dns = WorldDns(self._forget_names)
+        self.dns = WorldDns(self.clock)
         self.policies: dict[str, str] = {}
         self.servers: list[WorldServer] = []
         self._patience = patience
@@ -686,14 +751,14 @@ class MailWorld:
         address = self._next_address()
         daemon = Daemon(
             load_config(config_dir), clock=self.clock, ask=self.dns.ask, random=lambda: 0.0,
-            fetch_policy=self._fetch_policy, network=_VirtualNetwork(self._streets, address),
+            fetch_policy=self._fetch_policy,
+            connect=functools.partial(self._streets.connect, address),
         )  # fmt: skip
         passwords = {f"{name}@{domain}".lower(): word for name, word in users.items()}
         server = WorldServer(domain, host, address, directory, passwords, daemon, self._patience)
         self._streets.trust(chain)
-        ports = ((25, server.smtp), (587, server.submission), (465, server.submission_over_tls))
-        for number, place in ports:
-            self._streets.houses[address, number] = _House(*place, ours=True)
+        for number, place in server.places.items():
+            self._streets.houses[address, number] = _House(*place, server)
         self._publish(server, ascii_domain, spf, load_dkim_keys(own, domain))
         self.servers.append(server)
         server.start()
@@ -710,7 +775,7 @@ class MailWorld:
         """
         self._check()
         address = self._next_address()
-        self._streets.houses[address, 25] = _House("127.0.0.1", port, ours=False)
+        self._streets.houses[address, 25] = _House("127.0.0.1", port, None)
         self.dns[host, "A"] = [address]
         return address
 
@@ -790,7 +855,7 @@ class MailWorld:
         end, pause = time.monotonic() + self._patience, 0.0002
         before: list[int] = []
         while True:
-            asked = [server.ask(server.daemon.activity) for server in self.servers]
+            asked = [server.ask(server.activity) for server in self.servers]
             seen = [wait() for wait in asked]
             due = min((one.next_due for one in seen), default=float("inf"))
             rests = due > self.clock.monotonic() and not any(one.sessions for one in seen)
@@ -855,10 +920,6 @@ class MailWorld:
         for key in keys:
             self.dns[key.name, "TXT"] = [key.record]
 
-    def _forget_names(self) -> None:
-        for server in self.servers:
-            server.daemon.loop.post(server.daemon.forget_names)
-
     async def _fetch_policy(self, domain: str) -> bytes:
         text = self.policies.get(domain)
         if text is None:
@@ -899,6 +960,7 @@ def _settings_text(directory: str, settings: Mapping[str, Any]) -> str:
         "data_dir": os.path.join(directory, "data"),
         "log_path": os.path.join(directory, "log"),
         "mail_log_path": os.path.join(directory, "log"),
+        "haproxy_incoming": True,
         "reload_every": "24h",
     }
     for key, value in {**ours, **settings}.items():
