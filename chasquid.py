@@ -3469,7 +3469,7 @@ class Dovecot:
 # that stands on its own right side means the mailbox of that name. A later line overrides an
 # earlier one. Expansion goes ten steps deep at most.
 #
-# An alias must lead somewhere: unknown users among its targets are left out and told of, and
+# An alias must lead somewhere: unknown users among its destinations are left out and told of, and
 # if there is nobody else, the alias is unknown itself. "localhost" is always ours.
 #
 # The program hooks/alias-resolve adds to the right side of any address: it is asked with the
@@ -3484,7 +3484,7 @@ class Dovecot:
 ALIAS_DEPTH_LIMIT = 10
 
 
-class Target(NamedTuple):
+class Destination(NamedTuple):
     """One final recipient: an address, perhaps through `via`, or a pipe's command line."""
 
     kind: str  # "address" or "pipe"
@@ -3518,47 +3518,47 @@ class NoSuchUser(ChasquidError):
 
 def parse_aliases(
     data: bytes, path: str, domain: str, problems: list[ConfigError] | None = None
-) -> dict[str, tuple[Target, ...]]:
-    """Parse an aliases file into normalised names and their targets.
+) -> dict[str, tuple[Destination, ...]]:
+    """Parse an aliases file into normalised names and their destinations.
 
     Raises ConfigError; with `problems`, mistakes are added to it instead.
     """
-    aliases: dict[str, tuple[Target, ...]] = {}
+    aliases: dict[str, tuple[Destination, ...]] = {}
     for number, raw in enumerate(data.split(b"\n"), 1):
         try:
             line = raw.decode().strip()
             if not line or line.startswith("#"):
                 continue
-            key, targets = _parse_alias(line, domain)
+            key, destinations = _parse_alias(line, domain)
         except ValueError as error:
             text = "expected UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
             with collected(problems):
                 raise ConfigError(path, number, text) from None
             continue
         aliases.pop(key, None)  # the order is that of the lines that count
-        aliases[key] = targets
+        aliases[key] = destinations
     return aliases
 
 
-def _parse_alias(line: str, domain: str) -> tuple[str, tuple[Target, ...]]:
-    """Return the normalised name and the targets. Raises ValueError."""
+def _parse_alias(line: str, domain: str) -> tuple[str, tuple[Destination, ...]]:
+    """Return the normalised name and the destinations. Raises ValueError."""
     name, colon, right = (part.strip() for part in line.partition(":"))
     if not colon or not name or not right:
         raise ValueError(f"expected 'name: address, …', found {line!r}")
     if "@" in name:
         raise ValueError(f"expected a name without '@' before the colon, found {name!r}")
     key = name if name == "*" else normalize_user(name)
-    return key, parse_targets(right, domain)
+    return key, parse_destinations(right, domain)
 
 
-def parse_targets(right: str, domain: str) -> tuple[Target, ...]:
+def parse_destinations(right: str, domain: str) -> tuple[Destination, ...]:
     """Parse the right side of an alias of `domain`. Raises ValueError."""
     if right.startswith("|"):
         command = right[1:].strip()
         if not command:
             raise ValueError("expected a program after '|'")
-        return (Target("pipe", command),)
-    targets = []
+        return (Destination("pipe", command),)
+    destinations = []
     for part in filter(None, (one.strip() for one in right.split(","))):
         address, *rest = part.split(None, 2)
         via: tuple[str, ...] = ()
@@ -3573,15 +3573,17 @@ def parse_targets(right: str, domain: str) -> tuple[Target, ...]:
         local, of = split_address(address)
         if not local or address.endswith("@"):
             raise ValueError(f"expected an address, found {part!r}")
-        targets.append(Target("address", f"{local}@{domain_to_unicode(of or domain)}", via))
-    if not targets:
+        destinations.append(
+            Destination("address", f"{local}@{domain_to_unicode(of or domain)}", via)
+        )
+    if not destinations:
         raise ValueError("expected an address")
-    return tuple(targets)
+    return tuple(destinations)
 
 
 def load_aliases(
     directory: str, domain: str, problems: list[ConfigError] | None = None
-) -> dict[str, tuple[Target, ...]]:
+) -> dict[str, tuple[Destination, ...]]:
     """Read the aliases file of a domain's directory, if there is one.
 
     Raises ConfigError; with `problems`, mistakes are added to it instead.
@@ -3609,7 +3611,7 @@ class ExternalLookups:
 
     def __init__(
         self,
-        hook: Callable[[str], Awaitable[tuple[Target, ...]]] | None = None,
+        hook: Callable[[str], Awaitable[tuple[Destination, ...]]] | None = None,
         user: Callable[[str], Awaitable[bool]] | None = None,
     ) -> None:
         self._hook = hook
@@ -3621,7 +3623,7 @@ class ExternalLookups:
         """Return the same without what was said so far."""
         return ExternalLookups(self._hook, self._user)
 
-    def targets(self, address: str) -> tuple[Target, ...] | None:
+    def destinations(self, address: str) -> tuple[Destination, ...] | None:
         return self._said(Question("alias", address)) if self._hook else ()
 
     def has_user(self, address: str) -> bool | None:
@@ -3668,7 +3670,7 @@ class Aliases:
 
     def __init__(
         self,
-        tables: Mapping[str, Mapping[str, tuple[Target, ...]]],
+        tables: Mapping[str, Mapping[str, tuple[Destination, ...]]],
         user_exists: Callable[[str, str], bool],
         suffix_separators: str,
         drop_characters: str,
@@ -3680,15 +3682,15 @@ class Aliases:
         self._drops = drop_characters
         self._tables = {
             domain: {
-                name if name == "*" else self._compared(name): targets
-                for name, targets in table.items()
+                name if name == "*" else self._compared(name): destinations
+                for name, destinations in table.items()
             }
             for domain, table in tables.items()
         }
 
     async def expand_with(
         self, lookups: ExternalLookups, address: str, unknown: list[str] | None = None
-    ) -> list[Target]:
+    ) -> list[Destination]:
         """As `expand`, asking `lookups` where that is needed. Raises also TemporaryFailure."""
         lookups = lookups.fresh()
         while True:
@@ -3733,7 +3735,7 @@ class Aliases:
 
     def expand(
         self, address: str, lookups: ExternalLookups = _NOBODY, unknown: list[str] | None = None
-    ) -> list[Target]:
+    ) -> list[Destination]:
         """Return the final recipients of `address`, each once.
 
         To `unknown` are added the addresses of ours on the way that are neither user nor
@@ -3741,9 +3743,9 @@ class Aliases:
         AliasLoop, and TemporaryFailure for a domain whose files cannot be read. None of this
         counts while `lookups` has unanswered questions.
         """
-        found: dict[Target, None] = {}
+        found: dict[Destination, None] = {}
         dead: dict[str, None] = {}
-        if not self._expand(Target("address", address), (), found, {}, lookups, dead):
+        if not self._expand(Destination("address", address), (), found, {}, lookups, dead):
             raise NoSuchUser(address, [other for other in dead if other != address])
         if unknown is not None:
             unknown += dead
@@ -3751,14 +3753,14 @@ class Aliases:
 
     def _expand(
         self,
-        target: Target,
+        destination: Destination,
         path: tuple[tuple[str, str], ...],
-        found: dict[Target, None],
-        done: dict[Target, bool],
+        found: dict[Destination, None],
+        done: dict[Destination, bool],
         lookups: ExternalLookups,
         dead: dict[str, None],
     ) -> bool:
-        """Add what `target` stands for to `found`; false if that is nobody.
+        """Add what `destination` stands for to `found`; false if that is nobody.
 
         `path` has the names, with their domains, that led here; "" is the catch-all. `done`
         holds what was expanded to its end, and whether it led somewhere, so many ways to it
@@ -3766,28 +3768,28 @@ class Aliases:
         """
         if len(path) > ALIAS_DEPTH_LIMIT:
             far = f"in a circle, or deeper than {ALIAS_DEPTH_LIMIT} steps"
-            raise AliasLoop(f"the aliases behind {target.value} lead {far}")
-        user, domain = split_address(target.value)
-        if target.kind == "pipe" or target.via or not self.is_local(domain):
-            found[target] = None
+            raise AliasLoop(f"the aliases behind {destination.value} lead {far}")
+        user, domain = split_address(destination.value)
+        if destination.kind == "pipe" or destination.via or not self.is_local(domain):
+            found[destination] = None
             return True
         if domain in self._broken:
             raise broken_domain(domain)
-        name, next_targets = self._look_up(user, domain, lookups)
-        if name and not next_targets:
-            found[Target("address", f"{name}@{domain}")] = None
+        name, next_destinations = self._look_up(user, domain, lookups)
+        if name and not next_destinations:
+            found[Destination("address", f"{name}@{domain}")] = None
             return True
         if not name and ("", domain) in path:
-            next_targets = ()  # the catch-all leads to nobody that it would not catch again
+            next_destinations = ()  # the catch-all leads to nobody that it would not catch again
         path = (*path, (name, domain))
         leads_somewhere = False
-        for one in next_targets:
+        for one in next_destinations:
             one = self._fill_in(one, user)
             if self._names_itself(one, name, domain, lookups):
                 own = normalize_user(split_address(one.value)[0])
                 mailbox = self._user_of(own, domain, lookups)
                 if mailbox:
-                    found[Target("address", f"{mailbox}@{domain}")] = None
+                    found[Destination("address", f"{mailbox}@{domain}")] = None
                 else:
                     dead[one.value] = None
                 done[one] = bool(mailbox)
@@ -3795,22 +3797,22 @@ class Aliases:
                 done[one] = self._expand(one, path, found, done, lookups, dead)
             leads_somewhere = leads_somewhere or done[one]
         if not leads_somewhere:
-            dead[target.value] = None
+            dead[destination.value] = None
         return leads_somewhere
 
     def _names_itself(
-        self, target: Target, name: str, domain: str, lookups: ExternalLookups
+        self, destination: Destination, name: str, domain: str, lookups: ExternalLookups
     ) -> bool:
-        """Tell whether the alias `name` has `target`, its own mailbox, on its right side."""
-        user, of = split_address(target.value)
-        if target.kind == "pipe" or target.via or of != domain or not name:
+        """Tell whether the alias `name` has `destination`, its own mailbox, on its right side."""
+        user, of = split_address(destination.value)
+        if destination.kind == "pipe" or destination.via or of != domain or not name:
             return False
         return self._look_up(user, domain, lookups)[0] == name
 
     def _look_up(
         self, user: str, domain: str, lookups: ExternalLookups = _NOBODY
-    ) -> tuple[str, tuple[Target, ...]]:
-        """Return the name that was found and its targets; a user has no targets.
+    ) -> tuple[str, tuple[Destination, ...]]:
+        """Return the name that was found and its destinations; a user has no destinations.
 
         The name is "" for what only "*" answers to, or nobody, and while an answer is missing.
         """
@@ -3821,16 +3823,16 @@ class Aliases:
             return "", ()
         clean = self.clean(normal)
         for asked, name in {user: self._compared(normal), clean: clean}.items():
-            told = lookups.targets(f"{asked}@{domain}")
+            told = lookups.destinations(f"{asked}@{domain}")
             if told is None:
                 return "", ()
-            targets = (() if name == "*" else table.get(name, ())) + told
-            if name and targets:
-                return name, targets
+            destinations = (() if name == "*" else table.get(name, ())) + told
+            if name and destinations:
+                return name, destinations
         mailbox = self._user_of(normal, domain, lookups)
         if mailbox is None or mailbox:
             return mailbox or "", ()
-        return "", table.get("*", ()) + (lookups.targets(f"*@{domain}") or ())
+        return "", table.get("*", ()) + (lookups.destinations(f"*@{domain}") or ())
 
     def _user_of(self, user: str, domain: str, lookups: ExternalLookups) -> str | None:
         """Return the user whose mailbox that is, as the users are named; "" for nobody.
@@ -3855,30 +3857,32 @@ class Aliases:
         `users` are the names of its users. Unless they are `everybody`, as a hook or Dovecot
         may know others, nothing is said of users that are unknown.
         """
-        for name, targets in self._tables.get(domain, {}).items():
+        for name, destinations in self._tables.get(domain, {}).items():
             address = f"{name}@{domain}"
-            for target in targets:
-                if target.kind == "pipe" and (problem := _pipe_problem(target.value)):
+            for destination in destinations:
+                if destination.kind == "pipe" and (problem := _pipe_problem(destination.value)):
                     yield AliasFinding(f"{address}: {problem}", True)
-            for one in self._asked_for(address, targets):
+            for one in self._asked_for(address, destinations):
                 for text in self._dead_ends(address, one, everybody):
                     yield AliasFinding(text, True)
         for user in users:
             address = f"{user}@{domain}"
             with contextlib.suppress(NoSuchUser, AliasLoop):  # said above
-                if Target("address", address) not in self.expand(address):
+                if Destination("address", address) not in self.expand(address):
                     text = f"{address}: an alias hides this user, who can log in but gets no mail"
                     yield AliasFinding(text, False)
 
     @staticmethod
-    def _asked_for(address: str, targets: Sequence[Target]) -> list[str]:
+    def _asked_for(address: str, destinations: Sequence[Destination]) -> list[str]:
         """Return what to expand to check an alias; for "*", what it names on its right side."""
         if not address.startswith("*@"):
             return [address]
         return [
-            target.value
-            for target in targets
-            if target.kind == "address" and not target.via and not target.value.startswith("*@")
+            destination.value
+            for destination in destinations
+            if destination.kind == "address"
+            and not destination.via
+            and not destination.value.startswith("*@")
         ]
 
     def _dead_ends(self, alias: str, address: str, everybody: bool) -> Iterator[str]:
@@ -3895,18 +3899,18 @@ class Aliases:
             yield f"{alias}: there is no user or alias {other}; the others get its mail"
 
     @staticmethod
-    def _fill_in(target: Target, user: str) -> Target:
-        local, domain = split_address(target.value)
-        if target.kind == "address" and local == "*":
-            return target._replace(value=f"{user}@{domain}")
-        return target
+    def _fill_in(destination: Destination, user: str) -> Destination:
+        local, domain = split_address(destination.value)
+        if destination.kind == "address" and local == "*":
+            return destination._replace(value=f"{user}@{domain}")
+        return destination
 
 
-def target_text(target: Target) -> str:
+def destination_text(destination: Destination) -> str:
     """Return a final recipient as the aliases file writes it."""
-    if target.kind == "pipe":
-        return f"| {target.value}"
-    return target.value + (f" via {'/'.join(target.via)}" if target.via else "")
+    if destination.kind == "pipe":
+        return f"| {destination.value}"
+    return destination.value + (f" via {'/'.join(destination.via)}" if destination.via else "")
 
 
 # ======================================================================================
@@ -4267,7 +4271,7 @@ class Hooks:
         self._record = record
         self._config_dir = config_dir
 
-    async def alias_targets(self, address: str) -> tuple[Target, ...]:
+    async def alias_destinations(self, address: str) -> tuple[Destination, ...]:
         """Return what alias-resolve says of `address`. Raises TemporaryFailure."""
         path = self._path("alias-resolve")
         if not path:
@@ -4282,7 +4286,7 @@ class Hooks:
             if UNPRINTABLE.search(printed.replace("\t", " ")):
                 raise ValueError("expected one line of text")
             domain = split_address(address)[1]
-            return parse_targets(printed, domain) if printed else ()
+            return parse_destinations(printed, domain) if printed else ()
         except ValueError as error:
             self._record.error("hooks", f"{path} {address}: {error}")
             raise TemporaryFailure("the aliases of this address cannot be told", "4.3.5") from None
@@ -6889,7 +6893,7 @@ class Delivery(NamedTuple):
     tls_optional: bool = False  # RFC 8689, 3: "TLS-Required: No"
     ret: str = ""  # RFC 3461, 4.3 and 4.4
     envid: str = ""
-    dsn_parameters: Mapping[Target, DsnParameters] = types.MappingProxyType({})
+    dsn_parameters: Mapping[Destination, DsnParameters] = types.MappingProxyType({})
 
 
 _GREETING_SECONDS = 5 * 60.0
@@ -6994,16 +6998,16 @@ class Client:
         return None
 
     async def transfer(
-        self, delivery: Delivery, recipients: Sequence[str], targets: Sequence[Target]
+        self, delivery: Delivery, recipients: Sequence[str], destinations: Sequence[Destination]
     ) -> list[Result]:
         """Send the message to `recipients` in one transaction; RFC 5321, 3.3.
 
-        They are `targets` in the form in which a server is told.
+        They are `destinations` in the form in which a server is told.
         """
         commands = [self._mail_command(delivery)]
         commands += [
-            f"RCPT TO:<{address}>{self._rcpt_parameters(delivery, target)}"
-            for address, target in zip(recipients, targets, strict=True)
+            f"RCPT TO:<{address}>{self._rcpt_parameters(delivery, destination)}"
+            for address, destination in zip(recipients, destinations, strict=True)
         ]
         commands.append("DATA")
         mail, *rcpts, data = await self._group(commands)
@@ -7068,9 +7072,9 @@ class Client:
             parts += [f"ENVID={delivery.envid}"] if delivery.envid else []
         return " ".join(parts)
 
-    def _rcpt_parameters(self, delivery: Delivery, target: Target) -> str:
+    def _rcpt_parameters(self, delivery: Delivery, destination: Destination) -> str:
         """What the sender has asked for this recipient (RFC 3461, 5.2.1)."""
-        dsn = delivery.dsn_parameters.get(target)
+        dsn = delivery.dsn_parameters.get(destination)
         if dsn is None or "DSN" not in self.extensions or self._lmtp:
             return ""
         notify = f" NOTIFY={','.join(dsn.notify)}" if dsn.notify else ""
@@ -7181,9 +7185,11 @@ JUNK_FOLDER = ".Junk"
 
 
 class Courier(Protocol):
-    """`deliver` returns as many results as there are targets, in their order."""
+    """`deliver` returns as many results as there are destinations, in their order."""
 
-    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]: ...
+    async def deliver(
+        self, delivery: Delivery, destinations: Sequence[Destination]
+    ) -> list[Result]: ...
 
 
 class MaildirCourier:
@@ -7210,8 +7216,10 @@ class MaildirCourier:
         self._number = 0
         self._made: set[str] = set()  # Maildirs whose directories are known to be durable
 
-    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
-        return [await self._deliver(delivery, target.value) for target in targets]
+    async def deliver(
+        self, delivery: Delivery, destinations: Sequence[Destination]
+    ) -> list[Result]:
+        return [await self._deliver(delivery, destination.value) for destination in destinations]
 
     async def _deliver(self, delivery: Delivery, address: str) -> Result:
         user, domain = split_address(address)
@@ -7322,11 +7330,13 @@ class AgentCourier(_ProgramCourier):
         self._program = program
         self._arguments = arguments or self.DEFAULT_ARGUMENTS
 
-    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
+    async def deliver(
+        self, delivery: Delivery, destinations: Sequence[Destination]
+    ) -> list[Result]:
         results = []
-        for target in targets:
-            argv = [self._program, *self._fill_in(delivery.sender, target.value)]
-            results.append(await self._run(argv, delivery, target.value))
+        for destination in destinations:
+            argv = [self._program, *self._fill_in(delivery.sender, destination.value)]
+            results.append(await self._run(argv, delivery, destination.value))
         return results
 
     def _fill_in(self, sender: str, address: str) -> list[str]:
@@ -7344,8 +7354,10 @@ class AgentCourier(_ProgramCourier):
 class PipeCourier(_ProgramCourier):
     """Runs the program of a pipe alias; no shell is involved."""
 
-    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
-        return [await self._pipe(delivery, target.value) for target in targets]
+    async def deliver(
+        self, delivery: Delivery, destinations: Sequence[Destination]
+    ) -> list[Result]:
+        return [await self._pipe(delivery, destination.value) for destination in destinations]
 
     async def _pipe(self, delivery: Delivery, command: str) -> Result:
         import shlex  # only for pipes
@@ -7393,21 +7405,23 @@ class LmtpCourier:
         self._hostname = hostname
         self._network = network or Network()
 
-    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
+    async def deliver(
+        self, delivery: Delivery, destinations: Sequence[Destination]
+    ) -> list[Result]:
         client = None
         try:
             with self._loop.deadline(_CONNECT_SECONDS):
                 stream = await self._connect()
             client = Client(self._loop, stream, f"LMTP at {self._address}", lmtp=True)
             await client.greet(self._hostname)
-            addresses = [target.value for target in targets]
-            results = await client.transfer(delivery, addresses, targets)
+            addresses = [destination.value for destination in destinations]
+            results = await client.transfer(delivery, addresses, destinations)
             await client.quit()
             return results
         except (Disconnected, Expired, TemporaryFailure, PermanentFailure, OSError) as error:
             # the server is ours: whatever keeps it from working will be mended
             text = f"LMTP at {self._address}: {reason(error)}"
-            return [Result(DEFERRED, "4.4.1", text)] * len(targets)
+            return [Result(DEFERRED, "4.4.1", text)] * len(destinations)
         finally:
             if client is not None:
                 client.close()
@@ -7420,13 +7434,15 @@ class LmtpCourier:
         return await _connect_to_any(self._loop, self._network, ips, port)
 
 
-def presentable(delivery: Delivery, targets: Sequence[Target]) -> tuple[Delivery, list[str]]:
+def presentable(
+    delivery: Delivery, destinations: Sequence[Destination]
+) -> tuple[Delivery, list[str]]:
     """Turn domains into A-labels, and find out whether SMTPUTF8 is needed at all.
 
     Raises ValueError where a domain is none.
     """
     sender = address_to_ascii(delivery.sender)
-    addresses = [address_to_ascii(target.value) for target in targets]
+    addresses = [address_to_ascii(destination.value) for destination in destinations]
     needed = not all(address.isascii() for address in (sender, *addresses))
     if not needed and delivery.smtputf8:
         needed = not delivery.message.header().isascii()
@@ -7475,29 +7491,31 @@ class SmtpCourier:
         self._network = network or Network()
         self._contexts: dict[bool, ssl.SSLContext] = {}
 
-    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
-        """Deliver to `targets`, which share their domain or their `via`."""
+    async def deliver(
+        self, delivery: Delivery, destinations: Sequence[Destination]
+    ) -> list[Result]:
+        """Deliver to `destinations`, which share their domain or their `via`."""
         try:
-            delivery, _ = presentable(delivery, targets)
-            hosts = await self._hosts(targets[0])
+            delivery, _ = presentable(delivery, destinations)
+            hosts = await self._hosts(destinations[0])
         except ValueError as error:
-            return [Result(FAILED, "5.1.3", str(error))] * len(targets)
+            return [Result(FAILED, "5.1.3", str(error))] * len(destinations)
         except TemporaryFailure as error:
-            return [Result(DEFERRED, error.status, str(error))] * len(targets)
+            return [Result(DEFERRED, error.status, str(error))] * len(destinations)
         except PermanentFailure as error:
-            return [Result(FAILED, error.status, str(error))] * len(targets)
+            return [Result(FAILED, error.status, str(error))] * len(destinations)
         results: list[Result] = []
-        for start in range(0, len(targets), RECIPIENT_LIMIT):
+        for start in range(0, len(destinations), RECIPIENT_LIMIT):
             results += await self._deliver(
-                delivery, targets[start : start + RECIPIENT_LIMIT], hosts
+                delivery, destinations[start : start + RECIPIENT_LIMIT], hosts
             )
         return results
 
-    async def _hosts(self, target: Target) -> list[tuple[str, int]]:
+    async def _hosts(self, destination: Destination) -> list[tuple[str, int]]:
         """Return hosts and ports to try, in order. Raises TemporaryFailure, PermanentFailure."""
-        if target.via:
-            return [host_and_port(host, self._port) for host in target.via][:HOST_LIMIT]
-        domain = split_address(target.value)[1]
+        if destination.via:
+            return [host_and_port(host, self._port) for host in destination.via][:HOST_LIMIT]
+        domain = split_address(destination.value)[1]
         literal = ADDRESS_LITERAL.fullmatch(domain)
         if literal is not None:
             return [(literal[1] or literal[2], self._port)]
@@ -7515,17 +7533,19 @@ class SmtpCourier:
     async def _deliver(
         self,
         delivery: Delivery,
-        targets: Sequence[Target],
+        destinations: Sequence[Destination],
         hosts: Sequence[tuple[str, int]],
     ) -> list[Result]:
         """Try the hosts in turn; the first that talks to us decides."""
-        target = targets[0]
+        destination = destinations[0]
         failures: list[Result] = []
         for host, port in hosts:
             try:
-                domain = host if target.via else split_address(target.value)[1]
+                domain = host if destination.via else split_address(destination.value)[1]
                 name = domain_to_ascii(host)
-                requirement = await self._requirement(delivery, domain, name, port, not target.via)
+                requirement = await self._requirement(
+                    delivery, domain, name, port, not destination.via
+                )
                 ips = await self._names.addresses(name)
             except (TemporaryFailure, PermanentFailure) as error:
                 state = FAILED if isinstance(error, PermanentFailure) else DEFERRED
@@ -7538,14 +7558,14 @@ class SmtpCourier:
                 failures.append(Result(DEFERRED, "4.4.1", f"the server {host} has no address"))
             for ip in ips[:_ADDRESS_COUNT_LIMIT]:
                 server = _Server(name, ip, port, requirement)
-                outcome = await self._try_server(delivery, targets, server, domain)
+                outcome = await self._try_server(delivery, destinations, server, domain)
                 if isinstance(outcome, list):
                     return outcome
                 failures.append(outcome)
         # what only one server refuses for good may still work with another
         lasting = all(failure.state == FAILED for failure in failures)
         chosen = failures[0] if lasting else next(f for f in failures if f.state == DEFERRED)
-        return [chosen] * len(targets)
+        return [chosen] * len(destinations)
 
     async def _requirement(
         self, delivery: Delivery, domain: str, host: str, port: int, by_mx: bool
@@ -7564,13 +7584,13 @@ class SmtpCourier:
         return requirement._replace(least=TLS_SECURE, why="REQUIRETLS")
 
     async def _try_server(
-        self, delivery: Delivery, targets: Sequence[Target], server: _Server, domain: str
+        self, delivery: Delivery, destinations: Sequence[Destination], server: _Server, domain: str
     ) -> list[Result] | Result:
         """Return a result for each address, or one for a server that we cannot talk to."""
         place = server.place
         try:
             with self._loop.deadline(_ATTEMPT_SECONDS):
-                return await self._deliver_to(delivery, targets, server, domain)
+                return await self._deliver_to(delivery, destinations, server, domain)
         except Expired:
             return Result(DEFERRED, "4.4.2", f"{place} did not answer in time", place)
         except PermanentFailure as error:
@@ -7580,7 +7600,7 @@ class SmtpCourier:
             return Result(DEFERRED, status, f"{place}: {error}", place)
 
     async def _deliver_to(
-        self, delivery: Delivery, targets: Sequence[Target], server: _Server, domain: str
+        self, delivery: Delivery, destinations: Sequence[Destination], server: _Server, domain: str
     ) -> list[Result]:
         client, level = await self._open(server)
         try:
@@ -7588,9 +7608,9 @@ class SmtpCourier:
                 await self._policies.levels.saw_outgoing(domain, level)
             lacking = client.lacks(delivery)
             if lacking is not None:
-                return [lacking] * len(targets)
-            addresses = [address_to_ascii(target.value) for target in targets]
-            results = await client.transfer(delivery, addresses, targets)
+                return [lacking] * len(destinations)
+            addresses = [address_to_ascii(destination.value) for destination in destinations]
+            results = await client.transfer(delivery, addresses, destinations)
             await client.quit()
             return results
         finally:
@@ -7727,12 +7747,14 @@ class SmarthostCourier:
         self._network = chosen = network or Network()
         self._context = functools.cache(lambda: chosen.tls_context(verify=safe))
 
-    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
+    async def deliver(
+        self, delivery: Delivery, destinations: Sequence[Destination]
+    ) -> list[Result]:
         place = f"{self._host} (the smarthost, port {self._port})"
         client = None
         results: list[Result] = []
         try:
-            delivery, addresses = presentable(delivery, targets)
+            delivery, addresses = presentable(delivery, destinations)
             with self._loop.deadline(_ATTEMPT_SECONDS):
                 client = await self._open(place)
                 for start in range(0, len(addresses), RECIPIENT_LIMIT):
@@ -7742,15 +7764,15 @@ class SmarthostCourier:
                         [lacking] * len(batch)
                         if lacking
                         else await client.transfer(
-                            delivery, batch, targets[start : start + RECIPIENT_LIMIT]
+                            delivery, batch, destinations[start : start + RECIPIENT_LIMIT]
                         )
                     )
                 await client.quit()
         except ValueError as error:
-            return [Result(FAILED, "5.1.3", str(error))] * len(targets)
+            return [Result(FAILED, "5.1.3", str(error))] * len(destinations)
         except (Disconnected, Expired, TLSFailed, TemporaryFailure, PermanentFailure) as error:
             text = str(error) if str(error).startswith(place) else f"{place}: {error}"
-            left = len(targets) - len(results)
+            left = len(destinations) - len(results)
             results += [Result(DEFERRED, "4.4.1", text, place)] * left
         finally:
             if client is not None:
@@ -7805,7 +7827,7 @@ class Smarthost(NamedTuple):
 
 
 class Route(NamedTuple):
-    """Which courier takes a target; targets with the same key travel together.
+    """Which courier takes a destination; destinations with the same key travel together.
 
     `program`: the courier runs one, which may take as long as it likes.
     """
@@ -7817,7 +7839,7 @@ class Route(NamedTuple):
 
 
 class Couriers:
-    """Chooses the courier of a target."""
+    """Chooses the courier of a destination."""
 
     def __init__(
         self,
@@ -7833,16 +7855,16 @@ class Couriers:
         self._is_local = is_local
         self._smarthost = smarthost
 
-    def route(self, target: Target, attempts: int = 0) -> Route:
-        """Return the route of `target` after so many attempts."""
-        if target.kind == "pipe":
-            return Route(self._pipe, ("pipe", target.value), True, True)
-        domain = split_address(target.value)[1]
+    def route(self, destination: Destination, attempts: int = 0) -> Route:
+        """Return the route of `destination` after so many attempts."""
+        if destination.kind == "pipe":
+            return Route(self._pipe, ("pipe", destination.value), True, True)
+        domain = split_address(destination.value)[1]
         smarthost = self._smarthost
-        if target.via:
-            if smarthost is not None and target.via == (smarthost.address,):
+        if destination.via:
+            if smarthost is not None and destination.via == (smarthost.address,):
                 return Route(smarthost.courier, ("smarthost",), False)
-            return Route(self._remote, ("via", *target.via), False)
+            return Route(self._remote, ("via", *destination.via), False)
         if self._is_local(domain):
             agent = isinstance(self._local, AgentCourier)
             return Route(self._local, ("local",), True, agent)
@@ -7886,7 +7908,7 @@ class UnreadableItem(ChasquidError):
 class FinalRecipient(NamedTuple):
     """A final recipient, and the address of the envelope that it was expanded from."""
 
-    target: Target
+    destination: Destination
     original: str
     dsn: DsnParameters = DsnParameters()
 
@@ -7922,7 +7944,7 @@ class Envelope(NamedTuple):
         value = _json_object(line)
         final_recipients = tuple(
             FinalRecipient(
-                Target(_one_of(kind, "address", "pipe"), _string(address), _strings(via)),
+                Destination(_one_of(kind, "address", "pipe"), _string(address), _strings(via)),
                 _string(original),
                 *(DsnParameters(_strings(notify), _string(orcpt)) for notify, orcpt in dsn),
             )
@@ -7982,10 +8004,10 @@ def _number_of(value: object) -> float:
 class Recipient:
     """A final recipient and what became of it. `reported`: the sender was told of the end."""
 
-    __slots__ = ("dsn", "original", "reported", "result", "target")
+    __slots__ = ("destination", "dsn", "original", "reported", "result")
 
     def __init__(self, final_recipient: FinalRecipient) -> None:
-        self.target, self.original, self.dsn = final_recipient
+        self.destination, self.original, self.dsn = final_recipient
         self.result = Result(PENDING, "", "")
         self.reported = False
 
@@ -8203,8 +8225,8 @@ def _recipient_from_go(entry: Entry, path: str) -> tuple[FinalRecipient, bool]:
     address = fields.text("address")
     if kind is None or status not in ("PENDING", "SENT", "FAILED") or not address:
         raise ConfigError(path, entry.line, "expected a recipient with address, type, status")
-    target = Target(kind, address, fields.texts("via"))
-    return FinalRecipient(target, fields.text("original_address") or address), status == "SENT"
+    destination = Destination(kind, address, fields.texts("via"))
+    return FinalRecipient(destination, fields.text("original_address") or address), status == "SENT"
 
 
 class QueueContents(NamedTuple):
@@ -8540,9 +8562,9 @@ def _in_ascii_where_possible(address: str) -> str:
 
 
 def _final_recipient(recipient: Recipient) -> str:
-    target = recipient.target
+    destination = recipient.destination
     return _in_ascii_where_possible(
-        target.value if target.kind == "address" else recipient.original
+        destination.value if destination.kind == "address" else recipient.original
     )
 
 
@@ -8684,7 +8706,7 @@ class Queue:
         record: Record,
         settings: QueueSettings,
         couriers: Couriers,
-        expand: Callable[[str], Awaitable[list[Target]]],
+        expand: Callable[[str], Awaitable[list[Destination]]],
         is_local: Callable[[str], bool],
         random: Callable[[], float],
         sign: Sign,
@@ -8855,7 +8877,7 @@ class Queue:
 
     def _local_routes(self, envelope: Envelope) -> set[Route]:
         routes = {
-            self._couriers.route(final_recipient.target)
+            self._couriers.route(final_recipient.destination)
             for final_recipient in envelope.final_recipients
         }
         return {route for route in routes if route.local}
@@ -8969,7 +8991,7 @@ class Queue:
         groups: dict[tuple[str, ...], list[Recipient]] = {}
         for recipient in item.recipients:
             if recipient.is_open:
-                key = self._couriers.route(recipient.target, item.attempts).key
+                key = self._couriers.route(recipient.destination, item.attempts).key
                 groups.setdefault((*key, self._sender_for(item, recipient)), []).append(recipient)
         if not groups:
             return  # all that is left is to report
@@ -8999,7 +9021,7 @@ class Queue:
             self._record.error("queue", f"{item.id} cannot be written: {reason(error)}")
 
     async def _deliver(self, item: Item, group: list[Recipient]) -> None:
-        route = self._couriers.route(group[0].target, item.attempts)
+        route = self._couriers.route(group[0].destination, item.attempts)
         envelope = item.envelope
         sender = self._sender_for(item, group[0])
         delivery = Delivery(
@@ -9007,24 +9029,24 @@ class Queue:
             envelope.junk, envelope.require_tls, envelope.tls_optional, envelope.ret,
             envelope.envid, self._dsn_by_destination(group, sender == envelope.sender),
         )  # fmt: skip
-        targets = list(dict.fromkeys(recipient.target for recipient in group))
+        destinations = list(dict.fromkeys(recipient.destination for recipient in group))
         async with self._places(route):
             try:
-                results = await route.courier.deliver(delivery, targets)
+                results = await route.courier.deliver(delivery, destinations)
             except Exception as error:  # a fault of ours must not lose the message
                 self._record.crash(f"delivery of {item.id}", error)
                 failure = Result(DEFERRED, "4.3.0", "an internal error; the log has more")
-                results = [failure] * len(targets)
-        found = dict(zip(targets, results, strict=True))
+                results = [failure] * len(destinations)
+        found = dict(zip(destinations, results, strict=True))
         for recipient in group:
-            result = found[recipient.target]
+            result = found[recipient.destination]
             if sender != envelope.sender:  # who stands in for the sender would hear of it
                 result = result._replace(passed_on=False)
             recipient.result = result
             self._record.count("deliveries", route.key[0], result.state)
             self._record.mail(
                 item.id,
-                f"from=<{sender}> to={recipient.target.value} {result.state} "
+                f"from=<{sender}> to={recipient.destination.value} {result.state} "
                 f"({result.status}): {result.text}",
             )
             self._on_result(item, recipient)
@@ -9032,12 +9054,12 @@ class Queue:
     @staticmethod
     def _dsn_by_destination(
         group: Sequence[Recipient], with_success: bool
-    ) -> dict[Target, DsnParameters]:
-        """Return what was asked for each target: all that any of those who meet there want."""
-        dsn_parameters: dict[Target, DsnParameters] = {}
+    ) -> dict[Destination, DsnParameters]:
+        """Return what was asked for each destination: all that any of those who meet there want."""
+        dsn_parameters: dict[Destination, DsnParameters] = {}
         for recipient in group:
             dsn = recipient.dsn
-            other = dsn_parameters.get(recipient.target)
+            other = dsn_parameters.get(recipient.destination)
             if other is not None and other != dsn:
                 words = tuple(
                     one
@@ -9045,16 +9067,16 @@ class Queue:
                     if dsn.wants(one) or other.wants(one)
                 )
                 dsn = DsnParameters(words or ("NEVER",), other.orcpt or dsn.orcpt)
-            dsn_parameters[recipient.target] = dsn
+            dsn_parameters[recipient.destination] = dsn
         if with_success:
             return dsn_parameters
         return {
-            target: dsn._replace(
+            destination: dsn._replace(
                 notify=tuple(one for one in dsn.notify if one != "SUCCESS") or ("NEVER",)
             )
             if dsn.notify
             else dsn
-            for target, dsn in dsn_parameters.items()
+            for destination, dsn in dsn_parameters.items()
         }
 
     @contextlib.asynccontextmanager
@@ -9135,7 +9157,7 @@ class Queue:
                 recipient.result = recipient.result._replace(
                     state=FAILED, status=status, text=text
                 )  # fmt: skip
-                self._record.mail(item.id, f"to={recipient.target.value} given up: {why}")
+                self._record.mail(item.id, f"to={recipient.destination.value} given up: {why}")
                 self._on_result(item, recipient)
 
     async def _write_down(self, item: Item) -> None:
@@ -9160,10 +9182,10 @@ class Queue:
         sender = item.envelope.sender
         local, domain = split_address(sender)
         user, own_domain = split_address(recipient.original)
-        if recipient.target.via and recipient.target.value == recipient.original:
+        if recipient.destination.via and recipient.destination.value == recipient.original:
             return sender  # only on its way to the host that has the mailbox
         foreign = sender and not self._is_local(domain)
-        leaves = not self._couriers.route(recipient.target).local
+        leaves = not self._couriers.route(recipient.destination).local
         if not (foreign and leaves and self._is_local(own_domain)):
             return sender
         separator = self._settings.suffix_separator
@@ -9195,7 +9217,7 @@ class Queue:
                 one
                 for one in sent
                 if one.dsn.wants("SUCCESS")
-                and self._couriers.route(one.target, item.attempts).local == local
+                and self._couriers.route(one.destination, item.attempts).local == local
             ]
             await self._notify(item, kind, told)
             for recipient in told:
@@ -9239,10 +9261,12 @@ class Queue:
 
     async def _addressees(self, address: str) -> tuple[FinalRecipient, ...]:
         try:
-            return tuple(FinalRecipient(target, address) for target in await self.expand(address))
+            return tuple(
+                FinalRecipient(destination, address) for destination in await self.expand(address)
+            )
         except (NoSuchUser, AliasLoop):
             # it fails in its delivery, where the mail log says why
-            return (FinalRecipient(Target("address", address), address),)
+            return (FinalRecipient(Destination("address", address), address),)
 
 
 # ======================================================================================
@@ -9485,7 +9509,7 @@ class Store(Protocol):
     def check_room(self) -> None: ...
     def draft(self) -> Draft: ...
     @property
-    def expand(self) -> Callable[[str], Awaitable[list[Target]]]: ...
+    def expand(self) -> Callable[[str], Awaitable[list[Destination]]]: ...
     async def accept(self, draft: Draft, envelope: Envelope, trace: str) -> object: ...
 
 
@@ -9585,10 +9609,13 @@ class ServerContext:
         if address == user:
             return True
         try:
-            targets = await self.queue.expand(address)
+            destinations = await self.queue.expand(address)
         except (NoSuchUser, AliasLoop):
             return False
-        return any(target.kind == "address" and target.value == user for target in targets)
+        return any(
+            destination.kind == "address" and destination.value == user
+            for destination in destinations
+        )
 
     @property
     def size_limit(self) -> int:
@@ -9610,7 +9637,7 @@ class Transaction:
         self.ret = parameters.get("RET", "").upper()
         self.envid = parameters.get("ENVID", "")
         self.spf = spf
-        self.final_recipients: dict[tuple[Target, str], FinalRecipient] = {}
+        self.final_recipients: dict[tuple[Destination, str], FinalRecipient] = {}
         self.recipient_count = 0
         self.draft: Draft | None = None
         self.failure: Reply | None = None  # why the message is only read to be thrown away
@@ -10198,7 +10225,7 @@ class Session:
             raise Refused(Reply(550, "5.7.3", text))
         return spf
 
-    async def targets(self, address: str) -> list[Target]:
+    async def destinations(self, address: str) -> list[Destination]:
         """Return the final recipients of `address`. Raises Refused."""
         local = self.context.aliases.is_local(split_address(address)[1])
         if not local and not self.user:
@@ -10440,9 +10467,9 @@ class Session:
             raise Refused(Reply(452, "4.5.3", "too many recipients; send the rest later"))
         address = self._with_domain(address)
         self._count(self.context.limits.recipient)
-        for target in await self.targets(address):
-            self.transaction.final_recipients[target, address] = FinalRecipient(
-                target, address, dsn
+        for destination in await self.destinations(address):
+            self.transaction.final_recipients[destination, address] = FinalRecipient(
+                destination, address, dsn
             )
         self.transaction.recipient_count += 1
         if len(self.dialogue.recipients) < _DIALOGUE_RECIPIENTS:
@@ -11194,7 +11221,7 @@ _SHOWN_RECIPIENTS = 10  # of each
 def queue_line(item: Item, now: float) -> QueueLine:
     """Return what MONITORING shows of a message."""
     shown = [
-        (target_text(one.target), recipient_text(one))
+        (destination_text(one.destination), recipient_text(one))
         for one in item.recipients[:_SHOWN_RECIPIENTS]
     ]
     if len(item.recipients) > len(shown):
@@ -11701,7 +11728,7 @@ class Domain(NamedTuple):
     """What the directory of a domain says."""
 
     users: Mapping[str, Password]
-    aliases: Mapping[str, tuple[Target, ...]]
+    aliases: Mapping[str, tuple[Destination, ...]]
     keys: Sequence[DkimKey]
 
 
@@ -11870,7 +11897,7 @@ class Daemon:
         hooks = Hooks(programs, self.record, config.config_dir)
         self._dovecot = self._ask_dovecot()
         self._lookups = ExternalLookups(
-            hooks.alias_targets, self._dovecot.exists if self._dovecot else None
+            hooks.alias_destinations, self._dovecot.exists if self._dovecot else None
         )
         couriers = Couriers(
             self._local_courier(programs),
@@ -12016,7 +12043,7 @@ class Daemon:
         """Tell whether a users file has this user, both in their normal form."""
         return self._domains.accounts.exists(user, domain)
 
-    async def resolve(self, address: str) -> list[Target]:
+    async def resolve(self, address: str) -> list[Destination]:
         """Return the final recipients of `address`. Raises ChasquidError."""
         try:
             return await self._expand(address_from_person(address))
@@ -12091,7 +12118,7 @@ class Daemon:
     def _is_local(self, domain: str) -> bool:
         return self._domains.aliases.is_local(domain)
 
-    async def _expand(self, address: str) -> list[Target]:
+    async def _expand(self, address: str) -> list[Destination]:
         """Return the final recipients of `address`; the log names those that are nobody's."""
         unknown: list[str] = []
         try:
@@ -12380,7 +12407,9 @@ class _Requests:
 
     async def _aliases_resolve(self, address: str) -> list[str]:
         await self._daemon.look_again()  # or the answer would be that of a moment ago
-        return [target_text(target) for target in await self._daemon.resolve(address)]
+        return [
+            destination_text(destination) for destination in await self._daemon.resolve(address)
+        ]
 
     async def _queue_retry(self, id: str) -> list[str]:
         items = list(self._daemon.queue.items.values()) if id == "all" else [self._item(id)]
@@ -13204,8 +13233,8 @@ class _Drafts:
     def draft(self) -> Draft:
         return Draft(self._loop, self._disk, "", None, sys.maxsize)
 
-    async def expand(self, address: str) -> list[Target]:
-        return [Target("address", address)]
+    async def expand(self, address: str) -> list[Destination]:
+        return [Destination("address", address)]
 
     async def accept(self, draft: Draft, envelope: Envelope, trace: str) -> object:
         raise NotImplementedError("a session that captures keeps its messages itself")
@@ -13382,7 +13411,7 @@ class CaptureSession(Session):
     def count_error(self, reply: Reply) -> Reply:
         return reply if reply is self._scripted else super().count_error(reply)
 
-    async def targets(self, address: str) -> list[Target]:
+    async def destinations(self, address: str) -> list[Destination]:
         return await self.context.queue.expand(address)
 
     async def check_sender(self, sender: str) -> Spf:
@@ -13537,11 +13566,11 @@ class Releaser:
             captured.id, captured.mail_from, Message(b"", "", len(raw), raw),
             captured.smtputf8, not raw.isascii(),
         )  # fmt: skip
-        targets = [Target("address", address) for address in dict.fromkeys(to)]
-        results = await self._courier.deliver(delivery, targets)
+        destinations = [Destination("address", address) for address in dict.fromkeys(to)]
+        results = await self._courier.deliver(delivery, destinations)
         told = [
-            f"{target.value}: {result.state}: {result.text}"
-            for target, result in zip(targets, results, strict=True)
+            f"{destination.value}: {result.state}: {result.text}"
+            for destination, result in zip(destinations, results, strict=True)
         ]
         if any(result.state != SENT for result in results):
             raise ChasquidError("; ".join(told))
@@ -15383,9 +15412,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 class _NowhereCourier:
     """Takes what is for other servers, and fails it."""
 
-    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
+    async def deliver(
+        self, delivery: Delivery, destinations: Sequence[Destination]
+    ) -> list[Result]:
         text = "this server is for trying things out, and sends nothing to other servers"
-        return [Result(FAILED, "5.7.1", text)] * len(targets)
+        return [Result(FAILED, "5.7.1", text)] * len(destinations)
 
 
 def _return_memory_at_once() -> None:
@@ -15603,8 +15634,8 @@ async def _send_once(daemon: Daemon, place: _TryOut, port: int, stored: list[str
             await client.start_tls(client_tls_context(True, place.certificate), "localhost")
             await client.hello("localhost")
             await client.authenticate(_TRY_USER, place.password)
-            target = Target("address", _TRY_USER)
-            (result,) = await client.transfer(delivery, [_TRY_USER], [target])
+            destination = Destination("address", _TRY_USER)
+            (result,) = await client.transfer(delivery, [_TRY_USER], [destination])
             print(f"sent by submission ({client.tls_text}): {result.text}")
             await client.quit()
             while result.state == SENT and not stored:
@@ -15893,7 +15924,9 @@ def _aliases_resolve(arguments: argparse.Namespace) -> int:
         if split_address(address)[1] in domains.broken:
             raise ChasquidError(domains.problems[0])
         try:
-            lines = [target_text(target) for target in domains.aliases.expand(address)]
+            lines = [
+                destination_text(destination) for destination in domains.aliases.expand(address)
+            ]
         except NoSuchUser as error:
             raise error.for_owner() from None
     print("\n".join(lines))
@@ -16085,7 +16118,7 @@ def _queue_list(config: Config, arguments: argparse.Namespace) -> int:
         print(f"{item.id}  {age} old, {item.message.size} octets, from <{item.envelope.sender}>, "
               f"{plural(item.attempts, 'attempt')}, {next_attempt_text(item, now)}")  # fmt: skip
         for recipient in item.recipients:
-            print(f"    {target_text(recipient.target)}  {recipient_text(recipient)}")
+            print(f"    {destination_text(recipient.destination)}  {recipient_text(recipient)}")
     print(plural(len(items), "message"))
     return 0
 
@@ -16095,7 +16128,7 @@ def _is_wanted(item: Item, arguments: argparse.Namespace) -> bool:
     sender, domain = arguments.sender, arguments.domain
     if sender is not None and item.envelope.sender.lower() != sender.strip("<>").lower():
         return False
-    domains = {split_address(one.target.value)[1] for one in item.recipients}
+    domains = {split_address(one.destination.value)[1] for one in item.recipients}
     return domain is None or domain in domains
 
 
@@ -16110,7 +16143,7 @@ def _item_in_json(item: Item) -> dict[str, Any]:
         "next_attempt": item.next_attempt,
         "recipients": [
             {
-                "recipient": target_text(one.target),
+                "recipient": destination_text(one.destination),
                 "original": one.original,
                 "state": one.state,
                 "status": one.result.status,
@@ -16136,7 +16169,7 @@ def _queue_show(config: Config, arguments: argparse.Namespace) -> int:
     print(f"size      {item.message.size} octets")
     print(f"attempts  {item.attempts}; {next_attempt_text(item, now)}")
     for recipient in item.recipients:
-        print(f"to        {target_text(recipient.target)} (for {recipient.original})")
+        print(f"to        {destination_text(recipient.destination)} (for {recipient.original})")
         print(f"          {recipient_text(recipient)}")
     print("\n" + item.message.header().decode("utf-8", "replace").replace("\r\n", "\n"), end="")
     return 0
@@ -16264,7 +16297,7 @@ def _explain(arguments: argparse.Namespace) -> int:
 def _concerns(item: Item, address: str) -> bool:
     addresses = [item.envelope.sender]
     for recipient in item.recipients:
-        addresses += [recipient.original, recipient.target.value]
+        addresses += [recipient.original, recipient.destination.value]
     return address.lower() in (one.lower() for one in addresses)
 
 
@@ -16319,7 +16352,7 @@ def _story(id: str, events: Sequence[_Event], item: Item | None) -> Iterator[str
     now = time.time()
     yield f"It is in the queue, {next_attempt_text(item, now)}:"
     for recipient in item.recipients:
-        yield f"  {target_text(recipient.target)}  {recipient_text(recipient)}"
+        yield f"  {destination_text(recipient.destination)}  {recipient_text(recipient)}"
 
 
 def _sentence(text: str) -> str:

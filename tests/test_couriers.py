@@ -29,19 +29,19 @@ from support import (
 )
 
 import chasquid
-from chasquid import DEFERRED, FAILED, SENT, Delivery, Result, Target
+from chasquid import DEFERRED, FAILED, SENT, Delivery, Destination, Result
 
 MESSAGE = b"Subject: hello\r\n\r\nIt works.\r\n"
 
 
 def deliver(
     make: Callable[[chasquid.Loop], chasquid.Courier],
-    targets: Sequence[Target],
+    destinations: Sequence[Destination],
     load: Delivery | None = None,
     clock: chasquid.Clock | None = None,
 ) -> list[Result]:
     async def main(loop: chasquid.Loop) -> list[Result]:
-        return await make(loop).deliver(load or delivery(), targets)
+        return await make(loop).deliver(load or delivery(), destinations)
 
     return run(main, clock=clock)
 
@@ -73,8 +73,8 @@ class Maildirs:
         )  # fmt: skip
 
     def deliver(self, *addresses: str, load: Delivery | None = None) -> list[Result]:
-        targets = [address(one) for one in addresses]
-        return deliver(self.courier, targets, load, self.clock)
+        destinations = [address(one) for one in addresses]
+        return deliver(self.courier, destinations, load, self.clock)
 
     def files(self) -> list[Path]:
         return sorted(path for path in self.directory.rglob("*") if path.is_file())
@@ -402,8 +402,8 @@ def test_no_address_brings_a_dangerous_character_into_an_argument(
 def test_each_recipient_has_a_run_of_its_own() -> None:
     spawn = Spawned()
     script = 'test "$RECIPIENT" = ana@here.example'
-    targets = [address("ben@here.example"), *ANA]
-    results = deliver(agent("/bin/sh", "-c", script, spawn=spawn), targets)
+    destinations = [address("ben@here.example"), *ANA]
+    results = deliver(agent("/bin/sh", "-c", script, spawn=spawn), destinations)
     assert [one.state for one in results] == [FAILED, SENT]
     assert [one["SENDER"] for one in spawn.env] == ["eva@there.example"] * 2
 
@@ -428,7 +428,7 @@ def pipe(
     spawn = spawn or Spawned()
     (result,) = deliver(
         lambda loop: chasquid.PipeCourier(chasquid.Programs(loop, spawn)),
-        [Target("pipe", command)],
+        [Destination("pipe", command)],
         load,
     )
     return result, spawn
@@ -513,20 +513,22 @@ class Smtp:
             loop, names, self._record, policies, HOST, self._port, self._random
         )
 
-    def deliver(self, targets: Sequence[Target] = EVA, load: Delivery | None = None) -> Any:
-        return deliver(self.courier, targets, load)
+    def deliver(
+        self, destinations: Sequence[Destination] = EVA, load: Delivery | None = None
+    ) -> Any:
+        return deliver(self.courier, destinations, load)
 
 
 def attempt(
     tmp_path: Path,
     *scripts: str,
-    targets: Sequence[Target] = EVA,
+    destinations: Sequence[Destination] = EVA,
     load: Delivery | None = None,
     zone: Mapping[tuple[str, str], Any] = MX,
 ) -> tuple[list[Result], Peer]:
     """Let a courier attempt a delivery to servers that follow `scripts`, one after another."""
     with Peer(*scripts, names=("mx.there.example",)) as peer:
-        results = Smtp(tmp_path, peer.port, zone).deliver(targets, load)
+        results = Smtp(tmp_path, peer.port, zone).deliver(destinations, load)
     return results, peer
 
 
@@ -565,7 +567,7 @@ def test_with_pipelining_the_envelope_goes_in_one_piece(tmp_path: Path) -> None:
         C: QUIT
         S: 221 bye
     """
-    results, peer = attempt(tmp_path, script, targets=[*EVA, address("eve@there.example")])
+    results, peer = attempt(tmp_path, script, destinations=[*EVA, address("eve@there.example")])
     assert states(results) == [(SENT, "2.0.0"), (FAILED, "5.1.1")]
     assert len(peer.messages) == 1
 
@@ -736,8 +738,8 @@ def test_each_recipient_has_its_own_result(tmp_path: Path) -> None:
         C: RCPT TO:<three@there.example>
         S: 452 4.2.2 full
     """ + CONTENT  # fmt: skip
-    targets = [address(f"{name}@there.example") for name in ("one", "two", "three")]
-    results, _ = attempt(tmp_path, script, targets=targets)
+    destinations = [address(f"{name}@there.example") for name in ("one", "two", "three")]
+    results, _ = attempt(tmp_path, script, destinations=destinations)
     assert states(results) == [(FAILED, "5.1.1"), (SENT, "2.6.0"), (DEFERRED, "4.2.2")]
 
 
@@ -747,8 +749,10 @@ def test_more_than_a_hundred_recipients_go_in_several_transactions(tmp_path: Pat
         mail = "C: MAIL FROM:<eva@there.example>\nS: 250 fine\n"
         return GREETING + mail + rcpts + CONTENT
 
-    targets = [address(f"u{number}@there.example") for number in range(130)]
-    results, peer = attempt(tmp_path, script(range(100)), script(range(100, 130)), targets=targets)
+    destinations = [address(f"u{number}@there.example") for number in range(130)]
+    results, peer = attempt(
+        tmp_path, script(range(100)), script(range(100, 130)), destinations=destinations
+    )
     assert [one.state for one in results] == [SENT] * 130
     assert len(peer.messages) == 2
 
@@ -886,7 +890,9 @@ def test_mail_that_would_come_back_to_us_fails(tmp_path: Path) -> None:
 def test_an_address_literal_is_a_server(tmp_path: Path) -> None:
     script = GREETING + ENVELOPE.replace("eva@there.example>\n    S: 250 2.1.5",
                                          "eva@[127.0.0.1]>\n    S: 250 2.1.5")  # fmt: skip
-    results, _ = attempt(tmp_path, script + CONTENT, targets=[address("eva@[127.0.0.1]")], zone={})
+    results, _ = attempt(
+        tmp_path, script + CONTENT, destinations=[address("eva@[127.0.0.1]")], zone={}
+    )
     assert [one.state for one in results] == [SENT]
 
 
@@ -904,7 +910,7 @@ def test_via_names_the_servers_and_no_mx_is_asked(tmp_path: Path, deaf_port: int
 
 def test_an_international_address_needs_smtputf8(tmp_path: Path) -> None:
     script = GREETING + "* closed"
-    results, _ = attempt(tmp_path, script, targets=[address("žofie@there.example")])
+    results, _ = attempt(tmp_path, script, destinations=[address("žofie@there.example")])
     assert states(results) == [(FAILED, "5.6.7")]
 
 
@@ -915,7 +921,7 @@ def test_an_international_domain_does_not(tmp_path: Path) -> None:
     }
     script = GREETING + ENVELOPE.replace("there.example", "xn--bcher-kva.example") + CONTENT
     results, _ = attempt(
-        tmp_path, script, targets=[address("eva@bücher.example")], zone=zone,
+        tmp_path, script, destinations=[address("eva@bücher.example")], zone=zone,
         load=delivery(sender="eva@bücher.example", smtputf8=True),
     )  # fmt: skip
     assert [one.state for one in results] == [SENT]
@@ -1079,16 +1085,23 @@ def test_lmtp_that_stops_between_its_replies_is_believed_in_none() -> None:
 
 
 class Nobody:
-    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
+    async def deliver(
+        self, delivery: Delivery, destinations: Sequence[Destination]
+    ) -> list[Result]:
         raise AssertionError("nobody delivers here")
 
 
-def test_each_target_has_its_courier() -> None:
+def test_each_destination_has_its_courier() -> None:
     local, piped, remote = Nobody(), Nobody(), Nobody()
     couriers = chasquid.Couriers(local, piped, remote, lambda domain: domain == "here.example")
     routes = {
-        target: couriers.route(target)
-        for target in (*ANA, *EVA, address("ana@here.example", "relay"), Target("pipe", "x"))
+        destination: couriers.route(destination)
+        for destination in (
+            *ANA,
+            *EVA,
+            address("ana@here.example", "relay"),
+            Destination("pipe", "x"),
+        )
     }
     assert [(one.courier, one.local) for one in routes.values()] == [
         (local, True), (remote, False), (remote, False), (piped, True)
@@ -1101,8 +1114,8 @@ def test_those_who_share_a_way_travel_together() -> None:
         Nobody(), Nobody(), Nobody(), lambda domain: domain == "here.example"
     )
 
-    def key(target: Target) -> tuple[str, ...]:
-        return couriers.route(target).key
+    def key(destination: Destination) -> tuple[str, ...]:
+        return couriers.route(destination).key
 
     assert key(address("a@there.example")) == key(address("b@there.example"))
     assert key(address("a@there.example")) != key(address("a@else.example"))

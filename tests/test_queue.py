@@ -35,12 +35,12 @@ from chasquid import (
     FAILED,
     SENT,
     Delivery,
+    Destination,
     Envelope,
     FinalRecipient,
     Item,
     Message,
     Result,
-    Target,
 )
 
 MESSAGE = b"Subject: hello\r\n\r\nIt works.\r\n"
@@ -49,7 +49,7 @@ GIVE_UP = 20 * HOUR
 OURS = "here.example"
 
 
-async def itself(name: str) -> list[Target]:
+async def itself(name: str) -> list[Destination]:
     """Expand an address to itself."""
     return [address(name)]
 
@@ -68,26 +68,28 @@ class Script:
         self.hold: list[chasquid.Event] = []
         self.fault: Exception | None = None
 
-    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
+    async def deliver(
+        self, delivery: Delivery, destinations: Sequence[Destination]
+    ) -> list[Result]:
         if self.fault is not None:
             raise self.fault
         for event in self.hold:
             await event.wait()
-        self.messages.append((delivery, [target.value for target in targets]))
+        self.messages.append((delivery, [destination.value for destination in destinations]))
         self.contents.append(b"".join(delivery.message.chunks()))
-        return [self._result(delivery, target) for target in targets]
+        return [self._result(delivery, destination) for destination in destinations]
 
-    def _result(self, delivery: Delivery, target: Target) -> Result:
-        states = self.plan.get(target.value, [])
+    def _result(self, delivery: Delivery, destination: Destination) -> Result:
+        states = self.plan.get(destination.value, [])
         state = states.pop(0) if states else SENT
-        self.deliveries.append((delivery.id, target.value, state))
+        self.deliveries.append((delivery.id, destination.value, state))
         status = {SENT: "2.0.0", DEFERRED: "4.2.1", FAILED: "5.1.1"}[state]
         return Result(
             state,
             status,
-            f"{target.value} is {state}",
+            f"{destination.value} is {state}",
             "mx.there.example (192.0.2.1:25)",
-            f"550 {status} no, {target.value}",
+            f"550 {status} no, {destination.value}",
         )
 
 
@@ -110,7 +112,9 @@ class Bench:
             loop, chasquid.Disk(loop), record(directory, clock), settings, couriers,
             options.get("expand", itself), self.is_local,
             options.get("random", lambda: 0.5), options.get("sign", unsigned),
-            lambda item, recipient: self.results.append((recipient.target.value, recipient.state)),
+            lambda item, recipient: self.results.append(
+                (recipient.destination.value, recipient.state)
+            ),
         )  # fmt: skip
 
     @staticmethod
@@ -119,7 +123,7 @@ class Bench:
 
     async def accept(
         self,
-        *targets: str | Target | FinalRecipient,
+        *destinations: str | Destination | FinalRecipient,
         sender: str = "ana@here.example",
         data: bytes = MESSAGE,
         prefix: bytes = b"Received: by us\r\n",
@@ -129,7 +133,7 @@ class Bench:
         await draft.add(data)
         draft.complete()
         final_recipients = []
-        for one in targets:
+        for one in destinations:
             if isinstance(one, str):
                 one = address(one)
             final_recipients.append(
@@ -229,7 +233,7 @@ def test_an_accepted_message_is_in_new_with_its_envelope(tmp_path: Path) -> None
 
 def test_a_delivered_message_is_gone(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        await bench.accept("ben@here.example", "eva@there.example", Target("pipe", "cat"))
+        await bench.accept("ben@here.example", "eva@there.example", Destination("pipe", "cat"))
         await bench.quiet()
         assert bench.files() == []
         assert bench.queue.items == {}
@@ -469,8 +473,8 @@ def test_garbage_behind_the_envelope_loses_nothing(before: bytes, behind: bytes)
 
 
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-targets = st.builds(
-    Target,
+destinations = st.builds(
+    Destination,
     st.sampled_from(["address", "pipe"]),
     names,
     st.lists(names, max_size=3).map(tuple),
@@ -480,7 +484,7 @@ envelopes = st.builds(
     id=st.just("abc"),
     sender=names,
     final_recipients=st.lists(
-        st.builds(FinalRecipient, targets, names), min_size=1, max_size=4
+        st.builds(FinalRecipient, destinations, names), min_size=1, max_size=4
     ).map(tuple),
     received=st.floats(0, 2e9),
     prefix=st.binary(max_size=100),
@@ -789,7 +793,7 @@ def test_a_rewritten_sender_has_at_most_64_octets_before_the_at(
 
 
 @pytest.mark.parametrize(
-    ("sender", "target", "original"),
+    ("sender", "destination", "original"),
     [
         ("ben@here.example", "eva@there.example", "ana@here.example"),
         ("", "eva@there.example", "ana@here.example"),
@@ -799,10 +803,10 @@ def test_a_rewritten_sender_has_at_most_64_octets_before_the_at(
     ids=["from us", "a notification", "to us", "not forwarded"],
 )
 def test_the_sender_is_kept_elsewhere(
-    tmp_path: Path, sender: str, target: str, original: str
+    tmp_path: Path, sender: str, destination: str, original: str
 ) -> None:
     async def test(bench: Bench) -> None:
-        await bench.accept(FinalRecipient(address(target), original), sender=sender)
+        await bench.accept(FinalRecipient(address(destination), original), sender=sender)
         await bench.quiet()
         ((delivery, _),) = bench.remote.messages + bench.local.messages
         assert delivery.sender == sender
@@ -828,7 +832,7 @@ def test_forwarded_and_direct_mail_to_one_server_go_separately(tmp_path: Path) -
 
 def report(
     tmp_path: Path,
-    *targets: str | FinalRecipient,
+    *destinations: str | FinalRecipient,
     sender: str = "ana@here.example",
     data: bytes = MESSAGE,
     plan: dict[str, list[str]] | None = None,
@@ -837,9 +841,11 @@ def report(
     """Have a message fail, and return the notification, without what a parser mends."""
 
     async def test(bench: Bench) -> None:
-        default = {one if isinstance(one, str) else one.target.value: [FAILED] for one in targets}
+        default = {
+            one if isinstance(one, str) else one.destination.value: [FAILED] for one in destinations
+        }
         bench.remote.plan = plan or default
-        await bench.accept(*targets, sender=sender, data=data, smtputf8=smtputf8)
+        await bench.accept(*destinations, sender=sender, data=data, smtputf8=smtputf8)
         await bench.quiet()
 
     bench = on_bench(tmp_path, test)
@@ -943,7 +949,7 @@ def test_the_delivery_status_is_ascii_where_it_is_not_the_international_one(
         bench.remote.plan = {"eva@there.example": [FAILED]}
 
         class Speaking(Script):
-            def _result(self, delivery: Delivery, target: Target) -> Result:
+            def _result(self, delivery: Delivery, destination: Destination) -> Result:
                 return Result(FAILED, "5.1.1", "mx says: žofie není doma " + "x" * 900, "mx (::1)")
 
         bench.queue = chasquid.Queue(
@@ -1058,14 +1064,14 @@ def test_a_notification_for_a_sender_behind_an_alias_is_expanded(tmp_path: Path)
         delivered = sorted(name for _, name, _ in bench.local.deliveries)
         assert delivered == ["ana@here.example", "ben@here.example"]
 
-    async def expand(name: str) -> list[Target]:
+    async def expand(name: str) -> list[Destination]:
         return [address("ana@here.example"), address("ben@here.example")]
 
     on_bench(tmp_path, test, expand=expand)
 
 
 def test_a_sender_who_is_gone_does_not_hold_up_the_rest(tmp_path: Path) -> None:
-    async def expand(name: str) -> list[Target]:
+    async def expand(name: str) -> list[Destination]:
         raise chasquid.NoSuchUser(f"there is no {name}")
 
     async def test(bench: Bench) -> None:
@@ -1248,9 +1254,11 @@ class QueueMachine(RuleBasedStateMachine):
         machine = self
 
         class Courier(Script):
-            async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
+            async def deliver(
+                self, delivery: Delivery, destinations: Sequence[Destination]
+            ) -> list[Result]:
                 await bench.loop.turn()
-                results = [machine.attempt(delivery, target) for target in targets]
+                results = [machine.attempt(delivery, destination) for destination in destinations]
                 await bench.loop.turn()
                 return results
 
@@ -1261,17 +1269,17 @@ class QueueMachine(RuleBasedStateMachine):
             itself, bench.is_local, lambda: 0.5, unsigned,
         )  # fmt: skip
 
-    def attempt(self, delivery: Delivery, target: Target) -> Result:
+    def attempt(self, delivery: Delivery, destination: Destination) -> Result:
         """Be the courier: on the thread of the loop, while the machine waits."""
-        if target.value == SENDER:
+        if destination.value == SENDER:
             self.notified |= _reported(b"".join(delivery.message.chunks()))
             return Result(SENT, "2.0.0", "told")
-        debt = (delivery.id, target.value)
+        debt = (delivery.id, destination.value)
         if debt in self.journaled:
             self.wrong.append(f"{debt} was delivered after its success was written down")
         if debt in self.this_life:
             self.wrong.append(f"{debt} was delivered twice without a crash")
-        states = self.plan[target.value]
+        states = self.plan[destination.value]
         state = states.pop(0) if states else SENT
         if state == SENT:
             self.delivered.add(debt)
@@ -1400,7 +1408,7 @@ class Written:
     def __init__(self, path: Path) -> None:
         self.id, _, size = path.name.partition(",S=")
         lines = [line for line in path.read_bytes()[int(size) :].split(b"\n") if line]
-        names = [target[1] for target, *_ in json.loads(lines[0])["addressees"]]
+        names = [destination[1] for destination, *_ in json.loads(lines[0])["addressees"]]
         self.lines = len(lines)
         self.states = dict.fromkeys(names, "pending")
         for line in lines[1:]:

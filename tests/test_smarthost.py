@@ -23,7 +23,7 @@ from support import (
 from test_dsn import ANA, BEN, EVA, REFUSED, outcomes, reports, send
 
 import chasquid
-from chasquid import DEFERRED, FAILED, SENT, Delivery, DsnParameters, Result, Target
+from chasquid import DEFERRED, FAILED, SENT, Delivery, Destination, DsnParameters, Result
 
 Serve = Callable[..., Server]
 SMART = "smart.example"
@@ -85,7 +85,7 @@ def trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def attempt(
     *scripts: str,
-    targets: Sequence[Target] = (address(EVA),),
+    destinations: Sequence[Destination] = (address(EVA),),
     load: Delivery | None = None,
     login: tuple[str, str] | None = LOGIN,
     names: Sequence[str] = (SMART,),
@@ -97,7 +97,7 @@ def attempt(
             asked = chasquid.Names(loop, Zone(ZONE).ask)
             place = f"{SMART}:{peer.port}"
             courier = chasquid.SmarthostCourier(loop, asked, HOST, place, login)
-            return await courier.deliver(load or delivery(), targets)
+            return await courier.deliver(load or delivery(), destinations)
 
         return run(main), peer
 
@@ -132,8 +132,8 @@ def test_all_recipients_go_in_one_transaction_whatever_their_domain() -> None:
         C: RCPT TO:<ida@xn--bcher-kva.example>
         S: 250 fine
     """ + CONTENT  # fmt: skip
-    targets = [address(EVA), address("max@else.example"), address("ida@bücher.example")]
-    results, _ = attempt(script, targets=targets)
+    destinations = [address(EVA), address("max@else.example"), address("ida@bücher.example")]
+    results, _ = attempt(script, destinations=destinations)
     assert [one.state for one in results] == [SENT] * 3
 
 
@@ -143,8 +143,8 @@ def test_more_recipients_than_a_transaction_may_have_go_in_several() -> None:
         return f"C: MAIL FROM:<…\nS: 250 fine\n{recipients}C: DATA\nS: 354 go\nC.\nS: 250 fine\n"
 
     script = STARTTLS + EXTENSIONS + WELCOME + transfer(100) + transfer(20) + "C: QUIT\nS: 221 bye"
-    targets = [address(f"n{number}@there.example") for number in range(120)]
-    results, peer = attempt(script, targets=targets)
+    destinations = [address(f"n{number}@there.example") for number in range(120)]
+    results, peer = attempt(script, destinations=destinations)
     assert [one.state for one in results] == [SENT] * 120
     assert len(peer.messages) == 2
 
@@ -153,8 +153,8 @@ def test_what_was_sent_stays_sent_where_a_later_transaction_breaks() -> None:
     recipients = "C: RCPT TO:<…@there.example>\nS: 250 fine\n" * 100
     first = f"C: MAIL FROM:<…\nS: 250 fine\n{recipients}C: DATA\nS: 354 go\nC.\nS: 250 fine\n"
     script = STARTTLS + EXTENSIONS + WELCOME + first + "C: MAIL FROM:<…\n* close"
-    targets = [address(f"n{number}@there.example") for number in range(101)]
-    results, _ = attempt(script, targets=targets)
+    destinations = [address(f"n{number}@there.example") for number in range(101)]
+    results, _ = attempt(script, destinations=destinations)
     assert [one.state for one in results] == [SENT] * 100 + [DEFERRED]
 
 
@@ -165,12 +165,12 @@ def test_what_the_message_needs_is_said() -> None:
         C: RCPT TO:<ñandú@there.example> NOTIFY=SUCCESS ORCPT=rfc822;old
         S: 250 fine
     """ + CONTENT  # fmt: skip
-    target = address("ñandú@there.example")
+    destination = address("ñandú@there.example")
     load = delivery(
         "Subject: grüße\r\n\r\nx\r\n".encode(), ANA, smtputf8=True, ret="HDRS", envid="QQ",
-        dsn_parameters={target: DsnParameters(("SUCCESS",), "rfc822;old")},
+        dsn_parameters={destination: DsnParameters(("SUCCESS",), "rfc822;old")},
     )  # fmt: skip
-    (result,), _ = attempt(script, targets=[target], load=load)
+    (result,), _ = attempt(script, destinations=[destination], load=load)
     assert (result.state, result.passed_on) == (SENT, True)
 
 
@@ -374,8 +374,8 @@ def test_recipients_that_are_refused_fail_and_the_others_are_served() -> None:
         C: RCPT TO:<max@there.example>
         S: 250 fine
     """ + CONTENT  # fmt: skip
-    targets = [address(f"{name}@there.example") for name in ("eva", "eve", "max")]
-    results, _ = attempt(script, targets=targets)
+    destinations = [address(f"{name}@there.example") for name in ("eva", "eve", "max")]
+    results, _ = attempt(script, destinations=destinations)
     assert [(one.state, one.status) for one in results] == [
         (FAILED, "5.1.1"), (DEFERRED, "4.2.1"), (SENT, "2.0.0")
     ]  # fmt: skip
@@ -394,8 +394,8 @@ def test_552_is_temporary_once_a_recipient_was_accepted() -> None:
         C: RCPT TO:<max@there.example>
         S: 552 too many recipients
     """ + CONTENT  # fmt: skip
-    targets = [address(f"{name}@there.example") for name in ("eva", "eve", "max")]
-    results, _ = attempt(script, targets=targets)
+    destinations = [address(f"{name}@there.example") for name in ("eva", "eve", "max")]
+    results, _ = attempt(script, destinations=destinations)
     assert [(one.state, one.status) for one in results] == [
         (FAILED, "5.2.2"), (SENT, "2.0.0"), (DEFERRED, "4.5.3")
     ]  # fmt: skip
@@ -421,18 +421,20 @@ class Direct:
     def __init__(self, result: Result) -> None:
         self.result = result
 
-    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
-        return [self.result] * len(targets)
+    async def deliver(
+        self, delivery: Delivery, destinations: Sequence[Destination]
+    ) -> list[Result]:
+        return [self.result] * len(destinations)
 
 
-def route(target: Target, after: int, attempts: int, place: str = f"{SMART}:587") -> str:
-    """Return the name of the way that `target` takes."""
+def route(destination: Destination, after: int, attempts: int, place: str = f"{SMART}:587") -> str:
+    """Return the name of the way that `destination` takes."""
     nobody = Direct(REFUSED)
     smarthost = chasquid.Smarthost(nobody, place, after)
     couriers = chasquid.Couriers(
         nobody, nobody, nobody, lambda domain: domain == "here.example", smarthost
     )
-    return couriers.route(target, attempts).key[0]
+    return couriers.route(destination, attempts).key[0]
 
 
 @pytest.mark.parametrize(
@@ -446,7 +448,7 @@ def test_mail_for_elsewhere_goes_there_after_so_many_attempts(after: int, ways: 
 @pytest.mark.parametrize("attempts", [0, 5])
 def test_mail_for_here_never_goes_there(attempts: int) -> None:
     assert route(address(BEN), 0, attempts) == "local"
-    assert route(Target("pipe", "cat"), 0, attempts) == "pipe"
+    assert route(Destination("pipe", "cat"), 0, attempts) == "pipe"
 
 
 def test_mail_for_somebody_via_the_smarthost_goes_there_at_once() -> None:

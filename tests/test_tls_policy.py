@@ -60,9 +60,9 @@ from chasquid import (
     TLS_INSECURE,
     TLS_SECURE,
     Delivery,
+    Destination,
     DomainInfo,
     StsPolicy,
-    Target,
     TemporaryFailure,
     Tlsa,
     TlsRequirement,
@@ -493,7 +493,7 @@ def deliver(
     zone: Zone,
     port: int = 1,
     load: Delivery | None = None,
-    target: Target = EVA[0],
+    destination: Destination = EVA[0],
     fetch: chasquid.FetchPolicy = no_policy,
 ) -> chasquid.Result:
     """Let a courier deliver one message; what it keeps and logs is below `directory`."""
@@ -503,7 +503,7 @@ def deliver(
         names = chasquid.Names(loop, zone.ask)
         policies = tls_policies(loop, names, log, directory, fetch)
         courier = chasquid.SmtpCourier(loop, names, log, policies, HOST, port, lambda: 0.5)
-        [result] = await courier.deliver(load or delivery(), [target])
+        [result] = await courier.deliver(load or delivery(), [destination])
         return result
 
     try:
@@ -588,15 +588,15 @@ def test_the_level_is_of_the_domain_in_unicode(tmp_path: Path) -> None:
                ("mx.there.example", "A"): ("127.0.0.1",)}  # fmt: skip
     rcpt = ENVELOPE.replace("TO:<eva@there", "TO:<eva@xn--bcher-kva")
     scripts = [REFUSES_CERTIFICATE, STARTTLS + SECURE + rcpt + CONTENT]
-    target = address("eva@bücher.example")
-    assert attempt(tmp_path, *scripts, records=records, target=target).state == SENT
+    destination = address("eva@bücher.example")
+    assert attempt(tmp_path, *scripts, records=records, destination=destination).state == SENT
     assert kept(tmp_path, "bücher.example").outgoing == TLS_INSECURE
 
 
 def test_the_level_is_of_the_host_where_that_is_named(tmp_path: Path) -> None:
     with Peer(REFUSES_CERTIFICATE, DELIVERED, names=("mx.there.example",)) as peer:
-        target = address("eva@there.example", f"mx.there.example:{peer.port}")
-        assert deliver(tmp_path, Zone(MX), target=target).state == SENT
+        destination = address("eva@there.example", f"mx.there.example:{peer.port}")
+        assert deliver(tmp_path, Zone(MX), destination=destination).state == SENT
     assert kept(tmp_path, "mx.there.example").outgoing == TLS_INSECURE
     assert kept(tmp_path, "there.example") == DomainInfo()
 
@@ -884,8 +884,8 @@ def test_records_are_not_even_asked_for_where_the_domain_is_not_signed(
 def test_a_server_that_somebody_here_named_needs_no_signed_mx(tmp_path: Path) -> None:
     with Peer(STARTTLS + SECURE + "* closed", names=("mx.there.example",)) as peer:
         zone = SignedZone({**MX, (f"_{peer.port}._tcp.mx.there.example", "TLSA"): [WRONG]})
-        target = address("eva@there.example", f"mx.there.example:{peer.port}")
-        result = deliver(tmp_path, zone, target=target)
+        destination = address("eva@there.example", f"mx.there.example:{peer.port}")
+        result = deliver(tmp_path, zone, destination=destination)
     assert (result.state, result.status) == (DEFERRED, "4.7.5")
     assert ("there.example", "MX") not in zone.asked
 
@@ -1936,16 +1936,16 @@ def test_the_policy_of_an_international_domain_is_asked_for_in_a_labels(tmp_path
     records = {("xn--bcher-kva.example", "MX"): ("10 mx.other.example.",),
                ("_mta-sts.xn--bcher-kva.example", "TXT"): ("v=STSv1; id=1",),
                ("mx.other.example", "A"): ("127.0.0.1",)}  # fmt: skip
-    target = address("eva@bücher.example")
-    assert deliver(tmp_path, Zone(records), target=target, fetch=fetch).status == "4.7.5"
+    destination = address("eva@bücher.example")
+    assert deliver(tmp_path, Zone(records), destination=destination, fetch=fetch).status == "4.7.5"
     assert asked == ["xn--bcher-kva.example"]
 
 
 def test_a_server_that_somebody_here_named_needs_no_policy(tmp_path: Path) -> None:
     with Peer(GREETING + ENVELOPE + CONTENT) as peer:
-        target = address("eva@there.example", f"mx.there.example:{peer.port}")
+        destination = address("eva@there.example", f"mx.there.example:{peer.port}")
         zone = Zone({**STS_RECORDS, ("_mta-sts.mx.there.example", "TXT"): ("v=STSv1; id=1",)})
-        assert deliver(tmp_path, zone, target=target, fetch=published()).state == SENT
+        assert deliver(tmp_path, zone, destination=destination, fetch=published()).state == SENT
     assert not any(kind == "TXT" for _, kind in zone.asked)
 
 
@@ -2065,9 +2065,11 @@ class Taking:
         self.state = state
         self.deliveries: list[Delivery] = []
 
-    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[chasquid.Result]:
+    async def deliver(
+        self, delivery: Delivery, destinations: Sequence[Destination]
+    ) -> list[chasquid.Result]:
         self.deliveries.append(delivery)
-        return [chasquid.Result(self.state, "4.0.0", "as it is told")] * len(targets)
+        return [chasquid.Result(self.state, "4.0.0", "as it is told")] * len(destinations)
 
 
 def test_requiretls_is_offered_and_taken_only_with_tls(serve: Serve) -> None:
@@ -2185,8 +2187,8 @@ def test_a_message_that_requires_tls_goes_through_a_named_server(
     tmp_path: Path, trusted: None
 ) -> None:
     with Peer(STARTTLS + REQUIRED + CONTENT, names=("mx.there.example",)) as peer:
-        target = address("eva@there.example", f"mx.there.example:{peer.port}")
-        assert deliver(tmp_path, Zone(MX), target=target, load=NEEDS).state == SENT
+        destination = address("eva@there.example", f"mx.there.example:{peer.port}")
+        assert deliver(tmp_path, Zone(MX), destination=destination, load=NEEDS).state == SENT
 
 
 @pytest.mark.parametrize("records", [MX, {**MX, ANNOUNCED: ("v=STSv1; id=1",)}])
