@@ -70,6 +70,7 @@ import base64
 import binascii
 import collections
 import contextlib
+import enum
 import errno
 import functools
 import heapq
@@ -3484,10 +3485,17 @@ class Dovecot:
 ALIAS_DEPTH_LIMIT = 10
 
 
+class DestinationKind(enum.StrEnum):
+    """What the value of a destination is."""
+
+    ADDRESS = "address"
+    PIPE = "pipe"  # a command line
+
+
 class Destination(NamedTuple):
     """One final recipient: an address, perhaps through `via`, or a pipe's command line."""
 
-    kind: str  # "address" or "pipe"
+    kind: DestinationKind
     value: str
     via: tuple[str, ...] = ()
 
@@ -3557,7 +3565,7 @@ def parse_destinations(right: str, domain: str) -> tuple[Destination, ...]:
         command = right[1:].strip()
         if not command:
             raise ValueError("expected a program after '|'")
-        return (Destination("pipe", command),)
+        return (Destination(DestinationKind.PIPE, command),)
     destinations = []
     for part in filter(None, (one.strip() for one in right.split(","))):
         address, *rest = part.split(None, 2)
@@ -3574,7 +3582,7 @@ def parse_destinations(right: str, domain: str) -> tuple[Destination, ...]:
         if not local or address.endswith("@"):
             raise ValueError(f"expected an address, found {part!r}")
         destinations.append(
-            Destination("address", f"{local}@{domain_to_unicode(of or domain)}", via)
+            Destination(DestinationKind.ADDRESS, f"{local}@{domain_to_unicode(of or domain)}", via)
         )
     if not destinations:
         raise ValueError("expected an address")
@@ -3594,10 +3602,17 @@ def load_aliases(
     return {}
 
 
-class Question(NamedTuple):
-    """What only the outside knows: `kind` is "alias" or "user"."""
+class _Lookup(enum.Enum):
+    """What may be asked beyond the files."""
 
-    kind: str
+    ALIAS = enum.auto()
+    USER = enum.auto()
+
+
+class _Question(NamedTuple):
+    """What only the outside knows."""
+
+    lookup: _Lookup
     address: str
 
 
@@ -3616,20 +3631,20 @@ class ExternalLookups:
     ) -> None:
         self._hook = hook
         self._user = user
-        self._known: dict[Question, Any] = {}
-        self.unanswered: dict[Question, None] = {}  # in the order in which they came up
+        self._known: dict[_Question, Any] = {}
+        self.unanswered: dict[_Question, None] = {}  # in the order in which they came up
 
     def fresh(self) -> ExternalLookups:
         """Return the same without what was said so far."""
         return ExternalLookups(self._hook, self._user)
 
     def destinations(self, address: str) -> tuple[Destination, ...] | None:
-        return self._said(Question("alias", address)) if self._hook else ()
+        return self._said(_Question(_Lookup.ALIAS, address)) if self._hook else ()
 
     def has_user(self, address: str) -> bool | None:
-        return self._said(Question("user", address)) if self._user else False
+        return self._said(_Question(_Lookup.USER, address)) if self._user else False
 
-    def _said(self, question: Question) -> Any:
+    def _said(self, question: _Question) -> Any:
         if question not in self._known:
             self.unanswered[question] = None
         return self._known.get(question)
@@ -3637,7 +3652,7 @@ class ExternalLookups:
     async def answer(self) -> None:
         """Find out what is not known yet. Raises TemporaryFailure."""
         for question in self.unanswered:
-            ask = self._hook if question.kind == "alias" else self._user
+            ask = self._hook if question.lookup is _Lookup.ALIAS else self._user
             assert ask is not None
             self._known[question] = await ask(question.address)
         self.unanswered.clear()
@@ -3745,7 +3760,9 @@ class Aliases:
         """
         found: dict[Destination, None] = {}
         dead: dict[str, None] = {}
-        if not self._expand(Destination("address", address), (), found, {}, lookups, dead):
+        if not self._expand(
+            Destination(DestinationKind.ADDRESS, address), (), found, {}, lookups, dead
+        ):
             raise NoSuchUser(address, [other for other in dead if other != address])
         if unknown is not None:
             unknown += dead
@@ -3770,14 +3787,14 @@ class Aliases:
             far = f"in a circle, or deeper than {ALIAS_DEPTH_LIMIT} steps"
             raise AliasLoop(f"the aliases behind {destination.value} lead {far}")
         user, domain = split_address(destination.value)
-        if destination.kind == "pipe" or destination.via or not self.is_local(domain):
+        if destination.kind == DestinationKind.PIPE or destination.via or not self.is_local(domain):
             found[destination] = None
             return True
         if domain in self._broken:
             raise broken_domain(domain)
         name, next_destinations = self._look_up(user, domain, lookups)
         if name and not next_destinations:
-            found[Destination("address", f"{name}@{domain}")] = None
+            found[Destination(DestinationKind.ADDRESS, f"{name}@{domain}")] = None
             return True
         if not name and ("", domain) in path:
             next_destinations = ()  # the catch-all leads to nobody that it would not catch again
@@ -3789,7 +3806,7 @@ class Aliases:
                 own = normalize_user(split_address(one.value)[0])
                 mailbox = self._user_of(own, domain, lookups)
                 if mailbox:
-                    found[Destination("address", f"{mailbox}@{domain}")] = None
+                    found[Destination(DestinationKind.ADDRESS, f"{mailbox}@{domain}")] = None
                 else:
                     dead[one.value] = None
                 done[one] = bool(mailbox)
@@ -3805,7 +3822,7 @@ class Aliases:
     ) -> bool:
         """Tell whether the alias `name` has `destination`, its own mailbox, on its right side."""
         user, of = split_address(destination.value)
-        if destination.kind == "pipe" or destination.via or of != domain or not name:
+        if destination.kind == DestinationKind.PIPE or destination.via or of != domain or not name:
             return False
         return self._look_up(user, domain, lookups)[0] == name
 
@@ -3860,7 +3877,9 @@ class Aliases:
         for name, destinations in self._tables.get(domain, {}).items():
             address = f"{name}@{domain}"
             for destination in destinations:
-                if destination.kind == "pipe" and (problem := _pipe_problem(destination.value)):
+                if destination.kind == DestinationKind.PIPE and (
+                    problem := _pipe_problem(destination.value)
+                ):
                     yield AliasFinding(f"{address}: {problem}", True)
             for one in self._asked_for(address, destinations):
                 for text in self._dead_ends(address, one, everybody):
@@ -3868,7 +3887,7 @@ class Aliases:
         for user in users:
             address = f"{user}@{domain}"
             with contextlib.suppress(NoSuchUser, AliasLoop):  # said above
-                if Destination("address", address) not in self.expand(address):
+                if Destination(DestinationKind.ADDRESS, address) not in self.expand(address):
                     text = f"{address}: an alias hides this user, who can log in but gets no mail"
                     yield AliasFinding(text, False)
 
@@ -3880,7 +3899,7 @@ class Aliases:
         return [
             destination.value
             for destination in destinations
-            if destination.kind == "address"
+            if destination.kind == DestinationKind.ADDRESS
             and not destination.via
             and not destination.value.startswith("*@")
         ]
@@ -3901,14 +3920,14 @@ class Aliases:
     @staticmethod
     def _fill_in(destination: Destination, user: str) -> Destination:
         local, domain = split_address(destination.value)
-        if destination.kind == "address" and local == "*":
+        if destination.kind == DestinationKind.ADDRESS and local == "*":
             return destination._replace(value=f"{user}@{domain}")
         return destination
 
 
 def destination_text(destination: Destination) -> str:
     """Return a final recipient as the aliases file writes it."""
-    if destination.kind == "pipe":
+    if destination.kind == DestinationKind.PIPE:
         return f"| {destination.value}"
     return destination.value + (f" via {'/'.join(destination.via)}" if destination.via else "")
 
@@ -6788,7 +6807,22 @@ class DataEncoder:
 
 # RFC 3461, 4: xtext = *( xchar / hexchar ), hexchar = "+" and two hexadecimal digits
 _XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})*")
-_NOTIFY = {"SUCCESS", "FAILURE", "DELAY"}
+
+
+class Notify(enum.StrEnum):
+    """What a sender may ask to be told of a recipient (RFC 3461, 4.1); NEVER stands alone."""
+
+    NEVER = "NEVER"
+    SUCCESS = "SUCCESS"
+    FAILURE = "FAILURE"
+    DELAY = "DELAY"
+
+
+class Ret(enum.StrEnum):
+    """What of a message a sender wants back if it fails (RFC 3461, 4.3)."""
+
+    FULL = "FULL"
+    HDRS = "HDRS"
 
 
 def from_xtext(text: str) -> str:
@@ -6796,12 +6830,13 @@ def from_xtext(text: str) -> str:
     return re.sub(r"\+([0-9A-F]{2})", lambda match: chr(int(match[1], 16)), text)
 
 
-def parse_notify(value: str) -> tuple[str, ...]:
+def parse_notify(value: str) -> tuple[Notify, ...]:
     """Return the words of NOTIFY (RFC 3461, 4.1). Raises Refused."""
-    words = tuple(dict.fromkeys(value.upper().split(",")))
-    if words != ("NEVER",) and not set(words) <= _NOTIFY:
-        _refuse(501, "5.5.4", "expected NOTIFY=NEVER, or some of SUCCESS,FAILURE,DELAY")
-    return words
+    with contextlib.suppress(ValueError):
+        words = tuple(map(Notify, dict.fromkeys(value.upper().split(","))))
+        if words == (Notify.NEVER,) or Notify.NEVER not in words:
+            return words
+    _refuse(501, "5.5.4", "expected NOTIFY=NEVER, or some of SUCCESS,FAILURE,DELAY")
 
 
 def check_xtext(name: str, value: str, limit: int, utf8: bool = False) -> str:
@@ -6849,7 +6884,14 @@ def parse_status(code: int, text: str) -> tuple[str, str]:
 # Which server, with what TLS, and when, belongs to COURIERS; the room knows no queue.
 # ======================================================================================
 
-SENT, DEFERRED, FAILED = "sent", "deferred", "failed"
+
+class State(enum.StrEnum):
+    """What became of a message for one recipient, so far."""
+
+    PENDING = "pending"  # not attempted yet
+    DEFERRED = "deferred"  # it may work later
+    SENT = "sent"
+    FAILED = "failed"  # for good
 
 
 class Result(NamedTuple):
@@ -6858,7 +6900,7 @@ class Result(NamedTuple):
     `remote` names the server that was reached, and `reply` is what it said, if it did.
     """
 
-    state: str
+    state: State
     status: str
     text: str
     remote: str = ""
@@ -6869,15 +6911,16 @@ class Result(NamedTuple):
 class DsnParameters(NamedTuple):
     """Of what a sender wants to hear about a recipient (RFC 3461, 4.1 and 4.2).
 
-    `notify` holds "NEVER", or some of "SUCCESS", "FAILURE" and "DELAY"; empty, it means what
-    is usual. `orcpt` is as it came.
+    An empty `notify` means what is usual: to be told of failures and delays. `orcpt` is as it
+    came.
     """
 
-    notify: tuple[str, ...] = ()
+    notify: tuple[Notify, ...] = ()
     orcpt: str = ""
 
-    def wants(self, what: str) -> bool:
-        return what in self.notify if self.notify else what != "SUCCESS"
+    def wants(self, what: Notify) -> bool:
+        """Tell whether the sender is to be told of `what`."""
+        return what in self.notify if self.notify else what != Notify.SUCCESS
 
 
 class Delivery(NamedTuple):
@@ -6994,7 +7037,7 @@ class Client:
         ):
             if needed and extension not in self.extensions:
                 text = f"{self.place} does not have {extension}, which the message needs"
-                return Result(FAILED, status, text, self.place)
+                return Result(State.FAILED, status, text, self.place)
         return None
 
     async def transfer(
@@ -7014,7 +7057,7 @@ class Client:
         if mail.code // 100 != 2:
             rcpts = [mail] * len(recipients)
         results = self._rcpt_results(rcpts)
-        accepted = [number for number, one in enumerate(results) if one.state == SENT]
+        accepted = [number for number, one in enumerate(results) if one.state == State.SENT]
         if data.code != 354:
             failure = mail if mail.code // 100 != 2 else data
             for number in accepted:
@@ -7040,8 +7083,8 @@ class Client:
         for reply in replies:
             result = self._result(reply)
             if reply.code == 552 and some_accepted:
-                result = result._replace(state=DEFERRED, status="4.5.3")
-            some_accepted = some_accepted or result.state == SENT
+                result = result._replace(state=State.DEFERRED, status="4.5.3")
+            some_accepted = some_accepted or result.state == State.SENT
             results.append(result)
         return results
 
@@ -7154,13 +7197,13 @@ class Client:
     def _result(self, reply: Reply, doing: str = "says", wanted: int = 2) -> Result:
         """Turn a reply into a result; `wanted` is the first digit that means success."""
         said = printable(str(reply), 400)
-        state = DEFERRED
+        state = State.DEFERRED
         if reply.code // 100 == wanted == 2:
-            state = SENT
+            state = State.SENT
         elif reply.code >= 500:
-            state = FAILED
+            state = State.FAILED
         # an answer to no question of ours has no status that means anything
-        status = self._status(reply) if state != DEFERRED or reply.code >= 400 else "4.5.0"
+        status = self._status(reply) if state != State.DEFERRED or reply.code >= 400 else "4.5.0"
         return Result(state, status, f"{self.place} {doing} {said}", self.place, said)
 
 
@@ -7225,17 +7268,17 @@ class MaildirCourier:
         user, domain = split_address(address)
         try:
             if not await self._user_exists(user, domain):
-                return Result(FAILED, "5.1.1", f"there is no user {address}")
+                return Result(State.FAILED, "5.1.1", f"there is no user {address}")
             path = await self._store(self._folder(address, delivery), delivery, address)
         except TemporaryFailure as error:
-            return Result(DEFERRED, error.status, str(error))
+            return Result(State.DEFERRED, error.status, str(error))
         except ValueError as error:
-            return Result(FAILED, "5.1.3", str(error))
+            return Result(State.FAILED, "5.1.3", str(error))
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             text = f"the message cannot be written into the Maildir: {reason(error)}"
-            return Result(DEFERRED, "4.2.2" if full else "4.3.0", text)
-        return Result(SENT, "2.0.0", f"stored as {path}")
+            return Result(State.DEFERRED, "4.2.2" if full else "4.3.0", text)
+        return Result(State.SENT, "2.0.0", f"stored as {path}")
 
     def _folder(self, address: str, delivery: Delivery) -> str:
         """Return the Maildir, or its subfolder in Maildir++. Raises ValueError."""
@@ -7302,17 +7345,17 @@ class _ProgramCourier:
                 argv, delivery.message.chunks(), PROGRAM_SECONDS, environment
             )
         except (OSError, ValueError) as error:
-            return Result(DEFERRED, "4.3.0", f"{program} cannot be started: {reason(error)}")
+            return Result(State.DEFERRED, "4.3.0", f"{program} cannot be started: {reason(error)}")
         except Expired:
-            return Result(DEFERRED, "4.3.0", f"{program} took more than {PROGRAM_SECONDS:g}s")
+            return Result(State.DEFERRED, "4.3.0", f"{program} took more than {PROGRAM_SECONDS:g}s")
         if outcome.status == 0:
-            return Result(SENT, "2.0.0", f"{program} took it")
+            return Result(State.SENT, "2.0.0", f"{program} took it")
         printed = (outcome.errors or outcome.output).decode("utf-8", "replace").strip()
         said = f": {printable(printed.splitlines()[-1], 200)}" if printed else ""
         how = f"exit status {outcome.status}" if outcome.status > 0 else "killed by a signal"
         if outcome.status in (75, 126, 127) or outcome.status < 0:  # sysexits' EX_TEMPFAIL
-            return Result(DEFERRED, "4.3.0", f"{program} failed for now, {how}{said}")
-        return Result(FAILED, "5.3.0", f"{program} failed, {how}{said}")
+            return Result(State.DEFERRED, "4.3.0", f"{program} failed for now, {how}{said}")
+        return Result(State.FAILED, "5.3.0", f"{program} failed, {how}{said}")
 
 
 class AgentCourier(_ProgramCourier):
@@ -7365,7 +7408,7 @@ class PipeCourier(_ProgramCourier):
         try:
             argv = shlex.split(command)
         except ValueError as error:
-            return Result(FAILED, "5.3.5", f"the pipe {command!r} is malformed: {error}")
+            return Result(State.FAILED, "5.3.5", f"the pipe {command!r} is malformed: {error}")
         return await self._run(argv, delivery, "")
 
 
@@ -7421,7 +7464,7 @@ class LmtpCourier:
         except (Disconnected, Expired, TemporaryFailure, PermanentFailure, OSError) as error:
             # the server is ours: whatever keeps it from working will be mended
             text = f"LMTP at {self._address}: {reason(error)}"
-            return [Result(DEFERRED, "4.4.1", text)] * len(destinations)
+            return [Result(State.DEFERRED, "4.4.1", text)] * len(destinations)
         finally:
             if client is not None:
                 client.close()
@@ -7499,11 +7542,11 @@ class SmtpCourier:
             delivery, _ = presentable(delivery, destinations)
             hosts = await self._hosts(destinations[0])
         except ValueError as error:
-            return [Result(FAILED, "5.1.3", str(error))] * len(destinations)
+            return [Result(State.FAILED, "5.1.3", str(error))] * len(destinations)
         except TemporaryFailure as error:
-            return [Result(DEFERRED, error.status, str(error))] * len(destinations)
+            return [Result(State.DEFERRED, error.status, str(error))] * len(destinations)
         except PermanentFailure as error:
-            return [Result(FAILED, error.status, str(error))] * len(destinations)
+            return [Result(State.FAILED, error.status, str(error))] * len(destinations)
         results: list[Result] = []
         for start in range(0, len(destinations), RECIPIENT_LIMIT):
             results += await self._deliver(
@@ -7548,14 +7591,16 @@ class SmtpCourier:
                 )
                 ips = await self._names.addresses(name)
             except (TemporaryFailure, PermanentFailure) as error:
-                state = FAILED if isinstance(error, PermanentFailure) else DEFERRED
+                state = State.FAILED if isinstance(error, PermanentFailure) else State.DEFERRED
                 failures.append(Result(state, error.status, str(error)))
                 continue
             except ValueError as error:
-                failures.append(Result(DEFERRED, "4.4.3", str(error)))
+                failures.append(Result(State.DEFERRED, "4.4.3", str(error)))
                 continue
             if not ips:
-                failures.append(Result(DEFERRED, "4.4.1", f"the server {host} has no address"))
+                failures.append(
+                    Result(State.DEFERRED, "4.4.1", f"the server {host} has no address")
+                )
             for ip in ips[:_ADDRESS_COUNT_LIMIT]:
                 server = _Server(name, ip, port, requirement)
                 outcome = await self._try_server(delivery, destinations, server, domain)
@@ -7563,8 +7608,8 @@ class SmtpCourier:
                     return outcome
                 failures.append(outcome)
         # what only one server refuses for good may still work with another
-        lasting = all(failure.state == FAILED for failure in failures)
-        chosen = failures[0] if lasting else next(f for f in failures if f.state == DEFERRED)
+        lasting = all(failure.state == State.FAILED for failure in failures)
+        chosen = failures[0] if lasting else next(f for f in failures if f.state == State.DEFERRED)
         return [chosen] * len(destinations)
 
     async def _requirement(
@@ -7592,12 +7637,12 @@ class SmtpCourier:
             with self._loop.deadline(_ATTEMPT_SECONDS):
                 return await self._deliver_to(delivery, destinations, server, domain)
         except Expired:
-            return Result(DEFERRED, "4.4.2", f"{place} did not answer in time", place)
+            return Result(State.DEFERRED, "4.4.2", f"{place} did not answer in time", place)
         except PermanentFailure as error:
-            return Result(FAILED, error.status, str(error), place)
+            return Result(State.FAILED, error.status, str(error), place)
         except (Disconnected, TLSFailed, TemporaryFailure) as error:
             status = error.status if isinstance(error, TemporaryFailure) else "4.4.1"
-            return Result(DEFERRED, status, f"{place}: {error}", place)
+            return Result(State.DEFERRED, status, f"{place}: {error}", place)
 
     async def _deliver_to(
         self, delivery: Delivery, destinations: Sequence[Destination], server: _Server, domain: str
@@ -7769,11 +7814,11 @@ class SmarthostCourier:
                     )
                 await client.quit()
         except ValueError as error:
-            return [Result(FAILED, "5.1.3", str(error))] * len(destinations)
+            return [Result(State.FAILED, "5.1.3", str(error))] * len(destinations)
         except (Disconnected, Expired, TLSFailed, TemporaryFailure, PermanentFailure) as error:
             text = str(error) if str(error).startswith(place) else f"{place}: {error}"
             left = len(destinations) - len(results)
-            results += [Result(DEFERRED, "4.4.1", text, place)] * left
+            results += [Result(State.DEFERRED, "4.4.1", text, place)] * left
         finally:
             if client is not None:
                 client.close()
@@ -7782,8 +7827,8 @@ class SmarthostCourier:
     @staticmethod
     def _ours(result: Result) -> Result:
         """Defer what is refused because we have not logged in (RFC 4954, 6)."""
-        if result.state == FAILED and result.reply.startswith("530"):
-            return result._replace(state=DEFERRED, status="4.7.0")
+        if result.state == State.FAILED and result.reply.startswith("530"):
+            return result._replace(state=State.DEFERRED, status="4.7.0")
         return result
 
     async def _open(self, place: str) -> Client:
@@ -7826,6 +7871,16 @@ class Smarthost(NamedTuple):
     after: int
 
 
+class RouteKind(enum.StrEnum):
+    """How a message leaves the queue, as the metrics have it."""
+
+    LOCAL = "local"
+    PIPE = "pipe"
+    MX = "mx"
+    VIA = "via"
+    SMARTHOST = "smarthost"
+
+
 class Route(NamedTuple):
     """Which courier takes a destination; destinations with the same key travel together.
 
@@ -7833,7 +7888,7 @@ class Route(NamedTuple):
     """
 
     courier: Courier
-    key: tuple[str, ...]
+    key: tuple[RouteKind, *tuple[str, ...]]
     local: bool
     program: bool = False
 
@@ -7857,20 +7912,20 @@ class Couriers:
 
     def route(self, destination: Destination, attempts: int = 0) -> Route:
         """Return the route of `destination` after so many attempts."""
-        if destination.kind == "pipe":
-            return Route(self._pipe, ("pipe", destination.value), True, True)
+        if destination.kind == DestinationKind.PIPE:
+            return Route(self._pipe, (RouteKind.PIPE, destination.value), True, True)
         domain = split_address(destination.value)[1]
         smarthost = self._smarthost
         if destination.via:
             if smarthost is not None and destination.via == (smarthost.address,):
-                return Route(smarthost.courier, ("smarthost",), False)
-            return Route(self._remote, ("via", *destination.via), False)
+                return Route(smarthost.courier, (RouteKind.SMARTHOST,), False)
+            return Route(self._remote, (RouteKind.VIA, *destination.via), False)
         if self._is_local(domain):
             agent = isinstance(self._local, AgentCourier)
-            return Route(self._local, ("local",), True, agent)
+            return Route(self._local, (RouteKind.LOCAL,), True, agent)
         if smarthost is not None and attempts >= smarthost.after:
-            return Route(smarthost.courier, ("smarthost",), False)
-        return Route(self._remote, ("mx", domain), False)
+            return Route(smarthost.courier, (RouteKind.SMARTHOST,), False)
+        return Route(self._remote, (RouteKind.MX, domain), False)
 
 
 # ======================================================================================
@@ -7898,7 +7953,15 @@ class Couriers:
 
 MEMORY_LIMIT = 64 * 1024  # octets of one message held in memory
 _CLAIMS_LIMIT = 100  # fields with results of others that are kept
-PENDING = "pending"
+
+
+class Place(enum.StrEnum):
+    """A directory of the queue; QUEUE says what a file in it means."""
+
+    TMP = "tmp"
+    NEW = "new"
+    CUR = "cur"
+    BAD = "bad"
 
 
 class UnreadableItem(ChasquidError):
@@ -7944,9 +8007,12 @@ class Envelope(NamedTuple):
         value = _json_object(line)
         final_recipients = tuple(
             FinalRecipient(
-                Destination(_one_of(kind, "address", "pipe"), _string(address), _strings(via)),
+                Destination(DestinationKind(kind), _string(address), _strings(via)),
                 _string(original),
-                *(DsnParameters(_strings(notify), _string(orcpt)) for notify, orcpt in dsn),
+                *(
+                    DsnParameters(tuple(map(Notify, notify)), _string(orcpt))
+                    for notify, orcpt in dsn
+                ),
             )
             for (kind, address, via), original, *dsn in value.pop("addressees")
         )
@@ -7988,12 +8054,6 @@ def _strings(value: object) -> tuple[str, ...]:
     return tuple(_string(one) for one in value)
 
 
-def _one_of(value: object, *known: str) -> str:
-    if value not in known:
-        raise ValueError(f"{str(value)[:40]!r} is none of {', '.join(known)}")
-    return str(value)
-
-
 def _number_of(value: object) -> float:
     number = float(value) if isinstance(value, (int, float)) else float("nan")
     if not abs(number) < 1e18:
@@ -8008,17 +8068,16 @@ class Recipient:
 
     def __init__(self, final_recipient: FinalRecipient) -> None:
         self.destination, self.original, self.dsn = final_recipient
-        self.result = Result(PENDING, "", "")
+        self.result = Result(State.PENDING, "", "")
         self.reported = False
 
     @property
-    def state(self) -> str:
-        """Return "pending", "deferred", "sent" or "failed"."""
+    def state(self) -> State:
         return self.result.state
 
     @property
     def is_open(self) -> bool:
-        return self.result.state in (PENDING, DEFERRED)
+        return self.result.state in (State.PENDING, State.DEFERRED)
 
 
 class Item:
@@ -8069,12 +8128,12 @@ class Item:
             "told": [
                 number
                 for number, recipient in enumerate(self.recipients)
-                if recipient.state == SENT and recipient.reported
+                if recipient.state == State.SENT and recipient.reported
             ],
             "results": {
                 str(number): list(recipient.result)
                 for number, recipient in enumerate(self.recipients)
-                if recipient.state in (SENT, DEFERRED) or recipient.reported
+                if recipient.state in (State.SENT, State.DEFERRED) or recipient.reported
             },
         }
         return b"\n" + json.dumps(value, separators=(",", ":")).encode() + b"\n"
@@ -8106,15 +8165,14 @@ class Item:
         self.delay_told = delay_told
         for number, result in results.items():
             self.recipients[number].result = result
-            self.recipients[number].reported = result.state == FAILED or number in told
+            self.recipients[number].reported = result.state == State.FAILED or number in told
 
 
 def _result_of(state: object, *texts: object) -> Result:
     """Raises ValueError, TypeError."""
-    state = _one_of(state, PENDING, SENT, DEFERRED, FAILED)
     *rest, last = texts
     passed_on = (last,) if isinstance(last, bool) else (_string(last),)
-    return Result(state, *(_string(text) for text in rest), *passed_on)  # type: ignore[arg-type]
+    return Result(State(state), *(_string(text) for text in rest), *passed_on)  # type: ignore[arg-type]
 
 
 def read_item(path: str) -> Item:
@@ -8139,7 +8197,11 @@ def read_item(path: str) -> Item:
     return item
 
 
-_GO_KINDS = {"EMAIL": "address", "FORWARD": "address", "PIPE": "pipe"}
+_GO_KINDS = {
+    "EMAIL": DestinationKind.ADDRESS,
+    "FORWARD": DestinationKind.ADDRESS,
+    "PIPE": DestinationKind.PIPE,
+}
 
 
 class _GoFields:
@@ -8210,7 +8272,7 @@ def item_from_go(data: bytes, path: str, now: float) -> tuple[str, tuple[int, li
     item.waited = age
     for recipient, (_, is_sent) in zip(item.recipients, recipients, strict=True):
         if is_sent:
-            recipient.result = Result(SENT, "2.0.0", "sent by chasquid in Go")
+            recipient.result = Result(State.SENT, "2.0.0", "sent by chasquid in Go")
             recipient.reported = True
     return id, (len(message), [message, envelope.to_line(), item.journal_line(now)])
 
@@ -8241,7 +8303,7 @@ class QueueContents(NamedTuple):
 def read_queue(directory: str) -> QueueContents:
     """Read the queue below `directory`. Raises ChasquidError."""
     contents = QueueContents([], [], [])
-    for place in ("new", "cur"):
+    for place in (Place.NEW, Place.CUR):
         try:
             names = sorted(os.listdir(os.path.join(directory, place)))
         except FileNotFoundError:
@@ -8285,7 +8347,8 @@ class Draft:
         self._body_at = 0  # where the body begins in what is stored
         self._loop = loop
         self._disk = disk
-        self._path = os.path.join(directory, "tmp", self.id)
+        self._directory = directory
+        self._path = os.path.join(directory, Place.TMP, self.id)
         self._fd = -1
         self._pieces: list[bytes] = []
         self._held = 0  # octets in _pieces
@@ -8338,8 +8401,7 @@ class Draft:
         When this returns, file and directory are synced.
         """
         data = b"".join(self._pieces)
-        new = os.path.join(os.path.dirname(os.path.dirname(self._path)), "new")
-        target = os.path.join(new, f"{self.id},S={self.size}")
+        target = os.path.join(self._directory, Place.NEW, f"{self.id},S={self.size}")
         tail = data + envelope.to_line()
         if self._fd < 0:
             await self._disk.create(self._path, tail, target)
@@ -8451,24 +8513,35 @@ def is_automatic(header: bytes) -> bool:
     return submitted != b"no" or precedence in (b"bulk", b"list", b"junk")
 
 
-class _Kind(NamedTuple):
-    """What a notification says, by its kind; `{}` is "this recipient" or so."""
+class Action(enum.StrEnum):
+    """What a notification tells of its recipients (RFC 3464, 2.3.3)."""
+
+    FAILED = "failed"
+    DELAYED = "delayed"
+    DELIVERED = "delivered"
+    RELAYED = "relayed"  # to a server that will not tell
+
+
+class _Words(NamedTuple):
+    """What a notification says to people; `{}` is "this recipient" or so."""
 
     subject: str
     text: str
 
 
-_KINDS = {
-    "failed": _Kind(
+_WORDS = {
+    Action.FAILED: _Words(
         "Mail delivery failed: returning message to sender",
         "Your message could not be delivered to {}:",
     ),
-    "delayed": _Kind(
+    Action.DELAYED: _Words(
         "Mail delivery is taking longer",
         "Your message has not yet been delivered to {}. You need not send it again:",
     ),
-    "delivered": _Kind("Mail delivered", "As you asked to be told: your message has reached {}:"),
-    "relayed": _Kind(
+    Action.DELIVERED: _Words(
+        "Mail delivered", "As you asked to be told: your message has reached {}:"
+    ),
+    Action.RELAYED: _Words(
         "Mail passed on",
         "As you asked to be told: your message was taken over by the next server, which may "
         "send no further report, for {}:",
@@ -8481,12 +8554,9 @@ _REFERENCES_LIMIT = 10  # ids of earlier messages that are repeated
 
 
 def notification(
-    item: Item, kind: str, recipients: Sequence[Recipient], settings: QueueSettings, now: float
+    item: Item, action: Action, recipients: Sequence[Recipient], settings: QueueSettings, now: float
 ) -> tuple[bytes, bool]:
-    """Return a delivery status notification (RFC 3464, 6533), and if it needs SMTPUTF8.
-
-    `kind` is "failed", "delayed", "delivered" or "relayed".
-    """
+    """Return a delivery status notification (RFC 3464, 6533), and if it needs SMTPUTF8."""
     sender = _in_ascii_where_possible(item.envelope.sender)
     names = [sender]
     for recipient in recipients:
@@ -8497,18 +8567,18 @@ def notification(
     boundary = f"=_{new_id()}"
     status = "global-delivery-status" if utf8 else "delivery-status"
     parts = [
-        _part("text/plain; charset=utf-8", _explanation(item, kind, recipients, settings)),
-        _part(f"message/{status}", _delivery_status(item, kind, recipients, settings, utf8)),
-        _returned_content(item, kind, utf8),
+        _part("text/plain; charset=utf-8", _explanation(item, action, recipients, settings)),
+        _part(f"message/{status}", _delivery_status(item, action, recipients, settings, utf8)),
+        _returned_content(item, action, utf8),
     ]
     header = (
         f"From: Mail Delivery System <postmaster@{settings.hostname}>\r\n"
         f"To: <{sender}>\r\n"
-        f"Subject: {_KINDS[kind].subject}\r\n"
+        f"Subject: {_WORDS[action].subject}\r\n"
         f"Message-ID: <{new_id()}@{settings.hostname}>\r\n"
         f"Date: {rfc5322_date(now)}\r\n"
         f"{_thread_fields(item.message.header())}"
-        f"{_failed_recipients(recipients) if kind == 'failed' else ''}"
+        f"{_failed_recipients(recipients) if action == Action.FAILED else ''}"
         "Auto-Submitted: auto-replied\r\n"
         "MIME-Version: 1.0\r\n"
         f"Content-Transfer-Encoding: {_encoding(b''.join(parts))}\r\n"
@@ -8564,25 +8634,25 @@ def _in_ascii_where_possible(address: str) -> str:
 def _final_recipient(recipient: Recipient) -> str:
     destination = recipient.destination
     return _in_ascii_where_possible(
-        destination.value if destination.kind == "address" else recipient.original
+        destination.value if destination.kind == DestinationKind.ADDRESS else recipient.original
     )
 
 
 def _explanation(
-    item: Item, kind: str, recipients: Sequence[Recipient], settings: QueueSettings
+    item: Item, action: Action, recipients: Sequence[Recipient], settings: QueueSettings
 ) -> bytes:
     who = "this recipient" if len(recipients) == 1 else "these recipients"
     lines = [
         f"This is the mail server at {settings.hostname}.",
         "",
-        _KINDS[kind].text.format(who),
+        _WORDS[action].text.format(who),
         "",
     ]
     for recipient in recipients:
         address, why = printable(recipient.original, 400), printable(recipient.result.text, 800)
         # where mail lies here is nobody's business
-        lines += [f"  {address}", "" if kind == "delivered" else f"    {why}", ""]
-    if kind == "delayed":
+        lines += [f"  {address}", "" if action == Action.DELIVERED else f"    {why}", ""]
+    if action == Action.DELAYED:
         left = duration_text(settings.give_up_after - item.waited)
         lines += [f"It will be tried again for {left} more.", ""]
     elif any(recipient.is_open for recipient in item.recipients):
@@ -8592,7 +8662,7 @@ def _explanation(
 
 
 def _delivery_status(
-    item: Item, kind: str, recipients: Sequence[Recipient], settings: QueueSettings, utf8: bool
+    item: Item, action: Action, recipients: Sequence[Recipient], settings: QueueSettings, utf8: bool
 ) -> bytes:
     """The machine's part: RFC 3464, 2.2 for the message and 2.3 for each recipient."""
     form = "utf-8" if utf8 else "rfc822"
@@ -8614,25 +8684,27 @@ def _delivery_status(
         group = [
             f"Original-Recipient: {original}",
             f"Final-Recipient: {form}; {_final_recipient(recipient)}",
-            f"Action: {kind}",
+            f"Action: {action}",
             f"Status: {result.status}",
         ]
         if result.remote:
             group.append(f"Remote-MTA: dns; {result.remote.partition(' ')[0]}")
         diagnosis = f"smtp; {result.reply}" if result.reply else f"X-chasquid; {result.text}"
-        if kind != "delivered":
+        if action != Action.DELIVERED:
             group.append(f"Diagnostic-Code: {printable(diagnosis, 800)}")
         groups.append(group)
     text = "\r\n\r\n".join("\r\n".join(group) for group in groups) + "\r\n"
     return text.encode() if utf8 else text.encode("ascii", "replace")
 
 
-def _returned_content(item: Item, kind: str, utf8: bool) -> bytes:
+def _returned_content(item: Item, action: Action, utf8: bool) -> bytes:
     """The message where it is small, its header otherwise (RFC 6522, RFC 6533)."""
     message = item.message
     small = len(message.prefix) + message.size <= NOTIFICATION_ORIGINAL_LIMIT
     # RFC 3461, 4.3: the whole only of what failed; RFC 8689, 5: no body of what needs TLS
-    whole = kind == "failed" and item.envelope.ret != "HDRS" and not item.envelope.require_tls
+    whole = (
+        action == Action.FAILED and item.envelope.ret != Ret.HDRS and not item.envelope.require_tls
+    )
     if small and whole:
         kind = "message/global" if utf8 else "message/rfc822"
         content = b"".join(message.chunks())
@@ -8678,6 +8750,7 @@ _CATCH_UP_STEPS = 100
 _DISK_SECONDS = 2.0  # how long what was seen of the disk is good enough
 _DELAY_NOTICE_SECONDS = 4 * 3600.0  # after which a sender hears that it takes longer
 _DESTINATION_SLOTS = 5  # attempts at a time for one destination elsewhere
+_SLOTS = {RouteKind.LOCAL: _LOCAL_SLOTS, RouteKind.PIPE: _PIPE_SLOTS}
 
 
 class QueueFull(TemporaryFailure):
@@ -8748,10 +8821,10 @@ class Queue:
         """
         directory = self._settings.directory
         try:
-            for place in ("tmp", "new", "cur", "bad"):
+            for place in Place:
                 make_directory(os.path.join(directory, place))
-            for name in os.listdir(os.path.join(directory, "tmp")):
-                self._sweep(os.path.join(directory, "tmp", name))
+            for name in os.listdir(os.path.join(directory, Place.TMP)):
+                self._sweep(os.path.join(directory, Place.TMP, name))
             self._take_over(directory)
         except OSError as error:
             text = f"the queue cannot be written: {error.strerror}"
@@ -8767,7 +8840,7 @@ class Queue:
 
     def _set_aside(self, path: str, why: str) -> None:
         self._record.error("queue", f"set aside in bad: {why}")
-        target = os.path.join(self._settings.directory, "bad", os.path.basename(path))
+        target = os.path.join(self._settings.directory, Place.BAD, os.path.basename(path))
         try:
             os.rename(path, target)
         except OSError as error:
@@ -8794,12 +8867,10 @@ class Queue:
             except ConfigError as error:
                 self._record.error("queue", f"not taken over from chasquid in Go: {error}")
                 continue
-            places = [
-                os.path.join(directory, place, f"{id},S={size}") for place in ("new", "cur", "bad")
-            ]
-            if not any(map(os.path.exists, places)):  # or we died before the old one was removed
-                target = functools.partial(_always, places[1])
-                create_durably(os.path.join(directory, "tmp", id), chunks, target)
+            places = {place: os.path.join(directory, place, f"{id},S={size}") for place in Place}
+            if not any(map(os.path.exists, places.values())):  # or we died before it was removed
+                path_for = functools.partial(_always, places[Place.CUR])
+                create_durably(os.path.join(directory, Place.TMP, id), chunks, path_for)
             os.unlink(path)
             sync_directory(directory)
             self._record.mail(id, f"taken over from chasquid in Go, where it was {name}")
@@ -9035,7 +9106,7 @@ class Queue:
                 results = await route.courier.deliver(delivery, destinations)
             except Exception as error:  # a fault of ours must not lose the message
                 self._record.crash(f"delivery of {item.id}", error)
-                failure = Result(DEFERRED, "4.3.0", "an internal error; the log has more")
+                failure = Result(State.DEFERRED, "4.3.0", "an internal error; the log has more")
                 results = [failure] * len(destinations)
         found = dict(zip(destinations, results, strict=True))
         for recipient in group:
@@ -9063,16 +9134,16 @@ class Queue:
             if other is not None and other != dsn:
                 words = tuple(
                     one
-                    for one in ("SUCCESS", "FAILURE", "DELAY")
+                    for one in (Notify.SUCCESS, Notify.FAILURE, Notify.DELAY)
                     if dsn.wants(one) or other.wants(one)
                 )
-                dsn = DsnParameters(words or ("NEVER",), other.orcpt or dsn.orcpt)
+                dsn = DsnParameters(words or (Notify.NEVER,), other.orcpt or dsn.orcpt)
             dsn_parameters[recipient.destination] = dsn
         if with_success:
             return dsn_parameters
         return {
             destination: dsn._replace(
-                notify=tuple(one for one in dsn.notify if one != "SUCCESS") or ("NEVER",)
+                notify=tuple(one for one in dsn.notify if one != Notify.SUCCESS) or (Notify.NEVER,)
             )
             if dsn.notify
             else dsn
@@ -9085,7 +9156,7 @@ class Queue:
 
         Mailboxes and each program have places of their own, so that nobody waits for them.
         """
-        few = {"local": _LOCAL_SLOTS, "pipe": _PIPE_SLOTS}.get(route.key[0], _DESTINATION_SLOTS)
+        few = _SLOTS.get(route.key[0], _DESTINATION_SLOTS)
         slots = self._destinations.setdefault(route.key, Slots(self._loop, few))
         self._under_way[route.key] += 1
         try:
@@ -9155,14 +9226,14 @@ class Queue:
             if recipient.is_open:
                 text = f"{why}; the last attempt: {recipient.result.text}"
                 recipient.result = recipient.result._replace(
-                    state=FAILED, status=status, text=text
+                    state=State.FAILED, status=status, text=text
                 )  # fmt: skip
                 self._record.mail(item.id, f"to={recipient.destination.value} given up: {why}")
                 self._on_result(item, recipient)
 
     async def _write_down(self, item: Item) -> None:
         path, line = item.message.path, item.journal_line(self._loop.clock.time())
-        target = os.path.join(self._settings.directory, "cur", os.path.basename(path))
+        target = os.path.join(self._settings.directory, Place.CUR, os.path.basename(path))
 
         def write() -> None:
             append_synced(path, line)
@@ -9205,37 +9276,39 @@ class Queue:
         Raises OSError.
         """
         ended = [one for one in item.recipients if not one.is_open and not one.reported]
-        failed = [one for one in ended if one.state == FAILED]
-        sent = [one for one in ended if one.state == SENT and not one.result.passed_on]
-        await self._notify(item, "failed", [one for one in failed if one.dsn.wants("FAILURE")])
+        failed = [one for one in ended if one.state == State.FAILED]
+        sent = [one for one in ended if one.state == State.SENT and not one.result.passed_on]
+        await self._notify(
+            item, Action.FAILED, [one for one in failed if one.dsn.wants(Notify.FAILURE)]
+        )
         for recipient in failed:  # or they are told again where the next report fails
             recipient.reported = True
         if failed and not item.envelope.sender:
             self._record.mail(item.id, "failed, and no notification: the sender is <>")
-        for kind, local in (("delivered", True), ("relayed", False)):
+        for action, local in ((Action.DELIVERED, True), (Action.RELAYED, False)):
             told = [
                 one
                 for one in sent
-                if one.dsn.wants("SUCCESS")
+                if one.dsn.wants(Notify.SUCCESS)
                 and self._couriers.route(one.destination, item.attempts).local == local
             ]
-            await self._notify(item, kind, told)
+            await self._notify(item, action, told)
             for recipient in told:
                 recipient.reported = True
 
     async def _report_delay(self, item: Item) -> None:
         """Tell the sender once that some recipients must wait. Raises OSError."""
-        waiting = [one for one in item.recipients if one.is_open and one.dsn.wants("DELAY")]
+        waiting = [one for one in item.recipients if one.is_open and one.dsn.wants(Notify.DELAY)]
         if waiting and not await self._loop.work(lambda: is_automatic(item.message.header())):
-            await self._notify(item, "delayed", waiting)
+            await self._notify(item, Action.DELAYED, waiting)
         item.delay_told = True
 
-    async def _notify(self, item: Item, kind: str, recipients: Sequence[Recipient]) -> None:
+    async def _notify(self, item: Item, action: Action, recipients: Sequence[Recipient]) -> None:
         """Queue a notification about `recipients`, where there are any. Raises OSError."""
         if not recipients or not item.envelope.sender:
             return
         now = self._loop.clock.time()
-        data, utf8 = notification(item, kind, recipients, self._settings, now)
+        data, utf8 = notification(item, action, recipients, self._settings, now)
         header, _, body = data.partition(b"\r\n\r\n")
         prefix = await self._sign(header + b"\r\n", lambda: [body])
         try:
@@ -9253,9 +9326,9 @@ class Queue:
             draft.id, "", final_recipients, now, prefix,
             smtputf8=utf8, eight_bit=draft.eight_bit, require_tls=item.envelope.require_tls,
         )  # fmt: skip
-        self._record.count("notifications", kind)
+        self._record.count("notifications", action)
         try:
-            await self.accept(draft, envelope, f"notification of {item.id} ({kind})")
+            await self.accept(draft, envelope, f"notification of {item.id} ({action})")
         except QueueFull as error:
             raise OSError(errno.ENOSPC, "the notification cannot be stored") from error
 
@@ -9266,7 +9339,7 @@ class Queue:
             )
         except (NoSuchUser, AliasLoop):
             # it fails in its delivery, where the mail log says why
-            return (FinalRecipient(Destination("address", address), address),)
+            return (FinalRecipient(Destination(DestinationKind.ADDRESS, address), address),)
 
 
 # ======================================================================================
@@ -9613,7 +9686,7 @@ class ServerContext:
         except (NoSuchUser, AliasLoop):
             return False
         return any(
-            destination.kind == "address" and destination.value == user
+            destination.kind == DestinationKind.ADDRESS and destination.value == user
             for destination in destinations
         )
 
@@ -10421,7 +10494,7 @@ class Session:
                 raise Refused(Reply(501, "5.5.4", "expected BODY=7BIT or BODY=8BITMIME"))
             if name in ("SMTPUTF8", "REQUIRETLS") and value:
                 raise Refused(Reply(501, "5.5.4", f"{name} takes no value"))
-            if name == "RET" and value.upper() not in ("FULL", "HDRS"):
+            if name == "RET" and value.upper() not in tuple(Ret):
                 raise Refused(Reply(501, "5.5.4", "expected RET=FULL or RET=HDRS"))
             if name == "ENVID":
                 check_xtext(name, value, _ENVID_LIMIT)
@@ -10841,12 +10914,12 @@ METRICS = {
     "deliveries": Metric(
         "deliveries", "Attempts, for each recipient.", ("route", "result"),
         tuple(itertools.product(
-            ("local", "pipe", "mx", "via", "smarthost"), ("sent", "deferred", "failed")
+            RouteKind, (State.SENT, State.DEFERRED, State.FAILED)
         )),
     ),
     "notifications": Metric(
         "notifications", "Notifications sent.", ("kind",),
-        _each("failed", "delayed", "delivered", "relayed"),
+        _each(*Action),
     ),
     "spf": Metric("spf", "Results of SPF.", ("result",), _each(*_CHECK_RESULTS)),
     "dkim": Metric(
@@ -11154,13 +11227,13 @@ def _tiles(status: Status) -> str:
 
     tiles = (
         (total("messages", "queued"), "accepted", ""),
-        (total("deliveries", "sent"), "delivered", "good"),
+        (total("deliveries", State.SENT), "delivered", "good"),
         (
             max(status.queued, len(status.queue)),
             f"queued, of {status.queue_limit}",
             "wait",
         ),
-        (total("deliveries", "failed"), "failed", "bad"),
+        (total("deliveries", State.FAILED), "failed", "bad"),
         (total("rejections"), "rejected", ""),
         (status.sessions, "sessions now", ""),
         *([(total("crashes"), "crashes: see the log", "bad")] if total("crashes") else []),
@@ -11184,7 +11257,7 @@ def _queue_line(line: QueueLine) -> str:
 def _state(what: str) -> str:
     """Return what became of a recipient, its first word in the colour that it deserves."""
     word, rest = re.match(r"(\w*)(.*)", what, re.DOTALL).groups()  # type: ignore[union-attr]
-    kind = {"sent": "good", "failed": "bad"}.get(word, "wait")
+    kind = "good" if word == State.SENT else "bad" if word == State.FAILED else "wait"
     return f"<span class={kind}>{html_text(word)}</span>{html_text(rest)}"
 
 
@@ -13234,7 +13307,7 @@ class _Drafts:
         return Draft(self._loop, self._disk, "", None, sys.maxsize)
 
     async def expand(self, address: str) -> list[Destination]:
-        return [Destination("address", address)]
+        return [Destination(DestinationKind.ADDRESS, address)]
 
     async def accept(self, draft: Draft, envelope: Envelope, trace: str) -> object:
         raise NotImplementedError("a session that captures keeps its messages itself")
@@ -13566,13 +13639,15 @@ class Releaser:
             captured.id, captured.mail_from, Message(b"", "", len(raw), raw),
             captured.smtputf8, not raw.isascii(),
         )  # fmt: skip
-        destinations = [Destination("address", address) for address in dict.fromkeys(to)]
+        destinations = [
+            Destination(DestinationKind.ADDRESS, address) for address in dict.fromkeys(to)
+        ]
         results = await self._courier.deliver(delivery, destinations)
         told = [
             f"{destination.value}: {result.state}: {result.text}"
             for destination, result in zip(destinations, results, strict=True)
         ]
-        if any(result.state != SENT for result in results):
+        if any(result.state != State.SENT for result in results):
             raise ChasquidError("; ".join(told))
         return "; ".join(told)
 
@@ -15416,7 +15491,7 @@ class _NowhereCourier:
         self, delivery: Delivery, destinations: Sequence[Destination]
     ) -> list[Result]:
         text = "this server is for trying things out, and sends nothing to other servers"
-        return [Result(FAILED, "5.7.1", text)] * len(destinations)
+        return [Result(State.FAILED, "5.7.1", text)] * len(destinations)
 
 
 def _return_memory_at_once() -> None:
@@ -15589,7 +15664,7 @@ def _try(arguments: argparse.Namespace) -> int:
         if not arguments.once:
             sender = envelope.sender or "<>"
             print(f"{result.state}: from {sender} to {recipient.original}: {result.text}")
-        elif result.state == SENT:
+        elif result.state == State.SENT:
             stored.append(result.text.removeprefix("stored as "))
 
     async def know_nothing(name: str, kind: str) -> Answer:
@@ -15634,11 +15709,11 @@ async def _send_once(daemon: Daemon, place: _TryOut, port: int, stored: list[str
             await client.start_tls(client_tls_context(True, place.certificate), "localhost")
             await client.hello("localhost")
             await client.authenticate(_TRY_USER, place.password)
-            destination = Destination("address", _TRY_USER)
+            destination = Destination(DestinationKind.ADDRESS, _TRY_USER)
             (result,) = await client.transfer(delivery, [_TRY_USER], [destination])
             print(f"sent by submission ({client.tls_text}): {result.text}")
             await client.quit()
-            while result.state == SENT and not stored:
+            while result.state == State.SENT and not stored:
                 await loop.sleep(0.01)
     except ChasquidError as error:
         print(f"chasquid: the message could not be sent: {reason(error)}", file=sys.stderr)
@@ -16254,7 +16329,11 @@ _CAME = re.compile(
 _WENT = re.compile(
     r"from=<.*> to=(?P<to>.*) (?P<state>sent|deferred|failed) \([\d.]*\): (?P<text>.*)"
 )
-_STATES = {"sent": "delivered", "deferred": "not yet delivered", "failed": "not delivered"}
+_STATES: dict[str, str] = {
+    State.SENT: "delivered",
+    State.DEFERRED: "not yet delivered",
+    State.FAILED: "not delivered",
+}
 _LOG_LINE = re.compile(
     r"(?P<time>[\d: .-]*|\S+ \S+ \S+?\[\d+\]: )(?P<id>[a-z2-7]{13}) (?P<text>.*)"
 )

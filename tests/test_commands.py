@@ -666,7 +666,7 @@ class Deferring:
         self, delivery: chasquid.Delivery, destinations: Sequence[chasquid.Destination]
     ) -> list[chasquid.Result]:
         self.count += 1
-        return [chasquid.Result(chasquid.DEFERRED, "4.0.0", "not today")] * len(destinations)
+        return [chasquid.Result(chasquid.State.DEFERRED, "4.0.0", "not today")] * len(destinations)
 
 
 class Waiting:

@@ -1430,9 +1430,9 @@ class Outbox:
     ) -> list[chasquid.Result]:
         self.messages.append(b"".join(delivery.message.chunks()))
         return [
-            chasquid.Result(chasquid.FAILED, "5.1.1", "no such user")
+            chasquid.Result(chasquid.State.FAILED, "5.1.1", "no such user")
             if destination.value.startswith("nobody@")
-            else chasquid.Result(chasquid.SENT, "2.0.0", "taken")
+            else chasquid.Result(chasquid.State.SENT, "2.0.0", "taken")
             for destination in destinations
         ]
 

@@ -38,9 +38,6 @@ from test_queue import Bench
 
 import chasquid
 from chasquid import (
-    DEFERRED,
-    FAILED,
-    SENT,
     Delivery,
     Destination,
     DsnParameters,
@@ -48,6 +45,7 @@ from chasquid import (
     FinalRecipient,
     Item,
     Result,
+    State,
 )
 
 Serve = Callable[..., Server]
@@ -55,10 +53,10 @@ ANA, BEN, EVA = "ana@here.example", "ben@here.example", "eva@there.example"
 MESSAGE = b"From: ana@here.example\r\nSubject: hello\r\n\r\nIt works.\r\n"
 HOUR = 3600.0
 MX = ("mx.there.example (192.0.2.1:25)", "250 2.0.0 got it")
-RELAYED = Result(SENT, "2.0.0", "mx.there.example says 250 2.0.0 got it", *MX)
+RELAYED = Result(State.SENT, "2.0.0", "mx.there.example says 250 2.0.0 got it", *MX)
 PASSED_ON = RELAYED._replace(passed_on=True)
-REFUSED = Result(FAILED, "5.1.1", "mx.there.example says 550 no", MX[0], "550 5.1.1 no")
-LATER = Result(DEFERRED, "4.2.1", "mx.there.example says 450 later", MX[0], "450 4.2.1 later")
+REFUSED = Result(State.FAILED, "5.1.1", "mx.there.example says 550 no", MX[0], "550 5.1.1 no")
+LATER = Result(State.DEFERRED, "4.2.1", "mx.there.example says 450 later", MX[0], "450 4.2.1 later")
 
 
 class Far:
@@ -397,13 +395,16 @@ def old_file(*names: str, journal: bytes = b"") -> tuple[str, bytes]:
 
 
 def test_a_file_from_before_there_were_wishes_is_read(tmp_path: Path) -> None:
-    results = {"0": [SENT, "2.0.0", "fine", "", ""], "1": [DEFERRED, "4.0.0", "not yet", "", ""]}
+    results = {
+        "0": [State.SENT, "2.0.0", "fine", "", ""],
+        "1": [State.DEFERRED, "4.0.0", "not yet", "", ""],
+    }
     line = {"at": 1.0, "attempt": 3, "next": 99.0, "waited": 50.0, "results": results}
     name, data = old_file(BEN, EVA, journal=b"\n" + json.dumps(line).encode() + b"\n")
     (tmp_path / name).write_bytes(data)
     item = chasquid.read_item(str(tmp_path / name))
     assert (item.attempts, item.next_attempt, item.waited, item.delay_told) == (3, 99, 50, False)
-    assert [one.state for one in item.recipients] == [SENT, DEFERRED]
+    assert [one.state for one in item.recipients] == [State.SENT, State.DEFERRED]
     assert [one.dsn for one in item.recipients] == [DsnParameters(), DsnParameters()]
     assert not any(one.reported or one.result.passed_on for one in item.recipients)
     assert (item.envelope.ret, item.envelope.envid) == ("", "")
@@ -478,7 +479,7 @@ def test_a_server_with_the_extension_is_told_what_was_asked_for(tmp_path: Path) 
         C.
         """,
     )
-    assert [(one.state, one.passed_on) for one in results] == [(SENT, True)] * 2
+    assert [(one.state, one.passed_on) for one in results] == [(State.SENT, True)] * 2
 
 
 def test_a_server_without_the_extension_is_told_nothing(tmp_path: Path) -> None:
@@ -497,7 +498,7 @@ def test_a_server_without_the_extension_is_told_nothing(tmp_path: Path) -> None:
         C.
         """,
     )
-    assert [(one.state, one.passed_on) for one in results] == [(SENT, False)] * 2
+    assert [(one.state, one.passed_on) for one in results] == [(State.SENT, False)] * 2
 
 
 def test_where_nothing_was_asked_for_a_server_with_the_extension_is_told_nothing(
@@ -539,8 +540,8 @@ def test_what_was_refused_was_not_passed_on(tmp_path: Path) -> None:
         C.
         """,
     )
-    assert (refused.state, refused.passed_on) == (FAILED, False)
-    assert (taken.state, taken.passed_on) == (SENT, True)
+    assert (refused.state, refused.passed_on) == (State.FAILED, False)
+    assert (taken.state, taken.passed_on) == (State.SENT, True)
 
 
 def test_over_lmtp_nothing_is_passed_on_even_to_a_server_that_has_the_extension(
@@ -574,7 +575,7 @@ def test_over_lmtp_nothing_is_passed_on_even_to_a_server_that_has_the_extension(
             return await courier.deliver(load, [TO_EVA, TO_EVE])
 
         results = run(main)
-    assert [(one.state, one.passed_on) for one in results] == [(SENT, False)] * 2
+    assert [(one.state, one.passed_on) for one in results] == [(State.SENT, False)] * 2
 
 
 # --- what the sender hears ---

@@ -561,7 +561,7 @@ class Noting:
         self, delivery: chasquid.Delivery, destinations: Sequence[chasquid.Destination]
     ) -> list[chasquid.Result]:
         self.destinations += destinations
-        return [chasquid.Result(chasquid.SENT, "2.0.0", "noted")] * len(destinations)
+        return [chasquid.Result(chasquid.State.SENT, "2.0.0", "noted")] * len(destinations)
 
 
 def rcpt(server: Server, address: str) -> str:

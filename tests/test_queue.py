@@ -30,18 +30,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from support import HOST, SECONDS, FakeClock, Inline, address, record, run, unsigned
 
 import chasquid
-from chasquid import (
-    DEFERRED,
-    FAILED,
-    SENT,
-    Delivery,
-    Destination,
-    Envelope,
-    FinalRecipient,
-    Item,
-    Message,
-    Result,
-)
+from chasquid import Delivery, Destination, Envelope, FinalRecipient, Item, Message, Result, State
 
 MESSAGE = b"Subject: hello\r\n\r\nIt works.\r\n"
 HOUR = 3600.0
@@ -81,9 +70,9 @@ class Script:
 
     def _result(self, delivery: Delivery, destination: Destination) -> Result:
         states = self.plan.get(destination.value, [])
-        state = states.pop(0) if states else SENT
+        state = states.pop(0) if states else State.SENT
         self.deliveries.append((delivery.id, destination.value, state))
-        status = {SENT: "2.0.0", DEFERRED: "4.2.1", FAILED: "5.1.1"}[state]
+        status = {State.SENT: "2.0.0", State.DEFERRED: "4.2.1", State.FAILED: "5.1.1"}[state]
         return Result(
             state,
             status,
@@ -238,7 +227,7 @@ def test_a_delivered_message_is_gone(tmp_path: Path) -> None:
         assert bench.files() == []
         assert bench.queue.items == {}
         assert bench.local.contents == bench.remote.contents == [b"Received: by us\r\n" + MESSAGE]
-        assert bench.pipe.deliveries[0][1:] == ("cat", SENT)
+        assert bench.pipe.deliveries[0][1:] == ("cat", State.SENT)
         assert "done after 1 attempt" in bench.mail_log
 
     on_bench(tmp_path, test)
@@ -248,7 +237,7 @@ def test_a_message_that_was_attempted_is_in_cur_with_a_line_for_the_attempt(
     tmp_path: Path,
 ) -> None:
     async def test(bench: Bench) -> None:
-        bench.local.plan = {"ben@here.example": [DEFERRED]}
+        bench.local.plan = {"ben@here.example": [State.DEFERRED]}
         item = await bench.accept("ana@here.example", "ben@here.example")
         await bench.quiet()
         assert bench.files() == [f"cur/{item.id}"]
@@ -256,8 +245,8 @@ def test_a_message_that_was_attempted_is_in_cur_with_a_line_for_the_attempt(
         assert line["attempt"] == 1
         assert line["next"] == bench.clock.time() + 60 + 30
         assert {key: result[0] for key, result in line["results"].items()} == {
-            "0": SENT,
-            "1": DEFERRED,
+            "0": State.SENT,
+            "1": State.DEFERRED,
         }
 
     on_bench(tmp_path, test)
@@ -313,7 +302,7 @@ def journal_line(*states: str, next_attempt: float = 0.0) -> bytes:
     item.attempts, item.next_attempt = 1, next_attempt
     for recipient, state in zip(item.recipients, states, strict=True):
         recipient.result = Result(state, "2.0.0", "text")
-        recipient.reported = state == FAILED
+        recipient.reported = state == State.FAILED
     return item.journal_line(FakeClock().time())
 
 
@@ -333,8 +322,8 @@ def test_what_is_in_new_is_delivered_to_all(tmp_path: Path) -> None:
         (queue / "new" / NAME).write_bytes(item_file("a@here.example", "b@there.example"))
 
     bench = crashed(tmp_path, make)
-    assert bench.local.deliveries == [("abc", "a@here.example", SENT)]
-    assert bench.remote.deliveries == [("abc", "b@there.example", SENT)]
+    assert bench.local.deliveries == [("abc", "a@here.example", State.SENT)]
+    assert bench.remote.deliveries == [("abc", "b@there.example", State.SENT)]
     assert bench.local.contents == [b"A: b\r\n" + MESSAGE]
     assert bench.files() == []
 
@@ -343,12 +332,12 @@ def test_what_is_in_new_is_delivered_to_all(tmp_path: Path) -> None:
 def test_what_the_journal_says_is_done_is_not_done_again(tmp_path: Path, place: str) -> None:
     # in new: the crash came after the journal was written and before the file was moved
     def make(queue: Path) -> None:
-        line = journal_line(SENT, DEFERRED, FAILED)
+        line = journal_line(State.SENT, State.DEFERRED, State.FAILED)
         names = (f"{n}@here.example" for n in range(3))
         (queue / place / NAME).write_bytes(item_file(*names, journal=line))
 
     bench = crashed(tmp_path, make)
-    assert bench.local.deliveries == [("abc", "1@here.example", SENT)]
+    assert bench.local.deliveries == [("abc", "1@here.example", State.SENT)]
     # a failure is written down after its notification
     assert len(bench.local.messages) == 1
     assert bench.files() == []
@@ -356,7 +345,7 @@ def test_what_the_journal_says_is_done_is_not_done_again(tmp_path: Path, place: 
 
 def test_what_is_not_due_waits(tmp_path: Path) -> None:
     def make(queue: Path) -> None:
-        line = journal_line(DEFERRED, next_attempt=FakeClock().time() + 100)
+        line = journal_line(State.DEFERRED, next_attempt=FakeClock().time() + 100)
         (queue / "cur" / NAME).write_bytes(item_file("0@here.example", journal=line))
 
     directory = tmp_path / "queue"
@@ -368,7 +357,7 @@ def test_what_is_not_due_waits(tmp_path: Path) -> None:
         await bench.advance(99)
         assert bench.local.deliveries == []
         await bench.advance(2)
-        assert bench.local.deliveries == [("abc", "0@here.example", SENT)]
+        assert bench.local.deliveries == [("abc", "0@here.example", State.SENT)]
 
     on_bench(tmp_path, test)
 
@@ -376,7 +365,10 @@ def test_what_is_not_due_waits(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cut", [1, 2, 10, 60])
 def test_a_torn_last_line_counts_as_not_written(tmp_path: Path, cut: int) -> None:
     def make(queue: Path) -> None:
-        lines = journal_line(DEFERRED, DEFERRED) + journal_line(SENT, DEFERRED)[:-cut]
+        lines = (
+            journal_line(State.DEFERRED, State.DEFERRED)
+            + journal_line(State.SENT, State.DEFERRED)[:-cut]
+        )
         names = ("0@here.example", "1@here.example")
         (queue / "cur" / NAME).write_bytes(item_file(*names, journal=lines))
 
@@ -389,23 +381,25 @@ def test_a_torn_last_line_counts_as_not_written(tmp_path: Path, cut: int) -> Non
 
 def test_a_line_behind_a_torn_one_counts(tmp_path: Path) -> None:
     def make(queue: Path) -> None:
-        lines = journal_line(DEFERRED, DEFERRED)[:-20] + journal_line(SENT, DEFERRED)
+        lines = journal_line(State.DEFERRED, State.DEFERRED)[:-20] + journal_line(
+            State.SENT, State.DEFERRED
+        )
         names = ("0@here.example", "1@here.example")
         (queue / "cur" / NAME).write_bytes(item_file(*names, journal=lines))
 
     bench = crashed(tmp_path, make)
-    assert bench.local.deliveries == [("abc", "1@here.example", SENT)]
+    assert bench.local.deliveries == [("abc", "1@here.example", State.SENT)]
 
 
 def test_a_message_whose_text_looks_like_a_journal_is_a_message(tmp_path: Path) -> None:
-    data = MESSAGE + journal_line(SENT)
+    data = MESSAGE + journal_line(State.SENT)
 
     async def test(bench: Bench) -> None:
-        bench.local.plan = {"0@here.example": [DEFERRED]}
+        bench.local.plan = {"0@here.example": [State.DEFERRED]}
         item = await bench.accept("0@here.example", data=data)
         await bench.quiet()
         found = chasquid.read_item(str(bench.path(item)))
-        assert [one.state for one in found.recipients] == [DEFERRED]
+        assert [one.state for one in found.recipients] == [State.DEFERRED]
 
     on_bench(tmp_path, test)
 
@@ -431,7 +425,7 @@ GARBAGE = {
     "octets": (NAME, MESSAGE + bytes(range(256))),
     "a journal for somebody else": (
         NAME,
-        item_file("0@here.example", journal=journal_line(SENT, SENT)),
+        item_file("0@here.example", journal=journal_line(State.SENT, State.SENT)),
     ),
 }
 
@@ -446,7 +440,7 @@ def test_what_cannot_be_read_is_set_aside_and_the_rest_delivered(tmp_path: Path,
         (queue / "new" / f"good,S={len(MESSAGE)}").write_bytes(good)
 
     bench = crashed(tmp_path, make)
-    assert bench.local.deliveries == [("good", "good@here.example", SENT)]
+    assert bench.local.deliveries == [("good", "good@here.example", State.SENT)]
     assert [path.read_bytes() for path in (bench.directory / "bad").iterdir()] == [data]
     assert "set aside in bad" in bench.log
 
@@ -466,10 +460,10 @@ def test_reading_an_item_never_fails_in_another_way(data: bytes, size: int) -> N
 def test_garbage_behind_the_envelope_loses_nothing(before: bytes, behind: bytes) -> None:
     with tempfile.TemporaryDirectory() as name:
         path = os.path.join(name, NAME)
-        journal = before + journal_line(SENT, DEFERRED) + behind
+        journal = before + journal_line(State.SENT, State.DEFERRED) + behind
         Path(path).write_bytes(item_file("0@here.example", "1@here.example", journal=journal))
         item = chasquid.read_item(path)
-    assert [one.state for one in item.recipients] == [SENT, DEFERRED]
+    assert [one.state for one in item.recipients] == [State.SENT, State.DEFERRED]
 
 
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -502,7 +496,11 @@ def test_an_envelope_is_read_as_it_was_written(value: Envelope) -> None:
 
 @given(
     envelopes,
-    st.lists(st.sampled_from([SENT, DEFERRED, FAILED, chasquid.PENDING]), min_size=4, max_size=4),
+    st.lists(
+        st.sampled_from([State.SENT, State.DEFERRED, State.FAILED, State.PENDING]),
+        min_size=4,
+        max_size=4,
+    ),
     names,
     st.integers(0, 1000),
     st.floats(0, 2e9),
@@ -514,8 +512,8 @@ def test_a_journal_is_read_as_it_was_written(
     written.attempts, written.next_attempt = attempts, next_attempt
     for recipient, state in zip(written.recipients, states, strict=False):
         recipient.result = Result(state, "4.0.0" if state != "pending" else "", text)
-        recipient.reported = state == FAILED
-        if state == chasquid.PENDING:
+        recipient.reported = state == State.FAILED
+        if state == State.PENDING:
             recipient.result = Result(state, "", "")
     line = written.journal_line(1.0)
     assert line.startswith(b"\n") and line.endswith(b"\n") and line.count(b"\n") == 2
@@ -548,7 +546,7 @@ def test_a_directory_in_new_does_not_keep_the_queue_from_starting(tmp_path: Path
 
 def test_the_pauses_are_1_5_10_and_20_minutes_with_jitter(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [DEFERRED] * 6}
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED] * 6}
         await bench.accept("eva@there.example")
         await bench.quiet()
         for count, pause in enumerate([60, 300, 600, 1200, 1200, 1200], 1):
@@ -556,7 +554,9 @@ def test_the_pauses_are_1_5_10_and_20_minutes_with_jitter(tmp_path: Path) -> Non
             await bench.advance(pause + 14)
             assert len(bench.remote.deliveries) == count
             await bench.advance(2)
-        assert [state for _, _, state in bench.remote.deliveries] == [DEFERRED] * 6 + [SENT]
+        assert [state for _, _, state in bench.remote.deliveries] == [State.DEFERRED] * 6 + [
+            State.SENT
+        ]
         assert bench.files() == []
 
     on_bench(tmp_path, test, random=lambda: 0.25)
@@ -564,7 +564,7 @@ def test_the_pauses_are_1_5_10_and_20_minutes_with_jitter(tmp_path: Path) -> Non
 
 def test_what_cannot_be_delivered_is_given_up_and_reported(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [DEFERRED] * 1000}
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED] * 1000}
         item = await bench.accept("eva@there.example")
         await bench.quiet()
         await bench.advance(GIVE_UP - 1)
@@ -576,7 +576,7 @@ def test_what_cannot_be_delivered_is_given_up_and_reported(tmp_path: Path) -> No
         _, report = bench.local.contents
         assert b"not delivered within 20h 0m" in report
         assert b"Status: 4.4.7" in report
-        assert ("eva@there.example", FAILED) in bench.results
+        assert ("eva@there.example", State.FAILED) in bench.results
 
     on_bench(tmp_path, test)
 
@@ -587,16 +587,16 @@ def test_a_last_attempt_is_made_before_giving_up(tmp_path: Path) -> None:
         (queue / "cur" / NAME).write_bytes(MESSAGE + line)
 
     bench = crashed(tmp_path, make)
-    assert bench.remote.deliveries == [("abc", "a@there.example", SENT)]
+    assert bench.remote.deliveries == [("abc", "a@there.example", State.SENT)]
     assert bench.local.messages == []
 
 
 def test_only_those_who_are_left_are_attempted_again(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
         bench.local.plan = {
-            "a@here.example": [DEFERRED],
-            "b@here.example": [SENT],
-            "c@here.example": [FAILED],
+            "a@here.example": [State.DEFERRED],
+            "b@here.example": [State.SENT],
+            "c@here.example": [State.FAILED],
         }
         await bench.accept(*bench.local.plan)
         await bench.quiet()
@@ -604,8 +604,9 @@ def test_only_those_who_are_left_are_attempted_again(tmp_path: Path) -> None:
         assert [name for name, *_ in bench.results].count("b@here.example") == 1
         states = [(name, state) for _, name, state in bench.local.deliveries]
         assert states == [
-            ("a@here.example", DEFERRED), ("b@here.example", SENT), ("c@here.example", FAILED),
-            ("ana@here.example", SENT), ("a@here.example", SENT),
+            ("a@here.example", State.DEFERRED), ("b@here.example", State.SENT),
+            ("c@here.example", State.FAILED), ("ana@here.example", State.SENT),
+            ("a@here.example", State.SENT),
         ]  # fmt: skip
 
     on_bench(tmp_path, test)
@@ -645,14 +646,14 @@ def test_a_fault_of_a_courier_loses_nothing(tmp_path: Path) -> None:
         bench.remote.fault = None
         await bench.advance(100)
         assert bench.files() == []
-        assert [state for _, _, state in bench.remote.deliveries] == [SENT]
+        assert [state for _, _, state in bench.remote.deliveries] == [State.SENT]
 
     on_bench(tmp_path, test)
 
 
 def test_an_item_is_retried_when_the_operator_says_so(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [DEFERRED]}
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED]}
         item = await bench.accept("eva@there.example")
         await bench.quiet()
         bench.queue.retry(item)
@@ -665,7 +666,7 @@ def test_an_item_is_retried_when_the_operator_says_so(tmp_path: Path) -> None:
 
 def test_an_item_is_removed_when_the_operator_says_so(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [DEFERRED]}
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED]}
         item = await bench.accept("eva@there.example")
         await bench.quiet()
         await bench.queue.remove(item)
@@ -681,7 +682,7 @@ def test_an_item_is_removed_when_its_attempt_has_ended(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
         slow = chasquid.Event(bench.loop)
         bench.remote.hold.append(slow)
-        bench.remote.plan = {"eva@there.example": [DEFERRED]}
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED]}
         item = await bench.accept("eva@there.example")
         removal = bench.loop.spawn(bench.queue.remove(item), "removal")
         for _ in range(5):
@@ -695,7 +696,7 @@ def test_an_item_is_removed_when_its_attempt_has_ended(tmp_path: Path) -> None:
 
 def test_a_full_queue_takes_no_more(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [DEFERRED]}
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED]}
         await bench.accept("eva@there.example")
         with pytest.raises(chasquid.QueueFull) as caught:
             bench.queue.draft()
@@ -709,7 +710,7 @@ def test_a_full_queue_takes_no_more(tmp_path: Path) -> None:
 
 def test_a_full_queue_still_takes_notifications(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [FAILED]}
+        bench.remote.plan = {"eva@there.example": [State.FAILED]}
         await bench.accept("eva@there.example")
         await bench.quiet()
         assert [name for _, name, _ in bench.local.deliveries] == ["ana@here.example"]
@@ -719,7 +720,7 @@ def test_a_full_queue_still_takes_notifications(tmp_path: Path) -> None:
 
 def test_a_queue_that_closes_keeps_what_is_left(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [DEFERRED]}
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED]}
         item = await bench.accept("eva@there.example")
         await bench.quiet()
         await bench.queue.close()
@@ -739,7 +740,7 @@ def test_a_queue_that_closes_keeps_what_is_left(tmp_path: Path) -> None:
 @pytest.mark.parametrize("turns", range(12))
 def test_the_end_does_not_wait_for_what_was_accepted_last(tmp_path: Path, turns: int) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [DEFERRED]}
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED]}
         bench.loop.spawn(bench.accept("eva@there.example"), "accept")
         for _ in range(turns):
             await bench.loop.turn()
@@ -842,7 +843,8 @@ def report(
 
     async def test(bench: Bench) -> None:
         default = {
-            one if isinstance(one, str) else one.destination.value: [FAILED] for one in destinations
+            one if isinstance(one, str) else one.destination.value: [State.FAILED]
+            for one in destinations
         }
         bench.remote.plan = plan or default
         await bench.accept(*destinations, sender=sender, data=data, smtputf8=smtputf8)
@@ -946,11 +948,13 @@ def test_the_delivery_status_is_ascii_where_it_is_not_the_international_one(
 ) -> None:
     # RFC 3464, 2.1: message/delivery-status is 7bit; the server's text is not ours
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [FAILED]}
+        bench.remote.plan = {"eva@there.example": [State.FAILED]}
 
         class Speaking(Script):
             def _result(self, delivery: Delivery, destination: Destination) -> Result:
-                return Result(FAILED, "5.1.1", "mx says: žofie není doma " + "x" * 900, "mx (::1)")
+                return Result(
+                    State.FAILED, "5.1.1", "mx says: žofie není doma " + "x" * 900, "mx (::1)"
+                )
 
         bench.queue = chasquid.Queue(
             bench.loop, chasquid.Disk(bench.loop), record(tmp_path, bench.clock),
@@ -976,7 +980,9 @@ def test_the_delivery_status_is_international_where_a_final_recipient_is(tmp_pat
 def test_several_failures_of_an_attempt_share_a_notification(tmp_path: Path) -> None:
     names = [f"{name}@there.example" for name in "abc"]
     parsed, _ = report(
-        tmp_path, *names, plan={names[0]: [FAILED], names[1]: [SENT], names[2]: [FAILED]}
+        tmp_path,
+        *names,
+        plan={names[0]: [State.FAILED], names[1]: [State.SENT], names[2]: [State.FAILED]},
     )
     _, *recipients = cast("list[EmailMessage]", parts(parsed)[1].get_payload())
     assert [one["Final-Recipient"] for one in recipients] == [
@@ -989,7 +995,7 @@ def test_a_report_belongs_to_the_thread_of_the_message_and_names_who_failed(
 ) -> None:
     names = [f"{name}@there.example" for name in "ab"]
     data = b"Message-ID: <3@x>\r\nReferences: <1@x>\r\n <2@x>\r\nSubject: x\r\n\r\nhello\r\n"
-    parsed, _ = report(tmp_path, *names, plan={name: [FAILED] for name in names}, data=data)
+    parsed, _ = report(tmp_path, *names, plan={name: [State.FAILED] for name in names}, data=data)
     assert parsed["In-Reply-To"] == "<3@x>"
     assert parsed["References"].split() == ["<1@x>", "<2@x>", "<3@x>"]
     assert parsed["X-Failed-Recipients"].split() == [f"{names[0]},", names[1]]
@@ -1000,7 +1006,9 @@ def test_a_message_without_an_id_that_can_be_repeated_has_no_thread(
     tmp_path: Path, field: bytes
 ) -> None:
     data = field + b"Subject: x\r\n\r\nhello\r\n"
-    parsed, _ = report(tmp_path, "a@there.example", plan={"a@there.example": [FAILED]}, data=data)
+    parsed, _ = report(
+        tmp_path, "a@there.example", plan={"a@there.example": [State.FAILED]}, data=data
+    )
     assert parsed["In-Reply-To"] is None and parsed["References"] is None
 
 
@@ -1008,7 +1016,7 @@ def test_a_message_without_an_id_that_can_be_repeated_has_no_thread(
 def test_an_8bit_part_is_never_inside_one_that_is_7bit(tmp_path: Path, body: bytes) -> None:
     """RFC 2045, 6.4"""
     parsed, _ = report(
-        tmp_path, "a@there.example", plan={"a@there.example": [FAILED]},
+        tmp_path, "a@there.example", plan={"a@there.example": [State.FAILED]},
         data=b"Subject: x\r\n\r\n" + body,
     )  # fmt: skip
     encodings = [one["Content-Transfer-Encoding"] for one in parts(parsed)]
@@ -1019,7 +1027,10 @@ def test_an_8bit_part_is_never_inside_one_that_is_7bit(tmp_path: Path, body: byt
 
 def test_each_failure_is_reported_once(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"a@there.example": [FAILED], "b@there.example": [DEFERRED] * 2}
+        bench.remote.plan = {
+            "a@there.example": [State.FAILED],
+            "b@there.example": [State.DEFERRED] * 2,
+        }
         await bench.accept("a@there.example", "b@there.example")
         await bench.quiet()
         assert b"still being tried" in bench.local.contents[0]
@@ -1033,7 +1044,7 @@ def test_each_failure_is_reported_once(tmp_path: Path) -> None:
 
 def test_nobody_is_told_of_what_the_null_sender_sent(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [FAILED]}
+        bench.remote.plan = {"eva@there.example": [State.FAILED]}
         await bench.accept("eva@there.example", sender="")
         await bench.quiet()
         assert bench.local.messages == []
@@ -1044,7 +1055,7 @@ def test_nobody_is_told_of_what_the_null_sender_sent(tmp_path: Path) -> None:
 
 def test_a_notification_that_fails_makes_no_other(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [FAILED], "eve@far.example": [FAILED]}
+        bench.remote.plan = {"eva@there.example": [State.FAILED], "eve@far.example": [State.FAILED]}
         await bench.accept("eva@there.example", sender="eve@far.example")
         await bench.quiet()
         assert [name for _, name, _ in bench.remote.deliveries] == [
@@ -1058,7 +1069,7 @@ def test_a_notification_that_fails_makes_no_other(tmp_path: Path) -> None:
 
 def test_a_notification_for_a_sender_behind_an_alias_is_expanded(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [FAILED]}
+        bench.remote.plan = {"eva@there.example": [State.FAILED]}
         await bench.accept("eva@there.example", sender="team@here.example")
         await bench.quiet()
         delivered = sorted(name for _, name, _ in bench.local.deliveries)
@@ -1075,8 +1086,8 @@ def test_a_sender_who_is_gone_does_not_hold_up_the_rest(tmp_path: Path) -> None:
         raise chasquid.NoSuchUser(f"there is no {name}")
 
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [FAILED]}
-        bench.local.plan = {"ana@here.example": [FAILED]}
+        bench.remote.plan = {"eva@there.example": [State.FAILED]}
+        bench.local.plan = {"ana@here.example": [State.FAILED]}
         await bench.accept("eva@there.example")
         await bench.quiet()
         assert bench.files() == []
@@ -1119,7 +1130,7 @@ def test_a_message_that_cannot_be_stored_is_refused(tmp_path: Path, place: str) 
 @pytest.mark.parametrize("place", ["tmp", "new"])
 def test_a_notification_that_cannot_be_stored_is_tried_again(tmp_path: Path, place: str) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [FAILED]}
+        bench.remote.plan = {"eva@there.example": [State.FAILED]}
         event = chasquid.Event(bench.loop)
         bench.remote.hold.append(event)
         item = await bench.accept("eva@there.example")
@@ -1142,7 +1153,7 @@ def test_a_notification_that_cannot_be_stored_is_tried_again(tmp_path: Path, pla
 
 def test_a_result_that_cannot_be_written_down_is_not_forgotten(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        bench.local.plan = {"a@here.example": [SENT], "b@here.example": [DEFERRED]}
+        bench.local.plan = {"a@here.example": [State.SENT], "b@here.example": [State.DEFERRED]}
         event = chasquid.Event(bench.loop)
         bench.local.hold.append(event)
         item = await bench.accept("a@here.example", "b@here.example")
@@ -1155,7 +1166,8 @@ def test_a_result_that_cannot_be_written_down_is_not_forgotten(tmp_path: Path) -
         await bench.advance(61)
         states = [(name, state) for _, name, state in bench.local.deliveries]
         assert states == [
-            ("a@here.example", SENT), ("b@here.example", DEFERRED), ("b@here.example", SENT)
+            ("a@here.example", State.SENT), ("b@here.example", State.DEFERRED),
+            ("b@here.example", State.SENT),
         ]  # fmt: skip
         assert bench.files() == []
 
@@ -1273,20 +1285,24 @@ class QueueMachine(RuleBasedStateMachine):
         """Be the courier: on the thread of the loop, while the machine waits."""
         if destination.value == SENDER:
             self.notified |= _reported(b"".join(delivery.message.chunks()))
-            return Result(SENT, "2.0.0", "told")
+            return Result(State.SENT, "2.0.0", "told")
         debt = (delivery.id, destination.value)
         if debt in self.journaled:
             self.wrong.append(f"{debt} was delivered after its success was written down")
         if debt in self.this_life:
             self.wrong.append(f"{debt} was delivered twice without a crash")
         states = self.plan[destination.value]
-        state = states.pop(0) if states else SENT
-        if state == SENT:
+        state = states.pop(0) if states else State.SENT
+        if state == State.SENT:
             self.delivered.add(debt)
             self.this_life.add(debt)
-        elif state == FAILED:
+        elif state == State.FAILED:
             self.failed.add(debt)
-        return Result(state, {SENT: "2.0.0", DEFERRED: "4.0.0", FAILED: "5.0.0"}[state], state)
+        return Result(
+            state,
+            {State.SENT: "2.0.0", State.DEFERRED: "4.0.0", State.FAILED: "5.0.0"}[state],
+            state,
+        )
 
     # --- what happens ---
 
@@ -1308,7 +1324,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule(
         name=st.sampled_from(PEOPLE),
-        states=st.lists(st.sampled_from([DEFERRED, FAILED, SENT]), max_size=4),
+        states=st.lists(st.sampled_from([State.DEFERRED, State.FAILED, State.SENT]), max_size=4),
     )
     def decide(self, name: str, states: list[str]) -> None:
         self.plan[name] = states
@@ -1369,7 +1385,9 @@ class QueueMachine(RuleBasedStateMachine):
         for path in _paths(self._directory / "queue"):
             written = Written(path)
             waiting |= {
-                (written.id, name) for name, state in written.states.items() if state != FAILED
+                (written.id, name)
+                for name, state in written.states.items()
+                if state != State.FAILED
             }
             told |= _reported(path.read_bytes())
         for debt, sender in self.owed.items():
@@ -1663,7 +1681,7 @@ def test_a_message_that_was_taken_over_before_a_crash_is_not_taken_twice(tmp_pat
 
 def test_a_message_that_is_given_up_by_the_operator_goes_back(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [DEFERRED] * 9}
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED] * 9}
         item = await bench.accept("eva@there.example")
         await bench.until(lambda: item.nudge)
         await bench.queue.bounce(item)
@@ -1679,7 +1697,7 @@ def test_a_message_that_is_given_up_by_the_operator_goes_back(tmp_path: Path) ->
 
 def test_after_a_retry_the_file_says_that_it_is_due(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [DEFERRED] * 9}
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED] * 9}
         item = await bench.accept("eva@there.example")
         await bench.until(lambda: item.nudge)
         assert chasquid.read_item(item.message.path).next_attempt > bench.clock.time()
@@ -1691,7 +1709,7 @@ def test_after_a_retry_the_file_says_that_it_is_due(tmp_path: Path) -> None:
 
 def test_a_retry_during_an_attempt_is_not_lost_and_makes_one_more(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [DEFERRED, DEFERRED, DEFERRED]}
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED, State.DEFERRED, State.DEFERRED]}
         deliver = bench.remote.deliver
 
         async def retried_meanwhile(*arguments: Any) -> Any:
@@ -1715,7 +1733,7 @@ def test_a_message_whose_file_cannot_be_removed_stays_in_the_queue(
         raise OSError(errno.EIO, "no")
 
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [DEFERRED] * 9}
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED] * 9}
         item = await bench.accept("eva@there.example")
         await bench.until(lambda: item.nudge)
         with monkeypatch.context() as patched:

@@ -30,7 +30,7 @@ class Deferring:
     async def deliver(
         self, delivery: chasquid.Delivery, destinations: Sequence[chasquid.Destination]
     ) -> list[chasquid.Result]:
-        return [chasquid.Result(chasquid.DEFERRED, "4.0.0", "not today")] * len(destinations)
+        return [chasquid.Result(chasquid.State.DEFERRED, "4.0.0", "not today")] * len(destinations)
 
 
 TRACE = ["Authentication-Results", "Received-SPF", "Received"]  # of who has not logged in
