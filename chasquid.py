@@ -6897,13 +6897,13 @@ class State(enum.StrEnum):
 class Result(NamedTuple):
     """What became of one recipient, for people in `text`.
 
-    `remote` names the server that was reached, and `reply` is what it said, if it did.
+    `remote_mta` names the server that was reached, and `reply` is what it said, if it did.
     """
 
     state: State
     status: str
     text: str
-    remote: str = ""
+    remote_mta: str = ""
     reply: str = ""
     passed_on: bool = False  # the next server tells the sender of its success
 
@@ -7934,16 +7934,15 @@ class Couriers:
 # A message of the queue as a file, and what can be read from it: the message as received
 # (CRLF), then JSON lines: the envelope, and one whenever something is done or put off while
 # more is left to do. The size of the message stands in the name ("ID,S=1234", as Maildir++
-# has it), so the journal is found without reading it.
-#
-#     line        fields
-#     ----------  ------------------------------------------------------------------------
-#     envelope    id, sender, addressees, received, prefix, smtputf8, eight_bit, junk,
-#                 require_tls, tls_optional, ret, envid; see `Envelope`
-#     journal     at, attempt, next, waited, delay_told, told, results; see `Item`
+# has it), so the journal is found without reading it. Which directory a file lies in, and
+# what a crash leaves there, is a table in QUEUE.
 #
 # - A journal line counts when it is synced. A torn line is ignored: each line begins with
 #   the newline that ends what a crash may have left before it.
+# - The last line about a recipient counts; whoever is in no line is pending.
+# - Each line says which version of the format it is written in, and has all fields of that
+#   version and no other: what we do not know may matter. Files of older versions are read.
+#   What a newer program has written, before a downgrade, is left where it is.
 # - Types and states are checked when a file is read: what says what cannot be is set aside,
 #   not guessed at.
 # - A message that waits in the queue of chasquid in Go can be read too, to be taken over.
@@ -7966,6 +7965,10 @@ class Place(enum.StrEnum):
 
 class UnreadableItem(ChasquidError):
     """A file of the queue is not as it must be."""
+
+
+class NewerItem(ChasquidError):
+    """A file of the queue is in a format that only a newer program knows."""
 
 
 class FinalRecipient(NamedTuple):
@@ -7996,69 +7999,30 @@ class Envelope(NamedTuple):
     envid: str = ""
 
     def to_line(self) -> bytes:
-        value = self._asdict()
-        value["addressees"] = value.pop("final_recipients")  # as the files have called it
-        value["prefix"] = self.prefix.decode("latin-1")
-        return json.dumps(value, separators=(",", ":")).encode() + b"\n"
+        """Return the line behind the message, with the fields of `_ENVELOPE`."""
+        fields = self._asdict()
+        fields["reverse_path"] = fields.pop("sender")
+        fields["prefix"] = self.prefix.decode("latin-1")
+        fields["recipients"] = [
+            {
+                "destination": recipient.destination._asdict(),
+                "original_recipient": recipient.original,
+                **recipient.dsn._asdict(),
+            }
+            for recipient in fields.pop("final_recipients")
+        ]
+        return _json_line(fields)
 
     @classmethod
     def from_line(cls, line: bytes) -> Envelope:
-        """Raises ValueError, TypeError or KeyError if the line is no envelope."""
-        value = _json_object(line)
-        final_recipients = tuple(
-            FinalRecipient(
-                Destination(DestinationKind(kind), _string(address), _strings(via)),
-                _string(original),
-                *(
-                    DsnParameters(tuple(map(Notify, notify)), _string(orcpt))
-                    for notify, orcpt in dsn
-                ),
-            )
-            for (kind, address, via), original, *dsn in value.pop("addressees")
+        """Read what `to_line` wrote, in this version or an older.
+
+        Raises NewerItem, and ValueError, TypeError or KeyError if the line is no envelope.
+        """
+        fields = _line_fields(json.loads(line), _ENVELOPE, _envelope_from_version_0)
+        return cls(
+            sender=fields.pop("reverse_path"), final_recipients=fields.pop("recipients"), **fields
         )
-        if not final_recipients:
-            raise ValueError("it has no recipients")
-        prefix = _string(value.pop("prefix")).encode("latin-1")
-        for key in ("id", "sender", "ret", "envid"):
-            _string(value.get(key, ""))
-        for key in ("smtputf8", "eight_bit", "junk", "require_tls", "tls_optional"):
-            if not isinstance(value.get(key, False), bool):
-                raise ValueError(f"{key} is neither true nor false")
-        value["received"] = _number_of(value["received"])
-        if not 0 <= value["received"] < 253402300800:  # 1970 to 9999
-            raise ValueError("received is no time")
-        return cls(final_recipients=final_recipients, prefix=prefix, **value)
-
-
-def _json_object(line: bytes) -> dict[str, Any]:
-    """Raises ValueError."""
-    try:
-        value = json.loads(line)
-    except RecursionError:
-        raise ValueError("the line is nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ValueError("the line is no JSON object")
-    return value
-
-
-def _string(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{str(value)[:40]} is no string")
-    value.encode()  # half a character, which JSON can say, can be written nowhere
-    return value
-
-
-def _strings(value: object) -> tuple[str, ...]:
-    if not isinstance(value, list):
-        raise ValueError(f"{str(value)[:40]} is no list")
-    return tuple(_string(one) for one in value)
-
-
-def _number_of(value: object) -> float:
-    number = float(value) if isinstance(value, (int, float)) else float("nan")
-    if not abs(number) < 1e18:
-        raise ValueError(f"{str(value)[:40]} is no number")
-    return number
 
 
 class Recipient:
@@ -8089,8 +8053,8 @@ class Item:
     """
 
     __slots__ = (
-        "again", "attempts", "delay_told", "due", "envelope", "message", "next_attempt", "nudge",
-        "recipients", "removed", "since", "task", "waited",
+        "again", "attempts", "delay_reported", "due", "envelope", "message", "next_attempt",
+        "nudge", "recipients", "removed", "since", "task", "waited",
     )  # fmt: skip
 
     def __init__(self, envelope: Envelope, message: Message) -> None:
@@ -8100,7 +8064,7 @@ class Item:
             Recipient(final_recipient) for final_recipient in envelope.final_recipients
         ]
         self.attempts = 0
-        self.delay_told = False
+        self.delay_reported = False
         self.next_attempt = 0.0
         self.due = 0.0
         self.waited = 0.0
@@ -8115,68 +8079,241 @@ class Item:
         return self.envelope.id
 
     def journal_line(self, at: float) -> bytes:
-        """Return what is to be written down at the time `at`.
+        """Return what is to be written down at the time `at`, with the fields of `_JOURNAL`.
 
         A failure that was not reported yet is left out: after a crash it must be found again.
         """
-        value = {
+        fields = {
             "at": at,
-            "attempt": self.attempts,
-            "next": self.next_attempt,
+            "attempts": self.attempts,
+            "next_attempt": self.next_attempt,
             "waited": self.waited,
-            "delay_told": self.delay_told,
-            "told": [
-                number
-                for number, recipient in enumerate(self.recipients)
-                if recipient.state == State.SENT and recipient.reported
-            ],
-            "results": {
-                str(number): list(recipient.result)
+            "delay_reported": self.delay_reported,
+            "results": [
+                {"recipient": number, "reported": recipient.reported, **recipient.result._asdict()}
                 for number, recipient in enumerate(self.recipients)
                 if recipient.state in (State.SENT, State.DEFERRED) or recipient.reported
-            },
+            ],
         }
-        return b"\n" + json.dumps(value, separators=(",", ":")).encode() + b"\n"
+        return b"\n" + _json_line(fields)
 
     def apply(self, line: bytes) -> None:
         """Take over a line of the journal; one that is none was torn, and changes nothing.
 
-        Raises ValueError, TypeError, KeyError, IndexError if it says what cannot be.
+        Raises NewerItem, and ValueError, TypeError, KeyError, IndexError or AttributeError if
+        it says what cannot be.
         """
-        if b'"results"' not in line:
-            return
         try:
             value = json.loads(line)
         except ValueError:
             return
-        except RecursionError:
-            raise ValueError("the line is nested too deeply") from None
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) or not value.keys() & {"v", "results"}:
             return
-        results = {int(key): _result_of(*one) for key, one in value["results"].items()}
-        attempts, next_attempt = value["attempt"], _number_of(value["next"])
-        if not isinstance(attempts, int) or attempts < 0:
-            raise ValueError("attempt is no number of attempts")
-        waited = _number_of(value["waited"])
-        delay_told, told = bool(value.get("delay_told")), set(value.get("told", ()))
-        if any(number not in range(len(self.recipients)) for number in results):
-            raise IndexError("a result is of a recipient who is not there")
-        self.attempts, self.next_attempt, self.waited = attempts, next_attempt, waited
-        self.delay_told = delay_told
-        for number, result in results.items():
-            self.recipients[number].result = result
-            self.recipients[number].reported = result.state == State.FAILED or number in told
+        fields = _line_fields(value, _JOURNAL, _journal_from_version_0)
+        self.attempts, self.next_attempt = fields["attempts"], fields["next_attempt"]
+        self.waited, self.delay_reported = fields["waited"], fields["delay_reported"]
+        for result in fields["results"]:
+            recipient = self.recipients[result.pop("recipient")]
+            recipient.reported = result.pop("reported")
+            recipient.result = Result(**result)
 
 
-def _result_of(state: object, *texts: object) -> Result:
-    """Raises ValueError, TypeError."""
-    *rest, last = texts
-    passed_on = (last,) if isinstance(last, bool) else (_string(last),)
-    return Result(State(state), *(_string(text) for text in rest), *passed_on)  # type: ignore[arg-type]
+# --- the lines of a file: version 1 ---
+
+_VERSION = 1
+
+
+def _json_line(fields: Mapping[str, object]) -> bytes:
+    line = json.dumps({"v": _VERSION, **fields}, separators=(",", ":"))
+    return line.encode() + b"\n"
+
+
+_Readers = Mapping[str, Callable[[Any], Any]]  # what reads and checks the value of each field
+
+
+def _line_fields(
+    value: object, known: _Readers, from_version_0: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the fields of a line. Raises NewerItem, and as `_checked`.
+
+    "v" is the version of the format, in every version to come. Lines of version 0 have none.
+    """
+    if not isinstance(value, dict):
+        raise ValueError("the line is no JSON object")
+    version = _as_count(value.pop("v", 0))
+    if version > _VERSION:
+        text = f"it is written in version {version} of the format, and this program knows"
+        raise NewerItem(f"{text} version {_VERSION}: a newer chasquid must deliver it")
+    return _checked(value if version else from_version_0(value), known)
+
+
+def _checked(value: object, known: _Readers) -> dict[str, Any]:
+    """Return the fields of a JSON object. Raises ValueError, TypeError."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{str(value)[:40]} is no JSON object")
+    if value.keys() != known.keys():
+        names = ", ".join(sorted(value.keys() ^ known.keys()))
+        raise ValueError(f"{printable(names, 80)}: missing, or not known")
+    return {name: read(value[name]) for name, read in known.items()}
+
+
+def _as_string(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{str(value)[:40]} is no string")
+    value.encode()  # half a character, which JSON can say, can be written nowhere
+    return value
+
+
+def _as_octets(value: object) -> bytes:
+    return _as_string(value).encode("latin-1")  # each octet is a character
+
+
+def _as_list(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{str(value)[:40]} is no list")
+    return value
+
+
+def _as_strings(value: object) -> tuple[str, ...]:
+    return tuple(map(_as_string, _as_list(value)))
+
+
+def _as_boolean(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{str(value)[:40]} is neither true nor false")
+    return value
+
+
+def _as_number(value: object) -> float:
+    number = float(value) if isinstance(value, (int, float)) else float("nan")
+    if not abs(number) < 1e18:
+        raise ValueError(f"{str(value)[:40]} is no number")
+    return number
+
+
+def _as_count(value: object) -> int:
+    if type(value) is not int or value < 0:  # True is an int too
+        raise ValueError(f"{str(value)[:40]} is no count")
+    return value
+
+
+def _as_time(value: object) -> float:
+    number = _as_number(value)
+    if not 0 <= number < 253402300800:  # 1970 to 9999
+        raise ValueError(f"{number:g} is no time")
+    return number
+
+
+def _as_recipients(value: object) -> tuple[FinalRecipient, ...]:
+    found = [_checked(recipient, _RECIPIENT) for recipient in _as_list(value)]
+    if not found:
+        raise ValueError("it has no recipients")
+    return tuple(
+        FinalRecipient(
+            Destination(**fields["destination"]),
+            fields["original_recipient"],
+            DsnParameters(fields["notify"], fields["orcpt"]),
+        )
+        for fields in found
+    )
+
+
+_DESTINATION: _Readers = {
+    "kind": DestinationKind,  # "address" or "pipe"
+    "value": _as_string,  # the address, or the command line
+    "via": _as_strings,  # HOST or HOST:PORT, the servers to deliver through; empty: by MX
+}
+
+_RECIPIENT: _Readers = {
+    "destination": lambda value: _checked(value, _DESTINATION),
+    "original_recipient": _as_string,  # the address in RCPT, which stands for the destination
+    "notify": lambda value: tuple(map(Notify, _as_strings(value))),  # NOTIFY (RFC 3461, 4.1)
+    "orcpt": _as_string,  # ORCPT (RFC 3461, 4.2), in xtext; "": not given
+}
+
+_ENVELOPE: _Readers = {
+    "id": _as_string,  # of the message; the same as in the file's name
+    "reverse_path": _as_string,  # RFC 5321, 4.1.1.2, without <>; "": the null reverse-path
+    "recipients": _as_recipients,  # a list of objects with the fields of _RECIPIENT
+    "received": _as_time,  # when it came, in seconds since 1970
+    "prefix": _as_octets,  # the header fields that we put in front
+    "smtputf8": _as_boolean,  # SMTPUTF8 (RFC 6531)
+    "eight_bit": _as_boolean,  # it needs BODY=8BITMIME (RFC 6152)
+    "junk": _as_boolean,  # for the folder of what is probably junk
+    "require_tls": _as_boolean,  # REQUIRETLS (RFC 8689, 2)
+    "tls_optional": _as_boolean,  # TLS-Required: No (RFC 8689, 3)
+    "ret": _as_string,  # RET (RFC 3461, 4.3): "FULL", "HDRS"; "": not given
+    "envid": _as_string,  # ENVID (RFC 3461, 4.4), in xtext; "": not given
+}
+
+_RESULT: _Readers = {
+    "recipient": _as_count,  # its place in the envelope's list, from 0
+    "state": State,  # "deferred", "sent" or "failed"; who is pending is not listed
+    "status": _as_string,  # the enhanced status code (RFC 3463)
+    "text": _as_string,  # what happened, for people
+    "remote_mta": _as_string,  # the server that was reached (RFC 3464, 2.3.5), and its address
+    "reply": _as_string,  # what it said
+    "passed_on": _as_boolean,  # it will tell the sender of its success (RFC 3461, 5.2.2)
+    "reported": _as_boolean,  # the sender was told of the end by us
+}
+
+_JOURNAL: _Readers = {
+    "at": _as_number,  # when the line was written, in seconds since 1970
+    "attempts": _as_count,  # how many have ended
+    "next_attempt": _as_number,  # in seconds since 1970; 0: now
+    "waited": _as_number,  # seconds in a running queue so far
+    "delay_reported": _as_boolean,  # the sender was told that it takes longer
+    "results": lambda value: [_checked(result, _RESULT) for result in _as_list(value)],
+}
+
+
+# --- version 0: no "v", and lists whose places have a meaning ---
+
+
+def _envelope_from_version_0(old: dict[str, Any]) -> dict[str, Any]:
+    value = {**Envelope._field_defaults, **old}
+    value["reverse_path"] = value.pop("sender")
+    value["recipients"] = [
+        _recipient_from_version_0(*recipient) for recipient in value.pop("addressees")
+    ]
+    return value
+
+
+def _recipient_from_version_0(
+    destination: Sequence[object], original: object, dsn: Sequence[object] = ([], "")
+) -> dict[str, object]:
+    kind, value, via = destination
+    notify, orcpt = dsn
+    return {
+        "destination": {"kind": kind, "value": value, "via": via},
+        "original_recipient": original,
+        "notify": notify,
+        "orcpt": orcpt,
+    }
+
+
+def _journal_from_version_0(old: dict[str, Any]) -> dict[str, Any]:
+    names = ("state", "status", "text", "remote_mta", "reply", "passed_on")
+    reported = old.get("told", [])  # of those to whom it was sent; a failure always is
+    results = []
+    for key, texts in old["results"].items():
+        defaults = ("", "", False)[len(texts) - 3 :]
+        result = dict(zip(names, [*texts, *defaults], strict=True))
+        number = int(key)
+        was_reported = result["state"] == State.FAILED or number in reported
+        results.append({"recipient": number, "reported": was_reported, **result})
+    return {
+        "at": old["at"],
+        "attempts": old["attempt"],
+        "next_attempt": old["next"],
+        "waited": old["waited"],
+        "delay_reported": old.get("delay_told", False),
+        "results": results,
+    }
 
 
 def read_item(path: str) -> Item:
-    """Read a file of the queue. Raises UnreadableItem, OSError."""
+    """Read a file of the queue. Raises NewerItem, UnreadableItem, OSError."""
     match = re.fullmatch(r"([a-z0-9]+),S=(\d+)", os.path.basename(path))
     if match is None:
         raise UnreadableItem(f"{path}: expected a name like ID,S=SIZE")
@@ -8191,7 +8328,11 @@ def read_item(path: str) -> Item:
         item = Item(envelope, Message(envelope.prefix, path, size))
         for line in filter(None, lines[1:]):
             item.apply(line)
-    except (ValueError, TypeError, KeyError, IndexError, OverflowError, AttributeError) as error:
+    except NewerItem as error:
+        raise NewerItem(f"{path}: {error}") from None
+    except (
+        ValueError, TypeError, KeyError, IndexError, OverflowError, AttributeError, RecursionError
+    ) as error:  # fmt: skip
         text = f"{path}: expected a message of {size} octets and its envelope: {error}"
         raise UnreadableItem(text) from error
     return item
@@ -8292,17 +8433,17 @@ def _recipient_from_go(entry: Entry, path: str) -> tuple[FinalRecipient, bool]:
 
 
 class QueueContents(NamedTuple):
-    """The items of a queue, paths and reasons of files that are none, and paths of files
-    that could not be read now but may be later."""
+    """The items of a queue, and the paths of its other files, with reasons."""
 
     items: list[Item]
-    unreadable: list[tuple[str, str]]
-    unread: list[tuple[str, str]]
+    unreadable: list[tuple[str, str]]  # they are no items
+    unread: list[tuple[str, str]]  # they could not be read now, but may be later
+    newer: list[tuple[str, str]]  # only a newer program knows what they say
 
 
 def read_queue(directory: str) -> QueueContents:
     """Read the queue below `directory`. Raises ChasquidError."""
-    contents = QueueContents([], [], [])
+    contents = QueueContents([], [], [], [])
     for place in (Place.NEW, Place.CUR):
         try:
             names = sorted(os.listdir(os.path.join(directory, place)))
@@ -8316,6 +8457,8 @@ def read_queue(directory: str) -> QueueContents:
                 contents.items.append(read_item(path))
             except UnreadableItem as error:
                 contents.unreadable.append((path, str(error)))
+            except NewerItem as error:
+                contents.newer.append((path, str(error)))
             except FileNotFoundError:
                 pass  # delivered meanwhile
             except OSError as error:
@@ -8687,8 +8830,8 @@ def _delivery_status(
             f"Action: {action}",
             f"Status: {result.status}",
         ]
-        if result.remote:
-            group.append(f"Remote-MTA: dns; {result.remote.partition(' ')[0]}")
+        if result.remote_mta:
+            group.append(f"Remote-MTA: dns; {result.remote_mta.partition(' ')[0]}")
         diagnosis = f"smtp; {result.reply}" if result.reply else f"X-chasquid; {result.text}"
         if action != Action.DELIVERED:
             group.append(f"Diagnostic-Code: {printable(diagnosis, 800)}")
@@ -8722,11 +8865,16 @@ def _returned_content(item: Item, action: Action, utf8: bool) -> bytes:
 #
 #     place     means                          a crash here leaves
 #     --------  -----------------------------  ---------------------------------------
-#     tmp/ID    being received                 nothing owed, no 250 was sent; swept
-#     new/ID    accepted, nothing attempted    all recipients pending
+#     tmp/ID    being received or written      nothing owed, no 250 was sent; swept
+#     new/ID    accepted, no attempt has       its journal says what is done; without one,
+#               ended                          all recipients are pending
 #     cur/ID    attempted at least once        its journal says what is done
-#     bad/ID    cannot be read                 for the operator to look at
+#     bad/ID    cannot be read, reported       for the operator to look at
 #     m:ID      left by chasquid in Go         taken over at the start, each once
+#
+# A file moves from tmp to new when it is whole and synced, and from new to cur after its
+# journal is; that move is not synced, as the journal counts in either. Files in new and cur
+# that a newer version wrote are reported and left alone.
 #
 # - 250 means that file and directory are synced.
 # - A notification is in the queue before the failure that it reports is written down, and
@@ -8832,6 +8980,8 @@ class Queue:
         contents = read_queue(directory)
         for path, why in contents.unreadable:
             self._set_aside(path, why)
+        for _, why in contents.newer:
+            self._leave(why)
         for path, why in contents.unread:
             self._record.error("queue", f"{why}; reading it again in a minute")
             self._loop.spawn(self._read_later(path), f"reading of {path}")
@@ -8845,6 +8995,9 @@ class Queue:
             os.rename(path, target)
         except OSError as error:
             self._record.error("queue", f"{path} stays where it is: {reason(error)}")
+
+    def _leave(self, why: str) -> None:
+        self._record.error("queue", f"left where it is, and not delivered: {why}")
 
     def _sweep(self, path: str) -> None:
         try:
@@ -8887,6 +9040,9 @@ class Queue:
                 return
             except UnreadableItem as error:
                 self._set_aside(path, str(error))
+                return
+            except NewerItem as error:
+                self._leave(str(error))
                 return
             except OSError as error:
                 self._record.error("queue", f"{reason(error)}; reading it again in a minute")
@@ -9182,7 +9338,7 @@ class Queue:
                 await self._remove_file(item)
                 self._record.mail(item.id, f"done after {plural(item.attempts, 'attempt')}")
                 return True
-            if item.waited >= _DELAY_NOTICE_SECONDS and not item.delay_told:
+            if item.waited >= _DELAY_NOTICE_SECONDS and not item.delay_reported:
                 await self._report_delay(item)
             self._postpone(item, self._pause(item.attempts))
             await self._write_down(item)
@@ -9301,7 +9457,7 @@ class Queue:
         waiting = [one for one in item.recipients if one.is_open and one.dsn.wants(Notify.DELAY)]
         if waiting and not await self._loop.work(lambda: is_automatic(item.message.header())):
             await self._notify(item, Action.DELAYED, waiting)
-        item.delay_told = True
+        item.delay_reported = True
 
     async def _notify(self, item: Item, action: Action, recipients: Sequence[Recipient]) -> None:
         """Queue a notification about `recipients`, where there are any. Raises OSError."""
@@ -9312,7 +9468,7 @@ class Queue:
         header, _, body = data.partition(b"\r\n\r\n")
         prefix = await self._sign(header + b"\r\n", lambda: [body])
         try:
-            final_recipients = await self._addressees(item.envelope.sender)
+            final_recipients = await self._final_recipients_of(item.envelope.sender)
         except TemporaryFailure as error:  # it is tried again with the item
             raise OSError(errno.EAGAIN, f"the notification must wait: {error}") from error
         draft = self._new_draft()
@@ -9332,7 +9488,7 @@ class Queue:
         except QueueFull as error:
             raise OSError(errno.ENOSPC, "the notification cannot be stored") from error
 
-    async def _addressees(self, address: str) -> tuple[FinalRecipient, ...]:
+    async def _final_recipients_of(self, address: str) -> tuple[FinalRecipient, ...]:
         try:
             return tuple(
                 FinalRecipient(destination, address) for destination in await self.expand(address)
@@ -16175,7 +16331,7 @@ def _queue_directory(config: Config) -> str:
 
 def _queue_items(config: Config) -> list[Item]:
     contents = read_queue(_queue_directory(config))
-    for _, why in contents.unreadable + contents.unread:
+    for _, why in contents.unreadable + contents.unread + contents.newer:
         print(f"chasquid: {why}", file=sys.stderr)
     return sorted(contents.items, key=lambda item: item.envelope.received)
 

@@ -545,7 +545,7 @@ def test_a_message_is_sent_command_by_command(tmp_path: Path) -> None:
     """ + CONTENT  # fmt: skip
     (result,), peer = attempt(tmp_path, script)
     assert (result.state, result.status) == (State.SENT, "2.6.0")
-    assert result.remote == f"mx.there.example (127.0.0.1:{peer.port})"
+    assert result.remote_mta == f"mx.there.example (127.0.0.1:{peer.port})"
     assert "got it" in result.text
     assert peer.messages == [MESSAGE + b".\r\n"]
 
@@ -818,7 +818,7 @@ def test_the_next_server_is_tried_where_one_is_down(tmp_path: Path) -> None:
     zone = zone_of("10 a.example.", "20 b.example.")
     results, _ = attempt(tmp_path, "* close", GREETING + ENVELOPE + CONTENT, zone=zone)
     assert [one.state for one in results] == [State.SENT]
-    assert results[0].remote.startswith("b.example ")
+    assert results[0].remote_mta.startswith("b.example ")
 
 
 def test_a_server_that_will_not_have_us_does_not_decide_for_the_others(tmp_path: Path) -> None:
@@ -837,7 +837,7 @@ def test_the_next_address_is_tried_where_one_is_down(tmp_path: Path) -> None:
     zone = {**MX, ("mx.there.example", "AAAA"): ("::1",)}
     (result,), _ = attempt(tmp_path, GREETING + ENVELOPE + CONTENT, zone=zone)
     assert result.state == State.SENT
-    assert result.remote.startswith("mx.there.example (127.0.0.1:")
+    assert result.remote_mta.startswith("mx.there.example (127.0.0.1:")
 
 
 def test_a_server_without_an_address_is_passed_over(tmp_path: Path) -> None:
@@ -855,7 +855,7 @@ def test_a_domain_without_mx_is_its_own_server(tmp_path: Path) -> None:
     zone = {("there.example", "A"): ("127.0.0.1",)}
     (result,), _ = attempt(tmp_path, GREETING + ENVELOPE + CONTENT, zone=zone)
     assert result.state == State.SENT
-    assert result.remote.startswith("there.example ")
+    assert result.remote_mta.startswith("there.example ")
 
 
 @pytest.mark.parametrize(
@@ -889,7 +889,7 @@ def test_only_servers_nearer_than_we_are_get_mail_of_ours_to_forward(tmp_path: P
     zone = zone_of("10 near.example.", f"20 {HOST}.", "20 like.example.", "30 far.example.")
     results, _ = attempt(tmp_path, "* close", zone=zone)
     assert [one.state for one in results] == [State.DEFERRED]
-    assert results[0].remote.startswith("near.example ")
+    assert results[0].remote_mta.startswith("near.example ")
 
 
 def test_mail_that_would_come_back_to_us_fails(tmp_path: Path) -> None:

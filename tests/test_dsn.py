@@ -360,8 +360,14 @@ def test_what_was_asked_for_is_in_the_queues_file(serve: Serve) -> None:
     lines = path.read_bytes()[int(path.name.partition("S=")[2]) :].split(b"\n")
     envelope = json.loads(lines[0])
     assert (envelope["ret"], envelope["envid"]) == ("HDRS", "QQ+20314")
-    dsn = [["SUCCESS", "FAILURE"], "rfc822;eve+40old.example"]
-    assert envelope["addressees"] == [[["address", EVA, []], EVA, dsn]]
+    assert envelope["recipients"] == [
+        {
+            "destination": {"kind": "address", "value": EVA, "via": []},
+            "original_recipient": EVA,
+            "notify": ["SUCCESS", "FAILURE"],
+            "orcpt": "rfc822;eve+40old.example",
+        }
+    ]
     item = chasquid.read_item(str(path))
     assert item.recipients[0].dsn == DsnParameters(
         ("SUCCESS", "FAILURE"), "rfc822;eve+40old.example"
@@ -403,7 +409,12 @@ def test_a_file_from_before_there_were_wishes_is_read(tmp_path: Path) -> None:
     name, data = old_file(BEN, EVA, journal=b"\n" + json.dumps(line).encode() + b"\n")
     (tmp_path / name).write_bytes(data)
     item = chasquid.read_item(str(tmp_path / name))
-    assert (item.attempts, item.next_attempt, item.waited, item.delay_told) == (3, 99, 50, False)
+    assert (item.attempts, item.next_attempt, item.waited, item.delay_reported) == (
+        3,
+        99,
+        50,
+        False,
+    )
     assert [one.state for one in item.recipients] == [State.SENT, State.DEFERRED]
     assert [one.dsn for one in item.recipients] == [DsnParameters(), DsnParameters()]
     assert not any(one.reported or one.result.passed_on for one in item.recipients)
@@ -926,7 +937,7 @@ def test_the_notice_of_delay_is_not_repeated_after_a_restart(tmp_path: Path) -> 
     async def second(bench: Bench) -> None:
         await bench.quiet()
         (item,) = bench.queue.items.values()
-        assert item.delay_told
+        assert item.delay_reported
         await wait(bench, 5 * HOUR)
         assert len(far.came) > 20
         assert bench.local.contents == []

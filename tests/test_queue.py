@@ -30,7 +30,18 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from support import HOST, SECONDS, FakeClock, Inline, address, record, run, unsigned
 
 import chasquid
-from chasquid import Delivery, Destination, Envelope, FinalRecipient, Item, Message, Result, State
+from chasquid import (
+    Delivery,
+    Destination,
+    DsnParameters,
+    Envelope,
+    FinalRecipient,
+    Item,
+    Message,
+    Notify,
+    Result,
+    State,
+)
 
 MESSAGE = b"Subject: hello\r\n\r\nIt works.\r\n"
 HOUR = 3600.0
@@ -214,7 +225,7 @@ def test_an_accepted_message_is_in_new_with_its_envelope(tmp_path: Path) -> None
         assert path.stat().st_mode & 0o777 == 0o600
         assert path.read_bytes().startswith(MESSAGE)
         (envelope,) = bench.journal(item)
-        assert envelope["sender"] == "ana@here.example"
+        assert (envelope["v"], envelope["reverse_path"]) == (1, "ana@here.example")
         bench.local.hold[0].set()
 
     on_bench(tmp_path, test)
@@ -242,11 +253,11 @@ def test_a_message_that_was_attempted_is_in_cur_with_a_line_for_the_attempt(
         await bench.quiet()
         assert bench.files() == [f"cur/{item.id}"]
         _, line = bench.journal(item)
-        assert line["attempt"] == 1
-        assert line["next"] == bench.clock.time() + 60 + 30
-        assert {key: result[0] for key, result in line["results"].items()} == {
-            "0": State.SENT,
-            "1": State.DEFERRED,
+        assert (line["v"], line["attempts"]) == (1, 1)
+        assert line["next_attempt"] == bench.clock.time() + 60 + 30
+        assert {result["recipient"]: result["state"] for result in line["results"]} == {
+            0: State.SENT,
+            1: State.DEFERRED,
         }
 
     on_bench(tmp_path, test)
@@ -414,10 +425,11 @@ GARBAGE = {
     "a number": (NAME, MESSAGE + b"0\n"),
     "a size beyond any file": ("abc,S=" + "9" * 30, item_file("a@here.example")),
     "JSON that is no envelope": (NAME, MESSAGE + b"[1, 2]\n"),
-    "an envelope without a sender": (NAME, MESSAGE + b'{"id":"abc","addressees":[]}\n'),
+    "an envelope without a sender": (NAME, MESSAGE + b'{"v":1,"id":"abc","recipients":[]}\n'),
+    "an old envelope without a sender": (NAME, MESSAGE + b'{"id":"abc","addressees":[]}\n'),
     "an envelope that says more": (
         NAME,
-        item_file("a@here.example").replace(b'{"id"', b'{"colour":"red","id"'),
+        item_file("a@here.example").replace(b'"id"', b'"colour":"red","id"'),
     ),
     "another id": (NAME, item_file("a@here.example", id="abd")),
     "another size": ("abc,S=7", item_file("a@here.example")),
@@ -473,17 +485,23 @@ destinations = st.builds(
     names,
     st.lists(names, max_size=3).map(tuple),
 )
+dsn = st.builds(DsnParameters, st.lists(st.sampled_from(Notify), max_size=3).map(tuple), names)
 envelopes = st.builds(
     Envelope,
     id=st.just("abc"),
     sender=names,
     final_recipients=st.lists(
-        st.builds(FinalRecipient, destinations, names), min_size=1, max_size=4
+        st.builds(FinalRecipient, destinations, names, dsn), min_size=1, max_size=4
     ).map(tuple),
     received=st.floats(0, 2e9),
     prefix=st.binary(max_size=100),
     smtputf8=st.booleans(),
     eight_bit=st.booleans(),
+    junk=st.booleans(),
+    require_tls=st.booleans(),
+    tls_optional=st.booleans(),
+    ret=names,
+    envid=names,
 )
 
 
@@ -1426,13 +1444,14 @@ class Written:
     def __init__(self, path: Path) -> None:
         self.id, _, size = path.name.partition(",S=")
         lines = [line for line in path.read_bytes()[int(size) :].split(b"\n") if line]
-        names = [destination[1] for destination, *_ in json.loads(lines[0])["addressees"]]
+        recipients = json.loads(lines[0])["recipients"]
+        names = [recipient["destination"]["value"] for recipient in recipients]
         self.lines = len(lines)
         self.states = dict.fromkeys(names, "pending")
         for line in lines[1:]:
             with contextlib.suppress(ValueError):
-                for number, result in json.loads(line)["results"].items():
-                    self.states[names[int(number)]] = result[0]
+                for result in json.loads(line)["results"]:
+                    self.states[names[result["recipient"]]] = result["state"]
 
 
 def _paths(directory: Path) -> list[Path]:
@@ -1462,6 +1481,16 @@ TestQueueMachine.settings = settings(max_examples=150, stateful_step_count=30, d
 # --- files that are not as they must be ---
 
 GOOD = {
+    "v": 1, "id": "abc", "reverse_path": "a@b", "received": 1.0, "prefix": "", "smtputf8": False,
+    "eight_bit": False, "junk": False, "require_tls": False, "tls_optional": False, "ret": "",
+    "envid": "", "recipients": [
+        {
+            "destination": {"kind": "address", "value": "c@d", "via": []},
+            "original_recipient": "c@d", "notify": [], "orcpt": "",
+        },
+    ],
+}  # fmt: skip
+GOOD_0 = {
     "id": "abc", "sender": "a@b", "addressees": [[["address", "c@d", []], "c@d"]],
     "received": 1.0, "prefix": "", "smtputf8": False, "eight_bit": False,
 }  # fmt: skip
@@ -1472,6 +1501,201 @@ def queue_file(directory: Path, envelope: bytes, journal: bytes = b"", place: st
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"x\r\n" + envelope + b"\n" + journal)
     return path
+
+
+def destined(**change: object) -> dict[str, object]:
+    """Return a change of the envelope, which changes the destination of its recipient."""
+    return recipient(destination={"kind": "address", "value": "c@d", "via": [], **change})
+
+
+def recipient(**change: object) -> dict[str, object]:
+    usual = {"original_recipient": "c@d", "notify": [], "orcpt": ""}
+    usual["destination"] = {"kind": "address", "value": "c@d", "via": []}
+    return {"recipients": [{**usual, **change}]}
+
+
+CHANGES = [
+    {"prefix": 7}, {"prefix": "€"}, {"reverse_path": 7}, {"reverse_path": "\ud800@x.example"},
+    {"recipients": []}, {"recipients": 1}, {"recipients": [1]}, {"recipients": {}},
+    {"received": "x"}, {"received": 1e999}, {"received": 9e17}, {"received": -1}, {"id": None},
+    {"smtputf8": "yes"}, {"junk": 1}, {"ret": []}, {"envid": 1}, {"more": 1}, {"sender": "a@b"},
+    {"v": "1"}, {"v": True}, {"v": -1}, {"v": 1.5}, {"v": None}, {"v": 0},
+    destined(kind="fax"), destined(value=1), destined(via="via"), destined(value="\ud800@d"),
+    destined(more=1), recipient(notify=["SOMETIMES"]), recipient(notify="NEVER"),
+    recipient(orcpt=None), recipient(more=1), recipient(original_recipient=None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_an_envelope_that_says_what_cannot_be_is_unreadable(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    path = queue_file(tmp_path, json.dumps(GOOD).encode())
+    assert chasquid.read_item(str(path)).recipients[0].destination == address("c@d")
+    queue_file(tmp_path, json.dumps({**GOOD, **change}).encode())
+    with pytest.raises(chasquid.UnreadableItem):
+        chasquid.read_item(str(path))
+
+
+@pytest.mark.parametrize("field", [*GOOD])
+def test_an_envelope_that_lacks_a_field_is_unreadable(tmp_path: Path, field: str) -> None:
+    line = {key: value for key, value in GOOD.items() if key != field}
+    path = queue_file(tmp_path, json.dumps(line).encode())
+    with pytest.raises(chasquid.UnreadableItem):
+        chasquid.read_item(str(path))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"state": "gone"}, {"state": []}, {"recipient": 7}, {"recipient": -1}, {"recipient": "0"},
+        {"status": 2}, {"text": None}, {"reported": "yes"}, {"passed_on": 0}, {"more": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_result_that_says_what_cannot_be_is_unreadable(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    def line(**change: object) -> bytes:
+        result = {
+            "recipient": 0, "state": "sent", "status": "2.0.0", "text": "x", "remote_mta": "",
+            "reply": "", "passed_on": False, "reported": False, **change,
+        }  # fmt: skip
+        attempt = {"v": 1, "at": 1, "attempts": 1, "next_attempt": 0, "waited": 0}
+        attempt.update(delay_reported=False, results=[result])
+        return json.dumps(attempt).encode() + b"\n"
+
+    path = queue_file(tmp_path, json.dumps(GOOD).encode(), line())
+    assert chasquid.read_item(str(path)).recipients[0].state == State.SENT
+    queue_file(tmp_path, json.dumps(GOOD).encode(), line(**change))
+    with pytest.raises(chasquid.UnreadableItem):
+        chasquid.read_item(str(path))
+
+
+# --- files of another version ---
+
+NEWER = [
+    (json.dumps({**GOOD, "v": 2}).encode(), b""),
+    (b'{"v": 2, "all": "is different"}', b""),
+    (json.dumps(GOOD).encode(), b'{"v": 2, "all": "is different"}\n'),
+]
+
+
+@pytest.mark.parametrize(("envelope", "journal"), NEWER)
+@pytest.mark.parametrize("place", ["new", "cur"])
+def test_what_a_newer_program_wrote_is_left_alone_and_reported(
+    tmp_path: Path, envelope: bytes, journal: bytes, place: str
+) -> None:
+    path = queue_file(tmp_path, envelope, journal, place)
+    before = path.read_bytes()
+
+    async def test(bench: Bench) -> None:
+        await bench.accept("eva@there.example")
+        await bench.quiet()
+        await bench.advance(GIVE_UP + 1)
+        assert [name for _, name, _ in bench.remote.deliveries] == ["eva@there.example"]
+        assert bench.local.messages == []
+        assert bench.files() == [f"{place}/abc"]
+        assert path.read_bytes() == before
+        assert f"left where it is, and not delivered: {path}: it is written in ver" in bench.log
+
+    on_bench(tmp_path, test)
+
+
+def test_what_turns_out_to_be_newer_when_it_can_be_read_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = queue_file(tmp_path, *NEWER[0])
+    read_item = chasquid.read_item
+
+    def read_once_in_vain(path: str) -> Item:
+        monkeypatch.setattr(chasquid, "read_item", read_item)
+        raise OSError(errno.EIO, "no")
+
+    monkeypatch.setattr(chasquid, "read_item", read_once_in_vain)
+
+    async def test(bench: Bench) -> None:
+        await bench.loop.turn()
+        assert "reading it again in a minute" in bench.log
+        await bench.advance(61)
+        assert f"left where it is, and not delivered: {path}" in bench.log
+        assert bench.files() == ["new/abc"]
+
+    on_bench(tmp_path, test)
+
+
+# What the program wrote before there were versions, by its own hand: one message that was
+# accepted, one after two attempts, one of whose delay its sender was told.
+OLD = Path(__file__).parent / "data" / "queue-version-0"
+
+
+def test_a_file_of_version_0_is_read() -> None:
+    contents = chasquid.read_queue(str(OLD))
+    assert not contents.unreadable + contents.unread + contents.newer
+    accepted, attempted, late = contents.items
+    assert accepted.envelope == Envelope(
+        accepted.id, "", (FinalRecipient(address("ben@here.example"), "ben@here.example"),),
+        1700016400.0, b"Received: by us\r\n",
+    )  # fmt: skip
+    assert [one.state for one in accepted.recipients] == [State.PENDING]
+
+    expected = (
+        FinalRecipient(
+            address("ben@here.example"),
+            "ben@here.example",
+            DsnParameters((Notify.SUCCESS, Notify.FAILURE), "rfc822;b+2Bn@old.example"),
+        ),
+        FinalRecipient(
+            address("eva@there.example"), "team@here.example", DsnParameters((Notify.NEVER,))
+        ),
+        FinalRecipient(address("max@there.example"), "max@there.example"),
+        FinalRecipient(Destination("pipe", "/usr/bin/filter -x"), "filter@here.example"),
+        FinalRecipient(
+            address("žofie@there.example", "mx1.example", "mx2.example:26"), "žofie@here.example"
+        ),
+    )
+    assert attempted.envelope == Envelope(
+        attempted.id, "ana@here.example", expected, 1700016300.0, "Received: žus\r\n".encode(),
+        smtputf8=True, eight_bit=True, junk=True, require_tls=False, tls_optional=True,
+        ret="HDRS", envid="QQ+20314",
+    )  # fmt: skip
+    assert (attempted.attempts, attempted.next_attempt, attempted.waited) == (2, 1700016730.0, 100)
+    assert [(one.state, one.reported) for one in attempted.recipients] == [
+        (State.SENT, True), (State.DEFERRED, False), (State.FAILED, True),
+        (State.DEFERRED, False), (State.DEFERRED, False),
+    ]  # fmt: skip
+    assert attempted.recipients[2].result == Result(
+        State.FAILED, "5.1.1", "max@there.example is failed", "mx.there.example (192.0.2.1:25)",
+        "550 5.1.1 no, max@there.example",
+    )  # fmt: skip
+    assert (late.attempts, late.waited, late.delay_reported) == (3, 16300.0, True)
+    assert not attempted.delay_reported
+
+
+def test_a_file_of_version_0_is_attempted_and_goes_on_in_version_1(tmp_path: Path) -> None:
+    shutil.copytree(OLD, tmp_path / "queue")
+    clock = FakeClock()
+    clock.advance(20_000)
+
+    async def attempt(bench: Bench) -> None:
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED]}
+        await bench.quiet()
+        assert [name for _, name, _ in bench.local.deliveries] == ["ben@here.example"]
+        assert {name for _, name, _ in bench.remote.deliveries} == {
+            "eva@there.example", "žofie@there.example", "late@there.example"
+        }  # fmt: skip
+        assert [name for _, name, _ in bench.pipe.deliveries] == ["/usr/bin/filter -x"]
+        (item,) = bench.queue.items.values()
+        assert bench.journal(item)[-1]["v"] == 1 and "v" not in bench.journal(item)[0]
+
+    async def finish(bench: Bench) -> None:
+        await bench.advance(700)
+        assert [name for _, name, _ in bench.remote.deliveries] == ["eva@there.example"]
+        assert bench.local.deliveries + bench.pipe.deliveries == []
+        assert bench.files() == []
+
+    on_bench(tmp_path, attempt, clock)
+    on_bench(tmp_path, finish, clock)
 
 
 @pytest.mark.parametrize(
@@ -1485,10 +1709,10 @@ def queue_file(directory: Path, envelope: bytes, journal: bytes = b"", place: st
     ],
     ids=str,
 )  # fmt: skip
-def test_an_envelope_with_a_wrong_type_is_set_aside(
+def test_an_envelope_of_version_0_with_a_wrong_type_is_set_aside(
     tmp_path: Path, change: dict[str, object]
 ) -> None:
-    path = queue_file(tmp_path, json.dumps({**GOOD, **change}).encode())
+    path = queue_file(tmp_path, json.dumps({**GOOD_0, **change}).encode())
 
     async def test(bench: Bench) -> None:
         await bench.quiet()
@@ -1524,19 +1748,24 @@ def test_json_that_is_nested_deeply_ends_nothing(tmp_path: Path, line: bytes) ->
     ],
     ids=str,
 )  # fmt: skip
-def test_a_journal_that_says_what_cannot_be_is_set_aside(tmp_path: Path, results: object) -> None:
+def test_a_journal_of_version_0_that_says_what_cannot_be_is_set_aside(
+    tmp_path: Path, results: object
+) -> None:
     line = {"at": 1, "attempt": 1, "next": 0, "waited": 0, "results": results}
-    queue_file(tmp_path, json.dumps(GOOD).encode(), json.dumps(line).encode() + b"\n")
+    queue_file(tmp_path, json.dumps(GOOD_0).encode(), json.dumps(line).encode() + b"\n")
     contents = chasquid.read_queue(str(tmp_path / "queue"))
     assert len(contents.unreadable) == 1 and not contents.items
 
 
 @pytest.mark.parametrize("attempt", [-100, 1.5, "1", None])
 def test_a_number_of_attempts_that_is_none_is_set_aside(tmp_path: Path, attempt: object) -> None:
-    line = {"at": 1, "attempt": attempt, "next": 0, "waited": 0, "results": {}}
-    queue_file(tmp_path, json.dumps(GOOD).encode(), json.dumps(line).encode() + b"\n")
-    contents = chasquid.read_queue(str(tmp_path / "queue"))
-    assert len(contents.unreadable) == 1 and not contents.items
+    old = {"at": 1, "attempt": attempt, "next": 0, "waited": 0, "results": {}}
+    new = {"v": 1, "at": 1, "attempts": attempt, "next_attempt": 0, "waited": 0}
+    new.update(delay_reported=False, results=[])
+    for line in (old, new):
+        queue_file(tmp_path, json.dumps(GOOD).encode(), json.dumps(line).encode() + b"\n")
+        contents = chasquid.read_queue(str(tmp_path / "queue"))
+        assert len(contents.unreadable) == 1 and not contents.items
 
 
 def test_what_cannot_be_set_aside_stays_and_is_told_of(tmp_path: Path) -> None:
