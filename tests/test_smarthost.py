@@ -109,7 +109,7 @@ def test_a_message_goes_with_tls_and_a_login() -> None:
     (result,), peer = attempt(WHOLE)
     assert (result.state, result.status) == (State.SENT, "2.0.0")
     assert "queued as 42" in result.text
-    assert SMART in result.remote
+    assert SMART in result.remote_mta
     assert peer.messages == [MESSAGE + b".\r\n"]
 
 
@@ -409,7 +409,7 @@ def test_a_message_that_is_refused_fails() -> None:
 
 def test_the_server_that_answered_is_named_in_reports_by_its_name() -> None:
     (result,), _ = attempt(WHOLE)
-    assert result.remote.partition(" ")[0] == SMART
+    assert result.remote_mta.partition(" ")[0] == SMART
 
 
 # --- which mail goes there ---
