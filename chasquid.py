@@ -3476,8 +3476,8 @@ class Dovecot:
 # The program hooks/alias-resolve adds to the right side of any address: it is asked with the
 # address as it came, then, if neither file nor hook knew that, without suffix and drop
 # characters, and for "*" if nobody else is found. Dovecot may know users that are in no file.
-# Expansion itself asks neither: it is a function of what they have said, and where something
-# is missing, that is fetched and it is done again.
+# Expansion itself asks neither: it is a function of what they have said, and if something is
+# missing, that is fetched and it is done again.
 #
 # The room knows which domains and users there are, and nothing of how mail is delivered.
 # ======================================================================================
@@ -3567,7 +3567,7 @@ def parse_destinations(right: str, domain: str) -> tuple[Destination, ...]:
             raise ValueError("expected a program after '|'")
         return (Destination(DestinationKind.PIPE, command),)
     destinations = []
-    for part in filter(None, (one.strip() for one in right.split(","))):
+    for part in filter(None, map(str.strip, right.split(","))):
         address, *rest = part.split(None, 2)
         via: tuple[str, ...] = ()
         if rest:
@@ -3639,9 +3639,11 @@ class ExternalLookups:
         return ExternalLookups(self._hook, self._user)
 
     def destinations(self, address: str) -> tuple[Destination, ...] | None:
+        """Return what the hook adds to `address`; None while it has not been asked."""
         return self._said(_Question(_Lookup.ALIAS, address)) if self._hook else ()
 
     def has_user(self, address: str) -> bool | None:
+        """Tell whether `address` has a mailbox elsewhere; None while nobody has been asked."""
         return self._said(_Question(_Lookup.USER, address)) if self._user else False
 
     def _said(self, question: _Question) -> Any:
@@ -3680,6 +3682,19 @@ def _pipe_problem(command: str) -> str:
     return "" if shutil.which(program) else f"the program {program} is not there, or not executable"
 
 
+class _Expansion(NamedTuple):
+    """An expansion under way: who is found, and which addresses of ours lead nowhere.
+
+    `done` holds what was expanded to its end, and whether it led somewhere, so many ways to it
+    cost no more than a single way.
+    """
+
+    lookups: ExternalLookups
+    found: dict[Destination, None]
+    done: dict[Destination, bool]
+    dead: dict[str, None]
+
+
 class Aliases:
     """Expands addresses; `tables` holds the aliases of each domain that is ours."""
 
@@ -3706,7 +3721,7 @@ class Aliases:
     async def expand_with(
         self, lookups: ExternalLookups, address: str, unknown: list[str] | None = None
     ) -> list[Destination]:
-        """As `expand`, asking `lookups` where that is needed. Raises also TemporaryFailure."""
+        """As `expand`, asking `lookups` if that is needed. Raises also TemporaryFailure."""
         lookups = lookups.fresh()
         while True:
             dead: list[str] = []
@@ -3732,7 +3747,7 @@ class Aliases:
     def postmaster_domain(self, hostname: str) -> str:
         """Return the domain whose postmaster is the one of `hostname` (RFC 5321, 4.5.1).
 
-        That is the host itself where it is a domain of ours, else the first that has one.
+        That is the host itself if it is a domain of ours, else the first that has one.
         """
         for domain in (hostname, *sorted(self._tables)):
             if self.is_local(domain) and any(self._look_up("postmaster", domain)):
@@ -3741,7 +3756,7 @@ class Aliases:
 
     def clean(self, user: str) -> str:
         """Return `user` without suffix and without drop characters."""
-        return "".join(one for one in self._without_suffix(user) if one not in self._drops)
+        return "".join(letter for letter in self._without_suffix(user) if letter not in self._drops)
 
     def _without_suffix(self, user: str) -> str:
         for separator in self._separators:
@@ -3758,34 +3773,24 @@ class Aliases:
         AliasLoop, and TemporaryFailure for a domain whose files cannot be read. None of this
         counts while `lookups` has unanswered questions.
         """
-        found: dict[Destination, None] = {}
-        dead: dict[str, None] = {}
-        if not self._expand(
-            Destination(DestinationKind.ADDRESS, address), (), found, {}, lookups, dead
-        ):
-            raise NoSuchUser(address, [other for other in dead if other != address])
+        expansion = _Expansion(lookups, found={}, done={}, dead={})
+        if not self._expand(Destination(DestinationKind.ADDRESS, address), (), expansion):
+            raise NoSuchUser(address, [other for other in expansion.dead if other != address])
         if unknown is not None:
-            unknown += dead
-        return list(found)
+            unknown += expansion.dead
+        return list(expansion.found)
 
     def _expand(
-        self,
-        destination: Destination,
-        path: tuple[tuple[str, str], ...],
-        found: dict[Destination, None],
-        done: dict[Destination, bool],
-        lookups: ExternalLookups,
-        dead: dict[str, None],
+        self, destination: Destination, path: tuple[tuple[str, str], ...], expansion: _Expansion
     ) -> bool:
-        """Add what `destination` stands for to `found`; false if that is nobody.
+        """Add what `destination` stands for to what is found; false if that is nobody.
 
-        `path` has the names, with their domains, that led here; "" is the catch-all. `done`
-        holds what was expanded to its end, and whether it led somewhere, so many ways to it
-        cost no more than one.
+        `path` has the names, with their domains, that led here; "" is the catch-all.
         """
         if len(path) > ALIAS_DEPTH_LIMIT:
             far = f"in a circle, or deeper than {ALIAS_DEPTH_LIMIT} steps"
             raise AliasLoop(f"the aliases behind {destination.value} lead {far}")
+        lookups, found, done, dead = expansion
         user, domain = split_address(destination.value)
         if destination.kind == DestinationKind.PIPE or destination.via or not self.is_local(domain):
             found[destination] = None
@@ -3800,19 +3805,19 @@ class Aliases:
             next_destinations = ()  # the catch-all leads to nobody that it would not catch again
         path = (*path, (name, domain))
         leads_somewhere = False
-        for one in next_destinations:
-            one = self._fill_in(one, user)
-            if self._names_itself(one, name, domain, lookups):
-                own = normalize_user(split_address(one.value)[0])
+        for pattern in next_destinations:
+            following = self._fill_in(pattern, user)
+            if self._names_itself(following, name, domain, lookups):
+                own = normalize_user(split_address(following.value)[0])
                 mailbox = self._user_of(own, domain, lookups)
                 if mailbox:
                     found[Destination(DestinationKind.ADDRESS, f"{mailbox}@{domain}")] = None
                 else:
-                    dead[one.value] = None
-                done[one] = bool(mailbox)
-            elif one not in done:
-                done[one] = self._expand(one, path, found, done, lookups, dead)
-            leads_somewhere = leads_somewhere or done[one]
+                    dead[following.value] = None
+                done[following] = bool(mailbox)
+            elif following not in done:
+                done[following] = self._expand(following, path, expansion)
+            leads_somewhere = leads_somewhere or done[following]
         if not leads_somewhere:
             dead[destination.value] = None
         return leads_somewhere
@@ -3881,8 +3886,8 @@ class Aliases:
                     problem := _pipe_problem(destination.value)
                 ):
                     yield AliasFinding(f"{address}: {problem}", True)
-            for one in self._asked_for(address, destinations):
-                for text in self._dead_ends(address, one, everybody):
+            for asked in self._asked_for(address, destinations):
+                for text in self._dead_ends(address, asked, everybody):
                     yield AliasFinding(text, True)
         for user in users:
             address = f"{user}@{domain}"
@@ -6897,7 +6902,8 @@ class State(enum.StrEnum):
 class Result(NamedTuple):
     """What became of one recipient, for people in `text`.
 
-    `remote_mta` names the server that was reached, and `reply` is what it said, if it did.
+    `status` is the enhanced status code (RFC 3463), "" while pending. `remote_mta` names the
+    server that was reached, and `reply` is what it said, if it did.
     """
 
     state: State
@@ -6950,7 +6956,7 @@ _REPLY_LINES_LIMIT = 100
 class Client:
     """The client's side of one SMTP or LMTP connection.
 
-    Raises Disconnected, Expired; and TemporaryFailure where a reply is none.
+    Raises Disconnected, Expired; and TemporaryFailure for what is not a reply.
     """
 
     def __init__(self, loop: Loop, stream: Stream, place: str, lmtp: bool = False) -> None:
@@ -6962,21 +6968,27 @@ class Client:
 
     @property
     def tls_text(self) -> str:
+        """What TLS there is, for people; "" without."""
         return self._stream.tls_text
 
     @property
     def certificates(self) -> list[bytes]:
+        """The certificates that the server has shown, in DER, its own first."""
         return self._stream.certificates
 
     async def greet(self, hostname: str) -> None:
-        """Read the greeting and say EHLO (HELO where the server knows no EHLO) or LHLO.
+        """Read the greeting and say EHLO (HELO if the server knows no EHLO) or LHLO.
 
-        Raises TemporaryFailure or PermanentFailure where the server does not want us.
+        Raises TemporaryFailure or PermanentFailure if the server does not want us.
         """
         self._expect(await self._reply(_GREETING_SECONDS), "greets with")
         await self.hello(hostname)
 
     async def hello(self, hostname: str) -> None:
+        """Say EHLO, HELO or LHLO, and learn `extensions` (RFC 5321, 4.1.1.1).
+
+        Raises TemporaryFailure or PermanentFailure if the server does not want us.
+        """
         reply = await self._command(f"{'LHLO' if self._lmtp else 'EHLO'} {hostname}")
         if reply.code in (500, 501, 502, 504) and not self._lmtp:
             reply = await self._command(f"HELO {hostname}")
@@ -6989,7 +7001,7 @@ class Client:
         self._expect(reply, "answers EHLO with")
 
     async def start_tls(self, context: ssl.SSLContext, hostname: str) -> None:
-        """Say STARTTLS and do the handshake. Raises TLSFailed."""
+        """Say STARTTLS and do the handshake (RFC 3207). Raises TLSFailed."""
         reply = await self._command("STARTTLS")
         if reply.code != 220:
             raise TLSFailed(f"{self.place} answers STARTTLS with {reply}")
@@ -7030,7 +7042,10 @@ class Client:
         ]
 
     def lacks(self, delivery: Delivery) -> Result | None:
-        """Return the failure of all recipients where the server lacks what the message needs."""
+        """Return the failure of all recipients if the server lacks what the message needs.
+
+        That is SMTPUTF8 (RFC 6531, 3.2) or REQUIRETLS (RFC 8689, 4.2.1); None if it has it.
+        """
         for needed, extension, status in (
             (delivery.smtputf8, "SMTPUTF8", "5.6.7"),
             (delivery.require_tls, "REQUIRETLS", "5.7.30"),
@@ -7045,7 +7060,8 @@ class Client:
     ) -> list[Result]:
         """Send the message to `recipients` in one transaction; RFC 5321, 3.3.
 
-        They are `destinations` in the form in which a server is told.
+        They are `destinations` in the form in which a server is told. Returns a result for each,
+        in their order.
         """
         commands = [self._mail_command(delivery)]
         commands += [
@@ -7057,7 +7073,7 @@ class Client:
         if mail.code // 100 != 2:
             rcpts = [mail] * len(recipients)
         results = self._rcpt_results(rcpts)
-        accepted = [number for number, one in enumerate(results) if one.state == State.SENT]
+        accepted = [number for number, result in enumerate(results) if result.state == State.SENT]
         if data.code != 354:
             failure = mail if mail.code // 100 != 2 else data
             for number in accepted:
@@ -7089,7 +7105,7 @@ class Client:
         return results
 
     async def quit(self) -> None:
-        """Say goodbye, without waiting long for the answer."""
+        """Say QUIT (RFC 5321, 4.1.1.10), without waiting long for the answer, and close."""
         try:
             with self._loop.deadline(2.0):
                 await self._command("QUIT")
@@ -7098,6 +7114,7 @@ class Client:
         self._stream.close()
 
     def close(self) -> None:
+        """Close the connection, without a word."""
         self._stream.close()
 
     def _mail_command(self, delivery: Delivery) -> str:
@@ -7124,7 +7141,7 @@ class Client:
         return notify + (f" ORCPT={dsn.orcpt}" if dsn.orcpt else "")
 
     async def _group(self, commands: Sequence[str]) -> list[Reply]:
-        """Send MAIL, RCPTs and DATA, in one piece where the server has PIPELINING."""
+        """Send MAIL, RCPTs and DATA, in one piece if the server has PIPELINING."""
         if "PIPELINING" in self.extensions:
             for command in commands:
                 self._stream.write(f"{command}\r\n".encode())
@@ -7151,8 +7168,8 @@ class Client:
     async def _final_replies(self, count: int) -> list[Reply]:
         """Read one reply for all, or with LMTP one for each; RFC 2033, 4.2.
 
-        Where the connection breaks now, nobody knows what became of the message; it must
-        not be sent to another server at once, but later.
+        If the connection breaks now, nobody knows what became of the message; it must not be
+        sent to another server at once, but later.
         """
         replies: list[Reply] = []
         try:
@@ -7204,7 +7221,8 @@ class Client:
             state = State.FAILED
         # an answer to no question of ours has no status that means anything
         status = self._status(reply) if state != State.DEFERRED or reply.code >= 400 else "4.5.0"
-        return Result(state, status, f"{self.place} {doing} {said}", self.place, said)
+        text = f"{self.place} {doing} {said}"
+        return Result(state, status, text, remote_mta=self.place, reply=said)
 
 
 def _in_base64(text: str) -> str:
@@ -7228,11 +7246,16 @@ JUNK_FOLDER = ".Junk"
 
 
 class Courier(Protocol):
-    """`deliver` returns as many results as there are destinations, in their order."""
+    """Makes one attempt for some recipients of a message."""
 
     async def deliver(
         self, delivery: Delivery, destinations: Sequence[Destination]
-    ) -> list[Result]: ...
+    ) -> list[Result]:
+        """Return as many results as there are destinations, in their order.
+
+        It raises for nothing that the outside does.
+        """
+        ...
 
 
 class MaildirCourier:
@@ -7262,6 +7285,7 @@ class MaildirCourier:
     async def deliver(
         self, delivery: Delivery, destinations: Sequence[Destination]
     ) -> list[Result]:
+        """Store the message in the Maildir of each destination, or in its folder for junk."""
         return [await self._deliver(delivery, destination.value) for destination in destinations]
 
     async def _deliver(self, delivery: Delivery, address: str) -> Result:
@@ -7286,7 +7310,7 @@ class MaildirCourier:
         return os.path.join(directory, JUNK_FOLDER) if delivery.junk else directory
 
     def directory(self, address: str) -> str:
-        """Return the Maildir of `address`. Raises ValueError where it would lie elsewhere."""
+        """Return the Maildir of `address`. Raises ValueError if it would lie elsewhere."""
         return maildir_path(self._template, address)
 
     async def _store(self, directory: str, delivery: Delivery, address: str) -> str:
@@ -7319,7 +7343,7 @@ class MaildirCourier:
 def maildir_path(template: str, address: str) -> str:
     """Return the Maildir of `address`, as `maildir` says, %data_dir% being filled in already.
 
-    Raises ValueError where it would lie elsewhere.
+    Raises ValueError if it would lie elsewhere.
     """
     user, domain = split_address(address)
     for part in (user, domain):
@@ -7376,6 +7400,7 @@ class AgentCourier(_ProgramCourier):
     async def deliver(
         self, delivery: Delivery, destinations: Sequence[Destination]
     ) -> list[Result]:
+        """Run the agent once for each destination; its exit status 75 defers (EX_TEMPFAIL)."""
         results = []
         for destination in destinations:
             argv = [self._program, *self._fill_in(delivery.sender, destination.value)]
@@ -7400,6 +7425,7 @@ class PipeCourier(_ProgramCourier):
     async def deliver(
         self, delivery: Delivery, destinations: Sequence[Destination]
     ) -> list[Result]:
+        """Run the command line of each destination; its exit status 75 defers (EX_TEMPFAIL)."""
         return [await self._pipe(delivery, destination.value) for destination in destinations]
 
     async def _pipe(self, delivery: Delivery, command: str) -> Result:
@@ -7451,6 +7477,7 @@ class LmtpCourier:
     async def deliver(
         self, delivery: Delivery, destinations: Sequence[Destination]
     ) -> list[Result]:
+        """Deliver to all in one transaction; the server answers for each (RFC 2033, 4.2)."""
         client = None
         try:
             with self._loop.deadline(_CONNECT_SECONDS):
@@ -7482,7 +7509,7 @@ def presentable(
 ) -> tuple[Delivery, list[str]]:
     """Turn domains into A-labels, and find out whether SMTPUTF8 is needed at all.
 
-    Raises ValueError where a domain is none.
+    Raises ValueError for what is not a domain.
     """
     sender = address_to_ascii(delivery.sender)
     addresses = [address_to_ascii(destination.value) for destination in destinations]
@@ -7587,7 +7614,7 @@ class SmtpCourier:
                 domain = host if destination.via else split_address(destination.value)[1]
                 name = domain_to_ascii(host)
                 requirement = await self._requirement(
-                    delivery, domain, name, port, not destination.via
+                    delivery, domain, host=name, port=port, by_mx=not destination.via
                 )
                 ips = await self._names.addresses(name)
             except (TemporaryFailure, PermanentFailure) as error:
@@ -7615,7 +7642,7 @@ class SmtpCourier:
     async def _requirement(
         self, delivery: Delivery, domain: str, host: str, port: int, by_mx: bool
     ) -> TlsRequirement:
-        """Raises TemporaryFailure, and PermanentFailure where REQUIRETLS cannot be had."""
+        """Raises TemporaryFailure, and PermanentFailure if REQUIRETLS cannot be had."""
         if delivery.tls_optional and not delivery.require_tls:
             return TlsRequirement()
         requirement = await self._policies.requirement(domain, host, port, by_mx)
@@ -7664,7 +7691,7 @@ class SmtpCourier:
     async def _open(self, server: _Server) -> tuple[Client, str]:
         """Connect with as much security as the server has; return also the level reached.
 
-        Raises as `Client` does, and TemporaryFailure where that is not enough.
+        Raises as `Client` does, and TemporaryFailure if that is not enough.
         """
         if server.requirement.tlsa:
             # to be held to a certificate that others would call valid, it must show one
@@ -7708,7 +7735,7 @@ class SmtpCourier:
     async def _open_with_dane(self, server: _Server) -> Client:
         """Connect to a server whose certificate is in the DNS; RFC 7672, 3.1.
 
-        Where the record names an authority (usage 2), its certificate is known only from
+        If the record names an authority (usage 2), its certificate is known only from
         the handshake; so a second connection is made that trusts it alone.
         """
         client = await self._greet_for_dane(server)
@@ -7716,12 +7743,14 @@ class SmtpCourier:
         if failure is not None:
             raise self._too_little(server, str(failure))
         chain, tlsa = client.certificates[:_CHAIN_LIMIT], server.requirement.tlsa
-        if any(one.usage == 3 and one.matches(own) for one in tlsa for own in chain[:1]):
+        if any(record.usage == 3 and record.matches(own) for record in tlsa for own in chain[:1]):
             return client
         client.close()
         failure = TLSFailed("the certificate matches no TLSA record")
         anchors = [
-            shown for shown in chain if any(one.usage == 2 and one.matches(shown) for one in tlsa)
+            shown
+            for shown in chain
+            if any(record.usage == 2 and record.matches(shown) for record in tlsa)
         ]
         for authority in anchors[:_ANCHOR_LIMIT]:
             try:
@@ -7768,7 +7797,7 @@ class SmarthostCourier:
     """Hands what is for other servers to one that sends it on, with a user and a password.
 
     The connection is one with TLS and a valid certificate, from the start on port 465,
-    else by STARTTLS; unless it need not be `safe`, then TLS is used where it is offered.
+    else by STARTTLS; unless it need not be `safe`, then TLS is used if it is offered.
     What the server itself refuses is our configuration's fault, or its own, so it is only
     deferred.
     """
@@ -7795,6 +7824,7 @@ class SmarthostCourier:
     async def deliver(
         self, delivery: Delivery, destinations: Sequence[Destination]
     ) -> list[Result]:
+        """Hand the message over on one connection, to RECIPIENT_LIMIT destinations at a time."""
         place = f"{self._host} (the smarthost, port {self._port})"
         client = None
         results: list[Result] = []
@@ -7822,7 +7852,7 @@ class SmarthostCourier:
         finally:
             if client is not None:
                 client.close()
-        return [self._ours(one) for one in results]
+        return list(map(self._ours, results))
 
     @staticmethod
     def _ours(result: Result) -> Result:
@@ -7980,9 +8010,11 @@ class FinalRecipient(NamedTuple):
 
 
 class Envelope(NamedTuple):
-    """What came with a message and is kept with it. `received` is in seconds since 1970.
+    """What came with a message and is kept with it; `_ENVELOPE` says more of each field.
 
-    `prefix` holds the header fields that we put in front of the message.
+    `sender` is the reverse-path, without angle brackets, "" for the null reverse-path.
+    `received` is in seconds since 1970. `prefix` holds the header fields that we put in front
+    of the message.
     """
 
     id: str
@@ -8037,10 +8069,12 @@ class Recipient:
 
     @property
     def state(self) -> State:
+        """The state of the last result."""
         return self.result.state
 
     @property
     def is_open(self) -> bool:
+        """Whether there is still something to attempt."""
         return self.result.state in (State.PENDING, State.DEFERRED)
 
 
@@ -8076,12 +8110,14 @@ class Item:
 
     @property
     def id(self) -> str:
+        """The id of the message, as in its file's name and the logs."""
         return self.envelope.id
 
     def journal_line(self, at: float) -> bytes:
-        """Return what is to be written down at the time `at`, with the fields of `_JOURNAL`.
+        """Return what is to be written down, with the fields of `_JOURNAL`.
 
-        A failure that was not reported yet is left out: after a crash it must be found again.
+        `at` is the time, in seconds since 1970. A failure that was not reported yet is left
+        out: after a crash it must be found again.
         """
         fields = {
             "at": at,
@@ -8098,7 +8134,7 @@ class Item:
         return b"\n" + _json_line(fields)
 
     def apply(self, line: bytes) -> None:
-        """Take over a line of the journal; one that is none was torn, and changes nothing.
+        """Take over a line of the journal. What is not JSON was torn, and changes nothing.
 
         Raises NewerItem, and ValueError, TypeError, KeyError, IndexError or AttributeError if
         it says what cannot be.
@@ -8313,7 +8349,10 @@ def _journal_from_version_0(old: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_item(path: str) -> Item:
-    """Read a file of the queue. Raises NewerItem, UnreadableItem, OSError."""
+    """Read a file of the queue, whose name is ID,S=SIZE, in octets of the message.
+
+    Raises NewerItem, UnreadableItem, OSError.
+    """
     match = re.fullmatch(r"([a-z0-9]+),S=(\d+)", os.path.basename(path))
     if match is None:
         raise UnreadableItem(f"{path}: expected a name like ID,S=SIZE")
@@ -8390,7 +8429,7 @@ def item_from_go(data: bytes, path: str, now: float) -> tuple[str, tuple[int, li
     FORWARD, status PENDING, SENT or FAILED, original_address, via, last_failure_message),
     data, created_at_ts in nanoseconds since 1970. The id follows from theirs, so whoever is
     taken over twice gets the same name. Recipients that have failed are tried once more, and
-    then reported. Raises ConfigError.
+    then reported. `now` is in seconds since 1970. Raises ConfigError.
     """
     import hashlib  # loads OpenSSL's hashes; only for such files
 
@@ -8405,10 +8444,13 @@ def item_from_go(data: bytes, path: str, now: float) -> tuple[str, tuple[int, li
     id = f"g{hashlib.sha256(fields.text('ID').encode()).hexdigest()[:15]}"
     message = re.sub(rb"\r?\n", b"\r\n", fields.octets("data"))
     envelope = Envelope(
-        id, fields.text("from").removeprefix("<").removesuffix(">"),
-        tuple(final_recipient for final_recipient, _ in recipients), now - age, b"",
+        id,
+        sender=fields.text("from").removeprefix("<").removesuffix(">"),
+        final_recipients=tuple(final_recipient for final_recipient, _ in recipients),
+        received=now - age,
+        prefix=b"",
         eight_bit=not message.isascii(),
-    )  # fmt: skip
+    )
     item = Item(envelope, Message(b"", "", len(message)))
     item.waited = age
     for recipient, (_, is_sent) in zip(item.recipients, recipients, strict=True):
@@ -8469,9 +8511,10 @@ def read_queue(directory: str) -> QueueContents:
 class Draft:
     """A message on its way in: in memory while it is small, then in tmp.
 
-    Of its header, fields that claim to be results of `hostname` are left out (none, where
-    that is None); the header is held back for that until it is whole. Once `add` has
-    failed, the draft is discarded and stays so.
+    Of its header, fields that claim to be results of `hostname` are left out (none, if
+    that is None); the header is held back for that until it is whole. Up to `memory`
+    octets are not written to the disk. Once `add` has failed, the draft is discarded and
+    stays so.
     """
 
     def __init__(
@@ -8501,7 +8544,7 @@ class Draft:
     async def add(self, piece: bytes) -> None:
         """Take the next octets of the message.
 
-        Raises PermanentFailure where the header is too large, OSError where the disk is full.
+        Raises PermanentFailure if the header is too large, OSError if the disk is full.
         """
         self.size += len(piece)
         self.eight_bit = self.eight_bit or not piece.isascii()
@@ -8559,7 +8602,7 @@ class Draft:
         return Message(envelope.prefix, target, self.size, data if small else None)
 
     def discard(self) -> None:
-        """Forget the message; nothing where it was stored."""
+        """Forget the message, unless it was stored."""
         self._pieces.clear()
         if self._fd >= 0:
             close_written(self._fd)
@@ -8577,7 +8620,7 @@ class Draft:
             self._take_header(end + 2 if end else 0)
 
     def _take_header(self, end: int) -> None:
-        """Split what was held back at `end`, where the empty line begins."""
+        """Split what was held back at `end`, at which the empty line begins."""
         self._header = bytes(self._head[:end])
         kept = self._without_false_traces(self._header)
         self.size -= end - len(kept)
@@ -8599,7 +8642,7 @@ class Draft:
         except ValueError:
             return header  # it is refused later
         claims = [field for field in fields if field.name == "authentication-results"]
-        false = {one for one in claims[:_CLAIMS_LIMIT] if claims_results_of(one, hostname)}
+        false = {field for field in claims[:_CLAIMS_LIMIT] if claims_results_of(field, hostname)}
         false |= set(claims[_CLAIMS_LIMIT:])
         false |= {field for field in fields if field.name == "return-path"}
         return b"".join(field.raw for field in fields if field not in false) if false else header
@@ -8646,7 +8689,10 @@ NOTIFICATION_ORIGINAL_LIMIT = 256 * 1024  # octets of the original in a notifica
 
 
 def is_automatic(header: bytes) -> bool:
-    """Tell whether a program wrote the message (RFC 3834, 5), or a list sent it on."""
+    """Tell by its header block whether a program wrote a message, or a list sent it on.
+
+    RFC 3834, 5; what cannot be read counts as automatic, as it must not be answered.
+    """
     try:
         fields = {field.name: field.value.strip().lower() for field in header_fields(header)}
     except ValueError:
@@ -8699,11 +8745,14 @@ _REFERENCES_LIMIT = 10  # ids of earlier messages that are repeated
 def notification(
     item: Item, action: Action, recipients: Sequence[Recipient], settings: QueueSettings, now: float
 ) -> tuple[bytes, bool]:
-    """Return a delivery status notification (RFC 3464, 6533), and if it needs SMTPUTF8."""
-    sender = _in_ascii_where_possible(item.envelope.sender)
+    """Return a delivery status notification (RFC 3464, 6533), and if it needs SMTPUTF8.
+
+    It tells the sender of `item` what became of `recipients`; `now` is in seconds since 1970.
+    """
+    sender = _ascii_if_possible(item.envelope.sender)
     names = [sender]
     for recipient in recipients:
-        names += [_in_ascii_where_possible(recipient.original), _final_recipient(recipient)]
+        names += [_ascii_if_possible(recipient.original), _final_recipient(recipient)]
     utf8 = not all(name.isascii() for name in names)
     if item.envelope.smtputf8 and not utf8:
         utf8 = not item.message.header().isascii()
@@ -8711,7 +8760,10 @@ def notification(
     status = "global-delivery-status" if utf8 else "delivery-status"
     parts = [
         _part("text/plain; charset=utf-8", _explanation(item, action, recipients, settings)),
-        _part(f"message/{status}", _delivery_status(item, action, recipients, settings, utf8)),
+        _part(
+            f"message/{status}",
+            _delivery_status(item, action, recipients, settings=settings, utf8=utf8),
+        ),
         _returned_content(item, action, utf8),
     ]
     header = (
@@ -8756,17 +8808,17 @@ def _thread_fields(header: bytes) -> str:
     if not ids:
         return ""
     thread = [*_MESSAGE_ID.findall(fields.get("references", b""))[-_REFERENCES_LIMIT:], ids[0]]
-    references = [one.decode("ascii") for one in thread]
+    references = [id.decode("ascii") for id in thread]
     return (fold("In-Reply-To", references[-1]) + fold("References", *references)).decode()
 
 
 def _failed_recipients(recipients: Sequence[Recipient]) -> str:
-    names = dict.fromkeys(_in_ascii_where_possible(one.original) for one in recipients)
+    names = dict.fromkeys(_ascii_if_possible(recipient.original) for recipient in recipients)
     *others, last = names
-    return fold("X-Failed-Recipients", *(f"{one}," for one in others), last).decode()
+    return fold("X-Failed-Recipients", *(f"{name}," for name in others), last).decode()
 
 
-def _in_ascii_where_possible(address: str) -> str:
+def _ascii_if_possible(address: str) -> str:
     """Return `address` with its domain in A-labels, so that fewer servers are asked too much."""
     try:
         return address_to_ascii(address)
@@ -8776,7 +8828,7 @@ def _in_ascii_where_possible(address: str) -> str:
 
 def _final_recipient(recipient: Recipient) -> str:
     destination = recipient.destination
-    return _in_ascii_where_possible(
+    return _ascii_if_possible(
         destination.value if destination.kind == DestinationKind.ADDRESS else recipient.original
     )
 
@@ -8800,7 +8852,7 @@ def _explanation(
         lines += [f"It will be tried again for {left} more.", ""]
     elif any(recipient.is_open for recipient in item.recipients):
         lines += ["Delivery to the other recipients is still being tried.", ""]
-    lines += ["What was sent is attached, or its header where it is large.", ""]
+    lines += ["What was sent is attached, or its header if it is large.", ""]
     return "\r\n".join(lines).encode()
 
 
@@ -8821,7 +8873,7 @@ def _delivery_status(
         groups[0].insert(0, f"Original-Envelope-Id: {envid}")
     for recipient in recipients:
         result = recipient.result
-        original = f"{form}; {_in_ascii_where_possible(recipient.original)}"
+        original = f"{form}; {_ascii_if_possible(recipient.original)}"
         if recipient.dsn.orcpt:
             original = printable("; ".join(from_xtext(recipient.dsn.orcpt).split(";", 1)))
         group = [
@@ -8841,7 +8893,7 @@ def _delivery_status(
 
 
 def _returned_content(item: Item, action: Action, utf8: bool) -> bytes:
-    """The message where it is small, its header otherwise (RFC 6522, RFC 6533)."""
+    """The message if it is small, its header otherwise (RFC 6522, RFC 6533)."""
     message = item.message
     small = len(message.prefix) + message.size <= NOTIFICATION_ORIGINAL_LIMIT
     # RFC 3461, 4.3: the whole only of what failed; RFC 8689, 5: no body of what needs TLS
@@ -8957,7 +9009,7 @@ class Queue:
     def next_due(self) -> float:
         """When something happens next, on the monotonic clock, as long as no mail comes in.
 
-        Infinity where the queue is empty, minus infinity while something is being attempted.
+        Infinity if the queue is empty, minus infinity while something is being attempted.
         """
         waiting = [item.due if item.nudge else float("-inf") for item in self.items.values()]
         return min(waiting, default=float("inf"))
@@ -8965,7 +9017,7 @@ class Queue:
     def recover(self) -> None:
         """Make the directories, sweep tmp, and take up what is in new and cur.
 
-        Raises ConfigError where the directory cannot be used.
+        Raises ConfigError if the directory cannot be used.
         """
         directory = self._settings.directory
         try:
@@ -9057,7 +9109,7 @@ class Queue:
         return Draft(self._loop, self._disk, settings.directory, settings.hostname)
 
     def check_room(self) -> None:
-        """Raise QueueFull where the queue takes no more messages from outside."""
+        """Raise QueueFull if the queue takes no more messages from outside."""
         if len(self.items) >= self._settings.limit:
             raise QueueFull(f"the queue is full ({self._settings.limit} messages)", "4.3.1")
         if self._settings.min_free_disk and not self._disk_has_room():
@@ -9092,7 +9144,9 @@ class Queue:
             draft.discard()
             raise
         item = Item(envelope, message)
-        recipients = ", ".join(dict.fromkeys(one.original for one in envelope.final_recipients))
+        recipients = ", ".join(
+            dict.fromkeys(recipient.original for recipient in envelope.final_recipients)
+        )
         self._record.count("messages", "queued")
         self._record.mail(
             item.id,
@@ -9141,7 +9195,10 @@ class Queue:
         self.retry(item)
 
     async def bounce(self, item: Item) -> None:
-        """Give `item` up now: its sender is told, as if its time had passed."""
+        """Give `item` up now: its sender is told, as if its time had passed.
+
+        Returns when that is done, or put off.
+        """
         self._give_up(item, "given up by the operator", "5.0.0")
         self.retry(item)
         if item.task is not None:
@@ -9212,7 +9269,7 @@ class Queue:
     async def _attempt(self, item: Item) -> None:
         """Try each open recipient once; those that travel together in one go.
 
-        Where some are done while others still wait for a slow server, that is written down.
+        If some are done while others still wait for a slow server, that is written down.
         """
         self.begun += 1
         groups: dict[tuple[str, ...], list[Recipient]] = {}
@@ -9252,10 +9309,18 @@ class Queue:
         envelope = item.envelope
         sender = self._sender_for(item, group[0])
         delivery = Delivery(
-            item.id, sender, item.message, envelope.smtputf8, envelope.eight_bit,
-            envelope.junk, envelope.require_tls, envelope.tls_optional, envelope.ret,
-            envelope.envid, self._dsn_by_destination(group, sender == envelope.sender),
-        )  # fmt: skip
+            item.id,
+            sender,
+            item.message,
+            smtputf8=envelope.smtputf8,
+            eight_bit=envelope.eight_bit,
+            junk=envelope.junk,
+            require_tls=envelope.require_tls,
+            tls_optional=envelope.tls_optional,
+            ret=envelope.ret,
+            envid=envelope.envid,
+            dsn_parameters=self._dsn_by_destination(group, sender == envelope.sender),
+        )
         destinations = list(dict.fromkeys(recipient.destination for recipient in group))
         async with self._places(route):
             try:
@@ -9289,9 +9354,9 @@ class Queue:
             other = dsn_parameters.get(recipient.destination)
             if other is not None and other != dsn:
                 words = tuple(
-                    one
-                    for one in (Notify.SUCCESS, Notify.FAILURE, Notify.DELAY)
-                    if dsn.wants(one) or other.wants(one)
+                    word
+                    for word in (Notify.SUCCESS, Notify.FAILURE, Notify.DELAY)
+                    if dsn.wants(word) or other.wants(word)
                 )
                 dsn = DsnParameters(words or (Notify.NEVER,), other.orcpt or dsn.orcpt)
             dsn_parameters[recipient.destination] = dsn
@@ -9299,7 +9364,8 @@ class Queue:
             return dsn_parameters
         return {
             destination: dsn._replace(
-                notify=tuple(one for one in dsn.notify if one != Notify.SUCCESS) or (Notify.NEVER,)
+                notify=tuple(word for word in dsn.notify if word != Notify.SUCCESS)
+                or (Notify.NEVER,)
             )
             if dsn.notify
             else dsn
@@ -9326,7 +9392,8 @@ class Queue:
     async def _settle(self, item: Item) -> bool:
         """Report failures, then write down what is left, or remove; true when it is over.
 
-        Where the disk refuses, nothing is forgotten: it is tried again in a minute.
+        What waits too long fails (RFC 5321, 4.5.4.1).
+        If the disk refuses, nothing is forgotten: it is tried again in a minute.
         """
         self._count_wait(item)
         if item.waited >= self._settings.give_up_after:
@@ -9401,7 +9468,7 @@ class Queue:
         item.message = item.message._replace(path=target, data=None)
 
     def _sender_for(self, item: Item, recipient: Recipient) -> str:
-        """Return the reverse-path, rewritten where we forward for somebody else.
+        """Return the reverse-path, rewritten if we forward for somebody else.
 
         A server elsewhere would take mail from us under a foreign name for a forgery
         (SPF, RFC 7208), so the name becomes one of ours that still holds the old one.
@@ -9427,26 +9494,34 @@ class Queue:
         return f"{rewritten}@{own_domain}"
 
     async def _report(self, item: Item) -> None:
-        """Tell the sender of failures, and of successes where that was asked for.
+        """Tell the sender of failures, and of successes if that was asked for.
 
         Raises OSError.
         """
-        ended = [one for one in item.recipients if not one.is_open and not one.reported]
-        failed = [one for one in ended if one.state == State.FAILED]
-        sent = [one for one in ended if one.state == State.SENT and not one.result.passed_on]
-        await self._notify(
-            item, Action.FAILED, [one for one in failed if one.dsn.wants(Notify.FAILURE)]
-        )
-        for recipient in failed:  # or they are told again where the next report fails
+        ended = [
+            recipient
+            for recipient in item.recipients
+            if not recipient.is_open and not recipient.reported
+        ]
+        failed = [recipient for recipient in ended if recipient.state == State.FAILED]
+        wanted = [recipient for recipient in failed if recipient.dsn.wants(Notify.FAILURE)]
+        await self._notify(item, Action.FAILED, wanted)
+        for recipient in failed:  # or they are told again if the next report fails
             recipient.reported = True
         if failed and not item.envelope.sender:
             self._record.mail(item.id, "failed, and no notification: the sender is <>")
+        sent = [
+            recipient
+            for recipient in ended
+            if recipient.state == State.SENT
+            and not recipient.result.passed_on
+            and recipient.dsn.wants(Notify.SUCCESS)
+        ]
         for action, local in ((Action.DELIVERED, True), (Action.RELAYED, False)):
             told = [
-                one
-                for one in sent
-                if one.dsn.wants(Notify.SUCCESS)
-                and self._couriers.route(one.destination, item.attempts).local == local
+                recipient
+                for recipient in sent
+                if self._couriers.route(recipient.destination, item.attempts).local == local
             ]
             await self._notify(item, action, told)
             for recipient in told:
@@ -9454,17 +9529,21 @@ class Queue:
 
     async def _report_delay(self, item: Item) -> None:
         """Tell the sender once that some recipients must wait. Raises OSError."""
-        waiting = [one for one in item.recipients if one.is_open and one.dsn.wants(Notify.DELAY)]
+        waiting = [
+            recipient
+            for recipient in item.recipients
+            if recipient.is_open and recipient.dsn.wants(Notify.DELAY)
+        ]
         if waiting and not await self._loop.work(lambda: is_automatic(item.message.header())):
             await self._notify(item, Action.DELAYED, waiting)
         item.delay_reported = True
 
     async def _notify(self, item: Item, action: Action, recipients: Sequence[Recipient]) -> None:
-        """Queue a notification about `recipients`, where there are any. Raises OSError."""
+        """Queue a notification about `recipients`, if there are any. Raises OSError."""
         if not recipients or not item.envelope.sender:
             return
         now = self._loop.clock.time()
-        data, utf8 = notification(item, action, recipients, self._settings, now)
+        data, utf8 = notification(item, action, recipients, settings=self._settings, now=now)
         header, _, body = data.partition(b"\r\n\r\n")
         prefix = await self._sign(header + b"\r\n", lambda: [body])
         try:
@@ -9479,9 +9558,15 @@ class Queue:
             draft.discard()
             raise
         envelope = Envelope(
-            draft.id, "", final_recipients, now, prefix,
-            smtputf8=utf8, eight_bit=draft.eight_bit, require_tls=item.envelope.require_tls,
-        )  # fmt: skip
+            draft.id,
+            sender="",  # RFC 3464, 2
+            final_recipients=final_recipients,
+            received=now,
+            prefix=prefix,
+            smtputf8=utf8,
+            eight_bit=draft.eight_bit,
+            require_tls=item.envelope.require_tls,
+        )
         self._record.count("notifications", action)
         try:
             await self.accept(draft, envelope, f"notification of {item.id} ({action})")
