@@ -3506,14 +3506,14 @@ class Dovecot:
 # that stands on its own right side means the mailbox of that name. A later line overrides an
 # earlier one. Expansion goes ten steps deep at most.
 #
-# An alias must lead somewhere: unknown users among its targets are left out and told of, and
+# An alias must lead somewhere: unknown users among its destinations are left out and told of, and
 # if there is nobody else, the alias is unknown itself. "localhost" is always ours.
 #
 # The program hooks/alias-resolve adds to the right side of any address: it is asked with the
 # address as it came, then, if neither file nor hook knew that, without suffix and drop
 # characters, and for "*" if nobody else is found. Dovecot may know users that are in no file.
-# Expansion itself asks neither: it is a function of what they have said, and where something
-# is missing, that is fetched and it is done again.
+# Expansion itself asks neither: it is a function of what they have said, and if something is
+# missing, that is fetched and it is done again.
 #
 # The room knows which domains and users there are, and nothing of how mail is delivered.
 # ======================================================================================
@@ -3521,10 +3521,17 @@ class Dovecot:
 ALIAS_DEPTH_LIMIT = 10
 
 
-class Target(NamedTuple):
+class DestinationKind(enum.StrEnum):
+    """What the value of a destination is."""
+
+    ADDRESS = "address"
+    PIPE = "pipe"  # a command line
+
+
+class Destination(NamedTuple):
     """One final recipient: an address, perhaps through `via`, or a pipe's command line."""
 
-    kind: str  # "address" or "pipe"
+    kind: DestinationKind
     value: str
     via: tuple[str, ...] = ()
 
@@ -3555,48 +3562,48 @@ class NoSuchUser(ChasquidError):
 
 def parse_aliases(
     data: bytes, path: str, domain: str, problems: list[ConfigError] | None = None
-) -> dict[str, tuple[Target, ...]]:
-    """Parse an aliases file into normalised names and their targets.
+) -> dict[str, tuple[Destination, ...]]:
+    """Parse an aliases file into normalised names and their destinations.
 
     Raises ConfigError; with `problems`, mistakes are added to it instead.
     """
-    aliases: dict[str, tuple[Target, ...]] = {}
+    aliases: dict[str, tuple[Destination, ...]] = {}
     for number, raw in enumerate(data.split(b"\n"), 1):
         try:
             line = raw.decode().strip()
             if not line or line.startswith("#"):
                 continue
-            key, targets = _parse_alias(line, domain)
+            key, destinations = _parse_alias(line, domain)
         except ValueError as error:
             text = "expected UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
             with collected(problems):
                 raise ConfigError(path, number, text) from None
             continue
         aliases.pop(key, None)  # the order is that of the lines that count
-        aliases[key] = targets
+        aliases[key] = destinations
     return aliases
 
 
-def _parse_alias(line: str, domain: str) -> tuple[str, tuple[Target, ...]]:
-    """Return the normalised name and the targets. Raises ValueError."""
+def _parse_alias(line: str, domain: str) -> tuple[str, tuple[Destination, ...]]:
+    """Return the normalised name and the destinations. Raises ValueError."""
     name, colon, right = (part.strip() for part in line.partition(":"))
     if not colon or not name or not right:
         raise ValueError(f"expected 'name: address, …', found {line!r}")
     if "@" in name:
         raise ValueError(f"expected a name without '@' before the colon, found {name!r}")
     key = name if name == "*" else normalize_user(name)
-    return key, parse_targets(right, domain)
+    return key, parse_destinations(right, domain)
 
 
-def parse_targets(right: str, domain: str) -> tuple[Target, ...]:
+def parse_destinations(right: str, domain: str) -> tuple[Destination, ...]:
     """Parse the right side of an alias of `domain`. Raises ValueError."""
     if right.startswith("|"):
         command = right[1:].strip()
         if not command:
             raise ValueError("expected a program after '|'")
-        return (Target("pipe", command),)
-    targets = []
-    for part in filter(None, (one.strip() for one in right.split(","))):
+        return (Destination(DestinationKind.PIPE, command),)
+    destinations = []
+    for part in filter(None, map(str.strip, right.split(","))):
         address, *rest = part.split(None, 2)
         via: tuple[str, ...] = ()
         if rest:
@@ -3610,15 +3617,17 @@ def parse_targets(right: str, domain: str) -> tuple[Target, ...]:
         local, of = split_address(address)
         if not local or address.endswith("@"):
             raise ValueError(f"expected an address, found {part!r}")
-        targets.append(Target("address", f"{local}@{domain_to_unicode(of or domain)}", via))
-    if not targets:
+        destinations.append(
+            Destination(DestinationKind.ADDRESS, f"{local}@{domain_to_unicode(of or domain)}", via)
+        )
+    if not destinations:
         raise ValueError("expected an address")
-    return tuple(targets)
+    return tuple(destinations)
 
 
 def load_aliases(
     directory: str, domain: str, problems: list[ConfigError] | None = None
-) -> dict[str, tuple[Target, ...]]:
+) -> dict[str, tuple[Destination, ...]]:
     """Read the aliases file of a domain's directory, if there is one.
 
     Raises ConfigError; with `problems`, mistakes are added to it instead.
@@ -3629,10 +3638,17 @@ def load_aliases(
     return {}
 
 
-class Question(NamedTuple):
-    """What only the outside knows: `kind` is "alias" or "user"."""
+class _Lookup(enum.Enum):
+    """What may be asked beyond the files."""
 
-    kind: str
+    ALIAS = enum.auto()
+    USER = enum.auto()
+
+
+class _Question(NamedTuple):
+    """What only the outside knows."""
+
+    lookup: _Lookup
     address: str
 
 
@@ -3646,25 +3662,27 @@ class ExternalLookups:
 
     def __init__(
         self,
-        hook: Callable[[str], Awaitable[tuple[Target, ...]]] | None = None,
+        hook: Callable[[str], Awaitable[tuple[Destination, ...]]] | None = None,
         user: Callable[[str], Awaitable[bool]] | None = None,
     ) -> None:
         self._hook = hook
         self._user = user
-        self._known: dict[Question, Any] = {}
-        self.unanswered: dict[Question, None] = {}  # in the order in which they came up
+        self._known: dict[_Question, Any] = {}
+        self.unanswered: dict[_Question, None] = {}  # in the order in which they came up
 
     def fresh(self) -> ExternalLookups:
         """Return the same without what was said so far."""
         return ExternalLookups(self._hook, self._user)
 
-    def targets(self, address: str) -> tuple[Target, ...] | None:
-        return self._said(Question("alias", address)) if self._hook else ()
+    def destinations(self, address: str) -> tuple[Destination, ...] | None:
+        """Return what the hook adds to `address`; None while it has not been asked."""
+        return self._said(_Question(_Lookup.ALIAS, address)) if self._hook else ()
 
     def has_user(self, address: str) -> bool | None:
-        return self._said(Question("user", address)) if self._user else False
+        """Tell whether `address` has a mailbox elsewhere; None while nobody has been asked."""
+        return self._said(_Question(_Lookup.USER, address)) if self._user else False
 
-    def _said(self, question: Question) -> Any:
+    def _said(self, question: _Question) -> Any:
         if question not in self._known:
             self.unanswered[question] = None
         return self._known.get(question)
@@ -3672,7 +3690,7 @@ class ExternalLookups:
     async def answer(self) -> None:
         """Find out what is not known yet. Raises TemporaryFailure."""
         for question in self.unanswered:
-            ask = self._hook if question.kind == "alias" else self._user
+            ask = self._hook if question.lookup is _Lookup.ALIAS else self._user
             assert ask is not None
             self._known[question] = await ask(question.address)
         self.unanswered.clear()
@@ -3700,12 +3718,25 @@ def _pipe_problem(command: str) -> str:
     return "" if shutil.which(program) else f"the program {program} is not there, or not executable"
 
 
+class _Expansion(NamedTuple):
+    """An expansion under way: who is found, and which addresses of ours lead nowhere.
+
+    `done` holds what was expanded to its end, and whether it led somewhere, so many ways to it
+    cost no more than a single way.
+    """
+
+    lookups: ExternalLookups
+    found: dict[Destination, None]
+    done: dict[Destination, bool]
+    dead: dict[str, None]
+
+
 class Aliases:
     """Expands addresses; `tables` holds the aliases of each domain that is ours."""
 
     def __init__(
         self,
-        tables: Mapping[str, Mapping[str, tuple[Target, ...]]],
+        tables: Mapping[str, Mapping[str, tuple[Destination, ...]]],
         user_exists: Callable[[str, str], bool],
         suffix_separators: str,
         drop_characters: str,
@@ -3717,16 +3748,16 @@ class Aliases:
         self._drops = drop_characters
         self._tables = {
             domain: {
-                name if name == "*" else self._compared(name): targets
-                for name, targets in table.items()
+                name if name == "*" else self._compared(name): destinations
+                for name, destinations in table.items()
             }
             for domain, table in tables.items()
         }
 
     async def expand_with(
         self, lookups: ExternalLookups, address: str, unknown: list[str] | None = None
-    ) -> list[Target]:
-        """As `expand`, asking `lookups` where that is needed. Raises also TemporaryFailure."""
+    ) -> list[Destination]:
+        """As `expand`, asking `lookups` if that is needed. Raises also TemporaryFailure."""
         lookups = lookups.fresh()
         while True:
             dead: list[str] = []
@@ -3752,7 +3783,7 @@ class Aliases:
     def postmaster_domain(self, hostname: str) -> str:
         """Return the domain whose postmaster is the one of `hostname` (RFC 5321, 4.5.1).
 
-        That is the host itself where it is a domain of ours, else the first that has one.
+        That is the host itself if it is a domain of ours, else the first that has one.
         """
         for domain in (hostname, *sorted(self._tables)):
             if self.is_local(domain) and any(self._look_up("postmaster", domain)):
@@ -3761,7 +3792,7 @@ class Aliases:
 
     def clean(self, user: str) -> str:
         """Return `user` without suffix and without drop characters."""
-        return "".join(one for one in self._without_suffix(user) if one not in self._drops)
+        return "".join(letter for letter in self._without_suffix(user) if letter not in self._drops)
 
     def _without_suffix(self, user: str) -> str:
         for separator in self._separators:
@@ -3770,7 +3801,7 @@ class Aliases:
 
     def expand(
         self, address: str, lookups: ExternalLookups = _NOBODY, unknown: list[str] | None = None
-    ) -> list[Target]:
+    ) -> list[Destination]:
         """Return the final recipients of `address`, each once.
 
         To `unknown` are added the addresses of ours on the way that are neither user nor
@@ -3778,76 +3809,68 @@ class Aliases:
         AliasLoop, and TemporaryFailure for a domain whose files cannot be read. None of this
         counts while `lookups` has unanswered questions.
         """
-        found: dict[Target, None] = {}
-        dead: dict[str, None] = {}
-        if not self._expand(Target("address", address), (), found, {}, lookups, dead):
-            raise NoSuchUser(address, [other for other in dead if other != address])
+        expansion = _Expansion(lookups, found={}, done={}, dead={})
+        if not self._expand(Destination(DestinationKind.ADDRESS, address), (), expansion):
+            raise NoSuchUser(address, [other for other in expansion.dead if other != address])
         if unknown is not None:
-            unknown += dead
-        return list(found)
+            unknown += expansion.dead
+        return list(expansion.found)
 
     def _expand(
-        self,
-        target: Target,
-        path: tuple[tuple[str, str], ...],
-        found: dict[Target, None],
-        done: dict[Target, bool],
-        lookups: ExternalLookups,
-        dead: dict[str, None],
+        self, destination: Destination, path: tuple[tuple[str, str], ...], expansion: _Expansion
     ) -> bool:
-        """Add what `target` stands for to `found`; false if that is nobody.
+        """Add what `destination` stands for to what is found; false if that is nobody.
 
-        `path` has the names, with their domains, that led here; "" is the catch-all. `done`
-        holds what was expanded to its end, and whether it led somewhere, so many ways to it
-        cost no more than one.
+        `path` has the names, with their domains, that led here; "" is the catch-all.
         """
         if len(path) > ALIAS_DEPTH_LIMIT:
             far = f"in a circle, or deeper than {ALIAS_DEPTH_LIMIT} steps"
-            raise AliasLoop(f"the aliases behind {target.value} lead {far}")
-        user, domain = split_address(target.value)
-        if target.kind == "pipe" or target.via or not self.is_local(domain):
-            found[target] = None
+            raise AliasLoop(f"the aliases behind {destination.value} lead {far}")
+        lookups, found, done, dead = expansion
+        user, domain = split_address(destination.value)
+        if destination.kind == DestinationKind.PIPE or destination.via or not self.is_local(domain):
+            found[destination] = None
             return True
         if domain in self._broken:
             raise broken_domain(domain)
-        name, next_targets = self._look_up(user, domain, lookups)
-        if name and not next_targets:
-            found[Target("address", f"{name}@{domain}")] = None
+        name, next_destinations = self._look_up(user, domain, lookups)
+        if name and not next_destinations:
+            found[Destination(DestinationKind.ADDRESS, f"{name}@{domain}")] = None
             return True
         if not name and ("", domain) in path:
-            next_targets = ()  # the catch-all leads to nobody that it would not catch again
+            next_destinations = ()  # the catch-all leads to nobody that it would not catch again
         path = (*path, (name, domain))
         leads_somewhere = False
-        for one in next_targets:
-            one = self._fill_in(one, user)
-            if self._names_itself(one, name, domain, lookups):
-                own = normalize_user(split_address(one.value)[0])
+        for pattern in next_destinations:
+            following = self._fill_in(pattern, user)
+            if self._names_itself(following, name, domain, lookups):
+                own = normalize_user(split_address(following.value)[0])
                 mailbox = self._user_of(own, domain, lookups)
                 if mailbox:
-                    found[Target("address", f"{mailbox}@{domain}")] = None
+                    found[Destination(DestinationKind.ADDRESS, f"{mailbox}@{domain}")] = None
                 else:
-                    dead[one.value] = None
-                done[one] = bool(mailbox)
-            elif one not in done:
-                done[one] = self._expand(one, path, found, done, lookups, dead)
-            leads_somewhere = leads_somewhere or done[one]
+                    dead[following.value] = None
+                done[following] = bool(mailbox)
+            elif following not in done:
+                done[following] = self._expand(following, path, expansion)
+            leads_somewhere = leads_somewhere or done[following]
         if not leads_somewhere:
-            dead[target.value] = None
+            dead[destination.value] = None
         return leads_somewhere
 
     def _names_itself(
-        self, target: Target, name: str, domain: str, lookups: ExternalLookups
+        self, destination: Destination, name: str, domain: str, lookups: ExternalLookups
     ) -> bool:
-        """Tell whether the alias `name` has `target`, its own mailbox, on its right side."""
-        user, of = split_address(target.value)
-        if target.kind == "pipe" or target.via or of != domain or not name:
+        """Tell whether the alias `name` has `destination`, its own mailbox, on its right side."""
+        user, of = split_address(destination.value)
+        if destination.kind == DestinationKind.PIPE or destination.via or of != domain or not name:
             return False
         return self._look_up(user, domain, lookups)[0] == name
 
     def _look_up(
         self, user: str, domain: str, lookups: ExternalLookups = _NOBODY
-    ) -> tuple[str, tuple[Target, ...]]:
-        """Return the name that was found and its targets; a user has no targets.
+    ) -> tuple[str, tuple[Destination, ...]]:
+        """Return the name that was found and its destinations; a user has no destinations.
 
         The name is "" for what only "*" answers to, or nobody, and while an answer is missing.
         """
@@ -3858,16 +3881,16 @@ class Aliases:
             return "", ()
         clean = self.clean(normal)
         for asked, name in {user: self._compared(normal), clean: clean}.items():
-            told = lookups.targets(f"{asked}@{domain}")
+            told = lookups.destinations(f"{asked}@{domain}")
             if told is None:
                 return "", ()
-            targets = (() if name == "*" else table.get(name, ())) + told
-            if name and targets:
-                return name, targets
+            destinations = (() if name == "*" else table.get(name, ())) + told
+            if name and destinations:
+                return name, destinations
         mailbox = self._user_of(normal, domain, lookups)
         if mailbox is None or mailbox:
             return mailbox or "", ()
-        return "", table.get("*", ()) + (lookups.targets(f"*@{domain}") or ())
+        return "", table.get("*", ()) + (lookups.destinations(f"*@{domain}") or ())
 
     def _user_of(self, user: str, domain: str, lookups: ExternalLookups) -> str | None:
         """Return the user whose mailbox that is, as the users are named; "" for nobody.
@@ -3892,30 +3915,34 @@ class Aliases:
         `users` are the names of its users. Unless they are `everybody`, as a hook or Dovecot
         may know others, nothing is said of users that are unknown.
         """
-        for name, targets in self._tables.get(domain, {}).items():
+        for name, destinations in self._tables.get(domain, {}).items():
             address = f"{name}@{domain}"
-            for target in targets:
-                if target.kind == "pipe" and (problem := _pipe_problem(target.value)):
+            for destination in destinations:
+                if destination.kind == DestinationKind.PIPE and (
+                    problem := _pipe_problem(destination.value)
+                ):
                     yield AliasFinding(f"{address}: {problem}", True)
-            for one in self._asked_for(address, targets):
-                for text in self._dead_ends(address, one, everybody):
+            for asked in self._asked_for(address, destinations):
+                for text in self._dead_ends(address, asked, everybody):
                     yield AliasFinding(text, True)
         for user in users:
             address = f"{user}@{domain}"
             with contextlib.suppress(NoSuchUser, AliasLoop):  # said above
-                if Target("address", address) not in self.expand(address):
+                if Destination(DestinationKind.ADDRESS, address) not in self.expand(address):
                     text = f"{address}: an alias hides this user, who can log in but gets no mail"
                     yield AliasFinding(text, False)
 
     @staticmethod
-    def _asked_for(address: str, targets: Sequence[Target]) -> list[str]:
+    def _asked_for(address: str, destinations: Sequence[Destination]) -> list[str]:
         """Return what to expand to check an alias; for "*", what it names on its right side."""
         if not address.startswith("*@"):
             return [address]
         return [
-            target.value
-            for target in targets
-            if target.kind == "address" and not target.via and not target.value.startswith("*@")
+            destination.value
+            for destination in destinations
+            if destination.kind == DestinationKind.ADDRESS
+            and not destination.via
+            and not destination.value.startswith("*@")
         ]
 
     def _dead_ends(self, alias: str, address: str, everybody: bool) -> Iterator[str]:
@@ -3932,18 +3959,18 @@ class Aliases:
             yield f"{alias}: there is no user or alias {other}; the others get its mail"
 
     @staticmethod
-    def _fill_in(target: Target, user: str) -> Target:
-        local, domain = split_address(target.value)
-        if target.kind == "address" and local == "*":
-            return target._replace(value=f"{user}@{domain}")
-        return target
+    def _fill_in(destination: Destination, user: str) -> Destination:
+        local, domain = split_address(destination.value)
+        if destination.kind == DestinationKind.ADDRESS and local == "*":
+            return destination._replace(value=f"{user}@{domain}")
+        return destination
 
 
-def target_text(target: Target) -> str:
+def destination_text(destination: Destination) -> str:
     """Return a final recipient as the aliases file writes it."""
-    if target.kind == "pipe":
-        return f"| {target.value}"
-    return target.value + (f" via {'/'.join(target.via)}" if target.via else "")
+    if destination.kind == DestinationKind.PIPE:
+        return f"| {destination.value}"
+    return destination.value + (f" via {'/'.join(destination.via)}" if destination.via else "")
 
 
 # ======================================================================================
@@ -4304,7 +4331,7 @@ class Hooks:
         self._log = log
         self._config_dir = config_dir
 
-    async def alias_targets(self, address: str) -> tuple[Target, ...]:
+    async def alias_destinations(self, address: str) -> tuple[Destination, ...]:
         """Return what alias-resolve says of `address`. Raises TemporaryFailure."""
         path = self._path("alias-resolve")
         if not path:
@@ -4319,7 +4346,7 @@ class Hooks:
             if UNPRINTABLE.search(printed.replace("\t", " ")):
                 raise ValueError("expected one line of text")
             domain = split_address(address)[1]
-            return parse_targets(printed, domain) if printed else ()
+            return parse_destinations(printed, domain) if printed else ()
         except ValueError as error:
             self._log.error("hooks", f"{path} {address}: {error}")
             raise TemporaryFailure("the aliases of this address cannot be told", "4.3.5") from None
@@ -6819,7 +6846,22 @@ class DataEncoder:
 
 # RFC 3461, 4: xtext = *( xchar / hexchar ), hexchar = "+" and two hexadecimal digits
 _XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})*")
-_NOTIFY = {"SUCCESS", "FAILURE", "DELAY"}
+
+
+class Notify(enum.StrEnum):
+    """What a sender may ask to be told of a recipient (RFC 3461, 4.1); NEVER stands alone."""
+
+    NEVER = "NEVER"
+    SUCCESS = "SUCCESS"
+    FAILURE = "FAILURE"
+    DELAY = "DELAY"
+
+
+class Ret(enum.StrEnum):
+    """What of a message a sender wants back if it fails (RFC 3461, 4.3)."""
+
+    FULL = "FULL"
+    HDRS = "HDRS"
 
 
 def from_xtext(text: str) -> str:
@@ -6827,12 +6869,13 @@ def from_xtext(text: str) -> str:
     return re.sub(r"\+([0-9A-F]{2})", lambda match: chr(int(match[1], 16)), text)
 
 
-def parse_notify(value: str) -> tuple[str, ...]:
+def parse_notify(value: str) -> tuple[Notify, ...]:
     """Return the words of NOTIFY (RFC 3461, 4.1). Raises Refused."""
-    words = tuple(dict.fromkeys(value.upper().split(",")))
-    if words != ("NEVER",) and not set(words) <= _NOTIFY:
-        _refuse(501, "5.5.4", "expected NOTIFY=NEVER, or some of SUCCESS,FAILURE,DELAY")
-    return words
+    with contextlib.suppress(ValueError):
+        words = tuple(map(Notify, dict.fromkeys(value.upper().split(","))))
+        if words == (Notify.NEVER,) or Notify.NEVER not in words:
+            return words
+    _refuse(501, "5.5.4", "expected NOTIFY=NEVER, or some of SUCCESS,FAILURE,DELAY")
 
 
 def check_xtext(name: str, value: str, limit: int, utf8: bool = False) -> str:
@@ -6880,19 +6923,27 @@ def parse_status(code: int, text: str) -> tuple[str, str]:
 # Which server, with what TLS, and when, belongs to COURIERS; the room knows no queue.
 # ======================================================================================
 
-SENT, DEFERRED, FAILED = "sent", "deferred", "failed"
+
+class State(enum.StrEnum):
+    """What became of a message for one recipient, so far."""
+
+    PENDING = "pending"  # not attempted yet
+    DEFERRED = "deferred"  # it may work later
+    SENT = "sent"
+    FAILED = "failed"  # for good
 
 
 class Result(NamedTuple):
     """What became of one recipient, for people in `text`.
 
-    `remote` names the server that was reached, and `reply` is what it said, if it did.
+    `status` is the enhanced status code (RFC 3463), "" while pending. `remote_mta` names the
+    server that was reached, and `reply` is what it said, if it did.
     """
 
-    state: str
+    state: State
     status: str
     text: str
-    remote: str = ""
+    remote_mta: str = ""
     reply: str = ""
     passed_on: bool = False  # the next server tells the sender of its success
 
@@ -6900,15 +6951,16 @@ class Result(NamedTuple):
 class DsnParameters(NamedTuple):
     """Of what a sender wants to hear about a recipient (RFC 3461, 4.1 and 4.2).
 
-    `notify` holds "NEVER", or some of "SUCCESS", "FAILURE" and "DELAY"; empty, it means what
-    is usual. `orcpt` is as it came.
+    An empty `notify` means what is usual: to be told of failures and delays. `orcpt` is as it
+    came.
     """
 
-    notify: tuple[str, ...] = ()
+    notify: tuple[Notify, ...] = ()
     orcpt: str = ""
 
-    def wants(self, what: str) -> bool:
-        return what in self.notify if self.notify else what != "SUCCESS"
+    def wants(self, what: Notify) -> bool:
+        """Tell whether the sender is to be told of `what`."""
+        return what in self.notify if self.notify else what != Notify.SUCCESS
 
 
 class Delivery(NamedTuple):
@@ -6924,7 +6976,7 @@ class Delivery(NamedTuple):
     tls_optional: bool = False  # RFC 8689, 3: "TLS-Required: No"
     ret: str = ""  # RFC 3461, 4.3 and 4.4
     envid: str = ""
-    dsn_parameters: Mapping[Target, DsnParameters] = types.MappingProxyType({})
+    dsn_parameters: Mapping[Destination, DsnParameters] = types.MappingProxyType({})
 
 
 _GREETING_SECONDS = 5 * 60.0
@@ -6938,7 +6990,7 @@ _REPLY_LINES_LIMIT = 100
 class Client:
     """The client's side of one SMTP or LMTP connection.
 
-    Raises Disconnected, Expired; and TemporaryFailure where a reply is none.
+    Raises Disconnected, Expired; and TemporaryFailure for what is not a reply.
     """
 
     def __init__(self, loop: Loop, stream: Stream, place: str, lmtp: bool = False) -> None:
@@ -6950,21 +7002,27 @@ class Client:
 
     @property
     def tls_text(self) -> str:
+        """What TLS there is, for people; "" without."""
         return self._stream.tls_text
 
     @property
     def certificates(self) -> list[bytes]:
+        """The certificates that the server has shown, in DER, its own first."""
         return self._stream.certificates
 
     async def greet(self, hostname: str) -> None:
-        """Read the greeting and say EHLO (HELO where the server knows no EHLO) or LHLO.
+        """Read the greeting and say EHLO (HELO if the server knows no EHLO) or LHLO.
 
-        Raises TemporaryFailure or PermanentFailure where the server does not want us.
+        Raises TemporaryFailure or PermanentFailure if the server does not want us.
         """
         self._expect(await self._reply(_GREETING_SECONDS), "greets with")
         await self.hello(hostname)
 
     async def hello(self, hostname: str) -> None:
+        """Say EHLO, HELO or LHLO, and learn `extensions` (RFC 5321, 4.1.1.1).
+
+        Raises TemporaryFailure or PermanentFailure if the server does not want us.
+        """
         reply = await self._command(f"{'LHLO' if self._lmtp else 'EHLO'} {hostname}")
         if reply.code in (500, 501, 502, 504) and not self._lmtp:
             reply = await self._command(f"HELO {hostname}")
@@ -6977,7 +7035,7 @@ class Client:
         self._expect(reply, "answers EHLO with")
 
     async def start_tls(self, context: ssl.SSLContext, hostname: str) -> None:
-        """Say STARTTLS and do the handshake. Raises TLSFailed."""
+        """Say STARTTLS and do the handshake (RFC 3207). Raises TLSFailed."""
         reply = await self._command("STARTTLS")
         if reply.code != 220:
             raise TLSFailed(f"{self.place} answers STARTTLS with {reply}")
@@ -7018,34 +7076,38 @@ class Client:
         ]
 
     def lacks(self, delivery: Delivery) -> Result | None:
-        """Return the failure of all recipients where the server lacks what the message needs."""
+        """Return the failure of all recipients if the server lacks what the message needs.
+
+        That is SMTPUTF8 (RFC 6531, 3.2) or REQUIRETLS (RFC 8689, 4.2.1); None if it has it.
+        """
         for needed, extension, status in (
             (delivery.smtputf8, "SMTPUTF8", "5.6.7"),
             (delivery.require_tls, "REQUIRETLS", "5.7.30"),
         ):
             if needed and extension not in self.extensions:
                 text = f"{self.place} does not have {extension}, which the message needs"
-                return Result(FAILED, status, text, self.place)
+                return Result(State.FAILED, status, text, self.place)
         return None
 
     async def transfer(
-        self, delivery: Delivery, recipients: Sequence[str], targets: Sequence[Target]
+        self, delivery: Delivery, recipients: Sequence[str], destinations: Sequence[Destination]
     ) -> list[Result]:
         """Send the message to `recipients` in one transaction; RFC 5321, 3.3.
 
-        They are `targets` in the form in which a server is told.
+        They are `destinations` in the form in which a server is told. Returns a result for each,
+        in their order.
         """
         commands = [self._mail_command(delivery)]
         commands += [
-            f"RCPT TO:<{address}>{self._rcpt_parameters(delivery, target)}"
-            for address, target in zip(recipients, targets, strict=True)
+            f"RCPT TO:<{address}>{self._rcpt_parameters(delivery, destination)}"
+            for address, destination in zip(recipients, destinations, strict=True)
         ]
         commands.append("DATA")
         mail, *rcpts, data = await self._group(commands)
         if mail.code // 100 != 2:
             rcpts = [mail] * len(recipients)
         results = self._rcpt_results(rcpts)
-        accepted = [number for number, one in enumerate(results) if one.state == SENT]
+        accepted = [number for number, result in enumerate(results) if result.state == State.SENT]
         if data.code != 354:
             failure = mail if mail.code // 100 != 2 else data
             for number in accepted:
@@ -7071,13 +7133,13 @@ class Client:
         for reply in replies:
             result = self._result(reply)
             if reply.code == 552 and some_accepted:
-                result = result._replace(state=DEFERRED, status="4.5.3")
-            some_accepted = some_accepted or result.state == SENT
+                result = result._replace(state=State.DEFERRED, status="4.5.3")
+            some_accepted = some_accepted or result.state == State.SENT
             results.append(result)
         return results
 
     async def quit(self) -> None:
-        """Say goodbye, without waiting long for the answer."""
+        """Say QUIT (RFC 5321, 4.1.1.10), without waiting long for the answer, and close."""
         try:
             with self._loop.deadline(2.0):
                 await self._command("QUIT")
@@ -7086,6 +7148,7 @@ class Client:
         self._stream.close()
 
     def close(self) -> None:
+        """Close the connection, without a word."""
         self._stream.close()
 
     def _mail_command(self, delivery: Delivery) -> str:
@@ -7103,16 +7166,16 @@ class Client:
             parts += [f"ENVID={delivery.envid}"] if delivery.envid else []
         return " ".join(parts)
 
-    def _rcpt_parameters(self, delivery: Delivery, target: Target) -> str:
+    def _rcpt_parameters(self, delivery: Delivery, destination: Destination) -> str:
         """What the sender has asked for this recipient (RFC 3461, 5.2.1)."""
-        dsn = delivery.dsn_parameters.get(target)
+        dsn = delivery.dsn_parameters.get(destination)
         if dsn is None or "DSN" not in self.extensions or self._lmtp:
             return ""
         notify = f" NOTIFY={','.join(dsn.notify)}" if dsn.notify else ""
         return notify + (f" ORCPT={dsn.orcpt}" if dsn.orcpt else "")
 
     async def _group(self, commands: Sequence[str]) -> list[Reply]:
-        """Send MAIL, RCPTs and DATA, in one piece where the server has PIPELINING."""
+        """Send MAIL, RCPTs and DATA, in one piece if the server has PIPELINING."""
         if "PIPELINING" in self.extensions:
             for command in commands:
                 self._stream.write(f"{command}\r\n".encode())
@@ -7139,8 +7202,8 @@ class Client:
     async def _final_replies(self, count: int) -> list[Reply]:
         """Read one reply for all, or with LMTP one for each; RFC 2033, 4.2.
 
-        Where the connection breaks now, nobody knows what became of the message; it must
-        not be sent to another server at once, but later.
+        If the connection breaks now, nobody knows what became of the message; it must not be
+        sent to another server at once, but later.
         """
         replies: list[Reply] = []
         try:
@@ -7185,14 +7248,15 @@ class Client:
     def _result(self, reply: Reply, doing: str = "says", wanted: int = 2) -> Result:
         """Turn a reply into a result; `wanted` is the first digit that means success."""
         said = printable(str(reply), 400)
-        state = DEFERRED
+        state = State.DEFERRED
         if reply.code // 100 == wanted == 2:
-            state = SENT
+            state = State.SENT
         elif reply.code >= 500:
-            state = FAILED
+            state = State.FAILED
         # an answer to no question of ours has no status that means anything
-        status = self._status(reply) if state != DEFERRED or reply.code >= 400 else "4.5.0"
-        return Result(state, status, f"{self.place} {doing} {said}", self.place, said)
+        status = self._status(reply) if state != State.DEFERRED or reply.code >= 400 else "4.5.0"
+        text = f"{self.place} {doing} {said}"
+        return Result(state, status, text, remote_mta=self.place, reply=said)
 
 
 def _in_base64(text: str) -> str:
@@ -7216,9 +7280,16 @@ JUNK_FOLDER = ".Junk"
 
 
 class Courier(Protocol):
-    """`deliver` returns as many results as there are targets, in their order."""
+    """Makes one attempt for some recipients of a message."""
 
-    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]: ...
+    async def deliver(
+        self, delivery: Delivery, destinations: Sequence[Destination]
+    ) -> list[Result]:
+        """Return as many results as there are destinations, in their order.
+
+        It raises for nothing that the outside does.
+        """
+        ...
 
 
 class MaildirCourier:
@@ -7245,24 +7316,27 @@ class MaildirCourier:
         self._number = 0
         self._made: set[str] = set()  # Maildirs whose directories are known to be durable
 
-    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
-        return [await self._deliver(delivery, target.value) for target in targets]
+    async def deliver(
+        self, delivery: Delivery, destinations: Sequence[Destination]
+    ) -> list[Result]:
+        """Store the message in the Maildir of each destination, or in its folder for junk."""
+        return [await self._deliver(delivery, destination.value) for destination in destinations]
 
     async def _deliver(self, delivery: Delivery, address: str) -> Result:
         user, domain = split_address(address)
         try:
             if not await self._user_exists(user, domain):
-                return Result(FAILED, "5.1.1", f"there is no user {address}")
+                return Result(State.FAILED, "5.1.1", f"there is no user {address}")
             path = await self._store(self._folder(address, delivery), delivery, address)
         except TemporaryFailure as error:
-            return Result(DEFERRED, error.status, str(error))
+            return Result(State.DEFERRED, error.status, str(error))
         except ValueError as error:
-            return Result(FAILED, "5.1.3", str(error))
+            return Result(State.FAILED, "5.1.3", str(error))
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             text = f"the message cannot be written into the Maildir: {reason(error)}"
-            return Result(DEFERRED, "4.2.2" if full else "4.3.0", text)
-        return Result(SENT, "2.0.0", f"stored as {path}")
+            return Result(State.DEFERRED, "4.2.2" if full else "4.3.0", text)
+        return Result(State.SENT, "2.0.0", f"stored as {path}")
 
     def _folder(self, address: str, delivery: Delivery) -> str:
         """Return the Maildir, or its subfolder in Maildir++. Raises ValueError."""
@@ -7270,7 +7344,7 @@ class MaildirCourier:
         return os.path.join(directory, JUNK_FOLDER) if delivery.junk else directory
 
     def directory(self, address: str) -> str:
-        """Return the Maildir of `address`. Raises ValueError where it would lie elsewhere."""
+        """Return the Maildir of `address`. Raises ValueError if it would lie elsewhere."""
         return maildir_path(self._template, address)
 
     async def _store(self, directory: str, delivery: Delivery, address: str) -> str:
@@ -7303,7 +7377,7 @@ class MaildirCourier:
 def maildir_path(template: str, address: str) -> str:
     """Return the Maildir of `address`, as `maildir` says, %data_dir% being filled in already.
 
-    Raises ValueError where it would lie elsewhere.
+    Raises ValueError if it would lie elsewhere.
     """
     user, domain = split_address(address)
     for part in (user, domain):
@@ -7329,17 +7403,17 @@ class _ProgramCourier:
                 argv, delivery.message.chunks(), PROGRAM_SECONDS, environment
             )
         except (OSError, ValueError) as error:
-            return Result(DEFERRED, "4.3.0", f"{program} cannot be started: {reason(error)}")
+            return Result(State.DEFERRED, "4.3.0", f"{program} cannot be started: {reason(error)}")
         except Expired:
-            return Result(DEFERRED, "4.3.0", f"{program} took more than {PROGRAM_SECONDS:g}s")
+            return Result(State.DEFERRED, "4.3.0", f"{program} took more than {PROGRAM_SECONDS:g}s")
         if outcome.status == 0:
-            return Result(SENT, "2.0.0", f"{program} took it")
+            return Result(State.SENT, "2.0.0", f"{program} took it")
         printed = (outcome.errors or outcome.output).decode("utf-8", "replace").strip()
         said = f": {printable(printed.splitlines()[-1], 200)}" if printed else ""
         how = f"exit status {outcome.status}" if outcome.status > 0 else "killed by a signal"
         if outcome.status in (75, 126, 127) or outcome.status < 0:  # sysexits' EX_TEMPFAIL
-            return Result(DEFERRED, "4.3.0", f"{program} failed for now, {how}{said}")
-        return Result(FAILED, "5.3.0", f"{program} failed, {how}{said}")
+            return Result(State.DEFERRED, "4.3.0", f"{program} failed for now, {how}{said}")
+        return Result(State.FAILED, "5.3.0", f"{program} failed, {how}{said}")
 
 
 class AgentCourier(_ProgramCourier):
@@ -7357,11 +7431,14 @@ class AgentCourier(_ProgramCourier):
         self._program = program
         self._arguments = arguments or self.DEFAULT_ARGUMENTS
 
-    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
+    async def deliver(
+        self, delivery: Delivery, destinations: Sequence[Destination]
+    ) -> list[Result]:
+        """Run the agent once for each destination; its exit status 75 defers (EX_TEMPFAIL)."""
         results = []
-        for target in targets:
-            argv = [self._program, *self._fill_in(delivery.sender, target.value)]
-            results.append(await self._run(argv, delivery, target.value))
+        for destination in destinations:
+            argv = [self._program, *self._fill_in(delivery.sender, destination.value)]
+            results.append(await self._run(argv, delivery, destination.value))
         return results
 
     def _fill_in(self, sender: str, address: str) -> list[str]:
@@ -7379,8 +7456,11 @@ class AgentCourier(_ProgramCourier):
 class PipeCourier(_ProgramCourier):
     """Runs the program of a pipe alias; no shell is involved."""
 
-    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
-        return [await self._pipe(delivery, target.value) for target in targets]
+    async def deliver(
+        self, delivery: Delivery, destinations: Sequence[Destination]
+    ) -> list[Result]:
+        """Run the command line of each destination; its exit status 75 defers (EX_TEMPFAIL)."""
+        return [await self._pipe(delivery, destination.value) for destination in destinations]
 
     async def _pipe(self, delivery: Delivery, command: str) -> Result:
         import shlex  # only for pipes
@@ -7388,7 +7468,7 @@ class PipeCourier(_ProgramCourier):
         try:
             argv = shlex.split(command)
         except ValueError as error:
-            return Result(FAILED, "5.3.5", f"the pipe {command!r} is malformed: {error}")
+            return Result(State.FAILED, "5.3.5", f"the pipe {command!r} is malformed: {error}")
         return await self._run(argv, delivery, "")
 
 
@@ -7428,21 +7508,24 @@ class LmtpCourier:
         self._hostname = hostname
         self._connect = connect
 
-    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
+    async def deliver(
+        self, delivery: Delivery, destinations: Sequence[Destination]
+    ) -> list[Result]:
+        """Deliver to all in one transaction; the server answers for each (RFC 2033, 4.2)."""
         client = None
         try:
             with self._loop.deadline(_CONNECT_SECONDS):
                 stream = await self._reach()
             client = Client(self._loop, stream, f"LMTP at {self._address}", lmtp=True)
             await client.greet(self._hostname)
-            addresses = [target.value for target in targets]
-            results = await client.transfer(delivery, addresses, targets)
+            addresses = [destination.value for destination in destinations]
+            results = await client.transfer(delivery, addresses, destinations)
             await client.quit()
             return results
         except (Disconnected, Expired, TemporaryFailure, PermanentFailure, OSError) as error:
             # the server is ours: whatever keeps it from working will be mended
             text = f"LMTP at {self._address}: {reason(error)}"
-            return [Result(DEFERRED, "4.4.1", text)] * len(targets)
+            return [Result(State.DEFERRED, "4.4.1", text)] * len(destinations)
         finally:
             if client is not None:
                 client.close()
@@ -7455,13 +7538,15 @@ class LmtpCourier:
         return await _connect_to_any(self._loop, self._connect, ips, port)
 
 
-def presentable(delivery: Delivery, targets: Sequence[Target]) -> tuple[Delivery, list[str]]:
+def presentable(
+    delivery: Delivery, destinations: Sequence[Destination]
+) -> tuple[Delivery, list[str]]:
     """Turn domains into A-labels, and find out whether SMTPUTF8 is needed at all.
 
-    Raises ValueError where a domain is none.
+    Raises ValueError for what is not a domain.
     """
     sender = address_to_ascii(delivery.sender)
-    addresses = [address_to_ascii(target.value) for target in targets]
+    addresses = [address_to_ascii(destination.value) for destination in destinations]
     needed = not all(address.isascii() for address in (sender, *addresses))
     if not needed and delivery.smtputf8:
         needed = not delivery.message.header().isascii()
@@ -7510,29 +7595,31 @@ class SmtpCourier:
         self._connect = connect
         self._contexts: dict[bool, ssl.SSLContext] = {}
 
-    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
-        """Deliver to `targets`, which share their domain or their `via`."""
+    async def deliver(
+        self, delivery: Delivery, destinations: Sequence[Destination]
+    ) -> list[Result]:
+        """Deliver to `destinations`, which share their domain or their `via`."""
         try:
-            delivery, _ = presentable(delivery, targets)
-            hosts = await self._hosts(targets[0])
+            delivery, _ = presentable(delivery, destinations)
+            hosts = await self._hosts(destinations[0])
         except ValueError as error:
-            return [Result(FAILED, "5.1.3", str(error))] * len(targets)
+            return [Result(State.FAILED, "5.1.3", str(error))] * len(destinations)
         except TemporaryFailure as error:
-            return [Result(DEFERRED, error.status, str(error))] * len(targets)
+            return [Result(State.DEFERRED, error.status, str(error))] * len(destinations)
         except PermanentFailure as error:
-            return [Result(FAILED, error.status, str(error))] * len(targets)
+            return [Result(State.FAILED, error.status, str(error))] * len(destinations)
         results: list[Result] = []
-        for start in range(0, len(targets), RECIPIENT_LIMIT):
+        for start in range(0, len(destinations), RECIPIENT_LIMIT):
             results += await self._deliver(
-                delivery, targets[start : start + RECIPIENT_LIMIT], hosts
+                delivery, destinations[start : start + RECIPIENT_LIMIT], hosts
             )
         return results
 
-    async def _hosts(self, target: Target) -> list[tuple[str, int]]:
+    async def _hosts(self, destination: Destination) -> list[tuple[str, int]]:
         """Return hosts and ports to try, in order. Raises TemporaryFailure, PermanentFailure."""
-        if target.via:
-            return [host_and_port(host, self._port) for host in target.via][:HOST_LIMIT]
-        domain = split_address(target.value)[1]
+        if destination.via:
+            return [host_and_port(host, self._port) for host in destination.via][:HOST_LIMIT]
+        domain = split_address(destination.value)[1]
         literal = ADDRESS_LITERAL.fullmatch(domain)
         if literal is not None:
             return [(literal[1] or literal[2], self._port)]
@@ -7550,42 +7637,46 @@ class SmtpCourier:
     async def _deliver(
         self,
         delivery: Delivery,
-        targets: Sequence[Target],
+        destinations: Sequence[Destination],
         hosts: Sequence[tuple[str, int]],
     ) -> list[Result]:
         """Try the hosts in turn; the first that talks to us decides."""
-        target = targets[0]
+        destination = destinations[0]
         failures: list[Result] = []
         for host, port in hosts:
             try:
-                domain = host if target.via else split_address(target.value)[1]
+                domain = host if destination.via else split_address(destination.value)[1]
                 name = domain_to_ascii(host)
-                requirement = await self._requirement(delivery, domain, name, port, not target.via)
+                requirement = await self._requirement(
+                    delivery, domain, host=name, port=port, by_mx=not destination.via
+                )
                 ips = await self._names.addresses(name)
             except (TemporaryFailure, PermanentFailure) as error:
-                state = FAILED if isinstance(error, PermanentFailure) else DEFERRED
+                state = State.FAILED if isinstance(error, PermanentFailure) else State.DEFERRED
                 failures.append(Result(state, error.status, str(error)))
                 continue
             except ValueError as error:
-                failures.append(Result(DEFERRED, "4.4.3", str(error)))
+                failures.append(Result(State.DEFERRED, "4.4.3", str(error)))
                 continue
             if not ips:
-                failures.append(Result(DEFERRED, "4.4.1", f"the server {host} has no address"))
+                failures.append(
+                    Result(State.DEFERRED, "4.4.1", f"the server {host} has no address")
+                )
             for ip in ips[:_ADDRESS_COUNT_LIMIT]:
                 server = _Server(name, ip, port, requirement)
-                outcome = await self._try_server(delivery, targets, server, domain)
+                outcome = await self._try_server(delivery, destinations, server, domain)
                 if isinstance(outcome, list):
                     return outcome
                 failures.append(outcome)
         # what only one server refuses for good may still work with another
-        lasting = all(failure.state == FAILED for failure in failures)
-        chosen = failures[0] if lasting else next(f for f in failures if f.state == DEFERRED)
-        return [chosen] * len(targets)
+        lasting = all(failure.state == State.FAILED for failure in failures)
+        chosen = failures[0] if lasting else next(f for f in failures if f.state == State.DEFERRED)
+        return [chosen] * len(destinations)
 
     async def _requirement(
         self, delivery: Delivery, domain: str, host: str, port: int, by_mx: bool
     ) -> TlsRequirement:
-        """Raises TemporaryFailure, and PermanentFailure where REQUIRETLS cannot be had."""
+        """Raises TemporaryFailure, and PermanentFailure if REQUIRETLS cannot be had."""
         if delivery.tls_optional and not delivery.require_tls:
             return TlsRequirement()
         requirement = await self._policies.requirement(domain, host, port, by_mx)
@@ -7599,23 +7690,23 @@ class SmtpCourier:
         return requirement._replace(least=TLS_SECURE, why="REQUIRETLS")
 
     async def _try_server(
-        self, delivery: Delivery, targets: Sequence[Target], server: _Server, domain: str
+        self, delivery: Delivery, destinations: Sequence[Destination], server: _Server, domain: str
     ) -> list[Result] | Result:
         """Return a result for each address, or one for a server that we cannot talk to."""
         place = server.place
         try:
             with self._loop.deadline(_ATTEMPT_SECONDS):
-                return await self._deliver_to(delivery, targets, server, domain)
+                return await self._deliver_to(delivery, destinations, server, domain)
         except Expired:
-            return Result(DEFERRED, "4.4.2", f"{place} did not answer in time", place)
+            return Result(State.DEFERRED, "4.4.2", f"{place} did not answer in time", place)
         except PermanentFailure as error:
-            return Result(FAILED, error.status, str(error), place)
+            return Result(State.FAILED, error.status, str(error), place)
         except (Disconnected, TLSFailed, TemporaryFailure) as error:
             status = error.status if isinstance(error, TemporaryFailure) else "4.4.1"
-            return Result(DEFERRED, status, f"{place}: {error}", place)
+            return Result(State.DEFERRED, status, f"{place}: {error}", place)
 
     async def _deliver_to(
-        self, delivery: Delivery, targets: Sequence[Target], server: _Server, domain: str
+        self, delivery: Delivery, destinations: Sequence[Destination], server: _Server, domain: str
     ) -> list[Result]:
         client, level = await self._open(server)
         try:
@@ -7623,9 +7714,9 @@ class SmtpCourier:
                 await self._policies.levels.saw_outgoing(domain, level)
             lacking = client.lacks(delivery)
             if lacking is not None:
-                return [lacking] * len(targets)
-            addresses = [address_to_ascii(target.value) for target in targets]
-            results = await client.transfer(delivery, addresses, targets)
+                return [lacking] * len(destinations)
+            addresses = [address_to_ascii(destination.value) for destination in destinations]
+            results = await client.transfer(delivery, addresses, destinations)
             await client.quit()
             return results
         finally:
@@ -7634,7 +7725,7 @@ class SmtpCourier:
     async def _open(self, server: _Server) -> tuple[Client, str]:
         """Connect with as much security as the server has; return also the level reached.
 
-        Raises as `Client` does, and TemporaryFailure where that is not enough.
+        Raises as `Client` does, and TemporaryFailure if that is not enough.
         """
         if server.requirement.tlsa:
             # to be held to a certificate that others would call valid, it must show one
@@ -7678,7 +7769,7 @@ class SmtpCourier:
     async def _open_with_dane(self, server: _Server) -> Client:
         """Connect to a server whose certificate is in the DNS; RFC 7672, 3.1.
 
-        Where the record names an authority (usage 2), its certificate is known only from
+        If the record names an authority (usage 2), its certificate is known only from
         the handshake; so a second connection is made that trusts it alone.
         """
         client = await self._greet_for_dane(server)
@@ -7686,12 +7777,14 @@ class SmtpCourier:
         if failure is not None:
             raise self._too_little(server, str(failure))
         chain, tlsa = client.certificates[:_CHAIN_LIMIT], server.requirement.tlsa
-        if any(one.usage == 3 and one.matches(own) for one in tlsa for own in chain[:1]):
+        if any(record.usage == 3 and record.matches(own) for record in tlsa for own in chain[:1]):
             return client
         client.close()
         failure = TLSFailed("the certificate matches no TLSA record")
         anchors = [
-            shown for shown in chain if any(one.usage == 2 and one.matches(shown) for one in tlsa)
+            shown
+            for shown in chain
+            if any(record.usage == 2 and record.matches(shown) for record in tlsa)
         ]
         for authority in anchors[:_ANCHOR_LIMIT]:
             try:
@@ -7738,7 +7831,7 @@ class SmarthostCourier:
     """Hands what is for other servers to one that sends it on, with a user and a password.
 
     The connection is one with TLS and a valid certificate, from the start on port 465,
-    else by STARTTLS; unless it need not be `safe`, then TLS is used where it is offered.
+    else by STARTTLS; unless it need not be `safe`, then TLS is used if it is offered.
     What the server itself refuses is our configuration's fault, or its own, so it is only
     deferred.
     """
@@ -7762,12 +7855,15 @@ class SmarthostCourier:
         self._connect = connect
         self._context = functools.cache(lambda: client_tls_context(verify=safe))
 
-    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
+    async def deliver(
+        self, delivery: Delivery, destinations: Sequence[Destination]
+    ) -> list[Result]:
+        """Hand the message over on one connection, to RECIPIENT_LIMIT destinations at a time."""
         place = f"{self._host} (the smarthost, port {self._port})"
         client = None
         results: list[Result] = []
         try:
-            delivery, addresses = presentable(delivery, targets)
+            delivery, addresses = presentable(delivery, destinations)
             with self._loop.deadline(_ATTEMPT_SECONDS):
                 client = await self._open(place)
                 for start in range(0, len(addresses), RECIPIENT_LIMIT):
@@ -7777,26 +7873,26 @@ class SmarthostCourier:
                         [lacking] * len(batch)
                         if lacking
                         else await client.transfer(
-                            delivery, batch, targets[start : start + RECIPIENT_LIMIT]
+                            delivery, batch, destinations[start : start + RECIPIENT_LIMIT]
                         )
                     )
                 await client.quit()
         except ValueError as error:
-            return [Result(FAILED, "5.1.3", str(error))] * len(targets)
+            return [Result(State.FAILED, "5.1.3", str(error))] * len(destinations)
         except (Disconnected, Expired, TLSFailed, TemporaryFailure, PermanentFailure) as error:
             text = str(error) if str(error).startswith(place) else f"{place}: {error}"
-            left = len(targets) - len(results)
-            results += [Result(DEFERRED, "4.4.1", text, place)] * left
+            left = len(destinations) - len(results)
+            results += [Result(State.DEFERRED, "4.4.1", text, place)] * left
         finally:
             if client is not None:
                 client.close()
-        return [self._ours(one) for one in results]
+        return list(map(self._ours, results))
 
     @staticmethod
     def _ours(result: Result) -> Result:
         """Defer what is refused because we have not logged in (RFC 4954, 6)."""
-        if result.state == FAILED and result.reply.startswith("530"):
-            return result._replace(state=DEFERRED, status="4.7.0")
+        if result.state == State.FAILED and result.reply.startswith("530"):
+            return result._replace(state=State.DEFERRED, status="4.7.0")
         return result
 
     async def _open(self, place: str) -> Client:
@@ -7839,20 +7935,30 @@ class Smarthost(NamedTuple):
     after: int
 
 
+class RouteKind(enum.StrEnum):
+    """How a message leaves the queue, as the metrics have it."""
+
+    LOCAL = "local"
+    PIPE = "pipe"
+    MX = "mx"
+    VIA = "via"
+    SMARTHOST = "smarthost"
+
+
 class Route(NamedTuple):
-    """Which courier takes a target; targets with the same key travel together.
+    """Which courier takes a destination; destinations with the same key travel together.
 
     `program`: the courier runs one, which may take as long as it likes.
     """
 
     courier: Courier
-    key: tuple[str, ...]
+    key: tuple[RouteKind, *tuple[str, ...]]
     local: bool
     program: bool = False
 
 
 class Couriers:
-    """Chooses the courier of a target."""
+    """Chooses the courier of a destination."""
 
     def __init__(
         self,
@@ -7868,22 +7974,22 @@ class Couriers:
         self._is_local = is_local
         self._smarthost = smarthost
 
-    def route(self, target: Target, attempts: int = 0) -> Route:
-        """Return the route of `target` after so many attempts."""
-        if target.kind == "pipe":
-            return Route(self._pipe, ("pipe", target.value), True, True)
-        domain = split_address(target.value)[1]
+    def route(self, destination: Destination, attempts: int = 0) -> Route:
+        """Return the route of `destination` after so many attempts."""
+        if destination.kind == DestinationKind.PIPE:
+            return Route(self._pipe, (RouteKind.PIPE, destination.value), True, True)
+        domain = split_address(destination.value)[1]
         smarthost = self._smarthost
-        if target.via:
-            if smarthost is not None and target.via == (smarthost.address,):
-                return Route(smarthost.courier, ("smarthost",), False)
-            return Route(self._remote, ("via", *target.via), False)
+        if destination.via:
+            if smarthost is not None and destination.via == (smarthost.address,):
+                return Route(smarthost.courier, (RouteKind.SMARTHOST,), False)
+            return Route(self._remote, (RouteKind.VIA, *destination.via), False)
         if self._is_local(domain):
             agent = isinstance(self._local, AgentCourier)
-            return Route(self._local, ("local",), True, agent)
+            return Route(self._local, (RouteKind.LOCAL,), True, agent)
         if smarthost is not None and attempts >= smarthost.after:
-            return Route(smarthost.courier, ("smarthost",), False)
-        return Route(self._remote, ("mx", domain), False)
+            return Route(smarthost.courier, (RouteKind.SMARTHOST,), False)
+        return Route(self._remote, (RouteKind.MX, domain), False)
 
 
 # ======================================================================================
@@ -7892,16 +7998,15 @@ class Couriers:
 # A message of the queue as a file, and what can be read from it: the message as received
 # (CRLF), then JSON lines: the envelope, and one whenever something is done or put off while
 # more is left to do. The size of the message stands in the name ("ID,S=1234", as Maildir++
-# has it), so the journal is found without reading it.
-#
-#     line        fields
-#     ----------  ------------------------------------------------------------------------
-#     envelope    id, sender, addressees, received, prefix, smtputf8, eight_bit, junk,
-#                 require_tls, tls_optional, ret, envid; see `Envelope`
-#     journal     at, attempt, next, waited, delay_told, told, results; see `Item`
+# has it), so the journal is found without reading it. Which directory a file lies in, and
+# what a crash leaves there, is a table in QUEUE.
 #
 # - A journal line counts when it is synced. A torn line is ignored: each line begins with
 #   the newline that ends what a crash may have left before it.
+# - The last line about a recipient counts; whoever is in no line is pending.
+# - Each line says which version of the format it is written in, and has all fields of that
+#   version and no other: what we do not know may matter. Files of older versions are read.
+#   What a newer program has written, before a downgrade, is left where it is.
 # - Types and states are checked when a file is read: what says what cannot be is set aside,
 #   not guessed at.
 # - A message that waits in the queue of chasquid in Go can be read too, to be taken over.
@@ -7911,25 +8016,39 @@ class Couriers:
 
 MEMORY_LIMIT = 64 * 1024  # octets of one message held in memory
 _CLAIMS_LIMIT = 100  # fields with results of others that are kept
-PENDING = "pending"
+
+
+class Place(enum.StrEnum):
+    """A directory of the queue; QUEUE says what a file in it means."""
+
+    TMP = "tmp"
+    NEW = "new"
+    CUR = "cur"
+    BAD = "bad"
 
 
 class UnreadableItem(ChasquidError):
     """A file of the queue is not as it must be."""
 
 
+class NewerItem(ChasquidError):
+    """A file of the queue is in a format that only a newer program knows."""
+
+
 class FinalRecipient(NamedTuple):
     """A final recipient, and the address of the envelope that it was expanded from."""
 
-    target: Target
+    destination: Destination
     original: str
     dsn: DsnParameters = DsnParameters()
 
 
 class Envelope(NamedTuple):
-    """What came with a message and is kept with it. `received` is in seconds since 1970.
+    """What came with a message and is kept with it; `_ENVELOPE` says more of each field.
 
-    `prefix` holds the header fields that we put in front of the message.
+    `sender` is the reverse-path, without angle brackets, "" for the null reverse-path.
+    `received` is in seconds since 1970. `prefix` holds the header fields that we put in front
+    of the message.
     """
 
     id: str
@@ -7946,92 +8065,51 @@ class Envelope(NamedTuple):
     envid: str = ""
 
     def to_line(self) -> bytes:
-        value = self._asdict()
-        value["addressees"] = value.pop("final_recipients")  # as the files have called it
-        value["prefix"] = self.prefix.decode("latin-1")
-        return json.dumps(value, separators=(",", ":")).encode() + b"\n"
+        """Return the line behind the message, with the fields of `_ENVELOPE`."""
+        fields = self._asdict()
+        fields["reverse_path"] = fields.pop("sender")
+        fields["prefix"] = self.prefix.decode("latin-1")
+        fields["recipients"] = [
+            {
+                "destination": recipient.destination._asdict(),
+                "original_recipient": recipient.original,
+                **recipient.dsn._asdict(),
+            }
+            for recipient in fields.pop("final_recipients")
+        ]
+        return _json_line(fields)
 
     @classmethod
     def from_line(cls, line: bytes) -> Envelope:
-        """Raises ValueError, TypeError or KeyError if the line is no envelope."""
-        value = _json_object(line)
-        final_recipients = tuple(
-            FinalRecipient(
-                Target(_one_of(kind, "address", "pipe"), _string(address), _strings(via)),
-                _string(original),
-                *(DsnParameters(_strings(notify), _string(orcpt)) for notify, orcpt in dsn),
-            )
-            for (kind, address, via), original, *dsn in value.pop("addressees")
+        """Read what `to_line` wrote, in this version or an older.
+
+        Raises NewerItem, and ValueError, TypeError or KeyError if the line is no envelope.
+        """
+        fields = _line_fields(json.loads(line), _ENVELOPE, _envelope_from_version_0)
+        return cls(
+            sender=fields.pop("reverse_path"), final_recipients=fields.pop("recipients"), **fields
         )
-        if not final_recipients:
-            raise ValueError("it has no recipients")
-        prefix = _string(value.pop("prefix")).encode("latin-1")
-        for key in ("id", "sender", "ret", "envid"):
-            _string(value.get(key, ""))
-        for key in ("smtputf8", "eight_bit", "junk", "require_tls", "tls_optional"):
-            if not isinstance(value.get(key, False), bool):
-                raise ValueError(f"{key} is neither true nor false")
-        value["received"] = _number_of(value["received"])
-        if not 0 <= value["received"] < 253402300800:  # 1970 to 9999
-            raise ValueError("received is no time")
-        return cls(final_recipients=final_recipients, prefix=prefix, **value)
-
-
-def _json_object(line: bytes) -> dict[str, Any]:
-    """Raises ValueError."""
-    try:
-        value = json.loads(line)
-    except RecursionError:
-        raise ValueError("the line is nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ValueError("the line is no JSON object")
-    return value
-
-
-def _string(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{str(value)[:40]} is no string")
-    value.encode()  # half a character, which JSON can say, can be written nowhere
-    return value
-
-
-def _strings(value: object) -> tuple[str, ...]:
-    if not isinstance(value, list):
-        raise ValueError(f"{str(value)[:40]} is no list")
-    return tuple(_string(one) for one in value)
-
-
-def _one_of(value: object, *known: str) -> str:
-    if value not in known:
-        raise ValueError(f"{str(value)[:40]!r} is none of {', '.join(known)}")
-    return str(value)
-
-
-def _number_of(value: object) -> float:
-    number = float(value) if isinstance(value, (int, float)) else float("nan")
-    if not abs(number) < 1e18:
-        raise ValueError(f"{str(value)[:40]} is no number")
-    return number
 
 
 class Recipient:
     """A final recipient and what became of it. `reported`: the sender was told of the end."""
 
-    __slots__ = ("dsn", "original", "reported", "result", "target")
+    __slots__ = ("destination", "dsn", "original", "reported", "result")
 
     def __init__(self, final_recipient: FinalRecipient) -> None:
-        self.target, self.original, self.dsn = final_recipient
-        self.result = Result(PENDING, "", "")
+        self.destination, self.original, self.dsn = final_recipient
+        self.result = Result(State.PENDING, "", "")
         self.reported = False
 
     @property
-    def state(self) -> str:
-        """Return "pending", "deferred", "sent" or "failed"."""
+    def state(self) -> State:
+        """The state of the last result."""
         return self.result.state
 
     @property
     def is_open(self) -> bool:
-        return self.result.state in (PENDING, DEFERRED)
+        """Whether there is still something to attempt."""
+        return self.result.state in (State.PENDING, State.DEFERRED)
 
 
 class Item:
@@ -8043,8 +8121,8 @@ class Item:
     """
 
     __slots__ = (
-        "again", "attempts", "delay_told", "due", "envelope", "message", "next_attempt", "nudge",
-        "recipients", "removed", "since", "task", "waited",
+        "again", "attempts", "delay_reported", "due", "envelope", "message", "next_attempt",
+        "nudge", "recipients", "removed", "since", "task", "waited",
     )  # fmt: skip
 
     def __init__(self, envelope: Envelope, message: Message) -> None:
@@ -8054,7 +8132,7 @@ class Item:
             Recipient(final_recipient) for final_recipient in envelope.final_recipients
         ]
         self.attempts = 0
-        self.delay_told = False
+        self.delay_reported = False
         self.next_attempt = 0.0
         self.due = 0.0
         self.waited = 0.0
@@ -8066,72 +8144,249 @@ class Item:
 
     @property
     def id(self) -> str:
+        """The id of the message, as in its file's name and the logs."""
         return self.envelope.id
 
     def journal_line(self, at: float) -> bytes:
-        """Return what is to be written down at the time `at`.
+        """Return what is to be written down, with the fields of `_JOURNAL`.
 
-        A failure that was not reported yet is left out: after a crash it must be found again.
+        `at` is the time, in seconds since 1970. A failure that was not reported yet is left
+        out: after a crash it must be found again.
         """
-        value = {
+        fields = {
             "at": at,
-            "attempt": self.attempts,
-            "next": self.next_attempt,
+            "attempts": self.attempts,
+            "next_attempt": self.next_attempt,
             "waited": self.waited,
-            "delay_told": self.delay_told,
-            "told": [
-                number
+            "delay_reported": self.delay_reported,
+            "results": [
+                {"recipient": number, "reported": recipient.reported, **recipient.result._asdict()}
                 for number, recipient in enumerate(self.recipients)
-                if recipient.state == SENT and recipient.reported
+                if recipient.state in (State.SENT, State.DEFERRED) or recipient.reported
             ],
-            "results": {
-                str(number): list(recipient.result)
-                for number, recipient in enumerate(self.recipients)
-                if recipient.state in (SENT, DEFERRED) or recipient.reported
-            },
         }
-        return b"\n" + json.dumps(value, separators=(",", ":")).encode() + b"\n"
+        return b"\n" + _json_line(fields)
 
     def apply(self, line: bytes) -> None:
-        """Take over a line of the journal; one that is none was torn, and changes nothing.
+        """Take over a line of the journal. What is not JSON was torn, and changes nothing.
 
-        Raises ValueError, TypeError, KeyError, IndexError if it says what cannot be.
+        Raises NewerItem, and ValueError, TypeError, KeyError, IndexError or AttributeError if
+        it says what cannot be.
         """
-        if b'"results"' not in line:
-            return
         try:
             value = json.loads(line)
         except ValueError:
             return
-        except RecursionError:
-            raise ValueError("the line is nested too deeply") from None
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) or not value.keys() & {"v", "results"}:
             return
-        results = {int(key): _result_of(*one) for key, one in value["results"].items()}
-        attempts, next_attempt = value["attempt"], _number_of(value["next"])
-        if not isinstance(attempts, int) or attempts < 0:
-            raise ValueError("attempt is no number of attempts")
-        waited = _number_of(value["waited"])
-        delay_told, told = bool(value.get("delay_told")), set(value.get("told", ()))
-        if any(number not in range(len(self.recipients)) for number in results):
-            raise IndexError("a result is of a recipient who is not there")
-        self.attempts, self.next_attempt, self.waited = attempts, next_attempt, waited
-        self.delay_told = delay_told
-        for number, result in results.items():
-            self.recipients[number].result = result
-            self.recipients[number].reported = result.state == FAILED or number in told
+        fields = _line_fields(value, _JOURNAL, _journal_from_version_0)
+        self.attempts, self.next_attempt = fields["attempts"], fields["next_attempt"]
+        self.waited, self.delay_reported = fields["waited"], fields["delay_reported"]
+        for result in fields["results"]:
+            recipient = self.recipients[result.pop("recipient")]
+            recipient.reported = result.pop("reported")
+            recipient.result = Result(**result)
 
 
-def _result_of(state: object, *texts: object) -> Result:
-    """Raises ValueError, TypeError."""
-    state = _one_of(state, PENDING, SENT, DEFERRED, FAILED)
-    *rest, last = texts
-    passed_on = (last,) if isinstance(last, bool) else (_string(last),)
-    return Result(state, *(_string(text) for text in rest), *passed_on)  # type: ignore[arg-type]
+# --- the lines of a file: version 1 ---
+
+_VERSION = 1
+
+
+def _json_line(fields: Mapping[str, object]) -> bytes:
+    line = json.dumps({"v": _VERSION, **fields}, separators=(",", ":"))
+    return line.encode() + b"\n"
+
+
+_Readers = Mapping[str, Callable[[Any], Any]]  # what reads and checks the value of each field
+
+
+def _line_fields(
+    value: object, known: _Readers, from_version_0: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the fields of a line. Raises NewerItem, and as `_checked`.
+
+    "v" is the version of the format, in every version to come. Lines of version 0 have none.
+    """
+    if not isinstance(value, dict):
+        raise ValueError("the line is no JSON object")
+    version = _as_count(value.pop("v", 0))
+    if version > _VERSION:
+        text = f"it is written in version {version} of the format, and this program knows"
+        raise NewerItem(f"{text} version {_VERSION}: a newer chasquid must deliver it")
+    return _checked(value if version else from_version_0(value), known)
+
+
+def _checked(value: object, known: _Readers) -> dict[str, Any]:
+    """Return the fields of a JSON object. Raises ValueError, TypeError."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{str(value)[:40]} is no JSON object")
+    if value.keys() != known.keys():
+        names = ", ".join(sorted(value.keys() ^ known.keys()))
+        raise ValueError(f"{printable(names, 80)}: missing, or not known")
+    return {name: read(value[name]) for name, read in known.items()}
+
+
+def _as_string(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{str(value)[:40]} is no string")
+    value.encode()  # half a character, which JSON can say, can be written nowhere
+    return value
+
+
+def _as_octets(value: object) -> bytes:
+    return _as_string(value).encode("latin-1")  # each octet is a character
+
+
+def _as_list(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{str(value)[:40]} is no list")
+    return value
+
+
+def _as_strings(value: object) -> tuple[str, ...]:
+    return tuple(map(_as_string, _as_list(value)))
+
+
+def _as_boolean(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{str(value)[:40]} is neither true nor false")
+    return value
+
+
+def _as_number(value: object) -> float:
+    number = float(value) if isinstance(value, (int, float)) else float("nan")
+    if not abs(number) < 1e18:
+        raise ValueError(f"{str(value)[:40]} is no number")
+    return number
+
+
+def _as_count(value: object) -> int:
+    if type(value) is not int or value < 0:  # True is an int too
+        raise ValueError(f"{str(value)[:40]} is no count")
+    return value
+
+
+def _as_time(value: object) -> float:
+    number = _as_number(value)
+    if not 0 <= number < 253402300800:  # 1970 to 9999
+        raise ValueError(f"{number:g} is no time")
+    return number
+
+
+def _as_recipients(value: object) -> tuple[FinalRecipient, ...]:
+    found = [_checked(recipient, _RECIPIENT) for recipient in _as_list(value)]
+    if not found:
+        raise ValueError("it has no recipients")
+    return tuple(
+        FinalRecipient(
+            Destination(**fields["destination"]),
+            fields["original_recipient"],
+            DsnParameters(fields["notify"], fields["orcpt"]),
+        )
+        for fields in found
+    )
+
+
+_DESTINATION: _Readers = {
+    "kind": DestinationKind,  # "address" or "pipe"
+    "value": _as_string,  # the address, or the command line
+    "via": _as_strings,  # HOST or HOST:PORT, the servers to deliver through; empty: by MX
+}
+
+_RECIPIENT: _Readers = {
+    "destination": lambda value: _checked(value, _DESTINATION),
+    "original_recipient": _as_string,  # the address in RCPT, which stands for the destination
+    "notify": lambda value: tuple(map(Notify, _as_strings(value))),  # NOTIFY (RFC 3461, 4.1)
+    "orcpt": _as_string,  # ORCPT (RFC 3461, 4.2), in xtext; "": not given
+}
+
+_ENVELOPE: _Readers = {
+    "id": _as_string,  # of the message; the same as in the file's name
+    "reverse_path": _as_string,  # RFC 5321, 4.1.1.2, without <>; "": the null reverse-path
+    "recipients": _as_recipients,  # a list of objects with the fields of _RECIPIENT
+    "received": _as_time,  # when it came, in seconds since 1970
+    "prefix": _as_octets,  # the header fields that we put in front
+    "smtputf8": _as_boolean,  # SMTPUTF8 (RFC 6531)
+    "eight_bit": _as_boolean,  # it needs BODY=8BITMIME (RFC 6152)
+    "junk": _as_boolean,  # for the folder of what is probably junk
+    "require_tls": _as_boolean,  # REQUIRETLS (RFC 8689, 2)
+    "tls_optional": _as_boolean,  # TLS-Required: No (RFC 8689, 3)
+    "ret": _as_string,  # RET (RFC 3461, 4.3): "FULL", "HDRS"; "": not given
+    "envid": _as_string,  # ENVID (RFC 3461, 4.4), in xtext; "": not given
+}
+
+_RESULT: _Readers = {
+    "recipient": _as_count,  # its place in the envelope's list, from 0
+    "state": State,  # "deferred", "sent" or "failed"; who is pending is not listed
+    "status": _as_string,  # the enhanced status code (RFC 3463)
+    "text": _as_string,  # what happened, for people
+    "remote_mta": _as_string,  # the server that was reached (RFC 3464, 2.3.5), and its address
+    "reply": _as_string,  # what it said
+    "passed_on": _as_boolean,  # it will tell the sender of its success (RFC 3461, 5.2.2)
+    "reported": _as_boolean,  # the sender was told of the end by us
+}
+
+_JOURNAL: _Readers = {
+    "at": _as_number,  # when the line was written, in seconds since 1970
+    "attempts": _as_count,  # how many have ended
+    "next_attempt": _as_number,  # in seconds since 1970; 0: now
+    "waited": _as_number,  # seconds in a running queue so far
+    "delay_reported": _as_boolean,  # the sender was told that it takes longer
+    "results": lambda value: [_checked(result, _RESULT) for result in _as_list(value)],
+}
+
+
+# --- version 0: no "v", and lists whose places have a meaning ---
+
+
+def _envelope_from_version_0(old: dict[str, Any]) -> dict[str, Any]:
+    value = {**Envelope._field_defaults, **old}
+    value["reverse_path"] = value.pop("sender")
+    value["recipients"] = [
+        _recipient_from_version_0(*recipient) for recipient in value.pop("addressees")
+    ]
+    return value
+
+
+def _recipient_from_version_0(
+    destination: Sequence[object], original: object, dsn: Sequence[object] = ([], "")
+) -> dict[str, object]:
+    kind, value, via = destination
+    notify, orcpt = dsn
+    return {
+        "destination": {"kind": kind, "value": value, "via": via},
+        "original_recipient": original,
+        "notify": notify,
+        "orcpt": orcpt,
+    }
+
+
+def _journal_from_version_0(old: dict[str, Any]) -> dict[str, Any]:
+    names = ("state", "status", "text", "remote_mta", "reply", "passed_on")
+    reported = old.get("told", [])  # of those to whom it was sent; a failure always is
+    results = []
+    for key, texts in old["results"].items():
+        defaults = ("", "", False)[len(texts) - 3 :]
+        result = dict(zip(names, [*texts, *defaults], strict=True))
+        number = int(key)
+        was_reported = result["state"] == State.FAILED or number in reported
+        results.append({"recipient": number, "reported": was_reported, **result})
+    return {
+        "at": old["at"],
+        "attempts": old["attempt"],
+        "next_attempt": old["next"],
+        "waited": old["waited"],
+        "delay_reported": old.get("delay_told", False),
+        "results": results,
+    }
 
 
 def read_item(path: str) -> Item:
-    """Read a file of the queue. Raises UnreadableItem, OSError."""
+    """Read a file of the queue, whose name is ID,S=SIZE, in octets of the message.
+
+    Raises NewerItem, UnreadableItem, OSError.
+    """
     match = re.fullmatch(r"([a-z0-9]+),S=(\d+)", os.path.basename(path))
     if match is None:
         raise UnreadableItem(f"{path}: expected a name like ID,S=SIZE")
@@ -8146,13 +8401,21 @@ def read_item(path: str) -> Item:
         item = Item(envelope, Message(envelope.prefix, path, size))
         for line in filter(None, lines[1:]):
             item.apply(line)
-    except (ValueError, TypeError, KeyError, IndexError, OverflowError, AttributeError) as error:
+    except NewerItem as error:
+        raise NewerItem(f"{path}: {error}") from None
+    except (
+        ValueError, TypeError, KeyError, IndexError, OverflowError, AttributeError, RecursionError
+    ) as error:  # fmt: skip
         text = f"{path}: expected a message of {size} octets and its envelope: {error}"
         raise UnreadableItem(text) from error
     return item
 
 
-_GO_KINDS = {"EMAIL": "address", "FORWARD": "address", "PIPE": "pipe"}
+_GO_KINDS = {
+    "EMAIL": DestinationKind.ADDRESS,
+    "FORWARD": DestinationKind.ADDRESS,
+    "PIPE": DestinationKind.PIPE,
+}
 
 
 class _GoFields:
@@ -8200,7 +8463,7 @@ def item_from_go(data: bytes, path: str, now: float) -> tuple[str, tuple[int, li
     FORWARD, status PENDING, SENT or FAILED, original_address, via, last_failure_message),
     data, created_at_ts in nanoseconds since 1970. The id follows from theirs, so whoever is
     taken over twice gets the same name. Recipients that have failed are tried once more, and
-    then reported. Raises ConfigError.
+    then reported. `now` is in seconds since 1970. Raises ConfigError.
     """
     import hashlib  # loads OpenSSL's hashes; only for such files
 
@@ -8215,15 +8478,18 @@ def item_from_go(data: bytes, path: str, now: float) -> tuple[str, tuple[int, li
     id = f"g{hashlib.sha256(fields.text('ID').encode()).hexdigest()[:15]}"
     message = re.sub(rb"\r?\n", b"\r\n", fields.octets("data"))
     envelope = Envelope(
-        id, fields.text("from").removeprefix("<").removesuffix(">"),
-        tuple(final_recipient for final_recipient, _ in recipients), now - age, b"",
+        id,
+        sender=fields.text("from").removeprefix("<").removesuffix(">"),
+        final_recipients=tuple(final_recipient for final_recipient, _ in recipients),
+        received=now - age,
+        prefix=b"",
         eight_bit=not message.isascii(),
-    )  # fmt: skip
+    )
     item = Item(envelope, Message(b"", "", len(message)))
     item.waited = age
     for recipient, (_, is_sent) in zip(item.recipients, recipients, strict=True):
         if is_sent:
-            recipient.result = Result(SENT, "2.0.0", "sent by chasquid in Go")
+            recipient.result = Result(State.SENT, "2.0.0", "sent by chasquid in Go")
             recipient.reported = True
     return id, (len(message), [message, envelope.to_line(), item.journal_line(now)])
 
@@ -8238,23 +8504,23 @@ def _recipient_from_go(entry: Entry, path: str) -> tuple[FinalRecipient, bool]:
     address = fields.text("address")
     if kind is None or status not in ("PENDING", "SENT", "FAILED") or not address:
         raise ConfigError(path, entry.line, "expected a recipient with address, type, status")
-    target = Target(kind, address, fields.texts("via"))
-    return FinalRecipient(target, fields.text("original_address") or address), status == "SENT"
+    destination = Destination(kind, address, fields.texts("via"))
+    return FinalRecipient(destination, fields.text("original_address") or address), status == "SENT"
 
 
 class QueueContents(NamedTuple):
-    """The items of a queue, paths and reasons of files that are none, and paths of files
-    that could not be read now but may be later."""
+    """The items of a queue, and the paths of its other files, with reasons."""
 
     items: list[Item]
-    unreadable: list[tuple[str, str]]
-    unread: list[tuple[str, str]]
+    unreadable: list[tuple[str, str]]  # they are no items
+    unread: list[tuple[str, str]]  # they could not be read now, but may be later
+    newer: list[tuple[str, str]]  # only a newer program knows what they say
 
 
 def read_queue(directory: str) -> QueueContents:
     """Read the queue below `directory`. Raises ChasquidError."""
-    contents = QueueContents([], [], [])
-    for place in ("new", "cur"):
+    contents = QueueContents([], [], [], [])
+    for place in (Place.NEW, Place.CUR):
         try:
             names = sorted(os.listdir(os.path.join(directory, place)))
         except FileNotFoundError:
@@ -8267,6 +8533,8 @@ def read_queue(directory: str) -> QueueContents:
                 contents.items.append(read_item(path))
             except UnreadableItem as error:
                 contents.unreadable.append((path, str(error)))
+            except NewerItem as error:
+                contents.newer.append((path, str(error)))
             except FileNotFoundError:
                 pass  # delivered meanwhile
             except OSError as error:
@@ -8277,9 +8545,10 @@ def read_queue(directory: str) -> QueueContents:
 class Draft:
     """A message on its way in: in memory while it is small, then in tmp.
 
-    Of its header, fields that claim to be results of `hostname` are left out (none, where
-    that is None); the header is held back for that until it is whole. Once `add` has
-    failed, the draft is discarded and stays so.
+    Of its header, fields that claim to be results of `hostname` are left out (none, if
+    that is None); the header is held back for that until it is whole. Up to `memory`
+    octets are not written to the disk. Once `add` has failed, the draft is discarded and
+    stays so.
     """
 
     def __init__(
@@ -8298,7 +8567,8 @@ class Draft:
         self._body_at = 0  # where the body begins in what is stored
         self._loop = loop
         self._disk = disk
-        self._path = os.path.join(directory, "tmp", self.id)
+        self._directory = directory
+        self._path = os.path.join(directory, Place.TMP, self.id)
         self._fd = -1
         self._pieces: list[bytes] = []
         self._held = 0  # octets in _pieces
@@ -8308,7 +8578,7 @@ class Draft:
     async def add(self, piece: bytes) -> None:
         """Take the next octets of the message.
 
-        Raises PermanentFailure where the header is too large, OSError where the disk is full.
+        Raises PermanentFailure if the header is too large, OSError if the disk is full.
         """
         self.size += len(piece)
         self.eight_bit = self.eight_bit or not piece.isascii()
@@ -8351,8 +8621,7 @@ class Draft:
         When this returns, file and directory are synced.
         """
         data = b"".join(self._pieces)
-        new = os.path.join(os.path.dirname(os.path.dirname(self._path)), "new")
-        target = os.path.join(new, f"{self.id},S={self.size}")
+        target = os.path.join(self._directory, Place.NEW, f"{self.id},S={self.size}")
         tail = data + envelope.to_line()
         if self._fd < 0:
             await self._disk.create(self._path, tail, target)
@@ -8367,7 +8636,7 @@ class Draft:
         return Message(envelope.prefix, target, self.size, data if small else None)
 
     def discard(self) -> None:
-        """Forget the message; nothing where it was stored."""
+        """Forget the message, unless it was stored."""
         self._pieces.clear()
         if self._fd >= 0:
             close_written(self._fd)
@@ -8385,7 +8654,7 @@ class Draft:
             self._take_header(end + 2 if end else 0)
 
     def _take_header(self, end: int) -> None:
-        """Split what was held back at `end`, where the empty line begins."""
+        """Split what was held back at `end`, at which the empty line begins."""
         self._header = bytes(self._head[:end])
         kept = self._without_false_traces(self._header)
         self.size -= end - len(kept)
@@ -8407,7 +8676,7 @@ class Draft:
         except ValueError:
             return header  # it is refused later
         claims = [field for field in fields if field.name == "authentication-results"]
-        false = {one for one in claims[:_CLAIMS_LIMIT] if claims_results_of(one, hostname)}
+        false = {field for field in claims[:_CLAIMS_LIMIT] if claims_results_of(field, hostname)}
         false |= set(claims[_CLAIMS_LIMIT:])
         false |= {field for field in fields if field.name == "return-path"}
         return b"".join(field.raw for field in fields if field not in false) if false else header
@@ -8454,7 +8723,10 @@ NOTIFICATION_ORIGINAL_LIMIT = 256 * 1024  # octets of the original in a notifica
 
 
 def is_automatic(header: bytes) -> bool:
-    """Tell whether a program wrote the message (RFC 3834, 5), or a list sent it on."""
+    """Tell by its header block whether a program wrote a message, or a list sent it on.
+
+    RFC 3834, 5; what cannot be read counts as automatic, as it must not be answered.
+    """
     try:
         fields = {field.name: field.value.strip().lower() for field in header_fields(header)}
     except ValueError:
@@ -8464,24 +8736,35 @@ def is_automatic(header: bytes) -> bool:
     return submitted != b"no" or precedence in (b"bulk", b"list", b"junk")
 
 
-class _Kind(NamedTuple):
-    """What a notification says, by its kind; `{}` is "this recipient" or so."""
+class Action(enum.StrEnum):
+    """What a notification tells of its recipients (RFC 3464, 2.3.3)."""
+
+    FAILED = "failed"
+    DELAYED = "delayed"
+    DELIVERED = "delivered"
+    RELAYED = "relayed"  # to a server that will not tell
+
+
+class _Words(NamedTuple):
+    """What a notification says to people; `{}` is "this recipient" or so."""
 
     subject: str
     text: str
 
 
-_KINDS = {
-    "failed": _Kind(
+_WORDS = {
+    Action.FAILED: _Words(
         "Mail delivery failed: returning message to sender",
         "Your message could not be delivered to {}:",
     ),
-    "delayed": _Kind(
+    Action.DELAYED: _Words(
         "Mail delivery is taking longer",
         "Your message has not yet been delivered to {}. You need not send it again:",
     ),
-    "delivered": _Kind("Mail delivered", "As you asked to be told: your message has reached {}:"),
-    "relayed": _Kind(
+    Action.DELIVERED: _Words(
+        "Mail delivered", "As you asked to be told: your message has reached {}:"
+    ),
+    Action.RELAYED: _Words(
         "Mail passed on",
         "As you asked to be told: your message was taken over by the next server, which may "
         "send no further report, for {}:",
@@ -8494,34 +8777,37 @@ _REFERENCES_LIMIT = 10  # ids of earlier messages that are repeated
 
 
 def notification(
-    item: Item, kind: str, recipients: Sequence[Recipient], settings: QueueSettings, now: float
+    item: Item, action: Action, recipients: Sequence[Recipient], settings: QueueSettings, now: float
 ) -> tuple[bytes, bool]:
     """Return a delivery status notification (RFC 3464, 6533), and if it needs SMTPUTF8.
 
-    `kind` is "failed", "delayed", "delivered" or "relayed".
+    It tells the sender of `item` what became of `recipients`; `now` is in seconds since 1970.
     """
-    sender = _in_ascii_where_possible(item.envelope.sender)
+    sender = _ascii_if_possible(item.envelope.sender)
     names = [sender]
     for recipient in recipients:
-        names += [_in_ascii_where_possible(recipient.original), _final_recipient(recipient)]
+        names += [_ascii_if_possible(recipient.original), _final_recipient(recipient)]
     utf8 = not all(name.isascii() for name in names)
     if item.envelope.smtputf8 and not utf8:
         utf8 = not item.message.header().isascii()
     boundary = f"=_{new_id()}"
     status = "global-delivery-status" if utf8 else "delivery-status"
     parts = [
-        _part("text/plain; charset=utf-8", _explanation(item, kind, recipients, settings)),
-        _part(f"message/{status}", _delivery_status(item, kind, recipients, settings, utf8)),
-        _returned_content(item, kind, utf8),
+        _part("text/plain; charset=utf-8", _explanation(item, action, recipients, settings)),
+        _part(
+            f"message/{status}",
+            _delivery_status(item, action, recipients, settings=settings, utf8=utf8),
+        ),
+        _returned_content(item, action, utf8),
     ]
     header = (
         f"From: Mail Delivery System <postmaster@{settings.hostname}>\r\n"
         f"To: <{sender}>\r\n"
-        f"Subject: {_KINDS[kind].subject}\r\n"
+        f"Subject: {_WORDS[action].subject}\r\n"
         f"Message-ID: <{new_id()}@{settings.hostname}>\r\n"
         f"Date: {rfc5322_date(now)}\r\n"
         f"{_thread_fields(item.message.header())}"
-        f"{_failed_recipients(recipients) if kind == 'failed' else ''}"
+        f"{_failed_recipients(recipients) if action == Action.FAILED else ''}"
         "Auto-Submitted: auto-replied\r\n"
         "MIME-Version: 1.0\r\n"
         f"Content-Transfer-Encoding: {_encoding(b''.join(parts))}\r\n"
@@ -8556,17 +8842,17 @@ def _thread_fields(header: bytes) -> str:
     if not ids:
         return ""
     thread = [*_MESSAGE_ID.findall(fields.get("references", b""))[-_REFERENCES_LIMIT:], ids[0]]
-    references = [one.decode("ascii") for one in thread]
+    references = [id.decode("ascii") for id in thread]
     return (fold("In-Reply-To", references[-1]) + fold("References", *references)).decode()
 
 
 def _failed_recipients(recipients: Sequence[Recipient]) -> str:
-    names = dict.fromkeys(_in_ascii_where_possible(one.original) for one in recipients)
+    names = dict.fromkeys(_ascii_if_possible(recipient.original) for recipient in recipients)
     *others, last = names
-    return fold("X-Failed-Recipients", *(f"{one}," for one in others), last).decode()
+    return fold("X-Failed-Recipients", *(f"{name}," for name in others), last).decode()
 
 
-def _in_ascii_where_possible(address: str) -> str:
+def _ascii_if_possible(address: str) -> str:
     """Return `address` with its domain in A-labels, so that fewer servers are asked too much."""
     try:
         return address_to_ascii(address)
@@ -8575,37 +8861,37 @@ def _in_ascii_where_possible(address: str) -> str:
 
 
 def _final_recipient(recipient: Recipient) -> str:
-    target = recipient.target
-    return _in_ascii_where_possible(
-        target.value if target.kind == "address" else recipient.original
+    destination = recipient.destination
+    return _ascii_if_possible(
+        destination.value if destination.kind == DestinationKind.ADDRESS else recipient.original
     )
 
 
 def _explanation(
-    item: Item, kind: str, recipients: Sequence[Recipient], settings: QueueSettings
+    item: Item, action: Action, recipients: Sequence[Recipient], settings: QueueSettings
 ) -> bytes:
     who = "this recipient" if len(recipients) == 1 else "these recipients"
     lines = [
         f"This is the mail server at {settings.hostname}.",
         "",
-        _KINDS[kind].text.format(who),
+        _WORDS[action].text.format(who),
         "",
     ]
     for recipient in recipients:
         address, why = printable(recipient.original, 400), printable(recipient.result.text, 800)
         # where mail lies here is nobody's business
-        lines += [f"  {address}", "" if kind == "delivered" else f"    {why}", ""]
-    if kind == "delayed":
+        lines += [f"  {address}", "" if action == Action.DELIVERED else f"    {why}", ""]
+    if action == Action.DELAYED:
         left = duration_text(settings.give_up_after - item.waited)
         lines += [f"It will be tried again for {left} more.", ""]
     elif any(recipient.is_open for recipient in item.recipients):
         lines += ["Delivery to the other recipients is still being tried.", ""]
-    lines += ["What was sent is attached, or its header where it is large.", ""]
+    lines += ["What was sent is attached, or its header if it is large.", ""]
     return "\r\n".join(lines).encode()
 
 
 def _delivery_status(
-    item: Item, kind: str, recipients: Sequence[Recipient], settings: QueueSettings, utf8: bool
+    item: Item, action: Action, recipients: Sequence[Recipient], settings: QueueSettings, utf8: bool
 ) -> bytes:
     """The machine's part: RFC 3464, 2.2 for the message and 2.3 for each recipient."""
     form = "utf-8" if utf8 else "rfc822"
@@ -8621,31 +8907,33 @@ def _delivery_status(
         groups[0].insert(0, f"Original-Envelope-Id: {envid}")
     for recipient in recipients:
         result = recipient.result
-        original = f"{form}; {_in_ascii_where_possible(recipient.original)}"
+        original = f"{form}; {_ascii_if_possible(recipient.original)}"
         if recipient.dsn.orcpt:
             original = printable("; ".join(from_xtext(recipient.dsn.orcpt).split(";", 1)))
         group = [
             f"Original-Recipient: {original}",
             f"Final-Recipient: {form}; {_final_recipient(recipient)}",
-            f"Action: {kind}",
+            f"Action: {action}",
             f"Status: {result.status}",
         ]
-        if result.remote:
-            group.append(f"Remote-MTA: dns; {result.remote.partition(' ')[0]}")
+        if result.remote_mta:
+            group.append(f"Remote-MTA: dns; {result.remote_mta.partition(' ')[0]}")
         diagnosis = f"smtp; {result.reply}" if result.reply else f"X-chasquid; {result.text}"
-        if kind != "delivered":
+        if action != Action.DELIVERED:
             group.append(f"Diagnostic-Code: {printable(diagnosis, 800)}")
         groups.append(group)
     text = "\r\n\r\n".join("\r\n".join(group) for group in groups) + "\r\n"
     return text.encode() if utf8 else text.encode("ascii", "replace")
 
 
-def _returned_content(item: Item, kind: str, utf8: bool) -> bytes:
-    """The message where it is small, its header otherwise (RFC 6522, RFC 6533)."""
+def _returned_content(item: Item, action: Action, utf8: bool) -> bytes:
+    """The message if it is small, its header otherwise (RFC 6522, RFC 6533)."""
     message = item.message
     small = len(message.prefix) + message.size <= NOTIFICATION_ORIGINAL_LIMIT
     # RFC 3461, 4.3: the whole only of what failed; RFC 8689, 5: no body of what needs TLS
-    whole = kind == "failed" and item.envelope.ret != "HDRS" and not item.envelope.require_tls
+    whole = (
+        action == Action.FAILED and item.envelope.ret != Ret.HDRS and not item.envelope.require_tls
+    )
     if small and whole:
         kind = "message/global" if utf8 else "message/rfc822"
         content = b"".join(message.chunks())
@@ -8663,11 +8951,16 @@ def _returned_content(item: Item, kind: str, utf8: bool) -> bytes:
 #
 #     place     means                          a crash here leaves
 #     --------  -----------------------------  ---------------------------------------
-#     tmp/ID    being received                 nothing owed, no 250 was sent; swept
-#     new/ID    accepted, nothing attempted    all recipients pending
+#     tmp/ID    being received or written      nothing owed, no 250 was sent; swept
+#     new/ID    accepted, no attempt has       its journal says what is done; without one,
+#               ended                          all recipients are pending
 #     cur/ID    attempted at least once        its journal says what is done
-#     bad/ID    cannot be read                 for the operator to look at
+#     bad/ID    cannot be read, reported       for the operator to look at
 #     m:ID      left by chasquid in Go         taken over at the start, each once
+#
+# A file moves from tmp to new when it is whole and synced, and from new to cur after its
+# journal is; that move is not synced, as the journal counts in either. Files in new and cur
+# that a newer version wrote are reported and left alone.
 #
 # - 250 means that file and directory are synced.
 # - A notification is in the queue before the failure that it reports is written down, and
@@ -8691,6 +8984,7 @@ _CATCH_UP_STEPS = 100
 _DISK_SECONDS = 2.0  # how long what was seen of the disk is good enough
 _DELAY_NOTICE_SECONDS = 4 * 3600.0  # after which a sender hears that it takes longer
 _DESTINATION_SLOTS = 5  # attempts at a time for one destination elsewhere
+_SLOTS = {RouteKind.LOCAL: _LOCAL_SLOTS, RouteKind.PIPE: _PIPE_SLOTS}
 
 
 class QueueFull(TemporaryFailure):
@@ -8719,7 +9013,7 @@ class Queue:
         log: Log,
         settings: QueueSettings,
         couriers: Couriers,
-        expand: Callable[[str], Awaitable[list[Target]]],
+        expand: Callable[[str], Awaitable[list[Destination]]],
         is_local: Callable[[str], bool],
         random: Callable[[], float],
         sign: Sign,
@@ -8747,14 +9041,14 @@ class Queue:
     def recover(self) -> None:
         """Make the directories, sweep tmp, and take up what is in new and cur.
 
-        Raises ConfigError where the directory cannot be used.
+        Raises ConfigError if the directory cannot be used.
         """
         directory = self._settings.directory
         try:
-            for place in ("tmp", "new", "cur", "bad"):
+            for place in Place:
                 make_directory(os.path.join(directory, place))
-            for name in os.listdir(os.path.join(directory, "tmp")):
-                self._sweep(os.path.join(directory, "tmp", name))
+            for name in os.listdir(os.path.join(directory, Place.TMP)):
+                self._sweep(os.path.join(directory, Place.TMP, name))
             self._take_over(directory)
         except OSError as error:
             text = f"the queue cannot be written: {error.strerror}"
@@ -8762,6 +9056,8 @@ class Queue:
         contents = read_queue(directory)
         for path, why in contents.unreadable:
             self._set_aside(path, why)
+        for _, why in contents.newer:
+            self._leave(why)
         for path, why in contents.unread:
             self._log.error("queue", f"{why}; reading it again in a minute")
             self._loop.spawn(self._read_later(path), f"reading of {path}")
@@ -8770,11 +9066,14 @@ class Queue:
 
     def _set_aside(self, path: str, why: str) -> None:
         self._log.error("queue", f"set aside in bad: {why}")
-        target = os.path.join(self._settings.directory, "bad", os.path.basename(path))
+        target = os.path.join(self._settings.directory, Place.BAD, os.path.basename(path))
         try:
             os.rename(path, target)
         except OSError as error:
             self._log.error("queue", f"{path} stays where it is: {reason(error)}")
+
+    def _leave(self, why: str) -> None:
+        self._log.error("queue", f"left where it is, and not delivered: {why}")
 
     def _sweep(self, path: str) -> None:
         try:
@@ -8797,12 +9096,10 @@ class Queue:
             except ConfigError as error:
                 self._log.error("queue", f"not taken over from chasquid in Go: {error}")
                 continue
-            places = [
-                os.path.join(directory, place, f"{id},S={size}") for place in ("new", "cur", "bad")
-            ]
-            if not any(map(os.path.exists, places)):  # or we died before the old one was removed
-                target = functools.partial(_always, places[1])
-                create_durably(os.path.join(directory, "tmp", id), chunks, target)
+            places = {place: os.path.join(directory, place, f"{id},S={size}") for place in Place}
+            if not any(map(os.path.exists, places.values())):  # or we died before it was removed
+                path_for = functools.partial(_always, places[Place.CUR])
+                create_durably(os.path.join(directory, Place.TMP, id), chunks, path_for)
             os.unlink(path)
             sync_directory(directory)
             self._log.mail(id, f"taken over from chasquid in Go, where it was {name}")
@@ -8820,6 +9117,9 @@ class Queue:
             except UnreadableItem as error:
                 self._set_aside(path, str(error))
                 return
+            except NewerItem as error:
+                self._leave(str(error))
+                return
             except OSError as error:
                 self._log.error("queue", f"{reason(error)}; reading it again in a minute")
 
@@ -8833,7 +9133,7 @@ class Queue:
         return Draft(self._loop, self._disk, settings.directory, settings.hostname)
 
     def check_room(self) -> None:
-        """Raise QueueFull where the queue takes no more messages from outside."""
+        """Raise QueueFull if the queue takes no more messages from outside."""
         if len(self.items) >= self._settings.limit:
             raise QueueFull(f"the queue is full ({self._settings.limit} messages)", "4.3.1")
         if self._settings.min_free_disk and not self._disk_has_room():
@@ -8868,7 +9168,9 @@ class Queue:
             draft.discard()
             raise
         item = Item(envelope, message)
-        recipients = ", ".join(dict.fromkeys(one.original for one in envelope.final_recipients))
+        recipients = ", ".join(
+            dict.fromkeys(recipient.original for recipient in envelope.final_recipients)
+        )
         self._log.count("messages", "queued")
         self._log.mail(
             item.id,
@@ -8880,7 +9182,7 @@ class Queue:
 
     def _local_routes(self, envelope: Envelope) -> set[Route]:
         routes = {
-            self._couriers.route(final_recipient.target)
+            self._couriers.route(final_recipient.destination)
             for final_recipient in envelope.final_recipients
         }
         return {route for route in routes if route.local}
@@ -8917,7 +9219,10 @@ class Queue:
         self.retry(item)
 
     async def bounce(self, item: Item) -> None:
-        """Give `item` up now: its sender is told, as if its time had passed."""
+        """Give `item` up now: its sender is told, as if its time had passed.
+
+        Returns when that is done, or put off.
+        """
         self._give_up(item, "given up by the operator", "5.0.0")
         self.retry(item)
         if item.task is not None:
@@ -8988,12 +9293,12 @@ class Queue:
     async def _attempt(self, item: Item) -> None:
         """Try each open recipient once; those that travel together in one go.
 
-        Where some are done while others still wait for a slow server, that is written down.
+        If some are done while others still wait for a slow server, that is written down.
         """
         groups: dict[tuple[str, ...], list[Recipient]] = {}
         for recipient in item.recipients:
             if recipient.is_open:
-                key = self._couriers.route(recipient.target, item.attempts).key
+                key = self._couriers.route(recipient.destination, item.attempts).key
                 groups.setdefault((*key, self._sender_for(item, recipient)), []).append(recipient)
         if not groups:
             return  # all that is left is to report
@@ -9023,32 +9328,40 @@ class Queue:
             self._log.error("queue", f"{item.id} cannot be written: {reason(error)}")
 
     async def _deliver(self, item: Item, group: list[Recipient]) -> None:
-        route = self._couriers.route(group[0].target, item.attempts)
+        route = self._couriers.route(group[0].destination, item.attempts)
         envelope = item.envelope
         sender = self._sender_for(item, group[0])
         delivery = Delivery(
-            item.id, sender, item.message, envelope.smtputf8, envelope.eight_bit,
-            envelope.junk, envelope.require_tls, envelope.tls_optional, envelope.ret,
-            envelope.envid, self._dsn_by_destination(group, sender == envelope.sender),
-        )  # fmt: skip
-        targets = list(dict.fromkeys(recipient.target for recipient in group))
+            item.id,
+            sender,
+            item.message,
+            smtputf8=envelope.smtputf8,
+            eight_bit=envelope.eight_bit,
+            junk=envelope.junk,
+            require_tls=envelope.require_tls,
+            tls_optional=envelope.tls_optional,
+            ret=envelope.ret,
+            envid=envelope.envid,
+            dsn_parameters=self._dsn_by_destination(group, sender == envelope.sender),
+        )
+        destinations = list(dict.fromkeys(recipient.destination for recipient in group))
         async with self._places(route):
             try:
-                results = await route.courier.deliver(delivery, targets)
+                results = await route.courier.deliver(delivery, destinations)
             except Exception as error:  # a fault of ours must not lose the message
                 self._log.crash(f"delivery of {item.id}", error)
-                failure = Result(DEFERRED, "4.3.0", "an internal error; the log has more")
-                results = [failure] * len(targets)
-        found = dict(zip(targets, results, strict=True))
+                failure = Result(State.DEFERRED, "4.3.0", "an internal error; the log has more")
+                results = [failure] * len(destinations)
+        found = dict(zip(destinations, results, strict=True))
         for recipient in group:
-            result = found[recipient.target]
+            result = found[recipient.destination]
             if sender != envelope.sender:  # who stands in for the sender would hear of it
                 result = result._replace(passed_on=False)
             recipient.result = result
             self._log.count("deliveries", route.key[0], result.state)
             self._log.mail(
                 item.id,
-                f"from=<{sender}> to={recipient.target.value} {result.state} "
+                f"from=<{sender}> to={recipient.destination.value} {result.state} "
                 f"({result.status}): {result.text}",
             )
             self._on_result(item, recipient)
@@ -9056,29 +9369,30 @@ class Queue:
     @staticmethod
     def _dsn_by_destination(
         group: Sequence[Recipient], with_success: bool
-    ) -> dict[Target, DsnParameters]:
-        """Return what was asked for each target: all that any of those who meet there want."""
-        dsn_parameters: dict[Target, DsnParameters] = {}
+    ) -> dict[Destination, DsnParameters]:
+        """Return what was asked for each destination: all that any of those who meet there want."""
+        dsn_parameters: dict[Destination, DsnParameters] = {}
         for recipient in group:
             dsn = recipient.dsn
-            other = dsn_parameters.get(recipient.target)
+            other = dsn_parameters.get(recipient.destination)
             if other is not None and other != dsn:
                 words = tuple(
-                    one
-                    for one in ("SUCCESS", "FAILURE", "DELAY")
-                    if dsn.wants(one) or other.wants(one)
+                    word
+                    for word in (Notify.SUCCESS, Notify.FAILURE, Notify.DELAY)
+                    if dsn.wants(word) or other.wants(word)
                 )
-                dsn = DsnParameters(words or ("NEVER",), other.orcpt or dsn.orcpt)
-            dsn_parameters[recipient.target] = dsn
+                dsn = DsnParameters(words or (Notify.NEVER,), other.orcpt or dsn.orcpt)
+            dsn_parameters[recipient.destination] = dsn
         if with_success:
             return dsn_parameters
         return {
-            target: dsn._replace(
-                notify=tuple(one for one in dsn.notify if one != "SUCCESS") or ("NEVER",)
+            destination: dsn._replace(
+                notify=tuple(word for word in dsn.notify if word != Notify.SUCCESS)
+                or (Notify.NEVER,)
             )
             if dsn.notify
             else dsn
-            for target, dsn in dsn_parameters.items()
+            for destination, dsn in dsn_parameters.items()
         }
 
     @contextlib.asynccontextmanager
@@ -9087,7 +9401,7 @@ class Queue:
 
         Mailboxes and each program have places of their own, so that nobody waits for them.
         """
-        few = {"local": _LOCAL_SLOTS, "pipe": _PIPE_SLOTS}.get(route.key[0], _DESTINATION_SLOTS)
+        few = _SLOTS.get(route.key[0], _DESTINATION_SLOTS)
         slots = self._destinations.setdefault(route.key, Slots(self._loop, few))
         self._under_way[route.key] += 1
         try:
@@ -9101,7 +9415,8 @@ class Queue:
     async def _settle(self, item: Item) -> bool:
         """Report failures, then write down what is left, or remove; true when it is over.
 
-        Where the disk refuses, nothing is forgotten: it is tried again in a minute.
+        What waits too long fails (RFC 5321, 4.5.4.1).
+        If the disk refuses, nothing is forgotten: it is tried again in a minute.
         """
         self._count_wait(item)
         if item.waited >= self._settings.give_up_after:
@@ -9113,7 +9428,7 @@ class Queue:
                 await self._remove_file(item)
                 self._log.mail(item.id, f"done after {plural(item.attempts, 'attempt')}")
                 return True
-            if item.waited >= _DELAY_NOTICE_SECONDS and not item.delay_told:
+            if item.waited >= _DELAY_NOTICE_SECONDS and not item.delay_reported:
                 await self._report_delay(item)
             self._postpone(item, self._pause(item.attempts))
             await self._write_down(item)
@@ -9157,14 +9472,14 @@ class Queue:
             if recipient.is_open:
                 text = f"{why}; the last attempt: {recipient.result.text}"
                 recipient.result = recipient.result._replace(
-                    state=FAILED, status=status, text=text
+                    state=State.FAILED, status=status, text=text
                 )  # fmt: skip
-                self._log.mail(item.id, f"to={recipient.target.value} given up: {why}")
+                self._log.mail(item.id, f"to={recipient.destination.value} given up: {why}")
                 self._on_result(item, recipient)
 
     async def _write_down(self, item: Item) -> None:
         path, line = item.message.path, item.journal_line(self._loop.clock.time())
-        target = os.path.join(self._settings.directory, "cur", os.path.basename(path))
+        target = os.path.join(self._settings.directory, Place.CUR, os.path.basename(path))
 
         def write() -> None:
             append_synced(path, line)
@@ -9176,7 +9491,7 @@ class Queue:
         item.message = item.message._replace(path=target, data=None)
 
     def _sender_for(self, item: Item, recipient: Recipient) -> str:
-        """Return the reverse-path, rewritten where we forward for somebody else.
+        """Return the reverse-path, rewritten if we forward for somebody else.
 
         A server elsewhere would take mail from us under a foreign name for a forgery
         (SPF, RFC 7208), so the name becomes one of ours that still holds the old one.
@@ -9184,10 +9499,10 @@ class Queue:
         sender = item.envelope.sender
         local, domain = split_address(sender)
         user, own_domain = split_address(recipient.original)
-        if recipient.target.via and recipient.target.value == recipient.original:
+        if recipient.destination.via and recipient.destination.value == recipient.original:
             return sender  # only on its way to the host that has the mailbox
         foreign = sender and not self._is_local(domain)
-        leaves = not self._couriers.route(recipient.target).local
+        leaves = not self._couriers.route(recipient.destination).local
         if not (foreign and leaves and self._is_local(own_domain)):
             return sender
         separator = self._settings.suffix_separator
@@ -9202,46 +9517,60 @@ class Queue:
         return f"{rewritten}@{own_domain}"
 
     async def _report(self, item: Item) -> None:
-        """Tell the sender of failures, and of successes where that was asked for.
+        """Tell the sender of failures, and of successes if that was asked for.
 
         Raises OSError.
         """
-        ended = [one for one in item.recipients if not one.is_open and not one.reported]
-        failed = [one for one in ended if one.state == FAILED]
-        sent = [one for one in ended if one.state == SENT and not one.result.passed_on]
-        await self._notify(item, "failed", [one for one in failed if one.dsn.wants("FAILURE")])
-        for recipient in failed:  # or they are told again where the next report fails
+        ended = [
+            recipient
+            for recipient in item.recipients
+            if not recipient.is_open and not recipient.reported
+        ]
+        failed = [recipient for recipient in ended if recipient.state == State.FAILED]
+        wanted = [recipient for recipient in failed if recipient.dsn.wants(Notify.FAILURE)]
+        await self._notify(item, Action.FAILED, wanted)
+        for recipient in failed:  # or they are told again if the next report fails
             recipient.reported = True
         if failed and not item.envelope.sender:
             self._log.mail(item.id, "failed, and no notification: the sender is <>")
-        for kind, local in (("delivered", True), ("relayed", False)):
+        sent = [
+            recipient
+            for recipient in ended
+            if recipient.state == State.SENT
+            and not recipient.result.passed_on
+            and recipient.dsn.wants(Notify.SUCCESS)
+        ]
+        for action, local in ((Action.DELIVERED, True), (Action.RELAYED, False)):
             told = [
-                one
-                for one in sent
-                if one.dsn.wants("SUCCESS")
-                and self._couriers.route(one.target, item.attempts).local == local
+                recipient
+                for recipient in sent
+                if self._couriers.route(recipient.destination, item.attempts).local == local
             ]
-            await self._notify(item, kind, told)
+            await self._notify(item, action, told)
             for recipient in told:
                 recipient.reported = True
 
     async def _report_delay(self, item: Item) -> None:
         """Tell the sender once that some recipients must wait. Raises OSError."""
-        waiting = [one for one in item.recipients if one.is_open and one.dsn.wants("DELAY")]
+        waiting = [
+            recipient
+            for recipient in item.recipients
+            if recipient.is_open and recipient.dsn.wants(Notify.DELAY)
+        ]
         if waiting and not await self._loop.work(lambda: is_automatic(item.message.header())):
-            await self._notify(item, "delayed", waiting)
-        item.delay_told = True
+            await self._notify(item, Action.DELAYED, waiting)
+        item.delay_reported = True
 
-    async def _notify(self, item: Item, kind: str, recipients: Sequence[Recipient]) -> None:
-        """Queue a notification about `recipients`, where there are any. Raises OSError."""
+    async def _notify(self, item: Item, action: Action, recipients: Sequence[Recipient]) -> None:
+        """Queue a notification about `recipients`, if there are any. Raises OSError."""
         if not recipients or not item.envelope.sender:
             return
         now = self._loop.clock.time()
-        data, utf8 = notification(item, kind, recipients, self._settings, now)
+        data, utf8 = notification(item, action, recipients, settings=self._settings, now=now)
         header, _, body = data.partition(b"\r\n\r\n")
         prefix = await self._sign(header + b"\r\n", lambda: [body])
         try:
-            final_recipients = await self._addressees(item.envelope.sender)
+            final_recipients = await self._final_recipients_of(item.envelope.sender)
         except TemporaryFailure as error:  # it is tried again with the item
             raise OSError(errno.EAGAIN, f"the notification must wait: {error}") from error
         draft = self._new_draft()
@@ -9252,21 +9581,29 @@ class Queue:
             draft.discard()
             raise
         envelope = Envelope(
-            draft.id, "", final_recipients, now, prefix,
-            smtputf8=utf8, eight_bit=draft.eight_bit, require_tls=item.envelope.require_tls,
-        )  # fmt: skip
-        self._log.count("notifications", kind)
+            draft.id,
+            sender="",  # RFC 3464, 2
+            final_recipients=final_recipients,
+            received=now,
+            prefix=prefix,
+            smtputf8=utf8,
+            eight_bit=draft.eight_bit,
+            require_tls=item.envelope.require_tls,
+        )
+        self._log.count("notifications", action)
         try:
-            await self.accept(draft, envelope, f"notification of {item.id} ({kind})")
+            await self.accept(draft, envelope, f"notification of {item.id} ({action})")
         except QueueFull as error:
             raise OSError(errno.ENOSPC, "the notification cannot be stored") from error
 
-    async def _addressees(self, address: str) -> tuple[FinalRecipient, ...]:
+    async def _final_recipients_of(self, address: str) -> tuple[FinalRecipient, ...]:
         try:
-            return tuple(FinalRecipient(target, address) for target in await self.expand(address))
+            return tuple(
+                FinalRecipient(destination, address) for destination in await self.expand(address)
+            )
         except (NoSuchUser, AliasLoop):
             # it fails in its delivery, where the mail log says why
-            return (FinalRecipient(Target("address", address), address),)
+            return (FinalRecipient(Destination(DestinationKind.ADDRESS, address), address),)
 
 
 # ======================================================================================
@@ -9590,7 +9927,7 @@ class Transaction:
         self.envid = parameters.get("ENVID", "")
         self.spf = spf
         self.recipients: list[str] = []  # as they were written, one for each RCPT
-        self.final_recipients: dict[tuple[Target, str], FinalRecipient] = {}
+        self.final_recipients: dict[tuple[Destination, str], FinalRecipient] = {}
         self.incoming: Incoming | None = None
         self.failure: Exception | None = None  # why the message is only read to be thrown away
         self.held = b""  # a CR at the end of a chunk, which may belong to a CRLF
@@ -9600,7 +9937,7 @@ class Transaction:
         """Add what RCPT has named."""
         self.recipients.append(path.written)
         for recipient in recipients:
-            self.final_recipients[recipient.target, recipient.original] = recipient
+            self.final_recipients[recipient.destination, recipient.original] = recipient
 
     def fail(self, failure: Exception) -> None:
         """Forget what came of the message; what still comes is read and thrown away."""
@@ -10168,7 +10505,7 @@ class Session:
                 raise Refused(Reply(501, "5.5.4", "expected BODY=7BIT or BODY=8BITMIME"))
             if name in ("SMTPUTF8", "REQUIRETLS") and value:
                 raise Refused(Reply(501, "5.5.4", f"{name} takes no value"))
-            if name == "RET" and value.upper() not in ("FULL", "HDRS"):
+            if name == "RET" and value.upper() not in tuple(Ret):
                 raise Refused(Reply(501, "5.5.4", "expected RET=FULL or RET=HDRS"))
             if name == "ENVID":
                 check_xtext(name, value, _ENVID_LIMIT)
@@ -10491,10 +10828,13 @@ class MailReceiver:
         if address == user:
             return True
         try:
-            targets = await self._queue.expand(address)
+            destinations = await self._queue.expand(address)
         except (NoSuchUser, AliasLoop):
             return False
-        return any(target.kind == "address" and target.value == user for target in targets)
+        return any(
+            destination.kind == DestinationKind.ADDRESS and destination.value == user
+            for destination in destinations
+        )
 
     # --- recipients ---
 
@@ -10507,14 +10847,14 @@ class MailReceiver:
             text = "Relaying denied: log in, or send to our own domains"
             raise Refused(Reply(550, "5.7.1", text))
         try:
-            targets = await self._queue.expand(address)
+            destinations = await self._queue.expand(address)
         except NoSuchUser as error:
             raise Refused(Reply(550, "5.1.1", f"User unknown: {error}")) from error
         except AliasLoop as error:
             self.log.error("aliases", str(error))
             text = "the aliases of this address lead nowhere"
             raise TemporaryFailure(text, "4.3.5") from None
-        return [FinalRecipient(target, address, dsn) for target in targets]
+        return [FinalRecipient(destination, address, dsn) for destination in destinations]
 
     def _with_domain(self, address: str) -> str:
         """Complete "postmaster", which needs no domain (RFC 5321, 4.1.1.3).
@@ -10996,12 +11336,12 @@ METRICS = {
     "deliveries": Metric(
         "deliveries", "Attempts, for each recipient.", ("route", "result"),
         tuple(itertools.product(
-            ("local", "pipe", "mx", "via", "smarthost"), ("sent", "deferred", "failed")
+            RouteKind, (State.SENT, State.DEFERRED, State.FAILED)
         )),
     ),
     "notifications": Metric(
         "notifications", "Notifications sent.", ("kind",),
-        _each("failed", "delayed", "delivered", "relayed"),
+        _each(*Action),
     ),
     "spf": Metric("spf", "Results of SPF.", ("result",), _each(*_CHECK_RESULTS)),
     "dkim": Metric(
@@ -11309,13 +11649,13 @@ def _tiles(status: Status) -> str:
 
     tiles = (
         (total("messages", "queued"), "accepted", ""),
-        (total("deliveries", "sent"), "delivered", "good"),
+        (total("deliveries", State.SENT), "delivered", "good"),
         (
             max(status.queued, len(status.queue)),
             f"queued, of {status.queue_limit}",
             "wait",
         ),
-        (total("deliveries", "failed"), "failed", "bad"),
+        (total("deliveries", State.FAILED), "failed", "bad"),
         (total("rejections"), "rejected", ""),
         (status.sessions, "sessions now", ""),
         *([(total("crashes"), "crashes: see the log", "bad")] if total("crashes") else []),
@@ -11339,7 +11679,7 @@ def _queue_line(line: QueueLine) -> str:
 def _state(what: str) -> str:
     """Return what became of a recipient, its first word in the colour that it deserves."""
     word, rest = re.match(r"(\w*)(.*)", what, re.DOTALL).groups()  # type: ignore[union-attr]
-    kind = {"sent": "good", "failed": "bad"}.get(word, "wait")
+    kind = "good" if word == State.SENT else "bad" if word == State.FAILED else "wait"
     return f"<span class={kind}>{html_text(word)}</span>{html_text(rest)}"
 
 
@@ -11376,7 +11716,7 @@ _SHOWN_RECIPIENTS = 10  # of each
 def queue_line(item: Item, now: float) -> QueueLine:
     """Return what MONITORING shows of a message."""
     shown = [
-        (target_text(one.target), recipient_text(one))
+        (destination_text(one.destination), recipient_text(one))
         for one in item.recipients[:_SHOWN_RECIPIENTS]
     ]
     if len(item.recipients) > len(shown):
@@ -11863,7 +12203,7 @@ class Domain(NamedTuple):
     """What the directory of a domain says."""
 
     users: Mapping[str, Password]
-    aliases: Mapping[str, tuple[Target, ...]]
+    aliases: Mapping[str, tuple[Destination, ...]]
     keys: Sequence[DkimKey]
 
 
@@ -12023,7 +12363,7 @@ class Daemon:
         hooks = Hooks(programs, self.log, config.config_dir)
         self._dovecot = self._ask_dovecot()
         self._lookups = ExternalLookups(
-            hooks.alias_targets, self._dovecot.exists if self._dovecot else None
+            hooks.alias_destinations, self._dovecot.exists if self._dovecot else None
         )
         couriers = Couriers(
             self._local_courier(programs),
@@ -12157,7 +12497,7 @@ class Daemon:
 
         self.loop.post(now)
 
-    async def resolve(self, address: str) -> list[Target]:
+    async def resolve(self, address: str) -> list[Destination]:
         """Return the final recipients of `address`. Raises ChasquidError."""
         try:
             return await self._expand(address_from_person(address))
@@ -12230,7 +12570,7 @@ class Daemon:
     def _is_local(self, domain: str) -> bool:
         return self._domains.aliases.is_local(domain)
 
-    async def _expand(self, address: str) -> list[Target]:
+    async def _expand(self, address: str) -> list[Destination]:
         """Return the final recipients of `address`; the log names those that are nobody's."""
         unknown: list[str] = []
         try:
@@ -12516,7 +12856,9 @@ class _Requests:
 
     async def _aliases_resolve(self, address: str) -> list[str]:
         await self._daemon.look_again()  # or the answer would be that of a moment ago
-        return [target_text(target) for target in await self._daemon.resolve(address)]
+        return [
+            destination_text(destination) for destination in await self._daemon.resolve(address)
+        ]
 
     async def _queue_retry(self, id: str) -> list[str]:
         items = list(self._daemon.queue.items.values()) if id == "all" else [self._item(id)]
@@ -13567,7 +13909,9 @@ class _CaptureReceiver:
     async def resolve(
         self, client: ClientInfo, path: Path, dsn: DsnParameters
     ) -> Sequence[FinalRecipient]:
-        return [FinalRecipient(Target("address", path.written), path.written, dsn)]
+        return [
+            FinalRecipient(Destination(DestinationKind.ADDRESS, path.written), path.written, dsn)
+        ]
 
     def incoming(self, transaction: Transaction) -> _Arrived:
         return _Arrived()
@@ -13672,13 +14016,15 @@ class Releaser:
             captured.id, captured.mail_from, Message(b"", "", len(raw), raw),
             captured.smtputf8, not raw.isascii(),
         )  # fmt: skip
-        targets = [Target("address", address) for address in dict.fromkeys(to)]
-        results = await self._courier.deliver(delivery, targets)
-        told = [
-            f"{target.value}: {result.state}: {result.text}"
-            for target, result in zip(targets, results, strict=True)
+        destinations = [
+            Destination(DestinationKind.ADDRESS, address) for address in dict.fromkeys(to)
         ]
-        if any(result.state != SENT for result in results):
+        results = await self._courier.deliver(delivery, destinations)
+        told = [
+            f"{destination.value}: {result.state}: {result.text}"
+            for destination, result in zip(destinations, results, strict=True)
+        ]
+        if any(result.state != State.SENT for result in results):
             raise ChasquidError("; ".join(told))
         return "; ".join(told)
 
@@ -15538,9 +15884,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 class _NowhereCourier:
     """Takes what is for other servers, and fails it."""
 
-    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
+    async def deliver(
+        self, delivery: Delivery, destinations: Sequence[Destination]
+    ) -> list[Result]:
         text = "this server is for trying things out, and sends nothing to other servers"
-        return [Result(FAILED, "5.7.1", text)] * len(targets)
+        return [Result(State.FAILED, "5.7.1", text)] * len(destinations)
 
 
 def _return_memory_at_once() -> None:
@@ -15713,7 +16061,7 @@ def _try(arguments: argparse.Namespace) -> int:
         if not arguments.once:
             sender = envelope.sender or "<>"
             print(f"{result.state}: from {sender} to {recipient.original}: {result.text}")
-        elif result.state == SENT:
+        elif result.state == State.SENT:
             stored.append(result.text.removeprefix("stored as "))
 
     async def know_nothing(name: str, kind: str) -> Answer:
@@ -15758,11 +16106,11 @@ async def _send_once(daemon: Daemon, place: _TryOut, port: int, stored: list[str
             await client.start_tls(client_tls_context(True, place.certificate), "localhost")
             await client.hello("localhost")
             await client.authenticate(_TRY_USER, place.password)
-            target = Target("address", _TRY_USER)
-            (result,) = await client.transfer(delivery, [_TRY_USER], [target])
+            destination = Destination(DestinationKind.ADDRESS, _TRY_USER)
+            (result,) = await client.transfer(delivery, [_TRY_USER], [destination])
             print(f"sent by submission ({client.tls_text}): {result.text}")
             await client.quit()
-            while result.state == SENT and not stored:
+            while result.state == State.SENT and not stored:
                 await loop.sleep(0.01)
     except ChasquidError as error:
         print(f"chasquid: the message could not be sent: {reason(error)}", file=sys.stderr)
@@ -16048,7 +16396,9 @@ def _aliases_resolve(arguments: argparse.Namespace) -> int:
         if split_address(address)[1] in domains.broken:
             raise ChasquidError(domains.problems[0])
         try:
-            lines = [target_text(target) for target in domains.aliases.expand(address)]
+            lines = [
+                destination_text(destination) for destination in domains.aliases.expand(address)
+            ]
         except NoSuchUser as error:
             raise error.for_owner() from None
     print("\n".join(lines))
@@ -16222,7 +16572,7 @@ def _queue_directory(config: Config) -> str:
 
 def _queue_items(config: Config) -> list[Item]:
     contents = read_queue(_queue_directory(config))
-    for _, why in contents.unreadable + contents.unread:
+    for _, why in contents.unreadable + contents.unread + contents.newer:
         print(f"chasquid: {why}", file=sys.stderr)
     return sorted(contents.items, key=lambda item: item.envelope.received)
 
@@ -16240,7 +16590,7 @@ def _queue_list(config: Config, arguments: argparse.Namespace) -> int:
         print(f"{item.id}  {age} old, {item.message.size} octets, from <{item.envelope.sender}>, "
               f"{plural(item.attempts, 'attempt')}, {next_attempt_text(item, now)}")  # fmt: skip
         for recipient in item.recipients:
-            print(f"    {target_text(recipient.target)}  {recipient_text(recipient)}")
+            print(f"    {destination_text(recipient.destination)}  {recipient_text(recipient)}")
     print(plural(len(items), "message"))
     return 0
 
@@ -16250,7 +16600,7 @@ def _is_wanted(item: Item, arguments: argparse.Namespace) -> bool:
     sender, domain = arguments.sender, arguments.domain
     if sender is not None and item.envelope.sender.lower() != sender.strip("<>").lower():
         return False
-    domains = {split_address(one.target.value)[1] for one in item.recipients}
+    domains = {split_address(one.destination.value)[1] for one in item.recipients}
     return domain is None or domain in domains
 
 
@@ -16265,7 +16615,7 @@ def _item_in_json(item: Item) -> dict[str, Any]:
         "next_attempt": item.next_attempt,
         "recipients": [
             {
-                "recipient": target_text(one.target),
+                "recipient": destination_text(one.destination),
                 "original": one.original,
                 "state": one.state,
                 "status": one.result.status,
@@ -16291,7 +16641,7 @@ def _queue_show(config: Config, arguments: argparse.Namespace) -> int:
     print(f"size      {item.message.size} octets")
     print(f"attempts  {item.attempts}; {next_attempt_text(item, now)}")
     for recipient in item.recipients:
-        print(f"to        {target_text(recipient.target)} (for {recipient.original})")
+        print(f"to        {destination_text(recipient.destination)} (for {recipient.original})")
         print(f"          {recipient_text(recipient)}")
     print("\n" + item.message.header().decode("utf-8", "replace").replace("\r\n", "\n"), end="")
     return 0
@@ -16376,7 +16726,11 @@ _CAME = re.compile(
 _WENT = re.compile(
     r"from=<.*> to=(?P<to>.*) (?P<state>sent|deferred|failed) \([\d.]*\): (?P<text>.*)"
 )
-_STATES = {"sent": "delivered", "deferred": "not yet delivered", "failed": "not delivered"}
+_STATES: dict[str, str] = {
+    State.SENT: "delivered",
+    State.DEFERRED: "not yet delivered",
+    State.FAILED: "not delivered",
+}
 _LOG_LINE = re.compile(
     r"(?P<time>[\d: .-]*|\S+ \S+ \S+?\[\d+\]: )(?P<id>[a-z2-7]{13}) (?P<text>.*)"
 )
@@ -16419,7 +16773,7 @@ def _explain(arguments: argparse.Namespace) -> int:
 def _concerns(item: Item, address: str) -> bool:
     addresses = [item.envelope.sender]
     for recipient in item.recipients:
-        addresses += [recipient.original, recipient.target.value]
+        addresses += [recipient.original, recipient.destination.value]
     return address.lower() in (one.lower() for one in addresses)
 
 
@@ -16474,7 +16828,7 @@ def _story(id: str, events: Sequence[_Event], item: Item | None) -> Iterator[str
     now = time.time()
     yield f"It is in the queue, {next_attempt_text(item, now)}:"
     for recipient in item.recipients:
-        yield f"  {target_text(recipient.target)}  {recipient_text(recipient)}"
+        yield f"  {destination_text(recipient.destination)}  {recipient_text(recipient)}"
 
 
 def _sentence(text: str) -> str:

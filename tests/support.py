@@ -665,8 +665,8 @@ def delivery(
     return chasquid.Delivery("abc", sender, message, **values)
 
 
-def address(value: str, *via: str) -> chasquid.Target:
-    return chasquid.Target("address", value, via)
+def address(value: str, *via: str) -> chasquid.Destination:
+    return chasquid.Destination("address", value, via)
 
 
 async def unsigned(header: bytes, body: Callable[[], Iterable[bytes]]) -> bytes:

@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lower import chasquid, searched
 
-Target = chasquid.Target
+Destination = chasquid.Destination
 HERE = "here.example"
 
 
-def to(address: str, *via: str) -> chasquid.Target:
-    return Target("address", address, via)
+def to(address: str, *via: str) -> chasquid.Destination:
+    return Destination("address", address, via)
 
 
-def parse(text: str | bytes) -> dict[str, tuple[chasquid.Target, ...]]:
+def parse(text: str | bytes) -> dict[str, tuple[chasquid.Destination, ...]]:
     data = text.encode() if isinstance(text, str) else text
     return chasquid.parse_aliases(data, "aliases", HERE)
 
@@ -34,13 +34,13 @@ def aliases(
 
 
 def expand(table: chasquid.Aliases, address: str) -> list[str]:
-    return [target.value for target in table.expand(address)]
+    return [destination.value for destination in table.expand(address)]
 
 
 # --- The file -------------------------------------------------------------------------------
 
 
-def test_a_line_names_its_targets():
+def test_a_line_names_its_destinations():
     assert parse(
         "# comment\r\n"
         "\n"
@@ -55,7 +55,7 @@ def test_a_line_names_its_targets():
         "pepe": (to("jose@here.example"),),
         "jose": (to("a@x.example"), to("b@y.example")),
         "ñandú": (to("c@ñaca.example"),),
-        "pipe": (Target("pipe", "/bin/cat -n, x"),),
+        "pipe": (Destination("pipe", "/bin/cat -n, x"),),
         "far": (to("d@z.example", "mx1.z.example", "[2001:db8::1]:2525", "192.0.2.1:24"),),
         "*": (to("postmaster@here.example"),),
         "both": (to("e@here.example", "m"), to("f@here.example")),
@@ -94,30 +94,30 @@ def test_any_octets_are_read_or_refused(data):
 
 LOCALS = st.sampled_from(["ann", "bob", "c.d", "e+f", "ñandú", "*"])
 HOSTS = st.sampled_from(["mx.example", "192.0.2.1:25", "[2001:db8::1]:26"])
-TARGETS = st.builds(
+DESTINATIONS = st.builds(
     lambda local, domain, via: to(f"{local}@{domain}", *via),
     LOCALS,
     st.sampled_from([HERE, "away.example", "ñaca.example"]),
     st.lists(HOSTS, max_size=2),
 )
-RIGHTS = st.lists(TARGETS, min_size=1, max_size=3).map(tuple) | st.sampled_from(
-    [(Target("pipe", "/bin/cat"),), (Target("pipe", "/bin/sh -c 'a, b: c'"),)]
+RIGHTS = st.lists(DESTINATIONS, min_size=1, max_size=3).map(tuple) | st.sampled_from(
+    [(Destination("pipe", "/bin/cat"),), (Destination("pipe", "/bin/sh -c 'a, b: c'"),)]
 )
 
 
-def written(targets: tuple[chasquid.Target, ...]) -> str:
+def written(destinations: tuple[chasquid.Destination, ...]) -> str:
     return ", ".join(
         f"| {one.value}"
         if one.kind == "pipe"
         else one.value + (f" via {'/'.join(one.via)}" if one.via else "")
-        for one in targets
+        for one in destinations
     )
 
 
 @searched
 @given(st.dictionaries(LOCALS, RIGHTS, max_size=5))
 def test_what_is_written_is_read_back(table):
-    lines = [f"{name}: {written(targets)}" for name, targets in table.items()]
+    lines = [f"{name}: {written(destinations)}" for name, destinations in table.items()]
     assert parse("\n".join(lines)) == table
 
 
@@ -225,7 +225,7 @@ def test_an_alias_that_names_its_own_mailbox_does_so_under_each_spelling():
 def test_pipes_and_addresses_through_servers_are_final():
     table = aliases("a: | /bin/cat\nb: a via mx.example\nc: a, b", users="a")
     assert table.expand("c@here.example") == [
-        Target("pipe", "/bin/cat"),
+        Destination("pipe", "/bin/cat"),
         to("a@here.example", "mx.example"),
     ]
 
@@ -313,13 +313,13 @@ def test_whom_others_may_know_is_not_reported():
     [("b@x via h1 / h2", ("h1", "h2")), ("b@x  via  h1/h2 /h3:26", ("h1", "h2", "h3:26"))],
 )
 def test_blanks_around_the_slash_of_via_mean_nothing(right, via):
-    assert chasquid.parse_targets(right, HERE) == (to("b@x", *via),)
+    assert chasquid.parse_destinations(right, HERE) == (to("b@x", *via),)
 
 
 @pytest.mark.parametrize("right", ["b@x via h1//h2", "b@x via /h", "b@x via h1 h2", "b@x via h1/ "])
 def test_an_empty_host_behind_via_is_refused(right):
     with pytest.raises(ValueError, match="expected "):
-        chasquid.parse_targets(right, HERE)
+        chasquid.parse_destinations(right, HERE)
 
 
 def test_a_star_on_the_right_is_the_name_that_was_asked_for():

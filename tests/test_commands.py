@@ -663,10 +663,10 @@ class Deferring:
         self.count = 0
 
     async def deliver(
-        self, delivery: chasquid.Delivery, targets: Sequence[chasquid.Target]
+        self, delivery: chasquid.Delivery, destinations: Sequence[chasquid.Destination]
     ) -> list[chasquid.Result]:
         self.count += 1
-        return [chasquid.Result(chasquid.DEFERRED, "4.0.0", "not today")] * len(targets)
+        return [chasquid.Result(chasquid.State.DEFERRED, "4.0.0", "not today")] * len(destinations)
 
 
 class Waiting:
@@ -775,6 +775,17 @@ def test_a_file_that_is_none_of_the_queues_is_told_and_the_rest_listed(waiting: 
     assert ended.out.startswith(id)
     assert "hello: expected a name like ID,S=SIZE" in ended.err
     (waiting.server.data_dir / "queue" / "new" / "hello").unlink()
+
+
+def test_a_file_of_a_newer_version_is_told_and_the_rest_listed(waiting: Waiting) -> None:
+    id = waiting.send()
+    path = waiting.server.data_dir / "queue" / "new" / "abc,S=0"
+    path.write_text('{"v": 2}\n')
+    ended = waiting.run("list")
+    assert ended.status == 0
+    assert ended.out.startswith(id)
+    assert f"{path}: it is written in version 2 of the format" in ended.err
+    path.unlink()
 
 
 def test_a_queue_that_does_not_exist_is_empty(place: Place) -> None:

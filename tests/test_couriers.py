@@ -29,19 +29,19 @@ from support import (
 )
 
 import chasquid
-from chasquid import DEFERRED, FAILED, SENT, Delivery, Result, Target
+from chasquid import Delivery, Destination, Result, State
 
 MESSAGE = b"Subject: hello\r\n\r\nIt works.\r\n"
 
 
 def deliver(
     make: Callable[[chasquid.Loop], chasquid.Courier],
-    targets: Sequence[Target],
+    destinations: Sequence[Destination],
     load: Delivery | None = None,
     clock: chasquid.Clock | None = None,
 ) -> list[Result]:
     async def main(loop: chasquid.Loop) -> list[Result]:
-        return await make(loop).deliver(load or delivery(), targets)
+        return await make(loop).deliver(load or delivery(), destinations)
 
     return run(main, clock=clock)
 
@@ -73,8 +73,8 @@ class Maildirs:
         )  # fmt: skip
 
     def deliver(self, *addresses: str, load: Delivery | None = None) -> list[Result]:
-        targets = [address(one) for one in addresses]
-        return deliver(self.courier, targets, load, self.clock)
+        destinations = [address(one) for one in addresses]
+        return deliver(self.courier, destinations, load, self.clock)
 
     def files(self) -> list[Path]:
         return sorted(path for path in self.directory.rglob("*") if path.is_file())
@@ -87,7 +87,7 @@ def test_a_maildir_has_its_three_directories_and_the_message_in_new(tmp_path: Pa
     assert sorted(one.name for one in maildir.iterdir()) == ["cur", "new", "tmp"]
     (path,) = place.files()
     assert path.parent == maildir / "new"
-    assert result == Result(SENT, "2.0.0", f"stored as {path}")
+    assert result == Result(State.SENT, "2.0.0", f"stored as {path}")
 
 
 def test_lines_in_a_maildir_end_with_lf_below_return_path_and_delivered_to(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_mail_in_a_maildir_is_for_its_owner_alone(tmp_path: Path) -> None:
 def test_messages_of_the_same_moment_have_different_names(tmp_path: Path) -> None:
     place = Maildirs(tmp_path)
     results = place.deliver(*["ana@here.example"] * 20)
-    assert [one.state for one in results] == [SENT] * 20
+    assert [one.state for one in results] == [State.SENT] * 20
     assert len(place.files()) == 20
 
 
@@ -143,7 +143,7 @@ def test_a_name_in_a_maildir_has_no_slash_and_no_colon_from_the_host(tmp_path: P
 def test_who_is_no_user_gets_nothing_and_that_is_final(tmp_path: Path) -> None:
     place = Maildirs(tmp_path)
     results = place.deliver("nobody@here.example", "ana@here.example")
-    assert states(results) == [(FAILED, "5.1.1"), (SENT, "2.0.0")]
+    assert states(results) == [(State.FAILED, "5.1.1"), (State.SENT, "2.0.0")]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_who_is_no_user_gets_nothing_and_that_is_final(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_name_that_leads_out_of_the_directory_is_refused(tmp_path: Path, name: str) -> None:
     place = Maildirs(tmp_path)
-    assert states(place.deliver(name)) == [(FAILED, "5.1.3")]
+    assert states(place.deliver(name)) == [(State.FAILED, "5.1.3")]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -210,21 +210,21 @@ def test_a_message_is_written_in_tmp_before_it_is_seen_in_new(tmp_path: Path) ->
             somebody,
         )  # fmt: skip
 
-    assert [one.state for one in deliver(make, [address("ana@here.example")])] == [SENT]
+    assert [one.state for one in deliver(make, [address("ana@here.example")])] == [State.SENT]
     assert disks[0].notes == [("writes", "tmp", 0), ("stored", "new", 1)]
 
 
 def test_a_maildir_that_cannot_be_made_defers(tmp_path: Path) -> None:
     (tmp_path / "here.example").write_bytes(b"")
     (result,) = Maildirs(tmp_path).deliver("ana@here.example")
-    assert (result.state, result.status) == (DEFERRED, "4.3.0")
+    assert (result.state, result.status) == (State.DEFERRED, "4.3.0")
 
 
 def test_a_message_that_cannot_be_read_defers_and_leaves_nothing(tmp_path: Path) -> None:
     place = Maildirs(tmp_path)
     message = chasquid.Message(b"", str(tmp_path / "gone"), 10)
     (result,) = place.deliver("ana@here.example", load=delivery()._replace(message=message))
-    assert result.state == DEFERRED
+    assert result.state == State.DEFERRED
     assert place.files() == []
 
 
@@ -270,7 +270,7 @@ ANA = [address("ana@here.example")]
 def test_the_agent_gets_the_message_with_crlf(tmp_path: Path) -> None:
     got = tmp_path / "got"
     (result,) = deliver(shell(f"cat > {got}"), ANA, delivery(prefix=b"A: b\r\n"))
-    assert (result.state, result.status) == (SENT, "2.0.0")
+    assert (result.state, result.status) == (State.SENT, "2.0.0")
     assert got.read_bytes() == b"A: b\r\n" + MESSAGE
 
 
@@ -278,19 +278,19 @@ def test_the_agent_gets_a_large_message_whole(tmp_path: Path) -> None:
     got = tmp_path / "got"
     data = MESSAGE * 50_000
     (result,) = deliver(shell(f"sleep 0.01; cat > {got}"), ANA, delivery(data))
-    assert result.state == SENT
+    assert result.state == State.SENT
     assert got.read_bytes() == data
 
 
 @pytest.mark.parametrize(
     ("ending", "state", "status"),
     [
-        ("exit 0", SENT, "2.0.0"),
-        ("exit 75", DEFERRED, "4.3.0"),
-        ("exit 1", FAILED, "5.3.0"),
-        ("exit 77", FAILED, "5.3.0"),
-        ("exit 127", DEFERRED, "4.3.0"),
-        ("kill -9 $$", DEFERRED, "4.3.0"),
+        ("exit 0", State.SENT, "2.0.0"),
+        ("exit 75", State.DEFERRED, "4.3.0"),
+        ("exit 1", State.FAILED, "5.3.0"),
+        ("exit 77", State.FAILED, "5.3.0"),
+        ("exit 127", State.DEFERRED, "4.3.0"),
+        ("kill -9 $$", State.DEFERRED, "4.3.0"),
     ],
 )
 def test_the_agents_exit_decides(ending: str, state: str, status: str) -> None:
@@ -306,26 +306,26 @@ def test_what_a_failed_agent_says_is_told_on_one_line() -> None:
 
 def test_an_agent_need_not_read_the_message() -> None:
     (result,) = deliver(shell("exit 0"), ANA, delivery(MESSAGE * 50_000))
-    assert result.state == SENT
+    assert result.state == State.SENT
 
 
 def test_an_agent_that_talks_without_end_is_read_and_not_kept() -> None:
     script = "head -c 10000000 /dev/zero >&2; exit 75"
     (result,) = deliver(shell(script), ANA)
-    assert result.state == DEFERRED
+    assert result.state == State.DEFERRED
     assert len(result.text) < 1000
 
 
 def test_an_agent_that_cannot_be_started_defers() -> None:
     (result,) = deliver(agent("/nowhere/agent"), ANA)
-    assert result.state == DEFERRED
+    assert result.state == State.DEFERRED
     assert "agent cannot be started: No such file or directory" in result.text
 
 
 def test_a_system_that_cannot_start_programs_defers() -> None:
     spawn = Spawned(OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)))
     (result,) = deliver(agent("/bin/true", spawn=spawn), ANA)
-    assert result.state == DEFERRED
+    assert result.state == State.DEFERRED
 
 
 def test_an_agent_that_takes_too_long_is_ended_with_its_children() -> None:
@@ -347,7 +347,7 @@ def test_an_agent_that_takes_too_long_is_ended_with_its_children() -> None:
         return await task.join()  # type: ignore[no-any-return]
 
     (result,) = run(main, clock=clock)
-    assert result.state == DEFERRED
+    assert result.state == State.DEFERRED
     assert "sh took more than 30s" in result.text
     group = spawn.processes[0].pid
 
@@ -402,9 +402,9 @@ def test_no_address_brings_a_dangerous_character_into_an_argument(
 def test_each_recipient_has_a_run_of_its_own() -> None:
     spawn = Spawned()
     script = 'test "$RECIPIENT" = ana@here.example'
-    targets = [address("ben@here.example"), *ANA]
-    results = deliver(agent("/bin/sh", "-c", script, spawn=spawn), targets)
-    assert [one.state for one in results] == [FAILED, SENT]
+    destinations = [address("ben@here.example"), *ANA]
+    results = deliver(agent("/bin/sh", "-c", script, spawn=spawn), destinations)
+    assert [one.state for one in results] == [State.FAILED, State.SENT]
     assert [one["SENDER"] for one in spawn.env] == ["eva@there.example"] * 2
 
 
@@ -428,7 +428,7 @@ def pipe(
     spawn = spawn or Spawned()
     (result,) = deliver(
         lambda loop: chasquid.PipeCourier(chasquid.Programs(loop, spawn)),
-        [Target("pipe", command)],
+        [Destination("pipe", command)],
         load,
     )
     return result, spawn
@@ -437,29 +437,31 @@ def pipe(
 def test_a_pipe_gets_the_message(tmp_path: Path) -> None:
     got = tmp_path / "got"
     result, _ = pipe(f"tee '{got}'")
-    assert result.state == SENT
+    assert result.state == State.SENT
     assert got.read_bytes() == MESSAGE
 
 
 def test_a_pipe_is_split_as_a_shell_would_and_not_run_by_one() -> None:
     result, spawn = pipe("/bin/true 'one two' three\\ four ; $HOME > x | y")
-    assert result.state == SENT
+    assert result.state == State.SENT
     assert spawn.argv == [["/bin/true", "one two", "three four", ";", "$HOME", ">", "x", "|", "y"]]
 
 
 def test_a_pipe_that_is_malformed_fails() -> None:
     result, _ = pipe("/bin/true 'not closed")
-    assert (result.state, result.status) == (FAILED, "5.3.5")
+    assert (result.state, result.status) == (State.FAILED, "5.3.5")
 
 
-@pytest.mark.parametrize(("status", "state"), [(0, SENT), (75, DEFERRED), (3, FAILED)])
+@pytest.mark.parametrize(
+    ("status", "state"), [(0, State.SENT), (75, State.DEFERRED), (3, State.FAILED)]
+)
 def test_the_exit_of_a_pipe_decides(status: int, state: str) -> None:
     assert pipe(f"/bin/sh -c 'exit {status}'")[0].state == state
 
 
 @pytest.mark.parametrize("command", ["/nowhere/program", "''", "/bin/true a\0b"])
 def test_a_pipe_that_cannot_be_started_defers(command: str) -> None:
-    assert pipe(command)[0].state == DEFERRED
+    assert pipe(command)[0].state == State.DEFERRED
 
 
 # --- SMTP ---
@@ -513,20 +515,22 @@ class Smtp:
             loop, names, self._log, policies, HOST, self._port, self._random
         )
 
-    def deliver(self, targets: Sequence[Target] = EVA, load: Delivery | None = None) -> Any:
-        return deliver(self.courier, targets, load)
+    def deliver(
+        self, destinations: Sequence[Destination] = EVA, load: Delivery | None = None
+    ) -> Any:
+        return deliver(self.courier, destinations, load)
 
 
 def attempt(
     tmp_path: Path,
     *scripts: str,
-    targets: Sequence[Target] = EVA,
+    destinations: Sequence[Destination] = EVA,
     load: Delivery | None = None,
     zone: Mapping[tuple[str, str], Any] = MX,
 ) -> tuple[list[Result], Peer]:
     """Let a courier attempt a delivery to servers that follow `scripts`, one after another."""
     with Peer(*scripts, names=("mx.there.example",)) as peer:
-        results = Smtp(tmp_path, peer.port, zone).deliver(targets, load)
+        results = Smtp(tmp_path, peer.port, zone).deliver(destinations, load)
     return results, peer
 
 
@@ -540,8 +544,8 @@ def test_a_message_is_sent_command_by_command(tmp_path: Path) -> None:
         S: 250 2.1.5 fine
     """ + CONTENT  # fmt: skip
     (result,), peer = attempt(tmp_path, script)
-    assert (result.state, result.status) == (SENT, "2.6.0")
-    assert result.remote == f"mx.there.example (127.0.0.1:{peer.port})"
+    assert (result.state, result.status) == (State.SENT, "2.6.0")
+    assert result.remote_mta == f"mx.there.example (127.0.0.1:{peer.port})"
     assert "got it" in result.text
     assert peer.messages == [MESSAGE + b".\r\n"]
 
@@ -565,8 +569,8 @@ def test_with_pipelining_the_envelope_goes_in_one_piece(tmp_path: Path) -> None:
         C: QUIT
         S: 221 bye
     """
-    results, peer = attempt(tmp_path, script, targets=[*EVA, address("eve@there.example")])
-    assert states(results) == [(SENT, "2.0.0"), (FAILED, "5.1.1")]
+    results, peer = attempt(tmp_path, script, destinations=[*EVA, address("eve@there.example")])
+    assert states(results) == [(State.SENT, "2.0.0"), (State.FAILED, "5.1.1")]
     assert len(peer.messages) == 1
 
 
@@ -588,7 +592,7 @@ def test_with_pipelining_a_data_that_nobody_wants_is_ended(tmp_path: Path) -> No
         S: 221 bye
     """
     results, peer = attempt(tmp_path, script)
-    assert states(results) == [(DEFERRED, "4.2.1")]
+    assert states(results) == [(State.DEFERRED, "4.2.1")]
     assert peer.messages == [b".\r\n"]
 
 
@@ -608,7 +612,7 @@ def test_with_pipelining_a_refused_sender_is_refused_for_all(tmp_path: Path) -> 
         S: 221 bye
     """
     (result,), _ = attempt(tmp_path, script)
-    assert (result.state, result.status) == (FAILED, "5.7.1")
+    assert (result.state, result.status) == (State.FAILED, "5.7.1")
     assert "not you" in result.text
 
 
@@ -621,7 +625,7 @@ def test_a_server_without_ehlo_gets_helo(tmp_path: Path) -> None:
         S: 250 mx.there.example
     """
     results, _ = attempt(tmp_path, script + ENVELOPE + CONTENT)
-    assert states(results) == [(SENT, "2.6.0")]
+    assert states(results) == [(State.SENT, "2.6.0")]
 
 
 def test_what_the_server_has_is_used(tmp_path: Path) -> None:
@@ -640,7 +644,7 @@ def test_what_the_server_has_is_used(tmp_path: Path) -> None:
     """
     load = delivery(data, "žofie@there.example", prefix=b"A: b\r\n", smtputf8=True)
     results, peer = attempt(tmp_path, script + CONTENT, load=load)
-    assert states(results) == [(SENT, "2.6.0")]
+    assert states(results) == [(State.SENT, "2.6.0")]
     assert peer.messages == [b"A: b\r\n" + data + b".\r\n"]
 
 
@@ -664,7 +668,7 @@ def test_a_refusal_is_passed_on_at_each_stage(tmp_path: Path, stage: str, code: 
         "end": GREETING + ENVELOPE + CONTENT.replace("S: 250 2.6.0 got it", refusal),
     }
     results, _ = attempt(tmp_path, scripts[stage])
-    assert states(results) == [(DEFERRED if code == 4 else FAILED, f"{code}.7.9")]
+    assert states(results) == [(State.DEFERRED if code == 4 else State.FAILED, f"{code}.7.9")]
     assert "not now" in results[0].text
 
 
@@ -675,20 +679,20 @@ def test_a_connection_that_drops_defers_at_each_stage(tmp_path: Path, stage: int
     places = [0, *(place for reply in replies[:5] for place in (reply, reply + 1))][:9]
     script = "\n".join(whole[: places[stage]]) + "\n* close"
     results, peer = attempt(tmp_path, script)
-    assert [one.state for one in results] == [DEFERRED]
+    assert [one.state for one in results] == [State.DEFERRED]
 
 
 def test_a_connection_that_drops_before_the_last_reply_defers(tmp_path: Path) -> None:
     script = GREETING + ENVELOPE + "C: DATA\nS: 354 go on\nC.\n* close"
     results, peer = attempt(tmp_path, script)
-    assert [one.state for one in results] == [DEFERRED]
+    assert [one.state for one in results] == [State.DEFERRED]
     assert len(peer.messages) == 1
 
 
 def test_a_connection_that_drops_after_the_last_reply_has_delivered(tmp_path: Path) -> None:
     script = GREETING + ENVELOPE + "C: DATA\nS: 354 go on\nC.\nS: 250 got it\n* close"
     results, _ = attempt(tmp_path, script)
-    assert [one.state for one in results] == [SENT]
+    assert [one.state for one in results] == [State.SENT]
 
 
 @pytest.mark.parametrize(
@@ -697,32 +701,32 @@ def test_a_connection_that_drops_after_the_last_reply_has_delivered(tmp_path: Pa
 )
 def test_who_does_not_speak_smtp_defers(tmp_path: Path, greeting: str) -> None:
     (result,), _ = attempt(tmp_path, f"S: {greeting}\n* closed")
-    assert (result.state, result.status) == (DEFERRED, "4.5.0")
+    assert (result.state, result.status) == (State.DEFERRED, "4.5.0")
     assert "does not speak SMTP" in result.text
 
 
 def test_a_reply_that_never_ends_defers(tmp_path: Path) -> None:
     (result,), _ = attempt(tmp_path, "\n".join(["S: 220-hello"] * 201) + "\n* closed")
-    assert result.state == DEFERRED
+    assert result.state == State.DEFERRED
 
 
 def test_a_reply_line_that_never_ends_defers(tmp_path: Path) -> None:
     (result,), _ = attempt(tmp_path, f"S: 220 {'x' * 100_000}\n* closed")
-    assert result.state == DEFERRED
+    assert result.state == State.DEFERRED
 
 
 @pytest.mark.parametrize("reply", ["250 2.0.0 fine", "220 2.0.0 fine", "334 go on"])
 def test_a_message_that_was_not_asked_for_is_not_taken_as_sent(tmp_path: Path, reply: str) -> None:
     script = GREETING + ENVELOPE + f"C: DATA\nS: {reply}\n* close"
     results, _ = attempt(tmp_path, script)
-    assert [one.state for one in results] == [DEFERRED]
+    assert [one.state for one in results] == [State.DEFERRED]
 
 
 @pytest.mark.parametrize("reply", ["354 go on", "334 go on", "150 soon"])
 def test_only_a_2xx_at_the_end_means_that_it_was_sent(tmp_path: Path, reply: str) -> None:
     script = GREETING + ENVELOPE + f"C: DATA\nS: 354 go on\nC.\nS: {reply}\n* close"
     results, _ = attempt(tmp_path, script)
-    assert [one.state for one in results] == [DEFERRED]
+    assert [one.state for one in results] == [State.DEFERRED]
 
 
 def test_each_recipient_has_its_own_result(tmp_path: Path) -> None:
@@ -736,9 +740,13 @@ def test_each_recipient_has_its_own_result(tmp_path: Path) -> None:
         C: RCPT TO:<three@there.example>
         S: 452 4.2.2 full
     """ + CONTENT  # fmt: skip
-    targets = [address(f"{name}@there.example") for name in ("one", "two", "three")]
-    results, _ = attempt(tmp_path, script, targets=targets)
-    assert states(results) == [(FAILED, "5.1.1"), (SENT, "2.6.0"), (DEFERRED, "4.2.2")]
+    destinations = [address(f"{name}@there.example") for name in ("one", "two", "three")]
+    results, _ = attempt(tmp_path, script, destinations=destinations)
+    assert states(results) == [
+        (State.FAILED, "5.1.1"),
+        (State.SENT, "2.6.0"),
+        (State.DEFERRED, "4.2.2"),
+    ]
 
 
 def test_more_than_a_hundred_recipients_go_in_several_transactions(tmp_path: Path) -> None:
@@ -747,15 +755,17 @@ def test_more_than_a_hundred_recipients_go_in_several_transactions(tmp_path: Pat
         mail = "C: MAIL FROM:<eva@there.example>\nS: 250 fine\n"
         return GREETING + mail + rcpts + CONTENT
 
-    targets = [address(f"u{number}@there.example") for number in range(130)]
-    results, peer = attempt(tmp_path, script(range(100)), script(range(100, 130)), targets=targets)
-    assert [one.state for one in results] == [SENT] * 130
+    destinations = [address(f"u{number}@there.example") for number in range(130)]
+    results, peer = attempt(
+        tmp_path, script(range(100)), script(range(100, 130)), destinations=destinations
+    )
+    assert [one.state for one in results] == [State.SENT] * 130
     assert len(peer.messages) == 2
 
 
 def test_an_enhanced_code_that_contradicts_the_reply_is_not_believed(tmp_path: Path) -> None:
     script = f"{GREETING}{ENVELOPE.partition('S:')[0]}S: 550 2.1.0 no\nC: QUIT\nS: 221 bye"
-    assert states(attempt(tmp_path, script)[0]) == [(FAILED, "5.0.0")]
+    assert states(attempt(tmp_path, script)[0]) == [(State.FAILED, "5.0.0")]
 
 
 # --- which server ---
@@ -781,7 +791,7 @@ def deaf_port() -> int:
 
 def test_servers_are_tried_in_the_order_of_preference(tmp_path: Path, deaf_port: int) -> None:
     smtp = Smtp(tmp_path, deaf_port, zone_of("30 c.example.", "10 a.example.", "20 b.example."))
-    assert [one.state for one in smtp.deliver()] == [DEFERRED]
+    assert [one.state for one in smtp.deliver()] == [State.DEFERRED]
     assert hosts_asked(smtp) == ["a.example", "b.example", "c.example"]
 
 
@@ -807,27 +817,27 @@ def test_at_most_five_servers_are_tried(tmp_path: Path, deaf_port: int) -> None:
 def test_the_next_server_is_tried_where_one_is_down(tmp_path: Path) -> None:
     zone = zone_of("10 a.example.", "20 b.example.")
     results, _ = attempt(tmp_path, "* close", GREETING + ENVELOPE + CONTENT, zone=zone)
-    assert [one.state for one in results] == [SENT]
-    assert results[0].remote.startswith("b.example ")
+    assert [one.state for one in results] == [State.SENT]
+    assert results[0].remote_mta.startswith("b.example ")
 
 
 def test_a_server_that_will_not_have_us_does_not_decide_for_the_others(tmp_path: Path) -> None:
     zone = zone_of("10 a.example.", "20 b.example.")
     results, _ = attempt(tmp_path, "S: 554 no", GREETING + ENVELOPE + CONTENT, zone=zone)
-    assert [one.state for one in results] == [SENT]
+    assert [one.state for one in results] == [State.SENT]
 
 
 def test_one_server_that_may_work_later_defers_it_all(tmp_path: Path) -> None:
     zone = zone_of("10 a.example.", "20 b.example.")
     results, _ = attempt(tmp_path, "S: 554 5.7.1 no", "S: 421 4.3.2 later", zone=zone)
-    assert states(results) == [(DEFERRED, "4.3.2")]
+    assert states(results) == [(State.DEFERRED, "4.3.2")]
 
 
 def test_the_next_address_is_tried_where_one_is_down(tmp_path: Path) -> None:
     zone = {**MX, ("mx.there.example", "AAAA"): ("::1",)}
     (result,), _ = attempt(tmp_path, GREETING + ENVELOPE + CONTENT, zone=zone)
-    assert result.state == SENT
-    assert result.remote.startswith("mx.there.example (127.0.0.1:")
+    assert result.state == State.SENT
+    assert result.remote_mta.startswith("mx.there.example (127.0.0.1:")
 
 
 def test_a_server_without_an_address_is_passed_over(tmp_path: Path) -> None:
@@ -838,24 +848,28 @@ def test_a_server_without_an_address_is_passed_over(tmp_path: Path) -> None:
         ("mx.example", "A"): ("127.0.0.1",),
     }
     results, _ = attempt(tmp_path, GREETING + ENVELOPE + CONTENT, zone=zone)
-    assert [one.state for one in results] == [SENT]
+    assert [one.state for one in results] == [State.SENT]
 
 
 def test_a_domain_without_mx_is_its_own_server(tmp_path: Path) -> None:
     zone = {("there.example", "A"): ("127.0.0.1",)}
     (result,), _ = attempt(tmp_path, GREETING + ENVELOPE + CONTENT, zone=zone)
-    assert result.state == SENT
-    assert result.remote.startswith("there.example ")
+    assert result.state == State.SENT
+    assert result.remote_mta.startswith("there.example ")
 
 
 @pytest.mark.parametrize(
     ("zone", "state", "status"),
     [
-        ({}, FAILED, "5.1.2"),
-        ({("there.example", "TXT"): ("v=spf1",)}, FAILED, "5.1.2"),
-        ({("there.example", "MX"): ("0 .",)}, FAILED, "5.1.10"),
-        ({("there.example", "MX"): chasquid.TemporaryFailure("?", "4.4.3")}, DEFERRED, "4.4.3"),
-        ({("there.example", "MX"): ("10 mx.there.example.",)}, DEFERRED, "4.4.1"),
+        ({}, State.FAILED, "5.1.2"),
+        ({("there.example", "TXT"): ("v=spf1",)}, State.FAILED, "5.1.2"),
+        ({("there.example", "MX"): ("0 .",)}, State.FAILED, "5.1.10"),
+        (
+            {("there.example", "MX"): chasquid.TemporaryFailure("?", "4.4.3")},
+            State.DEFERRED,
+            "4.4.3",
+        ),
+        ({("there.example", "MX"): ("10 mx.there.example.",)}, State.DEFERRED, "4.4.1"),
     ],
     ids=["no domain", "no server", "null MX", "no answer", "no address"],
 )
@@ -868,26 +882,28 @@ def test_a_domain_without_a_server(
 def test_a_null_mx_that_stands_there_twice_is_no_server(tmp_path: Path) -> None:
     zone = {("there.example", "MX"): ("0 .", "10 .")}
     results = Smtp(tmp_path, 1, zone).deliver()
-    assert [one.state for one in results] != [SENT]
+    assert [one.state for one in results] != [State.SENT]
 
 
 def test_only_servers_nearer_than_we_are_get_mail_of_ours_to_forward(tmp_path: Path) -> None:
     zone = zone_of("10 near.example.", f"20 {HOST}.", "20 like.example.", "30 far.example.")
     results, _ = attempt(tmp_path, "* close", zone=zone)
-    assert [one.state for one in results] == [DEFERRED]
-    assert results[0].remote.startswith("near.example ")
+    assert [one.state for one in results] == [State.DEFERRED]
+    assert results[0].remote_mta.startswith("near.example ")
 
 
 def test_mail_that_would_come_back_to_us_fails(tmp_path: Path) -> None:
     zone = zone_of(f"10 {HOST}.", "20 far.example.")
-    assert states(Smtp(tmp_path, 1, zone).deliver()) == [(FAILED, "5.4.6")]
+    assert states(Smtp(tmp_path, 1, zone).deliver()) == [(State.FAILED, "5.4.6")]
 
 
 def test_an_address_literal_is_a_server(tmp_path: Path) -> None:
     script = GREETING + ENVELOPE.replace("eva@there.example>\n    S: 250 2.1.5",
                                          "eva@[127.0.0.1]>\n    S: 250 2.1.5")  # fmt: skip
-    results, _ = attempt(tmp_path, script + CONTENT, targets=[address("eva@[127.0.0.1]")], zone={})
-    assert [one.state for one in results] == [SENT]
+    results, _ = attempt(
+        tmp_path, script + CONTENT, destinations=[address("eva@[127.0.0.1]")], zone={}
+    )
+    assert [one.state for one in results] == [State.SENT]
 
 
 def test_via_names_the_servers_and_no_mx_is_asked(tmp_path: Path, deaf_port: int) -> None:
@@ -895,7 +911,7 @@ def test_via_names_the_servers_and_no_mx_is_asked(tmp_path: Path, deaf_port: int
         smtp = Smtp(tmp_path, peer.port, {("relay.example", "A"): ("127.0.0.1",)})
         via = (f"127.0.0.1:{deaf_port}", "relay.example")
         results = smtp.deliver([address("eva@there.example", *via)])
-    assert [one.state for one in results] == [SENT]
+    assert [one.state for one in results] == [State.SENT]
     assert ("there.example", "MX") not in smtp.zone.asked
 
 
@@ -904,8 +920,8 @@ def test_via_names_the_servers_and_no_mx_is_asked(tmp_path: Path, deaf_port: int
 
 def test_an_international_address_needs_smtputf8(tmp_path: Path) -> None:
     script = GREETING + "* closed"
-    results, _ = attempt(tmp_path, script, targets=[address("žofie@there.example")])
-    assert states(results) == [(FAILED, "5.6.7")]
+    results, _ = attempt(tmp_path, script, destinations=[address("žofie@there.example")])
+    assert states(results) == [(State.FAILED, "5.6.7")]
 
 
 def test_an_international_domain_does_not(tmp_path: Path) -> None:
@@ -915,16 +931,16 @@ def test_an_international_domain_does_not(tmp_path: Path) -> None:
     }
     script = GREETING + ENVELOPE.replace("there.example", "xn--bcher-kva.example") + CONTENT
     results, _ = attempt(
-        tmp_path, script, targets=[address("eva@bücher.example")], zone=zone,
+        tmp_path, script, destinations=[address("eva@bücher.example")], zone=zone,
         load=delivery(sender="eva@bücher.example", smtputf8=True),
     )  # fmt: skip
-    assert [one.state for one in results] == [SENT]
+    assert [one.state for one in results] == [State.SENT]
 
 
 def test_an_international_header_needs_smtputf8(tmp_path: Path) -> None:
     load = delivery("Subject: žofie\r\n\r\n".encode(), smtputf8=True)
     results, _ = attempt(tmp_path, GREETING + "* closed", load=load)
-    assert states(results) == [(FAILED, "5.6.7")]
+    assert states(results) == [(State.FAILED, "5.6.7")]
 
 
 # --- TLS ---
@@ -953,7 +969,7 @@ PLAIN = f"""
 def test_a_certificate_that_is_not_valid_still_encrypts(tmp_path: Path) -> None:
     first = STARTTLS + "S: 220 go on\n* TLS\n* close"
     results, peer = attempt(tmp_path, first, STARTTLS + SECURE + ENVELOPE + CONTENT)
-    assert [one.state for one in results] == [SENT]
+    assert [one.state for one in results] == [State.SENT]
     assert "the certificate is not valid" in (tmp_path / "server.log").read_text()
 
 
@@ -963,7 +979,7 @@ def test_a_valid_certificate_is_taken_at_once(
     chain = write_certificate(tmp_path / "authority", "mx.there.example")
     monkeypatch.setenv("SSL_CERT_FILE", str(chain))
     results, _ = attempt(tmp_path, STARTTLS + SECURE + ENVELOPE + CONTENT)
-    assert [one.state for one in results] == [SENT]
+    assert [one.state for one in results] == [State.SENT]
 
 
 @pytest.mark.parametrize(
@@ -972,14 +988,14 @@ def test_a_valid_certificate_is_taken_at_once(
 )
 def test_where_tls_fails_the_message_goes_in_the_clear(tmp_path: Path, failure: str) -> None:
     results, _ = attempt(tmp_path, STARTTLS + failure, PLAIN + ENVELOPE + CONTENT)
-    assert [one.state for one in results] == [SENT]
+    assert [one.state for one in results] == [State.SENT]
 
 
 def test_what_a_server_says_in_the_clear_behind_starttls_is_not_believed(tmp_path: Path) -> None:
     injected = SECURE.replace("S: 220 go on", "S= 220 go on\\r\\n250-evil\\r\\n250 AUTH\\r\\n")
     first = STARTTLS + "S: 220 go on\n* TLS\n* close"
     results, _ = attempt(tmp_path, first, STARTTLS + injected + ENVELOPE + CONTENT)
-    assert [one.state for one in results] == [SENT]
+    assert [one.state for one in results] == [State.SENT]
 
 
 # --- LMTP ---
@@ -1019,7 +1035,7 @@ def test_lmtp_replies_for_each_recipient() -> None:
     """  # fmt: skip
     with Peer(script) as peer:
         results = deliver(lmtp(f"127.0.0.1:{peer.port}"), BOTH)
-    assert states(results) == [(SENT, "2.0.0"), (DEFERRED, "4.2.2")]
+    assert states(results) == [(State.SENT, "2.0.0"), (State.DEFERRED, "4.2.2")]
 
 
 def test_lmtp_replies_only_for_recipients_that_were_accepted() -> None:
@@ -1034,7 +1050,7 @@ def test_lmtp_replies_only_for_recipients_that_were_accepted() -> None:
     """  # fmt: skip
     with Peer(script) as peer:
         results = deliver(lmtp(f"localhost:{peer.port}"), BOTH)
-    assert states(results) == [(FAILED, "5.1.1"), (SENT, "2.0.0")]
+    assert states(results) == [(State.FAILED, "5.1.1"), (State.SENT, "2.0.0")]
 
 
 def test_lmtp_over_a_socket_in_the_file_system(tmp_path: Path) -> None:
@@ -1051,12 +1067,12 @@ def test_lmtp_over_a_socket_in_the_file_system(tmp_path: Path) -> None:
     path = str(tmp_path / "lmtp")
     with Peer(script, path=path):
         results = deliver(lmtp(path), BOTH)
-    assert states(results) == [(SENT, "2.0.0"), (FAILED, "5.2.2")]
+    assert states(results) == [(State.SENT, "2.0.0"), (State.FAILED, "5.2.2")]
 
 
 def test_lmtp_that_is_down_defers(tmp_path: Path, deaf_port: int) -> None:
     for place in (str(tmp_path / "none"), f"127.0.0.1:{deaf_port}", "nowhere.example:24"):
-        assert states(deliver(lmtp(place), BOTH)) == [(DEFERRED, "4.4.1")] * 2
+        assert states(deliver(lmtp(place), BOTH)) == [(State.DEFERRED, "4.4.1")] * 2
 
 
 @pytest.mark.parametrize(
@@ -1065,30 +1081,37 @@ def test_lmtp_that_is_down_defers(tmp_path: Path, deaf_port: int) -> None:
 def test_lmtp_that_does_not_work_defers(script: str) -> None:
     with Peer(script) as peer:
         results = deliver(lmtp(f"127.0.0.1:{peer.port}"), BOTH)
-    assert [one.state for one in results] == [DEFERRED] * 2
+    assert [one.state for one in results] == [State.DEFERRED] * 2
 
 
 def test_lmtp_that_stops_between_its_replies_is_believed_in_none() -> None:
     script = LHLO + "S: 250 a\nS: 250 b\nS: 354 go on\nC.\nS: 250 in the box\n* close"
     with Peer(script) as peer:
         results = deliver(lmtp(f"127.0.0.1:{peer.port}"), BOTH)
-    assert results[1].state == DEFERRED
+    assert results[1].state == State.DEFERRED
 
 
 # --- the choice ---
 
 
 class Nobody:
-    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
+    async def deliver(
+        self, delivery: Delivery, destinations: Sequence[Destination]
+    ) -> list[Result]:
         raise AssertionError("nobody delivers here")
 
 
-def test_each_target_has_its_courier() -> None:
+def test_each_destination_has_its_courier() -> None:
     local, piped, remote = Nobody(), Nobody(), Nobody()
     couriers = chasquid.Couriers(local, piped, remote, lambda domain: domain == "here.example")
     routes = {
-        target: couriers.route(target)
-        for target in (*ANA, *EVA, address("ana@here.example", "relay"), Target("pipe", "x"))
+        destination: couriers.route(destination)
+        for destination in (
+            *ANA,
+            *EVA,
+            address("ana@here.example", "relay"),
+            Destination("pipe", "x"),
+        )
     }
     assert [(one.courier, one.local) for one in routes.values()] == [
         (local, True), (remote, False), (remote, False), (piped, True)
@@ -1101,8 +1124,8 @@ def test_those_who_share_a_way_travel_together() -> None:
         Nobody(), Nobody(), Nobody(), lambda domain: domain == "here.example"
     )
 
-    def key(target: Target) -> tuple[str, ...]:
-        return couriers.route(target).key
+    def key(destination: Destination) -> tuple[str, ...]:
+        return couriers.route(destination).key
 
     assert key(address("a@there.example")) == key(address("b@there.example"))
     assert key(address("a@there.example")) != key(address("a@else.example"))

@@ -46,10 +46,10 @@ class Deferring:
         self.count = 0
 
     async def deliver(
-        self, delivery: chasquid.Delivery, targets: Sequence[chasquid.Target]
+        self, delivery: chasquid.Delivery, destinations: Sequence[chasquid.Destination]
     ) -> list[chasquid.Result]:
         self.count += 1
-        return [chasquid.Result(chasquid.DEFERRED, "4.0.0", "not today")] * len(targets)
+        return [chasquid.Result(chasquid.State.DEFERRED, "4.0.0", "not today")] * len(destinations)
 
 
 def greeted(server: Server) -> Wire:

@@ -1426,14 +1426,14 @@ class Outbox:
         self.messages: list[bytes] = []
 
     async def deliver(
-        self, delivery: chasquid.Delivery, targets: Sequence[chasquid.Target]
+        self, delivery: chasquid.Delivery, destinations: Sequence[chasquid.Destination]
     ) -> list[chasquid.Result]:
         self.messages.append(b"".join(delivery.message.chunks()))
         return [
-            chasquid.Result(chasquid.FAILED, "5.1.1", "no such user")
-            if target.value.startswith("nobody@")
-            else chasquid.Result(chasquid.SENT, "2.0.0", "taken")
-            for target in targets
+            chasquid.Result(chasquid.State.FAILED, "5.1.1", "no such user")
+            if destination.value.startswith("nobody@")
+            else chasquid.Result(chasquid.State.SENT, "2.0.0", "taken")
+            for destination in destinations
         ]
 
 

@@ -33,21 +33,19 @@ from support import (
     trusting,
     wait_for,
 )
-from support import address as target
+from support import address as destination
 from test_queue import Bench
 
 import chasquid
 from chasquid import (
-    DEFERRED,
-    FAILED,
-    SENT,
     Delivery,
+    Destination,
     DsnParameters,
     Envelope,
     FinalRecipient,
     Item,
     Result,
-    Target,
+    State,
 )
 
 Serve = Callable[..., Server]
@@ -55,25 +53,27 @@ ANA, BEN, EVA = "ana@here.example", "ben@here.example", "eva@there.example"
 MESSAGE = b"From: ana@here.example\r\nSubject: hello\r\n\r\nIt works.\r\n"
 HOUR = 3600.0
 MX = ("mx.there.example (192.0.2.1:25)", "250 2.0.0 got it")
-RELAYED = Result(SENT, "2.0.0", "mx.there.example says 250 2.0.0 got it", *MX)
+RELAYED = Result(State.SENT, "2.0.0", "mx.there.example says 250 2.0.0 got it", *MX)
 PASSED_ON = RELAYED._replace(passed_on=True)
-REFUSED = Result(FAILED, "5.1.1", "mx.there.example says 550 no", MX[0], "550 5.1.1 no")
-LATER = Result(DEFERRED, "4.2.1", "mx.there.example says 450 later", MX[0], "450 4.2.1 later")
+REFUSED = Result(State.FAILED, "5.1.1", "mx.there.example says 550 no", MX[0], "550 5.1.1 no")
+LATER = Result(State.DEFERRED, "4.2.1", "mx.there.example says 450 later", MX[0], "450 4.2.1 later")
 
 
 class Far:
     """The servers elsewhere. `plan` has the next results of an address; else it is PASSED_ON.
 
-    `came` holds what was handed over: the delivery, its content and its targets.
+    `came` holds what was handed over: the delivery, its content and its destinations.
     """
 
     def __init__(self, plan: Mapping[str, Sequence[Result]] | None = None) -> None:
         self.plan = {name: list(results) for name, results in (plan or {}).items()}
-        self.came: list[tuple[Delivery, bytes, list[Target]]] = []
+        self.came: list[tuple[Delivery, bytes, list[Destination]]] = []
 
-    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
-        self.came.append((delivery, b"".join(delivery.message.chunks()), list(targets)))
-        return [self._next(one.value) for one in targets]
+    async def deliver(
+        self, delivery: Delivery, destinations: Sequence[Destination]
+    ) -> list[Result]:
+        self.came.append((delivery, b"".join(delivery.message.chunks()), list(destinations)))
+        return [self._next(one.value) for one in destinations]
 
     def _next(self, name: str) -> Result:
         results = self.plan.get(name)
@@ -360,8 +360,14 @@ def test_what_was_asked_for_is_in_the_queues_file(serve: Serve) -> None:
     lines = path.read_bytes()[int(path.name.partition("S=")[2]) :].split(b"\n")
     envelope = json.loads(lines[0])
     assert (envelope["ret"], envelope["envid"]) == ("HDRS", "QQ+20314")
-    dsn = [["SUCCESS", "FAILURE"], "rfc822;eve+40old.example"]
-    assert envelope["addressees"] == [[["address", EVA, []], EVA, dsn]]
+    assert envelope["recipients"] == [
+        {
+            "destination": {"kind": "address", "value": EVA, "via": []},
+            "original_recipient": EVA,
+            "notify": ["SUCCESS", "FAILURE"],
+            "orcpt": "rfc822;eve+40old.example",
+        }
+    ]
     item = chasquid.read_item(str(path))
     assert item.recipients[0].dsn == DsnParameters(
         ("SUCCESS", "FAILURE"), "rfc822;eve+40old.example"
@@ -380,7 +386,7 @@ def test_what_was_asked_for_survives_a_restart(tmp_path: Path) -> None:
     before, after = (delivery for delivery, *_ in far.came)
     assert (after.ret, after.envid) == (before.ret, before.envid) == ("HDRS", "QQ314")
     assert dict(after.dsn_parameters) == dict(before.dsn_parameters)
-    assert after.dsn_parameters[target(EVA)].notify == ("SUCCESS", "FAILURE")
+    assert after.dsn_parameters[destination(EVA)].notify == ("SUCCESS", "FAILURE")
 
 
 def old_file(*names: str, journal: bytes = b"") -> tuple[str, bytes]:
@@ -395,13 +401,21 @@ def old_file(*names: str, journal: bytes = b"") -> tuple[str, bytes]:
 
 
 def test_a_file_from_before_there_were_wishes_is_read(tmp_path: Path) -> None:
-    results = {"0": [SENT, "2.0.0", "fine", "", ""], "1": [DEFERRED, "4.0.0", "not yet", "", ""]}
+    results = {
+        "0": [State.SENT, "2.0.0", "fine", "", ""],
+        "1": [State.DEFERRED, "4.0.0", "not yet", "", ""],
+    }
     line = {"at": 1.0, "attempt": 3, "next": 99.0, "waited": 50.0, "results": results}
     name, data = old_file(BEN, EVA, journal=b"\n" + json.dumps(line).encode() + b"\n")
     (tmp_path / name).write_bytes(data)
     item = chasquid.read_item(str(tmp_path / name))
-    assert (item.attempts, item.next_attempt, item.waited, item.delay_told) == (3, 99, 50, False)
-    assert [one.state for one in item.recipients] == [SENT, DEFERRED]
+    assert (item.attempts, item.next_attempt, item.waited, item.delay_reported) == (
+        3,
+        99,
+        50,
+        False,
+    )
+    assert [one.state for one in item.recipients] == [State.SENT, State.DEFERRED]
     assert [one.dsn for one in item.recipients] == [DsnParameters(), DsnParameters()]
     assert not any(one.reported or one.result.passed_on for one in item.recipients)
     assert (item.envelope.ret, item.envelope.envid) == ("", "")
@@ -420,7 +434,7 @@ def test_a_file_from_before_there_were_wishes_is_delivered_as_usual(tmp_path: Pa
 
 # --- whom it is passed on to ---
 
-TO_EVA, TO_EVE = target(EVA), target("eve@there.example")
+TO_EVA, TO_EVE = destination(EVA), destination("eve@there.example")
 WISHES = {
     TO_EVA: DsnParameters(("SUCCESS", "DELAY"), "rfc822;old+40here.example"),
     TO_EVE: DsnParameters(),
@@ -476,7 +490,7 @@ def test_a_server_with_the_extension_is_told_what_was_asked_for(tmp_path: Path) 
         C.
         """,
     )
-    assert [(one.state, one.passed_on) for one in results] == [(SENT, True)] * 2
+    assert [(one.state, one.passed_on) for one in results] == [(State.SENT, True)] * 2
 
 
 def test_a_server_without_the_extension_is_told_nothing(tmp_path: Path) -> None:
@@ -495,7 +509,7 @@ def test_a_server_without_the_extension_is_told_nothing(tmp_path: Path) -> None:
         C.
         """,
     )
-    assert [(one.state, one.passed_on) for one in results] == [(SENT, False)] * 2
+    assert [(one.state, one.passed_on) for one in results] == [(State.SENT, False)] * 2
 
 
 def test_where_nothing_was_asked_for_a_server_with_the_extension_is_told_nothing(
@@ -537,8 +551,8 @@ def test_what_was_refused_was_not_passed_on(tmp_path: Path) -> None:
         C.
         """,
     )
-    assert (refused.state, refused.passed_on) == (FAILED, False)
-    assert (taken.state, taken.passed_on) == (SENT, True)
+    assert (refused.state, refused.passed_on) == (State.FAILED, False)
+    assert (taken.state, taken.passed_on) == (State.SENT, True)
 
 
 def test_over_lmtp_nothing_is_passed_on_even_to_a_server_that_has_the_extension(
@@ -572,7 +586,7 @@ def test_over_lmtp_nothing_is_passed_on_even_to_a_server_that_has_the_extension(
             return await courier.deliver(load, [TO_EVA, TO_EVE])
 
         results = run(main)
-    assert [(one.state, one.passed_on) for one in results] == [(SENT, False)] * 2
+    assert [(one.state, one.passed_on) for one in results] == [(State.SENT, False)] * 2
 
 
 # --- what the sender hears ---
@@ -723,14 +737,14 @@ def test_a_report_is_marked_as_automatic_and_has_the_null_reverse_path(serve: Se
     server = serve(remote=far)
     send(server, EVA, f"{BEN} NOTIFY=SUCCESS")
     wait_for(lambda: not server.queued(), "the queue to become empty")
-    ((delivery, _, targets),) = far.came
+    ((delivery, _, destinations),) = far.came
     assert delivery.sender == ""
-    assert targets == [target(EVA)]
+    assert destinations == [destination(EVA)]
     (report,) = far.reports()
     assert report.header["Auto-Submitted"] == "auto-replied"
     assert report.header["From"] == f"Mail Delivery System <postmaster@{HOST}>"
     assert report.header["To"] == f"<{EVA}>"
-    assert delivery.dsn_parameters[target(EVA)] == DsnParameters()
+    assert delivery.dsn_parameters[destination(EVA)] == DsnParameters()
 
 
 def test_a_report_that_cannot_be_delivered_is_not_reported(serve: Serve) -> None:
@@ -754,7 +768,7 @@ def test_the_null_sender_is_told_nothing_whatever_it_asks_for(serve: Serve, reci
     assert server.mail_log.count(" queued, ") == 1
 
 
-def test_each_target_of_an_alias_is_reported_for_the_address_that_was_written_to(
+def test_each_destination_of_an_alias_is_reported_for_the_address_that_was_written_to(
     serve: Serve,
 ) -> None:
     found = heard(
@@ -770,14 +784,14 @@ def test_each_target_of_an_alias_is_reported_for_the_address_that_was_written_to
     assert originals == {"rfc822; everybody@old.example"}
 
 
-def test_a_target_of_an_alias_is_passed_on_with_the_wish(serve: Serve) -> None:
+def test_a_destination_of_an_alias_is_passed_on_with_the_wish(serve: Serve) -> None:
     far = Far()
     server = serve(remote=far, aliases={"here.example": f"team: ben, {EVA}\n"})
     send(server, ANA, "team@here.example NOTIFY=SUCCESS,FAILURE")
     (report,) = reports(server.mail("ana"))
     assert report.outcome == [(BEN, "delivered")]
     ((delivery, *_),) = far.came
-    assert delivery.dsn_parameters[target(EVA)].notify == ("SUCCESS", "FAILURE")
+    assert delivery.dsn_parameters[destination(EVA)].notify == ("SUCCESS", "FAILURE")
 
 
 @pytest.mark.parametrize(
@@ -791,7 +805,9 @@ def test_a_recipient_that_is_named_twice_is_delivered_to_once(
     server = serve(remote=far)
     send(server, ANA, *(f"{name} {dsn}".strip() for dsn in dsn_parameters for name in (BEN, EVA)))
     assert len(server.mail("ben")) == 1
-    assert [targets for delivery, _, targets in far.came if delivery.sender] == [[target(EVA)]]
+    assert [destinations for delivery, _, destinations in far.came if delivery.sender] == [
+        [destination(EVA)]
+    ]
     assert len(outcomes(reports(server.mail("ana")))) <= 2
 
 
@@ -800,9 +816,11 @@ def test_a_sender_hears_of_success_where_mail_goes_on_under_another_name(serve: 
     server = serve(remote=far, aliases={"here.example": "out: max@else.example\n"})
     send(server, EVA, "out@here.example NOTIFY=SUCCESS")
     wait_for(lambda: not server.queued(), "the queue to become empty")
-    delivery, _, targets = far.came[0]
+    delivery, _, destinations = far.came[0]
     assert delivery.sender == "out+fwd_from=eva=there.example@here.example"
-    assert not delivery.dsn_parameters[targets[0]].wants("SUCCESS"), "nobody would read that report"
+    assert not delivery.dsn_parameters[destinations[0]].wants("SUCCESS"), (
+        "nobody would read that report"
+    )
     assert outcomes(far.reports()) == [("max@else.example", "relayed")]
 
 
@@ -812,7 +830,9 @@ def test_who_is_named_directly_and_by_an_alias_loses_no_wish(serve: Serve) -> No
     send(server, ANA, "team@here.example NOTIFY=SUCCESS,FAILURE", EVA)
     wait_for(lambda: not server.queued(), "the queue to become empty")
     dsn_parameters = [
-        delivery.dsn_parameters[one] for delivery, _, targets in far.came for one in targets
+        delivery.dsn_parameters[one]
+        for delivery, _, destinations in far.came
+        for one in destinations
     ]
     assert any(dsn.wants("SUCCESS") for dsn in dsn_parameters)
 
@@ -857,7 +877,7 @@ async def accept_with(
 
 
 def to(name: str, *notify: str, original: str = "", orcpt: str = "") -> FinalRecipient:
-    return FinalRecipient(target(name), original or name, DsnParameters(notify, orcpt))
+    return FinalRecipient(destination(name), original or name, DsnParameters(notify, orcpt))
 
 
 def on_bench(
@@ -917,7 +937,7 @@ def test_the_notice_of_delay_is_not_repeated_after_a_restart(tmp_path: Path) -> 
     async def second(bench: Bench) -> None:
         await bench.quiet()
         (item,) = bench.queue.items.values()
-        assert item.delay_told
+        assert item.delay_reported
         await wait(bench, 5 * HOUR)
         assert len(far.came) > 20
         assert bench.local.contents == []

@@ -555,13 +555,13 @@ class Noting:
     """A courier that notes what it is to deliver, and to whom."""
 
     def __init__(self) -> None:
-        self.targets: list[chasquid.Target] = []
+        self.destinations: list[chasquid.Destination] = []
 
     async def deliver(
-        self, delivery: chasquid.Delivery, targets: Sequence[chasquid.Target]
+        self, delivery: chasquid.Delivery, destinations: Sequence[chasquid.Destination]
     ) -> list[chasquid.Result]:
-        self.targets += targets
-        return [chasquid.Result(chasquid.SENT, "2.0.0", "noted")] * len(targets)
+        self.destinations += destinations
+        return [chasquid.Result(chasquid.State.SENT, "2.0.0", "noted")] * len(destinations)
 
 
 def rcpt(server: Server, address: str) -> str:
@@ -641,10 +641,10 @@ def test_the_hook_decides_where_mail_goes(serve: Serve, tmp_path: Path) -> None:
         recipients = [f"{name}@here.example" for name in names]
         assert transfer(wire, recipients=recipients).startswith("250 ")
     assert len(server.mail("ana")) == len(server.mail("ben")) == 1
-    far = chasquid.Target("address", "eva@far.example")
+    far = chasquid.Destination("address", "eva@far.example")
     routed = far._replace(via=("mx1.far.example", "192.0.2.1:26"))
     star = far._replace(value="star@far.example")
-    assert sorted(courier.targets) == sorted([far, routed, star])
+    assert sorted(courier.destinations) == sorted([far, routed, star])
     assert (tmp_path / "piped").read_bytes().endswith(b"hello\r\n")
 
 
@@ -772,7 +772,7 @@ def test_an_alias_hook_has_five_seconds(tmp_path: Path) -> None:
 
     async def use(loop: Any, hooks: chasquid.Hooks, clock: RunningClock) -> None:
         advance_soon(loop, clock, 4.5)
-        task = loop.spawn(hooks.alias_targets("a@b.example"), "hook")
+        task = loop.spawn(hooks.alias_destinations("a@b.example"), "hook")
         await loop.sleep(4.6)
         assert not task.done
         began = clock.monotonic()
@@ -790,7 +790,7 @@ def test_an_address_is_one_argument_whatever_is_in_it(tmp_path: Path) -> None:
 
     async def use(loop: Any, hooks: chasquid.Hooks, clock: RunningClock) -> None:
         for address in ("a b;$(id)'\"`@b.example", "-n@b.example", "é@ñ.example", "*@b.example"):
-            assert await hooks.alias_targets(address) == ()
+            assert await hooks.alias_destinations(address) == ()
             assert (tmp_path / "asked").read_text() == f"1|{address}|{tmp_path}"
 
     with_hooks(tmp_path, use)
@@ -941,7 +941,7 @@ def test_a_long_list_is_expanded_a_few_times_whoever_its_members_are() -> None:
     passes = 0
 
     class Counting(chasquid.Aliases):
-        def expand(self, *arguments: Any) -> list[chasquid.Target]:
+        def expand(self, *arguments: Any) -> list[chasquid.Destination]:
             nonlocal passes
             passes += 1
             return super().expand(*arguments)
@@ -951,14 +951,14 @@ def test_a_long_list_is_expanded_a_few_times_whoever_its_members_are() -> None:
     async def exists(address: str) -> bool:
         return True
 
-    async def nothing(address: str) -> tuple[chasquid.Target, ...]:
+    async def nothing(address: str) -> tuple[chasquid.Destination, ...]:
         return ()
 
-    async def main(loop: chasquid.Loop) -> list[chasquid.Target]:
+    async def main(loop: chasquid.Loop) -> list[chasquid.Destination]:
         return await aliases.expand_with(chasquid.ExternalLookups(nothing, exists), f"all@{HERE}")
 
     found = run(main)
-    assert [target.value for target in found] == [f"{name}@{HERE}" for name in members]
+    assert [destination.value for destination in found] == [f"{name}@{HERE}" for name in members]
     assert passes < 6
 
 

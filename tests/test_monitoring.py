@@ -33,7 +33,7 @@ from support import (
 )
 
 import chasquid
-from chasquid import DEFERRED, FAILED, Delivery, QueueLine, Result, Status, Target
+from chasquid import Delivery, Destination, QueueLine, Result, State, Status
 
 Serve = Callable[..., Server]
 EVIL = "<script>alert(1)</script>"
@@ -52,12 +52,16 @@ class Reply(NamedTuple):
 class Refusing:
     """The servers elsewhere, which say something evil to everybody."""
 
-    def __init__(self, state: str = DEFERRED) -> None:
+    def __init__(self, state: str = State.DEFERRED) -> None:
         self.state = state
 
-    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
+    async def deliver(
+        self, delivery: Delivery, destinations: Sequence[Destination]
+    ) -> list[Result]:
         said = f"mx.there.example says 450 {EVIL}"
-        return [Result(self.state, f"{'45'[self.state == FAILED]}.0.0", said)] * len(targets)
+        return [Result(self.state, f"{'45'[self.state == State.FAILED]}.0.0", said)] * len(
+            destinations
+        )
 
 
 def monitored(serve: Serve, **keywords: object) -> Server:
@@ -664,8 +668,10 @@ def test_the_page_is_shown_under_no_name_that_a_stranger_made(
 class Later:
     """A courier that never gets anything done."""
 
-    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
-        return [Result(DEFERRED, "4.0.0", "later")] * len(targets)
+    async def deliver(
+        self, delivery: Delivery, destinations: Sequence[Destination]
+    ) -> list[Result]:
+        return [Result(State.DEFERRED, "4.0.0", "later")] * len(destinations)
 
 
 def test_counters_exist_before_the_first_event(serve: Serve) -> None:

@@ -31,16 +31,16 @@ from support import HOST, SECONDS, FakeClock, Inline, address, record, run, unsi
 
 import chasquid
 from chasquid import (
-    DEFERRED,
-    FAILED,
-    SENT,
     Delivery,
+    Destination,
+    DsnParameters,
     Envelope,
     FinalRecipient,
     Item,
     Message,
+    Notify,
     Result,
-    Target,
+    State,
 )
 
 MESSAGE = b"Subject: hello\r\n\r\nIt works.\r\n"
@@ -49,7 +49,7 @@ GIVE_UP = 20 * HOUR
 OURS = "here.example"
 
 
-async def itself(name: str) -> list[Target]:
+async def itself(name: str) -> list[Destination]:
     """Expand an address to itself."""
     return [address(name)]
 
@@ -68,26 +68,28 @@ class Script:
         self.hold: list[chasquid.Event] = []
         self.fault: Exception | None = None
 
-    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
+    async def deliver(
+        self, delivery: Delivery, destinations: Sequence[Destination]
+    ) -> list[Result]:
         if self.fault is not None:
             raise self.fault
         for event in self.hold:
             await event.wait()
-        self.messages.append((delivery, [target.value for target in targets]))
+        self.messages.append((delivery, [destination.value for destination in destinations]))
         self.contents.append(b"".join(delivery.message.chunks()))
-        return [self._result(delivery, target) for target in targets]
+        return [self._result(delivery, destination) for destination in destinations]
 
-    def _result(self, delivery: Delivery, target: Target) -> Result:
-        states = self.plan.get(target.value, [])
-        state = states.pop(0) if states else SENT
-        self.deliveries.append((delivery.id, target.value, state))
-        status = {SENT: "2.0.0", DEFERRED: "4.2.1", FAILED: "5.1.1"}[state]
+    def _result(self, delivery: Delivery, destination: Destination) -> Result:
+        states = self.plan.get(destination.value, [])
+        state = states.pop(0) if states else State.SENT
+        self.deliveries.append((delivery.id, destination.value, state))
+        status = {State.SENT: "2.0.0", State.DEFERRED: "4.2.1", State.FAILED: "5.1.1"}[state]
         return Result(
             state,
             status,
-            f"{target.value} is {state}",
+            f"{destination.value} is {state}",
             "mx.there.example (192.0.2.1:25)",
-            f"550 {status} no, {target.value}",
+            f"550 {status} no, {destination.value}",
         )
 
 
@@ -110,7 +112,9 @@ class Bench:
             loop, chasquid.Disk(loop), record(directory, clock), settings, couriers,
             options.get("expand", itself), self.is_local,
             options.get("random", lambda: 0.5), options.get("sign", unsigned),
-            lambda item, recipient: self.results.append((recipient.target.value, recipient.state)),
+            lambda item, recipient: self.results.append(
+                (recipient.destination.value, recipient.state)
+            ),
         )  # fmt: skip
 
     @staticmethod
@@ -119,7 +123,7 @@ class Bench:
 
     async def accept(
         self,
-        *targets: str | Target | FinalRecipient,
+        *destinations: str | Destination | FinalRecipient,
         sender: str = "ana@here.example",
         data: bytes = MESSAGE,
         prefix: bytes = b"Received: by us\r\n",
@@ -129,7 +133,7 @@ class Bench:
         await draft.add(data)
         draft.complete()
         final_recipients = []
-        for one in targets:
+        for one in destinations:
             if isinstance(one, str):
                 one = address(one)
             final_recipients.append(
@@ -221,7 +225,7 @@ def test_an_accepted_message_is_in_new_with_its_envelope(tmp_path: Path) -> None
         assert path.stat().st_mode & 0o777 == 0o600
         assert path.read_bytes().startswith(MESSAGE)
         (envelope,) = bench.journal(item)
-        assert envelope["sender"] == "ana@here.example"
+        assert (envelope["v"], envelope["reverse_path"]) == (1, "ana@here.example")
         bench.local.hold[0].set()
 
     on_bench(tmp_path, test)
@@ -229,12 +233,12 @@ def test_an_accepted_message_is_in_new_with_its_envelope(tmp_path: Path) -> None
 
 def test_a_delivered_message_is_gone(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        await bench.accept("ben@here.example", "eva@there.example", Target("pipe", "cat"))
+        await bench.accept("ben@here.example", "eva@there.example", Destination("pipe", "cat"))
         await bench.quiet()
         assert bench.files() == []
         assert bench.queue.items == {}
         assert bench.local.contents == bench.remote.contents == [b"Received: by us\r\n" + MESSAGE]
-        assert bench.pipe.deliveries[0][1:] == ("cat", SENT)
+        assert bench.pipe.deliveries[0][1:] == ("cat", State.SENT)
         assert "done after 1 attempt" in bench.mail_log
 
     on_bench(tmp_path, test)
@@ -244,16 +248,16 @@ def test_a_message_that_was_attempted_is_in_cur_with_a_line_for_the_attempt(
     tmp_path: Path,
 ) -> None:
     async def test(bench: Bench) -> None:
-        bench.local.plan = {"ben@here.example": [DEFERRED]}
+        bench.local.plan = {"ben@here.example": [State.DEFERRED]}
         item = await bench.accept("ana@here.example", "ben@here.example")
         await bench.quiet()
         assert bench.files() == [f"cur/{item.id}"]
         _, line = bench.journal(item)
-        assert line["attempt"] == 1
-        assert line["next"] == bench.clock.time() + 60 + 30
-        assert {key: result[0] for key, result in line["results"].items()} == {
-            "0": SENT,
-            "1": DEFERRED,
+        assert (line["v"], line["attempts"]) == (1, 1)
+        assert line["next_attempt"] == bench.clock.time() + 60 + 30
+        assert {result["recipient"]: result["state"] for result in line["results"]} == {
+            0: State.SENT,
+            1: State.DEFERRED,
         }
 
     on_bench(tmp_path, test)
@@ -309,7 +313,7 @@ def journal_line(*states: str, next_attempt: float = 0.0) -> bytes:
     item.attempts, item.next_attempt = 1, next_attempt
     for recipient, state in zip(item.recipients, states, strict=True):
         recipient.result = Result(state, "2.0.0", "text")
-        recipient.reported = state == FAILED
+        recipient.reported = state == State.FAILED
     return item.journal_line(FakeClock().time())
 
 
@@ -329,8 +333,8 @@ def test_what_is_in_new_is_delivered_to_all(tmp_path: Path) -> None:
         (queue / "new" / NAME).write_bytes(item_file("a@here.example", "b@there.example"))
 
     bench = crashed(tmp_path, make)
-    assert bench.local.deliveries == [("abc", "a@here.example", SENT)]
-    assert bench.remote.deliveries == [("abc", "b@there.example", SENT)]
+    assert bench.local.deliveries == [("abc", "a@here.example", State.SENT)]
+    assert bench.remote.deliveries == [("abc", "b@there.example", State.SENT)]
     assert bench.local.contents == [b"A: b\r\n" + MESSAGE]
     assert bench.files() == []
 
@@ -339,12 +343,12 @@ def test_what_is_in_new_is_delivered_to_all(tmp_path: Path) -> None:
 def test_what_the_journal_says_is_done_is_not_done_again(tmp_path: Path, place: str) -> None:
     # in new: the crash came after the journal was written and before the file was moved
     def make(queue: Path) -> None:
-        line = journal_line(SENT, DEFERRED, FAILED)
+        line = journal_line(State.SENT, State.DEFERRED, State.FAILED)
         names = (f"{n}@here.example" for n in range(3))
         (queue / place / NAME).write_bytes(item_file(*names, journal=line))
 
     bench = crashed(tmp_path, make)
-    assert bench.local.deliveries == [("abc", "1@here.example", SENT)]
+    assert bench.local.deliveries == [("abc", "1@here.example", State.SENT)]
     # a failure is written down after its notification
     assert len(bench.local.messages) == 1
     assert bench.files() == []
@@ -352,7 +356,7 @@ def test_what_the_journal_says_is_done_is_not_done_again(tmp_path: Path, place: 
 
 def test_what_is_not_due_waits(tmp_path: Path) -> None:
     def make(queue: Path) -> None:
-        line = journal_line(DEFERRED, next_attempt=FakeClock().time() + 100)
+        line = journal_line(State.DEFERRED, next_attempt=FakeClock().time() + 100)
         (queue / "cur" / NAME).write_bytes(item_file("0@here.example", journal=line))
 
     directory = tmp_path / "queue"
@@ -364,7 +368,7 @@ def test_what_is_not_due_waits(tmp_path: Path) -> None:
         await bench.advance(99)
         assert bench.local.deliveries == []
         await bench.advance(2)
-        assert bench.local.deliveries == [("abc", "0@here.example", SENT)]
+        assert bench.local.deliveries == [("abc", "0@here.example", State.SENT)]
 
     on_bench(tmp_path, test)
 
@@ -372,7 +376,10 @@ def test_what_is_not_due_waits(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cut", [1, 2, 10, 60])
 def test_a_torn_last_line_counts_as_not_written(tmp_path: Path, cut: int) -> None:
     def make(queue: Path) -> None:
-        lines = journal_line(DEFERRED, DEFERRED) + journal_line(SENT, DEFERRED)[:-cut]
+        lines = (
+            journal_line(State.DEFERRED, State.DEFERRED)
+            + journal_line(State.SENT, State.DEFERRED)[:-cut]
+        )
         names = ("0@here.example", "1@here.example")
         (queue / "cur" / NAME).write_bytes(item_file(*names, journal=lines))
 
@@ -385,23 +392,25 @@ def test_a_torn_last_line_counts_as_not_written(tmp_path: Path, cut: int) -> Non
 
 def test_a_line_behind_a_torn_one_counts(tmp_path: Path) -> None:
     def make(queue: Path) -> None:
-        lines = journal_line(DEFERRED, DEFERRED)[:-20] + journal_line(SENT, DEFERRED)
+        lines = journal_line(State.DEFERRED, State.DEFERRED)[:-20] + journal_line(
+            State.SENT, State.DEFERRED
+        )
         names = ("0@here.example", "1@here.example")
         (queue / "cur" / NAME).write_bytes(item_file(*names, journal=lines))
 
     bench = crashed(tmp_path, make)
-    assert bench.local.deliveries == [("abc", "1@here.example", SENT)]
+    assert bench.local.deliveries == [("abc", "1@here.example", State.SENT)]
 
 
 def test_a_message_whose_text_looks_like_a_journal_is_a_message(tmp_path: Path) -> None:
-    data = MESSAGE + journal_line(SENT)
+    data = MESSAGE + journal_line(State.SENT)
 
     async def test(bench: Bench) -> None:
-        bench.local.plan = {"0@here.example": [DEFERRED]}
+        bench.local.plan = {"0@here.example": [State.DEFERRED]}
         item = await bench.accept("0@here.example", data=data)
         await bench.quiet()
         found = chasquid.read_item(str(bench.path(item)))
-        assert [one.state for one in found.recipients] == [DEFERRED]
+        assert [one.state for one in found.recipients] == [State.DEFERRED]
 
     on_bench(tmp_path, test)
 
@@ -416,10 +425,11 @@ GARBAGE = {
     "a number": (NAME, MESSAGE + b"0\n"),
     "a size beyond any file": ("abc,S=" + "9" * 30, item_file("a@here.example")),
     "JSON that is no envelope": (NAME, MESSAGE + b"[1, 2]\n"),
-    "an envelope without a sender": (NAME, MESSAGE + b'{"id":"abc","addressees":[]}\n'),
+    "an envelope without a sender": (NAME, MESSAGE + b'{"v":1,"id":"abc","recipients":[]}\n'),
+    "an old envelope without a sender": (NAME, MESSAGE + b'{"id":"abc","addressees":[]}\n'),
     "an envelope that says more": (
         NAME,
-        item_file("a@here.example").replace(b'{"id"', b'{"colour":"red","id"'),
+        item_file("a@here.example").replace(b'"id"', b'"colour":"red","id"'),
     ),
     "another id": (NAME, item_file("a@here.example", id="abd")),
     "another size": ("abc,S=7", item_file("a@here.example")),
@@ -427,7 +437,7 @@ GARBAGE = {
     "octets": (NAME, MESSAGE + bytes(range(256))),
     "a journal for somebody else": (
         NAME,
-        item_file("0@here.example", journal=journal_line(SENT, SENT)),
+        item_file("0@here.example", journal=journal_line(State.SENT, State.SENT)),
     ),
 }
 
@@ -442,7 +452,7 @@ def test_what_cannot_be_read_is_set_aside_and_the_rest_delivered(tmp_path: Path,
         (queue / "new" / f"good,S={len(MESSAGE)}").write_bytes(good)
 
     bench = crashed(tmp_path, make)
-    assert bench.local.deliveries == [("good", "good@here.example", SENT)]
+    assert bench.local.deliveries == [("good", "good@here.example", State.SENT)]
     assert [path.read_bytes() for path in (bench.directory / "bad").iterdir()] == [data]
     assert "set aside in bad" in bench.log
 
@@ -462,30 +472,36 @@ def test_reading_an_item_never_fails_in_another_way(data: bytes, size: int) -> N
 def test_garbage_behind_the_envelope_loses_nothing(before: bytes, behind: bytes) -> None:
     with tempfile.TemporaryDirectory() as name:
         path = os.path.join(name, NAME)
-        journal = before + journal_line(SENT, DEFERRED) + behind
+        journal = before + journal_line(State.SENT, State.DEFERRED) + behind
         Path(path).write_bytes(item_file("0@here.example", "1@here.example", journal=journal))
         item = chasquid.read_item(path)
-    assert [one.state for one in item.recipients] == [SENT, DEFERRED]
+    assert [one.state for one in item.recipients] == [State.SENT, State.DEFERRED]
 
 
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-targets = st.builds(
-    Target,
+destinations = st.builds(
+    Destination,
     st.sampled_from(["address", "pipe"]),
     names,
     st.lists(names, max_size=3).map(tuple),
 )
+dsn = st.builds(DsnParameters, st.lists(st.sampled_from(Notify), max_size=3).map(tuple), names)
 envelopes = st.builds(
     Envelope,
     id=st.just("abc"),
     sender=names,
     final_recipients=st.lists(
-        st.builds(FinalRecipient, targets, names), min_size=1, max_size=4
+        st.builds(FinalRecipient, destinations, names, dsn), min_size=1, max_size=4
     ).map(tuple),
     received=st.floats(0, 2e9),
     prefix=st.binary(max_size=100),
     smtputf8=st.booleans(),
     eight_bit=st.booleans(),
+    junk=st.booleans(),
+    require_tls=st.booleans(),
+    tls_optional=st.booleans(),
+    ret=names,
+    envid=names,
 )
 
 
@@ -498,7 +514,11 @@ def test_an_envelope_is_read_as_it_was_written(value: Envelope) -> None:
 
 @given(
     envelopes,
-    st.lists(st.sampled_from([SENT, DEFERRED, FAILED, chasquid.PENDING]), min_size=4, max_size=4),
+    st.lists(
+        st.sampled_from([State.SENT, State.DEFERRED, State.FAILED, State.PENDING]),
+        min_size=4,
+        max_size=4,
+    ),
     names,
     st.integers(0, 1000),
     st.floats(0, 2e9),
@@ -510,8 +530,8 @@ def test_a_journal_is_read_as_it_was_written(
     written.attempts, written.next_attempt = attempts, next_attempt
     for recipient, state in zip(written.recipients, states, strict=False):
         recipient.result = Result(state, "4.0.0" if state != "pending" else "", text)
-        recipient.reported = state == FAILED
-        if state == chasquid.PENDING:
+        recipient.reported = state == State.FAILED
+        if state == State.PENDING:
             recipient.result = Result(state, "", "")
     line = written.journal_line(1.0)
     assert line.startswith(b"\n") and line.endswith(b"\n") and line.count(b"\n") == 2
@@ -544,7 +564,7 @@ def test_a_directory_in_new_does_not_keep_the_queue_from_starting(tmp_path: Path
 
 def test_the_pauses_are_1_5_10_and_20_minutes_with_jitter(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [DEFERRED] * 6}
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED] * 6}
         await bench.accept("eva@there.example")
         await bench.quiet()
         for count, pause in enumerate([60, 300, 600, 1200, 1200, 1200], 1):
@@ -552,7 +572,9 @@ def test_the_pauses_are_1_5_10_and_20_minutes_with_jitter(tmp_path: Path) -> Non
             await bench.advance(pause + 14)
             assert len(bench.remote.deliveries) == count
             await bench.advance(2)
-        assert [state for _, _, state in bench.remote.deliveries] == [DEFERRED] * 6 + [SENT]
+        assert [state for _, _, state in bench.remote.deliveries] == [State.DEFERRED] * 6 + [
+            State.SENT
+        ]
         assert bench.files() == []
 
     on_bench(tmp_path, test, random=lambda: 0.25)
@@ -560,7 +582,7 @@ def test_the_pauses_are_1_5_10_and_20_minutes_with_jitter(tmp_path: Path) -> Non
 
 def test_what_cannot_be_delivered_is_given_up_and_reported(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [DEFERRED] * 1000}
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED] * 1000}
         item = await bench.accept("eva@there.example")
         await bench.quiet()
         await bench.advance(GIVE_UP - 1)
@@ -572,7 +594,7 @@ def test_what_cannot_be_delivered_is_given_up_and_reported(tmp_path: Path) -> No
         _, report = bench.local.contents
         assert b"not delivered within 20h 0m" in report
         assert b"Status: 4.4.7" in report
-        assert ("eva@there.example", FAILED) in bench.results
+        assert ("eva@there.example", State.FAILED) in bench.results
 
     on_bench(tmp_path, test)
 
@@ -583,16 +605,16 @@ def test_a_last_attempt_is_made_before_giving_up(tmp_path: Path) -> None:
         (queue / "cur" / NAME).write_bytes(MESSAGE + line)
 
     bench = crashed(tmp_path, make)
-    assert bench.remote.deliveries == [("abc", "a@there.example", SENT)]
+    assert bench.remote.deliveries == [("abc", "a@there.example", State.SENT)]
     assert bench.local.messages == []
 
 
 def test_only_those_who_are_left_are_attempted_again(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
         bench.local.plan = {
-            "a@here.example": [DEFERRED],
-            "b@here.example": [SENT],
-            "c@here.example": [FAILED],
+            "a@here.example": [State.DEFERRED],
+            "b@here.example": [State.SENT],
+            "c@here.example": [State.FAILED],
         }
         await bench.accept(*bench.local.plan)
         await bench.quiet()
@@ -600,8 +622,9 @@ def test_only_those_who_are_left_are_attempted_again(tmp_path: Path) -> None:
         assert [name for name, *_ in bench.results].count("b@here.example") == 1
         states = [(name, state) for _, name, state in bench.local.deliveries]
         assert states == [
-            ("a@here.example", DEFERRED), ("b@here.example", SENT), ("c@here.example", FAILED),
-            ("ana@here.example", SENT), ("a@here.example", SENT),
+            ("a@here.example", State.DEFERRED), ("b@here.example", State.SENT),
+            ("c@here.example", State.FAILED), ("ana@here.example", State.SENT),
+            ("a@here.example", State.SENT),
         ]  # fmt: skip
 
     on_bench(tmp_path, test)
@@ -641,14 +664,14 @@ def test_a_fault_of_a_courier_loses_nothing(tmp_path: Path) -> None:
         bench.remote.fault = None
         await bench.advance(100)
         assert bench.files() == []
-        assert [state for _, _, state in bench.remote.deliveries] == [SENT]
+        assert [state for _, _, state in bench.remote.deliveries] == [State.SENT]
 
     on_bench(tmp_path, test)
 
 
 def test_an_item_is_retried_when_the_operator_says_so(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [DEFERRED]}
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED]}
         item = await bench.accept("eva@there.example")
         await bench.quiet()
         bench.queue.retry(item)
@@ -661,7 +684,7 @@ def test_an_item_is_retried_when_the_operator_says_so(tmp_path: Path) -> None:
 
 def test_an_item_is_removed_when_the_operator_says_so(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [DEFERRED]}
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED]}
         item = await bench.accept("eva@there.example")
         await bench.quiet()
         await bench.queue.remove(item)
@@ -677,7 +700,7 @@ def test_an_item_is_removed_when_its_attempt_has_ended(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
         slow = chasquid.Event(bench.loop)
         bench.remote.hold.append(slow)
-        bench.remote.plan = {"eva@there.example": [DEFERRED]}
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED]}
         item = await bench.accept("eva@there.example")
         removal = bench.loop.spawn(bench.queue.remove(item), "removal")
         for _ in range(5):
@@ -691,7 +714,7 @@ def test_an_item_is_removed_when_its_attempt_has_ended(tmp_path: Path) -> None:
 
 def test_a_full_queue_takes_no_more(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [DEFERRED]}
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED]}
         await bench.accept("eva@there.example")
         with pytest.raises(chasquid.QueueFull) as caught:
             bench.queue.draft()
@@ -705,7 +728,7 @@ def test_a_full_queue_takes_no_more(tmp_path: Path) -> None:
 
 def test_a_full_queue_still_takes_notifications(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [FAILED]}
+        bench.remote.plan = {"eva@there.example": [State.FAILED]}
         await bench.accept("eva@there.example")
         await bench.quiet()
         assert [name for _, name, _ in bench.local.deliveries] == ["ana@here.example"]
@@ -715,7 +738,7 @@ def test_a_full_queue_still_takes_notifications(tmp_path: Path) -> None:
 
 def test_a_queue_that_closes_keeps_what_is_left(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [DEFERRED]}
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED]}
         item = await bench.accept("eva@there.example")
         await bench.quiet()
         await bench.queue.close()
@@ -735,7 +758,7 @@ def test_a_queue_that_closes_keeps_what_is_left(tmp_path: Path) -> None:
 @pytest.mark.parametrize("turns", range(12))
 def test_the_end_does_not_wait_for_what_was_accepted_last(tmp_path: Path, turns: int) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [DEFERRED]}
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED]}
         bench.loop.spawn(bench.accept("eva@there.example"), "accept")
         for _ in range(turns):
             await bench.loop.turn()
@@ -789,7 +812,7 @@ def test_a_rewritten_sender_has_at_most_64_octets_before_the_at(
 
 
 @pytest.mark.parametrize(
-    ("sender", "target", "original"),
+    ("sender", "destination", "original"),
     [
         ("ben@here.example", "eva@there.example", "ana@here.example"),
         ("", "eva@there.example", "ana@here.example"),
@@ -799,10 +822,10 @@ def test_a_rewritten_sender_has_at_most_64_octets_before_the_at(
     ids=["from us", "a notification", "to us", "not forwarded"],
 )
 def test_the_sender_is_kept_elsewhere(
-    tmp_path: Path, sender: str, target: str, original: str
+    tmp_path: Path, sender: str, destination: str, original: str
 ) -> None:
     async def test(bench: Bench) -> None:
-        await bench.accept(FinalRecipient(address(target), original), sender=sender)
+        await bench.accept(FinalRecipient(address(destination), original), sender=sender)
         await bench.quiet()
         ((delivery, _),) = bench.remote.messages + bench.local.messages
         assert delivery.sender == sender
@@ -828,7 +851,7 @@ def test_forwarded_and_direct_mail_to_one_server_go_separately(tmp_path: Path) -
 
 def report(
     tmp_path: Path,
-    *targets: str | FinalRecipient,
+    *destinations: str | FinalRecipient,
     sender: str = "ana@here.example",
     data: bytes = MESSAGE,
     plan: dict[str, list[str]] | None = None,
@@ -837,9 +860,12 @@ def report(
     """Have a message fail, and return the notification, without what a parser mends."""
 
     async def test(bench: Bench) -> None:
-        default = {one if isinstance(one, str) else one.target.value: [FAILED] for one in targets}
+        default = {
+            one if isinstance(one, str) else one.destination.value: [State.FAILED]
+            for one in destinations
+        }
         bench.remote.plan = plan or default
-        await bench.accept(*targets, sender=sender, data=data, smtputf8=smtputf8)
+        await bench.accept(*destinations, sender=sender, data=data, smtputf8=smtputf8)
         await bench.quiet()
 
     bench = on_bench(tmp_path, test)
@@ -940,11 +966,13 @@ def test_the_delivery_status_is_ascii_where_it_is_not_the_international_one(
 ) -> None:
     # RFC 3464, 2.1: message/delivery-status is 7bit; the server's text is not ours
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [FAILED]}
+        bench.remote.plan = {"eva@there.example": [State.FAILED]}
 
         class Speaking(Script):
-            def _result(self, delivery: Delivery, target: Target) -> Result:
-                return Result(FAILED, "5.1.1", "mx says: žofie není doma " + "x" * 900, "mx (::1)")
+            def _result(self, delivery: Delivery, destination: Destination) -> Result:
+                return Result(
+                    State.FAILED, "5.1.1", "mx says: žofie není doma " + "x" * 900, "mx (::1)"
+                )
 
         bench.queue = chasquid.Queue(
             bench.loop, chasquid.Disk(bench.loop), record(tmp_path, bench.clock),
@@ -970,7 +998,9 @@ def test_the_delivery_status_is_international_where_a_final_recipient_is(tmp_pat
 def test_several_failures_of_an_attempt_share_a_notification(tmp_path: Path) -> None:
     names = [f"{name}@there.example" for name in "abc"]
     parsed, _ = report(
-        tmp_path, *names, plan={names[0]: [FAILED], names[1]: [SENT], names[2]: [FAILED]}
+        tmp_path,
+        *names,
+        plan={names[0]: [State.FAILED], names[1]: [State.SENT], names[2]: [State.FAILED]},
     )
     _, *recipients = cast("list[EmailMessage]", parts(parsed)[1].get_payload())
     assert [one["Final-Recipient"] for one in recipients] == [
@@ -983,7 +1013,7 @@ def test_a_report_belongs_to_the_thread_of_the_message_and_names_who_failed(
 ) -> None:
     names = [f"{name}@there.example" for name in "ab"]
     data = b"Message-ID: <3@x>\r\nReferences: <1@x>\r\n <2@x>\r\nSubject: x\r\n\r\nhello\r\n"
-    parsed, _ = report(tmp_path, *names, plan={name: [FAILED] for name in names}, data=data)
+    parsed, _ = report(tmp_path, *names, plan={name: [State.FAILED] for name in names}, data=data)
     assert parsed["In-Reply-To"] == "<3@x>"
     assert parsed["References"].split() == ["<1@x>", "<2@x>", "<3@x>"]
     assert parsed["X-Failed-Recipients"].split() == [f"{names[0]},", names[1]]
@@ -994,7 +1024,9 @@ def test_a_message_without_an_id_that_can_be_repeated_has_no_thread(
     tmp_path: Path, field: bytes
 ) -> None:
     data = field + b"Subject: x\r\n\r\nhello\r\n"
-    parsed, _ = report(tmp_path, "a@there.example", plan={"a@there.example": [FAILED]}, data=data)
+    parsed, _ = report(
+        tmp_path, "a@there.example", plan={"a@there.example": [State.FAILED]}, data=data
+    )
     assert parsed["In-Reply-To"] is None and parsed["References"] is None
 
 
@@ -1002,7 +1034,7 @@ def test_a_message_without_an_id_that_can_be_repeated_has_no_thread(
 def test_an_8bit_part_is_never_inside_one_that_is_7bit(tmp_path: Path, body: bytes) -> None:
     """RFC 2045, 6.4"""
     parsed, _ = report(
-        tmp_path, "a@there.example", plan={"a@there.example": [FAILED]},
+        tmp_path, "a@there.example", plan={"a@there.example": [State.FAILED]},
         data=b"Subject: x\r\n\r\n" + body,
     )  # fmt: skip
     encodings = [one["Content-Transfer-Encoding"] for one in parts(parsed)]
@@ -1013,7 +1045,10 @@ def test_an_8bit_part_is_never_inside_one_that_is_7bit(tmp_path: Path, body: byt
 
 def test_each_failure_is_reported_once(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"a@there.example": [FAILED], "b@there.example": [DEFERRED] * 2}
+        bench.remote.plan = {
+            "a@there.example": [State.FAILED],
+            "b@there.example": [State.DEFERRED] * 2,
+        }
         await bench.accept("a@there.example", "b@there.example")
         await bench.quiet()
         assert b"still being tried" in bench.local.contents[0]
@@ -1027,7 +1062,7 @@ def test_each_failure_is_reported_once(tmp_path: Path) -> None:
 
 def test_nobody_is_told_of_what_the_null_sender_sent(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [FAILED]}
+        bench.remote.plan = {"eva@there.example": [State.FAILED]}
         await bench.accept("eva@there.example", sender="")
         await bench.quiet()
         assert bench.local.messages == []
@@ -1038,7 +1073,7 @@ def test_nobody_is_told_of_what_the_null_sender_sent(tmp_path: Path) -> None:
 
 def test_a_notification_that_fails_makes_no_other(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [FAILED], "eve@far.example": [FAILED]}
+        bench.remote.plan = {"eva@there.example": [State.FAILED], "eve@far.example": [State.FAILED]}
         await bench.accept("eva@there.example", sender="eve@far.example")
         await bench.quiet()
         assert [name for _, name, _ in bench.remote.deliveries] == [
@@ -1052,25 +1087,25 @@ def test_a_notification_that_fails_makes_no_other(tmp_path: Path) -> None:
 
 def test_a_notification_for_a_sender_behind_an_alias_is_expanded(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [FAILED]}
+        bench.remote.plan = {"eva@there.example": [State.FAILED]}
         await bench.accept("eva@there.example", sender="team@here.example")
         await bench.quiet()
         delivered = sorted(name for _, name, _ in bench.local.deliveries)
         assert delivered == ["ana@here.example", "ben@here.example"]
 
-    async def expand(name: str) -> list[Target]:
+    async def expand(name: str) -> list[Destination]:
         return [address("ana@here.example"), address("ben@here.example")]
 
     on_bench(tmp_path, test, expand=expand)
 
 
 def test_a_sender_who_is_gone_does_not_hold_up_the_rest(tmp_path: Path) -> None:
-    async def expand(name: str) -> list[Target]:
+    async def expand(name: str) -> list[Destination]:
         raise chasquid.NoSuchUser(f"there is no {name}")
 
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [FAILED]}
-        bench.local.plan = {"ana@here.example": [FAILED]}
+        bench.remote.plan = {"eva@there.example": [State.FAILED]}
+        bench.local.plan = {"ana@here.example": [State.FAILED]}
         await bench.accept("eva@there.example")
         await bench.quiet()
         assert bench.files() == []
@@ -1113,7 +1148,7 @@ def test_a_message_that_cannot_be_stored_is_refused(tmp_path: Path, place: str) 
 @pytest.mark.parametrize("place", ["tmp", "new"])
 def test_a_notification_that_cannot_be_stored_is_tried_again(tmp_path: Path, place: str) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [FAILED]}
+        bench.remote.plan = {"eva@there.example": [State.FAILED]}
         event = chasquid.Event(bench.loop)
         bench.remote.hold.append(event)
         item = await bench.accept("eva@there.example")
@@ -1136,7 +1171,7 @@ def test_a_notification_that_cannot_be_stored_is_tried_again(tmp_path: Path, pla
 
 def test_a_result_that_cannot_be_written_down_is_not_forgotten(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        bench.local.plan = {"a@here.example": [SENT], "b@here.example": [DEFERRED]}
+        bench.local.plan = {"a@here.example": [State.SENT], "b@here.example": [State.DEFERRED]}
         event = chasquid.Event(bench.loop)
         bench.local.hold.append(event)
         item = await bench.accept("a@here.example", "b@here.example")
@@ -1149,7 +1184,8 @@ def test_a_result_that_cannot_be_written_down_is_not_forgotten(tmp_path: Path) -
         await bench.advance(61)
         states = [(name, state) for _, name, state in bench.local.deliveries]
         assert states == [
-            ("a@here.example", SENT), ("b@here.example", DEFERRED), ("b@here.example", SENT)
+            ("a@here.example", State.SENT), ("b@here.example", State.DEFERRED),
+            ("b@here.example", State.SENT),
         ]  # fmt: skip
         assert bench.files() == []
 
@@ -1248,9 +1284,11 @@ class QueueMachine(RuleBasedStateMachine):
         machine = self
 
         class Courier(Script):
-            async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
+            async def deliver(
+                self, delivery: Delivery, destinations: Sequence[Destination]
+            ) -> list[Result]:
                 await bench.loop.turn()
-                results = [machine.attempt(delivery, target) for target in targets]
+                results = [machine.attempt(delivery, destination) for destination in destinations]
                 await bench.loop.turn()
                 return results
 
@@ -1261,24 +1299,28 @@ class QueueMachine(RuleBasedStateMachine):
             itself, bench.is_local, lambda: 0.5, unsigned,
         )  # fmt: skip
 
-    def attempt(self, delivery: Delivery, target: Target) -> Result:
+    def attempt(self, delivery: Delivery, destination: Destination) -> Result:
         """Be the courier: on the thread of the loop, while the machine waits."""
-        if target.value == SENDER:
+        if destination.value == SENDER:
             self.notified |= _reported(b"".join(delivery.message.chunks()))
-            return Result(SENT, "2.0.0", "told")
-        debt = (delivery.id, target.value)
+            return Result(State.SENT, "2.0.0", "told")
+        debt = (delivery.id, destination.value)
         if debt in self.journaled:
             self.wrong.append(f"{debt} was delivered after its success was written down")
         if debt in self.this_life:
             self.wrong.append(f"{debt} was delivered twice without a crash")
-        states = self.plan[target.value]
-        state = states.pop(0) if states else SENT
-        if state == SENT:
+        states = self.plan[destination.value]
+        state = states.pop(0) if states else State.SENT
+        if state == State.SENT:
             self.delivered.add(debt)
             self.this_life.add(debt)
-        elif state == FAILED:
+        elif state == State.FAILED:
             self.failed.add(debt)
-        return Result(state, {SENT: "2.0.0", DEFERRED: "4.0.0", FAILED: "5.0.0"}[state], state)
+        return Result(
+            state,
+            {State.SENT: "2.0.0", State.DEFERRED: "4.0.0", State.FAILED: "5.0.0"}[state],
+            state,
+        )
 
     # --- what happens ---
 
@@ -1300,7 +1342,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule(
         name=st.sampled_from(PEOPLE),
-        states=st.lists(st.sampled_from([DEFERRED, FAILED, SENT]), max_size=4),
+        states=st.lists(st.sampled_from([State.DEFERRED, State.FAILED, State.SENT]), max_size=4),
     )
     def decide(self, name: str, states: list[str]) -> None:
         self.plan[name] = states
@@ -1361,7 +1403,9 @@ class QueueMachine(RuleBasedStateMachine):
         for path in _paths(self._directory / "queue"):
             written = Written(path)
             waiting |= {
-                (written.id, name) for name, state in written.states.items() if state != FAILED
+                (written.id, name)
+                for name, state in written.states.items()
+                if state != State.FAILED
             }
             told |= _reported(path.read_bytes())
         for debt, sender in self.owed.items():
@@ -1400,13 +1444,14 @@ class Written:
     def __init__(self, path: Path) -> None:
         self.id, _, size = path.name.partition(",S=")
         lines = [line for line in path.read_bytes()[int(size) :].split(b"\n") if line]
-        names = [target[1] for target, *_ in json.loads(lines[0])["addressees"]]
+        recipients = json.loads(lines[0])["recipients"]
+        names = [recipient["destination"]["value"] for recipient in recipients]
         self.lines = len(lines)
         self.states = dict.fromkeys(names, "pending")
         for line in lines[1:]:
             with contextlib.suppress(ValueError):
-                for number, result in json.loads(line)["results"].items():
-                    self.states[names[int(number)]] = result[0]
+                for result in json.loads(line)["results"]:
+                    self.states[names[result["recipient"]]] = result["state"]
 
 
 def _paths(directory: Path) -> list[Path]:
@@ -1436,6 +1481,16 @@ TestQueueMachine.settings = settings(max_examples=150, stateful_step_count=30, d
 # --- files that are not as they must be ---
 
 GOOD = {
+    "v": 1, "id": "abc", "reverse_path": "a@b", "received": 1.0, "prefix": "", "smtputf8": False,
+    "eight_bit": False, "junk": False, "require_tls": False, "tls_optional": False, "ret": "",
+    "envid": "", "recipients": [
+        {
+            "destination": {"kind": "address", "value": "c@d", "via": []},
+            "original_recipient": "c@d", "notify": [], "orcpt": "",
+        },
+    ],
+}  # fmt: skip
+GOOD_0 = {
     "id": "abc", "sender": "a@b", "addressees": [[["address", "c@d", []], "c@d"]],
     "received": 1.0, "prefix": "", "smtputf8": False, "eight_bit": False,
 }  # fmt: skip
@@ -1446,6 +1501,201 @@ def queue_file(directory: Path, envelope: bytes, journal: bytes = b"", place: st
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"x\r\n" + envelope + b"\n" + journal)
     return path
+
+
+def destined(**change: object) -> dict[str, object]:
+    """Return a change of the envelope, which changes the destination of its recipient."""
+    return recipient(destination={"kind": "address", "value": "c@d", "via": [], **change})
+
+
+def recipient(**change: object) -> dict[str, object]:
+    usual = {"original_recipient": "c@d", "notify": [], "orcpt": ""}
+    usual["destination"] = {"kind": "address", "value": "c@d", "via": []}
+    return {"recipients": [{**usual, **change}]}
+
+
+CHANGES = [
+    {"prefix": 7}, {"prefix": "€"}, {"reverse_path": 7}, {"reverse_path": "\ud800@x.example"},
+    {"recipients": []}, {"recipients": 1}, {"recipients": [1]}, {"recipients": {}},
+    {"received": "x"}, {"received": 1e999}, {"received": 9e17}, {"received": -1}, {"id": None},
+    {"smtputf8": "yes"}, {"junk": 1}, {"ret": []}, {"envid": 1}, {"more": 1}, {"sender": "a@b"},
+    {"v": "1"}, {"v": True}, {"v": -1}, {"v": 1.5}, {"v": None}, {"v": 0},
+    destined(kind="fax"), destined(value=1), destined(via="via"), destined(value="\ud800@d"),
+    destined(more=1), recipient(notify=["SOMETIMES"]), recipient(notify="NEVER"),
+    recipient(orcpt=None), recipient(more=1), recipient(original_recipient=None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_an_envelope_that_says_what_cannot_be_is_unreadable(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    path = queue_file(tmp_path, json.dumps(GOOD).encode())
+    assert chasquid.read_item(str(path)).recipients[0].destination == address("c@d")
+    queue_file(tmp_path, json.dumps({**GOOD, **change}).encode())
+    with pytest.raises(chasquid.UnreadableItem):
+        chasquid.read_item(str(path))
+
+
+@pytest.mark.parametrize("field", [*GOOD])
+def test_an_envelope_that_lacks_a_field_is_unreadable(tmp_path: Path, field: str) -> None:
+    line = {key: value for key, value in GOOD.items() if key != field}
+    path = queue_file(tmp_path, json.dumps(line).encode())
+    with pytest.raises(chasquid.UnreadableItem):
+        chasquid.read_item(str(path))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"state": "gone"}, {"state": []}, {"recipient": 7}, {"recipient": -1}, {"recipient": "0"},
+        {"status": 2}, {"text": None}, {"reported": "yes"}, {"passed_on": 0}, {"more": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_result_that_says_what_cannot_be_is_unreadable(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    def line(**change: object) -> bytes:
+        result = {
+            "recipient": 0, "state": "sent", "status": "2.0.0", "text": "x", "remote_mta": "",
+            "reply": "", "passed_on": False, "reported": False, **change,
+        }  # fmt: skip
+        attempt = {"v": 1, "at": 1, "attempts": 1, "next_attempt": 0, "waited": 0}
+        attempt.update(delay_reported=False, results=[result])
+        return json.dumps(attempt).encode() + b"\n"
+
+    path = queue_file(tmp_path, json.dumps(GOOD).encode(), line())
+    assert chasquid.read_item(str(path)).recipients[0].state == State.SENT
+    queue_file(tmp_path, json.dumps(GOOD).encode(), line(**change))
+    with pytest.raises(chasquid.UnreadableItem):
+        chasquid.read_item(str(path))
+
+
+# --- files of another version ---
+
+NEWER = [
+    (json.dumps({**GOOD, "v": 2}).encode(), b""),
+    (b'{"v": 2, "all": "is different"}', b""),
+    (json.dumps(GOOD).encode(), b'{"v": 2, "all": "is different"}\n'),
+]
+
+
+@pytest.mark.parametrize(("envelope", "journal"), NEWER)
+@pytest.mark.parametrize("place", ["new", "cur"])
+def test_what_a_newer_program_wrote_is_left_alone_and_reported(
+    tmp_path: Path, envelope: bytes, journal: bytes, place: str
+) -> None:
+    path = queue_file(tmp_path, envelope, journal, place)
+    before = path.read_bytes()
+
+    async def test(bench: Bench) -> None:
+        await bench.accept("eva@there.example")
+        await bench.quiet()
+        await bench.advance(GIVE_UP + 1)
+        assert [name for _, name, _ in bench.remote.deliveries] == ["eva@there.example"]
+        assert bench.local.messages == []
+        assert bench.files() == [f"{place}/abc"]
+        assert path.read_bytes() == before
+        assert f"left where it is, and not delivered: {path}: it is written in ver" in bench.log
+
+    on_bench(tmp_path, test)
+
+
+def test_what_turns_out_to_be_newer_when_it_can_be_read_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = queue_file(tmp_path, *NEWER[0])
+    read_item = chasquid.read_item
+
+    def read_once_in_vain(path: str) -> Item:
+        monkeypatch.setattr(chasquid, "read_item", read_item)
+        raise OSError(errno.EIO, "no")
+
+    monkeypatch.setattr(chasquid, "read_item", read_once_in_vain)
+
+    async def test(bench: Bench) -> None:
+        await bench.loop.turn()
+        assert "reading it again in a minute" in bench.log
+        await bench.advance(61)
+        assert f"left where it is, and not delivered: {path}" in bench.log
+        assert bench.files() == ["new/abc"]
+
+    on_bench(tmp_path, test)
+
+
+# What the program wrote before there were versions, by its own hand: one message that was
+# accepted, one after two attempts, one of whose delay its sender was told.
+OLD = Path(__file__).parent / "data" / "queue-version-0"
+
+
+def test_a_file_of_version_0_is_read() -> None:
+    contents = chasquid.read_queue(str(OLD))
+    assert not contents.unreadable + contents.unread + contents.newer
+    accepted, attempted, late = contents.items
+    assert accepted.envelope == Envelope(
+        accepted.id, "", (FinalRecipient(address("ben@here.example"), "ben@here.example"),),
+        1700016400.0, b"Received: by us\r\n",
+    )  # fmt: skip
+    assert [one.state for one in accepted.recipients] == [State.PENDING]
+
+    expected = (
+        FinalRecipient(
+            address("ben@here.example"),
+            "ben@here.example",
+            DsnParameters((Notify.SUCCESS, Notify.FAILURE), "rfc822;b+2Bn@old.example"),
+        ),
+        FinalRecipient(
+            address("eva@there.example"), "team@here.example", DsnParameters((Notify.NEVER,))
+        ),
+        FinalRecipient(address("max@there.example"), "max@there.example"),
+        FinalRecipient(Destination("pipe", "/usr/bin/filter -x"), "filter@here.example"),
+        FinalRecipient(
+            address("žofie@there.example", "mx1.example", "mx2.example:26"), "žofie@here.example"
+        ),
+    )
+    assert attempted.envelope == Envelope(
+        attempted.id, "ana@here.example", expected, 1700016300.0, "Received: žus\r\n".encode(),
+        smtputf8=True, eight_bit=True, junk=True, require_tls=False, tls_optional=True,
+        ret="HDRS", envid="QQ+20314",
+    )  # fmt: skip
+    assert (attempted.attempts, attempted.next_attempt, attempted.waited) == (2, 1700016730.0, 100)
+    assert [(one.state, one.reported) for one in attempted.recipients] == [
+        (State.SENT, True), (State.DEFERRED, False), (State.FAILED, True),
+        (State.DEFERRED, False), (State.DEFERRED, False),
+    ]  # fmt: skip
+    assert attempted.recipients[2].result == Result(
+        State.FAILED, "5.1.1", "max@there.example is failed", "mx.there.example (192.0.2.1:25)",
+        "550 5.1.1 no, max@there.example",
+    )  # fmt: skip
+    assert (late.attempts, late.waited, late.delay_reported) == (3, 16300.0, True)
+    assert not attempted.delay_reported
+
+
+def test_a_file_of_version_0_is_attempted_and_goes_on_in_version_1(tmp_path: Path) -> None:
+    shutil.copytree(OLD, tmp_path / "queue")
+    clock = FakeClock()
+    clock.advance(20_000)
+
+    async def attempt(bench: Bench) -> None:
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED]}
+        await bench.quiet()
+        assert [name for _, name, _ in bench.local.deliveries] == ["ben@here.example"]
+        assert {name for _, name, _ in bench.remote.deliveries} == {
+            "eva@there.example", "žofie@there.example", "late@there.example"
+        }  # fmt: skip
+        assert [name for _, name, _ in bench.pipe.deliveries] == ["/usr/bin/filter -x"]
+        (item,) = bench.queue.items.values()
+        assert bench.journal(item)[-1]["v"] == 1 and "v" not in bench.journal(item)[0]
+
+    async def finish(bench: Bench) -> None:
+        await bench.advance(700)
+        assert [name for _, name, _ in bench.remote.deliveries] == ["eva@there.example"]
+        assert bench.local.deliveries + bench.pipe.deliveries == []
+        assert bench.files() == []
+
+    on_bench(tmp_path, attempt, clock)
+    on_bench(tmp_path, finish, clock)
 
 
 @pytest.mark.parametrize(
@@ -1459,10 +1709,10 @@ def queue_file(directory: Path, envelope: bytes, journal: bytes = b"", place: st
     ],
     ids=str,
 )  # fmt: skip
-def test_an_envelope_with_a_wrong_type_is_set_aside(
+def test_an_envelope_of_version_0_with_a_wrong_type_is_set_aside(
     tmp_path: Path, change: dict[str, object]
 ) -> None:
-    path = queue_file(tmp_path, json.dumps({**GOOD, **change}).encode())
+    path = queue_file(tmp_path, json.dumps({**GOOD_0, **change}).encode())
 
     async def test(bench: Bench) -> None:
         await bench.quiet()
@@ -1498,19 +1748,24 @@ def test_json_that_is_nested_deeply_ends_nothing(tmp_path: Path, line: bytes) ->
     ],
     ids=str,
 )  # fmt: skip
-def test_a_journal_that_says_what_cannot_be_is_set_aside(tmp_path: Path, results: object) -> None:
+def test_a_journal_of_version_0_that_says_what_cannot_be_is_set_aside(
+    tmp_path: Path, results: object
+) -> None:
     line = {"at": 1, "attempt": 1, "next": 0, "waited": 0, "results": results}
-    queue_file(tmp_path, json.dumps(GOOD).encode(), json.dumps(line).encode() + b"\n")
+    queue_file(tmp_path, json.dumps(GOOD_0).encode(), json.dumps(line).encode() + b"\n")
     contents = chasquid.read_queue(str(tmp_path / "queue"))
     assert len(contents.unreadable) == 1 and not contents.items
 
 
 @pytest.mark.parametrize("attempt", [-100, 1.5, "1", None])
 def test_a_number_of_attempts_that_is_none_is_set_aside(tmp_path: Path, attempt: object) -> None:
-    line = {"at": 1, "attempt": attempt, "next": 0, "waited": 0, "results": {}}
-    queue_file(tmp_path, json.dumps(GOOD).encode(), json.dumps(line).encode() + b"\n")
-    contents = chasquid.read_queue(str(tmp_path / "queue"))
-    assert len(contents.unreadable) == 1 and not contents.items
+    old = {"at": 1, "attempt": attempt, "next": 0, "waited": 0, "results": {}}
+    new = {"v": 1, "at": 1, "attempts": attempt, "next_attempt": 0, "waited": 0}
+    new.update(delay_reported=False, results=[])
+    for line in (old, new):
+        queue_file(tmp_path, json.dumps(GOOD).encode(), json.dumps(line).encode() + b"\n")
+        contents = chasquid.read_queue(str(tmp_path / "queue"))
+        assert len(contents.unreadable) == 1 and not contents.items
 
 
 def test_what_cannot_be_set_aside_stays_and_is_told_of(tmp_path: Path) -> None:
@@ -1655,7 +1910,7 @@ def test_a_message_that_was_taken_over_before_a_crash_is_not_taken_twice(tmp_pat
 
 def test_a_message_that_is_given_up_by_the_operator_goes_back(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [DEFERRED] * 9}
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED] * 9}
         item = await bench.accept("eva@there.example")
         await bench.until(lambda: item.nudge)
         await bench.queue.bounce(item)
@@ -1671,7 +1926,7 @@ def test_a_message_that_is_given_up_by_the_operator_goes_back(tmp_path: Path) ->
 
 def test_after_a_retry_the_file_says_that_it_is_due(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [DEFERRED] * 9}
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED] * 9}
         item = await bench.accept("eva@there.example")
         await bench.until(lambda: item.nudge)
         assert chasquid.read_item(item.message.path).next_attempt > bench.clock.time()
@@ -1683,7 +1938,7 @@ def test_after_a_retry_the_file_says_that_it_is_due(tmp_path: Path) -> None:
 
 def test_a_retry_during_an_attempt_is_not_lost_and_makes_one_more(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [DEFERRED, DEFERRED, DEFERRED]}
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED, State.DEFERRED, State.DEFERRED]}
         deliver = bench.remote.deliver
 
         async def retried_meanwhile(*arguments: Any) -> Any:
@@ -1707,7 +1962,7 @@ def test_a_message_whose_file_cannot_be_removed_stays_in_the_queue(
         raise OSError(errno.EIO, "no")
 
     async def test(bench: Bench) -> None:
-        bench.remote.plan = {"eva@there.example": [DEFERRED] * 9}
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED] * 9}
         item = await bench.accept("eva@there.example")
         await bench.until(lambda: item.nudge)
         with monkeypatch.context() as patched:

@@ -103,8 +103,8 @@ def test_every_line_that_is_commented_out_can_be_put_in_force(config_dir):
 def test_sample_users_and_aliases_load(config_dir):
     domains = chasquid.load_domains(chasquid.load_config(str(config_dir)))
     assert domains.accounts.exists("info", "example.com")
-    [target] = domains.aliases.expand("abuse@example.com")
-    assert target.value == "info@example.com"
+    [destination] = domains.aliases.expand("abuse@example.com")
+    assert destination.value == "info@example.com"
 
 
 def test_nobody_can_log_in_with_the_sample_users():

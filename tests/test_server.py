@@ -28,9 +28,9 @@ class Deferring:
     """A courier that never gets anything done."""
 
     async def deliver(
-        self, delivery: chasquid.Delivery, targets: Sequence[chasquid.Target]
+        self, delivery: chasquid.Delivery, destinations: Sequence[chasquid.Destination]
     ) -> list[chasquid.Result]:
-        return [chasquid.Result(chasquid.DEFERRED, "4.0.0", "not today")] * len(targets)
+        return [chasquid.Result(chasquid.State.DEFERRED, "4.0.0", "not today")] * len(destinations)
 
 
 TRACE = ["Authentication-Results", "Received-SPF", "Received"]  # of who has not logged in

@@ -23,7 +23,7 @@ from support import (
 from test_dsn import ANA, BEN, EVA, REFUSED, outcomes, reports, send
 
 import chasquid
-from chasquid import DEFERRED, FAILED, SENT, Delivery, DsnParameters, Result, Target
+from chasquid import Delivery, Destination, DsnParameters, Result, State
 
 Serve = Callable[..., Server]
 SMART = "smart.example"
@@ -85,7 +85,7 @@ def trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def attempt(
     *scripts: str,
-    targets: Sequence[Target] = (address(EVA),),
+    destinations: Sequence[Destination] = (address(EVA),),
     load: Delivery | None = None,
     login: tuple[str, str] | None = LOGIN,
     names: Sequence[str] = (SMART,),
@@ -97,7 +97,7 @@ def attempt(
             asked = chasquid.Names(loop, Zone(ZONE).ask)
             place = f"{SMART}:{peer.port}"
             courier = chasquid.SmarthostCourier(loop, asked, HOST, place, login)
-            return await courier.deliver(load or delivery(), targets)
+            return await courier.deliver(load or delivery(), destinations)
 
         return run(main), peer
 
@@ -107,22 +107,22 @@ def attempt(
 
 def test_a_message_goes_with_tls_and_a_login() -> None:
     (result,), peer = attempt(WHOLE)
-    assert (result.state, result.status) == (SENT, "2.0.0")
+    assert (result.state, result.status) == (State.SENT, "2.0.0")
     assert "queued as 42" in result.text
-    assert SMART in result.remote
+    assert SMART in result.remote_mta
     assert peer.messages == [MESSAGE + b".\r\n"]
 
 
 def test_without_a_user_nobody_logs_in() -> None:
     (result,), _ = attempt(STARTTLS + EXTENSIONS + TRANSFER + CONTENT, login=None)
-    assert result.state == SENT
+    assert result.state == State.SENT
 
 
 def test_user_and_password_may_be_any_text() -> None:
     secret = base64.b64encode('\0mañana\0пароль =:"'.encode()).decode()
     script = WHOLE.replace(SECRET, secret)
     (result,), _ = attempt(script, login=("mañana", 'пароль =:"'))
-    assert result.state == SENT
+    assert result.state == State.SENT
 
 
 def test_all_recipients_go_in_one_transaction_whatever_their_domain() -> None:
@@ -132,9 +132,9 @@ def test_all_recipients_go_in_one_transaction_whatever_their_domain() -> None:
         C: RCPT TO:<ida@xn--bcher-kva.example>
         S: 250 fine
     """ + CONTENT  # fmt: skip
-    targets = [address(EVA), address("max@else.example"), address("ida@bücher.example")]
-    results, _ = attempt(script, targets=targets)
-    assert [one.state for one in results] == [SENT] * 3
+    destinations = [address(EVA), address("max@else.example"), address("ida@bücher.example")]
+    results, _ = attempt(script, destinations=destinations)
+    assert [one.state for one in results] == [State.SENT] * 3
 
 
 def test_more_recipients_than_a_transaction_may_have_go_in_several() -> None:
@@ -143,9 +143,9 @@ def test_more_recipients_than_a_transaction_may_have_go_in_several() -> None:
         return f"C: MAIL FROM:<…\nS: 250 fine\n{recipients}C: DATA\nS: 354 go\nC.\nS: 250 fine\n"
 
     script = STARTTLS + EXTENSIONS + WELCOME + transfer(100) + transfer(20) + "C: QUIT\nS: 221 bye"
-    targets = [address(f"n{number}@there.example") for number in range(120)]
-    results, peer = attempt(script, targets=targets)
-    assert [one.state for one in results] == [SENT] * 120
+    destinations = [address(f"n{number}@there.example") for number in range(120)]
+    results, peer = attempt(script, destinations=destinations)
+    assert [one.state for one in results] == [State.SENT] * 120
     assert len(peer.messages) == 2
 
 
@@ -153,9 +153,9 @@ def test_what_was_sent_stays_sent_where_a_later_transaction_breaks() -> None:
     recipients = "C: RCPT TO:<…@there.example>\nS: 250 fine\n" * 100
     first = f"C: MAIL FROM:<…\nS: 250 fine\n{recipients}C: DATA\nS: 354 go\nC.\nS: 250 fine\n"
     script = STARTTLS + EXTENSIONS + WELCOME + first + "C: MAIL FROM:<…\n* close"
-    targets = [address(f"n{number}@there.example") for number in range(101)]
-    results, _ = attempt(script, targets=targets)
-    assert [one.state for one in results] == [SENT] * 100 + [DEFERRED]
+    destinations = [address(f"n{number}@there.example") for number in range(101)]
+    results, _ = attempt(script, destinations=destinations)
+    assert [one.state for one in results] == [State.SENT] * 100 + [State.DEFERRED]
 
 
 def test_what_the_message_needs_is_said() -> None:
@@ -165,13 +165,13 @@ def test_what_the_message_needs_is_said() -> None:
         C: RCPT TO:<ñandú@there.example> NOTIFY=SUCCESS ORCPT=rfc822;old
         S: 250 fine
     """ + CONTENT  # fmt: skip
-    target = address("ñandú@there.example")
+    destination = address("ñandú@there.example")
     load = delivery(
         "Subject: grüße\r\n\r\nx\r\n".encode(), ANA, smtputf8=True, ret="HDRS", envid="QQ",
-        dsn_parameters={target: DsnParameters(("SUCCESS",), "rfc822;old")},
+        dsn_parameters={destination: DsnParameters(("SUCCESS",), "rfc822;old")},
     )  # fmt: skip
-    (result,), _ = attempt(script, targets=[target], load=load)
-    assert (result.state, result.passed_on) == (SENT, True)
+    (result,), _ = attempt(script, destinations=[destination], load=load)
+    assert (result.state, result.passed_on) == (State.SENT, True)
 
 
 def test_what_the_smarthost_lacks_fails() -> None:
@@ -179,13 +179,13 @@ def test_what_the_smarthost_lacks_fails() -> None:
     script += "C: QUIT\nS: 221 bye"
     load = delivery("Subject: grüße\r\n\r\nx\r\n".encode(), smtputf8=True)
     (result,), _ = attempt(script, load=load)
-    assert (result.state, result.status) == (FAILED, "5.6.7")
+    assert (result.state, result.status) == (State.FAILED, "5.6.7")
     assert "does not have SMTPUTF8" in result.text
 
 
 def test_smtputf8_is_not_asked_for_where_the_message_does_not_need_it() -> None:
     (result,), _ = attempt(WHOLE, load=delivery(smtputf8=True))
-    assert result.state == SENT
+    assert result.state == State.SENT
 
 
 # --- TLS or nothing ---
@@ -195,7 +195,7 @@ def refused(*scripts: str, **options: object) -> str:
     """Return why nothing was sent; it must be tried again later."""
     results, peer = attempt(*scripts, **options)  # type: ignore[arg-type]
     (result,) = results
-    assert result.state == DEFERRED, result
+    assert result.state == State.DEFERRED, result
     assert result.status.startswith("4."), result
     assert peer.messages == []
     assert LOGIN[1] not in result.text and SECRET not in result.text
@@ -262,13 +262,13 @@ def without_a_server(place: str) -> Result:
 
 def test_a_smarthost_without_an_address_is_said_to_have_none() -> None:
     result = without_a_server(f"{SMART}:587")
-    assert result.state == DEFERRED
+    assert result.state == State.DEFERRED
     assert SMART in result.text and "587" in result.text and "no address" in result.text
 
 
 @pytest.mark.parametrize("name", ["bü\u2028cher.example", "é" * 64], ids=["separator", "long"])
 def test_a_smarthost_whose_name_is_none_makes_no_mail_fail(name: str) -> None:
-    assert without_a_server(f"{name}:587").state == DEFERRED
+    assert without_a_server(f"{name}:587").state == State.DEFERRED
 
 
 def test_on_port_465_tls_comes_first() -> None:
@@ -292,7 +292,7 @@ def test_on_port_465_tls_comes_first() -> None:
             return await courier.deliver(delivery(), [address(EVA)])
 
         (result,) = run(main)
-    assert result.state == SENT
+    assert result.state == State.SENT
     assert ports == [465]
 
 
@@ -316,14 +316,14 @@ def test_where_plain_is_not_offered_login_is_used_whatever_it_asks(
         S: 235 2.7.0 welcome
     """
     (result,), _ = attempt(STARTTLS + extensions + login + TRANSFER + CONTENT)
-    assert result.state == SENT
+    assert result.state == State.SENT
 
 
 @pytest.mark.parametrize("form", ["AUTH LOGIN PLAIN", "auth plain", "AUTH=PLAIN"])
 def test_plain_comes_before_login_and_old_forms_are_understood(form: str) -> None:
     script = WHOLE.replace("AUTH PLAIN LOGIN", form)
     (result,), _ = attempt(script)
-    assert result.state == SENT
+    assert result.state == State.SENT
 
 
 # --- what it refuses ---
@@ -373,10 +373,10 @@ def test_recipients_that_are_refused_fail_and_the_others_are_served() -> None:
         C: RCPT TO:<max@there.example>
         S: 250 fine
     """ + CONTENT  # fmt: skip
-    targets = [address(f"{name}@there.example") for name in ("eva", "eve", "max")]
-    results, _ = attempt(script, targets=targets)
+    destinations = [address(f"{name}@there.example") for name in ("eva", "eve", "max")]
+    results, _ = attempt(script, destinations=destinations)
     assert [(one.state, one.status) for one in results] == [
-        (FAILED, "5.1.1"), (DEFERRED, "4.2.1"), (SENT, "2.0.0")
+        (State.FAILED, "5.1.1"), (State.DEFERRED, "4.2.1"), (State.SENT, "2.0.0")
     ]  # fmt: skip
     assert "who is that?" in results[0].text
 
@@ -393,22 +393,22 @@ def test_552_is_temporary_once_a_recipient_was_accepted() -> None:
         C: RCPT TO:<max@there.example>
         S: 552 too many recipients
     """ + CONTENT  # fmt: skip
-    targets = [address(f"{name}@there.example") for name in ("eva", "eve", "max")]
-    results, _ = attempt(script, targets=targets)
+    destinations = [address(f"{name}@there.example") for name in ("eva", "eve", "max")]
+    results, _ = attempt(script, destinations=destinations)
     assert [(one.state, one.status) for one in results] == [
-        (FAILED, "5.2.2"), (SENT, "2.0.0"), (DEFERRED, "4.5.3")
+        (State.FAILED, "5.2.2"), (State.SENT, "2.0.0"), (State.DEFERRED, "4.5.3")
     ]  # fmt: skip
 
 
 def test_a_message_that_is_refused_fails() -> None:
     content = CONTENT.replace("250 2.0.0 queued as 42", "554 5.7.1 this is spam")
     (result,), _ = attempt(STARTTLS + EXTENSIONS + WELCOME + TRANSFER + content)
-    assert (result.state, result.status) == (FAILED, "5.7.1")
+    assert (result.state, result.status) == (State.FAILED, "5.7.1")
 
 
 def test_the_server_that_answered_is_named_in_reports_by_its_name() -> None:
     (result,), _ = attempt(WHOLE)
-    assert result.remote.partition(" ")[0] == SMART
+    assert result.remote_mta.partition(" ")[0] == SMART
 
 
 # --- which mail goes there ---
@@ -420,18 +420,20 @@ class Direct:
     def __init__(self, result: Result) -> None:
         self.result = result
 
-    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[Result]:
-        return [self.result] * len(targets)
+    async def deliver(
+        self, delivery: Delivery, destinations: Sequence[Destination]
+    ) -> list[Result]:
+        return [self.result] * len(destinations)
 
 
-def route(target: Target, after: int, attempts: int, place: str = f"{SMART}:587") -> str:
-    """Return the name of the way that `target` takes."""
+def route(destination: Destination, after: int, attempts: int, place: str = f"{SMART}:587") -> str:
+    """Return the name of the way that `destination` takes."""
     nobody = Direct(REFUSED)
     smarthost = chasquid.Smarthost(nobody, place, after)
     couriers = chasquid.Couriers(
         nobody, nobody, nobody, lambda domain: domain == "here.example", smarthost
     )
-    return couriers.route(target, attempts).key[0]
+    return couriers.route(destination, attempts).key[0]
 
 
 @pytest.mark.parametrize(
@@ -445,7 +447,7 @@ def test_mail_for_elsewhere_goes_there_after_so_many_attempts(after: int, ways: 
 @pytest.mark.parametrize("attempts", [0, 5])
 def test_mail_for_here_never_goes_there(attempts: int) -> None:
     assert route(address(BEN), 0, attempts) == "local"
-    assert route(Target("pipe", "cat"), 0, attempts) == "pipe"
+    assert route(Destination("pipe", "cat"), 0, attempts) == "pipe"
 
 
 def test_mail_for_somebody_via_the_smarthost_goes_there_at_once() -> None:

@@ -52,17 +52,15 @@ from test_server import greeted, logged_in, send
 
 import chasquid
 from chasquid import (
-    DEFERRED,
-    FAILED,
     PLAIN,
-    SENT,
     TLS_CLIENT,
     TLS_INSECURE,
     TLS_SECURE,
     Delivery,
+    Destination,
     DomainInfo,
+    State,
     StsPolicy,
-    Target,
     TemporaryFailure,
     Tlsa,
     TlsRequirement,
@@ -245,10 +243,10 @@ def test_mail_to_a_domain_with_a_corrupt_file_waits(tmp_path: Path) -> None:
     domain_file(tmp_path).write_bytes(b"outgoing_sec_level: HIGH\n")
     with Peer(GREETING + ENVELOPE + CONTENT, names=("mx.there.example",)) as peer:
         result = deliver(tmp_path, Zone(MX), peer.port)
-        assert (result.state, result.status) == (chasquid.DEFERRED, "4.3.0")
+        assert (result.state, result.status) == (chasquid.State.DEFERRED, "4.3.0")
         assert result.text.endswith("what was seen of there.example cannot be read")
         domain_file(tmp_path).unlink()
-        assert deliver(tmp_path, Zone(MX), peer.port).state == chasquid.SENT
+        assert deliver(tmp_path, Zone(MX), peer.port).state == chasquid.State.SENT
     assert f"{domain_file(tmp_path)}:1: expected one of" in (tmp_path / "server.log").read_text()
 
 
@@ -493,7 +491,7 @@ def deliver(
     zone: Zone,
     port: int = 1,
     load: Delivery | None = None,
-    target: Target = EVA[0],
+    destination: Destination = EVA[0],
     fetch: chasquid.FetchPolicy = no_policy,
 ) -> chasquid.Result:
     """Let a courier deliver one message; what it keeps and logs is below `directory`."""
@@ -503,7 +501,7 @@ def deliver(
         names = chasquid.Names(loop, zone.ask)
         policies = tls_policies(loop, names, log, directory, fetch)
         courier = chasquid.SmtpCourier(loop, names, log, policies, HOST, port, lambda: 0.5)
-        [result] = await courier.deliver(load or delivery(), [target])
+        [result] = await courier.deliver(load or delivery(), [destination])
         return result
 
     try:
@@ -555,31 +553,31 @@ def trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def assert_refused(found: Attempt, *texts: str) -> None:
-    assert (found.state, found.status, found.messages) == (DEFERRED, "4.7.5", []), found
+    assert (found.state, found.status, found.messages) == (State.DEFERRED, "4.7.5", []), found
     for text in (*texts, "less is not safe"):
         assert text in found.text
 
 
 def test_a_server_without_tls_teaches_nothing(tmp_path: Path) -> None:
-    assert attempt(tmp_path, GREETING + ENVELOPE + CONTENT).state == SENT
+    assert attempt(tmp_path, GREETING + ENVELOPE + CONTENT).state == State.SENT
     assert not (tmp_path / "domaininfo").exists()
 
 
 def test_tls_is_learned(tmp_path: Path) -> None:
-    assert attempt(tmp_path, REFUSES_CERTIFICATE, DELIVERED).state == SENT
+    assert attempt(tmp_path, REFUSES_CERTIFICATE, DELIVERED).state == State.SENT
     assert domain_file(tmp_path).read_text() == domain_text(PLAIN, TLS_INSECURE)
 
 
 def test_tls_with_a_valid_certificate_is_learned(tmp_path: Path, trusted: None) -> None:
     remember(tmp_path, TLS_INSECURE)
-    assert attempt(tmp_path, DELIVERED).state == SENT
+    assert attempt(tmp_path, DELIVERED).state == State.SENT
     assert domain_file(tmp_path).read_text() == domain_text(PLAIN, TLS_SECURE)
 
 
 def test_the_level_is_learned_also_where_the_message_is_refused(tmp_path: Path) -> None:
     refusal = "C: MAIL FROM:…\nS: 550 5.7.1 no\n* closed"
     unwanted = (STARTTLS + SECURE + refusal).replace("* closed", "C: QUIT\nS: 221 bye")
-    assert attempt(tmp_path, REFUSES_CERTIFICATE, unwanted).state == FAILED
+    assert attempt(tmp_path, REFUSES_CERTIFICATE, unwanted).state == State.FAILED
     assert kept(tmp_path).outgoing == TLS_INSECURE
 
 
@@ -588,15 +586,15 @@ def test_the_level_is_of_the_domain_in_unicode(tmp_path: Path) -> None:
                ("mx.there.example", "A"): ("127.0.0.1",)}  # fmt: skip
     rcpt = ENVELOPE.replace("TO:<eva@there", "TO:<eva@xn--bcher-kva")
     scripts = [REFUSES_CERTIFICATE, STARTTLS + SECURE + rcpt + CONTENT]
-    target = address("eva@bücher.example")
-    assert attempt(tmp_path, *scripts, records=records, target=target).state == SENT
+    destination = address("eva@bücher.example")
+    assert attempt(tmp_path, *scripts, records=records, destination=destination).state == State.SENT
     assert kept(tmp_path, "bücher.example").outgoing == TLS_INSECURE
 
 
 def test_the_level_is_of_the_host_where_that_is_named(tmp_path: Path) -> None:
     with Peer(REFUSES_CERTIFICATE, DELIVERED, names=("mx.there.example",)) as peer:
-        target = address("eva@there.example", f"mx.there.example:{peer.port}")
-        assert deliver(tmp_path, Zone(MX), target=target).state == SENT
+        destination = address("eva@there.example", f"mx.there.example:{peer.port}")
+        assert deliver(tmp_path, Zone(MX), destination=destination).state == State.SENT
     assert kept(tmp_path, "mx.there.example").outgoing == TLS_INSECURE
     assert kept(tmp_path, "there.example") == DomainInfo()
 
@@ -629,7 +627,7 @@ def test_a_downgrade_is_counted_and_told(tmp_path: Path, script: str) -> None:
 
 def test_who_has_shown_no_valid_certificate_need_not_now(tmp_path: Path) -> None:
     remember(tmp_path, TLS_INSECURE)
-    assert attempt(tmp_path, REFUSES_CERTIFICATE, DELIVERED).state == SENT
+    assert attempt(tmp_path, REFUSES_CERTIFICATE, DELIVERED).state == State.SENT
 
 
 def test_who_has_shown_a_valid_certificate_gets_nothing_with_another(tmp_path: Path) -> None:
@@ -651,14 +649,17 @@ def test_who_has_shown_a_valid_certificate_gets_mail_with_one(
     tmp_path: Path, trusted: None
 ) -> None:
     remember(tmp_path, TLS_SECURE)
-    assert attempt(tmp_path, DELIVERED).state == SENT
+    assert attempt(tmp_path, DELIVERED).state == State.SENT
 
 
 def test_where_one_server_is_not_safe_the_next_is_tried(tmp_path: Path) -> None:
     remember(tmp_path, TLS_INSECURE)
     records = {**MX, ("there.example", "MX"): ("5 a.example.", "10 mx.there.example."),
                ("a.example", "A"): ("127.0.0.1",)}  # fmt: skip
-    assert attempt(tmp_path, NO_TLS, REFUSES_CERTIFICATE, DELIVERED, records=records).state == SENT
+    assert (
+        attempt(tmp_path, NO_TLS, REFUSES_CERTIFICATE, DELIVERED, records=records).state
+        == State.SENT
+    )
 
 
 # --- security levels: forgetting them ---
@@ -803,24 +804,24 @@ def test_a_certificate_that_is_in_the_dns_is_safe(
     tmp_path: Path, selector: int, matching: int
 ) -> None:
     records = [tlsa(3, selector, matching)]
-    assert attempt(tmp_path, DELIVERED, tlsa=records).state == SENT
+    assert attempt(tmp_path, DELIVERED, tlsa=records).state == State.SENT
 
 
 def test_one_of_several_records_is_enough(tmp_path: Path) -> None:
     records = [WRONG, "0 0 0 ab", tlsa(2), tlsa(3)]
-    assert attempt(tmp_path, DELIVERED, tlsa=records).state == SENT
+    assert attempt(tmp_path, DELIVERED, tlsa=records).state == State.SENT
 
 
 def test_the_server_s_own_certificate_need_not_bear_its_name(tmp_path: Path) -> None:
     der = ssl.PEM_cert_to_DER_cert(certificate("other.example")[0])
     peer = Peer(DELIVERED, names=("other.example",))
-    assert attempt(tmp_path, peer=peer, tlsa=[tlsa(3, der=der)]).state == SENT
+    assert attempt(tmp_path, peer=peer, tlsa=[tlsa(3, der=der)]).state == State.SENT
 
 
 def test_dane_teaches_no_more_than_that_there_is_tls(tmp_path: Path) -> None:
-    assert attempt(tmp_path, DELIVERED, tlsa=[tlsa(3)]).state == SENT
+    assert attempt(tmp_path, DELIVERED, tlsa=[tlsa(3)]).state == State.SENT
     assert kept(tmp_path).outgoing == TLS_INSECURE
-    assert attempt(tmp_path, REFUSES_CERTIFICATE, DELIVERED).state == SENT
+    assert attempt(tmp_path, REFUSES_CERTIFICATE, DELIVERED).state == State.SENT
 
 
 def test_another_certificate_gets_nothing_though_it_is_valid(tmp_path: Path, trusted: None) -> None:
@@ -835,7 +836,7 @@ def test_with_a_record_nothing_goes_without_tls(tmp_path: Path, script: str) -> 
 
 @pytest.mark.parametrize("text", ["0 0 1 ab", "1 1 1 ab", "3 2 1 ab", "3 1 3 ab"])
 def test_records_that_cannot_be_used_still_demand_tls(tmp_path: Path, text: str) -> None:
-    assert attempt(tmp_path, REFUSES_CERTIFICATE, DELIVERED, tlsa=[text]).state == SENT
+    assert attempt(tmp_path, REFUSES_CERTIFICATE, DELIVERED, tlsa=[text]).state == State.SENT
     domain_file(tmp_path).unlink()
     for script in BROKEN.values():
         assert_refused(attempt(tmp_path, script, tlsa=[text]), "DANE")
@@ -858,7 +859,7 @@ def test_where_the_records_cannot_be_had_nothing_is_sent(
     tmp_path: Path, failing: tuple[str, str]
 ) -> None:
     result = deliver(tmp_path, SignedZone({**MX, failing: DOWN}))
-    assert (result.state, result.status) == (DEFERRED, "4.4.3")
+    assert (result.state, result.status) == (State.DEFERRED, "4.4.3")
     assert "down" in result.text
 
 
@@ -869,7 +870,7 @@ def test_records_that_are_not_authentic_are_nothing(
     tmp_path: Path, unsigned: tuple[str, str]
 ) -> None:
     found = attempt(tmp_path, GREETING + ENVELOPE + CONTENT, tlsa=[WRONG], unsigned=[unsigned])
-    assert found.state == SENT
+    assert found.state == State.SENT
 
 
 @pytest.mark.parametrize("question", [("there.example", "MX"), ("mx.there.example", "A")])
@@ -884,9 +885,9 @@ def test_records_are_not_even_asked_for_where_the_domain_is_not_signed(
 def test_a_server_that_somebody_here_named_needs_no_signed_mx(tmp_path: Path) -> None:
     with Peer(STARTTLS + SECURE + "* closed", names=("mx.there.example",)) as peer:
         zone = SignedZone({**MX, (f"_{peer.port}._tcp.mx.there.example", "TLSA"): [WRONG]})
-        target = address("eva@there.example", f"mx.there.example:{peer.port}")
-        result = deliver(tmp_path, zone, target=target)
-    assert (result.state, result.status) == (DEFERRED, "4.7.5")
+        destination = address("eva@there.example", f"mx.there.example:{peer.port}")
+        result = deliver(tmp_path, zone, destination=destination)
+    assert (result.state, result.status) == (State.DEFERRED, "4.7.5")
     assert ("there.example", "MX") not in zone.asked
 
 
@@ -978,7 +979,7 @@ def test_a_server_is_safe_whose_authority_is_in_the_dns(
     chain = [authorities.server, authorities.one]
     peer = Chained(LOOKED_AT, DELIVERED, chain=chain, directory=tmp_path)
     records = [tlsa(2, selector, matching, authorities.one.der)]
-    assert attempt(tmp_path, peer=peer, tlsa=records).state == SENT
+    assert attempt(tmp_path, peer=peer, tlsa=records).state == State.SENT
 
 
 @needs_openssl
@@ -1878,7 +1879,7 @@ def published(text: bytes = POLICY) -> chasquid.FetchPolicy:
 def test_a_server_in_the_policy_with_a_valid_certificate_gets_mail(
     tmp_path: Path, trusted: None
 ) -> None:
-    assert attempt(tmp_path, DELIVERED, records=STS_RECORDS, fetch=published()).state == SENT
+    assert attempt(tmp_path, DELIVERED, records=STS_RECORDS, fetch=published()).state == State.SENT
 
 
 def test_a_server_that_is_not_in_the_policy_gets_nothing(tmp_path: Path, trusted: None) -> None:
@@ -1886,7 +1887,7 @@ def test_a_server_that_is_not_in_the_policy_gets_nothing(tmp_path: Path, trusted
     records = {**STS_RECORDS, ("there.example", "MX"): ("10 a.mx.there.example.",),
                ("a.mx.there.example", "A"): ("127.0.0.1",)}  # fmt: skip
     result = deliver(tmp_path, Zone(records), fetch=fetch)
-    assert (result.state, result.status) == (DEFERRED, "4.7.5")
+    assert (result.state, result.status) == (State.DEFERRED, "4.7.5")
     assert "a.mx.there.example" in result.text and "MTA-STS" in result.text
 
 
@@ -1895,7 +1896,7 @@ def test_of_several_servers_only_those_in_the_policy_are_used(
 ) -> None:
     records = {**STS_RECORDS, ("there.example", "MX"): ("5 a.example.", "10 mx.there.example."),
                ("a.example", "A"): ("127.0.0.1",)}  # fmt: skip
-    assert attempt(tmp_path, DELIVERED, records=records, fetch=published()).state == SENT
+    assert attempt(tmp_path, DELIVERED, records=records, fetch=published()).state == State.SENT
 
 
 @pytest.mark.parametrize("script", [REFUSES_CERTIFICATE, *BROKEN.values()])
@@ -1907,7 +1908,7 @@ def test_a_server_without_a_valid_certificate_gets_nothing(tmp_path: Path, scrip
 def test_a_policy_that_is_not_enforced_keeps_nothing_back(tmp_path: Path, mode: bytes) -> None:
     fetch = published(POLICY.replace(b"enforce", mode).replace(b"mx.there", b"mx.other"))
     script = GREETING + ENVELOPE + CONTENT
-    assert attempt(tmp_path, script, records=STS_RECORDS, fetch=fetch).state == SENT
+    assert attempt(tmp_path, script, records=STS_RECORDS, fetch=fetch).state == State.SENT
 
 
 def test_a_server_that_has_just_started_keeps_to_the_policies_on_its_disk(tmp_path: Path) -> None:
@@ -1923,7 +1924,7 @@ def test_a_server_that_has_just_started_keeps_to_the_policies_on_its_disk(tmp_pa
 
 def test_a_policy_that_cannot_be_had_keeps_nothing_back(tmp_path: Path) -> None:
     script = GREETING + ENVELOPE + CONTENT
-    assert attempt(tmp_path, script, records=STS_RECORDS).state == SENT
+    assert attempt(tmp_path, script, records=STS_RECORDS).state == State.SENT
 
 
 def test_the_policy_of_an_international_domain_is_asked_for_in_a_labels(tmp_path: Path) -> None:
@@ -1936,23 +1937,25 @@ def test_the_policy_of_an_international_domain_is_asked_for_in_a_labels(tmp_path
     records = {("xn--bcher-kva.example", "MX"): ("10 mx.other.example.",),
                ("_mta-sts.xn--bcher-kva.example", "TXT"): ("v=STSv1; id=1",),
                ("mx.other.example", "A"): ("127.0.0.1",)}  # fmt: skip
-    target = address("eva@bücher.example")
-    assert deliver(tmp_path, Zone(records), target=target, fetch=fetch).status == "4.7.5"
+    destination = address("eva@bücher.example")
+    assert deliver(tmp_path, Zone(records), destination=destination, fetch=fetch).status == "4.7.5"
     assert asked == ["xn--bcher-kva.example"]
 
 
 def test_a_server_that_somebody_here_named_needs_no_policy(tmp_path: Path) -> None:
     with Peer(GREETING + ENVELOPE + CONTENT) as peer:
-        target = address("eva@there.example", f"mx.there.example:{peer.port}")
+        destination = address("eva@there.example", f"mx.there.example:{peer.port}")
         zone = Zone({**STS_RECORDS, ("_mta-sts.mx.there.example", "TXT"): ("v=STSv1; id=1",)})
-        assert deliver(tmp_path, zone, target=target, fetch=published()).state == SENT
+        assert (
+            deliver(tmp_path, zone, destination=destination, fetch=published()).state == State.SENT
+        )
     assert not any(kind == "TXT" for _, kind in zone.asked)
 
 
 def test_dane_wins_over_a_policy_that_would_forbid(tmp_path: Path) -> None:
     fetch = published(POLICY.replace(b"mx.there", b"mx.other"))
     found = attempt(tmp_path, DELIVERED, records=STS_RECORDS, fetch=fetch, tlsa=[tlsa(3)])
-    assert found.state == SENT
+    assert found.state == State.SENT
 
 
 def test_dane_wins_over_a_policy_that_would_allow(tmp_path: Path, trusted: None) -> None:
@@ -1966,7 +1969,7 @@ def test_a_policy_holds_where_the_tlsa_records_cannot_be_used(
 ) -> None:
     more: dict[str, Any] = {"records": STS_RECORDS, "fetch": published(), "tlsa": ["1 1 1 ab"]}
     assert_refused(attempt(tmp_path, NO_TLS, **more), "MTA-STS")
-    assert attempt(tmp_path, DELIVERED, **more).state == SENT
+    assert attempt(tmp_path, DELIVERED, **more).state == State.SENT
 
 
 # --- what is demanded ---
@@ -2065,9 +2068,11 @@ class Taking:
         self.state = state
         self.deliveries: list[Delivery] = []
 
-    async def deliver(self, delivery: Delivery, targets: Sequence[Target]) -> list[chasquid.Result]:
+    async def deliver(
+        self, delivery: Delivery, destinations: Sequence[Destination]
+    ) -> list[chasquid.Result]:
         self.deliveries.append(delivery)
-        return [chasquid.Result(self.state, "4.0.0", "as it is told")] * len(targets)
+        return [chasquid.Result(self.state, "4.0.0", "as it is told")] * len(destinations)
 
 
 def test_requiretls_is_offered_and_taken_only_with_tls(serve: Serve) -> None:
@@ -2113,12 +2118,12 @@ def submit(server: Server, parameters: str, data: bytes = LETTER) -> None:
 def test_requiretls_goes_with_the_message_and_survives_a_restart(
     tmp_path: Path, parameters: str
 ) -> None:
-    clock, courier = RunningClock(), Taking(DEFERRED)
+    clock, courier = RunningClock(), Taking(State.DEFERRED)
     server = Server(tmp_path, clock=clock, remote=courier)
     with server:
         submit(server, parameters)
         wait_for(lambda: server.queued("cur"), "the first attempt")
-    courier.state = SENT
+    courier.state = State.SENT
     with server:
         clock.advance(300)
         server.settle()
@@ -2144,12 +2149,12 @@ def test_requiretls_goes_with_the_message_and_survives_a_restart(
 def test_tls_required_no_goes_with_the_message_and_survives_a_restart(
     tmp_path: Path, fields: str, expected: bool
 ) -> None:
-    clock, courier = RunningClock(), Taking(DEFERRED)
+    clock, courier = RunningClock(), Taking(State.DEFERRED)
     server = Server(tmp_path, clock=clock, remote=courier)
     with server:
         submit(server, "", fields.encode() + LETTER)
         wait_for(lambda: server.queued("cur"), "the first attempt")
-    courier.state = SENT
+    courier.state = State.SENT
     with server:
         clock.advance(300)
         server.settle()
@@ -2165,7 +2170,7 @@ def test_a_message_that_requires_tls_says_so_to_a_signed_server(
     tmp_path: Path, trusted: None
 ) -> None:
     found = attempt(tmp_path, STARTTLS + REQUIRED + CONTENT, tlsa=[], load=NEEDS)
-    assert found.state == SENT
+    assert found.state == State.SENT
 
 
 def test_a_message_that_requires_tls_says_so_to_a_server_of_a_policy(
@@ -2173,33 +2178,33 @@ def test_a_message_that_requires_tls_says_so_to_a_server_of_a_policy(
 ) -> None:
     script = STARTTLS + REQUIRED + CONTENT
     found = attempt(tmp_path, script, records=STS_RECORDS, fetch=published(), load=NEEDS)
-    assert found.state == SENT
+    assert found.state == State.SENT
 
 
 def test_a_message_that_requires_tls_is_content_with_dane(tmp_path: Path) -> None:
     script = STARTTLS + REQUIRED + CONTENT
-    assert attempt(tmp_path, script, tlsa=[tlsa(3)], load=NEEDS).state == SENT
+    assert attempt(tmp_path, script, tlsa=[tlsa(3)], load=NEEDS).state == State.SENT
 
 
 def test_a_message_that_requires_tls_goes_through_a_named_server(
     tmp_path: Path, trusted: None
 ) -> None:
     with Peer(STARTTLS + REQUIRED + CONTENT, names=("mx.there.example",)) as peer:
-        target = address("eva@there.example", f"mx.there.example:{peer.port}")
-        assert deliver(tmp_path, Zone(MX), target=target, load=NEEDS).state == SENT
+        destination = address("eva@there.example", f"mx.there.example:{peer.port}")
+        assert deliver(tmp_path, Zone(MX), destination=destination, load=NEEDS).state == State.SENT
 
 
 @pytest.mark.parametrize("records", [MX, {**MX, ANNOUNCED: ("v=STSv1; id=1",)}])
 def test_it_fails_where_nobody_vouches_for_the_server(tmp_path: Path, records: Records) -> None:
     result = deliver(tmp_path, Zone(records), load=NEEDS)
-    assert (result.state, result.status) == (FAILED, "5.7.30")
+    assert (result.state, result.status) == (State.FAILED, "5.7.30")
     assert "REQUIRETLS" in result.text and "mx.there.example" in result.text
 
 
 @pytest.mark.parametrize("unsigned", [("there.example", "MX"), ("mx.there.example", "A")])
 def test_it_fails_where_only_a_part_is_signed(tmp_path: Path, unsigned: tuple[str, str]) -> None:
     result = deliver(tmp_path, SignedZone(MX, [unsigned]), load=NEEDS)
-    assert (result.state, result.status) == (FAILED, "5.7.30")
+    assert (result.state, result.status) == (State.FAILED, "5.7.30")
 
 
 @pytest.mark.parametrize(
@@ -2210,7 +2215,7 @@ def test_it_fails_where_the_server_does_not_know_of_it_under_tls(
     tmp_path: Path, trusted: None, greeting: str
 ) -> None:
     found = attempt(tmp_path, greeting + SECURE + "* closed", tlsa=[], load=NEEDS)
-    assert (found.state, found.status) == (FAILED, "5.7.30")
+    assert (found.state, found.status) == (State.FAILED, "5.7.30")
     assert "REQUIRETLS" in found.text
 
 
@@ -2221,7 +2226,7 @@ def test_it_waits_where_there_is_no_valid_certificate(tmp_path: Path, script: st
 
 def test_a_message_that_does_not_require_tls_does_not_say_so(tmp_path: Path, trusted: None) -> None:
     script = STARTTLS + WITH_REQUIRETLS + ENVELOPE + CONTENT
-    assert attempt(tmp_path, script, tlsa=[]).state == SENT
+    assert attempt(tmp_path, script, tlsa=[]).state == State.SENT
 
 
 OPTIONAL = delivery(tls_optional=True)
@@ -2238,13 +2243,13 @@ def test_tls_required_no_ignores_every_policy_and_level(tmp_path: Path) -> None:
         {},
     ):
         found = attempt(tmp_path, IN_THE_CLEAR, load=OPTIONAL, **more)  # type: ignore[arg-type]
-        assert found.state == SENT
+        assert found.state == State.SENT
     assert kept(tmp_path).outgoing == TLS_SECURE
 
 
 def test_tls_required_no_uses_tls_where_it_can_and_learns_nothing(tmp_path: Path) -> None:
     found = attempt(tmp_path, REFUSES_CERTIFICATE, DELIVERED, load=OPTIONAL)
-    assert found.state == SENT
+    assert found.state == State.SENT
     assert not (tmp_path / "domaininfo").exists()
 
 

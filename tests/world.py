@@ -57,6 +57,7 @@ from chasquid import (
     Stream,
     TemporaryFailure,
     connect,
+    destination_text,
     domain_to_ascii,
     domain_to_unicode,
     duration_text,
@@ -77,7 +78,6 @@ from chasquid import (
     rfc5322_date,
     self_signed_certificate,
     send_at_once,
-    target_text,
 )
 
 T = TypeVar("T")
@@ -496,7 +496,9 @@ class WorldServer:
             ]  # fmt: skip
 
         def states(item: Item) -> tuple[tuple[str, str], ...]:
-            return tuple((target_text(one.target), recipient_text(one)) for one in item.recipients)
+            return tuple(
+                (destination_text(one.destination), recipient_text(one)) for one in item.recipients
+            )
 
         return sorted(self.on_loop(look), key=lambda one: one.received)
 
