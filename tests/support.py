@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of the upper rooms stand on.
+"""What the tests stand on; each helper is here once.
 
-Server      a real server in a thread, with a configuration directory of its own
-Wire        the client's end of a connection
-play        holds a dialogue that is written as text
-Peer        a server in a thread that follows such a text
-FakeClock   a clock that is moved by hand
-Inline      workers that work at once, so that a test takes the same way every time
-run         runs a coroutine on a loop
+Server        a real server in a thread, with a configuration directory of its own
+Wire          the client's end of a connection
+greeted, …    connections of clients that have said EHLO, or logged in; messages that they send
+play          holds a dialogue that is written as text
+Peer          a server in a thread that follows such a text
+CommandLine   a configuration directory, and commands that use it
+FakeClock     a clock that stands until it is moved
+RunningClock  the real clock, which can be moved ahead
+Inline        workers that work at once, so that a test takes the same way every time
+run           runs a coroutine on a loop
+Zone          the answers of the DNS, from a table
+FakeCourier   keeps what it is to deliver, and says what came of it
+searched      how the properties are searched
 """
 
 from __future__ import annotations
@@ -26,14 +32,32 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Se
 from pathlib import Path
 from typing import Any, TypeVar
 
+import hypothesis
+
 import chasquid
 
 T = TypeVar("T")
 
-MODULE = Path(chasquid.__file__)
+MODULE = Path(chasquid.__file__).resolve()
 SECONDS = 20.0  # after which a test has waited long enough for anything
 HOST = "mail.here.example"
 USERS = {"here.example": {"ana": "secret", "ben": "secret"}}
+
+
+#: How the properties are searched: without a limit of time, since the machine may be busy.
+searched = hypothesis.settings(
+    deadline=None,
+    max_examples=100,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+searched_briefly = hypothesis.settings(searched, max_examples=30)
+
+
+def cuts(data: bytes, places: list[int]) -> list[bytes]:
+    """Cut `data` at `places`, taken modulo its length."""
+    edges = sorted({0, len(data), *(place % (len(data) + 1) for place in places)})
+    return [data[start:end] for start, end in zip(edges, edges[1:], strict=False)]
 
 
 def wait_for(condition: Callable[[], T], what: str) -> T:
@@ -595,13 +619,24 @@ class FakeClock(chasquid.Clock):
 
 
 class RunningClock(chasquid.Clock):
-    """The real clock, which `advance` moves ahead."""
+    """The real clock, and what `advance` has put on top of it. For any thread.
 
-    def __init__(self) -> None:
+    `moved` is called after each move: a loop that sleeps must look at its timers again.
+    """
+
+    def __init__(self, moved: Callable[[], object] = lambda: None) -> None:
+        self._moved = moved
         self._ahead = 0.0
+        self._lock = threading.Lock()
 
     def advance(self, seconds: float) -> None:
-        self._ahead += seconds
+        """Move the clock ahead. Raises ChasquidError if that would be back."""
+        if not 0 <= seconds < float("inf"):
+            text = f"the clock cannot be moved back or for ever: {seconds:g} seconds"
+            raise chasquid.ChasquidError(text)
+        with self._lock:
+            self._ahead += seconds
+        self._moved()
 
     def time(self) -> float:
         return time.time() + self._ahead
@@ -630,16 +665,18 @@ class Inline(chasquid.Workers):
 
 
 def run(
-    main: Callable[[chasquid.Loop], Coroutine[Any, Any, T]],
-    *,
+    main: Callable[[Any], Coroutine[Any, Any, T]],
     clock: chasquid.Clock | None = None,
+    crashes: list[tuple[str, BaseException]] | None = None,
+    *,
     workers: chasquid.Workers | None = None,
+    threads: int = 2,
 ) -> T:
-    """Run `main` on a loop; no task may crash meanwhile."""
-    crashes: list[str] = []
-    workers = workers or chasquid.Workers(2)
+    """Run `main(loop)` on a loop of its own; no task may crash, unless into `crashes`."""
+    seen = [] if crashes is None else crashes
+    workers = workers or chasquid.Workers(threads)
     loop = chasquid.Loop(
-        clock or chasquid.Clock(), workers, lambda name, error: crashes.append(f"{name}: {error!r}")
+        clock or chasquid.Clock(), workers, lambda name, error: seen.append((name, error))
     )
 
     async def limited() -> T:
@@ -651,7 +688,20 @@ def run(
     finally:
         workers.close()
         loop.close()
-        assert not crashes, crashes
+        assert crashes is not None or not seen, seen
+
+
+async def turns(loop: chasquid.Loop, count: int = 5) -> None:
+    """Let everything that can go on go on; the clock does not move."""
+    for _ in range(count):
+        await loop.turn()
+
+
+@contextlib.contextmanager
+def socket_pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield ours, theirs
 
 
 def delivery(

@@ -6,7 +6,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lower import chasquid, searched
+from support import searched
+
+import chasquid
 
 Target = chasquid.Target
 HERE = "here.example"

@@ -26,17 +26,20 @@ import dkim.util
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from lower import SOURCE, cuts, searched, searched_briefly
 from support import (
     HOST,
+    MODULE,
     FakeClock,
     Inline,
     Server,
     Wire,
     Zone,
     config_text,
+    cuts,
     record,
     run,
+    searched,
+    searched_briefly,
     trusting,
     wait_for,
 )
@@ -1925,7 +1928,7 @@ def test_without_a_domain_that_of_from_signs(place: Place, tmp_path: Path) -> No
     path = tmp_path / "key.pem"
     place.run("dkim-keygen", "here.example", "s", str(path), "--algo", "ed25519")
     (place.domain_dir / "dkim:s.pem").write_bytes(path.read_bytes())
-    words = [sys.executable, str(SOURCE), "--config-dir", str(place.config_dir), "dkim-sign"]
+    words = [sys.executable, str(MODULE), "--config-dir", str(place.config_dir), "dkim-sign"]
     text = "From: Ana <ana@here.example>\n\nhello\n"
     done = subprocess.run(words, input=text, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "d=here.example" in done.stdout

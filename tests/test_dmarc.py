@@ -12,8 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lower import HandClock, turns
-from support import HOST, RunningClock, Server, Zone, run, wait_for
+from support import (
+    HOST,
+    FakeClock,
+    RunningClock,
+    Server,
+    Zone,
+    run,
+    turns,
+    wait_for,
+)
 from test_server import greeted, logged_in, send
 
 import chasquid
@@ -600,7 +608,7 @@ def judged_slowly(
             loop.clock.now += 0.5  # type: ignore[attr-defined]
         return await task.join(), loop.clock.monotonic() - start
 
-    return run(main, clock=HandClock())
+    return run(main, clock=FakeClock())
 
 
 @pytest.mark.parametrize("pause", [4, 9, 10**6])

@@ -16,7 +16,9 @@ import dns.rcode
 import dns.rdatatype
 import dns.rrset
 import pytest
-from lower import HandClock, chasquid, run, turns
+from support import FakeClock, run, turns
+
+import chasquid
 
 Answer, Names = chasquid.Answer, chasquid.Names
 TemporaryFailure, PermanentFailure = chasquid.TemporaryFailure, chasquid.PermanentFailure
@@ -63,7 +65,7 @@ def test_an_answer_is_kept_as_long_as_its_ttl():
             assert (await names.query("a.example", "A")).records == ("192.0.2.1",)
             assert len(table.asked) == questions
 
-    run(main, HandClock())
+    run(main, FakeClock())
 
 
 @pytest.mark.parametrize("answer", [MISSING, NOTHING])
@@ -78,7 +80,7 @@ def test_that_there_is_nothing_is_kept_as_well(answer):
         assert await names.query("a.example", "TXT") == answer
         assert len(table.asked) == 2
 
-    run(main, HandClock())
+    run(main, FakeClock())
 
 
 @pytest.mark.parametrize(("ttl", "kept"), [(0, 1), (-5, 1), (10**9, 86400)])
@@ -94,7 +96,7 @@ def test_no_ttl_is_taken_too_far(ttl, kept):
         await names.query("a.example", "A")
         assert len(table.asked) == 2
 
-    run(main, HandClock())
+    run(main, FakeClock())
 
 
 def test_a_failure_is_remembered_for_a_moment_only():
@@ -109,7 +111,7 @@ def test_a_failure_is_remembered_for_a_moment_only():
         table.answers["a.example", "A"] = Answer(True, ("192.0.2.1",), 60)
         assert (await names.query("a.example", "A")).records == ("192.0.2.1",)
 
-    run(main, HandClock())
+    run(main, FakeClock())
 
 
 def test_a_failure_is_raised_anew_to_each_asker():
@@ -124,7 +126,7 @@ def test_a_failure_is_raised_anew_to_each_asker():
         depths = [len(list(traceback.walk_tb(one.__traceback__))) for one in errors]
         assert depths[1] == depths[2]
 
-    run(main, HandClock())
+    run(main, FakeClock())
 
 
 def test_case_and_the_last_dot_make_no_other_name_but_the_kind_another_question():
@@ -195,7 +197,7 @@ def test_who_is_in_a_hurry_stops_waiting_and_the_answer_serves_the_next():
         assert (await names.query("a.example", "A")).records == ("192.0.2.1",)
         return len(table.asked)
 
-    assert run(main, HandClock()) == 1
+    assert run(main, FakeClock()) == 1
 
 
 def test_a_question_that_nobody_answers_fails_in_its_time():
@@ -214,7 +216,7 @@ def test_a_question_that_nobody_answers_fails_in_its_time():
         loop.clock.now += chasquid.DNS_SECONDS + 1
         return await task.join()
 
-    assert run(main, HandClock()) == "4.4.3"
+    assert run(main, FakeClock()) == "4.4.3"
 
 
 def test_the_cache_stays_of_a_size_and_still_answers():
@@ -235,7 +237,7 @@ def test_the_cache_stays_of_a_size_and_still_answers():
         await names.query("n0.example", "A")  # the oldest went
         return asked
 
-    assert run(main, HandClock()) == 11_001
+    assert run(main, FakeClock()) == 11_001
 
 
 # --- Mail exchangers and addresses ----------------------------------------------------------

@@ -15,8 +15,17 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lower import cuts, run, searched_briefly
-from support import RunningClock, Server, Wire, record, trusting, users_file
+from support import (
+    RunningClock,
+    Server,
+    Wire,
+    cuts,
+    record,
+    run,
+    searched_briefly,
+    trusting,
+    users_file,
+)
 
 import chasquid
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import time
 
-from lower import chasquid
+import chasquid
 
 
 def test_ids_are_thirteen_letters_and_digits_and_never_the_same():

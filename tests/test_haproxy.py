@@ -16,8 +16,18 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from lower import cuts, run, searched, socket_pair
-from support import RunningClock, Server, Wire, Zone, trusting, wait_for
+from support import (
+    RunningClock,
+    Server,
+    Wire,
+    Zone,
+    cuts,
+    run,
+    searched,
+    socket_pair,
+    trusting,
+    wait_for,
+)
 
 import chasquid
 

@@ -15,8 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lower import run
-from support import RunningClock, Server, Wire, Zone, record, trusting, wait_for
+from support import (
+    RunningClock,
+    Server,
+    Wire,
+    Zone,
+    record,
+    run,
+    trusting,
+    wait_for,
+)
 
 import chasquid
 

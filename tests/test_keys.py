@@ -19,7 +19,9 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lower import chasquid, searched, searched_briefly
+from support import searched, searched_briefly
+
+import chasquid
 
 NAMES = ["mail.example.org", "ñandú.example", "127.0.0.1", "::1", "localhost"]
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl")

@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
-from lower import SOURCE, chasquid
+from support import MODULE
 
-TEXT = SOURCE.read_text(encoding="utf-8")
+import chasquid
+
+TEXT = MODULE.read_text(encoding="utf-8")
 LINES = TEXT.splitlines()
 TREE = ast.parse(TEXT)
 RULER = "# " + "=" * 86
@@ -249,7 +251,7 @@ HEAVY = (
 
 
 def test_importing_the_module_loads_nothing_that_is_rarely_needed():
-    code = f"import sys; sys.path.insert(0, {str(SOURCE.parent)!r}); import chasquid"
+    code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import chasquid"
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-X", "importtime", "-c", code],
         capture_output=True,
@@ -273,7 +275,7 @@ def test_importing_the_module_touches_nothing_of_the_process():
         "assert threading.active_count() == 1 and socket.getdefaulttimeout() is None\n"
     )
     done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", code, str(SOURCE.parent)],
+        [sys.executable, "-I", "-S", "-c", code, str(MODULE.parent)],
         capture_output=True,
         text=True,
         timeout=60,

@@ -13,7 +13,9 @@ import pytest
 from dkim import canonicalization
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from lower import chasquid, cuts, searched
+from support import cuts, searched
+
+import chasquid
 
 Message = chasquid.Message
 PLACES = st.lists(st.integers(0, 10_000), max_size=8)

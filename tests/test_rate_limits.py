@@ -15,8 +15,16 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lower import HandClock, searched
-from support import HOST, RunningClock, Server, Wire, trusting, wait_for
+from support import (
+    HOST,
+    FakeClock,
+    RunningClock,
+    Server,
+    Wire,
+    searched,
+    trusting,
+    wait_for,
+)
 
 import chasquid
 
@@ -24,9 +32,9 @@ ANA, BEN = "ana@here.example", "ben@here.example"
 ONE, OTHER = "192.0.2.1", "192.0.2.2"
 
 
-def limits(clock: HandClock | None = None, **settings: Any) -> chasquid.Limits:
+def limits(clock: FakeClock | None = None, **settings: Any) -> chasquid.Limits:
     config = chasquid.Config(config_dir="", hostname="mail.example.org", **settings)
-    return chasquid.Limits(clock or HandClock(), config)
+    return chasquid.Limits(clock or FakeClock(), config)
 
 
 # --- who is one client ---
@@ -76,7 +84,7 @@ def test_other_machines_are_never_exempt(peer):
     st.lists(st.floats(0, 40, allow_nan=False), min_size=1, max_size=60),
 )
 def test_no_more_come_through_than_may_and_a_minute_of_rest_restores_all(per_minute, pauses):
-    clock = HandClock(0.0)
+    clock = FakeClock(0.0)
     meter = chasquid._Meter(clock, per_minute)
     taken = 0
     for pause in pauses:
@@ -88,7 +96,7 @@ def test_no_more_come_through_than_may_and_a_minute_of_rest_restores_all(per_min
 
 
 def test_many_may_come_at_once_and_then_one_after_the_other():
-    clock = HandClock()
+    clock = FakeClock()
     meter = chasquid._Meter(clock, 6)
     assert [meter.takes("x") for _ in range(8)] == [True] * 6 + [False] * 2
     clock.now += 9.9
@@ -100,7 +108,7 @@ def test_many_may_come_at_once_and_then_one_after_the_other():
 
 
 def test_what_is_refused_is_not_counted():
-    clock = HandClock()
+    clock = FakeClock()
     meter = chasquid._Meter(clock, 1)
     assert meter.takes("x")
     for _ in range(59):
@@ -111,13 +119,13 @@ def test_what_is_refused_is_not_counted():
 
 
 def test_zero_is_no_limit():
-    meter = chasquid._Meter(HandClock(), 0)
+    meter = chasquid._Meter(FakeClock(), 0)
     assert all(meter.takes("x") for _ in range(1000))
     assert not meter._levels
 
 
 def test_a_meter_forgets_the_idle_before_it_takes_too_much_memory():
-    clock = HandClock()
+    clock = FakeClock()
     meter = chasquid._Meter(clock, 1)
     for number in range(chasquid._METER_LIMIT - 1):
         assert meter.takes(f"idle {number}")
@@ -131,14 +139,14 @@ def test_a_meter_forgets_the_idle_before_it_takes_too_much_memory():
 
 
 def test_a_meter_that_is_full_of_the_busy_is_lenient():
-    meter = chasquid._Meter(HandClock(), 1)
+    meter = chasquid._Meter(FakeClock(), 1)
     for number in range(chasquid._METER_LIMIT + 10):
         assert meter.takes(str(number))
         assert len(meter._levels) <= chasquid._METER_LIMIT
 
 
 def test_messages_and_recipients_are_counted_apart_by_client_or_by_user():
-    clock = HandClock()
+    clock = FakeClock()
     of = limits(
         clock,
         max_messages_per_minute=1,
@@ -237,7 +245,7 @@ def test_failures_add_up_by_user_over_many_addresses_and_by_address_over_many_us
 
 
 def test_an_address_that_fails_too_often_is_sent_away_for_an_hour():
-    clock = HandClock()
+    clock = FakeClock()
     of = limits(clock, max_failed_logins=3)
     for _ in range(3):
         failed(of, "2001:db8::1", ANA)
@@ -272,7 +280,7 @@ def test_on_this_machine_failed_logins_are_not_held_against_anybody():
 
 
 def test_failures_take_no_more_memory_than_they_may():
-    clock = HandClock()
+    clock = FakeClock()
     failures = chasquid._Failures(clock)
     for _ in range(300):
         failures.add("one")
@@ -302,7 +310,7 @@ def test_failures_take_no_more_memory_than_they_may():
     ],
 )
 def test_a_message_that_comes_too_slowly_is_given_up(pieces, slow):
-    clock = HandClock()
+    clock = FakeClock()
     pace = chasquid._Pace(clock, 100)
     with pytest.raises(chasquid.Expired) if slow else contextlib.nullcontext():
         for seconds, octets in pieces:
@@ -311,7 +319,7 @@ def test_a_message_that_comes_too_slowly_is_given_up(pieces, slow):
 
 
 def test_without_a_least_pace_none_is_too_slow():
-    clock = HandClock()
+    clock = FakeClock()
     pace = chasquid._Pace(clock, 0)
     clock.now += 100_000
     pace.check(1)

@@ -9,7 +9,9 @@ import re
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from lower import chasquid, cuts, searched
+from support import cuts, searched
+
+import chasquid
 
 Refused, Reply = chasquid.Refused, chasquid.Reply
 BareNewline = chasquid.BareNewline

@@ -15,8 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lower import HandClock, turns
-from support import HOST, RunningClock, Server, Wire, Zone, run, wait_for
+from support import (
+    HOST,
+    FakeClock,
+    RunningClock,
+    Server,
+    Wire,
+    Zone,
+    run,
+    turns,
+    wait_for,
+)
 from test_server import greeted, logged_in, send
 
 import chasquid
@@ -237,7 +246,7 @@ def test_after_20_seconds_it_is_given_up(pause: int) -> None:
             loop.clock.now += 0.5  # type: ignore[attr-defined]
         return await task.join(), loop.clock.monotonic() - start
 
-    found, seconds = run(main, clock=HandClock())
+    found, seconds = run(main, clock=FakeClock())
     assert found.result == "temperror"
     assert seconds <= 22
     assert seconds >= 15, "given up too early"

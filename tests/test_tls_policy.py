@@ -24,7 +24,6 @@ import dns.rrset
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lower import turns
 from support import (
     HOST,
     SECONDS,
@@ -44,6 +43,7 @@ from support import (
     run,
     tls_policies,
     trusting,
+    turns,
     wait_for,
     write_certificate,
 )

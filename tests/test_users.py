@@ -9,7 +9,9 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lower import chasquid, searched
+from support import searched
+
+import chasquid
 
 Accounts, Denied, Plain, Scrypt = (
     chasquid.Accounts,

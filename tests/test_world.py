@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import Peer
-from world import MailWorld, MovableClock, SubmissionRefused, WorldServer
+from support import Peer, RunningClock
+from world import MailWorld, SubmissionRefused, WorldServer
 
 import chasquid
 
@@ -599,7 +599,7 @@ def test_a_table_wants_lists_and_whole_lines(world: MailWorld) -> None:
 
 
 def test_the_clock_runs_and_is_moved() -> None:
-    clock = MovableClock()
+    clock = RunningClock()
     assert clock.time() == pytest.approx(time.time(), abs=5)
     before = clock.monotonic()
     threads = [threading.Thread(target=lambda: clock.advance(10)) for _ in range(10)]

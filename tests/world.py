@@ -36,13 +36,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+from support import RunningClock
+
 from chasquid import (
     SMTP_PORT,
     SUBMISSION_PORT,
     SUBMISSION_TLS_PORT,
     Answer,
     ChasquidError,
-    Clock,
     Daemon,
     Disconnected,
     DkimKey,
@@ -91,32 +92,6 @@ _WORLD_KEYS = {
     "smtp_address", "submission_address", "submission_over_tls_address", "data_dir",
     "log_path", "mail_log_path",
 }  # fmt: skip
-
-
-class MovableClock(Clock):
-    """The real clock, and what `advance` has put on top of it. For any thread.
-
-    `moved` is called after each move: a loop that sleeps must look at its timers again.
-    """
-
-    def __init__(self, moved: Callable[[], object] = lambda: None) -> None:
-        self._moved = moved
-        self._ahead = 0.0
-        self._lock = threading.Lock()
-
-    def advance(self, seconds: float) -> None:
-        """Move the clock ahead. Raises ChasquidError where that would be back."""
-        if not 0 <= seconds < float("inf"):
-            raise ChasquidError(f"the clock cannot be moved back or for ever: {seconds:g} seconds")
-        with self._lock:
-            self._ahead += seconds
-        self._moved()
-
-    def time(self) -> float:
-        return time.time() + self._ahead
-
-    def monotonic(self) -> float:
-        return time.monotonic() + self._ahead
 
 
 class WorldDns:
@@ -616,7 +591,7 @@ class MailWorld:
     """
 
     def __init__(self, patience: float = _WORLD_PATIENCE) -> None:
-        self.clock = MovableClock(self._wake)
+        self.clock = RunningClock(self._wake)
         self.dns = WorldDns(self._forget_names)
         self.policies: dict[str, str] = {}
         self.servers: list[WorldServer] = []
