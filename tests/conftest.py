@@ -14,7 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from support import Server  # it imports the module
+from support import CommandLine, Server  # it imports the module
 
 # A busy machine is no reason to fail.
 hypothesis.settings.register_profile("chasquid", deadline=None, print_blob=True)
@@ -33,3 +33,8 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
             return stack.enter_context(Server(tmp_path / f"server-{count}", **keywords))
 
         yield serve
+
+
+@pytest.fixture
+def commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    return CommandLine(tmp_path, capsys)

@@ -22,25 +22,37 @@ import base64
 import contextlib
 import functools
 import hashlib
+import io
 import os
 import re
+import shutil
+import smtplib
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import hypothesis
+import pytest
 
 import chasquid
 
 T = TypeVar("T")
+Serve = Callable[..., "Server"]  # the fixture: it starts a server for a test
 
 MODULE = Path(chasquid.__file__).resolve()
 SECONDS = 20.0  # after which a test has waited long enough for anything
 HOST = "mail.here.example"
+MESSAGE = b"Subject: hello\r\n\r\nIt works.\r\n"
+LETTER = b"From: eva@there.example\r\n" + MESSAGE
+HOUR = 3600.0
+MEGABYTE = 1024 * 1024
+DOWN = chasquid.TemporaryFailure("the name servers are down", "4.4.3")
+needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl")
 USERS = {"here.example": {"ana": "secret", "ben": "secret"}}
 
 
@@ -119,6 +131,72 @@ def config_text(settings: Mapping[str, Any]) -> str:
         for one in value if isinstance(value, (list, tuple)) else (value,):
             lines.append(f"{key}: {one if isinstance(one, int) else chasquid.quote(str(one))}")
     return "\n".join(lines) + "\n"
+
+
+# --- commands ---
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+def run_command(
+    capsys: pytest.CaptureFixture[str], config_dir: Path, *arguments: str, data: bytes = b""
+) -> Ended:
+    """Run a command in this process, with `data` as its standard input."""
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        try:
+            status = chasquid.main(["--config-dir", str(config_dir), *arguments])
+        except SystemExit as end:
+            status = int(end.code or 0)
+    return Ended(status, *capsys.readouterr())
+
+
+def complaint(ended: Ended) -> str:
+    """Return the one line with which a command has failed."""
+    assert (ended.status, ended.out) == (1, ""), ended
+    assert ended.err.startswith("chasquid: ")
+    assert ended.err.count("\n") == 1 and ended.err.endswith("\n")
+    return ended.err.removeprefix("chasquid: ").strip()
+
+
+class CommandLine:
+    """A configuration directory, and commands that use it."""
+
+    def __init__(self, directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.config_dir = directory / "config"
+        self.domain_dir = self.config_dir / "domains" / "here.example"
+        self.data_dir = directory / "data"
+        self._capsys = capsys
+        self.configure()
+        self.write("domains/here.example/users", users_file({"ana": "secret"}).decode())
+
+    def configure(self, **settings: object) -> None:
+        log = str(self.config_dir / "log")
+        defaults = {"hostname": HOST, "data_dir": self.data_dir, "mail_log_path": log}
+        self.write("chasquid.conf", config_text({**defaults, **settings}))
+
+    def write(self, name: str, text: str) -> Path:
+        path = self.config_dir / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    def run(self, *arguments: str, data: bytes = b"") -> Ended:
+        return run_command(self._capsys, self.config_dir, *arguments, data=data)
+
+    def fails(self, *arguments: str, data: bytes = b"") -> str:
+        """Run a command that must fail with one line; return the line."""
+        return complaint(self.run(*arguments, data=data))
+
+    def users(self, domain: str = "here.example") -> dict[str, chasquid.Password]:
+        return chasquid.load_users(str(self.config_dir / "domains" / domain))
 
 
 # --- DNS ---
@@ -397,6 +475,70 @@ class Wire:
             return self.socket.recv(65536)
         except (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError):
             return b""
+
+
+def greet(wire: Wire, hello: str = "client.example") -> Wire:
+    """Read the greeting and say EHLO."""
+    assert wire.reply().startswith("220 ")
+    assert wire.ask(f"EHLO {hello}").startswith("250-")
+    return wire
+
+
+def greeted(server: Server, port: str = "smtp", hello: str = "client.example") -> Wire:
+    """Return a connection that is past EHLO, with TLS on the port that has it from the start."""
+    wire = server.connect(port)
+    if port == "submission over TLS":
+        wire.start_tls(trusting())
+    return greet(wire, hello)
+
+
+def greeted_with_tls(server: Server) -> Wire:
+    """Return a connection to the port smtp that is past STARTTLS and EHLO."""
+    wire = greeted(server)
+    assert wire.ask("STARTTLS").startswith("220 ")
+    wire.start_tls(trusting())
+    assert wire.ask("EHLO client.example").startswith("250-")
+    return wire
+
+
+def plain_secret(user: str, password: str) -> str:
+    """Return what AUTH PLAIN sends, in base64 (RFC 4616)."""
+    return base64.b64encode(f"\0{user}\0{password}".encode()).decode()
+
+
+def login(wire: Wire, user: str = "ana@here.example", password: str = "secret") -> str:
+    """Return the reply to AUTH PLAIN."""
+    return wire.ask(f"AUTH PLAIN {plain_secret(user, password)}")
+
+
+def logged_in(server: Server, hello: str = "client.example") -> Wire:
+    """Return a connection on which Ana has logged in."""
+    wire = greeted(server, "submission over TLS", hello)
+    assert login(wire).startswith("235 ")
+    return wire
+
+
+def send(wire: Wire, data: bytes, recipient: str = "ana@here.example", sender: str = "") -> str:
+    """Send a message, transparent already; return the last reply."""
+    assert wire.ask(f"MAIL FROM:<{sender}>").startswith("250 ")
+    assert wire.ask(f"RCPT TO:<{recipient}>").startswith("250 ")
+    assert wire.ask("DATA").startswith("354 ")
+    wire.send(data + b".\r\n")
+    return wire.reply()
+
+
+def rcpt(server: Server, address: str) -> str:
+    """Return the reply to this recipient."""
+    with greeted(server) as wire:
+        assert wire.ask("MAIL FROM:<>").startswith("250 ")
+        return wire.ask(f"RCPT TO:<{address}>")
+
+
+def smtp_client(server: chasquid.CaptureServer) -> smtplib.SMTP:
+    """Return a client of the standard library that has said EHLO."""
+    client = smtplib.SMTP(*server.address, timeout=SECONDS)
+    client.ehlo("client.example")
+    return client
 
 
 # --- dialogues ---
@@ -704,8 +846,25 @@ def socket_pair() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield ours, theirs
 
 
+class FakeCourier:
+    """A courier that keeps what it gets, and says of every destination the same."""
+
+    def __init__(self, state: str = chasquid.DEFERRED) -> None:
+        self.state = state
+        self.deliveries: list[chasquid.Delivery] = []
+        self.targets: list[chasquid.Target] = []
+
+    async def deliver(
+        self, delivery: chasquid.Delivery, targets: Sequence[chasquid.Target]
+    ) -> list[chasquid.Result]:
+        self.deliveries.append(delivery)
+        self.targets += targets
+        status = "2.0.0" if self.state == chasquid.SENT else "4.0.0"
+        return [chasquid.Result(self.state, status, "as the test says")] * len(targets)
+
+
 def delivery(
-    data: bytes = b"Subject: hello\r\n\r\nIt works.\r\n",
+    data: bytes = MESSAGE,
     sender: str = "eva@there.example",
     **fields: Any,
 ) -> chasquid.Delivery:

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import (
     HOST,
+    MESSAGE,
     FakeClock,
     Peer,
     Zone,
@@ -30,8 +31,6 @@ from support import (
 
 import chasquid
 from chasquid import DEFERRED, FAILED, SENT, Delivery, Result, Target
-
-MESSAGE = b"Subject: hello\r\n\r\nIt works.\r\n"
 
 
 def deliver(

@@ -13,24 +13,26 @@ from typing import Any
 
 import pytest
 from support import (
+    DOWN,
     HOST,
     FakeClock,
     RunningClock,
+    Serve,
     Server,
     Zone,
+    greeted,
+    logged_in,
     run,
+    send,
     turns,
     wait_for,
 )
-from test_server import greeted, logged_in, send
 
 import chasquid
-from chasquid import Dmarc, Signature, Spf, TemporaryFailure
+from chasquid import Dmarc, Signature, Spf
 
-Serve = Callable[..., Server]
 Records = Mapping[Any, Any]
 
-DOWN = TemporaryFailure("the name servers are down", "4.4.3")
 NO_SPF = Spf("none")
 
 

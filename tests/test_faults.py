@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import SECONDS, FakeClock, Wire, wait_for
+from support import smtp_client as client
 
 import chasquid
 from chasquid import CaptureServer, Fault, FaultError
@@ -25,12 +26,6 @@ STAGES = chasquid.STAGES
 
 def script(tls: str = "STARTTLS", magic: bool = True) -> chasquid.Script:
     return chasquid.Script(FakeClock(), STAGES, tls, magic)
-
-
-def client(server: CaptureServer) -> smtplib.SMTP:
-    smtp = smtplib.SMTP(*server.address, timeout=SECONDS)
-    smtp.ehlo("client.example")
-    return smtp
 
 
 def send(server: CaptureServer, *to: str) -> dict[str, tuple[int, bytes]]:

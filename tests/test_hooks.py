@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import base64
 import email
 import os
 import shutil
@@ -16,23 +15,26 @@ from typing import Any
 
 import pytest
 from support import (
+    MEGABYTE,
+    FakeCourier,
     RunningClock,
+    Serve,
     Server,
     Wire,
     Zone,
+    greeted,
+    logged_in,
+    rcpt,
     record,
     run,
-    trusting,
     wait_for,
 )
 
 import chasquid
 
-Serve = Callable[..., Server]
 SAMPLE = Path(__file__).resolve().parent.parent / "sample-config" / "hooks" / "post-data"
 EVE = "eva@there.example"
 HERE = "here.example"
-MEGABYTE = 1024 * 1024
 
 
 def program(directory: Path, name: str, text: str) -> Path:
@@ -50,23 +52,6 @@ def post_data(server: Server, text: str) -> Path:
 
 def alias_resolve(server: Server, text: str) -> Path:
     return program(server.config_dir / "hooks", "alias-resolve", text)
-
-
-def greeted(server: Server, hello: str = "client.example") -> Wire:
-    wire = server.connect()
-    assert wire.reply().startswith("220 ")
-    assert wire.ask(f"EHLO {hello}").startswith("250-")
-    return wire
-
-
-def logged_in(server: Server) -> Wire:
-    wire = server.connect("submission over TLS")
-    wire.start_tls(trusting())
-    assert wire.reply().startswith("220 ")
-    assert wire.ask("EHLO desk.example").startswith("250-")
-    secret = base64.b64encode(b"\0ana@here.example\0secret").decode()
-    assert wire.ask(f"AUTH PLAIN {secret}").startswith("235 ")
-    return wire
 
 
 def transfer(
@@ -131,7 +116,7 @@ def test_the_hook_is_told_of_a_stranger(serve: Serve, tmp_path: Path, monkeypatc
     zone = Zone({("there.example", "TXT"): ["v=spf1 ip4:127.0.0.1 -all"]})
     server = serve(ask=zone.ask, aliases={"here.example": "all: ana, ben\n"})
     post_data(server, f"env -0 > {tmp_path}/env")
-    with greeted(server, "a_b!(c)$d[1:2].é-x".replace("(", "").replace(")", "")) as wire:
+    with greeted(server, hello="a_b!(c)$d[1:2].é-x".replace("(", "").replace(")", "")) as wire:
         recipients = ["all@here.example", "Ana+x@Here.Example"]
         assert transfer(wire, recipients=recipients).startswith("250 ")
     told = environment(tmp_path / "env")
@@ -167,7 +152,7 @@ def test_the_hook_is_told_of_a_user(serve: Serve, tmp_path: Path) -> None:
         "ON_TLS": "1",
         "FROM_LOCAL_DOMAIN": "1",
         "SPF_PASS": "0",
-        "EHLO_DOMAIN": "desk.example",
+        "EHLO_DOMAIN": "client.example",
     }
     assert {name: told[name] for name in expected} == expected
 
@@ -559,27 +544,10 @@ def test_a_server_that_stops_does_not_leave_a_hook_behind(serve: Serve, tmp_path
 # --- alias-resolve ---
 
 
-class Noting:
-    """A courier that notes what it is to deliver, and to whom."""
-
-    def __init__(self) -> None:
-        self.targets: list[chasquid.Target] = []
-
-    async def deliver(
-        self, delivery: chasquid.Delivery, targets: Sequence[chasquid.Target]
-    ) -> list[chasquid.Result]:
-        self.targets += targets
-        return [chasquid.Result(chasquid.SENT, "2.0.0", "noted")] * len(targets)
-
-
-def rcpt(server: Server, address: str) -> str:
-    with greeted(server) as wire:
-        assert wire.ask("MAIL FROM:<>").startswith("250 ")
-        return wire.ask(f"RCPT TO:<{address}>")
-
-
 def test_the_hook_is_asked_for_each_address_as_it_came(serve: Serve, tmp_path: Path) -> None:
-    server = serve(aliases={"here.example": "team: ana, eva@far.example\n"}, remote=Noting())
+    server = serve(
+        aliases={"here.example": "team: ana, eva@far.example\n"}, remote=FakeCourier(chasquid.SENT)
+    )
     alias_resolve(server, f'[ $# = 1 ] && echo "$1" >> {tmp_path}/asked')
     assert rcpt(server, "Team+x@Here.Example").startswith("250 ")
     assert (tmp_path / "asked").read_text().splitlines() == [
@@ -633,7 +601,7 @@ def test_the_hook_is_asked_for_the_catch_all_last(serve: Serve, tmp_path: Path) 
 
 
 def test_the_hook_decides_where_mail_goes(serve: Serve, tmp_path: Path) -> None:
-    courier = Noting()
+    courier = FakeCourier(chasquid.SENT)
     server = serve(remote=courier)
     alias_resolve(
         server,
@@ -690,7 +658,7 @@ def test_a_hook_that_prints_nothing_changes_nothing(serve: Serve) -> None:
 
 
 def test_the_hook_is_not_asked_of_other_peoples_domains(serve: Serve, tmp_path: Path) -> None:
-    server = serve(remote=Noting())
+    server = serve(remote=FakeCourier(chasquid.SENT))
     alias_resolve(server, f"touch {tmp_path}/asked; exit 1")
     assert rcpt(server, "eva@far.example").startswith("503 5.7.1 ")
     with logged_in(server) as wire:
@@ -743,7 +711,7 @@ def test_a_hook_that_fails_or_prints_nonsense_is_for_later(
     ["a\\001b", "a\\001b@far.example", "\\377@far.example", "| /bin/cat\\neva@far.example"],
 )
 def test_a_hook_that_prints_control_characters_is_for_later(serve: Serve, printed: str) -> None:
-    server = serve(remote=Noting())
+    server = serve(remote=FakeCourier(chasquid.SENT))
     alias_resolve(server, f"case \"$1\" in ana@*) printf '{printed}' ;; esac")
     assert rcpt(server, "ana@here.example").startswith("451 4.3.5 ")
 

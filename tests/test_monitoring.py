@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,18 +24,21 @@ from support import (
     SECONDS,
     FakeClock,
     RunningClock,
+    Serve,
     Server,
     Wire,
+    greeted,
+    logged_in,
+    plain_secret,
     play,
     record,
-    trusting,
     wait_for,
 )
+from support import send as send_message
 
 import chasquid
 from chasquid import DEFERRED, FAILED, Delivery, QueueLine, Result, Status, Target
 
-Serve = Callable[..., Server]
 EVIL = "<script>alert(1)</script>"
 ESCAPED = "&lt;script&gt;alert(1)&lt;/script&gt;"
 OPEN_METRICS = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3"
@@ -105,19 +108,9 @@ def still_works(server: Server) -> None:
 
 
 def mail(server: Server, sender: str, recipient: str, login: bool = False) -> None:
-    with server.connect("submission over TLS" if login else "smtp") as wire:
-        if login:
-            wire.start_tls(trusting())
-        wire.reply()
-        wire.ask("EHLO client.example")
-        if login:
-            secret = base64.b64encode(b"\0ana@here.example\0secret").decode()
-            assert wire.ask(f"AUTH PLAIN {secret}").startswith("235 ")
-        assert wire.ask(f"MAIL FROM:<{sender}>").startswith("250 ")
-        assert wire.ask(f"RCPT TO:<{recipient}>").startswith("250 ")
-        assert wire.ask("DATA").startswith("354 ")
-        wire.send(b"Subject: confidential\r\n\r\nThe treasure is below the oak.\r\n.\r\n")
-        assert wire.reply().startswith("250 ")
+    with logged_in(server) if login else greeted(server) as wire:
+        data = b"Subject: confidential\r\n\r\nThe treasure is below the oak.\r\n"
+        assert send_message(wire, data, recipient, sender).startswith("250 ")
         assert wire.ask("QUIT").startswith("221 ")
 
 
@@ -409,7 +402,7 @@ def test_the_page_shows_no_content_of_messages(serve: Serve) -> None:
         assert text not in page
 
 
-SECRET = base64.b64encode(b"\0ana@here.example\0secret").decode()
+SECRET = plain_secret("ana@here.example", "secret")
 PASSWORD = base64.b64encode(b"secret").decode()
 
 

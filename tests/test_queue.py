@@ -27,7 +27,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from support import HOST, SECONDS, FakeClock, Inline, address, record, run, unsigned
+from support import HOST, HOUR, MESSAGE, SECONDS, FakeClock, Inline, address, record, run, unsigned
 
 import chasquid
 from chasquid import (
@@ -43,8 +43,6 @@ from chasquid import (
     Target,
 )
 
-MESSAGE = b"Subject: hello\r\n\r\nIt works.\r\n"
-HOUR = 3600.0
 GIVE_UP = 20 * HOUR
 OURS = "here.example"
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from support import (
     HOST,
+    MESSAGE,
     Peer,
+    Serve,
     Server,
     Zone,
     address,
     delivery,
+    plain_secret,
     run,
     wait_for,
     write_certificate,
@@ -25,7 +28,6 @@ from test_dsn import ANA, BEN, EVA, REFUSED, outcomes, reports, send
 import chasquid
 from chasquid import DEFERRED, FAILED, SENT, Delivery, DsnParameters, Result, Target
 
-Serve = Callable[..., Server]
 SMART = "smart.example"
 ZONE = {
     (SMART, "A"): ["127.0.0.1"],
@@ -33,9 +35,7 @@ ZONE = {
     ("mx.there.example", "A"): ["127.0.0.1"],
 }
 LOGIN = ("ana@isp.example", "correct horse")
-SECRET = base64.b64encode(b"\0ana@isp.example\0correct horse").decode()
-MESSAGE = b"Subject: hello\r\n\r\nIt works.\r\n"
-
+SECRET = plain_secret(*LOGIN)
 HELLO = f"""
     S: 220 {SMART} ESMTP
     C: EHLO {HOST}
@@ -119,7 +119,7 @@ def test_without_a_user_nobody_logs_in() -> None:
 
 
 def test_user_and_password_may_be_any_text() -> None:
-    secret = base64.b64encode('\0mañana\0пароль =:"'.encode()).decode()
+    secret = plain_secret("mañana", 'пароль =:"')
     script = WHOLE.replace(SECRET, secret)
     (result,), _ = attempt(script, login=("mañana", 'пароль =:"'))
     assert result.state == SENT

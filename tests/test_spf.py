@@ -16,26 +16,29 @@ from typing import Any
 
 import pytest
 from support import (
+    DOWN,
     HOST,
+    LETTER,
     FakeClock,
     RunningClock,
+    Serve,
     Server,
     Wire,
     Zone,
+    greeted,
+    logged_in,
     run,
+    send,
     turns,
     wait_for,
 )
-from test_server import greeted, logged_in, send
 
 import chasquid
-from chasquid import Spf, TemporaryFailure
+from chasquid import Spf
 
-Serve = Callable[..., Server]
 Table = dict[tuple[str, str], Sequence[str] | Exception]
 
 CLIENT = "192.0.2.1"
-DOWN = TemporaryFailure("the name servers are down", "4.4.3")
 PLAIN = re.compile(r"[ -~]*")  # on one line, in ASCII
 
 
@@ -519,9 +522,6 @@ def ours(message: Message) -> dict[str, tuple[str, dict[str, str]]]:
 
 def zone(records: Mapping[Any, Any]) -> Callable[[str, str], Any]:
     return Zone(table(records)).ask
-
-
-LETTER = b"From: eva@there.example\r\nSubject: hello\r\n\r\nIt works.\r\n"
 
 
 def delivered(server: Server, sender: str, data: bytes = LETTER, mail: str = "") -> bytes:

@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import socket
 import ssl
 import subprocess
@@ -25,22 +24,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import (
+    DOWN,
     HOST,
+    LETTER,
     SECONDS,
     FakeClock,
     Inline,
     Peer,
     RunningClock,
+    Serve,
     Server,
     Wire,
     Zone,
     address,
     certificate,
     delivery,
+    greeted,
+    greeted_with_tls,
+    logged_in,
+    needs_openssl,
     no_policy,
     play,
     record,
     run,
+    send,
     tls_policies,
     trusting,
     turns,
@@ -48,7 +55,6 @@ from support import (
     write_certificate,
 )
 from test_couriers import CONTENT, ENVELOPE, EVA, GREETING, MX, SECURE, STARTTLS
-from test_server import greeted, logged_in, send
 
 import chasquid
 from chasquid import (
@@ -68,11 +74,7 @@ from chasquid import (
     TlsRequirement,
 )
 
-Serve = Callable[..., Server]
 Records = Mapping[tuple[str, str], Any]
-
-DOWN = TemporaryFailure("the name servers are down", "4.4.3")
-LETTER = b"From: eva@there.example\r\nSubject: hello\r\n\r\nIt works.\r\n"
 
 
 @pytest.fixture(autouse=True)
@@ -372,17 +374,9 @@ def test_what_is_forgotten_is_forgotten_in_memory_and_on_the_disk(tmp_path: Path
 OPEN = ["v=spf1 ip4:127.0.0.1 -all"]
 
 
-def with_tls(server: Server) -> Wire:
-    wire = greeted(server)
-    assert wire.ask("STARTTLS").startswith("220 ")
-    wire.start_tls(trusting())
-    assert wire.ask("EHLO client.example").startswith("250-")
-    return wire
-
-
 def sends(server: Server, sender: str, tls: bool) -> str:
     """Return the reply to a message, or to MAIL where that is refused."""
-    with with_tls(server) if tls else greeted(server) as wire:
+    with greeted_with_tls(server) if tls else greeted(server) as wire:
         reply = wire.ask(f"MAIL FROM:<{sender}>")
         if reply.startswith("250 "):
             assert wire.ask("RSET").startswith("250 ")
@@ -426,7 +420,7 @@ def test_without_an_spf_pass_a_level_is_neither_set_nor_kept(serve: Serve, recor
 
 def test_a_message_that_was_not_accepted_sets_no_level(serve: Serve) -> None:
     server = serve(ask=ask({("there.example", "TXT"): OPEN}))
-    with with_tls(server) as wire:
+    with greeted_with_tls(server) as wire:
         assert wire.ask("MAIL FROM:<eva@there.example>").startswith("250 ")
         assert wire.ask("RCPT TO:<nobody@here.example>").startswith("550 ")
         assert wire.ask("RSET").startswith("250 ")
@@ -891,8 +885,6 @@ def test_a_server_that_somebody_here_named_needs_no_signed_mx(tmp_path: Path) ->
 
 
 # --- DANE: authorities ---
-
-needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl")
 
 
 class Issued(NamedTuple):
@@ -2094,7 +2086,7 @@ def test_requiretls_is_offered_and_taken_only_with_tls(serve: Serve) -> None:
         S: 250 …
         """,
     )
-    with with_tls(serve()) as wire:
+    with greeted_with_tls(serve()) as wire:
         assert "\n250-REQUIRETLS\n" in wire.ask("EHLO client.example")
         assert wire.ask("HELO client.example").startswith("250 ")
         assert wire.ask("MAIL FROM:<eva@there.example> REQUIRETLS").startswith("555 5.5.4 ")

@@ -15,13 +15,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import Peer, RunningClock
+from support import HOUR, Peer, RunningClock
 from world import MailWorld, SubmissionRefused, WorldServer
 
 import chasquid
 
 ANA, EVA = "ana@here.example", "eva@there.example"
-HOUR = 3600.0
 
 
 @pytest.fixture
