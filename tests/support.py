@@ -72,11 +72,11 @@ def cuts(data: bytes, places: list[int]) -> list[bytes]:
     return [data[start:end] for start, end in zip(edges, edges[1:], strict=False)]
 
 
-def wait_for(condition: Callable[[], T], what: str) -> T:
-    """Return the first true value of `condition`; fail where it stays false."""
-    end = time.monotonic() + SECONDS
+def wait_for(condition: Callable[[], T], what: str, seconds: float = SECONDS) -> T:
+    """Return the first true value of `condition`; fail if it stays false."""
+    end = time.monotonic() + seconds
     while not (value := condition()):
-        assert time.monotonic() < end, f"waited in vain for {what}"
+        assert time.monotonic() < end, f"waited {seconds:g} s in vain for {what}; seen: {value!r}"
         time.sleep(0.002)
     return value
 
