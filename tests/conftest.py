@@ -38,3 +38,18 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 @pytest.fixture
 def commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> CommandLine:
     return CommandLine(tmp_path, capsys)
+
+
+@pytest.fixture
+def behind(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Start a server behind a proxy: it expects the PROXY header. `flags` are set to true."""
+    with contextlib.ExitStack() as stack:
+
+        def behind(*flags: str, **keywords: Any) -> Server:
+            server = Server(tmp_path / "behind", **keywords)
+            with (server.config_dir / "chasquid.conf").open("a") as file:
+                for flag in ("haproxy_incoming", *flags):
+                    file.write(f"{flag}: true\n")
+            return stack.enter_context(server)
+
+        yield behind

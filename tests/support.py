@@ -38,6 +38,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import hypothesis
 import pytest
+from hypothesis import strategies as st
 
 import chasquid
 
@@ -49,6 +50,7 @@ SECONDS = 20.0  # after which a test has waited long enough for anything
 HOST = "mail.here.example"
 MESSAGE = b"Subject: hello\r\n\r\nIt works.\r\n"
 LETTER = b"From: eva@there.example\r\n" + MESSAGE
+PLACES = st.lists(st.integers(0, 10_000), max_size=8)  # for `cuts`
 HOUR = 3600.0
 MEGABYTE = 1024 * 1024
 DOWN = chasquid.TemporaryFailure("the name servers are down", "4.4.3")
@@ -352,6 +354,11 @@ class Server:
         new = self.maildir(user, domain).glob("new/*")
         paths = sorted(new, key=lambda path: path.stat().st_mtime_ns)
         return [path.read_bytes() for path in paths]
+
+    def junk(self, user: str = "ana") -> list[bytes]:
+        """Return what is in the folder Junk of a user, when the queue has become empty."""
+        self.mail(user)
+        return [path.read_bytes() for path in self.maildir(user).glob(".Junk/new/*")]
 
     def queued(self, *places: str) -> list[str]:
         """Return the files of the queue, as "new/NAME", each where it was seen last."""
@@ -663,9 +670,15 @@ class Peer:
     * closed                          the client closes the connection
     """
 
-    def __init__(self, *scripts: str, names: Sequence[str] = (), path: str = "") -> None:
+    def __init__(
+        self,
+        *scripts: str,
+        names: Sequence[str] = (),
+        path: str = "",
+        context: ssl.SSLContext | None = None,
+    ) -> None:
         self._scripts = scripts
-        self._names = names
+        self._context = context or _server_context(tuple(names) or (HOST,))
         self.problems: list[str] = []
         self.messages: list[bytes] = []
         if path:
@@ -725,9 +738,50 @@ class Peer:
             assert wire.is_closed(), "the client has not closed"
         elif (kind, rest) == ("*", "TLS"):
             with contextlib.suppress(ssl.SSLError):  # a client may refuse the certificate
-                wire.start_tls(_server_context(tuple(self._names)), server_side=True)
+                wire.start_tls(self._context, server_side=True)
         else:
             raise AssertionError(f"a script has no {kind} {rest}")
+
+
+# What a server at mx.there.example says and hears; scripts are put together from these.
+
+MX = {
+    ("there.example", "MX"): ("10 mx.there.example.",),
+    ("mx.there.example", "A"): ("127.0.0.1",),
+}
+EVA = [chasquid.Target("address", "eva@there.example", ())]
+GREETING = f"""
+    S: 220 mx.there.example ESMTP
+    C: EHLO {HOST}
+    S: 250 mx.there.example
+"""
+ENVELOPE = """
+    C: MAIL FROM:<eva@there.example>
+    S: 250 2.1.0 fine
+    C: RCPT TO:<eva@there.example>
+    S: 250 2.1.5 fine
+"""
+CONTENT = """
+    C: DATA
+    S: 354 go on
+    C.
+    S: 250 2.6.0 got it
+    C: QUIT
+    S: 221 bye
+"""
+STARTTLS = f"""
+    S: 220 mx.there.example ESMTP
+    C: EHLO {HOST}
+    S: 250-mx.there.example
+    S: 250 STARTTLS
+    C: STARTTLS
+"""
+SECURE = f"""
+    S: 220 go on
+    * TLS
+    C: EHLO {HOST}
+    S: 250 mx.there.example
+"""
 
 
 @functools.cache

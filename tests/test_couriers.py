@@ -15,8 +15,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import (
+    CONTENT,
+    ENVELOPE,
+    EVA,
+    GREETING,
     HOST,
     MESSAGE,
+    MX,
+    SECURE,
+    STARTTLS,
     FakeClock,
     Peer,
     Zone,
@@ -463,31 +470,6 @@ def test_a_pipe_that_cannot_be_started_defers(command: str) -> None:
 
 # --- SMTP ---
 
-MX = {
-    ("there.example", "MX"): ("10 mx.there.example.",),
-    ("mx.there.example", "A"): ("127.0.0.1",),
-}
-EVA = [address("eva@there.example")]
-GREETING = f"""
-    S: 220 mx.there.example ESMTP
-    C: EHLO {HOST}
-    S: 250 mx.there.example
-"""
-ENVELOPE = """
-    C: MAIL FROM:<eva@there.example>
-    S: 250 2.1.0 fine
-    C: RCPT TO:<eva@there.example>
-    S: 250 2.1.5 fine
-"""
-CONTENT = """
-    C: DATA
-    S: 354 go on
-    C.
-    S: 250 2.6.0 got it
-    C: QUIT
-    S: 221 bye
-"""
-
 
 class Smtp:
     """An SMTP courier with a given zone; what it logs is below `directory`."""
@@ -928,19 +910,6 @@ def test_an_international_header_needs_smtputf8(tmp_path: Path) -> None:
 
 # --- TLS ---
 
-STARTTLS = f"""
-    S: 220 mx.there.example ESMTP
-    C: EHLO {HOST}
-    S: 250-mx.there.example
-    S: 250 STARTTLS
-    C: STARTTLS
-"""
-SECURE = f"""
-    S: 220 go on
-    * TLS
-    C: EHLO {HOST}
-    S: 250 mx.there.example
-"""
 PLAIN = f"""
     S: 220 mx.there.example ESMTP
     C: EHLO {HOST}

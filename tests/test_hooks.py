@@ -310,12 +310,6 @@ def test_fields_go_above_the_signature_and_the_trace_of_a_user(serve: Serve) -> 
     assert names[2:4] == ["X-Scanned", "Received"]
 
 
-def junk(server: Server) -> list[bytes]:
-    """Return what is in the folder Junk of ana."""
-    wait_for(lambda: not server.queued(), "the queue to become empty")
-    return [path.read_bytes() for path in server.maildir("ana").glob(".Junk/new/*")]
-
-
 @pytest.mark.parametrize(
     ("printed", "is_junk"),
     [
@@ -333,7 +327,7 @@ def test_what_the_hook_calls_spam_goes_into_its_own_folder(
     server = serve()
     post_data(server, f"printf '{printed}'")
     assert send(server).startswith("250 ")
-    assert len(junk(server)) == is_junk
+    assert len(server.junk()) == is_junk
     assert len(server.mail("ana")) == (not is_junk)
 
 
@@ -899,7 +893,7 @@ def test_the_sample_works_as_the_hook_of_a_server(serve: Serve, tools: Path, mon
     rspamc = RSPAMC.format(place=tools.parent, action="add header")
     program(tools, "rspamc", rspamc)
     assert send(server).startswith("250 ")
-    (message,) = junk(server)
+    (message,) = server.junk()
     assert on_top(message) == b"X-Spam-Score: 4.20 / 15.00\nX-Spam-Flag: YES\n"
     program(tools, "rspamc", rspamc.replace("add header", "reject"))
     assert send(server) == "554 5.7.1 the message looks like spam"

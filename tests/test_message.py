@@ -13,12 +13,11 @@ import pytest
 from dkim import canonicalization
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support import cuts, searched
+from support import PLACES, cuts, searched
 
 import chasquid
 
 Message = chasquid.Message
-PLACES = st.lists(st.integers(0, 10_000), max_size=8)
 TANGLED = st.text(st.sampled_from("\r\n.a: \t")).map(str.encode)
 
 

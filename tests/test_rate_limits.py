@@ -7,8 +7,7 @@ import contextlib
 import os
 import select
 import types
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -328,21 +327,6 @@ def test_without_a_least_pace_none_is_too_slow():
 
 
 # --- over the wire: clients with addresses of their own ---
-
-
-@pytest.fixture
-def behind(tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    """Start a server that learns addresses from PROXY headers; `flags` are set to true."""
-    with contextlib.ExitStack() as stack:
-
-        def behind(*flags: str, **keywords: Any) -> Server:
-            server = Server(tmp_path / "behind", **keywords)
-            with (server.config_dir / "chasquid.conf").open("a") as file:
-                for flag in ("haproxy_incoming", *flags):
-                    file.write(f"{flag}: true\n")
-            return stack.enter_context(server)
-
-        yield behind
 
 
 def client(server: Server, address: str = ONE, port: str = "smtp") -> Wire:

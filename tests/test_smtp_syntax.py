@@ -9,13 +9,12 @@ import re
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support import cuts, searched
+from support import PLACES, cuts, searched
 
 import chasquid
 
 Refused, Reply = chasquid.Refused, chasquid.Reply
 BareNewline = chasquid.BareNewline
-PLACES = st.lists(st.integers(0, 10_000), max_size=8)
 ANY_TEXT = st.text(st.characters(codec="utf-8"), max_size=60)
 
 

@@ -24,10 +24,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import (
+    CONTENT,
     DOWN,
+    ENVELOPE,
+    EVA,
+    GREETING,
     HOST,
     LETTER,
+    MX,
     SECONDS,
+    SECURE,
+    STARTTLS,
     FakeClock,
     Inline,
     Peer,
@@ -54,7 +61,6 @@ from support import (
     wait_for,
     write_certificate,
 )
-from test_couriers import CONTENT, ENVELOPE, EVA, GREETING, MX, SECURE, STARTTLS
 
 import chasquid
 from chasquid import (
