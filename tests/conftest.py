@@ -53,3 +53,10 @@ def behind(tmp_path: Path) -> Iterator[Callable[..., Server]]:
             return stack.enter_context(server)
 
         yield behind
+
+
+@pytest.fixture
+def untrusting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no certificate be valid, whatever this machine trusts, if a test does not say so."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path / "none"))

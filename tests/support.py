@@ -29,6 +29,7 @@ import shutil
 import smtplib
 import socket
 import ssl
+import subprocess
 import sys
 import threading
 import time
@@ -113,6 +114,43 @@ def write_certificate(directory: Path, *names: str) -> Path:
     (directory / "fullchain.pem").write_text(chain)
     (directory / "privkey.pem").write_text(key)
     return directory / "fullchain.pem"
+
+
+class Issued(NamedTuple):
+    """A certificate and its key."""
+
+    chain: str
+    key: str
+
+    @property
+    def der(self) -> bytes:
+        return ssl.PEM_cert_to_DER_cert(self.chain)
+
+
+def issue(directory: Path, name: str, issuer: Issued | None = None) -> Issued:
+    """Make a certificate for `name`; an authority if there is no `issuer`."""
+    place = Path(directory) / f"{len(list(directory.iterdir()))}-{name}"
+    place.mkdir()
+    (place / "extensions").write_text(
+        f"subjectAltName=DNS:{name}\nbasicConstraints=CA:FALSE\n"
+        if issuer
+        else "basicConstraints=critical,CA:TRUE\nkeyUsage=keyCertSign\n"
+    )
+    run_openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", place / "key")
+    run_openssl("req", "-new", "-key", place / "key", "-subj", f"/CN={name}", "-out", place / "csr")
+    signing: list[object] = ["-signkey", place / "key"]
+    if issuer is not None:
+        (place / "ca").write_text(issuer.chain)
+        (place / "ca-key").write_text(issuer.key)
+        signing = ["-CA", place / "ca", "-CAkey", place / "ca-key", "-CAcreateserial"]
+    run_openssl("x509", "-req", "-in", place / "csr", *signing, "-days", "2", "-out", place / "crt",
+                "-extfile", place / "extensions")  # fmt: skip
+    return Issued((place / "crt").read_text(), (place / "key").read_text())
+
+
+def run_openssl(*arguments: object) -> None:
+    command = ["openssl", *map(str, arguments)]
+    subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
 
 
 def trusting(certificate_file: Path | None = None) -> ssl.SSLContext:
@@ -208,11 +246,22 @@ class Zone:
     """The answers to DNS questions, from a table of (name, kind) to records.
 
     A name that is not in the table does not exist; an exception in it is raised. `asked`
-    holds the questions in the order in which they came.
+    holds the questions in the order in which they came. If the zone is `signed`, answers are
+    authentic, but for the questions in `unsigned`. `aliases` says what some names stand for.
     """
 
-    def __init__(self, table: Mapping[tuple[str, str], Sequence[str] | Exception]) -> None:
+    def __init__(
+        self,
+        table: Mapping[tuple[str, str], Sequence[str] | Exception],
+        *,
+        signed: bool = False,
+        unsigned: Sequence[tuple[str, str]] = (),
+        aliases: Mapping[str, str] | None = None,
+    ) -> None:
         self._table = table
+        self._signed = signed
+        self._unsigned = unsigned
+        self._aliases = aliases or {}
         self.asked: list[tuple[str, str]] = []
 
     async def ask(self, name: str, kind: str) -> chasquid.Answer:
@@ -220,8 +269,13 @@ class Zone:
         found = self._table.get((name, kind))
         if isinstance(found, Exception):
             raise found
-        exists = any(known == name for known, _ in self._table)
-        return chasquid.Answer(exists, tuple(found or ()), 300.0)
+        return chasquid.Answer(
+            any(known == name for known, _ in self._table),
+            tuple(found or ()),
+            300.0,
+            authentic=self._signed and (name, kind) not in self._unsigned,
+            canonical=self._aliases.get(name, "") if found else "",
+        )
 
 
 # --- a server ---
