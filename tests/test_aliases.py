@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ALIASES: the file and what an address stands for."""
+"""Room ALIASES: the file and what an address stands for."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CONFIG: the text format, the keys of chasquid.conf, the directories of the domains."""
+"""Room CONFIG: the text format, the keys of chasquid.conf, the directories of the domains."""
 
 from __future__ import annotations
 

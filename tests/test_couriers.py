@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Room COURIERS: each courier against a directory, a program or a server that is a text."""
+"""Rooms COURIERS, SMTP CLIENT: each courier against a directory, a program or a server in text."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Room DAEMON: wiring, reload, the control socket, certificates, start and end."""
+"""Rooms DAEMON, CONTROL, LISTENERS: wiring, reload, commands to it, certificates, start and end."""
 
 from __future__ import annotations
 

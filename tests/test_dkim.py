@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SENDER: DKIM signatures, those of others verified and our own made.
+"""Room DKIM: signatures, those of others verified and our own made.
 
 What is verified here was signed by dkimpy or by `signed`, which follows RFC 6376 without
 either library and signs whatever it is told to.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DMARC (RFC 9989): the walk up the tree, policies, alignment, and what a server makes of it."""
+"""Room DMARC: the walk up the tree (RFC 9989), policies, alignment, what a server makes of it."""
 
 from __future__ import annotations
 

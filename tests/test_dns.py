@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NAMES: the cache, mail exchangers, and real questions to a real little name server."""
+"""Room DNS: the cache, mail exchangers, and real questions to a real little name server."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dovecot as a directory of users (room USERS): its protocol, and what the server makes of it."""
+"""Room USERS: Dovecot as a directory of users, its protocol, and what the server makes of it."""
 
 from __future__ import annotations
 

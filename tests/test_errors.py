@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GROUND: failures, ids, the clock."""
+"""Room ERRORS: failures, ids, the clock."""
 
 from __future__ import annotations
 

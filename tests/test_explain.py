@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `explain`: the story of a message, from the mail log and the queue."""
+"""Room COMMANDS: `explain`, the story of a message, from the mail log and the queue."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from support import (
     run_command,
     wait_for,
 )
-from test_dsn import ANA, BEN, EVA, LATER, PASSED_ON, REFUSED, Far, send
+from test_notifications import ANA, BEN, EVA, LATER, PASSED_ON, REFUSED, Far, send
 
 ID, OTHER = "abcdefghij234", "zzzzzzzzzz777"
 CAME = (

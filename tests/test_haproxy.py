@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The PROXY header (rooms STREAM and DAEMON): what it says, and what happens without it."""
+"""Rooms STREAM, LISTENERS: the PROXY header, what it says, and what happens without it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KEYS: certificates made and read, Ed25519, RSA keys; all from arithmetic alone."""
+"""Room KEYS: certificates made and read, Ed25519, RSA keys; all from arithmetic alone."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RECORD: the logs and the counters."""
+"""Room LOG: the logs and the counters."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LOOP: tasks, deadlines, cancellation, worker threads, child processes."""
+"""Room LOOP: tasks, deadlines, cancellation, worker threads, child processes."""
 
 from __future__ import annotations
 

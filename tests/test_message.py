@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MESSAGE: the header block and its fields, authors, the hash of a body, stored messages."""
+"""Room MESSAGE: header block and fields, authors, the hash of a body, stored messages."""
 
 from __future__ import annotations
 

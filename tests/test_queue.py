@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Room QUEUE: its files, its schedule, its notifications, and what a crash leaves.
+"""Rooms QUEUE, ITEMS: files, schedule, notifications, and what a crash leaves.
 
 Time stands still in these tests and is moved by hand; what is written is written at once.
 A crash is a copy of the directory at some moment, from which a new queue starts.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Room RATE LIMITS, and what the server says to those who go over one."""
+"""Room RATE LIMITS: who may do how much, and what the server says to those who go over."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The smarthost: which mail goes there, with TLS and a login or not at all."""
+"""Room COURIERS: which mail goes to the smarthost, with TLS and a login or not at all."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from support import (
     wait_for,
     write_certificate,
 )
-from test_dsn import ANA, BEN, EVA, REFUSED, outcomes, reports, send
+from test_notifications import ANA, BEN, EVA, REFUSED, outcomes, reports, send
 
 import chasquid
 from chasquid import DEFERRED, FAILED, SENT, Delivery, DsnParameters, Result, Target

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SMTP: replies, commands, paths, transparency; and who tries to abuse them."""
+"""Room SMTP SYNTAX: replies, commands, paths, transparency; and who tries to abuse them."""
 
 from __future__ import annotations
 

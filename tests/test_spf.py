@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SPF: what it says of a sender, what hostile records cost, and what a server makes of it."""
+"""Room SPF: what it says of a sender, what hostile records cost, what a server makes of it."""
 
 from __future__ import annotations
 

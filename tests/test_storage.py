@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DISK: durable writes, blocking ones and those on the loop."""
+"""Room STORAGE: durable writes, blocking ones and those on the loop."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""STREAM: lines and pieces, TLS, deadlines, and the end of a connection."""
+"""Room STREAM: lines and pieces, TLS, deadlines, and the end of a connection."""
 
 from __future__ import annotations
 

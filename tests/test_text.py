@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TEXT: addresses, internationalised names, dates, text made safe."""
+"""Room TEXT: addresses, internationalised names, dates, text made safe."""
 
 from __future__ import annotations
 

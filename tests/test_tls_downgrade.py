@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TLS taken away: somebody between two servers hides STARTTLS or shows another certificate.
+"""Rooms TLS POLICY, COURIERS, SMTP CLIENT, SERVER: somebody takes TLS away on the way.
 
-What must hold then, from end to end: rooms TLS POLICY, COURIERS and SMTP CLIENT for mail that
-goes out, SERVER for mail that comes in, QUEUE and NOTIFICATIONS for messages that demand TLS.
+What must hold from end to end if STARTTLS is hidden or another certificate is shown, and for
+messages that demand TLS or do without it (RFC 8689).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""USERS: the users file, passwords, and what the time of an answer gives away."""
+"""Room USERS: the users file, passwords, and what the time of an answer gives away."""
 
 from __future__ import annotations
 

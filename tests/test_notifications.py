@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Delivery status notifications on request (RFC 3461): what a sender may ask for, where it
-is kept, to whom it is passed on, and what the reports say."""
+"""Room NOTIFICATIONS: what a sender may ask for (RFC 3461), where it is kept, what reports say."""
 
 from __future__ import annotations
 
