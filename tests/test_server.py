@@ -459,14 +459,15 @@ def test_mail_for_a_program_that_half_the_queue_waits_for_is_refused_for_now(
     tmp_path: Path,
 ) -> None:
     gate = tmp_path / "gate"
-    os.mkfifo(gate)
+    wait = f"timeout 10 sh -c 'until [ -e {gate} ]; do sleep 0.01; done'"
     with Server(
-        tmp_path / "s", aliases={"here.example": f"slow: | timeout 1 cat {gate}\n"},
+        tmp_path / "s", aliases={"here.example": f"slow: | {wait}\n"},
         max_queue_items=8,
     ) as server, greeted(server) as wire:  # fmt: skip
         replies = [send(wire, b"Subject: x\r\n\r\n", "slow@here.example") for _ in range(6)]
         assert replies[-1] == "451 4.3.2 too much mail is waiting for a program here"
         assert send(wire, b"Subject: x\r\n\r\n")[:3] == "250"
+        gate.touch()
 
 
 @pytest.mark.parametrize(

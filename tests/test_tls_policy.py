@@ -144,6 +144,7 @@ def test_an_international_domain_is_kept_in_unicode(tmp_path: Path) -> None:
     "labels",
     [
         ["x" * 63] * 3,
+        ["ü" * 12] * 3,
         ["ü" * 50] * 3,
         ["漢" * 20] * 3,
         ["x" * 63] * 3 + ["x" * 51],
@@ -151,7 +152,10 @@ def test_an_international_domain_is_kept_in_unicode(tmp_path: Path) -> None:
 )
 def test_a_domain_may_be_as_long_as_domains_are(tmp_path: Path, labels: list[str]) -> None:
     domain = ".".join([*labels, "example"])
-    assert len(chasquid.domain_to_ascii(domain)) <= 253
+    ascii, escaped = chasquid.domain_to_ascii(domain), urllib.parse.quote_plus(domain)
+    assert len(ascii) <= 253
+    name = os.path.basename(chasquid.domain_info_path("directory", domain))
+    assert name == "s:" + (escaped if len(f"s:{escaped}") < 256 else ascii)
     with_levels(tmp_path, lambda levels: levels.saw_outgoing(domain, TLS_SECURE))
     assert kept(tmp_path, domain).outgoing == TLS_SECURE
     assert (tmp_path / "server.log").read_text().count("error") == 0
@@ -191,6 +195,8 @@ def test_a_directory_that_cannot_be_written_keeps_nothing_but_the_memory(tmp_pat
         await levels.saw_incoming("there.example", True)
         assert await levels.of("there.example") == DomainInfo(TLS_CLIENT)
         assert not await levels.accepts("there.example", False)
+        assert await levels.forget("there.example")
+        assert await levels.of("there.example") == DomainInfo()
 
     with_levels(tmp_path, main)
     assert "s:there.example cannot be written" in (tmp_path / "server.log").read_text()
