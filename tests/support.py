@@ -153,6 +153,12 @@ def run_openssl(*arguments: object) -> None:
     subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
 
 
+def trust(monkeypatch: pytest.MonkeyPatch, directory: Path, *names: str) -> None:
+    """Let a certificate for `names`, which is written below `directory`, be the valid one."""
+    chain = write_certificate(directory / "authority", *names)
+    monkeypatch.setenv("SSL_CERT_FILE", str(chain))
+
+
 def trusting(certificate_file: Path | None = None) -> ssl.SSLContext:
     """Return a client's context that trusts this certificate alone, or whatever comes."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -432,6 +438,42 @@ class Server:
     @property
     def mail_log(self) -> str:
         return (self.directory / "mail.log").read_text()
+
+
+START_WITH_SOCKETS = """
+import os, socket, sys
+names = sys.argv[1].split(":")
+sockets = [socket.create_server(("127.0.0.1", 0)) for _ in names]
+print(*(socket.getsockname()[1] for socket in sockets), flush=True)
+held = [os.dup2(socket.fileno(), 20 + number) for number, socket in enumerate(sockets)]
+for number, fd in enumerate(held):
+    os.dup2(fd, 3 + number)
+os.environ["LISTEN_PID"] = str(os.getpid())
+os.environ["LISTEN_FDS"] = str(len(names))
+os.environ["LISTEN_FDNAMES"] = ":".join(names)
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
+@contextlib.contextmanager
+def started_by_systemd(
+    server: Server, *names: str, **environment: str
+) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """Start a process with sockets of these names, as systemd does; give it and their ports."""
+    words = [sys.executable, "-c", START_WITH_SOCKETS, ":".join(names)]
+    process = subprocess.Popen(
+        [*words, MODULE, "--config-dir", server.config_dir, "serve"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    try:
+        assert process.stdout is not None
+        yield process, [int(word) for word in process.stdout.readline().split()]
+    finally:
+        process.kill()
+        process.communicate()
 
 
 # --- the client's end ---

@@ -32,8 +32,8 @@ from support import (
     record,
     run,
     tls_policies,
+    trust,
     wait_for,
-    write_certificate,
 )
 
 import chasquid
@@ -928,8 +928,7 @@ def test_a_certificate_that_is_not_valid_still_encrypts(tmp_path: Path) -> None:
 def test_a_valid_certificate_is_taken_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chain = write_certificate(tmp_path / "authority", "mx.there.example")
-    monkeypatch.setenv("SSL_CERT_FILE", str(chain))
+    trust(monkeypatch, tmp_path, "mx.there.example")
     results, _ = attempt(tmp_path, STARTTLS + SECURE + ENVELOPE + CONTENT)
     assert [one.state for one in results] == [SENT]
 

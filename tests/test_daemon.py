@@ -9,15 +9,12 @@ import os
 import socket
 import ssl
 import stat
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from support import (
     HOST,
-    MODULE,
     SECONDS,
     USERS,
     FakeCourier,
@@ -31,6 +28,7 @@ from support import (
     greeted,
     login,
     rcpt,
+    started_by_systemd,
     trusting,
     users_file,
     wait_for,
@@ -672,20 +670,6 @@ def test_nothing_is_left_open_after_the_end(tmp_path: Path) -> None:
 
 # --- systemd ---
 
-START_WITH_SOCKETS = """
-import os, socket, sys
-sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
-print(*(one.getsockname()[1] for one in sockets), flush=True)
-held = [os.dup(one.fileno()) for one in sockets]
-held = [fd if fd > 10 else os.dup2(fd, 20 + fd) for fd in held]
-for number, fd in enumerate(held):
-    os.dup2(fd, 3 + number)
-os.environ["LISTEN_PID"] = str(os.getpid())
-os.environ["LISTEN_FDS"] = "2"
-os.environ["LISTEN_FDNAMES"] = "smtp:submission"
-os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
-"""
-
 
 def test_sockets_of_systemd_are_served_and_systemd_is_told(tmp_path: Path) -> None:
     server = Server(
@@ -695,15 +679,10 @@ def test_sockets_of_systemd_are_served_and_systemd_is_told(tmp_path: Path) -> No
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices:
         notices.bind(str(tmp_path / "notify"))
         notices.settimeout(SECONDS)
-        process = subprocess.Popen(
-            [sys.executable, "-c", START_WITH_SOCKETS, MODULE, "--config-dir", server.config_dir,
-             "serve"],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")},
-        )  # fmt: skip
-        try:
-            assert process.stdout is not None
-            smtp, submission = (int(word) for word in process.stdout.readline().split())
+        notify = str(tmp_path / "notify")
+        with started_by_systemd(
+            server, "smtp", "submission", NOTIFY_SOCKET=notify
+        ) as (process, (smtp, submission)):  # fmt: skip
             assert notices.recv(100) == b"READY=1"
             with Wire.to("127.0.0.1", smtp) as wire:
                 assert wire.reply().startswith(f"220 {HOST} ")
@@ -716,7 +695,5 @@ def test_sockets_of_systemd_are_served_and_systemd_is_told(tmp_path: Path) -> No
             process.terminate()
             assert notices.recv(100) == b"STOPPING=1"
             assert process.wait(SECONDS) == 0
-            assert process.communicate() == ("", "")
-        finally:
-            process.kill()
-            process.wait()
+            assert process.stdout is not None and process.stderr is not None
+            assert (process.stdout.read(), process.stderr.read()) == ("", "")

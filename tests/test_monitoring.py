@@ -5,11 +5,8 @@ from __future__ import annotations
 
 import base64
 import html.parser
-import os
 import re
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +30,7 @@ from support import (
     plain_secret,
     play,
     record,
+    started_by_systemd,
     wait_for,
 )
 from support import send as send_message
@@ -304,43 +302,19 @@ def test_an_address_is_a_host_and_a_port(tmp_path: Path, value: str) -> None:
         Server(tmp_path, monitoring_address=value).make()
 
 
-START_WITH_SOCKETS = """
-import os, socket, sys
-names = ["smtp", "monitoring"]
-sockets = [socket.create_server(("127.0.0.1", 0)) for _ in names]
-print(*(one.getsockname()[1] for one in sockets), flush=True)
-held = [os.dup2(one.fileno(), 20 + number) for number, one in enumerate(sockets)]
-for number, fd in enumerate(held):
-    os.dup2(fd, 3 + number)
-os.environ["LISTEN_PID"] = str(os.getpid())
-os.environ["LISTEN_FDS"] = str(len(names))
-os.environ["LISTEN_FDNAMES"] = ":".join(names)
-os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
-"""
-
-
 def test_a_socket_of_systemd_is_served(tmp_path: Path) -> None:
     systemd = dict.fromkeys(
         ("smtp_address", "submission_address", "submission_over_tls_address", "monitoring_address"),
         "systemd",
     )
     server = Server(tmp_path, **systemd)
-    words = ["-c", START_WITH_SOCKETS, MODULE, "--config-dir", server.config_dir, "serve"]
-    process = subprocess.Popen(
-        [sys.executable, *words], stdout=subprocess.PIPE, env={**os.environ}, text=True
-    )
-    try:
-        assert process.stdout is not None
-        smtp, monitoring = map(int, process.stdout.readline().split())
+    with started_by_systemd(server, "smtp", "monitoring") as (process, (smtp, monitoring)):
         with Wire.to("127.0.0.1", smtp) as wire:
             assert wire.reply().startswith(f"220 {HOST} ")
         with socket.create_connection(("127.0.0.1", monitoring), SECONDS) as connection:
             connection.sendall(b"POST /exit HTTP/1.1\r\n\r\n")
             assert receive(connection).endswith(b"stopping\n")
         assert process.wait(SECONDS) == 0
-    finally:
-        process.kill()
-        process.communicate()
 
 
 # --- the page ---

@@ -20,8 +20,8 @@ from support import (
     delivery,
     plain_secret,
     run,
+    trust,
     wait_for,
-    write_certificate,
 )
 from test_notifications import ANA, BEN, EVA, REFUSED, outcomes, reports, send
 
@@ -79,8 +79,7 @@ WHOLE = STARTTLS + EXTENSIONS + WELCOME + TRANSFER + CONTENT
 @pytest.fixture(autouse=True)
 def trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the certificate of the smarthost be a valid one."""
-    chain = write_certificate(tmp_path / "authority", SMART)
-    monkeypatch.setenv("SSL_CERT_FILE", str(chain))
+    trust(monkeypatch, tmp_path, SMART)
 
 
 def attempt(
@@ -216,8 +215,7 @@ def test_where_starttls_is_refused_nothing_is_sent() -> None:
 def test_with_a_certificate_for_somebody_else_nothing_is_sent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
 ) -> None:
-    chain = write_certificate(tmp_path / "other", *names)
-    monkeypatch.setenv("SSL_CERT_FILE", str(chain))
+    trust(monkeypatch, tmp_path, *names)
     script = f"{HELLO}\nS: 250 STARTTLS\nC: STARTTLS\nS: 220 go on\n* TLS\n* close"
     assert "certificate" in refused(script, names=names)
 
@@ -225,8 +223,7 @@ def test_with_a_certificate_for_somebody_else_nothing_is_sent(
 def test_with_a_certificate_that_nobody_vouches_for_nothing_is_sent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chain = write_certificate(tmp_path / "other", "other.example")
-    monkeypatch.setenv("SSL_CERT_FILE", str(chain))
+    trust(monkeypatch, tmp_path, "other.example")
     script = f"{HELLO}\nS: 250 STARTTLS\nC: STARTTLS\nS: 220 go on\n* TLS\n* close"
     assert "certificate is not valid" in refused(script)
 

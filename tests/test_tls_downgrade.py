@@ -46,8 +46,8 @@ from support import (
     run,
     send,
     tls_policies,
+    trust,
     wait_for,
-    write_certificate,
 )
 from test_tls_policy import (
     OTHER_DER,
@@ -526,16 +526,10 @@ def attempt(directory: Path, case: Case, port: int) -> Attempt:
         log.close()
 
 
-def trust(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
-    """Let the certificate of mx.there.example be valid."""
-    chain = write_certificate(directory / "authority", "mx.there.example")
-    monkeypatch.setenv("SSL_CERT_FILE", str(chain))
-
-
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_delivery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
     if case.trusted:
-        trust(monkeypatch, tmp_path)
+        trust(monkeypatch, tmp_path, "mx.there.example")
     if case.level:
         remember(tmp_path, case.level, case.to)
     port = 1  # where nobody listens
