@@ -174,8 +174,8 @@ def trusting(certificate_file: Path | None = None) -> ssl.SSLContext:
 def config_text(settings: Mapping[str, Any]) -> str:
     lines = []
     for key, value in settings.items():
-        for one in value if isinstance(value, (list, tuple)) else (value,):
-            lines.append(f"{key}: {one if isinstance(one, int) else chasquid.quote(str(one))}")
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            lines.append(f"{key}: {item if isinstance(item, int) else chasquid.quote(str(item))}")
     return "\n".join(lines) + "\n"
 
 
@@ -512,7 +512,7 @@ class Wire:
         self.socket.sendall(line.encode() + b"\r\n")
 
     def line(self) -> str:
-        """Return the next line; "" where the other side has closed."""
+        """Return the next line; "" if the other side has closed."""
         while b"\r\n" not in self._in:
             data = self._receive()
             if not data:
@@ -687,7 +687,7 @@ def play(server: Server, text: str, port: str = "smtp") -> None:
     * TLS                             do the handshake
     * closed                          the server closes the connection
     * hang up                         we do, and the server notices
-    * again                           a new connection, where the old one is over
+    * again                           a new connection, if the old one is over
     * port submission                 … to that port
     * mail for ana: 2                 so many messages are in the Maildir in the end
     * mail for ana holds: text        the last of them has this in it
@@ -743,7 +743,7 @@ def _direct(server: Server, wire: Wire, what: str, seen: str) -> None:
     elif match := re.fullmatch(r"mail for (\S+) holds: (.*)", what):
         assert _octets(match[2]) in server.mail(match[1])[-1], (server.mail(match[1]), seen)
     elif match := re.fullmatch(r"mail for (\S+) lacks: (.*)", what):
-        assert not any(_octets(match[2]) in one for one in server.mail(match[1])), seen
+        assert not any(_octets(match[2]) in message for message in server.mail(match[1])), seen
     elif what == "nothing is left":
         wait_for(lambda: not server.queued(), "the queue to become empty")
         assert " queued, " not in server.mail_log

@@ -83,7 +83,7 @@ OPEN = ["v=spf1 ip4:127.0.0.1 -all"]
 
 
 def sends(server: Server, sender: str, tls: bool) -> str:
-    """Return the reply to a message, or to MAIL where that is refused."""
+    """Return the reply to a message, or to MAIL if that is refused."""
     with greeted_with_tls(server) if tls else greeted(server) as wire:
         reply = wire.ask(f"MAIL FROM:<{sender}>")
         if reply.startswith("250 "):
@@ -470,7 +470,7 @@ REQUIRETLS_CASES = {
     "REQUIRETLS wins over TLS-Required: No": unsafe(
         NO_TLS, "REQUIRETLS", tlsa=[], load=NEEDS | OPTIONAL
     ),
-    "REQUIRETLS wins where nobody vouches": Case((), REFUSED, load=NEEDS | OPTIONAL),
+    "REQUIRETLS wins, and nobody vouches": Case((), REFUSED, load=NEEDS | OPTIONAL),
 }  # fmt: skip
 
 CASES = {
@@ -595,12 +595,12 @@ def test_a_server_that_has_just_started_keeps_to_the_policies_on_its_disk(tmp_pa
 def issued(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Issued]:
     """Two authorities, and servers of the first: the right one, and one of another name."""
     place = tmp_path_factory.mktemp("authorities")
-    one, other = issue(place, "One"), issue(place, "Other")
+    first, other = issue(place, "First"), issue(place, "Other")
     return {
-        "one": one,
+        "first": first,
         "other": other,
-        "server": issue(place, "mx.there.example", one),
-        "misnamed": issue(place, "other.example", one),
+        "server": issue(place, "mx.there.example", first),
+        "misnamed": issue(place, "other.example", first),
     }
 
 
@@ -609,14 +609,14 @@ NO_MATCH = unsafe("", "matches no TLSA record", "DANE")  # what is shown is enou
 AUTHORITIES: dict[str, tuple[Sequence[str], tuple[int, int, int], str, Case]] = {
     **{
         f"2 {selector} {matching}": (
-            ["server", "one"], (2, selector, matching), "one", sent(DELIVERED)
+            ["server", "first"], (2, selector, matching), "first", sent(DELIVERED)
         )
         for selector, matching in SELECTIONS
     },
-    "it does not make up for the wrong name": (["misnamed", "one"], (2, 1, 1), "one", NOT_VALID),
+    "it does not mend the wrong name": (["misnamed", "first"], (2, 1, 1), "first", NOT_VALID),
     "it is shown but has not signed": (["server", "other"], (2, 1, 1), "other", NOT_VALID),
-    "another is in the DNS": (["server", "one"], (2, 1, 1), "other", NO_MATCH),
-    "3 is the server's own alone": (["server", "one"], (3, 1, 1), "one", NO_MATCH),
+    "another is in the DNS": (["server", "first"], (2, 1, 1), "other", NO_MATCH),
+    "3 is the server's own alone": (["server", "first"], (3, 1, 1), "first", NO_MATCH),
 }  # fmt: skip
 
 

@@ -991,7 +991,7 @@ def test_a_web_server_without_an_address_or_that_is_down(tmp_path: Path) -> None
     assert "down" in str(fetch(server, records={**ADDRESS, ("mta-sts.there.example", "A"): DOWN}))
 
 
-def test_the_next_address_is_tried_where_one_is_down(tmp_path: Path) -> None:
+def test_the_next_address_is_tried_if_the_first_is_down(tmp_path: Path) -> None:
     records = {("mta-sts.there.example", "A"): ("127.0.0.2", "127.0.0.1")}
     with WebServer(tmp_path, lambda tls, _: tls.sendall(response())) as server:
         assert fetch(server, records=records) == POLICY
