@@ -1009,8 +1009,8 @@ class FakeCourier:
     ) -> list[chasquid.Result]:
         self.deliveries.append(delivery)
         self.targets += targets
-        status = "2.0.0" if self.state == chasquid.SENT else "4.0.0"
-        return [chasquid.Result(self.state, status, "as the test says")] * len(targets)
+        said = ("2.0.0", "done") if self.state == chasquid.SENT else ("4.0.0", "not today")
+        return [chasquid.Result(self.state, *said)] * len(targets)
 
 
 def delivery(
