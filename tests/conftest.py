@@ -14,7 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from support import Server  # it imports the module
+from support import CommandLine, Server  # it imports the module
 
 # A busy machine is no reason to fail.
 hypothesis.settings.register_profile("chasquid", deadline=None, print_blob=True)
@@ -33,3 +33,30 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
             return stack.enter_context(Server(tmp_path / f"server-{count}", **keywords))
 
         yield serve
+
+
+@pytest.fixture
+def commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    return CommandLine(tmp_path, capsys)
+
+
+@pytest.fixture
+def behind(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Start a server behind a proxy: it expects the PROXY header. `flags` are set to true."""
+    with contextlib.ExitStack() as stack:
+
+        def behind(*flags: str, **keywords: Any) -> Server:
+            server = Server(tmp_path / "behind", **keywords)
+            with (server.config_dir / "chasquid.conf").open("a") as file:
+                for flag in ("haproxy_incoming", *flags):
+                    file.write(f"{flag}: true\n")
+            return stack.enter_context(server)
+
+        yield behind
+
+
+@pytest.fixture
+def untrusting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no certificate be valid, whatever this machine trusts, if a test does not say so."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path / "none"))

@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of the upper rooms stand on.
+"""What the tests stand on; each helper is here once.
 
-Server      a real server in a thread, with a configuration directory of its own
-Wire        the client's end of a connection
-play        holds a dialogue that is written as text
-Peer        a server in a thread that follows such a text
-FakeClock   a clock that is moved by hand
-Inline      workers that work at once, so that a test takes the same way every time
-run         runs a coroutine on a loop
+Server        a real server in a thread, with a configuration directory of its own
+Wire          the client's end of a connection
+greeted, …    connections of clients that have said EHLO, or logged in; messages that they send
+play          holds a dialogue that is written as text
+Peer          a server in a thread that follows such a text
+CommandLine   a configuration directory, and commands that use it
+FakeClock     a clock that stands until it is moved
+RunningClock  the real clock, which can be moved ahead
+Inline        workers that work at once, so that a test takes the same way every time
+run           runs a coroutine on a loop
+Zone          the answers of the DNS, from a table
+FakeCourier   keeps what it is to deliver, and says what came of it
+searched      how the properties are searched
 """
 
 from __future__ import annotations
@@ -16,31 +22,64 @@ import base64
 import contextlib
 import functools
 import hashlib
+import io
 import os
 import re
+import shutil
+import smtplib
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+import hypothesis
+import pytest
+from hypothesis import strategies as st
 
 import chasquid
 
 T = TypeVar("T")
+Serve = Callable[..., "Server"]  # the fixture: it starts a server for a test
 
-MODULE = Path(chasquid.__file__)
+MODULE = Path(chasquid.__file__).resolve()
 SECONDS = 20.0  # after which a test has waited long enough for anything
 HOST = "mail.here.example"
+MESSAGE = b"Subject: hello\r\n\r\nIt works.\r\n"
+LETTER = b"From: eva@there.example\r\n" + MESSAGE
+PLACES = st.lists(st.integers(0, 10_000), max_size=8)  # for `cuts`
+HOUR = 3600.0
+MEGABYTE = 1024 * 1024
+DOWN = chasquid.TemporaryFailure("the name servers are down", "4.4.3")
+needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl")
 USERS = {"here.example": {"ana": "secret", "ben": "secret"}}
 
 
-def wait_for(condition: Callable[[], T], what: str) -> T:
-    """Return the first true value of `condition`; fail where it stays false."""
-    end = time.monotonic() + SECONDS
+#: How the properties are searched: without a limit of time, since the machine may be busy.
+searched = hypothesis.settings(
+    deadline=None,
+    max_examples=100,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+searched_briefly = hypothesis.settings(searched, max_examples=30)
+
+
+def cuts(data: bytes, places: list[int]) -> list[bytes]:
+    """Cut `data` at `places`, taken modulo its length."""
+    edges = sorted({0, len(data), *(place % (len(data) + 1) for place in places)})
+    return [data[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+
+
+def wait_for(condition: Callable[[], T], what: str, seconds: float = SECONDS) -> T:
+    """Return the first true value of `condition`; fail if it stays false."""
+    end = time.monotonic() + seconds
     while not (value := condition()):
-        assert time.monotonic() < end, f"waited in vain for {what}"
+        assert time.monotonic() < end, f"waited {seconds:g} s in vain for {what}; seen: {value!r}"
         time.sleep(0.002)
     return value
 
@@ -77,6 +116,49 @@ def write_certificate(directory: Path, *names: str) -> Path:
     return directory / "fullchain.pem"
 
 
+class Issued(NamedTuple):
+    """A certificate and its key."""
+
+    chain: str
+    key: str
+
+    @property
+    def der(self) -> bytes:
+        return ssl.PEM_cert_to_DER_cert(self.chain)
+
+
+def issue(directory: Path, name: str, issuer: Issued | None = None) -> Issued:
+    """Make a certificate for `name`; an authority if there is no `issuer`."""
+    place = Path(directory) / f"{len(list(directory.iterdir()))}-{name}"
+    place.mkdir()
+    (place / "extensions").write_text(
+        f"subjectAltName=DNS:{name}\nbasicConstraints=CA:FALSE\n"
+        if issuer
+        else "basicConstraints=critical,CA:TRUE\nkeyUsage=keyCertSign\n"
+    )
+    run_openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", place / "key")
+    run_openssl("req", "-new", "-key", place / "key", "-subj", f"/CN={name}", "-out", place / "csr")
+    signing: list[object] = ["-signkey", place / "key"]
+    if issuer is not None:
+        (place / "ca").write_text(issuer.chain)
+        (place / "ca-key").write_text(issuer.key)
+        signing = ["-CA", place / "ca", "-CAkey", place / "ca-key", "-CAcreateserial"]
+    run_openssl("x509", "-req", "-in", place / "csr", *signing, "-days", "2", "-out", place / "crt",
+                "-extfile", place / "extensions")  # fmt: skip
+    return Issued((place / "crt").read_text(), (place / "key").read_text())
+
+
+def run_openssl(*arguments: object) -> None:
+    command = ["openssl", *map(str, arguments)]
+    subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
+
+
+def trust(monkeypatch: pytest.MonkeyPatch, directory: Path, *names: str) -> None:
+    """Let a certificate for `names`, which is written below `directory`, be the valid one."""
+    chain = write_certificate(directory / "authority", *names)
+    monkeypatch.setenv("SSL_CERT_FILE", str(chain))
+
+
 def trusting(certificate_file: Path | None = None) -> ssl.SSLContext:
     """Return a client's context that trusts this certificate alone, or whatever comes."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -92,9 +174,75 @@ def trusting(certificate_file: Path | None = None) -> ssl.SSLContext:
 def config_text(settings: Mapping[str, Any]) -> str:
     lines = []
     for key, value in settings.items():
-        for one in value if isinstance(value, (list, tuple)) else (value,):
-            lines.append(f"{key}: {one if isinstance(one, int) else chasquid.quote(str(one))}")
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            lines.append(f"{key}: {item if isinstance(item, int) else chasquid.quote(str(item))}")
     return "\n".join(lines) + "\n"
+
+
+# --- commands ---
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+def run_command(
+    capsys: pytest.CaptureFixture[str], config_dir: Path, *arguments: str, data: bytes = b""
+) -> Ended:
+    """Run a command in this process, with `data` as its standard input."""
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        try:
+            status = chasquid.main(["--config-dir", str(config_dir), *arguments])
+        except SystemExit as end:
+            status = int(end.code or 0)
+    return Ended(status, *capsys.readouterr())
+
+
+def complaint(ended: Ended) -> str:
+    """Return the one line with which a command has failed."""
+    assert (ended.status, ended.out) == (1, ""), ended
+    assert ended.err.startswith("chasquid: ")
+    assert ended.err.count("\n") == 1 and ended.err.endswith("\n")
+    return ended.err.removeprefix("chasquid: ").strip()
+
+
+class CommandLine:
+    """A configuration directory, and commands that use it."""
+
+    def __init__(self, directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.config_dir = directory / "config"
+        self.domain_dir = self.config_dir / "domains" / "here.example"
+        self.data_dir = directory / "data"
+        self._capsys = capsys
+        self.configure()
+        self.write("domains/here.example/users", users_file({"ana": "secret"}).decode())
+
+    def configure(self, **settings: object) -> None:
+        log = str(self.config_dir / "log")
+        defaults = {"hostname": HOST, "data_dir": self.data_dir, "mail_log_path": log}
+        self.write("chasquid.conf", config_text({**defaults, **settings}))
+
+    def write(self, name: str, text: str) -> Path:
+        path = self.config_dir / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    def run(self, *arguments: str, data: bytes = b"") -> Ended:
+        return run_command(self._capsys, self.config_dir, *arguments, data=data)
+
+    def fails(self, *arguments: str, data: bytes = b"") -> str:
+        """Run a command that must fail with one line; return the line."""
+        return complaint(self.run(*arguments, data=data))
+
+    def users(self, domain: str = "here.example") -> dict[str, chasquid.Password]:
+        return chasquid.load_users(str(self.config_dir / "domains" / domain))
 
 
 # --- DNS ---
@@ -104,11 +252,22 @@ class Zone:
     """The answers to DNS questions, from a table of (name, kind) to records.
 
     A name that is not in the table does not exist; an exception in it is raised. `asked`
-    holds the questions in the order in which they came.
+    holds the questions in the order in which they came. If the zone is `signed`, answers are
+    authentic, but for the questions in `unsigned`. `aliases` says what some names stand for.
     """
 
-    def __init__(self, table: Mapping[tuple[str, str], Sequence[str] | Exception]) -> None:
+    def __init__(
+        self,
+        table: Mapping[tuple[str, str], Sequence[str] | Exception],
+        *,
+        signed: bool = False,
+        unsigned: Sequence[tuple[str, str]] = (),
+        aliases: Mapping[str, str] | None = None,
+    ) -> None:
         self._table = table
+        self._signed = signed
+        self._unsigned = unsigned
+        self._aliases = aliases or {}
         self.asked: list[tuple[str, str]] = []
 
     async def ask(self, name: str, kind: str) -> chasquid.Answer:
@@ -116,8 +275,13 @@ class Zone:
         found = self._table.get((name, kind))
         if isinstance(found, Exception):
             raise found
-        exists = any(known == name for known, _ in self._table)
-        return chasquid.Answer(exists, tuple(found or ()), 300.0)
+        return chasquid.Answer(
+            any(known == name for known, _ in self._table),
+            tuple(found or ()),
+            300.0,
+            authentic=self._signed and (name, kind) not in self._unsigned,
+            canonical=self._aliases.get(name, "") if found else "",
+        )
 
 
 # --- a server ---
@@ -251,6 +415,11 @@ class Server:
         paths = sorted(new, key=lambda path: path.stat().st_mtime_ns)
         return [path.read_bytes() for path in paths]
 
+    def junk(self, user: str = "ana") -> list[bytes]:
+        """Return what is in the folder Junk of a user, when the queue has become empty."""
+        self.mail(user)
+        return [path.read_bytes() for path in self.maildir(user).glob(".Junk/new/*")]
+
     def queued(self, *places: str) -> list[str]:
         """Return the files of the queue, as "new/NAME", each where it was seen last."""
         queue = self.data_dir / "queue"
@@ -269,6 +438,42 @@ class Server:
     @property
     def mail_log(self) -> str:
         return (self.directory / "mail.log").read_text()
+
+
+START_WITH_SOCKETS = """
+import os, socket, sys
+names = sys.argv[1].split(":")
+sockets = [socket.create_server(("127.0.0.1", 0)) for _ in names]
+print(*(socket.getsockname()[1] for socket in sockets), flush=True)
+held = [os.dup2(socket.fileno(), 20 + number) for number, socket in enumerate(sockets)]
+for number, fd in enumerate(held):
+    os.dup2(fd, 3 + number)
+os.environ["LISTEN_PID"] = str(os.getpid())
+os.environ["LISTEN_FDS"] = str(len(names))
+os.environ["LISTEN_FDNAMES"] = ":".join(names)
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
+@contextlib.contextmanager
+def started_by_systemd(
+    server: Server, *names: str, **environment: str
+) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """Start a process with sockets of these names, as systemd does; give it and their ports."""
+    words = [sys.executable, "-c", START_WITH_SOCKETS, ":".join(names)]
+    process = subprocess.Popen(
+        [*words, MODULE, "--config-dir", server.config_dir, "serve"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    try:
+        assert process.stdout is not None
+        yield process, [int(word) for word in process.stdout.readline().split()]
+    finally:
+        process.kill()
+        process.communicate()
 
 
 # --- the client's end ---
@@ -307,7 +512,7 @@ class Wire:
         self.socket.sendall(line.encode() + b"\r\n")
 
     def line(self) -> str:
-        """Return the next line; "" where the other side has closed."""
+        """Return the next line; "" if the other side has closed."""
         while b"\r\n" not in self._in:
             data = self._receive()
             if not data:
@@ -375,6 +580,70 @@ class Wire:
             return b""
 
 
+def greet(wire: Wire, hello: str = "client.example") -> Wire:
+    """Read the greeting and say EHLO."""
+    assert wire.reply().startswith("220 ")
+    assert wire.ask(f"EHLO {hello}").startswith("250-")
+    return wire
+
+
+def greeted(server: Server, port: str = "smtp", hello: str = "client.example") -> Wire:
+    """Return a connection that is past EHLO, with TLS on the port that has it from the start."""
+    wire = server.connect(port)
+    if port == "submission over TLS":
+        wire.start_tls(trusting())
+    return greet(wire, hello)
+
+
+def greeted_with_tls(server: Server) -> Wire:
+    """Return a connection to the port smtp that is past STARTTLS and EHLO."""
+    wire = greeted(server)
+    assert wire.ask("STARTTLS").startswith("220 ")
+    wire.start_tls(trusting())
+    assert wire.ask("EHLO client.example").startswith("250-")
+    return wire
+
+
+def plain_secret(user: str, password: str) -> str:
+    """Return what AUTH PLAIN sends, in base64 (RFC 4616)."""
+    return base64.b64encode(f"\0{user}\0{password}".encode()).decode()
+
+
+def login(wire: Wire, user: str = "ana@here.example", password: str = "secret") -> str:
+    """Return the reply to AUTH PLAIN."""
+    return wire.ask(f"AUTH PLAIN {plain_secret(user, password)}")
+
+
+def logged_in(server: Server, hello: str = "client.example") -> Wire:
+    """Return a connection on which Ana has logged in."""
+    wire = greeted(server, "submission over TLS", hello)
+    assert login(wire).startswith("235 ")
+    return wire
+
+
+def send(wire: Wire, data: bytes, recipient: str = "ana@here.example", sender: str = "") -> str:
+    """Send a message, transparent already; return the last reply."""
+    assert wire.ask(f"MAIL FROM:<{sender}>").startswith("250 ")
+    assert wire.ask(f"RCPT TO:<{recipient}>").startswith("250 ")
+    assert wire.ask("DATA").startswith("354 ")
+    wire.send(data + b".\r\n")
+    return wire.reply()
+
+
+def rcpt(server: Server, address: str) -> str:
+    """Return the reply to this recipient."""
+    with greeted(server) as wire:
+        assert wire.ask("MAIL FROM:<>").startswith("250 ")
+        return wire.ask(f"RCPT TO:<{address}>")
+
+
+def smtp_client(server: chasquid.CaptureServer) -> smtplib.SMTP:
+    """Return a client of the standard library that has said EHLO."""
+    client = smtplib.SMTP(*server.address, timeout=SECONDS)
+    client.ehlo("client.example")
+    return client
+
+
 # --- dialogues ---
 
 
@@ -418,7 +687,7 @@ def play(server: Server, text: str, port: str = "smtp") -> None:
     * TLS                             do the handshake
     * closed                          the server closes the connection
     * hang up                         we do, and the server notices
-    * again                           a new connection, where the old one is over
+    * again                           a new connection, if the old one is over
     * port submission                 … to that port
     * mail for ana: 2                 so many messages are in the Maildir in the end
     * mail for ana holds: text        the last of them has this in it
@@ -474,7 +743,7 @@ def _direct(server: Server, wire: Wire, what: str, seen: str) -> None:
     elif match := re.fullmatch(r"mail for (\S+) holds: (.*)", what):
         assert _octets(match[2]) in server.mail(match[1])[-1], (server.mail(match[1]), seen)
     elif match := re.fullmatch(r"mail for (\S+) lacks: (.*)", what):
-        assert not any(_octets(match[2]) in one for one in server.mail(match[1])), seen
+        assert not any(_octets(match[2]) in message for message in server.mail(match[1])), seen
     elif what == "nothing is left":
         wait_for(lambda: not server.queued(), "the queue to become empty")
         assert " queued, " not in server.mail_log
@@ -497,9 +766,15 @@ class Peer:
     * closed                          the client closes the connection
     """
 
-    def __init__(self, *scripts: str, names: Sequence[str] = (), path: str = "") -> None:
+    def __init__(
+        self,
+        *scripts: str,
+        names: Sequence[str] = (),
+        path: str = "",
+        context: ssl.SSLContext | None = None,
+    ) -> None:
         self._scripts = scripts
-        self._names = names
+        self._context = context or _server_context(tuple(names) or (HOST,))
         self.problems: list[str] = []
         self.messages: list[bytes] = []
         if path:
@@ -559,9 +834,50 @@ class Peer:
             assert wire.is_closed(), "the client has not closed"
         elif (kind, rest) == ("*", "TLS"):
             with contextlib.suppress(ssl.SSLError):  # a client may refuse the certificate
-                wire.start_tls(_server_context(tuple(self._names)), server_side=True)
+                wire.start_tls(self._context, server_side=True)
         else:
             raise AssertionError(f"a script has no {kind} {rest}")
+
+
+# What a server at mx.there.example says and hears; scripts are put together from these.
+
+MX = {
+    ("there.example", "MX"): ("10 mx.there.example.",),
+    ("mx.there.example", "A"): ("127.0.0.1",),
+}
+EVA = [chasquid.Destination("address", "eva@there.example", ())]
+GREETING = f"""
+    S: 220 mx.there.example ESMTP
+    C: EHLO {HOST}
+    S: 250 mx.there.example
+"""
+ENVELOPE = """
+    C: MAIL FROM:<eva@there.example>
+    S: 250 2.1.0 fine
+    C: RCPT TO:<eva@there.example>
+    S: 250 2.1.5 fine
+"""
+CONTENT = """
+    C: DATA
+    S: 354 go on
+    C.
+    S: 250 2.6.0 got it
+    C: QUIT
+    S: 221 bye
+"""
+STARTTLS = f"""
+    S: 220 mx.there.example ESMTP
+    C: EHLO {HOST}
+    S: 250-mx.there.example
+    S: 250 STARTTLS
+    C: STARTTLS
+"""
+SECURE = f"""
+    S: 220 go on
+    * TLS
+    C: EHLO {HOST}
+    S: 250 mx.there.example
+"""
 
 
 @functools.cache
@@ -595,13 +911,24 @@ class FakeClock(chasquid.Clock):
 
 
 class RunningClock(chasquid.Clock):
-    """The real clock, which `advance` moves ahead."""
+    """The real clock, and what `advance` has put on top of it. For any thread.
 
-    def __init__(self) -> None:
+    `moved` is called after each move: a loop that sleeps must look at its timers again.
+    """
+
+    def __init__(self, moved: Callable[[], object] = lambda: None) -> None:
+        self._moved = moved
         self._ahead = 0.0
+        self._lock = threading.Lock()
 
     def advance(self, seconds: float) -> None:
-        self._ahead += seconds
+        """Move the clock ahead. Raises ChasquidError if that would be back."""
+        if not 0 <= seconds < float("inf"):
+            text = f"the clock cannot be moved back or for ever: {seconds:g} seconds"
+            raise chasquid.ChasquidError(text)
+        with self._lock:
+            self._ahead += seconds
+        self._moved()
 
     def time(self) -> float:
         return time.time() + self._ahead
@@ -630,16 +957,18 @@ class Inline(chasquid.Workers):
 
 
 def run(
-    main: Callable[[chasquid.Loop], Coroutine[Any, Any, T]],
-    *,
+    main: Callable[[Any], Coroutine[Any, Any, T]],
     clock: chasquid.Clock | None = None,
+    crashes: list[tuple[str, BaseException]] | None = None,
+    *,
     workers: chasquid.Workers | None = None,
+    threads: int = 2,
 ) -> T:
-    """Run `main` on a loop; no task may crash meanwhile."""
-    crashes: list[str] = []
-    workers = workers or chasquid.Workers(2)
+    """Run `main(loop)` on a loop of its own; no task may crash, unless into `crashes`."""
+    seen = [] if crashes is None else crashes
+    workers = workers or chasquid.Workers(threads)
     loop = chasquid.Loop(
-        clock or chasquid.Clock(), workers, lambda name, error: crashes.append(f"{name}: {error!r}")
+        clock or chasquid.Clock(), workers, lambda name, error: seen.append((name, error))
     )
 
     async def limited() -> T:
@@ -651,11 +980,41 @@ def run(
     finally:
         workers.close()
         loop.close()
-        assert not crashes, crashes
+        assert crashes is not None or not seen, seen
+
+
+async def turns(loop: chasquid.Loop, count: int = 5) -> None:
+    """Let everything that can go on go on; the clock does not move."""
+    for _ in range(count):
+        await loop.turn()
+
+
+@contextlib.contextmanager
+def socket_pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield ours, theirs
+
+
+class FakeCourier:
+    """A courier that keeps what it gets, and says of every destination the same."""
+
+    def __init__(self, state: str = chasquid.State.DEFERRED) -> None:
+        self.state = state
+        self.deliveries: list[chasquid.Delivery] = []
+        self.destinations: list[chasquid.Destination] = []
+
+    async def deliver(
+        self, delivery: chasquid.Delivery, destinations: Sequence[chasquid.Destination]
+    ) -> list[chasquid.Result]:
+        self.deliveries.append(delivery)
+        self.destinations += destinations
+        said = ("2.0.0", "done") if self.state == chasquid.State.SENT else ("4.0.0", "not today")
+        return [chasquid.Result(self.state, *said)] * len(destinations)
 
 
 def delivery(
-    data: bytes = b"Subject: hello\r\n\r\nIt works.\r\n",
+    data: bytes = MESSAGE,
     sender: str = "eva@there.example",
     **fields: Any,
 ) -> chasquid.Delivery:

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ALIASES: the file and what an address stands for."""
+"""Room ALIASES: the file and what an address stands for."""
 
 from __future__ import annotations
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lower import chasquid, searched
+from support import searched
+
+import chasquid
 
 Destination = chasquid.Destination
 HERE = "here.example"

@@ -22,18 +22,13 @@ from typing import Any
 
 import pytest
 from support import SECONDS, Wire, wait_for
+from support import smtp_client as client
 
 import chasquid
 from chasquid import CaptureServer, ChasquidError, Fault, NotArrived, NotFound
 
 PATH = os.path.dirname(chasquid.__file__)
 SMALL = b"Subject: x\r\n\r\nx\r\n"
-
-
-def client(server: CaptureServer) -> smtplib.SMTP:
-    smtp = smtplib.SMTP(*server.address, timeout=SECONDS)
-    smtp.ehlo("client.example")
-    return smtp
 
 
 def send(server: CaptureServer, raw: bytes = SMALL, *to: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `capture`: its ports, its options, and the messages that it sends on."""
+"""Rooms COMMANDS, CAPTURE: `capture`, its ports, its options, and the messages that it sends on."""
 
 from __future__ import annotations
 

@@ -10,81 +10,25 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from support import (
     HOST,
     MODULE,
     SECONDS,
+    CommandLine,
+    Ended,
+    FakeCourier,
     Peer,
+    Serve,
     Server,
     Wire,
-    config_text,
+    run_command,
     trusting,
-    users_file,
     wait_for,
 )
 
 import chasquid
-
-Serve = Callable[..., Server]
-
-
-class Ended(NamedTuple):
-    """How a command ended."""
-
-    status: int
-    out: str
-    err: str
-
-
-class Place:
-    """A configuration directory, and commands that use it."""
-
-    def __init__(self, directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.config_dir = directory / "config"
-        self.data_dir = directory / "data"
-        self._capsys = capsys
-        self.configure()
-        self.write("domains/here.example/users", users_file({"ana": "secret"}).decode())
-
-    def configure(self, **settings: object) -> None:
-        log = str(self.config_dir / "log")
-        defaults = {"hostname": HOST, "data_dir": self.data_dir, "mail_log_path": log}
-        self.write("chasquid.conf", config_text({**defaults, **settings}))
-
-    def write(self, name: str, text: str) -> Path:
-        path = self.config_dir / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        return path
-
-    def run(self, *arguments: str) -> Ended:
-        """Run a command in this process."""
-        self._capsys.readouterr()
-        try:
-            status = chasquid.main(["--config-dir", str(self.config_dir), *arguments])
-        except SystemExit as end:
-            status = int(end.code or 0)
-        return Ended(status, *self._capsys.readouterr())
-
-    def fails(self, *arguments: str) -> str:
-        """Run a command that must fail with one line; return the line."""
-        ended = self.run(*arguments)
-        assert ended.status == 1, ended
-        assert ended.out == ""
-        assert ended.err.startswith("chasquid: ")
-        assert ended.err.count("\n") == 1 and ended.err.endswith("\n")
-        return ended.err.removeprefix("chasquid: ").strip()
-
-    def users(self, domain: str = "here.example") -> dict[str, chasquid.Password]:
-        return chasquid.load_users(str(self.config_dir / "domains" / domain))
-
-
-@pytest.fixture
-def place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Place:
-    return Place(tmp_path, capsys)
 
 
 def program(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
@@ -148,8 +92,8 @@ def test_wrong_usage_ends_with_2_and_no_traceback(arguments: Sequence[str]) -> N
 
 
 @pytest.mark.parametrize("action", ["show", "retry", "remove"])
-def test_an_id_that_is_missing_is_wrong_usage(place: Place, action: str) -> None:
-    ended = place.run("queue", action)
+def test_an_id_that_is_missing_is_wrong_usage(commands: CommandLine, action: str) -> None:
+    ended = commands.run("queue", action)
     assert ended.status == 2
     assert "id" in ended.err
 
@@ -162,8 +106,8 @@ def test_help_names_every_command() -> None:
         assert f"\n    {name} " in ended.stdout
 
 
-def test_version_names_what_is_bundled(place: Place) -> None:
-    ended = place.run("version")
+def test_version_names_what_is_bundled(commands: CommandLine) -> None:
+    ended = commands.run("version")
     assert ended.status == 0
     lines = ended.out.splitlines()
     assert lines[0] == f"chasquid {chasquid.__version__}"
@@ -207,34 +151,34 @@ def test_output_that_nobody_reads_is_no_traceback(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_in_the_configuration_is_told_with_file_and_line(
-    place: Place, text: str, line: int, expected: str
+    commands: CommandLine, text: str, line: int, expected: str
 ) -> None:
-    path = place.write("chasquid.conf", text)
+    path = commands.write("chasquid.conf", text)
     for command in (["serve"], ["print-config"], ["queue", "list"], ["check-userdb"]):
-        error = place.fails(*command)
+        error = commands.fails(*command)
         assert error.startswith(f"{path}:{line}: ")
         assert expected in error
 
 
-def test_an_override_that_is_wrong_is_told(place: Place) -> None:
-    error = place.fails("--config-overrides", "no_such_key: 1", "print-config")
+def test_an_override_that_is_wrong_is_told(commands: CommandLine) -> None:
+    error = commands.fails("--config-overrides", "no_such_key: 1", "print-config")
     assert error.startswith("--config-overrides:1: ")
 
 
-def test_a_certificate_that_does_not_fit_is_told(place: Place) -> None:
-    path = place.write("certs/x/fullchain.pem", "no certificate")
-    place.write("certs/x/privkey.pem", "no key")
-    place.configure(smtp_address="127.0.0.1:0", log_path=str(place.config_dir / "server.log"))
-    ended = place.run("check")
+def test_a_certificate_that_does_not_fit_is_told(commands: CommandLine) -> None:
+    path = commands.write("certs/x/fullchain.pem", "no certificate")
+    commands.write("certs/x/privkey.pem", "no key")
+    commands.configure(smtp_address="127.0.0.1:0", log_path=str(commands.config_dir / "server.log"))
+    ended = commands.run("check")
     assert ended.status == 1
     assert ended.out.startswith(f"{path}: expected a certificate chain")
 
 
-def test_check_tells_of_all_mistakes_at_once(place: Place, tmp_path: Path) -> None:
-    config = place.write("chasquid.conf", 'hostname: "x"\nmax_data: 1\nmax_queue_items: "7"\n')
-    users = place.write("domains/bad.example/users", "hello")
-    place.write("domains/here.example/aliases", "sales: nobody\np: | /no/such/thing\n")
-    ended = place.run("--config-overrides", f'data_dir: "{tmp_path}/d"', "check")
+def test_check_tells_of_all_mistakes_at_once(commands: CommandLine, tmp_path: Path) -> None:
+    config = commands.write("chasquid.conf", 'hostname: "x"\nmax_data: 1\nmax_queue_items: "7"\n')
+    users = commands.write("domains/bad.example/users", "hello")
+    commands.write("domains/here.example/aliases", "sales: nobody\np: | /no/such/thing\n")
+    ended = commands.run("--config-overrides", f'data_dir: "{tmp_path}/d"', "check")
     assert ended.status == 1
     lines = ended.out.splitlines()
     assert lines[0].startswith(f"{config}:2: expected a known key, found 'max_data'")
@@ -245,23 +189,23 @@ def test_check_tells_of_all_mistakes_at_once(place: Place, tmp_path: Path) -> No
     assert [line for line in lines if line.startswith("warning: the hostname x has no domain")]
 
 
-def test_check_goes_on_after_each_mistake(place: Place) -> None:
-    config = place.write(
+def test_check_goes_on_after_each_mistake(commands: CommandLine) -> None:
+    config = commands.write(
         "chasquid.conf", 'hostname "x"\nsmarthost_user: "u"\nsmarthost_password_file: "none"\n'
     )
-    (place.config_dir / "domains" / "no..domain").mkdir()
-    users = place.write("domains/here.example/users", "hello\nusers: 1\n")
-    aliases = place.write("domains/here.example/aliases", "a b\nfine: ana\nc: |\n")
-    key = place.write("domains/here.example/dkim:a.pem", "no key")
-    chain = place.write("certs/x/fullchain.pem", "no certificate")
-    place.write("certs/x/privkey.pem", "no key")
-    hook = place.write("hooks/post-data", "nobody may run it")
-    ended = place.run("check")
+    (commands.config_dir / "domains" / "no..domain").mkdir()
+    users = commands.write("domains/here.example/users", "hello\nusers: 1\n")
+    aliases = commands.write("domains/here.example/aliases", "a b\nfine: ana\nc: |\n")
+    key = commands.write("domains/here.example/dkim:a.pem", "no key")
+    chain = commands.write("certs/x/fullchain.pem", "no certificate")
+    commands.write("certs/x/privkey.pem", "no key")
+    hook = commands.write("hooks/post-data", "nobody may run it")
+    ended = commands.run("check")
     assert ended.status == 1
     wrong = [line for line in ended.out.splitlines() if not line.startswith("warning: ")]
     expected = [
-        f"{config}:1: expected ':'", f"{place.config_dir}/none: it cannot be read",
-        f"{place.config_dir}/domains/no..domain: expected a domain name", f"{users}:2: expected",
+        f"{config}:1: expected ':'", f"{commands.config_dir}/none: it cannot be read",
+        f"{commands.config_dir}/domains/no..domain: expected a domain name", f"{users}:2: expected",
         f"{aliases}:1: expected", f"{aliases}:3: expected a program", f"{key}: expected",
         f"{chain}: expected",
     ]  # fmt: skip
@@ -271,21 +215,23 @@ def test_check_goes_on_after_each_mistake(place: Place) -> None:
     assert f"warning: {hook} is left out" in ended.out
 
 
-def test_a_delivery_agent_may_be_in_path(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    agent = place.write("bin/agent", "#!/bin/sh\n")
-    place.configure(mail_delivery_agent_bin="agent")
-    assert "mail_delivery_agent_bin: agent is not there" in place.run("check").out
+def test_a_delivery_agent_may_be_in_path(
+    commands: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = commands.write("bin/agent", "#!/bin/sh\n")
+    commands.configure(mail_delivery_agent_bin="agent")
+    assert "mail_delivery_agent_bin: agent is not there" in commands.run("check").out
     agent.chmod(0o755)
     monkeypatch.setenv("PATH", str(agent.parent))
-    assert "mail_delivery_agent_bin" not in place.run("check").out
+    assert "mail_delivery_agent_bin" not in commands.run("check").out
 
 
-def test_check_says_that_all_is_well(place: Place) -> None:
-    ended = place.run("check")
+def test_check_says_that_all_is_well(commands: CommandLine) -> None:
+    ended = commands.run("check")
     assert ended.status == 0
     assert "can be used; it serves here.example." in ended.out
-    place.configure(mail_delivery_agent_bin="/no/agent", monitoring_address=":1099")
-    ended = place.run("check")
+    commands.configure(mail_delivery_agent_bin="/no/agent", monitoring_address=":1099")
+    ended = commands.run("check")
     assert ended.status == 0
     assert "warning: mail_delivery_agent_bin: /no/agent is not there" in ended.out
     assert "warning: monitoring_address: :1099 can be seen" in ended.out
@@ -301,22 +247,22 @@ def test_check_says_that_all_is_well(place: Place) -> None:
     ids=" ".join,
 )  # fmt: skip
 def test_options_may_be_spelt_as_in_go_and_stand_anywhere(
-    place: Place, capsys: pytest.CaptureFixture[str], words: list[str]
+    commands: CommandLine, capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:
     overrides = ["--config_overrides", "max_queue_items: 7"]
-    words = [word.format(place.config_dir) for word in words] + overrides
+    words = [word.format(commands.config_dir) for word in words] + overrides
     assert chasquid.main(words) == 0
     assert "max_queue_items: 7\n" in capsys.readouterr().out
 
 
-def test_options_of_a_command_may_stand_before_it(place: Place) -> None:
+def test_options_of_a_command_may_stand_before_it(commands: CommandLine) -> None:
     words = ["-v=1", "--password=long enough", "user-add", "new@here.example"]
-    assert place.run(*words).status == 0
-    assert place.run("authenticate", "new@here.example", "--password", "long enough").status == 0
+    assert commands.run(*words).status == 0
+    assert commands.run("authenticate", "new@here.example", "--password", "long enough").status == 0
 
 
-def test_only_what_was_changed_is_shown(place: Place) -> None:
-    ended = place.run("print-config", "--changed")
+def test_only_what_was_changed_is_shown(commands: CommandLine) -> None:
+    ended = commands.run("print-config", "--changed")
     keys = {line.partition(":")[0] for line in ended.out.splitlines()}
     assert keys == {"hostname", "data_dir", "mail_log_path"}
 
@@ -348,13 +294,12 @@ def test_help_and_mistakes_in_words_are_answered_with_what_fits(
         assert (ended.value.code, out in said.out, err in said.err) == (status, True, True), said
 
 
-def test_a_short_password_is_warned_of_and_an_empty_one_explained(place: Place) -> None:
-    assert (
-        "fewer than 8 characters" in place.run("user-add", "x@here.example", "--password", "a").err
-    )
-    said = place.fails("authenticate", "ana@here.example", "--password", "")
+def test_a_short_password_is_warned_of_and_an_empty_one_explained(commands: CommandLine) -> None:
+    ended = commands.run("user-add", "x@here.example", "--password", "a")
+    assert "fewer than 8 characters" in ended.err
+    said = commands.fails("authenticate", "ana@here.example", "--password", "")
     assert said.startswith("the password is empty; nobody may log in so")
-    said = place.fails("user-add", "y@here.example", "--receive-only", "--password", "x")
+    said = commands.fails("user-add", "y@here.example", "--receive-only", "--password", "x")
     assert said.startswith("expected --receive-only or --password, not both")
 
 
@@ -391,10 +336,12 @@ def test_a_running_server_takes_over_what_a_command_writes(
     assert "sel" in [key.selector for key in server.daemon._signer.keys["here.example"]]
 
 
-def test_a_key_for_a_domain_that_is_not_served_needs_a_file(place: Place, tmp_path: Path) -> None:
-    said = place.fails("dkim-keygen", "new.example", "sel")
+def test_a_key_for_a_domain_that_is_not_served_needs_a_file(
+    commands: CommandLine, tmp_path: Path
+) -> None:
+    said = commands.fails("dkim-keygen", "new.example", "sel")
     assert said.startswith("new.example is not served here: ")
-    assert not (place.config_dir / "domains" / "new.example").exists()
+    assert not (commands.config_dir / "domains" / "new.example").exists()
     path = tmp_path / "key.pem"
     words = ["dkim-keygen", "new.example", "sel", str(path), "--algo", "ed25519"]
     assert chasquid.main(["--config-dir", str(tmp_path / "nowhere"), *words]) == 0
@@ -406,43 +353,43 @@ def test_a_key_for_a_domain_that_is_not_served_needs_a_file(place: Place, tmp_pa
     [("users", "users: { key: 7 }"), ("users", "hello"), ("aliases", "no colon\n")],
 )
 def test_a_mistake_in_a_domain_is_told_with_file_and_line(
-    place: Place, name: str, text: str
+    commands: CommandLine, name: str, text: str
 ) -> None:
-    path = place.write(f"domains/here.example/{name}", text)
-    assert place.fails("check-userdb").startswith(f"{path}:1: ")
-    ended = place.run("aliases-resolve", "ana@here.example")
+    path = commands.write(f"domains/here.example/{name}", text)
+    assert commands.fails("check-userdb").startswith(f"{path}:1: ")
+    ended = commands.run("aliases-resolve", "ana@here.example")
     assert (ended.status, ended.out) == (1, "")
     assert ended.err.splitlines()[-1].startswith(f"chasquid: {path}:1: ")
-    ended = place.run("check")
+    ended = commands.run("check")
     assert (ended.status, ended.err) == (1, "")
     assert ended.out.startswith(f"{path}:1: ")
 
 
-def test_a_mistake_in_a_domain_hides_no_other_domain(place: Place) -> None:
-    users = place.write("domains/bad.example/users", "users: 1\nusers: 2\n")
-    (place.config_dir / "domains" / "no..domain").mkdir()
-    ended = place.run("check-userdb")
+def test_a_mistake_in_a_domain_hides_no_other_domain(commands: CommandLine) -> None:
+    users = commands.write("domains/bad.example/users", "users: 1\nusers: 2\n")
+    (commands.config_dir / "domains" / "no..domain").mkdir()
+    ended = commands.run("check-userdb")
     assert ended.status == 1
     assert "here.example: 1 user" in ended.out
     assert f"{users}:1: " in ended.err and f"{users}:2: " in ended.err
-    ended = place.run("check-userdb", "here.example")
+    ended = commands.run("check-userdb", "here.example")
     assert (ended.status, ended.err) == (0, "")
-    assert place.run("user-add", "b@here.example", "--password", "long enough").status == 0
+    assert commands.run("user-add", "b@here.example", "--password", "long enough").status == 0
 
 
 # --- users ---
 
 
-def test_a_user_is_added_with_a_password_that_works(place: Place) -> None:
-    ended = place.run("user-add", "Ben@Here.Example", "--password", "geheim")
+def test_a_user_is_added_with_a_password_that_works(commands: CommandLine) -> None:
+    ended = commands.run("user-add", "Ben@Here.Example", "--password", "geheim")
     told = "no server is running; it will be in force at its start\n"
     assert ended[:2] == (0, f"ben@here.example is added\n{told}")
-    assert set(place.users()) == {"ana", "ben"}
-    assert isinstance(place.users()["ben"], chasquid.Scrypt)
-    assert place.run("authenticate", "ben@here.example", "--password", "geheim") == (
+    assert set(commands.users()) == {"ana", "ben"}
+    assert isinstance(commands.users()["ben"], chasquid.Scrypt)
+    assert commands.run("authenticate", "ben@here.example", "--password", "geheim") == (
         0, "ben@here.example may log in with this password\n", ""
     )  # fmt: skip
-    error = place.fails("authenticate", "ben@here.example", "--password", "Geheim")
+    error = commands.fails("authenticate", "ben@here.example", "--password", "Geheim")
     assert error == "ben@here.example may not log in with this password"
 
 
@@ -457,82 +404,82 @@ def test_the_password_may_come_from_standard_input(tmp_path: Path) -> None:
     assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
 
 
-def test_a_password_is_changed(place: Place) -> None:
-    ended = place.run("user-add", "ana@here.example", "--password", "new")
+def test_a_password_is_changed(commands: CommandLine) -> None:
+    ended = commands.run("user-add", "ana@here.example", "--password", "new")
     told = "no server is running; it will be in force at its start\n"
     assert ended[:2] == (0, f"ana@here.example has a new password\n{told}")
-    assert chasquid.check_password(place.users()["ana"], b"new")
+    assert chasquid.check_password(commands.users()["ana"], b"new")
 
 
-def test_a_user_who_only_receives_never_logs_in(place: Place) -> None:
-    assert place.run("user-add", "box@here.example", "--receive-only").status == 0
-    assert place.users()["box"] == chasquid.Denied()
-    place.fails("authenticate", "box@here.example", "--password", "x")
+def test_a_user_who_only_receives_never_logs_in(commands: CommandLine) -> None:
+    assert commands.run("user-add", "box@here.example", "--receive-only").status == 0
+    assert commands.users()["box"] == chasquid.Denied()
+    commands.fails("authenticate", "box@here.example", "--password", "x")
 
 
-def test_the_first_user_of_a_domain_makes_the_domain(place: Place) -> None:
-    assert place.run("user-add", "ida@bücher.example", "--password", "x").status == 0
-    assert list(place.users("bücher.example")) == ["ida"]
-    path = place.config_dir / "domains" / "bücher.example" / "users"
+def test_the_first_user_of_a_domain_makes_the_domain(commands: CommandLine) -> None:
+    assert commands.run("user-add", "ida@bücher.example", "--password", "x").status == 0
+    assert list(commands.users("bücher.example")) == ["ida"]
+    path = commands.config_dir / "domains" / "bücher.example" / "users"
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_domain_directory_in_a_labels_is_used(place: Place) -> None:
-    place.write("domains/xn--bcher-kva.example/aliases", "")
-    assert place.run("user-add", "ida@bücher.example", "--password", "x").status == 0
-    assert list(place.users("xn--bcher-kva.example")) == ["ida"]
+def test_a_domain_directory_in_a_labels_is_used(commands: CommandLine) -> None:
+    commands.write("domains/xn--bcher-kva.example/aliases", "")
+    assert commands.run("user-add", "ida@bücher.example", "--password", "x").status == 0
+    assert list(commands.users("xn--bcher-kva.example")) == ["ida"]
 
 
 @pytest.mark.parametrize(
     "name", ["ida", "ida@", "@here.example", "i da@here.example", "ida@a..b", "ida@[/x]",
              "ida@[/../../../x", "", "ida@../x", "\udcff@here.example"]
 )  # fmt: skip
-def test_what_is_no_address_is_no_user(place: Place, name: str) -> None:
-    before = sorted((place.config_dir / "domains").rglob("*"))
-    place.fails("user-add", name, "--password", "x")
-    assert sorted((place.config_dir / "domains").rglob("*")) == before
+def test_what_is_no_address_is_no_user(commands: CommandLine, name: str) -> None:
+    before = sorted((commands.config_dir / "domains").rglob("*"))
+    commands.fails("user-add", name, "--password", "x")
+    assert sorted((commands.config_dir / "domains").rglob("*")) == before
 
 
-def test_an_empty_password_is_refused(place: Place) -> None:
-    assert "empty" in place.fails("user-add", "ben@here.example", "--password", "")
-    assert "ben" not in place.users()
+def test_an_empty_password_is_refused(commands: CommandLine) -> None:
+    assert "empty" in commands.fails("user-add", "ben@here.example", "--password", "")
+    assert "ben" not in commands.users()
 
 
-def test_a_password_that_is_no_utf8_is_no_traceback(place: Place) -> None:
-    ended = place.run("user-add", "ben@here.example", "--password", "\udcff")
+def test_a_password_that_is_no_utf8_is_no_traceback(commands: CommandLine) -> None:
+    ended = commands.run("user-add", "ben@here.example", "--password", "\udcff")
     assert ended.status in (0, 1)
 
 
-def test_a_user_is_removed(place: Place) -> None:
-    assert place.run("user-remove", "ANA@here.example").status == 0
-    assert place.users() == {}
-    error = place.fails("user-remove", "ana@here.example")
+def test_a_user_is_removed(commands: CommandLine) -> None:
+    assert commands.run("user-remove", "ANA@here.example").status == 0
+    assert commands.users() == {}
+    error = commands.fails("user-remove", "ana@here.example")
     assert error.endswith("users: there is no user 'ana'")
 
 
-def test_a_users_file_that_cannot_be_written_is_told(place: Place) -> None:
-    (place.config_dir / "domains" / "new.example").write_text("a file")
-    error = place.fails("user-add", "ida@new.example", "--password", "x")
+def test_a_users_file_that_cannot_be_written_is_told(commands: CommandLine) -> None:
+    (commands.config_dir / "domains" / "new.example").write_text("a file")
+    error = commands.fails("user-add", "ida@new.example", "--password", "x")
     assert "new.example" in error
 
 
-def test_users_are_counted(place: Place) -> None:
-    place.write("domains/here.example/aliases", "team: ana\nall: team\n")
-    place.write("domains/there.example/users", "")
-    ended = place.run("check-userdb")
+def test_users_are_counted(commands: CommandLine) -> None:
+    commands.write("domains/here.example/aliases", "team: ana\nall: team\n")
+    commands.write("domains/there.example/users", "")
+    ended = commands.run("check-userdb")
     assert ended == (
         0,
         "here.example: 1 user, 2 names in aliases, 0 DKIM keys\n"
         "there.example: 0 users, 0 names in aliases, 0 DKIM keys\n",
         "",
     )
-    assert place.run("check-userdb", "HERE.example").out.startswith("here.example: 1 user")
-    assert "no domain" in place.fails("check-userdb", "else.example")
+    assert commands.run("check-userdb", "HERE.example").out.startswith("here.example: 1 user")
+    assert "no domain" in commands.fails("check-userdb", "else.example")
 
 
-def test_aliases_that_lose_mail_end_the_check_with_1(place: Place) -> None:
-    place.write("domains/here.example/aliases", "sales: anna\nteam: ana\n")
-    ended = place.run("check-userdb")
+def test_aliases_that_lose_mail_end_the_check_with_1(commands: CommandLine) -> None:
+    commands.write("domains/here.example/aliases", "sales: anna\nteam: ana\n")
+    ended = commands.run("check-userdb")
     assert (ended.status, ended.err) == (1, "")
     assert ended.out == (
         "here.example: 1 user, 2 names in aliases, 0 DKIM keys\n"
@@ -540,38 +487,40 @@ def test_aliases_that_lose_mail_end_the_check_with_1(place: Place) -> None:
     )
 
 
-def test_a_user_behind_an_alias_is_told_and_no_mistake(place: Place) -> None:
-    place.write("domains/here.example/aliases", "ana: ana@far.example\n")
-    ended = place.run("check-userdb")
+def test_a_user_behind_an_alias_is_told_and_no_mistake(commands: CommandLine) -> None:
+    commands.write("domains/here.example/aliases", "ana: ana@far.example\n")
+    ended = commands.run("check-userdb")
     assert (ended.status, ended.err) == (0, "")
     assert "  ana@here.example: an alias hides this user" in ended.out
 
 
 @pytest.mark.parametrize("other", ["dovecot", "hook"])
-def test_whom_dovecot_or_a_hook_may_know_is_not_called_unknown(place: Place, other: str) -> None:
-    place.write("domains/here.example/aliases", "sales: anna\n")
+def test_whom_dovecot_or_a_hook_may_know_is_not_called_unknown(
+    commands: CommandLine, other: str
+) -> None:
+    commands.write("domains/here.example/aliases", "sales: anna\n")
     if other == "dovecot":
-        text = (place.config_dir / "chasquid.conf").read_text()
-        place.write("chasquid.conf", f"{text}dovecot_auth: true\n")
+        text = (commands.config_dir / "chasquid.conf").read_text()
+        commands.write("chasquid.conf", f"{text}dovecot_auth: true\n")
     else:
-        place.write("hooks/alias-resolve", "#!/bin/sh\n").chmod(0o755)
-    ended = place.run("check-userdb")
+        commands.write("hooks/alias-resolve", "#!/bin/sh\n").chmod(0o755)
+    ended = commands.run("check-userdb")
     assert (ended.status, ended.out.count("\n")) == (0, 1)
     assert "are not reported: Dovecot or a hook may know them" in ended.err
-    place.write("domains/here.example/aliases", "sales: | /no/such\n")
-    assert place.run("check-userdb").status == 1
+    commands.write("domains/here.example/aliases", "sales: | /no/such\n")
+    assert commands.run("check-userdb").status == 1
 
 
 @pytest.mark.parametrize("name", ["a..b", "a b", "-", "\udcff", "xn--0"])
-def test_a_domain_that_is_none_is_told(place: Place, name: str) -> None:
-    place.fails("check-userdb", name)
+def test_a_domain_that_is_none_is_told(commands: CommandLine, name: str) -> None:
+    commands.fails("check-userdb", name)
 
 
 # --- configuration ---
 
 
-def test_the_configuration_is_printed_as_it_can_be_read(place: Place) -> None:
-    place.configure(
+def test_the_configuration_is_printed_as_it_can_be_read(commands: CommandLine) -> None:
+    commands.configure(
         smtp_address=["127.0.0.1:25", "systemd"],
         give_up_send_after="400h30m0.25s",
         reload_every="1500ms",
@@ -581,18 +530,18 @@ def test_the_configuration_is_printed_as_it_can_be_read(place: Place) -> None:
         max_queue_items=7,
         dns_server=["192.0.2.1", "[2001:db8::1]:53"],
     )
-    before = chasquid.load_config(str(place.config_dir))
-    ended = place.run("print-config")
+    before = chasquid.load_config(str(commands.config_dir))
+    ended = commands.run("print-config")
     assert ended.status == 0
-    place.write("chasquid.conf", ended.out)
-    assert chasquid.load_config(str(place.config_dir)) == before
-    assert place.run("print-config").out == ended.out
+    commands.write("chasquid.conf", ended.out)
+    assert chasquid.load_config(str(commands.config_dir)) == before
+    assert commands.run("print-config").out == ended.out
 
 
-def test_overrides_replace_what_the_file_says(place: Place) -> None:
-    place.configure(smtp_address=["127.0.0.1:25", "127.0.0.1:26"])
+def test_overrides_replace_what_the_file_says(commands: CommandLine) -> None:
+    commands.configure(smtp_address=["127.0.0.1:25", "127.0.0.1:26"])
     override = 'smtp_address: "127.0.0.1:27" max_queue_items: 3'
-    out = place.run("--config-overrides", override, "print-config").out
+    out = commands.run("--config-overrides", override, "print-config").out
     assert [line for line in out.splitlines() if line.startswith("smtp_address")] == [
         'smtp_address: "127.0.0.1:27"'
     ]
@@ -602,19 +551,19 @@ def test_overrides_replace_what_the_file_says(place: Place) -> None:
 # --- aliases ---
 
 
-def test_aliases_are_resolved_from_the_files_without_a_server(place: Place) -> None:
-    place.write(
+def test_aliases_are_resolved_from_the_files_without_a_server(commands: CommandLine) -> None:
+    commands.write(
         "domains/here.example/aliases",
         "team: ana, eva@there.example via a.example/b.example\nrun: | cat -n\nround: round2\n"
         "round2: round\n",
     )
-    ended = place.run("aliases-resolve", "TEAM+x@here.example")
+    ended = commands.run("aliases-resolve", "TEAM+x@here.example")
     assert ended.status == 0
     assert ended.out == "ana@here.example\neva@there.example via a.example/b.example\n"
-    assert place.run("aliases-resolve", "run@here.example").out == "| cat -n\n"
-    assert place.run("aliases-resolve", "eva@else.example").out == "eva@else.example\n"
+    assert commands.run("aliases-resolve", "run@here.example").out == "| cat -n\n"
+    assert commands.run("aliases-resolve", "eva@else.example").out == "eva@else.example\n"
     for name, text in (("no@here.example", "no user"), ("round@here.example", "deeper than")):
-        ended = place.run("aliases-resolve", name)
+        ended = commands.run("aliases-resolve", name)
         assert (ended.status, ended.out) == (1, "")
         assert text in ended.err.splitlines()[-1]
 
@@ -635,8 +584,8 @@ def test_an_alias_of_nobody_is_resolved_with_the_names_it_leads_to(
 
 
 @pytest.mark.parametrize("name", ["a b@here.example", "ana@", "", "<ana@x>", "\udcff@here.example"])
-def test_what_is_no_address_is_not_resolved(place: Place, name: str) -> None:
-    ended = place.run("aliases-resolve", name)
+def test_what_is_no_address_is_not_resolved(commands: CommandLine, name: str) -> None:
+    ended = commands.run("aliases-resolve", name)
     assert (ended.status, ended.out) == (1, "")
     assert "Traceback" not in ended.err
 
@@ -656,23 +605,10 @@ def test_aliases_are_resolved_by_the_server_that_runs(
 # --- the queue ---
 
 
-class Deferring:
-    """A courier that never gets anything done, but counts how often it was asked."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    async def deliver(
-        self, delivery: chasquid.Delivery, destinations: Sequence[chasquid.Destination]
-    ) -> list[chasquid.Result]:
-        self.count += 1
-        return [chasquid.Result(chasquid.State.DEFERRED, "4.0.0", "not today")] * len(destinations)
-
-
 class Waiting:
     """A server with messages that wait, and commands on it."""
 
-    def __init__(self, server: Server, courier: Deferring, capsys: pytest.CaptureFixture[str]):
+    def __init__(self, server: Server, courier: FakeCourier, capsys: pytest.CaptureFixture[str]):
         self.server = server
         self.courier = courier
         self._capsys = capsys
@@ -691,15 +627,12 @@ class Waiting:
         return id
 
     def run(self, *arguments: str) -> Ended:
-        self._capsys.readouterr()
-        command = ["--config-dir", str(self.server.config_dir), "queue", *arguments]
-        status = chasquid.main(command)
-        return Ended(status, *self._capsys.readouterr())
+        return run_command(self._capsys, self.server.config_dir, "queue", *arguments)
 
 
 @pytest.fixture
 def waiting(serve: Serve, capsys: pytest.CaptureFixture[str]) -> Waiting:
-    courier = Deferring()
+    courier = FakeCourier()
     aliases = {"here.example": "out: ida@far.example\n"}
     server = serve(remote=courier, aliases=aliases, random=lambda: 0.5)  # pauses without chance
     return Waiting(server, courier, capsys)
@@ -729,9 +662,9 @@ def test_the_queue_is_listed_and_shown(waiting: Waiting, running: bool) -> None:
 def test_a_running_server_retries_and_removes(waiting: Waiting) -> None:
     first, second = waiting.send(), waiting.send()
     assert waiting.run("retry", first) == (0, "1 message will be attempted now\n", "")
-    wait_for(lambda: waiting.courier.count == 3, "another attempt")
+    wait_for(lambda: len(waiting.courier.deliveries) == 3, "another attempt")
     assert waiting.run("retry", "all").out == "2 messages will be attempted now\n"
-    wait_for(lambda: waiting.courier.count == 5, "more attempts")
+    wait_for(lambda: len(waiting.courier.deliveries) == 5, "more attempts")
     assert waiting.run("remove", first) == (0, f"{first} is removed\n", "")
     assert waiting.run("list").out.endswith("\n1 message\n")
     assert waiting.run("remove", second).status == 0
@@ -750,7 +683,7 @@ def test_a_stopped_server_is_retried_and_removed_from_by_its_files(waiting: Wait
     assert waiting.run("list").out.count("due now") == 2
     assert waiting.run("remove", second) == (0, "done; no server is running\n", "")
     waiting.server.start()
-    wait_for(lambda: waiting.courier.count == 3, "the attempt that was asked for")
+    wait_for(lambda: len(waiting.courier.deliveries) == 3, "the attempt that was asked for")
 
 
 @pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
@@ -788,32 +721,32 @@ def test_a_file_of_a_newer_version_is_told_and_the_rest_listed(waiting: Waiting)
     path.unlink()
 
 
-def test_a_queue_that_does_not_exist_is_empty(place: Place) -> None:
-    assert place.run("queue", "list") == (0, "0 messages\n", "")
-    assert not place.data_dir.exists()
+def test_a_queue_that_does_not_exist_is_empty(commands: CommandLine) -> None:
+    assert commands.run("queue", "list") == (0, "0 messages\n", "")
+    assert not commands.data_dir.exists()
 
 
-def test_a_queue_that_cannot_be_read_is_told(place: Place) -> None:
-    (place.data_dir / "queue").mkdir(parents=True)
-    (place.data_dir / "queue" / "new").write_text("")
+def test_a_queue_that_cannot_be_read_is_told(commands: CommandLine) -> None:
+    (commands.data_dir / "queue").mkdir(parents=True)
+    (commands.data_dir / "queue" / "new").write_text("")
     for arguments in (["list"], ["show", "abc"], ["retry", "all"], ["remove", "abc"]):
-        place.fails("queue", *arguments)
+        commands.fails("queue", *arguments)
 
 
 @pytest.mark.parametrize(
     "answer", ["* close", "S: hello", "S: 7", "S: []", 'S: {"lines": 7}', "S= half\n* close"]
 )
-def test_an_answer_that_is_none_is_told(place: Place, tmp_path: Path, answer: str) -> None:
-    place.data_dir.mkdir()
-    with Peer(f"C: …\n{answer}", path=str(place.data_dir / "control")):
-        place.fails("queue", "retry", "all")
+def test_an_answer_that_is_none_is_told(commands: CommandLine, tmp_path: Path, answer: str) -> None:
+    commands.data_dir.mkdir()
+    with Peer(f"C: …\n{answer}", path=str(commands.data_dir / "control")):
+        commands.fails("queue", "retry", "all")
 
 
-def test_a_queue_that_is_locked_is_not_touched(place: Place) -> None:
-    lock = chasquid.DataDirectory(str(place.data_dir))
+def test_a_queue_that_is_locked_is_not_touched(commands: CommandLine) -> None:
+    lock = chasquid.DataDirectory(str(commands.data_dir))
     lock.take()
     try:
-        assert "another server is using" in place.fails("queue", "retry", "all")
+        assert "another server is using" in commands.fails("queue", "retry", "all")
     finally:
         lock.release()
 
@@ -874,7 +807,7 @@ def test_try_in_a_place_that_cannot_be_used_is_told(tmp_path: Path) -> None:
 def test_the_queue_is_listed_for_programs_and_by_sender_and_domain(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Server(tmp_path, remote=Deferring()) as server:
+    with Server(tmp_path, remote=FakeCourier()) as server:
         with server.connect("submission over TLS") as wire:
             wire.start_tls(trusting())
             assert wire.reply().startswith("220 ")

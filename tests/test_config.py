@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CONFIG: the text format, the keys of chasquid.conf, the directories of the domains."""
+"""Room CONFIG: the text format, the keys of chasquid.conf, the directories of the domains."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import socket
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from lower import chasquid, searched, searched_briefly
+from support import searched, searched_briefly
+
+import chasquid
 
 Entry, Word, ConfigError = chasquid.Entry, chasquid.Word, chasquid.ConfigError
 

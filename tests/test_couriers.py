@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Room COURIERS: each courier against a directory, a program or a server that is a text."""
+"""Rooms COURIERS, SMTP CLIENT: each courier against a directory, a program or a server in text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import (
+    CONTENT,
+    ENVELOPE,
+    EVA,
+    GREETING,
     HOST,
+    MESSAGE,
+    MX,
+    SECURE,
+    STARTTLS,
     FakeClock,
     Peer,
     Zone,
@@ -24,14 +32,12 @@ from support import (
     record,
     run,
     tls_policies,
+    trust,
     wait_for,
-    write_certificate,
 )
 
 import chasquid
 from chasquid import Delivery, Destination, Result, State
-
-MESSAGE = b"Subject: hello\r\n\r\nIt works.\r\n"
 
 
 def deliver(
@@ -465,31 +471,6 @@ def test_a_pipe_that_cannot_be_started_defers(command: str) -> None:
 
 
 # --- SMTP ---
-
-MX = {
-    ("there.example", "MX"): ("10 mx.there.example.",),
-    ("mx.there.example", "A"): ("127.0.0.1",),
-}
-EVA = [address("eva@there.example")]
-GREETING = f"""
-    S: 220 mx.there.example ESMTP
-    C: EHLO {HOST}
-    S: 250 mx.there.example
-"""
-ENVELOPE = """
-    C: MAIL FROM:<eva@there.example>
-    S: 250 2.1.0 fine
-    C: RCPT TO:<eva@there.example>
-    S: 250 2.1.5 fine
-"""
-CONTENT = """
-    C: DATA
-    S: 354 go on
-    C.
-    S: 250 2.6.0 got it
-    C: QUIT
-    S: 221 bye
-"""
 
 
 class Smtp:
@@ -945,19 +926,6 @@ def test_an_international_header_needs_smtputf8(tmp_path: Path) -> None:
 
 # --- TLS ---
 
-STARTTLS = f"""
-    S: 220 mx.there.example ESMTP
-    C: EHLO {HOST}
-    S: 250-mx.there.example
-    S: 250 STARTTLS
-    C: STARTTLS
-"""
-SECURE = f"""
-    S: 220 go on
-    * TLS
-    C: EHLO {HOST}
-    S: 250 mx.there.example
-"""
 PLAIN = f"""
     S: 220 mx.there.example ESMTP
     C: EHLO {HOST}
@@ -976,8 +944,7 @@ def test_a_certificate_that_is_not_valid_still_encrypts(tmp_path: Path) -> None:
 def test_a_valid_certificate_is_taken_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chain = write_certificate(tmp_path / "authority", "mx.there.example")
-    monkeypatch.setenv("SSL_CERT_FILE", str(chain))
+    trust(monkeypatch, tmp_path, "mx.there.example")
     results, _ = attempt(tmp_path, STARTTLS + SECURE + ENVELOPE + CONTENT)
     assert [one.state for one in results] == [State.SENT]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Room DAEMON: wiring, reload, the control socket, certificates, start and end."""
+"""Rooms DAEMON, CONTROL, LISTENERS: wiring, reload, commands to it, certificates, start and end."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ import os
 import socket
 import ssl
 import stat
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from support import (
     HOST,
-    MODULE,
     SECONDS,
     USERS,
+    FakeCourier,
     Peer,
     RunningClock,
+    Serve,
     Server,
     Wire,
     Zone,
     certificate,
+    greeted,
+    login,
+    rcpt,
+    started_by_systemd,
     trusting,
     users_file,
     wait_for,
@@ -35,35 +37,7 @@ from support import (
 
 import chasquid
 
-Serve = Callable[..., Server]
 EVE = "eva@there.example"
-
-
-class Deferring:
-    """A courier that never gets anything done, but counts how often it was asked."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    async def deliver(
-        self, delivery: chasquid.Delivery, destinations: Sequence[chasquid.Destination]
-    ) -> list[chasquid.Result]:
-        self.count += 1
-        return [chasquid.Result(chasquid.State.DEFERRED, "4.0.0", "not today")] * len(destinations)
-
-
-def greeted(server: Server) -> Wire:
-    wire = server.connect()
-    assert wire.reply().startswith("220 ")
-    assert wire.ask("EHLO client.example").startswith("250-")
-    return wire
-
-
-def rcpt(server: Server, address: str) -> str:
-    """Return the reply to this recipient."""
-    with greeted(server) as wire:
-        assert wire.ask("MAIL FROM:<>").startswith("250 ")
-        return wire.ask(f"RCPT TO:<{address}>")
 
 
 def send(server: Server, recipient: str = "ana@here.example") -> str:
@@ -75,15 +49,9 @@ def send(server: Server, recipient: str = "ana@here.example") -> str:
         return wire.ask("Subject: x\r\n\r\n.").split()[-1]
 
 
-def login(server: Server, user: str, password: str) -> str:
-    import base64
-
-    secret = base64.b64encode(f"\0{user}\0{password}".encode()).decode()
-    with server.connect("submission over TLS") as wire:
-        wire.start_tls(trusting())
-        assert wire.reply().startswith("220 ")
-        assert wire.ask("EHLO client.example").startswith("250-")
-        return wire.ask(f"AUTH PLAIN {secret}")
+def login_to(server: Server, user: str, password: str) -> str:
+    with greeted(server, "submission over TLS") as wire:
+        return login(wire, user, password)
 
 
 def certificate_of(server: Server, name: str = "", port: str = "submission over TLS") -> str:
@@ -111,7 +79,7 @@ def test_new_users_are_known_after_a_reload(serve: Serve) -> None:
     reload(server)
     assert rcpt(server, "ida@here.example").startswith("250 ")
     assert rcpt(server, "ana@here.example").startswith("550 ")
-    assert login(server, "ida@here.example", "geheim").startswith("235 ")
+    assert login_to(server, "ida@here.example", "geheim").startswith("235 ")
 
 
 def test_a_new_domain_is_known_after_a_reload(serve: Serve) -> None:
@@ -169,7 +137,7 @@ def test_a_bad_file_leaves_the_old_in_force(
     assert where in server.log.partition("read again")[2]
     assert rcpt(server, "team@here.example").startswith("250 ")
     assert rcpt(server, "ida@new.example").startswith("250 ")  # one mistake stays where it is
-    assert login(server, "ana@here.example", "secret").startswith("235 ")
+    assert login_to(server, "ana@here.example", "secret").startswith("235 ")
     assert certificate_of(server) == certificate(HOST)[0]
 
 
@@ -192,7 +160,7 @@ def test_at_the_start_a_broken_domain_waits_and_the_others_are_served(
         assert rcpt(server, "ana@here.example").startswith("250 ")
         said = "the configuration of bad.example has a mistake"
         assert rcpt(server, "eva@bad.example") == f"451 4.3.5 {said}"
-        assert login(server, "eva@bad.example", "secret") == f"454 4.3.5 {said}"
+        assert login_to(server, "eva@bad.example", "secret") == f"454 4.3.5 {said}"
         wait_for(lambda: server.log.count(f"{path}:") > 3, "a complaint at each look")
         if name.startswith("dkim"):
             path.unlink()
@@ -245,7 +213,7 @@ def test_a_certificate_of_which_half_is_missing_is_left_out(tmp_path: Path) -> N
     server.write("certs/half.example/fullchain.pem", certificate("half.example")[0].encode())
     with server:
         assert "certs/half.example/privkey.pem is missing" in server.log
-        assert login(server, "ana@here.example", "secret").startswith("235 ")
+        assert login_to(server, "ana@here.example", "secret").startswith("235 ")
 
 
 @pytest.mark.parametrize(
@@ -298,7 +266,7 @@ def test_a_first_certificate_turns_starttls_on(serve: Serve) -> None:
         assert wire.ask("STARTTLS").startswith("220 ")
         wire.start_tls(trusting())
         assert wire.ask("EHLO client.example").endswith("250 AUTH PLAIN LOGIN")
-    assert login(server, "ana@here.example", "secret").startswith("235 ")
+    assert login_to(server, "ana@here.example", "secret").startswith("235 ")
 
 
 def test_a_certificate_that_goes_away_stays_in_force(serve: Serve) -> None:
@@ -403,18 +371,18 @@ def test_an_address_is_resolved(serve: Serve) -> None:
 
 
 def test_messages_are_attempted_again(serve: Serve) -> None:
-    courier = Deferring()
+    courier = FakeCourier()
     server = serve(remote=courier, aliases={"here.example": f"out: {EVE}\n"})
     ids = [send(server, "out@here.example") for _ in range(2)]
     wait_for(lambda: len(server.queued("cur")) == 2, "the first attempts")
     assert ask(server, "queue-retry", ids[0]) == {"lines": ["1 message will be attempted now"]}
-    wait_for(lambda: courier.count == 3, "another attempt")
+    wait_for(lambda: len(courier.deliveries) == 3, "another attempt")
     assert ask(server, "queue-retry", "all") == {"lines": ["2 messages will be attempted now"]}
-    wait_for(lambda: courier.count == 5, "two more attempts")
+    wait_for(lambda: len(courier.deliveries) == 5, "two more attempts")
 
 
 def test_a_message_is_removed(serve: Serve) -> None:
-    server = serve(remote=Deferring(), aliases={"here.example": f"out: {EVE}\n"})
+    server = serve(remote=FakeCourier(), aliases={"here.example": f"out: {EVE}\n"})
     id = send(server, "out@here.example")
     wait_for(lambda: server.queued("cur"), "the first attempt")
     assert ask(server, "queue-remove", id) == {"lines": [f"{id} is removed"]}
@@ -424,7 +392,7 @@ def test_a_message_is_removed(serve: Serve) -> None:
 
 
 def test_a_message_whose_file_is_gone_can_be_removed(serve: Serve) -> None:
-    server = serve(remote=Deferring(), aliases={"here.example": f"out: {EVE}\n"})
+    server = serve(remote=FakeCourier(), aliases={"here.example": f"out: {EVE}\n"})
     id = send(server, "out@here.example")
     (name,) = wait_for(lambda: server.queued("cur"), "the first attempt")
     (server.data_dir / "queue" / name).unlink()
@@ -665,7 +633,7 @@ def test_a_message_that_takes_too_long_does_not_hold_up_the_end(serve: Serve) ->
 
 
 def test_what_is_not_delivered_is_kept_over_the_end(serve: Serve) -> None:
-    courier = Deferring()
+    courier = FakeCourier()
     server = serve(remote=courier, aliases={"here.example": f"out: {EVE}\n"})
     id = send(server, "out@here.example")
     wait_for(lambda: server.queued("cur"), "the first attempt")
@@ -673,7 +641,7 @@ def test_what_is_not_delivered_is_kept_over_the_end(serve: Serve) -> None:
     assert [name.partition(",")[0] for name in server.queued()] == [f"cur/{id}"]
     server.start()
     assert "lines" in ask(server, "queue-retry", id)
-    wait_for(lambda: courier.count == 2, "another attempt")
+    wait_for(lambda: len(courier.deliveries) == 2, "another attempt")
 
 
 def test_a_server_can_be_stopped_before_it_runs(tmp_path: Path) -> None:
@@ -702,20 +670,6 @@ def test_nothing_is_left_open_after_the_end(tmp_path: Path) -> None:
 
 # --- systemd ---
 
-START_WITH_SOCKETS = """
-import os, socket, sys
-sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
-print(*(one.getsockname()[1] for one in sockets), flush=True)
-held = [os.dup(one.fileno()) for one in sockets]
-held = [fd if fd > 10 else os.dup2(fd, 20 + fd) for fd in held]
-for number, fd in enumerate(held):
-    os.dup2(fd, 3 + number)
-os.environ["LISTEN_PID"] = str(os.getpid())
-os.environ["LISTEN_FDS"] = "2"
-os.environ["LISTEN_FDNAMES"] = "smtp:submission"
-os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
-"""
-
 
 def test_sockets_of_systemd_are_served_and_systemd_is_told(tmp_path: Path) -> None:
     server = Server(
@@ -725,15 +679,10 @@ def test_sockets_of_systemd_are_served_and_systemd_is_told(tmp_path: Path) -> No
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices:
         notices.bind(str(tmp_path / "notify"))
         notices.settimeout(SECONDS)
-        process = subprocess.Popen(
-            [sys.executable, "-c", START_WITH_SOCKETS, MODULE, "--config-dir", server.config_dir,
-             "serve"],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")},
-        )  # fmt: skip
-        try:
-            assert process.stdout is not None
-            smtp, submission = (int(word) for word in process.stdout.readline().split())
+        notify = str(tmp_path / "notify")
+        with started_by_systemd(
+            server, "smtp", "submission", NOTIFY_SOCKET=notify
+        ) as (process, (smtp, submission)):  # fmt: skip
             assert notices.recv(100) == b"READY=1"
             with Wire.to("127.0.0.1", smtp) as wire:
                 assert wire.reply().startswith(f"220 {HOST} ")
@@ -746,7 +695,5 @@ def test_sockets_of_systemd_are_served_and_systemd_is_told(tmp_path: Path) -> No
             process.terminate()
             assert notices.recv(100) == b"STOPPING=1"
             assert process.wait(SECONDS) == 0
-            assert process.communicate() == ("", "")
-        finally:
-            process.kill()
-            process.wait()
+            assert process.stdout is not None and process.stderr is not None
+            assert (process.stdout.read(), process.stderr.read()) == ("", "")

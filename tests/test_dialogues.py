@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dialogues of `dialogues/*.txt`, each held with a server of its own.
+"""Rooms SESSION, SMTP SYNTAX: the dialogues of `dialogues/*.txt`, each with a server of its own.
 
 A file is a suite; "== name" begins a dialogue. `support.play` says how one is written.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SENDER: DKIM signatures, those of others verified and our own made.
+"""Room DKIM: signatures, those of others verified and our own made.
 
 What is verified here was signed by dkimpy or by `signed`, which follows RFC 6376 without
 either library and signs whatever it is told to.
@@ -11,7 +11,6 @@ import base64
 import email
 import functools
 import hashlib
-import io
 import math
 import os
 import re
@@ -20,23 +19,26 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import dkim.util
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from lower import SOURCE, cuts, searched, searched_briefly
 from support import (
     HOST,
+    MODULE,
+    CommandLine,
     FakeClock,
     Inline,
     Server,
     Wire,
     Zone,
-    config_text,
+    cuts,
     record,
     run,
+    searched,
+    searched_briefly,
     trusting,
     wait_for,
 )
@@ -1780,49 +1782,11 @@ def test_what_comes_from_elsewhere_is_verified(tmp_path: Path) -> None:
 # --- the commands -------------------------------------------------------------------------------
 
 
-class Ended(NamedTuple):
-    """How a command ended."""
-
-    status: int
-    out: str
-    err: str
-
-
-class Place:
-    """A configuration directory, and the commands that use it."""
-
-    def __init__(
-        self, directory: Path, capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch
-    ) -> None:
-        self.config_dir = directory / "config"
-        self.domain_dir = self.config_dir / "domains" / "here.example"
-        self.domain_dir.mkdir(parents=True)
-        settings = {"hostname": HOST, "data_dir": directory / "data"}
-        (self.config_dir / "chasquid.conf").write_text(config_text(settings))
-        self._capsys = capsys
-        self._patch = patch
-
-    def run(self, *arguments: str, data: bytes = b"") -> Ended:
-        self._capsys.readouterr()
-        self._patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-        try:
-            status = chasquid.main(["--config-dir", str(self.config_dir), *arguments])
-        except SystemExit as end:
-            status = int(end.code or 0)
-        return Ended(status, *self._capsys.readouterr())
-
-    def fails(self, *arguments: str, data: bytes = b"") -> str:
-        ended = self.run(*arguments, data=data)
-        assert ended.status == 1 and ended.out == "", ended
-        assert ended.err.startswith("chasquid: ") and ended.err.count("\n") == 1
-        return ended.err.removeprefix("chasquid: ").strip()
-
-
 @pytest.fixture
-def place(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Place:
-    return Place(tmp_path, capsys, monkeypatch)
+def commands(commands: CommandLine) -> CommandLine:
+    """Commands on a domain whose directory is empty."""
+    (commands.domain_dir / "users").unlink()
+    return commands
 
 
 def zone_line(text: str) -> tuple[str, list[str]]:
@@ -1840,9 +1804,9 @@ def zone_line(text: str) -> tuple[str, list[str]]:
 
 
 @pytest.mark.parametrize("algorithm", ["rsa2048", "ed25519"])
-def test_a_new_key_is_written_and_its_record_shown(place: Place, algorithm: str) -> None:
-    ended = place.run("dkim-keygen", "here.example", "mail", "--algo", algorithm)
-    path = place.domain_dir / "dkim:mail.pem"
+def test_a_new_key_is_written_and_its_record_shown(commands: CommandLine, algorithm: str) -> None:
+    ended = commands.run("dkim-keygen", "here.example", "mail", "--algo", algorithm)
+    path = commands.domain_dir / "dkim:mail.pem"
     assert ended.status == 0
     assert path.stat().st_mode & 0o777 == 0o600
     assert str(path) in ended.err
@@ -1852,64 +1816,66 @@ def test_a_new_key_is_written_and_its_record_shown(place: Place, algorithm: str)
     assert name == "mail._domainkey.here.example."
     assert "".join(strings) == key.record
     assert all(len(one) <= 255 for one in strings)
-    shown = place.run("dkim-dns", "here.example")
+    shown = commands.run("dkim-dns", "here.example")
     assert shown == (0, ended.out, "")  # the record alone is on standard output
 
 
-def test_without_a_selector_it_is_the_date(place: Place) -> None:
+def test_without_a_selector_it_is_the_date(commands: CommandLine) -> None:
     before = time.strftime("%Y%m%d", time.gmtime())
-    ended = place.run("dkim-keygen", "here.example", "--algo", "ed25519")
+    ended = commands.run("dkim-keygen", "here.example", "--algo", "ed25519")
     after = time.strftime("%Y%m%d", time.gmtime())
     assert ended.status == 0
-    assert os.listdir(place.domain_dir)[0] in (f"dkim:{before}.pem", f"dkim:{after}.pem")
+    assert os.listdir(commands.domain_dir)[0] in (f"dkim:{before}.pem", f"dkim:{after}.pem")
 
 
-def test_a_key_is_never_overwritten(place: Place) -> None:
-    path = place.domain_dir / "dkim:mail.pem"
+def test_a_key_is_never_overwritten(commands: CommandLine) -> None:
+    path = commands.domain_dir / "dkim:mail.pem"
     path.write_text("precious")
-    text = place.fails("dkim-keygen", "here.example", "mail", "--algo", "ed25519")
+    text = commands.fails("dkim-keygen", "here.example", "mail", "--algo", "ed25519")
     assert text.startswith(f"{path} exists already")
     assert path.read_text() == "precious"
 
 
-def test_a_key_may_go_into_another_file(place: Place, tmp_path: Path) -> None:
+def test_a_key_may_go_into_another_file(commands: CommandLine, tmp_path: Path) -> None:
     path = tmp_path / "elsewhere" / "key.pem"
-    ended = place.run("dkim-keygen", "here.example", "mail", str(path), "--algo", "ed25519")
+    ended = commands.run("dkim-keygen", "here.example", "mail", str(path), "--algo", "ed25519")
     assert ended.status == 0 and str(path) in ended.err
     assert path.stat().st_mode & 0o777 == 0o600
-    assert os.listdir(place.domain_dir) == []
-    shown = place.run("dkim-dns", "here.example", "mail", str(path))
+    assert os.listdir(commands.domain_dir) == []
+    shown = commands.run("dkim-dns", "here.example", "mail", str(path))
     assert shown.out == ended.out
 
 
-def test_a_domain_in_unicode_gets_a_record_in_ascii(place: Place) -> None:
-    (place.config_dir / "domains" / "ñandú.example").mkdir()
-    ended = place.run("dkim-keygen", "Ñandú.example", "s1", "--algo", "ed25519")
-    assert (place.config_dir / "domains" / "ñandú.example" / "dkim:s1.pem").exists()
+def test_a_domain_in_unicode_gets_a_record_in_ascii(commands: CommandLine) -> None:
+    (commands.config_dir / "domains" / "ñandú.example").mkdir()
+    ended = commands.run("dkim-keygen", "Ñandú.example", "s1", "--algo", "ed25519")
+    assert (commands.config_dir / "domains" / "ñandú.example" / "dkim:s1.pem").exists()
     assert zone_line(ended.out)[0] == "s1._domainkey.xn--and-6ma2c.example."
 
 
 @pytest.mark.parametrize("command", ["dkim-keygen", "dkim-dns", "dkim-sign"])
 @pytest.mark.parametrize("selector", ["../x", "a/b", "a\0b", "a b", "a..b"])
 def test_a_selector_that_is_none_is_refused_and_nothing_written(
-    place: Place, command: str, selector: str
+    commands: CommandLine, command: str, selector: str
 ) -> None:
     options = ["--algo", "ed25519"] if command == "dkim-keygen" else []
-    place.fails(command, "here.example", selector, *options)
-    assert os.listdir(place.domain_dir) == []
+    commands.fails(command, "here.example", selector, *options)
+    assert os.listdir(commands.domain_dir) == []
 
 
-def test_a_selector_that_is_none_is_refused_with_a_file_too(place: Place, tmp_path: Path) -> None:
+def test_a_selector_that_is_none_is_refused_with_a_file_too(
+    commands: CommandLine, tmp_path: Path
+) -> None:
     path = tmp_path / "key.pem"
-    place.fails("dkim-keygen", "here.example", "a b", str(path), "--algo", "ed25519")
+    commands.fails("dkim-keygen", "here.example", "a b", str(path), "--algo", "ed25519")
     assert not path.exists()
 
 
 @pytest.mark.parametrize("command", ["dkim-dns", "dkim-sign"])
-def test_a_domain_without_keys_is_told_what_to_do(place: Place, command: str) -> None:
-    text = place.fails(command, "here.example")
-    assert "make one with dkim-keygen" in text and str(place.domain_dir) in text
-    assert "cannot be read" in place.fails(command, "here.example", "none")
+def test_a_domain_without_keys_is_told_what_to_do(commands: CommandLine, command: str) -> None:
+    text = commands.fails(command, "here.example")
+    assert "make one with dkim-keygen" in text and str(commands.domain_dir) in text
+    assert "cannot be read" in commands.fails(command, "here.example", "none")
 
 
 @pytest.mark.parametrize(
@@ -1917,15 +1883,15 @@ def test_a_domain_without_keys_is_told_what_to_do(place: Place, command: str) ->
     [["dkim-keygen"], ["dkim-keygen", "here.example", "--algo", "rsa512"], ["dkim-dns"],
      ["dkim-verify", "here.example"], ["dkim-verify", "--txt"]],
 )  # fmt: skip
-def test_wrong_usage_ends_with_2(place: Place, arguments: list[str]) -> None:
-    assert place.run(*arguments).status == 2
+def test_wrong_usage_ends_with_2(commands: CommandLine, arguments: list[str]) -> None:
+    assert commands.run(*arguments).status == 2
 
 
-def test_without_a_domain_that_of_from_signs(place: Place, tmp_path: Path) -> None:
+def test_without_a_domain_that_of_from_signs(commands: CommandLine, tmp_path: Path) -> None:
     path = tmp_path / "key.pem"
-    place.run("dkim-keygen", "here.example", "s", str(path), "--algo", "ed25519")
-    (place.domain_dir / "dkim:s.pem").write_bytes(path.read_bytes())
-    words = [sys.executable, str(SOURCE), "--config-dir", str(place.config_dir), "dkim-sign"]
+    commands.run("dkim-keygen", "here.example", "s", str(path), "--algo", "ed25519")
+    (commands.domain_dir / "dkim:s.pem").write_bytes(path.read_bytes())
+    words = [sys.executable, str(MODULE), "--config-dir", str(commands.config_dir), "dkim-sign"]
     text = "From: Ana <ana@here.example>\n\nhello\n"
     done = subprocess.run(words, input=text, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "d=here.example" in done.stdout
@@ -1934,44 +1900,44 @@ def test_without_a_domain_that_of_from_signs(place: Place, tmp_path: Path) -> No
     assert "the message has no From with a domain" in done.stderr
 
 
-def test_a_domain_that_is_none_is_refused(place: Place) -> None:
+def test_a_domain_that_is_none_is_refused(commands: CommandLine) -> None:
     for command in ("dkim-keygen", "dkim-dns", "dkim-sign"):
-        assert "no valid domain name" in place.fails(command, "ñ..example")
+        assert "no valid domain name" in commands.fails(command, "ñ..example")
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["LF", "CRLF"])
 @pytest.mark.parametrize("body", ["", "Hello  you \nmañana\n\n", "no end"])
 def test_what_is_signed_on_the_command_line_is_verified_there(
-    place: Place, end: str, body: str
+    commands: CommandLine, end: str, body: str
 ) -> None:
     for key in OUR_KEYS:
-        (place.domain_dir / f"dkim:{key.selector}.pem").write_text(key.key.to_pem())
+        (commands.domain_dir / f"dkim:{key.selector}.pem").write_text(key.key.to_pem())
     message = f"From: ana@here.example\nSubject: hi\n\n{body}".replace("\n", end).encode()
-    made = place.run("dkim-sign", "here.example", data=message)
+    made = commands.run("dkim-sign", "here.example", data=message)
     assert made.status == 0 and made.err == "" and "\r" not in made.out
     assert made.out.count("DKIM-Signature:") == 2 and made.out.endswith("\n")
-    one = place.run("dkim-sign", "here.example", "k1", data=message)
+    one = commands.run("dkim-sign", "here.example", "k1", data=message)
     assert one.out.count("DKIM-Signature:") == 1
     for key, field in zip(OUR_KEYS, made.out.split("DKIM-Signature:")[1:], strict=True):
         whole = f"DKIM-Signature:{field}".replace("\n", end).encode() + message
-        ended = place.run("dkim-verify", "--txt", key.record, data=whole)
+        ended = commands.run("dkim-verify", "--txt", key.record, data=whole)
         told = f"pass  here.example, selector {key.selector}\n"
         assert ended == (0, told, "")
         assert chasquid._dkim().verify(whole, dnsfunc=lookup(OUR_KEYS))
 
 
-def test_a_message_that_is_header_alone_can_be_signed(place: Place) -> None:
-    (place.domain_dir / "dkim:a.pem").write_text(ED25519.to_pem())
-    made = place.run("dkim-sign", "here.example", data=b"From: ana@here.example\nSubject: hi\n")
+def test_a_message_that_is_header_alone_can_be_signed(commands: CommandLine) -> None:
+    (commands.domain_dir / "dkim:a.pem").write_text(ED25519.to_pem())
+    made = commands.run("dkim-sign", "here.example", data=b"From: ana@here.example\nSubject: hi\n")
     assert made.status == 0
     message = made.out.encode() + b"From: ana@here.example\nSubject: hi\n"
     record = chasquid.DkimKey("here.example", "a", ED25519).record
-    assert place.run("dkim-verify", "--txt", record, data=message).status == 0
+    assert commands.run("dkim-verify", "--txt", record, data=message).status == 0
 
 
-def test_a_signature_that_does_not_pass_ends_with_1_and_says_why(place: Place) -> None:
+def test_a_signature_that_does_not_pass_ends_with_1_and_says_why(commands: CommandLine) -> None:
     message = ours(OUR_KEYS, now=time.time()).replace(b"Hello", b"HELLO")
-    ended = place.run("dkim-verify", "--txt", OUR_KEYS[1].record, data=message)
+    ended = commands.run("dkim-verify", "--txt", OUR_KEYS[1].record, data=message)
     assert ended == (
         1,
         "permerror  here.example, selector k0: the key is for another algorithm\n"
@@ -1980,27 +1946,27 @@ def test_a_signature_that_does_not_pass_ends_with_1_and_says_why(place: Place) -
     )
 
 
-def test_one_good_signature_is_enough(place: Place) -> None:
+def test_one_good_signature_is_enough(commands: CommandLine) -> None:
     message = b"DKIM-Signature: x\r\n" + ours(OUR_KEYS, now=time.time())
-    ended = place.run("dkim-verify", "--txt", OUR_KEYS[0].record, data=message)
+    ended = commands.run("dkim-verify", "--txt", OUR_KEYS[0].record, data=message)
     assert ended.status == 0
     assert [line.split()[0] for line in ended.out.splitlines()] == ["neutral", "pass", "permerror"]
     assert ended.out.startswith("neutral  ?, selector ?: the field is malformed\n")
 
 
-def test_a_message_without_a_signature_is_an_error(place: Place) -> None:
-    assert place.fails("dkim-verify", data=MESSAGE) == "the message has no DKIM-Signature"
-    assert place.fails("dkim-verify", data=b"") == "the message has no DKIM-Signature"
+def test_a_message_without_a_signature_is_an_error(commands: CommandLine) -> None:
+    assert commands.fails("dkim-verify", data=MESSAGE) == "the message has no DKIM-Signature"
+    assert commands.fails("dkim-verify", data=b"") == "the message has no DKIM-Signature"
 
 
 @pytest.mark.parametrize("command", [["dkim-sign", "here.example"], ["dkim-verify"]])
-def test_a_header_with_a_bad_line_is_an_error(place: Place, command: list[str]) -> None:
-    (place.domain_dir / "dkim:a.pem").write_text(ED25519.to_pem())
-    text = place.fails(*command, data=b"From: a\nno field\n\n")
+def test_a_header_with_a_bad_line_is_an_error(commands: CommandLine, command: list[str]) -> None:
+    (commands.domain_dir / "dkim:a.pem").write_text(ED25519.to_pem())
+    text = commands.fails(*command, data=b"From: a\nno field\n\n")
     assert text == "the header holds a line that is no field: no field"
 
 
-def test_a_record_of_any_text_is_no_reason_to_crash(place: Place) -> None:
-    ended = place.run("dkim-verify", "--txt", "p=ñ☂", data=ours(OUR_KEYS, now=time.time()))
+def test_a_record_of_any_text_is_no_reason_to_crash(commands: CommandLine) -> None:
+    ended = commands.run("dkim-verify", "--txt", "p=ñ☂", data=ours(OUR_KEYS, now=time.time()))
     assert ended.status == 1 and ended.err == ""
     assert [line.split()[0] for line in ended.out.splitlines()] == ["permerror", "permerror"]

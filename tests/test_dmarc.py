@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DMARC (RFC 9989): the walk up the tree, policies, alignment, and what a server makes of it."""
+"""Room DMARC: the walk up the tree (RFC 9989), policies, alignment, what a server makes of it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lower import HandClock, turns
-from support import HOST, RunningClock, Server, Zone, run, wait_for
-from test_server import greeted, logged_in, send
+from support import (
+    DOWN,
+    HOST,
+    FakeClock,
+    RunningClock,
+    Serve,
+    Server,
+    Zone,
+    greeted,
+    logged_in,
+    run,
+    send,
+    turns,
+    wait_for,
+)
 
 import chasquid
-from chasquid import Dmarc, Signature, Spf, TemporaryFailure
+from chasquid import Dmarc, Signature, Spf
 
-Serve = Callable[..., Server]
 Records = Mapping[Any, Any]
 
-DOWN = TemporaryFailure("the name servers are down", "4.4.3")
 NO_SPF = Spf("none")
 
 
@@ -600,7 +610,7 @@ def judged_slowly(
             loop.clock.now += 0.5  # type: ignore[attr-defined]
         return await task.join(), loop.clock.monotonic() - start
 
-    return run(main, clock=HandClock())
+    return run(main, clock=FakeClock())
 
 
 @pytest.mark.parametrize("pause", [4, 9, 10**6])
@@ -637,12 +647,6 @@ def parsed(message: bytes) -> Message:
     return email.message_from_bytes(message)
 
 
-def junk(server: Server, user: str = "ana") -> list[bytes]:
-    """Return what is in the folder for junk, when the queue has become empty."""
-    server.mail(user)
-    return [path.read_bytes() for path in (server.maildir(user) / ".Junk/new").glob("*")]
-
-
 @pytest.mark.parametrize("settings", [{}, {"dmarc_policy": "enforce"}])
 def test_reject_refuses_the_message_in_one_line(serve: Serve, settings: dict[str, str]) -> None:
     server = serve(ask=ask({"there.example": REJECT}), **settings)
@@ -663,7 +667,7 @@ def test_quarantine_goes_into_a_subfolder_that_is_a_maildir(serve: Serve) -> Non
     server = serve(ask=ask({"there.example": "v=DMARC1; p=quarantine"}))
     with greeted(server) as wire:
         assert send(wire, LETTER, sender=SENDER).startswith("250 ")
-    [message] = junk(server)
+    [message] = server.junk()
     assert verdict(message) == ("fail", "quarantine", "there.example")
     assert message.endswith(b"It works.\n")
     folder = server.maildir("ana") / ".Junk"
@@ -679,7 +683,7 @@ def test_a_large_message_goes_there_too(serve: Serve) -> None:
     data = LETTER + b"All of it.\r\n" * 20_000
     with greeted(server) as wire:
         assert send(wire, data, sender=SENDER).startswith("250 ")
-    [message] = junk(server)
+    [message] = server.junk()
     assert message.endswith(LETTER.replace(b"\r", b"") + b"All of it.\n" * 20_000)
 
 
@@ -689,7 +693,7 @@ def test_what_follows_into_the_inbox_is_not_junk(serve: Serve) -> None:
         assert send(wire, LETTER, sender=SENDER).startswith("250 ")
         other = LETTER.replace(b"there", b"other")
         assert send(wire, other, sender=SENDER).startswith("250 ")
-    assert len(junk(server)) == 1
+    assert len(server.junk()) == 1
     [message] = server.mail("ana")
     assert verdict(message) == ("none", "", "other.example")
 
@@ -708,7 +712,7 @@ def test_that_it_is_junk_survives_a_restart_of_the_queue(tmp_path: Path) -> None
     with server:
         clock.advance(300)
         server.settle()
-        assert len(junk(server)) == 1
+        assert len(server.junk()) == 1
         assert server.mail("ana") == []
 
 
@@ -858,7 +862,7 @@ def test_a_message_whose_author_cannot_be_read_is_junk(serve: Serve, author: str
     with greeted(server) as wire:
         data = f"From: {author}\r\n\r\nIt works.\r\n".encode()
         assert send(wire, data, sender=SENDER).startswith("250 ")
-    [message] = junk(server)
+    [message] = server.junk()
     assert verdict(message) == ("permerror", "", "")
     assert server.daemon.log.counters["dmarc", "permerror"] == 1
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NAMES: the cache, mail exchangers, and real questions to a real little name server."""
+"""Room DNS: the cache, mail exchangers, and real questions to a real little name server."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 import struct
 import threading
@@ -16,7 +17,9 @@ import dns.rcode
 import dns.rdatatype
 import dns.rrset
 import pytest
-from lower import HandClock, chasquid, run, turns
+from support import FakeClock, run, turns
+
+import chasquid
 
 Answer, Names = chasquid.Answer, chasquid.Names
 TemporaryFailure, PermanentFailure = chasquid.TemporaryFailure, chasquid.PermanentFailure
@@ -63,7 +66,7 @@ def test_an_answer_is_kept_as_long_as_its_ttl():
             assert (await names.query("a.example", "A")).records == ("192.0.2.1",)
             assert len(table.asked) == questions
 
-    run(main, HandClock())
+    run(main, FakeClock())
 
 
 @pytest.mark.parametrize("answer", [MISSING, NOTHING])
@@ -78,7 +81,7 @@ def test_that_there_is_nothing_is_kept_as_well(answer):
         assert await names.query("a.example", "TXT") == answer
         assert len(table.asked) == 2
 
-    run(main, HandClock())
+    run(main, FakeClock())
 
 
 @pytest.mark.parametrize(("ttl", "kept"), [(0, 1), (-5, 1), (10**9, 86400)])
@@ -94,7 +97,7 @@ def test_no_ttl_is_taken_too_far(ttl, kept):
         await names.query("a.example", "A")
         assert len(table.asked) == 2
 
-    run(main, HandClock())
+    run(main, FakeClock())
 
 
 def test_a_failure_is_remembered_for_a_moment_only():
@@ -109,7 +112,7 @@ def test_a_failure_is_remembered_for_a_moment_only():
         table.answers["a.example", "A"] = Answer(True, ("192.0.2.1",), 60)
         assert (await names.query("a.example", "A")).records == ("192.0.2.1",)
 
-    run(main, HandClock())
+    run(main, FakeClock())
 
 
 def test_a_failure_is_raised_anew_to_each_asker():
@@ -124,7 +127,7 @@ def test_a_failure_is_raised_anew_to_each_asker():
         depths = [len(list(traceback.walk_tb(one.__traceback__))) for one in errors]
         assert depths[1] == depths[2]
 
-    run(main, HandClock())
+    run(main, FakeClock())
 
 
 def test_case_and_the_last_dot_make_no_other_name_but_the_kind_another_question():
@@ -195,7 +198,7 @@ def test_who_is_in_a_hurry_stops_waiting_and_the_answer_serves_the_next():
         assert (await names.query("a.example", "A")).records == ("192.0.2.1",)
         return len(table.asked)
 
-    assert run(main, HandClock()) == 1
+    assert run(main, FakeClock()) == 1
 
 
 def test_a_question_that_nobody_answers_fails_in_its_time():
@@ -214,7 +217,7 @@ def test_a_question_that_nobody_answers_fails_in_its_time():
         loop.clock.now += chasquid.DNS_SECONDS + 1
         return await task.join()
 
-    assert run(main, HandClock()) == "4.4.3"
+    assert run(main, FakeClock()) == "4.4.3"
 
 
 def test_the_cache_stays_of_a_size_and_still_answers():
@@ -235,7 +238,7 @@ def test_the_cache_stays_of_a_size_and_still_answers():
         await names.query("n0.example", "A")  # the oldest went
         return asked
 
-    assert run(main, HandClock()) == 11_001
+    assert run(main, FakeClock()) == 11_001
 
 
 # --- Mail exchangers and addresses ----------------------------------------------------------
@@ -341,22 +344,25 @@ def test_what_is_no_ip_address(text):
 Respond = Callable[[dns.message.Message, str], dns.message.Message | None]
 
 
-class Server:
-    """A name server on loopback, over UDP and TCP, that answers as `respond` says."""
+class NameServer:
+    """A name server at an address of this machine, over UDP and TCP; it answers as told."""
 
-    def __init__(self, respond: Respond) -> None:
+    def __init__(self, respond: Respond, host: str = "127.0.0.1") -> None:
         self.respond = respond
         self.seen: list[tuple[str, str, str]] = []
-        self._udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._tcp = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        self._family = socket.AF_INET6 if ":" in host else socket.AF_INET
         for _ in range(50):
-            self._udp.bind(("127.0.0.1", 0))
+            self._udp = socket.socket(self._family, socket.SOCK_DGRAM)
+            self._tcp = socket.socket(self._family, socket.SOCK_STREAM)
             try:
+                self._udp.bind((host, 0))
                 self._tcp.bind(self._udp.getsockname())
                 break
-            except OSError:  # somebody has the port for TCP: another one
+            except OSError as error:  # if somebody has the port for TCP: another one
                 self._udp.close()
-                self._udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+                self._tcp.close()
+                if error.errno != errno.EADDRINUSE:
+                    raise
         self._tcp.listen()
         self._threads = [threading.Thread(target=one) for one in (self._datagrams, self._streams)]
         for thread in self._threads:
@@ -364,12 +370,13 @@ class Server:
 
     @property
     def place(self) -> str:
-        return f"127.0.0.1:{self._udp.getsockname()[1]}"
+        host, port = self._udp.getsockname()[:2]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def close(self) -> None:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as bell:
+        with socket.socket(self._family, socket.SOCK_DGRAM) as bell:
             bell.sendto(b"", self._udp.getsockname())
-        socket.create_connection(self._tcp.getsockname()).close()
+        socket.create_connection(self._tcp.getsockname()[:2]).close()
         for thread in self._threads:
             thread.join()
         self._udp.close()
@@ -408,7 +415,7 @@ class Server:
 
 @contextlib.contextmanager
 def serving(*responds: Respond):
-    servers = [Server(respond) for respond in responds]
+    servers = [NameServer(respond) for respond in responds]
     try:
         yield servers
     finally:
@@ -624,3 +631,62 @@ def test_a_name_that_cannot_be_does_not_exist(name):
     found, seen = ask(name, "A", answering("a.example. 300 A 192.0.2.1"))
     assert found.exists is False
     assert seen == [[]]
+
+
+# --- whose word is taken for it that an answer is authentic (DNSSEC) ---
+
+
+def own_address() -> str:
+    """Return an address of this machine that is not on loopback, or ""."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("198.51.100.1", 9))
+        except OSError:
+            return ""
+        found = str(probe.getsockname()[0])
+    return "" if found.startswith(("127.", "0.")) else found
+
+
+def told(host: str, authentic: bool, trust_ad: bool, kind: str = "A") -> Answer:
+    """Return what is learnt from a server that sets the AD bit if `authentic`."""
+    flags: list[int] = []
+
+    def respond(query: dns.message.Message, via: str) -> dns.message.Message:
+        flags.append(query.flags)
+        response = answering(*["there.example. 60 A 192.0.2.1"] * (kind == "A"))(query, via)
+        response.flags |= dns.flags.AD if authentic else 0
+        return response
+
+    try:
+        server = NameServer(respond, host)
+    except OSError:
+        pytest.skip(f"there is no {host}")
+
+    async def main(loop: chasquid.Loop) -> Answer:
+        return await chasquid.DnsClient(loop, [server.place], trust_ad).ask("there.example", kind)
+
+    with contextlib.closing(server):
+        answer = run(main)
+    assert flags and all(asked & dns.flags.AD for asked in flags)
+    return answer
+
+
+@pytest.mark.parametrize("kind", ["A", "MX"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.53", "::1"])
+@pytest.mark.parametrize("authentic", [True, False])
+def test_a_server_on_this_machine_is_believed_what_is_authentic(
+    host: str, authentic: bool, kind: str
+) -> None:
+    for trust_ad in (False, True):
+        answer = told(host, authentic, trust_ad, kind)
+        assert answer.records == (("192.0.2.1",) if kind == "A" else ())
+        assert answer.authentic is authentic
+
+
+@pytest.mark.parametrize("authentic", [True, False])
+def test_another_server_is_believed_only_if_that_is_set(authentic: bool) -> None:
+    host = own_address()
+    if not host:
+        pytest.skip("this machine has no address but those on loopback")
+    assert told(host, authentic, False) == Answer(True, ("192.0.2.1",), 60, False)
+    assert told(host, authentic, True) == Answer(True, ("192.0.2.1",), 60, authentic)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dovecot as a directory of users (room USERS): its protocol, and what the server makes of it."""
+"""Room USERS: Dovecot as a directory of users, its protocol, and what the server makes of it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,19 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lower import cuts, run, searched_briefly
-from support import RunningClock, Server, Wire, record, trusting, users_file
+from support import (
+    RunningClock,
+    Server,
+    cuts,
+    greeted,
+    login,
+    plain_secret,
+    rcpt,
+    record,
+    run,
+    searched_briefly,
+    users_file,
+)
 
 import chasquid
 
@@ -331,10 +342,7 @@ def test_an_address_that_would_be_more_than_one_word_is_unknown(
 
 
 def test_many_may_ask_at_once(known: Directory, client: Auth) -> None:
-    client.answers = {
-        base64.b64encode(f"\0u{number}@x\0p".encode()).decode(): "OK\t{n}\n"
-        for number in range(0, 40, 2)
-    }
+    client.answers = {plain_secret(f"u{number}@x", "p"): "OK\t{n}\n" for number in range(0, 40, 2)}
 
     async def main(loop: Any) -> list[bool]:
         dovecot = known.dovecot(loop)
@@ -353,7 +361,7 @@ def test_many_may_ask_at_once(known: Directory, client: Auth) -> None:
 def asking(tmp_path: Path, userdb: Auth, client: Auth) -> Iterator[Callable[..., Server]]:
     """Start a server; Dovecot knows dov@here.example, whose password is "pass"."""
     userdb.answers = {f"{DOV}\t": "USER\t{n}\tdov\n"}
-    secret = base64.b64encode(f"\0{DOV}\0pass".encode()).decode()
+    secret = plain_secret(DOV, "pass")
     client.answers = {f"resp={secret}": "OK\t{n}\tuser=dov@here.example\n"}
     with contextlib.ExitStack() as stack:
 
@@ -372,30 +380,9 @@ def asking(tmp_path: Path, userdb: Auth, client: Auth) -> Iterator[Callable[...,
         yield asking
 
 
-def connected(server: Server) -> Wire:
-    wire = server.connect("submission over TLS")
-    wire.start_tls(trusting())
-    assert wire.reply().startswith("220 ")
-    assert wire.ask("EHLO client.example").startswith("250-")
-    return wire
-
-
-def login(wire: Wire, user: str, password: str) -> str:
-    secret = base64.b64encode(f"\0{user}\0{password}".encode()).decode()
-    return wire.ask(f"AUTH PLAIN {secret}")
-
-
-def rcpt(server: Server, address: str) -> str:
-    with server.connect() as wire:
-        assert wire.reply().startswith("220 ")
-        assert wire.ask("EHLO client.example").startswith("250-")
-        assert wire.ask("MAIL FROM:<>").startswith("250 ")
-        return wire.ask(f"RCPT TO:<{address}>")
-
-
 def test_a_user_whom_only_dovecot_knows_logs_in_and_sends(asking) -> None:
     server = asking()
-    with connected(server) as wire:
+    with greeted(server, "submission over TLS") as wire:
         assert login(wire, "Dov@HERE.example", "pass").startswith("235 ")
         assert wire.ask(f"MAIL FROM:<{DOV}>").startswith("250 ")
         assert wire.ask("RCPT TO:<ana@here.example>").startswith("250 ")
@@ -405,7 +392,7 @@ def test_a_user_whom_only_dovecot_knows_logs_in_and_sends(asking) -> None:
 def test_a_wrong_password_is_refused_like_an_unknown_user(asking, client: Auth) -> None:
     server = asking()
     replies = set()
-    with connected(server) as wire:
+    with greeted(server, "submission over TLS") as wire:
         replies.add(login(wire, DOV, "wrong"))
         replies.add(login(wire, "nobody@here.example", "pass"))
     assert replies == {"535 5.7.8 Authentication credentials invalid"}
@@ -415,7 +402,7 @@ def test_a_wrong_password_is_refused_like_an_unknown_user(asking, client: Auth) 
 @pytest.mark.parametrize("user", ["eve@far.example", "a b@here.example", "", "@here.example"])
 def test_dovecot_is_not_asked_about_who_cannot_be_ours(asking, client: Auth, user: str) -> None:
     client.answer = "OK\t{n}\tuser=x\n"
-    with connected(asking()) as wire:
+    with greeted(asking(), "submission over TLS") as wire:
         assert login(wire, user, "pass").startswith("535 ")
     assert not client.asked
 
@@ -423,7 +410,7 @@ def test_dovecot_is_not_asked_about_who_cannot_be_ours(asking, client: Auth, use
 def test_a_name_without_a_domain_is_given_to_dovecot_as_it_is(asking, client: Auth) -> None:
     client.answer = "OK\t{n}\tuser=x\n"
     server = asking()
-    with connected(server) as wire:
+    with greeted(server, "submission over TLS") as wire:
         assert login(wire, "dov", "pass").startswith("235 ")
         assert wire.ask("MAIL FROM:<dov@here.example>").startswith("250 ")
     [asked] = client.asked
@@ -437,7 +424,7 @@ def test_a_name_without_a_domain_is_dovecots_also_if_the_host_is_no_domain(
 ) -> None:
     client.answer = "OK\t{n}\tuser=x\n"
     server = asking(users={"here.example": {"ana": "secret"}, "there.example": {}})
-    with connected(server) as wire:
+    with greeted(server, "submission over TLS") as wire:
         assert login(wire, "dov", "pass").startswith("235 ")
     assert "login succeeded for dov@mail.here.example" in server.mail_log
     assert len(client.asked) == 1
@@ -445,7 +432,7 @@ def test_a_name_without_a_domain_is_dovecots_also_if_the_host_is_no_domain(
 
 def test_of_a_name_without_a_domain_the_files_have_the_last_word(asking, client: Auth) -> None:
     client.answer = "OK\t{n}\tuser=x\n"
-    with connected(asking()) as wire:
+    with greeted(asking(), "submission over TLS") as wire:
         assert login(wire, "ana", "wrong").startswith("535 ")
         assert login(wire, "ana", "secret").startswith("235 ")
     assert not client.asked
@@ -455,7 +442,7 @@ def test_the_users_of_the_files_do_not_need_dovecot(asking, client: Auth, userdb
     server = asking()
     for auth in (client, userdb):
         auth.close()
-    with connected(server) as wire:
+    with greeted(server, "submission over TLS") as wire:
         assert login(wire, "ana@here.example", "secret").startswith("235 ")
         assert wire.ask("MAIL FROM:<ana@here.example>").startswith("250 ")
         assert wire.ask("RCPT TO:<ben@here.example>").startswith("250 ")
@@ -464,7 +451,7 @@ def test_the_users_of_the_files_do_not_need_dovecot(asking, client: Auth, userdb
 def test_a_login_that_dovecot_cannot_check_is_for_later(asking, client: Auth) -> None:
     server = asking()
     client.close()
-    with connected(server) as wire:
+    with greeted(server, "submission over TLS") as wire:
         assert login(wire, DOV, "pass").startswith("454 4.3.0 Dovecot ")
         assert wire.is_closed()
     assert "login failed" not in server.mail_log
@@ -535,12 +522,12 @@ def test_a_user_who_is_denied_never_logs_in(asking) -> None:
         denied = b'users: { key: "dov" value: { denied: {} } }\n'
         server.write("domains/here.example/users", users_file({"ana": "secret"}) + denied)
 
-    with connected(asking(before=deny)) as wire:
+    with greeted(asking(before=deny), "submission over TLS") as wire:
         assert login(wire, DOV, "pass").startswith("535 ")
 
 
 def may_send(server: Server, sender: str) -> bool:
-    with connected(server) as wire:
+    with greeted(server, "submission over TLS") as wire:
         assert login(wire, DOV, "pass").startswith("235 ")
         return wire.ask(f"MAIL FROM:<{sender}>").startswith("250 ")
 

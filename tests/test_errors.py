@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GROUND: failures, ids, the clock."""
+"""Room ERRORS: failures, ids, the clock."""
 
 from __future__ import annotations
 
 import re
 import time
 
-from lower import chasquid
+import chasquid
 
 
 def test_ids_are_thirteen_letters_and_digits_and_never_the_same():

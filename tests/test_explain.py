@@ -1,33 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `explain`: the story of a message, from the mail log and the queue."""
+"""Room COMMANDS: `explain`, the story of a message, from the mail log and the queue."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-from support import Server, Zone, config_text, play, wait_for
-from test_dsn import ANA, BEN, EVA, LATER, PASSED_ON, REFUSED, Far, greeted, send
+from support import (
+    Ended,
+    Serve,
+    Server,
+    Zone,
+    complaint,
+    config_text,
+    greeted,
+    play,
+    run_command,
+    wait_for,
+)
+from test_notifications import ANA, BEN, EVA, LATER, PASSED_ON, REFUSED, Far, send
 
-import chasquid
-
-Serve = Callable[..., Server]
 ID, OTHER = "abcdefghij234", "zzzzzzzzzz777"
 CAME = (
     f"from=<{EVA}> to={ANA} queued, 512 octets, by smtp from 192.0.2.7 client.example "
     "(TLSv1.3 TLS_AES_256_GCM_SHA384) spf=pass dkim=pass,fail dmarc=pass"
 )
-
-
-class Told(NamedTuple):
-    """What the command printed, and its exit status."""
-
-    status: int
-    out: str
-    err: str
 
 
 class Teller:
@@ -45,10 +44,8 @@ class Teller:
         }  # fmt: skip
         (self.directory / "chasquid.conf").write_text(config_text({**defaults, **settings}))
 
-    def explain(self, what: str, config_dir: Path | None = None) -> Told:
-        self._capsys.readouterr()
-        status = chasquid.main(["--config-dir", str(config_dir or self.directory), "explain", what])
-        return Told(status, *self._capsys.readouterr())
+    def explain(self, what: str, config_dir: Path | None = None) -> Ended:
+        return run_command(self._capsys, config_dir or self.directory, "explain", what)
 
     def story(self, what: str, config_dir: Path | None = None) -> str:
         """Return what is told of `what`, which must be known."""
@@ -58,10 +55,7 @@ class Teller:
 
     def fails(self, what: str) -> str:
         """Return the sentence with which the command ends."""
-        told = self.explain(what)
-        assert (told.status, told.out) == (1, "")
-        assert told.err.startswith("chasquid: ") and told.err.count("\n") == 1
-        return told.err.removeprefix("chasquid: ").strip()
+        return complaint(self.explain(what))
 
     def write(self, *lines: str, name: str = "mail.log") -> None:
         """Write a log of these lines, a second apart."""

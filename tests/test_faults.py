@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lower import HandClock
-from support import SECONDS, Wire, wait_for
+from support import SECONDS, FakeClock, Wire, wait_for
+from support import smtp_client as client
 
 import chasquid
 from chasquid import CaptureServer, Fault, FaultError
@@ -25,13 +25,7 @@ STAGES = chasquid.STAGES
 
 
 def script(tls: str = "STARTTLS", magic: bool = True) -> chasquid.Script:
-    return chasquid.Script(HandClock(), STAGES, tls, magic)
-
-
-def client(server: CaptureServer) -> smtplib.SMTP:
-    smtp = smtplib.SMTP(*server.address, timeout=SECONDS)
-    smtp.ehlo("client.example")
-    return smtp
+    return chasquid.Script(FakeClock(), STAGES, tls, magic)
 
 
 def send(server: CaptureServer, *to: str) -> dict[str, tuple[int, bytes]]:
@@ -179,7 +173,7 @@ def test_patterns_fit_without_regard_to_case_and_any_recipient() -> None:
 
 
 def test_a_rate_is_counted_over_a_second_that_moves_along() -> None:
-    clock = HandClock()
+    clock = FakeClock()
     rules = chasquid.Script(clock, STAGES, "")
     rules.add(Fault("MAIL", per_second=2))
     assert replies(rules, "MAIL", 4, "a@b") == [0, 0, 421, 421]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The PROXY header (rooms STREAM and DAEMON): what it says, and what happens without it."""
+"""Rooms STREAM, LISTENERS: the PROXY header, what it says, and what happens without it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,26 @@ import socket
 import ssl
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from lower import cuts, run, searched, socket_pair
-from support import RunningClock, Server, Wire, Zone, trusting, wait_for
+from support import (
+    RunningClock,
+    Serve,
+    Server,
+    Wire,
+    Zone,
+    cuts,
+    run,
+    searched,
+    socket_pair,
+    trusting,
+    wait_for,
+)
 
 import chasquid
 
@@ -270,23 +281,6 @@ def test_a_header_that_does_not_come_in_time_is_not_waited_for(start):
 # --- a server behind a proxy ---
 
 
-Behind = Callable[..., Server]
-
-
-@pytest.fixture
-def behind(tmp_path: Path) -> Iterator[Behind]:
-    """Start a server that expects the header."""
-    with contextlib.ExitStack() as stack:
-
-        def behind(**keywords: Any) -> Server:
-            server = Server(tmp_path / "behind", **keywords)
-            with (server.config_dir / "chasquid.conf").open("a") as file:
-                file.write("haproxy_incoming: true\n")
-            return stack.enter_context(server)
-
-        yield behind
-
-
 def proxied(server: Server, header: bytes = b"", port: str = "smtp") -> Wire:
     wire = server.connect(port)
     wire.send(header or version_1(CLIENT))
@@ -318,7 +312,7 @@ def deliver(wire: Wire, sender: str = "eva@there.example") -> str:
         (version_2(CLIENT, first=0x20), "[127.0.0.1]"),
     ],
 )
-def test_log_and_received_see_the_client(behind: Behind, header: bytes, literal: str) -> None:
+def test_log_and_received_see_the_client(behind: Serve, header: bytes, literal: str) -> None:
     server = behind()
     with proxied(server, header) as wire:
         assert wire.reply().startswith("220 ")
@@ -329,7 +323,7 @@ def test_log_and_received_see_the_client(behind: Behind, header: bytes, literal:
     assert f" by smtp from {peer} client.example " in server.mail_log
 
 
-def test_spf_sees_the_client(behind: Behind) -> None:
+def test_spf_sees_the_client(behind: Serve) -> None:
     zone = Zone({("there.example", "TXT"): ["v=spf1 ip4:192.0.2.7 ip6:2001:db8::7 -all"]})
     server = behind(ask=zone.ask)
     other = ipaddress.ip_address("192.0.2.8")
@@ -340,13 +334,13 @@ def test_spf_sees_the_client(behind: Behind) -> None:
     assert b"Received-SPF: pass" in server.mail("ana")[0]
 
 
-def test_commands_right_behind_the_header_are_answered(behind: Behind) -> None:
+def test_commands_right_behind_the_header_are_answered(behind: Serve) -> None:
     server = behind()
     with proxied(server, version_1(CLIENT) + b"EHLO client.example\r\nNOOP\r\nQUIT\r\n") as wire:
         assert [wire.reply()[:3] for _ in range(4)] == ["220", "250", "250", "221"]
 
 
-def test_a_hello_of_tls_in_the_same_packet_as_the_header_is_answered(behind: Behind) -> None:
+def test_a_hello_of_tls_in_the_same_packet_as_the_header_is_answered(behind: Serve) -> None:
     server = behind()
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     tls = trusting().wrap_bio(incoming, outgoing)
@@ -372,7 +366,7 @@ def test_a_hello_of_tls_in_the_same_packet_as_the_header_is_answered(behind: Beh
         assert b"AUTH PLAIN LOGIN" in through(lambda: tls.read(1000))
 
 
-def test_starttls_comes_after_the_header(behind: Behind) -> None:
+def test_starttls_comes_after_the_header(behind: Serve) -> None:
     with proxied(behind(), port="submission") as wire:
         assert wire.reply().startswith("220 ")
         assert wire.ask("EHLO client.example").startswith("250-")
@@ -382,7 +376,7 @@ def test_starttls_comes_after_the_header(behind: Behind) -> None:
 
 
 @pytest.mark.parametrize("port", ["smtp", "submission over TLS"])
-def test_who_sends_no_header_gets_no_word(behind: Behind, port: str) -> None:
+def test_who_sends_no_header_gets_no_word(behind: Serve, port: str) -> None:
     server = behind(max_connections=2)
     for _ in range(5):
         with server.connect(port) as wire:
@@ -393,7 +387,7 @@ def test_who_sends_no_header_gets_no_word(behind: Behind, port: str) -> None:
         assert wire.reply().startswith("220 ")
 
 
-def test_who_never_sends_a_header_is_sent_away(behind: Behind) -> None:
+def test_who_never_sends_a_header_is_sent_away(behind: Serve) -> None:
     clock = RunningClock()
     server = behind(clock=clock)
     with server.connect() as silent, server.connect() as slow, server.connect() as gone:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import base64
 import email
 import os
 import shutil
@@ -15,16 +14,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lower import run
-from support import RunningClock, Server, Wire, Zone, record, trusting, wait_for
+from support import (
+    MEGABYTE,
+    FakeCourier,
+    RunningClock,
+    Serve,
+    Server,
+    Wire,
+    Zone,
+    greeted,
+    logged_in,
+    rcpt,
+    record,
+    run,
+    wait_for,
+)
 
 import chasquid
 
-Serve = Callable[..., Server]
 SAMPLE = Path(__file__).resolve().parent.parent / "sample-config" / "hooks" / "post-data"
 EVE = "eva@there.example"
 HERE = "here.example"
-MEGABYTE = 1024 * 1024
 
 
 def program(directory: Path, name: str, text: str) -> Path:
@@ -42,23 +52,6 @@ def post_data(server: Server, text: str) -> Path:
 
 def alias_resolve(server: Server, text: str) -> Path:
     return program(server.config_dir / "hooks", "alias-resolve", text)
-
-
-def greeted(server: Server, hello: str = "client.example") -> Wire:
-    wire = server.connect()
-    assert wire.reply().startswith("220 ")
-    assert wire.ask(f"EHLO {hello}").startswith("250-")
-    return wire
-
-
-def logged_in(server: Server) -> Wire:
-    wire = server.connect("submission over TLS")
-    wire.start_tls(trusting())
-    assert wire.reply().startswith("220 ")
-    assert wire.ask("EHLO desk.example").startswith("250-")
-    secret = base64.b64encode(b"\0ana@here.example\0secret").decode()
-    assert wire.ask(f"AUTH PLAIN {secret}").startswith("235 ")
-    return wire
 
 
 def transfer(
@@ -123,7 +116,7 @@ def test_the_hook_is_told_of_a_stranger(serve: Serve, tmp_path: Path, monkeypatc
     zone = Zone({("there.example", "TXT"): ["v=spf1 ip4:127.0.0.1 -all"]})
     server = serve(ask=zone.ask, aliases={"here.example": "all: ana, ben\n"})
     post_data(server, f"env -0 > {tmp_path}/env")
-    with greeted(server, "a_b!(c)$d[1:2].é-x".replace("(", "").replace(")", "")) as wire:
+    with greeted(server, hello="a_b!(c)$d[1:2].é-x".replace("(", "").replace(")", "")) as wire:
         recipients = ["all@here.example", "Ana+x@Here.Example"]
         assert transfer(wire, recipients=recipients).startswith("250 ")
     told = environment(tmp_path / "env")
@@ -159,7 +152,7 @@ def test_the_hook_is_told_of_a_user(serve: Serve, tmp_path: Path) -> None:
         "ON_TLS": "1",
         "FROM_LOCAL_DOMAIN": "1",
         "SPF_PASS": "0",
-        "EHLO_DOMAIN": "desk.example",
+        "EHLO_DOMAIN": "client.example",
     }
     assert {name: told[name] for name in expected} == expected
 
@@ -317,12 +310,6 @@ def test_fields_go_above_the_signature_and_the_trace_of_a_user(serve: Serve) -> 
     assert names[2:4] == ["X-Scanned", "Received"]
 
 
-def junk(server: Server) -> list[bytes]:
-    """Return what is in the folder Junk of ana."""
-    wait_for(lambda: not server.queued(), "the queue to become empty")
-    return [path.read_bytes() for path in server.maildir("ana").glob(".Junk/new/*")]
-
-
 @pytest.mark.parametrize(
     ("printed", "is_junk"),
     [
@@ -340,7 +327,7 @@ def test_what_the_hook_calls_spam_goes_into_its_own_folder(
     server = serve()
     post_data(server, f"printf '{printed}'")
     assert send(server).startswith("250 ")
-    assert len(junk(server)) == is_junk
+    assert len(server.junk()) == is_junk
     assert len(server.mail("ana")) == (not is_junk)
 
 
@@ -551,27 +538,11 @@ def test_a_server_that_stops_does_not_leave_a_hook_behind(serve: Serve, tmp_path
 # --- alias-resolve ---
 
 
-class Noting:
-    """A courier that notes what it is to deliver, and to whom."""
-
-    def __init__(self) -> None:
-        self.destinations: list[chasquid.Destination] = []
-
-    async def deliver(
-        self, delivery: chasquid.Delivery, destinations: Sequence[chasquid.Destination]
-    ) -> list[chasquid.Result]:
-        self.destinations += destinations
-        return [chasquid.Result(chasquid.State.SENT, "2.0.0", "noted")] * len(destinations)
-
-
-def rcpt(server: Server, address: str) -> str:
-    with greeted(server) as wire:
-        assert wire.ask("MAIL FROM:<>").startswith("250 ")
-        return wire.ask(f"RCPT TO:<{address}>")
-
-
 def test_the_hook_is_asked_for_each_address_as_it_came(serve: Serve, tmp_path: Path) -> None:
-    server = serve(aliases={"here.example": "team: ana, eva@far.example\n"}, remote=Noting())
+    server = serve(
+        aliases={"here.example": "team: ana, eva@far.example\n"},
+        remote=FakeCourier(chasquid.State.SENT),
+    )
     alias_resolve(server, f'[ $# = 1 ] && echo "$1" >> {tmp_path}/asked')
     assert rcpt(server, "Team+x@Here.Example").startswith("250 ")
     assert (tmp_path / "asked").read_text().splitlines() == [
@@ -625,7 +596,7 @@ def test_the_hook_is_asked_for_the_catch_all_last(serve: Serve, tmp_path: Path) 
 
 
 def test_the_hook_decides_where_mail_goes(serve: Serve, tmp_path: Path) -> None:
-    courier = Noting()
+    courier = FakeCourier(chasquid.State.SENT)
     server = serve(remote=courier)
     alias_resolve(
         server,
@@ -682,7 +653,7 @@ def test_a_hook_that_prints_nothing_changes_nothing(serve: Serve) -> None:
 
 
 def test_the_hook_is_not_asked_of_other_peoples_domains(serve: Serve, tmp_path: Path) -> None:
-    server = serve(remote=Noting())
+    server = serve(remote=FakeCourier(chasquid.State.SENT))
     alias_resolve(server, f"touch {tmp_path}/asked; exit 1")
     assert rcpt(server, "eva@far.example").startswith("550 5.7.1 ")
     with logged_in(server) as wire:
@@ -735,7 +706,7 @@ def test_a_hook_that_fails_or_prints_nonsense_is_for_later(
     ["a\\001b", "a\\001b@far.example", "\\377@far.example", "| /bin/cat\\neva@far.example"],
 )
 def test_a_hook_that_prints_control_characters_is_for_later(serve: Serve, printed: str) -> None:
-    server = serve(remote=Noting())
+    server = serve(remote=FakeCourier(chasquid.State.SENT))
     alias_resolve(server, f"case \"$1\" in ana@*) printf '{printed}' ;; esac")
     assert rcpt(server, "ana@here.example").startswith("451 4.3.5 ")
 
@@ -923,7 +894,7 @@ def test_the_sample_works_as_the_hook_of_a_server(serve: Serve, tools: Path, mon
     rspamc = RSPAMC.format(place=tools.parent, action="add header")
     program(tools, "rspamc", rspamc)
     assert send(server).startswith("250 ")
-    (message,) = junk(server)
+    (message,) = server.junk()
     assert on_top(message) == b"X-Spam-Score: 4.20 / 15.00\nX-Spam-Flag: YES\n"
     program(tools, "rspamc", rspamc.replace("add header", "reject"))
     assert send(server) == "554 5.7.1 the message looks like spam"

@@ -263,6 +263,8 @@ def test_broken_mail_is_shown_all_the_same(inbox: Running, raw: bytes) -> None:
     assert inbox.get("messages")["messages"][0]["id"] == id
     assert inbox.get(f"messages/{id}")["parts"]
     assert inbox.ask(f"/api/v1/messages/{id}/parts/1").status == 200
+    shown = inbox.ask(f"/api/v1/messages/{id}/raw")
+    assert shown.status == 200 and shown.body == raw.replace(b"\n", b"\r\n")
 
 
 def test_a_large_message_comes_whole_and_holds_up_nobody(inbox: Running) -> None:
@@ -280,7 +282,7 @@ def test_a_large_message_comes_whole_and_holds_up_nobody(inbox: Running) -> None
     prober.start()
     try:
         assert inbox.get("messages")["messages"][0]["size"] == len(raw) + 250_002
-        assert len(inbox.get(f"messages/{id}")["text"]) <= chasquid._TEXT_LIMIT
+        assert len(inbox.get(f"messages/{id}")["text"]) == chasquid._TEXT_LIMIT
         assert inbox.ask(f"/api/v1/messages/{id}/raw").body == inbox.mailbox.all()[0].raw
     finally:
         ended.set()

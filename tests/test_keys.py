@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KEYS: certificates made and read, Ed25519, RSA keys; all from arithmetic alone."""
+"""Room KEYS: certificates made and read, Ed25519, RSA keys; all from arithmetic alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import datetime
 import functools
 import hashlib
 import re
-import shutil
 import socket
 import ssl
 import subprocess
@@ -19,10 +18,11 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lower import chasquid, searched, searched_briefly
+from support import needs_openssl, searched, searched_briefly
+
+import chasquid
 
 NAMES = ["mail.example.org", "ñandú.example", "127.0.0.1", "::1", "localhost"]
-needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl")
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RECORD: the logs and the counters."""
+"""Room LOG: the logs and the counters."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lower import SOURCE, HandClock, chasquid, searched
+from support import MODULE, FakeClock, searched
+
+import chasquid
 
 
 def logs(directory) -> tuple[chasquid.Log, list]:
     paths = [directory / "log", directory / "mail_log"]
     for path in paths:
         path.unlink(missing_ok=True)
-    clock = HandClock(1_700_000_000.25)
+    clock = FakeClock(1_700_000_000.25)
     record = chasquid.Log(*(chasquid.Sink(str(path), clock) for path in paths))
     return record, paths
 
@@ -120,7 +122,7 @@ def in_process(code: str) -> subprocess.CompletedProcess[str]:
             sys.executable,
             "-c",
             f"import sys\nsys.path.insert(0, sys.argv[1])\n{code}",
-            SOURCE.parent,
+            MODULE.parent,
         ],
         capture_output=True,
         text=True,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LOOP: tasks, deadlines, cancellation, worker threads, child processes."""
+"""Room LOOP: tasks, deadlines, cancellation, worker threads, child processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ import weakref
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from lower import SOURCE, HandClock, chasquid, run, searched, socket_pair, turns
+from support import MODULE, FakeClock, run, searched, socket_pair, turns
+
+import chasquid
 
 Cancelled, Expired = chasquid.Cancelled, chasquid.Expired
 
@@ -127,7 +129,7 @@ def test_a_joiner_that_is_cancelled_leaves_the_task_and_the_other_joiners_alone(
         loop.clock.now += 6
         return await other.join()
 
-    assert run(main, HandClock()) == 7
+    assert run(main, FakeClock()) == 7
 
 
 def test_main_ends_the_tasks_that_are_left():
@@ -196,7 +198,7 @@ def test_an_interrupt_inside_a_task_ends_the_loop(kind, where):
             print("ended", ended)
     """
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(SOURCE.parent)], stdout=subprocess.PIPE
+        [sys.executable, "-c", code, str(MODULE.parent)], stdout=subprocess.PIPE
     )
     try:
         output, _ = process.communicate(timeout=30)
@@ -227,7 +229,7 @@ def test_sleepers_wake_in_the_order_of_their_times():
             loop.clock.now += 1
             await turns(loop)
 
-    run(main, HandClock())
+    run(main, FakeClock())
     assert order == [1, 2, 3]
 
 
@@ -247,7 +249,7 @@ def test_a_deadline_ends_a_wait_and_not_what_follows():
         loop.clock.now += 101
         return await task.join()
 
-    assert run(main, HandClock()) == "later"
+    assert run(main, FakeClock()) == "later"
 
 
 def test_the_nearest_of_nested_deadlines_counts():
@@ -267,7 +269,7 @@ def test_the_nearest_of_nested_deadlines_counts():
             loop.clock.now += 1
         return await one.join(), await other.join()
 
-    first, second = run(main, HandClock())
+    first, second = run(main, FakeClock())
     assert 3 <= first <= 4
     assert 3 <= second <= 4
 
@@ -288,7 +290,7 @@ def test_an_inner_deadline_that_is_over_leaves_the_outer_one_in_force():
         loop.clock.now += 50
         return await outcome(task)
 
-    assert isinstance(run(main, HandClock()), Expired)
+    assert isinstance(run(main, FakeClock()), Expired)
 
 
 def test_a_deadline_ends_a_task_whose_descriptor_is_always_ready():
@@ -304,7 +306,7 @@ def test_a_deadline_ends_a_task_whose_descriptor_is_always_ready():
             loop.forget(one.fileno())
             return waits
 
-    assert run(main, HandClock()) < 100
+    assert run(main, FakeClock()) < 100
 
 
 def test_a_deadline_is_in_force_after_a_job_that_outlived_it():
@@ -328,7 +330,7 @@ def test_a_deadline_is_in_force_after_a_job_that_outlived_it():
         return task.error
 
     crashes = []
-    assert isinstance(run(main, HandClock(), crashes), Expired)
+    assert isinstance(run(main, FakeClock(), crashes), Expired)
 
 
 def test_cancelling_raises_where_the_task_waits():
@@ -537,7 +539,7 @@ def test_a_job_that_no_thread_can_be_started_for_leaves_its_task_whole():
         loop.run(main())
     """
     done = subprocess.run(
-        [sys.executable, "-c", code, str(SOURCE.parent)],
+        [sys.executable, "-c", code, str(MODULE.parent)],
         capture_output=True,
         text=True,
         timeout=30,
@@ -721,7 +723,7 @@ def test_no_slot_is_lost_or_doubled_however_tasks_end(count, guests):
         assert most <= count
         assert await enter_all(loop, slots, count + 1) == count
 
-    run(main, HandClock(), crashes=[])
+    run(main, FakeClock(), crashes=[])
 
 
 # --- Every wait at once -------------------------------------------------------------------
@@ -813,7 +815,7 @@ def test_no_wait_ends_before_its_time_and_each_one_ends(programs, cancellations,
             assert result == "ended" or isinstance(result, Cancelled), result
         assert await enter_all(loop, slots, 3) == 2
 
-    run(main, HandClock())
+    run(main, FakeClock())
 
 
 # --- Programs -----------------------------------------------------------------------------
@@ -911,7 +913,7 @@ def test_a_program_over_its_time_is_killed_with_its_children(tmp_path):
         assert isinstance(await outcome(task), Expired)
         return [int(pid) for pid in pids.read_text().split()]
 
-    numbers = run(main, HandClock())
+    numbers = run(main, FakeClock())
     assert len(numbers) == 2
     for _ in range(3000):
         if all(gone(pid) for pid in numbers):
@@ -973,7 +975,7 @@ def test_the_timers_of_tasks_that_have_ended_hold_no_memory():
                 await task.join()
         return len(loop._timers)
 
-    assert run(main, HandClock()) < 300
+    assert run(main, FakeClock()) < 300
 
 
 def test_timers_of_others_fire_when_the_heap_was_made_anew():
@@ -995,7 +997,7 @@ def test_timers_of_others_fire_when_the_heap_was_made_anew():
         loop.clock.now += 6
         return [await task.join() for task in waiting]
 
-    assert len(run(main, HandClock())) == 10
+    assert len(run(main, FakeClock())) == 10
 
 
 def test_a_child_that_keeps_the_pipes_open_does_not_hold_up_the_end():
@@ -1119,6 +1121,6 @@ def test_a_thread_that_cannot_be_started_is_told_and_the_rest_goes_on():
         workers.close()
     """
     done = subprocess.run(
-        [sys.executable, "-c", code, str(SOURCE.parent)], capture_output=True, timeout=60
+        [sys.executable, "-c", code, str(MODULE.parent)], capture_output=True, timeout=60
     )
     assert (done.returncode, done.stderr.decode()[-300:]) == (0, "")

@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
-from lower import SOURCE, chasquid
+from support import MODULE
 
-TEXT = SOURCE.read_text(encoding="utf-8")
+import chasquid
+
+TEXT = MODULE.read_text(encoding="utf-8")
 LINES = TEXT.splitlines()
 TREE = ast.parse(TEXT)
 RULER = "# " + "=" * 86
@@ -38,6 +40,16 @@ def banners() -> list[Banner]:
                     break
                 essay.append(below[1:].strip())
             found.append(Banner(match[1], number, tuple(filter(None, essay))))
+    return found
+
+
+def rooms_tested() -> dict[str, list[str]]:
+    """Which rooms each test file says that it covers: "Room X: …" or "Rooms X, Y: …"."""
+    found = {}
+    for path in MODULE.parent.glob("tests/test_*.py"):
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        match = re.match(r"Rooms? ([A-Z ]+(?:, [A-Z ]+)*)\b", text)
+        found[path.stem.removeprefix("test_")] = match[1].strip().split(", ") if match else []
     return found
 
 
@@ -249,7 +261,7 @@ HEAVY = (
 
 
 def test_importing_the_module_loads_nothing_that_is_rarely_needed():
-    code = f"import sys; sys.path.insert(0, {str(SOURCE.parent)!r}); import chasquid"
+    code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import chasquid"
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-X", "importtime", "-c", code],
         capture_output=True,
@@ -273,9 +285,29 @@ def test_importing_the_module_touches_nothing_of_the_process():
         "assert threading.active_count() == 1 and socket.getdefaulttimeout() is None\n"
     )
     done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", code, str(SOURCE.parent)],
+        [sys.executable, "-I", "-S", "-c", code, str(MODULE.parent)],
         capture_output=True,
         text=True,
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
+
+
+# --- the tests ---
+
+ABOUT_OTHER_FILES = {"archive", "map", "readme", "sample_config", "world"}
+
+
+def test_each_test_file_says_which_rooms_it_covers_and_no_room_is_left_out() -> None:
+    tested = rooms_tested()
+    assert {name for name, rooms in tested.items() if not rooms} == ABOUT_OTHER_FILES
+    covered = [room for rooms in tested.values() for room in rooms]
+    assert set(covered) == set(ROOMS) - {MAP}
+
+
+def test_a_file_with_the_name_of_a_room_is_about_that_room() -> None:
+    tested = rooms_tested()
+    named = {room for room in ROOMS if room.lower().replace(" ", "_") in tested} - {MAP}
+    assert len(named) > 25
+    for room in named:
+        assert room in tested[room.lower().replace(" ", "_")]

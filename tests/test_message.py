@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MESSAGE: the header block and its fields, authors, the hash of a body, stored messages."""
+"""Room MESSAGE: header block and fields, authors, the hash of a body, stored messages."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import pytest
 from dkim import canonicalization
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from lower import chasquid, cuts, searched
+from support import PLACES, cuts, searched
+
+import chasquid
 
 Message = chasquid.Message
-PLACES = st.lists(st.integers(0, 10_000), max_size=8)
 TANGLED = st.text(st.sampled_from("\r\n.a: \t")).map(str.encode)
 
 

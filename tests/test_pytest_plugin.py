@@ -4,17 +4,17 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from support import MODULE
 
-import chasquid
-
-MODULE = Path(chasquid.__file__).resolve()
 OPTIONS = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest")  # which cost time
 SEND = """
     import smtplib
@@ -39,15 +39,20 @@ class Project:
         (directory / "helper.py").write_text(textwrap.dedent(SEND))
 
     def begin(self, test: str, ini: str = "", *arguments: str) -> subprocess.Popen[str]:
+        self.write(test, ini)
+        return self._start("-m", "pytest", "-q", *OPTIONS, *arguments)
+
+    def write(self, test: str, ini: str = "") -> None:
         (self.directory / "pytest.ini").write_text(f"[pytest]\n{textwrap.dedent(ini)}\n")
         code = "from helper import send\n\n" + textwrap.dedent(test)
         (self.directory / "test_it.py").write_text(code)
+
+    def _start(self, *arguments: str) -> subprocess.Popen[str]:
         paths = [self.directory / "site", MODULE.parent, self.directory]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
         environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
-        command = [sys.executable, "-m", "pytest", "-q", *OPTIONS, *arguments]
         return subprocess.Popen(
-            command, cwd=self.directory, env=environment, text=True,
+            [sys.executable, *arguments], cwd=self.directory, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
@@ -55,6 +60,23 @@ class Project:
         process = self.begin(test, ini, *arguments)
         output, _ = process.communicate(timeout=60)
         return process.returncode, output
+
+    def run_each(self, *runs: Sequence[str]) -> list[tuple[int, str]]:
+        """Run pytest several times in one process, whose start takes most of the time."""
+        code = (
+            "import pytest, sys\n"
+            f"for arguments in {[[*OPTIONS, *run] for run in runs]!r}:\n"
+            "    status = pytest.main(arguments)\n"
+            "    print('STATUS', int(status), flush=True)\n"
+        )
+        output, _ = self._start("-c", code).communicate(timeout=60)
+        ends = list(re.finditer(r"^STATUS (\d+)$", output, re.MULTILINE))
+        starts = [0, *(end.end() for end in ends)]
+        assert len(ends) == len(runs), output
+        return [
+            (int(end[1]), output[start : end.start()])
+            for start, end in zip(starts, ends, strict=False)
+        ]
 
 
 @pytest.fixture
@@ -141,13 +163,13 @@ def test_the_options(project: Project) -> None:
 
 
 def test_the_options_are_listed(project: Project) -> None:
-    _, output = project.run("def test_it(): pass", "", "--help")
+    project.write("def test_it(): pass")
+    (_, options), (_, fixtures) = project.run_each(["--help"], ["-q", "--fixtures"])
     for name in ("hostname", "port", "login", "timeout", "size_limit", "magic"):
-        assert f"mail_server_{name}" in output
-    _, output = project.run("def test_it(): pass", "", "--fixtures")
+        assert f"mail_server_{name}" in options
     for name in ("mail_server", "secure_mail_server", "mail_server_factory"):
-        assert f"\n{name} " in output or f"\n{name}\n" in output
-    assert "no docstring available" not in output.split("mail_server_factory")[1][:300]
+        assert f"\n{name} " in fixtures or f"\n{name}\n" in fixtures
+    assert "no docstring available" not in fixtures.split("mail_server_factory")[1][:300]
 
 
 MISTAKES = [
@@ -160,16 +182,15 @@ MISTAKES = [
 ]
 
 
-def test_a_mistake_in_an_option_is_a_usage_error(tmp_path: Path) -> None:
-    """All of them are tried at once, since each takes a process."""
-    processes = []
-    for number, ini in enumerate(MISTAKES):
-        project = Project(tmp_path / str(number))
-        processes.append((ini, project.begin("def test_it(mail_server): pass", ini, "--tb=native")))
-    outputs = [(ini, process.communicate(timeout=60)[0]) for ini, process in processes]
-    for (ini, output), (_, process) in zip(outputs, processes, strict=True):
-        assert process.returncode == 4, output
-        assert ini.split(" ")[0] in output and "Traceback" not in output
+def test_a_mistake_in_an_option_is_a_usage_error(project: Project) -> None:
+    project.write("def test_it(mail_server): pass")
+    runs = []
+    for number, mistake in enumerate(MISTAKES):
+        (project.directory / f"{number}.ini").write_text(f"[pytest]\n{mistake}\n")
+        runs.append(["-q", "--tb=native", "-c", f"{number}.ini", "test_it.py"])
+    for mistake, (status, output) in zip(MISTAKES, project.run_each(*runs), strict=True):
+        assert status == 4, output
+        assert mistake.split(" ")[0] in output and "Traceback" not in output
 
 
 def test_processes_side_by_side(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Room QUEUE: its files, its schedule, its notifications, and what a crash leaves.
+"""Rooms QUEUE, ITEMS: files, schedule, notifications, and what a crash leaves.
 
 Time stands still in these tests and is moved by hand; what is written is written at once.
 A crash is a copy of the directory at some moment, from which a new queue starts.
@@ -27,7 +27,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from support import HOST, SECONDS, FakeClock, Inline, address, record, run, unsigned
+from support import HOST, HOUR, MESSAGE, SECONDS, FakeClock, Inline, address, record, run, unsigned
 
 import chasquid
 from chasquid import (
@@ -43,8 +43,6 @@ from chasquid import (
     State,
 )
 
-MESSAGE = b"Subject: hello\r\n\r\nIt works.\r\n"
-HOUR = 3600.0
 GIVE_UP = 20 * HOUR
 OURS = "here.example"
 

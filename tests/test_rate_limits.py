@@ -1,22 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Room RATE LIMITS, and what the server says to those who go over one."""
+"""Room RATE LIMITS: who may do how much, and what the server says to those who go over."""
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import os
 import select
 import types
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lower import HandClock, searched
-from support import HOST, RunningClock, Server, Wire, trusting, wait_for
+from support import (
+    HOST,
+    FakeClock,
+    RunningClock,
+    Server,
+    Wire,
+    greet,
+    login,
+    plain_secret,
+    searched,
+    trusting,
+    wait_for,
+)
 
 import chasquid
 
@@ -24,9 +33,9 @@ ANA, BEN = "ana@here.example", "ben@here.example"
 ONE, OTHER = "192.0.2.1", "192.0.2.2"
 
 
-def limits(clock: HandClock | None = None, **settings: Any) -> chasquid.Limits:
+def limits(clock: FakeClock | None = None, **settings: Any) -> chasquid.Limits:
     config = chasquid.Config(config_dir="", hostname="mail.example.org", **settings)
-    return chasquid.Limits(clock or HandClock(), config)
+    return chasquid.Limits(clock or FakeClock(), config)
 
 
 # --- who is one client ---
@@ -76,7 +85,7 @@ def test_other_machines_are_never_exempt(peer):
     st.lists(st.floats(0, 40, allow_nan=False), min_size=1, max_size=60),
 )
 def test_no_more_come_through_than_may_and_a_minute_of_rest_restores_all(per_minute, pauses):
-    clock = HandClock(0.0)
+    clock = FakeClock(0.0)
     meter = chasquid._Meter(clock, per_minute)
     taken = 0
     for pause in pauses:
@@ -88,7 +97,7 @@ def test_no_more_come_through_than_may_and_a_minute_of_rest_restores_all(per_min
 
 
 def test_many_may_come_at_once_and_then_one_after_the_other():
-    clock = HandClock()
+    clock = FakeClock()
     meter = chasquid._Meter(clock, 6)
     assert [meter.takes("x") for _ in range(8)] == [True] * 6 + [False] * 2
     clock.now += 9.9
@@ -100,7 +109,7 @@ def test_many_may_come_at_once_and_then_one_after_the_other():
 
 
 def test_what_is_refused_is_not_counted():
-    clock = HandClock()
+    clock = FakeClock()
     meter = chasquid._Meter(clock, 1)
     assert meter.takes("x")
     for _ in range(59):
@@ -111,13 +120,13 @@ def test_what_is_refused_is_not_counted():
 
 
 def test_zero_is_no_limit():
-    meter = chasquid._Meter(HandClock(), 0)
+    meter = chasquid._Meter(FakeClock(), 0)
     assert all(meter.takes("x") for _ in range(1000))
     assert not meter._levels
 
 
 def test_a_meter_forgets_the_idle_before_it_takes_too_much_memory():
-    clock = HandClock()
+    clock = FakeClock()
     meter = chasquid._Meter(clock, 1)
     for number in range(chasquid._METER_LIMIT - 1):
         assert meter.takes(f"idle {number}")
@@ -131,14 +140,14 @@ def test_a_meter_forgets_the_idle_before_it_takes_too_much_memory():
 
 
 def test_a_meter_that_is_full_of_the_busy_is_lenient():
-    meter = chasquid._Meter(HandClock(), 1)
+    meter = chasquid._Meter(FakeClock(), 1)
     for number in range(chasquid._METER_LIMIT + 10):
         assert meter.takes(str(number))
         assert len(meter._levels) <= chasquid._METER_LIMIT
 
 
 def test_messages_and_recipients_are_counted_apart_by_client_or_by_user():
-    clock = HandClock()
+    clock = FakeClock()
     of = limits(
         clock,
         max_messages_per_minute=1,
@@ -237,7 +246,7 @@ def test_failures_add_up_by_user_over_many_addresses_and_by_address_over_many_us
 
 
 def test_an_address_that_fails_too_often_is_sent_away_for_an_hour():
-    clock = HandClock()
+    clock = FakeClock()
     of = limits(clock, max_failed_logins=3)
     for _ in range(3):
         failed(of, "2001:db8::1", ANA)
@@ -272,7 +281,7 @@ def test_on_this_machine_failed_logins_are_not_held_against_anybody():
 
 
 def test_failures_take_no_more_memory_than_they_may():
-    clock = HandClock()
+    clock = FakeClock()
     failures = chasquid._Failures(clock)
     for _ in range(300):
         failures.add("one")
@@ -302,7 +311,7 @@ def test_failures_take_no_more_memory_than_they_may():
     ],
 )
 def test_a_message_that_comes_too_slowly_is_given_up(pieces, slow):
-    clock = HandClock()
+    clock = FakeClock()
     pace = chasquid._Pace(clock, 100)
     with pytest.raises(chasquid.Expired) if slow else contextlib.nullcontext():
         for seconds, octets in pieces:
@@ -311,28 +320,13 @@ def test_a_message_that_comes_too_slowly_is_given_up(pieces, slow):
 
 
 def test_without_a_least_pace_none_is_too_slow():
-    clock = HandClock()
+    clock = FakeClock()
     pace = chasquid._Pace(clock, 0)
     clock.now += 100_000
     pace.check(1)
 
 
 # --- over the wire: clients with addresses of their own ---
-
-
-@pytest.fixture
-def behind(tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    """Start a server that learns addresses from PROXY headers; `flags` are set to true."""
-    with contextlib.ExitStack() as stack:
-
-        def behind(*flags: str, **keywords: Any) -> Server:
-            server = Server(tmp_path / "behind", **keywords)
-            with (server.config_dir / "chasquid.conf").open("a") as file:
-                for flag in ("haproxy_incoming", *flags):
-                    file.write(f"{flag}: true\n")
-            return stack.enter_context(server)
-
-        yield behind
 
 
 def client(server: Server, address: str = ONE, port: str = "smtp") -> Wire:
@@ -344,20 +338,13 @@ def client(server: Server, address: str = ONE, port: str = "smtp") -> Wire:
     return wire
 
 
-def greeted(server: Server, address: str = ONE, port: str = "smtp") -> Wire:
-    wire = client(server, address, port)
-    assert wire.reply().startswith("220 ")
-    assert wire.ask("EHLO client.example").startswith("250-")
-    return wire
+def greeted_from(server: Server, address: str = ONE, port: str = "smtp") -> Wire:
+    return greet(client(server, address, port))
 
 
-def secret(user: str, password: str) -> str:
-    return base64.b64encode(f"\0{user}\0{password}".encode()).decode()
-
-
-def logged_in(server: Server, user: str = ANA, address: str = ONE) -> Wire:
-    wire = greeted(server, address, "submission over TLS")
-    assert wire.ask(f"AUTH PLAIN {secret(user, 'secret')}").startswith("235 ")
+def logged_in_from(server: Server, user: str = ANA, address: str = ONE) -> Wire:
+    wire = greeted_from(server, address, "submission over TLS")
+    assert login(wire, user).startswith("235 ")
     return wire
 
 
@@ -367,16 +354,16 @@ def counted(server: Server, *name: str) -> int:
 
 def test_the_connections_of_one_client_are_limited(behind) -> None:
     server = behind(max_connections_per_address=2)
-    with greeted(server, "2001:db8::1") as first, greeted(server, "2001:db8::2"):
+    with greeted_from(server, "2001:db8::1") as first, greeted_from(server, "2001:db8::2"):
         with client(server, "2001:db8::3") as third:
             reply = third.reply()
             assert reply.startswith("421 4.7.0 more than 2 connections from 2001:db8::/64")
             assert third.is_closed()
-        with greeted(server, "2001:db8:0:1::1"), greeted(server, ONE):
+        with greeted_from(server, "2001:db8:0:1::1"), greeted_from(server, ONE):
             assert first.ask("QUIT").startswith("221 ")
             first.close()
         wait_for(lambda: server.daemon._status().sessions == 1, "the others to end")
-        with greeted(server, "2001:db8::3"):
+        with greeted_from(server, "2001:db8::3"):
             pass
     assert counted(server, "limits", "connections") == 1
     assert " smtp 2001:db8::3 rejected: more than 2 connections " in server.mail_log
@@ -384,11 +371,15 @@ def test_the_connections_of_one_client_are_limited(behind) -> None:
 
 def test_this_machine_may_have_many_connections_unless_it_is_limited_too(behind) -> None:
     server = behind(max_connections_per_address=1)
-    with greeted(server, "127.0.0.1"), greeted(server, "::1"), greeted(server, "127.0.0.1"):
+    with (
+        greeted_from(server, "127.0.0.1"),
+        greeted_from(server, "::1"),
+        greeted_from(server, "127.0.0.1"),
+    ):
         pass
     server.stop()
     server = behind("limit_loopback", max_connections_per_address=1)
-    with greeted(server, "127.0.0.1"), client(server, "127.0.0.1") as second:
+    with greeted_from(server, "127.0.0.1"), client(server, "127.0.0.1") as second:
         assert second.reply().startswith("421 4.7.0 ")
 
 
@@ -396,7 +387,7 @@ def test_the_last_places_are_kept_for_clients_that_have_none(behind) -> None:
     server = behind(max_connections=10)
     with contextlib.ExitStack() as stack:
         for _ in range(9):
-            stack.enter_context(greeted(server, "127.0.0.1"))
+            stack.enter_context(greeted_from(server, "127.0.0.1"))
         if server.daemon.config.haproxy_incoming:
             server.daemon.config = server.daemon.config._replace(haproxy_incoming=False)
         assert not server.daemon._has_place("127.0.0.1")
@@ -405,13 +396,13 @@ def test_the_last_places_are_kept_for_clients_that_have_none(behind) -> None:
 
 def test_all_connections_together_are_limited(behind) -> None:
     server = behind(max_connections=2)
-    with greeted(server, "127.0.0.1") as first, greeted(server, OTHER):
+    with greeted_from(server, "127.0.0.1") as first, greeted_from(server, OTHER):
         with client(server, "192.0.2.3") as third:
             assert third.reply().startswith("421 4.3.2 too many connections")
             assert third.is_closed()
         first.close()
         wait_for(lambda: server.daemon._status().sessions == 1, "the first to end")
-        with greeted(server, "192.0.2.3"):
+        with greeted_from(server, "192.0.2.3"):
             pass
     assert counted(server, "connections", "refused") == 1
 
@@ -419,13 +410,13 @@ def test_all_connections_together_are_limited(behind) -> None:
 def test_the_messages_of_one_client_are_limited(behind) -> None:
     clock = RunningClock()
     server = behind(clock=clock, max_messages_per_minute=2)
-    with greeted(server) as wire:
+    with greeted_from(server) as wire:
         for _ in range(2):
             assert wire.ask("MAIL FROM:<>").startswith("250 ")
             assert wire.ask("RSET").startswith("250 ")
         refusal = f"450 4.7.0 too many messages a minute from {ONE}"
         assert wire.ask("MAIL FROM:<>") == refusal
-        with greeted(server) as again, greeted(server, OTHER) as other:
+        with greeted_from(server) as again, greeted_from(server, OTHER) as other:
             assert again.ask("MAIL FROM:<>") == refusal
             assert other.ask("MAIL FROM:<>").startswith("250 ")
         clock.advance(31)
@@ -436,7 +427,7 @@ def test_the_messages_of_one_client_are_limited(behind) -> None:
 
 def test_the_recipients_of_one_client_are_limited_and_what_was_accepted_goes_on(behind) -> None:
     server = behind(max_recipients_per_minute=2)
-    with greeted(server) as wire:
+    with greeted_from(server) as wire:
         assert wire.ask("MAIL FROM:<>").startswith("250 ")
         for name in ("ana", "ben"):
             assert wire.ask(f"RCPT TO:<{name}@here.example>").startswith("250 ")
@@ -449,7 +440,7 @@ def test_the_recipients_of_one_client_are_limited_and_what_was_accepted_goes_on(
 
 def test_recipients_above_the_limit_do_not_keep_a_message_from_the_others(behind) -> None:
     server = behind(max_recipients_per_minute=1)
-    with greeted(server) as wire:
+    with greeted_from(server) as wire:
         assert wire.ask("MAIL FROM:<>").startswith("250 ")
         assert wire.ask("RCPT TO:<ana@here.example>").startswith("250 ")
         for _ in range(5):
@@ -459,7 +450,7 @@ def test_recipients_above_the_limit_do_not_keep_a_message_from_the_others(behind
 
 def test_unknown_recipients_count_too(behind) -> None:
     server = behind(max_recipients_per_minute=2)
-    with greeted(server) as wire:
+    with greeted_from(server) as wire:
         assert wire.ask("MAIL FROM:<>").startswith("250 ")
         replies = [wire.ask(f"RCPT TO:<guess{n}@here.example>")[:4] for n in range(3)]
     assert replies == ["550 ", "550 ", "450 "]
@@ -469,7 +460,7 @@ def test_users_have_limits_of_their_own_wherever_they_are(behind) -> None:
     server = behind(
         max_messages_per_minute=1, max_user_messages_per_minute=2, max_user_recipients_per_minute=1
     )
-    with logged_in(server) as wire, logged_in(server, address=OTHER) as elsewhere:
+    with logged_in_from(server) as wire, logged_in_from(server, address=OTHER) as elsewhere:
         assert wire.ask(f"MAIL FROM:<{ANA}>").startswith("250 ")
         assert wire.ask(f"RCPT TO:<{BEN}>").startswith("250 ")
         assert wire.ask(f"RCPT TO:<{ANA}>") == f"450 4.7.0 too many recipients a minute for {ANA}"
@@ -477,13 +468,13 @@ def test_users_have_limits_of_their_own_wherever_they_are(behind) -> None:
         assert elsewhere.ask("RSET").startswith("250 ")
         reply = elsewhere.ask(f"MAIL FROM:<{ANA}>")
         assert reply == f"450 4.7.0 too many messages a minute for {ANA}"
-    with logged_in(server, BEN) as wire:
+    with logged_in_from(server, BEN) as wire:
         assert wire.ask(f"MAIL FROM:<{BEN}>").startswith("250 ")
 
 
 def test_on_this_machine_messages_are_not_counted(behind) -> None:
     server = behind(max_messages_per_minute=1, max_recipients_per_minute=1)
-    with greeted(server, "127.0.0.1") as wire:
+    with greeted_from(server, "127.0.0.1") as wire:
         for _ in range(3):
             assert wire.ask("MAIL FROM:<>").startswith("250 ")
             assert wire.ask(f"RCPT TO:<{ANA}>").startswith("250 ")
@@ -502,8 +493,8 @@ def try_login(
 ) -> tuple[str, float]:
     """Log in; return the reply, and how many seconds it was late, on the server's clock."""
     before = server.mail_log.count("login failed")
-    with greeted(server, address, "submission over TLS") as wire:
-        wire.say(f"AUTH PLAIN {secret(user, password)}")
+    with greeted_from(server, address, "submission over TLS") as wire:
+        wire.say(f"AUTH PLAIN {plain_secret(user, password)}")
         wait_for(lambda: server.mail_log.count("login failed") > before, "the login to fail")
         late = 0.0
         server.settle()
@@ -524,18 +515,18 @@ def test_who_guesses_passwords_waits_longer_and_longer_and_is_sent_away(behind) 
         assert reply.startswith("535 5.7.8 ")
         lates.append(late)
     assert [round(late) for late in lates] == [0, 1, 2, 4]
-    with greeted(server, "2001:db8::9", "submission over TLS") as wire:
-        reply = wire.ask(f"AUTH PLAIN {secret(ANA, 'secret')}")
+    with greeted_from(server, "2001:db8::9", "submission over TLS") as wire:
+        reply = wire.ask(f"AUTH PLAIN {plain_secret(ANA, 'secret')}")
         assert reply.startswith("454 4.7.0 too many failed logins from your address")
         assert wire.is_closed()
     assert " rejected: 454 4.7.0 too many failed logins" in server.mail_log
     assert server.mail_log.count(f"login failed for '{ANA}'") == 4
     assert counted(server, "logins", "failed") == 4
     assert counted(server, "logins", "not checked") == 1
-    with logged_in(server, ANA, ONE):
+    with logged_in_from(server, ANA, ONE):
         pass  # others cannot lock her out
     clock.advance(3600)
-    with logged_in(server, ANA, "2001:db8::9"):
+    with logged_in_from(server, ANA, "2001:db8::9"):
         pass
 
 
@@ -561,7 +552,7 @@ def test_on_this_machine_a_failed_login_takes_as_long_as_ever(behind) -> None:
 def test_a_sender_that_is_too_slow_is_sent_away(behind, command) -> None:
     clock = RunningClock()
     server = behind(clock=clock, min_octets_per_second=100)
-    with greeted(server) as wire:
+    with greeted_from(server) as wire:
         assert wire.ask("MAIL FROM:<>").startswith("250 ")
         assert wire.ask(f"RCPT TO:<{ANA}>").startswith("250 ")
         wire.say(command)
@@ -580,7 +571,7 @@ def test_a_sender_that_is_too_slow_is_sent_away(behind, command) -> None:
 def test_a_sender_that_is_slow_enough_gets_through(behind) -> None:
     clock = RunningClock()
     server = behind(clock=clock, min_octets_per_second=1)
-    with greeted(server) as wire:
+    with greeted_from(server) as wire:
         assert wire.ask("MAIL FROM:<>").startswith("250 ")
         assert wire.ask(f"RCPT TO:<{ANA}>").startswith("250 ")
         assert wire.ask("DATA").startswith("354 ")
@@ -599,9 +590,9 @@ def test_a_disk_that_is_nearly_full_is_said_at_mail(behind, monkeypatch) -> None
     disk = types.SimpleNamespace(f_bavail=99, f_blocks=1000, f_frsize=1024)
     monkeypatch.setattr(os, "statvfs", lambda path: disk)
     server = behind(min_free_disk_mb=10**9)
-    with greeted(server) as wire:
+    with greeted_from(server) as wire:
         assert wire.ask("MAIL FROM:<>") == "451 4.3.1 the disk is nearly full"
-    with logged_in(server) as wire:
+    with logged_in_from(server) as wire:
         assert wire.ask(f"MAIL FROM:<{ANA}>").startswith("451 4.3.1 ")
 
 
@@ -610,7 +601,7 @@ def test_a_disk_that_fills_up_meanwhile_is_said_at_data(behind, monkeypatch) -> 
     monkeypatch.setattr(os, "statvfs", lambda path: disk)
     clock = RunningClock()
     server = behind(clock=clock)
-    with greeted(server) as wire:
+    with greeted_from(server) as wire:
         for free, reply in ((50 * 1024 - 1, "451 4.3.1 "), (50 * 1024, "354 ")):
             disk.f_bavail = 100 * 1024
             clock.advance(3)
@@ -627,14 +618,14 @@ def test_a_disk_that_fills_up_meanwhile_is_said_at_data(behind, monkeypatch) -> 
 def test_a_tenth_of_a_small_disk_is_enough(behind, monkeypatch) -> None:
     disk = types.SimpleNamespace(f_bavail=100, f_blocks=1000, f_frsize=1024)
     monkeypatch.setattr(os, "statvfs", lambda path: disk)
-    with greeted(behind()) as wire:
+    with greeted_from(behind()) as wire:
         assert wire.ask("MAIL FROM:<>").startswith("250 ")
 
 
 def test_without_a_least_room_a_disk_may_be_filled(behind, monkeypatch) -> None:
     none = types.SimpleNamespace(f_bavail=0, f_frsize=1)
     monkeypatch.setattr(os, "statvfs", lambda path: none)
-    with greeted(behind(min_free_disk_mb=0)) as wire:
+    with greeted_from(behind(min_free_disk_mb=0)) as wire:
         assert wire.ask("MAIL FROM:<>").startswith("250 ")
 
 
@@ -659,7 +650,7 @@ def strict(behind) -> Server:
 
 def write(server: Server, *fields: str, sender: str = ANA, user: str = ANA) -> str:
     """Submit a message with these fields; return the last reply."""
-    with logged_in(server, user) as wire:
+    with logged_in_from(server, user) as wire:
         reply = wire.ask(f"MAIL FROM:<{sender}>")
         if reply.startswith("250 "):
             assert wire.ask(f"RCPT TO:<{ANA}>").startswith("250 ")
@@ -762,7 +753,7 @@ def test_a_user_who_has_all_mail_sent_on_may_still_send(strict: Server) -> None:
 
 
 def test_who_has_not_logged_in_may_write_as_anybody(strict: Server) -> None:
-    with greeted(strict) as wire:
+    with greeted_from(strict) as wire:
         assert wire.ask(f"MAIL FROM:<{BEN}>").startswith("250 ")
         assert wire.ask(f"RCPT TO:<{ANA}>").startswith("250 ")
         assert wire.ask("DATA").startswith("354 ")
@@ -777,10 +768,10 @@ def test_unless_it_is_asked_for_users_may_write_as_anybody(behind) -> None:
 
 def test_many_guesses_at_once_are_not_more_guesses(behind: Callable[..., Server]) -> None:
     server = behind(max_failed_logins=5)
-    guess = f"AUTH PLAIN {secret(ANA, 'wrong')}"
+    guess = f"AUTH PLAIN {plain_secret(ANA, 'wrong')}"
     with contextlib.ExitStack() as stack:
         wires = [
-            stack.enter_context(greeted(server, ONE, "submission over TLS")) for _ in range(20)
+            stack.enter_context(greeted_from(server, ONE, "submission over TLS")) for _ in range(20)
         ]
         for wire in wires:
             wire.say(guess)

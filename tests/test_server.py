@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Room SERVER: what does not read well as a dialogue; the rest is in dialogues/*.txt."""
+"""Rooms SESSION, RECEPTION: what does not read well as a dialogue; see dialogues too."""
 
 from __future__ import annotations
 
@@ -10,55 +10,30 @@ import shutil
 import ssl
 import threading
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import HOST, SECONDS, RunningClock, Server, Wire, trusting, wait_for
+from support import (
+    HOST,
+    MEGABYTE,
+    SECONDS,
+    FakeCourier,
+    RunningClock,
+    Serve,
+    Server,
+    Wire,
+    greeted,
+    logged_in,
+    send,
+    trusting,
+    wait_for,
+)
 
 import chasquid
 
-Serve = Callable[..., Server]
-MEGABYTE = 1024 * 1024
-
-
-class Deferring:
-    """A courier that never gets anything done."""
-
-    async def deliver(
-        self, delivery: chasquid.Delivery, destinations: Sequence[chasquid.Destination]
-    ) -> list[chasquid.Result]:
-        return [chasquid.Result(chasquid.State.DEFERRED, "4.0.0", "not today")] * len(destinations)
-
-
 TRACE = ["Authentication-Results", "Received-SPF", "Received"]  # of who has not logged in
-
-
-def greeted(server: Server, port: str = "smtp") -> Wire:
-    wire = server.connect(port)
-    assert wire.reply().startswith("220 ")
-    assert wire.ask("EHLO client.example").startswith("250-")
-    return wire
-
-
-def logged_in(server: Server) -> Wire:
-    wire = server.connect("submission over TLS")
-    wire.start_tls(trusting())
-    assert wire.reply().startswith("220 ")
-    assert wire.ask("EHLO client.example").startswith("250-")
-    assert wire.ask("AUTH PLAIN AGFuYUBoZXJlLmV4YW1wbGUAc2VjcmV0").startswith("235 ")
-    return wire
-
-
-def send(wire: Wire, data: bytes, recipient: str = "ana@here.example", sender: str = "") -> str:
-    """Send a message, transparent already; return the last reply."""
-    assert wire.ask(f"MAIL FROM:<{sender}>").startswith("250 ")
-    assert wire.ask(f"RCPT TO:<{recipient}>").startswith("250 ")
-    assert wire.ask("DATA").startswith("354 ")
-    wire.send(data + b".\r\n")
-    return wire.reply()
 
 
 # --- lines and packets ---
@@ -209,7 +184,7 @@ def test_a_message_of_exactly_the_limit_is_let_in(serve: Serve) -> None:
 
 def test_a_full_queue_is_said_at_mail(serve: Serve) -> None:
     aliases = {"here.example": "out: eva@there.example\n"}
-    server = serve(max_queue_items=1, aliases=aliases, remote=Deferring())
+    server = serve(max_queue_items=1, aliases=aliases, remote=FakeCourier())
     with greeted(server) as wire:
         assert send(wire, b"Subject: x\r\n\r\n", "out@here.example").startswith("250 ")
         assert wire.ask("MAIL FROM:<eva@there.example>").startswith("451 4.3.1 ")
@@ -217,7 +192,7 @@ def test_a_full_queue_is_said_at_mail(serve: Serve) -> None:
 
 def test_a_queue_that_fills_up_meanwhile_is_said_at_data(serve: Serve) -> None:
     aliases = {"here.example": "out: eva@there.example\n"}
-    server = serve(max_queue_items=1, aliases=aliases, remote=Deferring())
+    server = serve(max_queue_items=1, aliases=aliases, remote=FakeCourier())
     with greeted(server) as late, greeted(server) as wire:
         for one in (late, wire):
             assert one.ask("MAIL FROM:<>").startswith("250 ")
@@ -427,7 +402,7 @@ def test_many_connections_at_once_are_served(serve: Serve) -> None:
 
 
 def test_a_message_is_on_the_disk_before_it_is_answered_for(serve: Serve) -> None:
-    server = serve(remote=Deferring())
+    server = serve(remote=FakeCourier())
     with logged_in(server) as wire:
         reply = send(wire, b"Subject: x\r\n\r\n", "eva@there.example", "ana@here.example")
         id = reply.split()[-1]
@@ -484,14 +459,15 @@ def test_mail_for_a_program_that_half_the_queue_waits_for_is_refused_for_now(
     tmp_path: Path,
 ) -> None:
     gate = tmp_path / "gate"
-    os.mkfifo(gate)
+    wait = f"timeout 10 sh -c 'until [ -e {gate} ]; do sleep 0.01; done'"
     with Server(
-        tmp_path / "s", aliases={"here.example": f"slow: | timeout 1 cat {gate}\n"},
+        tmp_path / "s", aliases={"here.example": f"slow: | {wait}\n"},
         max_queue_items=8,
     ) as server, greeted(server) as wire:  # fmt: skip
         replies = [send(wire, b"Subject: x\r\n\r\n", "slow@here.example") for _ in range(6)]
         assert replies[-1] == "451 4.3.2 too much mail is waiting for a program here"
         assert send(wire, b"Subject: x\r\n\r\n")[:3] == "250"
+        gate.touch()
 
 
 @pytest.mark.parametrize(

@@ -1,31 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The smarthost: which mail goes there, with TLS and a login or not at all."""
+"""Room COURIERS: which mail goes to the smarthost, with TLS and a login or not at all."""
 
 from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from support import (
     HOST,
+    MESSAGE,
     Peer,
+    Serve,
     Server,
     Zone,
     address,
     delivery,
+    plain_secret,
     run,
+    trust,
     wait_for,
-    write_certificate,
 )
-from test_dsn import ANA, BEN, EVA, REFUSED, outcomes, reports, send
+from test_notifications import ANA, BEN, EVA, REFUSED, outcomes, reports, send
 
 import chasquid
 from chasquid import Delivery, Destination, DsnParameters, Result, State
 
-Serve = Callable[..., Server]
 SMART = "smart.example"
 ZONE = {
     (SMART, "A"): ["127.0.0.1"],
@@ -33,9 +35,7 @@ ZONE = {
     ("mx.there.example", "A"): ["127.0.0.1"],
 }
 LOGIN = ("ana@isp.example", "correct horse")
-SECRET = base64.b64encode(b"\0ana@isp.example\0correct horse").decode()
-MESSAGE = b"Subject: hello\r\n\r\nIt works.\r\n"
-
+SECRET = plain_secret(*LOGIN)
 HELLO = f"""
     S: 220 {SMART} ESMTP
     C: EHLO {HOST}
@@ -79,8 +79,7 @@ WHOLE = STARTTLS + EXTENSIONS + WELCOME + TRANSFER + CONTENT
 @pytest.fixture(autouse=True)
 def trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the certificate of the smarthost be a valid one."""
-    chain = write_certificate(tmp_path / "authority", SMART)
-    monkeypatch.setenv("SSL_CERT_FILE", str(chain))
+    trust(monkeypatch, tmp_path, SMART)
 
 
 def attempt(
@@ -119,7 +118,7 @@ def test_without_a_user_nobody_logs_in() -> None:
 
 
 def test_user_and_password_may_be_any_text() -> None:
-    secret = base64.b64encode('\0mañana\0пароль =:"'.encode()).decode()
+    secret = plain_secret("mañana", 'пароль =:"')
     script = WHOLE.replace(SECRET, secret)
     (result,), _ = attempt(script, login=("mañana", 'пароль =:"'))
     assert result.state == State.SENT
@@ -216,8 +215,7 @@ def test_where_starttls_is_refused_nothing_is_sent() -> None:
 def test_with_a_certificate_for_somebody_else_nothing_is_sent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
 ) -> None:
-    chain = write_certificate(tmp_path / "other", *names)
-    monkeypatch.setenv("SSL_CERT_FILE", str(chain))
+    trust(monkeypatch, tmp_path, *names)
     script = f"{HELLO}\nS: 250 STARTTLS\nC: STARTTLS\nS: 220 go on\n* TLS\n* close"
     assert "certificate" in refused(script, names=names)
 
@@ -225,8 +223,7 @@ def test_with_a_certificate_for_somebody_else_nothing_is_sent(
 def test_with_a_certificate_that_nobody_vouches_for_nothing_is_sent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chain = write_certificate(tmp_path / "other", "other.example")
-    monkeypatch.setenv("SSL_CERT_FILE", str(chain))
+    trust(monkeypatch, tmp_path, "other.example")
     script = f"{HELLO}\nS: 250 STARTTLS\nC: STARTTLS\nS: 220 go on\n* TLS\n* close"
     assert "certificate is not valid" in refused(script)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SMTP: replies, commands, paths, transparency; and who tries to abuse them."""
+"""Room SMTP SYNTAX: replies, commands, paths, transparency; and who tries to abuse them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import re
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from lower import chasquid, cuts, searched
+from support import PLACES, cuts, searched
+
+import chasquid
 
 Refused, Reply = chasquid.Refused, chasquid.Reply
 BareNewline = chasquid.BareNewline
-PLACES = st.lists(st.integers(0, 10_000), max_size=8)
 ANY_TEXT = st.text(st.characters(codec="utf-8"), max_size=60)
 
 

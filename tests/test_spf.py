@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SPF: what it says of a sender, what hostile records cost, and what a server makes of it."""
+"""Room SPF: what it says of a sender, what hostile records cost, what a server makes of it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lower import HandClock, turns
-from support import HOST, RunningClock, Server, Wire, Zone, run, wait_for
-from test_server import greeted, logged_in, send
+from support import (
+    DOWN,
+    HOST,
+    LETTER,
+    FakeClock,
+    RunningClock,
+    Serve,
+    Server,
+    Wire,
+    Zone,
+    greeted,
+    logged_in,
+    run,
+    send,
+    turns,
+    wait_for,
+)
 
 import chasquid
-from chasquid import Spf, TemporaryFailure
+from chasquid import Spf
 
-Serve = Callable[..., Server]
 Table = dict[tuple[str, str], Sequence[str] | Exception]
 
 CLIENT = "192.0.2.1"
-DOWN = TemporaryFailure("the name servers are down", "4.4.3")
 PLAIN = re.compile(r"[ -~]*")  # on one line, in ASCII
 
 
@@ -237,7 +249,7 @@ def test_after_20_seconds_it_is_given_up(pause: int) -> None:
             loop.clock.now += 0.5  # type: ignore[attr-defined]
         return await task.join(), loop.clock.monotonic() - start
 
-    found, seconds = run(main, clock=HandClock())
+    found, seconds = run(main, clock=FakeClock())
     assert found.result == "temperror"
     assert seconds <= 22
     assert seconds >= 15, "given up too early"
@@ -510,9 +522,6 @@ def ours(message: Message) -> dict[str, tuple[str, dict[str, str]]]:
 
 def zone(records: Mapping[Any, Any]) -> Callable[[str, str], Any]:
     return Zone(table(records)).ask
-
-
-LETTER = b"From: eva@there.example\r\nSubject: hello\r\n\r\nIt works.\r\n"
 
 
 def delivered(server: Server, sender: str, data: bytes = LETTER, mail: str = "") -> bytes:

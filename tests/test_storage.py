@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DISK: durable writes, blocking ones and those on the loop."""
+"""Room STORAGE: durable writes, blocking ones and those on the loop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from lower import SOURCE, chasquid, run, turns
+from support import MODULE, run, turns
+
+import chasquid
 
 
 def mode_of(path: object) -> int:
@@ -138,7 +140,7 @@ def test_a_replacement_works_on_a_name_without_a_directory(tmp_path):
         "chasquid.replace_durably('users', b'new')"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(SOURCE.parent)], cwd=tmp_path, capture_output=True
+        [sys.executable, "-c", code, str(MODULE.parent)], cwd=tmp_path, capture_output=True
     )
     assert (done.returncode, done.stderr.decode()[-200:]) == (0, "")
     assert (tmp_path / "users").read_bytes() == b"new"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""STREAM: lines and pieces, TLS, deadlines, and the end of a connection."""
+"""Room STREAM: lines and pieces, TLS, deadlines, and the end of a connection."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lower import chasquid, cuts, run, searched, socket_pair, turns
+from support import cuts, run, searched, socket_pair, turns
+
+import chasquid
 
 BareNewline, Disconnected, LineTooLong = (
     chasquid.BareNewline,

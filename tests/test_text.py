@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TEXT: addresses, internationalised names, dates, text made safe."""
+"""Room TEXT: addresses, internationalised names, dates, text made safe."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import email.utils
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from lower import chasquid, searched
+from support import searched
+
+import chasquid
 
 ANY_TEXT = st.text(st.characters(codec=None), max_size=60)
 

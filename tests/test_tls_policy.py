@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Room TLS POLICY: what is demanded of a connection, and that couriers and server keep to it."""
+"""Room TLS POLICY: what was seen, what DANE and MTA-STS say, and what follows for a connection.
+
+That couriers and server keep to it is in test_tls_downgrade.py.
+"""
 
 from __future__ import annotations
 
@@ -7,48 +10,32 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import socket
 import ssl
-import subprocess
 import threading
-import time
 import urllib.parse
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import dns.flags
-import dns.message
-import dns.rrset
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lower import turns
 from support import (
-    HOST,
+    DOWN,
+    MX,
     SECONDS,
     FakeClock,
     Inline,
-    Peer,
     RunningClock,
-    Server,
-    Wire,
     Zone,
-    address,
     certificate,
-    delivery,
-    no_policy,
-    play,
     record,
     run,
     tls_policies,
-    trusting,
-    wait_for,
+    turns,
     write_certificate,
 )
-from test_couriers import CONTENT, ENVELOPE, EVA, GREETING, MX, SECURE, STARTTLS
-from test_server import greeted, logged_in, send
 
 import chasquid
 from chasquid import (
@@ -56,28 +43,18 @@ from chasquid import (
     TLS_CLIENT,
     TLS_INSECURE,
     TLS_SECURE,
-    Delivery,
-    Destination,
     DomainInfo,
-    State,
     StsPolicy,
     TemporaryFailure,
     Tlsa,
     TlsRequirement,
 )
 
-Serve = Callable[..., Server]
 Records = Mapping[tuple[str, str], Any]
+ANNOUNCED = ("_mta-sts.there.example", "TXT")
+POLICY = b"version: STSv1\nmode: enforce\nmx: mx.there.example\nmax_age: 86400\n"
 
-DOWN = TemporaryFailure("the name servers are down", "4.4.3")
-LETTER = b"From: eva@there.example\r\nSubject: hello\r\n\r\nIt works.\r\n"
-
-
-@pytest.fixture(autouse=True)
-def untrusting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let no certificate be valid, whatever this machine trusts, if a test does not say so."""
-    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path / "none"))
+pytestmark = pytest.mark.usefixtures("untrusting")
 
 
 def domain_file(directory: Path, domain: str = "there.example") -> Path:
@@ -94,7 +71,7 @@ def remember(directory: Path, outgoing: str, domain: str = "there.example") -> N
     path.write_text(domain_text(PLAIN, outgoing, domain))
 
 
-# --- security levels: the files ---
+# --- security levels ---
 
 
 def with_levels(
@@ -167,6 +144,7 @@ def test_an_international_domain_is_kept_in_unicode(tmp_path: Path) -> None:
     "labels",
     [
         ["x" * 63] * 3,
+        ["ü" * 12] * 3,
         ["ü" * 50] * 3,
         ["漢" * 20] * 3,
         ["x" * 63] * 3 + ["x" * 51],
@@ -174,7 +152,10 @@ def test_an_international_domain_is_kept_in_unicode(tmp_path: Path) -> None:
 )
 def test_a_domain_may_be_as_long_as_domains_are(tmp_path: Path, labels: list[str]) -> None:
     domain = ".".join([*labels, "example"])
-    assert len(chasquid.domain_to_ascii(domain)) <= 253
+    ascii, escaped = chasquid.domain_to_ascii(domain), urllib.parse.quote_plus(domain)
+    assert len(ascii) <= 253
+    name = os.path.basename(chasquid.domain_info_path("directory", domain))
+    assert name == "s:" + (escaped if len(f"s:{escaped}") < 256 else ascii)
     with_levels(tmp_path, lambda levels: levels.saw_outgoing(domain, TLS_SECURE))
     assert kept(tmp_path, domain).outgoing == TLS_SECURE
     assert (tmp_path / "server.log").read_text().count("error") == 0
@@ -207,49 +188,6 @@ def test_mail_of_a_domain_waits_while_its_file_is_corrupt(tmp_path: Path, conten
     assert domain_file(tmp_path).read_text() == domain_text(PLAIN, TLS_INSECURE)
 
 
-def test_mail_from_a_domain_with_a_corrupt_file_is_answered_451(serve: Serve) -> None:
-    zone = Zone({("there.example", "TXT"): ["v=spf1 +all"]})
-    server = serve(ask=zone.ask)
-    path = server.data_dir / "domaininfo" / "s:there.example"
-    path.parent.mkdir()
-    path.write_bytes(b"incoming_sec_level: HIGH\n")
-    with greeted(server) as wire:
-        reply = wire.ask("MAIL FROM:<eva@there.example>")
-        assert reply == "451 4.3.0 what was seen of there.example cannot be read"
-        path.write_bytes(b"incoming_sec_level: PLAIN\n")
-        assert wire.ask("MAIL FROM:<eva@there.example>").startswith("250 ")
-    assert f"{path}:1: expected one of PLAIN" in server.log
-
-
-def test_mail_from_a_domain_with_a_corrupt_file_waits_with_tls_too(serve: Serve) -> None:
-    zone = Zone({("there.example", "TXT"): ["v=spf1 +all"]})
-    server = serve(ask=zone.ask)
-    path = server.data_dir / "domaininfo" / "s:there.example"
-    path.mkdir(parents=True)
-    with greeted(server) as wire:
-        assert wire.ask("STARTTLS").startswith("220 ")
-        wire.start_tls(trusting())
-        assert wire.ask("EHLO client.example").startswith("250-")
-        reply = wire.ask("MAIL FROM:<eva@there.example>")
-        assert reply == "451 4.3.0 what was seen of there.example cannot be read"
-        path.rmdir()
-        letter = b"From: eva@there.example\r\n\r\nIt works.\r\n"
-        assert send(wire, letter, sender="eva@there.example").startswith("250 ")
-    assert "s:there.example: it cannot be read: Is a directory; mail from and to it" in server.log
-
-
-def test_mail_to_a_domain_with_a_corrupt_file_waits(tmp_path: Path) -> None:
-    domain_file(tmp_path).parent.mkdir()
-    domain_file(tmp_path).write_bytes(b"outgoing_sec_level: HIGH\n")
-    with Peer(GREETING + ENVELOPE + CONTENT, names=("mx.there.example",)) as peer:
-        result = deliver(tmp_path, Zone(MX), peer.port)
-        assert (result.state, result.status) == (chasquid.State.DEFERRED, "4.3.0")
-        assert result.text.endswith("what was seen of there.example cannot be read")
-        domain_file(tmp_path).unlink()
-        assert deliver(tmp_path, Zone(MX), peer.port).state == chasquid.State.SENT
-    assert f"{domain_file(tmp_path)}:1: expected one of" in (tmp_path / "server.log").read_text()
-
-
 def test_a_directory_that_cannot_be_written_keeps_nothing_but_the_memory(tmp_path: Path) -> None:
     (tmp_path / "domaininfo").symlink_to("nowhere/at/all")
 
@@ -257,6 +195,8 @@ def test_a_directory_that_cannot_be_written_keeps_nothing_but_the_memory(tmp_pat
         await levels.saw_incoming("there.example", True)
         assert await levels.of("there.example") == DomainInfo(TLS_CLIENT)
         assert not await levels.accepts("there.example", False)
+        assert await levels.forget("there.example")
+        assert await levels.of("there.example") == DomainInfo()
 
     with_levels(tmp_path, main)
     assert "s:there.example cannot be written" in (tmp_path / "server.log").read_text()
@@ -365,364 +305,11 @@ def test_what_is_forgotten_is_forgotten_in_memory_and_on_the_disk(tmp_path: Path
     assert os.listdir(tmp_path / "domaininfo") == ["s:other.example"]
 
 
-# --- security levels: mail that comes in ---
-
-OPEN = ["v=spf1 ip4:127.0.0.1 -all"]
-
-
-def with_tls(server: Server) -> Wire:
-    wire = greeted(server)
-    assert wire.ask("STARTTLS").startswith("220 ")
-    wire.start_tls(trusting())
-    assert wire.ask("EHLO client.example").startswith("250-")
-    return wire
-
-
-def sends(server: Server, sender: str, tls: bool) -> str:
-    """Return the reply to a message, or to MAIL where that is refused."""
-    with with_tls(server) if tls else greeted(server) as wire:
-        reply = wire.ask(f"MAIL FROM:<{sender}>")
-        if reply.startswith("250 "):
-            assert wire.ask("RSET").startswith("250 ")
-            reply = send(wire, LETTER, sender=sender)
-        assert wire.ask("NOOP").startswith("250 ")
-        return reply
-
-
-def ask(records: Records) -> Callable[[str, str], Any]:
-    return Zone(records).ask
-
-
-def test_who_has_sent_with_tls_sends_with_it_from_then_on(tmp_path: Path) -> None:
-    server = Server(tmp_path, ask=ask({("there.example", "TXT"): OPEN}))
-    with server:
-        assert sends(server, "eva@there.example", tls=False).startswith("250 ")
-        assert not domain_file(server.data_dir).exists()
-        assert sends(server, "eva@there.example", tls=True).startswith("250 ")
-        assert domain_file(server.data_dir).read_text() == domain_text(TLS_CLIENT, PLAIN)
-        refusal = sends(server, "eva@there.example", tls=False)
-        assert refusal.startswith("550 5.7.3 ")
-        assert "there.example" in refusal and "STARTTLS" in refusal
-        assert sends(server, "eva@there.example", tls=True).startswith("250 ")
-        assert server.daemon.log.counters["security levels", "refused", "in"] == 1
-        assert len(server.mail("ana")) == 3
-    with server:
-        assert sends(server, "eva@there.example", tls=False).startswith("550 5.7.3 ")
-        assert sends(server, "eva@there.example", tls=True).startswith("250 ")
-
-
-@pytest.mark.parametrize("record", ["v=spf1 ~all", "v=spf1 ?all", "v=spf1 nonsense", None, DOWN])
-def test_without_an_spf_pass_a_level_is_neither_set_nor_kept(serve: Serve, record: Any) -> None:
-    found = [record] if isinstance(record, str) else record
-    server = serve(ask=ask({("there.example", "TXT"): found} if record else {}))
-    assert sends(server, "eva@there.example", tls=True).startswith("250 ")
-    assert not domain_file(server.data_dir).exists()
-    domain_file(server.data_dir).parent.mkdir()
-    domain_file(server.data_dir).write_text(domain_text(TLS_CLIENT, PLAIN))
-    assert sends(server, "eva@there.example", tls=False).startswith("250 ")
-
-
-def test_a_message_that_was_not_accepted_sets_no_level(serve: Serve) -> None:
-    server = serve(ask=ask({("there.example", "TXT"): OPEN}))
-    with with_tls(server) as wire:
-        assert wire.ask("MAIL FROM:<eva@there.example>").startswith("250 ")
-        assert wire.ask("RCPT TO:<nobody@here.example>").startswith("550 ")
-        assert wire.ask("RSET").startswith("250 ")
-        assert wire.ask("QUIT").startswith("221 ")
-    assert sends(server, "eva@there.example", tls=False).startswith("250 ")
-
-
-def test_a_notification_and_our_users_have_no_level(serve: Serve) -> None:
-    records = {("client.example", "TXT"): OPEN, ("here.example", "TXT"): OPEN}
-    server = serve(ask=ask(records))
-    with logged_in(server) as wire:
-        assert send(wire, LETTER, sender="ana@here.example").startswith("250 ")
-    assert sends(server, "", tls=True).startswith("250 ")
-    assert sends(server, "", tls=False).startswith("250 ")
-    server.mail("ana")
-    assert not (server.data_dir / "domaininfo").exists()
-
-
-def test_the_level_of_an_international_domain(serve: Serve) -> None:
-    server = serve(ask=ask({("xn--bcher-kva.example", "TXT"): OPEN}))
-    assert sends(server, "eva@xn--bcher-kva.example", tls=True).startswith("250 ")
-    assert domain_file(server.data_dir, "b%C3%BCcher.example").exists()
-    assert sends(server, "eva@bücher.example", tls=False).startswith("550 5.7.3 ")
-
-
-# --- security levels: mail that goes out ---
-
-
-class SignedZone(Zone):
-    """A zone whose answers are authentic, but for the questions in `unsigned`.
-
-    `aliases` says what some names stand for.
-    """
-
-    def __init__(
-        self,
-        table: Records,
-        unsigned: Sequence[tuple[str, str]] = (),
-        aliases: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(table)
-        self._unsigned = unsigned
-        self._aliases = aliases or {}
-
-    async def ask(self, name: str, kind: str) -> chasquid.Answer:
-        answer = await super().ask(name, kind)
-        return answer._replace(
-            authentic=(name, kind) not in self._unsigned,
-            canonical=self._aliases.get(name, "") if answer.records else "",
-        )
-
-
-class Attempt(NamedTuple):
-    """What came of one attempt to deliver."""
-
-    state: str
-    status: str
-    text: str
-    messages: list[bytes]
-
-
-def deliver(
-    directory: Path,
-    zone: Zone,
-    port: int = 1,
-    load: Delivery | None = None,
-    destination: Destination = EVA[0],
-    fetch: chasquid.FetchPolicy = no_policy,
-) -> chasquid.Result:
-    """Let a courier deliver one message; what it keeps and logs is below `directory`."""
-    log = record(directory)
-
-    async def main(loop: chasquid.Loop) -> chasquid.Result:
-        names = chasquid.Names(loop, zone.ask)
-        policies = tls_policies(loop, names, log, directory, fetch)
-        courier = chasquid.SmtpCourier(loop, names, log, policies, HOST, port, lambda: 0.5)
-        [result] = await courier.deliver(load or delivery(), [destination])
-        return result
-
-    try:
-        return run(main)
-    finally:
-        log.close()
-
-
-def attempt(
-    directory: Path,
-    *scripts: str,
-    peer: Peer | None = None,
-    records: Records = MX,
-    tlsa: Any = None,
-    unsigned: Sequence[tuple[str, str]] = (),
-    **more: Any,
-) -> Attempt:
-    """Let a courier deliver to a server that follows `scripts`.
-
-    With `tlsa`, the zone is signed, and has these records for the server's port.
-    """
-    peer = peer or Peer(*scripts, names=("mx.there.example",))
-    with peer:
-        zone = Zone(records)
-        if tlsa is not None:
-            question = (f"_{peer.port}._tcp.mx.there.example", "TLSA")
-            unsigned = [question if one == ("", "TLSA") else one for one in unsigned]
-            zone = SignedZone({**records, question: tlsa}, unsigned)
-        result = deliver(directory, zone, peer.port, **more)
-    return Attempt(result.state, result.status, result.text, peer.messages)
-
-
-DELIVERED = STARTTLS + SECURE + ENVELOPE + CONTENT
-REFUSES_CERTIFICATE = STARTTLS + "S: 220 go on\n* TLS\n* close"
-NO_TLS = GREETING + "* closed"
-BROKEN = {
-    "no STARTTLS": NO_TLS,
-    "STARTTLS refused": STARTTLS + "S: 454 4.7.0 not today\n* closed",
-    "no handshake": STARTTLS + "S: 220 go on\nS: this is no handshake\n* close",
-    "closed": STARTTLS + "S: 220 go on\n* close",
-}
-
-
-@pytest.fixture
-def trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the certificate of mx.there.example be valid."""
-    chain = write_certificate(tmp_path / "authority", "mx.there.example")
-    monkeypatch.setenv("SSL_CERT_FILE", str(chain))
-
-
-def assert_refused(found: Attempt, *texts: str) -> None:
-    assert (found.state, found.status, found.messages) == (State.DEFERRED, "4.7.5", []), found
-    for text in (*texts, "less is not safe"):
-        assert text in found.text
-
-
-def test_a_server_without_tls_teaches_nothing(tmp_path: Path) -> None:
-    assert attempt(tmp_path, GREETING + ENVELOPE + CONTENT).state == State.SENT
-    assert not (tmp_path / "domaininfo").exists()
-
-
-def test_tls_is_learned(tmp_path: Path) -> None:
-    assert attempt(tmp_path, REFUSES_CERTIFICATE, DELIVERED).state == State.SENT
-    assert domain_file(tmp_path).read_text() == domain_text(PLAIN, TLS_INSECURE)
-
-
-def test_tls_with_a_valid_certificate_is_learned(tmp_path: Path, trusted: None) -> None:
-    remember(tmp_path, TLS_INSECURE)
-    assert attempt(tmp_path, DELIVERED).state == State.SENT
-    assert domain_file(tmp_path).read_text() == domain_text(PLAIN, TLS_SECURE)
-
-
-def test_the_level_is_learned_also_where_the_message_is_refused(tmp_path: Path) -> None:
-    refusal = "C: MAIL FROM:…\nS: 550 5.7.1 no\n* closed"
-    unwanted = (STARTTLS + SECURE + refusal).replace("* closed", "C: QUIT\nS: 221 bye")
-    assert attempt(tmp_path, REFUSES_CERTIFICATE, unwanted).state == State.FAILED
-    assert kept(tmp_path).outgoing == TLS_INSECURE
-
-
-def test_the_level_is_of_the_domain_in_unicode(tmp_path: Path) -> None:
-    records = {("xn--bcher-kva.example", "MX"): ("10 mx.there.example.",),
-               ("mx.there.example", "A"): ("127.0.0.1",)}  # fmt: skip
-    rcpt = ENVELOPE.replace("TO:<eva@there", "TO:<eva@xn--bcher-kva")
-    scripts = [REFUSES_CERTIFICATE, STARTTLS + SECURE + rcpt + CONTENT]
-    destination = address("eva@bücher.example")
-    assert attempt(tmp_path, *scripts, records=records, destination=destination).state == State.SENT
-    assert kept(tmp_path, "bücher.example").outgoing == TLS_INSECURE
-
-
-def test_the_level_is_of_the_host_where_that_is_named(tmp_path: Path) -> None:
-    with Peer(REFUSES_CERTIFICATE, DELIVERED, names=("mx.there.example",)) as peer:
-        destination = address("eva@there.example", f"mx.there.example:{peer.port}")
-        assert deliver(tmp_path, Zone(MX), destination=destination).state == State.SENT
-    assert kept(tmp_path, "mx.there.example").outgoing == TLS_INSECURE
-    assert kept(tmp_path, "there.example") == DomainInfo()
-
-
-@pytest.mark.parametrize("level", [TLS_INSECURE, TLS_SECURE])
-@pytest.mark.parametrize("script", BROKEN.values(), ids=BROKEN)
-def test_who_has_shown_tls_gets_nothing_without(tmp_path: Path, level: str, script: str) -> None:
-    remember(tmp_path, level)
-    assert_refused(attempt(tmp_path, script), f"it was {level} before")
-    assert kept(tmp_path).outgoing == level
-
-
-@pytest.mark.parametrize("script", BROKEN.values(), ids=BROKEN)
-def test_a_downgrade_is_counted_and_told(tmp_path: Path, script: str) -> None:
-    remember(tmp_path, TLS_INSECURE)
-    log = record(tmp_path)
-
-    async def main(loop: chasquid.Loop) -> chasquid.Result:
-        names = chasquid.Names(loop, Zone(MX).ask)
-        policies = tls_policies(loop, names, log, tmp_path)
-        courier = chasquid.SmtpCourier(loop, names, log, policies, HOST, peer.port, lambda: 0.5)
-        [result] = await courier.deliver(delivery(), EVA)
-        return result
-
-    with Peer(script, names=("mx.there.example",)) as peer:
-        result = run(main)
-    assert log.counters["security levels", "refused", "out"] == 1
-    assert result.text.startswith(f"mx.there.example (127.0.0.1:{peer.port}): ")
-
-
-def test_who_has_shown_no_valid_certificate_need_not_now(tmp_path: Path) -> None:
-    remember(tmp_path, TLS_INSECURE)
-    assert attempt(tmp_path, REFUSES_CERTIFICATE, DELIVERED).state == State.SENT
-
-
-def test_who_has_shown_a_valid_certificate_gets_nothing_with_another(tmp_path: Path) -> None:
-    remember(tmp_path, TLS_SECURE)
-    found = attempt(tmp_path, REFUSES_CERTIFICATE)
-    assert_refused(found, "the certificate is not valid", "it was TLS_SECURE before")
-
-
-def test_a_certificate_for_another_name_is_not_valid(tmp_path: Path, trusted: None) -> None:
-    remember(tmp_path, TLS_SECURE)
-    records = {
-        ("there.example", "MX"): ("10 other.example.",),
-        ("other.example", "A"): ("127.0.0.1",),
-    }
-    assert_refused(attempt(tmp_path, REFUSES_CERTIFICATE, records=records), "not valid")
-
-
-def test_who_has_shown_a_valid_certificate_gets_mail_with_one(
-    tmp_path: Path, trusted: None
-) -> None:
-    remember(tmp_path, TLS_SECURE)
-    assert attempt(tmp_path, DELIVERED).state == State.SENT
-
-
-def test_where_one_server_is_not_safe_the_next_is_tried(tmp_path: Path) -> None:
-    remember(tmp_path, TLS_INSECURE)
-    records = {**MX, ("there.example", "MX"): ("5 a.example.", "10 mx.there.example."),
-               ("a.example", "A"): ("127.0.0.1",)}  # fmt: skip
-    assert (
-        attempt(tmp_path, NO_TLS, REFUSES_CERTIFICATE, DELIVERED, records=records).state
-        == State.SENT
-    )
-
-
-# --- security levels: forgetting them ---
-
-
-def forget(server: Server, domain: str) -> int:
-    return chasquid.main(["--config-dir", str(server.config_dir), "domaininfo-remove", domain])
-
-
-@pytest.mark.parametrize("running", [True, False])
-@pytest.mark.parametrize(
-    ("given", "domain", "name"),
-    [
-        ("there.example", "there.example", "there.example"),
-        ("There.Example", "there.example", "there.example"),
-        ("bücher.example", "bücher.example", "b%C3%BCcher.example"),
-        ("xn--bcher-kva.example", "bücher.example", "b%C3%BCcher.example"),
-    ],
-)
-def test_domaininfo_remove_forgets_what_was_seen(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    running: bool,
-    given: str,
-    domain: str,
-    name: str,
-) -> None:
-    ascii = chasquid.domain_to_ascii(domain)
-    server = Server(tmp_path, ask=ask({(ascii, "TXT"): OPEN}))
-    path = domain_file(server.data_dir, name)
-    with server if running else contextlib.nullcontext():
-        if running:
-            assert sends(server, f"eva@{ascii}", tls=True).startswith("250 ")
-            assert sends(server, f"eva@{ascii}", tls=False).startswith("550 5.7.3 ")
-        else:
-            path.parent.mkdir(parents=True)
-            path.write_text(domain_text(TLS_CLIENT, TLS_SECURE, domain))
-        assert path.exists()
-        assert forget(server, given) == 0
-        assert capsys.readouterr().out == f"what was seen of {domain} is forgotten\n"
-        assert not path.exists()
-        if running:
-            assert sends(server, f"eva@{ascii}", tls=False).startswith("250 ")
-        assert forget(server, given) == 1
-        assert capsys.readouterr().err == f"chasquid: nothing was known of {domain}\n"
-
-
-def test_domaininfo_remove_wants_a_domain(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert forget(Server(tmp_path), "../there") == 1
-    assert "../there" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("record", ["", "3", "3 1", "3 1 1", "x y z w", "3 1 1 zz"])
-def test_a_record_that_is_no_tlsa_cannot_be_used(record: str) -> None:
-    assert chasquid.parse_tlsa(record) is None
-
-
-# --- DANE: records ---
+# --- DANE ---
 
 PEM = certificate("mx.there.example")[0]
 DER = ssl.PEM_cert_to_DER_cert(PEM)
+OTHER_DER = ssl.PEM_cert_to_DER_cert(certificate("other.example")[0])
 _POINT = bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d030107034200")
 KEY = DER[DER.index(_POINT) :][:91]  # the key of the curve P-256 and what stands before it
 CONTENTS = {0: DER, 1: KEY}
@@ -749,7 +336,8 @@ def test_a_record_is_parsed() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["0 0 1 ab", "1 1 1 ab", "4 1 1 ab", "255 1 1 ab", "-3 1 1 ab", "3 2 1 ab", "3 255 1 ab",
+    ["", "3", "3 1", "x y z w", "3 1 1 zz",
+     "0 0 1 ab", "1 1 1 ab", "4 1 1 ab", "255 1 1 ab", "-3 1 1 ab", "3 2 1 ab", "3 255 1 ab",
      "3 1 3 ab", "3 1 255 ab", "3 1 1", "3 1 1 ", "3 1 1 abc", "3 1 1 xy", "x 1 1 ab"],
 )  # fmt: skip
 def test_a_record_that_cannot_be_used(text: str) -> None:
@@ -782,8 +370,7 @@ def test_a_record_matches_its_certificate_alone(selector: int, matching: int) ->
         assert not Tlsa(usage, selector, (matching + 1) % 3, data).matches(DER)
         for changed in (data[:-1], data + b"\0", data[:-1] + bytes([data[-1] ^ 1]), b""):
             assert not Tlsa(usage, selector, matching, changed).matches(DER)
-        other = ssl.PEM_cert_to_DER_cert(certificate("other.example")[0])
-        assert not Tlsa(usage, selector, matching, data).matches(other)
+        assert not Tlsa(usage, selector, matching, data).matches(OTHER_DER)
 
 
 @pytest.mark.parametrize(
@@ -796,310 +383,7 @@ def test_what_is_no_certificate_matches_nothing(der: bytes) -> None:
     assert not Tlsa(3, 1, 0, b"").matches(der)
 
 
-# --- DANE: deliveries ---
-
-
-@pytest.mark.parametrize(("selector", "matching"), SELECTIONS)
-def test_a_certificate_that_is_in_the_dns_is_safe(
-    tmp_path: Path, selector: int, matching: int
-) -> None:
-    records = [tlsa(3, selector, matching)]
-    assert attempt(tmp_path, DELIVERED, tlsa=records).state == State.SENT
-
-
-def test_one_of_several_records_is_enough(tmp_path: Path) -> None:
-    records = [WRONG, "0 0 0 ab", tlsa(2), tlsa(3)]
-    assert attempt(tmp_path, DELIVERED, tlsa=records).state == State.SENT
-
-
-def test_the_server_s_own_certificate_need_not_bear_its_name(tmp_path: Path) -> None:
-    der = ssl.PEM_cert_to_DER_cert(certificate("other.example")[0])
-    peer = Peer(DELIVERED, names=("other.example",))
-    assert attempt(tmp_path, peer=peer, tlsa=[tlsa(3, der=der)]).state == State.SENT
-
-
-def test_dane_teaches_no_more_than_that_there_is_tls(tmp_path: Path) -> None:
-    assert attempt(tmp_path, DELIVERED, tlsa=[tlsa(3)]).state == State.SENT
-    assert kept(tmp_path).outgoing == TLS_INSECURE
-    assert attempt(tmp_path, REFUSES_CERTIFICATE, DELIVERED).state == State.SENT
-
-
-def test_another_certificate_gets_nothing_though_it_is_valid(tmp_path: Path, trusted: None) -> None:
-    found = attempt(tmp_path, STARTTLS + SECURE + "* closed", tlsa=[WRONG])
-    assert_refused(found, "matches no TLSA record", "DANE")
-
-
-@pytest.mark.parametrize("script", BROKEN.values(), ids=BROKEN)
-def test_with_a_record_nothing_goes_without_tls(tmp_path: Path, script: str) -> None:
-    assert_refused(attempt(tmp_path, script, tlsa=[tlsa(3)]), "DANE")
-
-
-@pytest.mark.parametrize("text", ["0 0 1 ab", "1 1 1 ab", "3 2 1 ab", "3 1 3 ab"])
-def test_records_that_cannot_be_used_still_demand_tls(tmp_path: Path, text: str) -> None:
-    assert attempt(tmp_path, REFUSES_CERTIFICATE, DELIVERED, tlsa=[text]).state == State.SENT
-    domain_file(tmp_path).unlink()
-    for script in BROKEN.values():
-        assert_refused(attempt(tmp_path, script, tlsa=[text]), "DANE")
-
-
-def test_records_that_cannot_be_used_lower_no_level(tmp_path: Path) -> None:
-    remember(tmp_path, TLS_SECURE)
-    assert_refused(attempt(tmp_path, REFUSES_CERTIFICATE, tlsa=["1 1 1 ab"]), "TLS_SECURE")
-
-
-@pytest.mark.parametrize(
-    "failing",
-    [
-        ("there.example", "MX"),
-        ("mx.there.example", "A"),
-        ("_1._tcp.mx.there.example", "TLSA"),
-    ],
-)
-def test_where_the_records_cannot_be_had_nothing_is_sent(
-    tmp_path: Path, failing: tuple[str, str]
-) -> None:
-    result = deliver(tmp_path, SignedZone({**MX, failing: DOWN}))
-    assert (result.state, result.status) == (State.DEFERRED, "4.4.3")
-    assert "down" in result.text
-
-
-@pytest.mark.parametrize(
-    "unsigned", [("there.example", "MX"), ("mx.there.example", "A"), ("", "TLSA")]
-)
-def test_records_that_are_not_authentic_are_nothing(
-    tmp_path: Path, unsigned: tuple[str, str]
-) -> None:
-    found = attempt(tmp_path, GREETING + ENVELOPE + CONTENT, tlsa=[WRONG], unsigned=[unsigned])
-    assert found.state == State.SENT
-
-
-@pytest.mark.parametrize("question", [("there.example", "MX"), ("mx.there.example", "A")])
-def test_records_are_not_even_asked_for_where_the_domain_is_not_signed(
-    tmp_path: Path, question: tuple[str, str]
-) -> None:
-    zone = SignedZone({**MX, ("_1._tcp.mx.there.example", "TLSA"): DOWN}, [question])
-    assert "cannot connect" in deliver(tmp_path, zone).text
-    assert "TLSA" not in [kind for _, kind in zone.asked]
-
-
-def test_a_server_that_somebody_here_named_needs_no_signed_mx(tmp_path: Path) -> None:
-    with Peer(STARTTLS + SECURE + "* closed", names=("mx.there.example",)) as peer:
-        zone = SignedZone({**MX, (f"_{peer.port}._tcp.mx.there.example", "TLSA"): [WRONG]})
-        destination = address("eva@there.example", f"mx.there.example:{peer.port}")
-        result = deliver(tmp_path, zone, destination=destination)
-    assert (result.state, result.status) == (State.DEFERRED, "4.7.5")
-    assert ("there.example", "MX") not in zone.asked
-
-
-# --- DANE: authorities ---
-
-needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl")
-
-
-class Issued(NamedTuple):
-    """A certificate and its key."""
-
-    chain: str
-    key: str
-
-    @property
-    def der(self) -> bytes:
-        return ssl.PEM_cert_to_DER_cert(self.chain)
-
-
-def issue(directory: Path, name: str, issuer: Issued | None = None) -> Issued:
-    """Make a certificate for `name`; an authority where there is no `issuer`."""
-    place = Path(directory) / f"{len(list(directory.iterdir()))}-{name}"
-    place.mkdir()
-    (place / "extensions").write_text(
-        f"subjectAltName=DNS:{name}\nbasicConstraints=CA:FALSE\n"
-        if issuer
-        else "basicConstraints=critical,CA:TRUE\nkeyUsage=keyCertSign\n"
-    )
-    run_openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", place / "key")
-    run_openssl("req", "-new", "-key", place / "key", "-subj", f"/CN={name}", "-out", place / "csr")
-    signing: list[object] = ["-signkey", place / "key"]
-    if issuer is not None:
-        (place / "ca").write_text(issuer.chain)
-        (place / "ca-key").write_text(issuer.key)
-        signing = ["-CA", place / "ca", "-CAkey", place / "ca-key", "-CAcreateserial"]
-    run_openssl("x509", "-req", "-in", place / "csr", *signing, "-days", "2", "-out", place / "crt",
-                "-extfile", place / "extensions")  # fmt: skip
-    return Issued((place / "crt").read_text(), (place / "key").read_text())
-
-
-def run_openssl(*arguments: object) -> None:
-    command = ["openssl", *map(str, arguments)]
-    subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
-
-
-class Authorities(NamedTuple):
-    """Two authorities, and servers of the first: the right one, and one of another name."""
-
-    one: Issued
-    other: Issued
-    server: Issued
-    misnamed: Issued
-
-
-@pytest.fixture(scope="module")
-def authorities(tmp_path_factory: pytest.TempPathFactory) -> Authorities:
-    place = tmp_path_factory.mktemp("authorities")
-    one, other = issue(place, "One"), issue(place, "Other")
-    server = issue(place, "mx.there.example", one)
-    return Authorities(one, other, server, issue(place, "other.example", one))
-
-
-class Chained(Peer):
-    """A peer that shows a given chain."""
-
-    def __init__(self, *scripts: str, chain: Sequence[Issued], directory: Path) -> None:
-        super().__init__(*scripts)
-        (directory / "chain.pem").write_text("".join(one.chain for one in chain))
-        (directory / "key.pem").write_text(chain[0].key)
-        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self._context.load_cert_chain(directory / "chain.pem", directory / "key.pem")
-
-    def _step(self, wire: Wire, kind: str, rest: str) -> None:
-        if (kind, rest) == ("*", "TLS"):
-            with contextlib.suppress(ssl.SSLError):
-                wire.start_tls(self._context, server_side=True)
-        else:
-            super()._step(wire, kind, rest)
-
-
-LOOKED_AT = STARTTLS + SECURE + "* closed"
-
-
-@needs_openssl
-@pytest.mark.parametrize(("selector", "matching"), SELECTIONS)
-def test_a_server_is_safe_whose_authority_is_in_the_dns(
-    tmp_path: Path, authorities: Authorities, selector: int, matching: int
-) -> None:
-    chain = [authorities.server, authorities.one]
-    peer = Chained(LOOKED_AT, DELIVERED, chain=chain, directory=tmp_path)
-    records = [tlsa(2, selector, matching, authorities.one.der)]
-    assert attempt(tmp_path, peer=peer, tlsa=records).state == State.SENT
-
-
-@needs_openssl
-def test_an_authority_does_not_make_up_for_the_wrong_name(
-    tmp_path: Path, authorities: Authorities
-) -> None:
-    chain = [authorities.misnamed, authorities.one]
-    peer = Chained(LOOKED_AT, REFUSES_CERTIFICATE, chain=chain, directory=tmp_path)
-    found = attempt(tmp_path, peer=peer, tlsa=[tlsa(2, der=authorities.one.der)])
-    assert_refused(found, "the certificate is not valid", "DANE")
-
-
-@needs_openssl
-def test_an_authority_that_is_shown_but_has_not_signed_is_not_enough(
-    tmp_path: Path, authorities: Authorities
-) -> None:
-    chain = [authorities.server, authorities.other]
-    peer = Chained(LOOKED_AT, REFUSES_CERTIFICATE, chain=chain, directory=tmp_path)
-    found = attempt(tmp_path, peer=peer, tlsa=[tlsa(2, der=authorities.other.der)])
-    assert_refused(found, "the certificate is not valid", "DANE")
-
-
-@needs_openssl
-@pytest.mark.parametrize("usage", [2, 3])
-def test_an_authority_that_is_not_in_the_dns_is_not_enough(
-    tmp_path: Path, authorities: Authorities, usage: int
-) -> None:
-    chain = [authorities.server, authorities.one]
-    peer = Chained(LOOKED_AT, chain=chain, directory=tmp_path)
-    wanted = authorities.other if usage == 2 else authorities.one  # 3 is the server's own alone
-    found = attempt(tmp_path, peer=peer, tlsa=[tlsa(usage, der=wanted.der)])
-    assert_refused(found, "matches no TLSA record", "DANE")
-
-
-# --- DANE: whose word is taken for it that an answer is authentic ---
-
-
-def own_address() -> str:
-    """Return an address of this machine that is not on loopback, or ""."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("198.51.100.1", 9))
-        except OSError:
-            return ""
-        found = str(probe.getsockname()[0])
-    return "" if found.startswith(("127.", "0.")) else found
-
-
-@contextlib.contextmanager
-def name_server(host: str, authentic: bool, seen: list[int]) -> Iterator[str]:
-    """Answer every question, with the AD bit or without; `seen` gets the bits of questions."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as raw:
-        try:
-            raw.bind((host, 0))
-        except OSError:
-            pytest.skip(f"there is no {host}")
-
-        def serve() -> None:
-            while True:
-                wire, client = raw.recvfrom(4096)
-                if not wire:
-                    return
-                query = dns.message.from_wire(wire)
-                seen.append(int(query.flags))
-                response = dns.message.make_response(query)
-                response.flags |= dns.flags.RA | (dns.flags.AD if authentic else 0)
-                question = query.question[0]
-                if question.rdtype.name == "A":
-                    response.answer.append(
-                        dns.rrset.from_text(question.name, 60, "IN", "A", "192.0.2.1")
-                    )
-                raw.sendto(response.to_wire(), client)
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        try:
-            number = raw.getsockname()[1]
-            yield f"[{host}]:{number}" if ":" in host else f"{host}:{number}"
-        finally:
-            with socket.socket(family, socket.SOCK_DGRAM) as bell:
-                bell.sendto(b"", raw.getsockname())
-            thread.join()
-
-
-def question(place: str, kind: str, trust_ad: bool) -> chasquid.Answer:
-    async def main(loop: chasquid.Loop) -> chasquid.Answer:
-        return await chasquid.DnsClient(loop, [place], trust_ad).ask("there.example", kind)
-
-    return run(main)
-
-
-@pytest.mark.parametrize("kind", ["A", "MX"])
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.53", "::1"])
-@pytest.mark.parametrize("authentic", [True, False])
-def test_a_server_on_this_machine_is_believed_what_is_authentic(
-    host: str, authentic: bool, kind: str
-) -> None:
-    seen: list[int] = []
-    with name_server(host, authentic, seen) as place:
-        for trust_ad in (False, True):
-            answer = question(place, kind, trust_ad)
-            assert answer.records == (("192.0.2.1",) if kind == "A" else ())
-            assert answer.authentic is authentic
-    assert all(flags & dns.flags.AD for flags in seen)
-
-
-@pytest.mark.parametrize("authentic", [True, False])
-def test_another_server_is_believed_only_where_that_is_set(authentic: bool) -> None:
-    host = own_address()
-    if not host:
-        pytest.skip("this machine has no address but those on loopback")
-    with name_server(host, authentic, []) as place:
-        assert question(place, "A", False) == chasquid.Answer(True, ("192.0.2.1",), 60, False)
-        assert question(place, "A", True) == chasquid.Answer(True, ("192.0.2.1",), 60, authentic)
-
-
 # --- MTA-STS: policies ---
-
-POLICY = b"version: STSv1\nmode: enforce\nmx: mx.there.example\nmax_age: 86400\n"
 
 
 def parse(text: bytes) -> StsPolicy:
@@ -1125,22 +409,23 @@ def test_a_policy_however_it_is_written(text: bytes) -> None:
     assert parse(text) == StsPolicy("1", "enforce", ("mx.there.example",), 86400, 5.0)
 
 
-def test_a_policy_may_name_several_servers_and_patterns() -> None:
-    assert parse(POLICY + b"mx: *.example.net\nmx: b.example").mx == (
-        "mx.there.example", "*.example.net", "b.example",
-    )  # fmt: skip
-
-
-def test_a_policy_of_the_mode_none_needs_no_server() -> None:
-    assert parse(b"version: STSv1\nmode: none\nmax_age: 0") == StsPolicy("1", "none", (), 0, 5.0)
-
-
 @pytest.mark.parametrize(
-    ("age", "expected"),
-    [("0", 0), ("31557600", 31557600), ("31557601", 31557600), ("9" * 10, 31557600)],
+    ("text", "changed"),
+    [
+        (
+            POLICY + b"mx: *.example.net\nmx: b.example",
+            {"mx": ("mx.there.example", "*.example.net", "b.example")},
+        ),
+        (b"version: STSv1\nmode: none\nmax_age: 0", {"mode": "none", "mx": (), "max_age": 0}),
+        (POLICY.replace(b"86400", b"0"), {"max_age": 0}),
+        (POLICY.replace(b"86400", b"31557600"), {"max_age": 31557600}),
+        (POLICY.replace(b"86400", b"31557601"), {"max_age": 31557600}),
+        (POLICY.replace(b"86400", b"9" * 10), {"max_age": 31557600}),
+    ],
+    ids=["several servers", "none needs no server", "no age", "a year", "longer", "much longer"],
 )
-def test_no_policy_is_kept_longer_than_a_year(age: str, expected: int) -> None:
-    assert parse(POLICY.replace(b"86400", age.encode())).max_age == expected
+def test_what_a_policy_may_say(text: bytes, changed: dict[str, Any]) -> None:
+    assert parse(text) == parse(POLICY)._replace(**changed)
 
 
 @pytest.mark.parametrize(
@@ -1155,6 +440,7 @@ def test_no_policy_is_kept_longer_than_a_year(age: str, expected: int) -> None:
         (b"enforce", b"Enforce", "mode"),
         (b"enforce", b"report", "mode"),
         (b"mx: mx.there.example\n", b"", "mx"),
+        (b"mx.there.example", b"", "mx"),
         (b"max_age: 86400\n", b"", "max_age"),
         (b"86400", b"", "max_age"),
         (b"86400", b"-1", "max_age"),
@@ -1170,11 +456,6 @@ def test_what_is_no_policy(old: bytes, new: bytes, expected: str) -> None:
     assert old in POLICY
     with pytest.raises(ValueError, match=f"expected {expected}"):
         parse(POLICY.replace(old, new))
-
-
-def test_a_server_without_a_name_is_none() -> None:
-    with pytest.raises(ValueError, match="expected mx"):
-        parse(POLICY.replace(b"mx.there.example", b""))
 
 
 @given(st.binary(max_size=200) | st.lists(st.sampled_from(
@@ -1215,60 +496,48 @@ def test_a_pattern_stands_for_one_label(pattern: str, host: str, expected: bool)
 # --- MTA-STS: what is fetched, kept and fetched again ---
 
 
-class Web:
-    """The policies of domains, and how often they were fetched."""
+class Sts:
+    """The policies of a server over its lives, and the DNS and the web that it asks."""
 
-    def __init__(self) -> None:
-        self.found: dict[str, bytes | Exception] = {}
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.cache = directory / "sts-cache"
+        self.clock = FakeClock()
+        self.records: dict[tuple[str, str], Any] = {}
+        self.web: dict[str, bytes | Exception] = {}
         self.fetched: list[str] = []
         self.gate: chasquid.Event | None = None
+        self.policies: chasquid.StsPolicies
+        self.loop: chasquid.Loop
+        self.counters: Mapping[tuple[str, ...], int] = {}
+        self.announce("v=STSv1; id=1;")
+        self.publish()
+
+    def announce(self, *texts: str, domain: str = "there.example") -> None:
+        self.records[f"_mta-sts.{domain}", "TXT"] = ["v=spf1 -all", *texts]
+
+    def publish(self, mode: str = "enforce", age: str = "86400") -> None:
+        text = POLICY.replace(b"enforce", mode.encode()).replace(b"86400", age.encode())
+        self.web["there.example"] = text
 
     async def fetch(self, domain: str) -> bytes:
         self.fetched.append(domain)
         if self.gate is not None:
             await self.gate.wait()
-        found = self.found.get(domain, chasquid.ChasquidError("there is no web server"))
+        found = self.web.get(domain, chasquid.ChasquidError("there is no web server"))
         if isinstance(found, Exception):
             raise found
         return found
-
-
-class Sts:
-    """The policies of a server over its lives; `announce` sets a domain's TXT record."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.clock = FakeClock()
-        self.web = Web()
-        self.records: dict[tuple[str, str], Any] = {}
-        self.policies: chasquid.StsPolicies
-        self.loop: chasquid.Loop
-        self.counters: Mapping[tuple[str, ...], int] = {}
-        self.announce("1")
-        self.publish()
-
-    def announce(self, id: str | None, domain: str = "there.example") -> None:
-        texts = [] if id is None else ["v=spf1 -all", f"v=STSv1; id={id};"]
-        self.records[f"_mta-sts.{domain}", "TXT"] = texts
-
-    def publish(
-        self, mode: str = "enforce", age: int = 86400, domain: str = "there.example"
-    ) -> None:
-        text = POLICY.replace(b"enforce", mode.encode()).replace(b"86400", str(age).encode())
-        self.web.found[domain] = text
 
     def live(self, main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
         """Run `main` in a server that has just been started."""
 
         async def started(loop: chasquid.Loop) -> Any:
             log = record(self.directory, self.clock)
-            self.loop = loop
+            self.loop, self.counters = loop, log.counters
             names = chasquid.Names(loop, Zone(self.records).ask)
-            self.policies = chasquid.StsPolicies(
-                loop, log, names, self.web.fetch, str(self.directory / "sts-cache")
-            )
+            self.policies = chasquid.StsPolicies(loop, log, names, self.fetch, str(self.cache))
             self.policies.load()
-            self.counters = log.counters
             try:
                 return await main()
             finally:
@@ -1277,18 +546,70 @@ class Sts:
         return run(started, clock=self.clock, workers=Inline())
 
     async def mode(self, domain: str = "there.example") -> str:
-        """Return the mode of the policy that is in force, or "" where there is none."""
+        """Return the mode of the policy that is in force, or "no policy"."""
         policy = await self.policies.policy(domain)
-        return policy.mode if policy else ""
+        return policy.mode if policy else "no policy"
 
-    def wait(self, seconds: float) -> None:
-        """Let time pass, and answers of the DNS be forgotten."""
-        self.clock.advance(max(seconds, 301))
+    async def follow(self, steps: str) -> None:
+        """Take the steps of a scenario; see SCENARIOS."""
+        refresh = None
+        for step in filter(None, map(str.strip, steps.split(";"))):
+            what, *words = step.split()
+            if what == "announce":
+                self.announce(*(f"v=STSv1; id={word}" for word in words))
+            elif what == "publish":
+                self.publish(*words)
+            elif what == "take":  # everything off the web
+                self.web.clear()
+            elif what == "wait":
+                self.clock.advance(float(words[0]))
+                await turns(self.loop)
+            elif what == "refresh":
+                refresh = self.loop.spawn(self.policies.refresh_forever(), "refresh")
+                await turns(self.loop)
+            elif what == "fetched":
+                assert len(self.fetched) == int(words[0]), step
+            elif what == "failed":
+                assert self.counters["mta-sts", "failed"] == int(words[0]), step
+            else:
+                assert await self.mode() == step
+        if refresh is not None:
+            refresh.cancel()
 
 
 @pytest.fixture
 def sts(tmp_path: Path) -> Sts:
     return Sts(tmp_path)
+
+
+# A step is a mode that must be in force, or "no policy"; or how often it must have been
+# fetched, or have failed, so far; or what happens. After 301 seconds the DNS is asked again.
+SIX_HOURS = "wait 21601"
+SCENARIOS = {
+    "another id": "enforce; announce 2; publish testing; enforce; wait 301; testing; fetched 2",
+    "the same policy again": "enforce; wait 86401; enforce; fetched 2",
+    "five minutes of pause after a failure": (
+        "take; no policy; fetched 1; wait 299; no policy; fetched 1; wait 2; no policy; fetched 2;"
+        "wait 298; no policy; fetched 2; wait 3; no policy; fetched 3; publish; wait 301; enforce"
+    ),
+    "refreshed before it is too old": (
+        "publish enforce 604800; enforce; publish testing 604800; refresh;"
+        + "".join(f"{SIX_HOURS}; fetched {count};" for count in (1, 1, 1, 2, 2, 2, 2, 3))
+        + "testing"
+    ),
+    "a policy of a few hours is refreshed earlier": (
+        f"publish enforce 36000; enforce; refresh; {SIX_HOURS}; fetched 2"
+    ),
+    "a refresh that fails is mended by the next": (
+        f"publish enforce 43300; enforce; refresh; take; {SIX_HOURS}; enforce;"
+        f"publish testing; {SIX_HOURS}; testing"
+    ),
+}
+
+
+@pytest.mark.parametrize("steps", SCENARIOS.values(), ids=SCENARIOS)
+def test_a_policy_over_time(sts: Sts, steps: str) -> None:
+    sts.live(lambda: sts.follow(steps))
 
 
 def test_a_policy_is_fetched_once_and_kept(sts: Sts) -> None:
@@ -1298,69 +619,36 @@ def test_a_policy_is_fetched_once_and_kept(sts: Sts) -> None:
             assert policy == StsPolicy(
                 "1", "enforce", ("mx.there.example",), 86400, 1_700_000_000.0
             )
-            sts.wait(3600)
-        assert sts.web.fetched == ["there.example"]
+            sts.clock.advance(3600)
+        assert sts.fetched == ["there.example"]
         assert sts.counters["mta-sts", "fetched"] == 1
 
     sts.live(main)
 
 
-def test_without_an_announcement_nothing_is_fetched(sts: Sts) -> None:
-    async def main() -> None:
-        for domain in ("other.example", "there.example"):
-            assert await sts.policies.policy(domain) is None
-        assert sts.web.fetched == []
-
-    sts.announce(None)
-    sts.live(main)
-
-
 @pytest.mark.parametrize(
-    "texts",
+    ("texts", "expected"),
     [
-        ["v=STSv1"],
-        ["v=STSv1;"],
-        ["v=STSv1; id="],
-        ["v=STSv1; id=a-b"],
-        ["v=STSv1; id=" + "1" * 33],
-        ["v=STSv2; id=1"],
-        ["v=STSv10; id=1"],
-        ["x=y; v=STSv1; id=1"],
-        ["v=stsv1; id=1"],
-        ["id=1; v=STSv1"],
-        ["v=STSv1; uid=1"],
-        ["v=STSv1; id=1", "v=STSv1; id=1"],
-        ["v=STSv1; id=1", "v=STSv1; id=2"],
-        DOWN,
+        *(([text, "hello"], "enforce") for text in (
+            "v=STSv1; id=1", "v=STSv1;id=1;", "v=STSv1 ; id = 1 ; x=y", "v=STSv1; x=y; id=1",
+            "v=STSv1; id=" + "a" * 32,
+        )),
+        *(([text], "no policy") for text in (
+            "v=STSv1", "v=STSv1;", "v=STSv1; id=", "v=STSv1; id=a-b", "v=STSv1; id=" + "1" * 33,
+            "v=STSv2; id=1", "v=STSv10; id=1", "x=y; v=STSv1; id=1", "v=stsv1; id=1",
+            "id=1; v=STSv1", "v=STSv1; uid=1", "v=spf1 -all",
+        )),
+        (["v=STSv1; id=1", "v=STSv1; id=1"], "no policy"),
+        (["v=STSv1; id=1", "v=STSv1; id=2"], "no policy"),
+        ([], "no policy"),
+        (None, "no policy"),
+        (DOWN, "no policy"),
     ],
-)
-def test_an_announcement_that_is_none(sts: Sts, texts: Any) -> None:
-    sts.records["_mta-sts.there.example", "TXT"] = texts
-    assert sts.live(sts.mode) == ""
-    assert sts.web.fetched == []
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["v=STSv1; id=1", "v=STSv1;id=1;", "v=STSv1 ; id = 1 ; x=y", "v=STSv1; x=y; id=1",
-     "v=STSv1; id=" + "a" * 32],
 )  # fmt: skip
-def test_an_announcement_however_it_is_written(sts: Sts, text: str) -> None:
-    sts.records["_mta-sts.there.example", "TXT"] = [text, "hello"]
-    assert sts.live(sts.mode) == "enforce"
-
-
-def test_another_id_has_the_policy_fetched_again(sts: Sts) -> None:
-    async def main() -> None:
-        assert await sts.mode() == "enforce"
-        sts.announce("2")
-        sts.publish("testing")
-        assert await sts.mode() == "enforce", "the announcement is still in the cache"
-        sts.wait(301)
-        assert await sts.mode() == "testing"
-        assert len(sts.web.fetched) == 2
-
-    sts.live(main)
+def test_an_announcement(sts: Sts, texts: Any, expected: str) -> None:
+    sts.records = {} if texts is None else {ANNOUNCED: texts}
+    assert sts.live(sts.mode) == expected
+    assert len(sts.fetched) == (expected == "enforce")
 
 
 @pytest.mark.parametrize("answer", [chasquid.ChasquidError("down"), b"<html>", OSError("down")])
@@ -1369,38 +657,18 @@ def test_the_old_policy_holds_while_the_new_cannot_be_had_until_it_is_too_old(
 ) -> None:
     async def main() -> None:
         assert await sts.mode() == "enforce"
-        sts.announce("2")
-        sts.web.found["there.example"] = answer
-        for _ in range(3):
-            sts.wait(20_000)
-            assert await sts.mode() == "enforce"
-        assert len(sts.web.fetched) == 4
-        assert sts.counters["mta-sts", "failed"] == 3
-        sts.wait(86_400 - 60_000 + 1)
-        assert await sts.mode() == ""
+        sts.web["there.example"] = answer
+        await sts.follow("announce 2;" + 3 * "wait 20000; enforce;" + "fetched 4; failed 3")
+        await sts.follow("wait 26401; no policy")
 
     sts.live(main)
     assert "the policy of there.example cannot be had" in (sts.directory / "server.log").read_text()
 
 
-def test_after_a_failure_nothing_is_fetched_for_five_minutes(sts: Sts) -> None:
-    async def main() -> None:
-        sts.web.found.clear()
-        for seconds, count in ((0, 1), (299, 1), (2, 2), (298, 2), (3, 3)):
-            sts.clock.advance(seconds)
-            assert await sts.mode() == ""
-            assert len(sts.web.fetched) == count
-        sts.publish()
-        sts.clock.advance(301)
-        assert await sts.mode() == "enforce"
-
-    sts.live(main)
-
-
 def test_the_pause_is_of_one_domain_alone(sts: Sts) -> None:
     async def main() -> None:
-        sts.announce("1", "other.example")
-        assert await sts.mode("other.example") == ""
+        sts.announce("v=STSv1; id=1", domain="other.example")
+        assert await sts.mode("other.example") == "no policy"
         assert await sts.mode() == "enforce"
 
     sts.live(main)
@@ -1410,46 +678,33 @@ def test_the_pause_is_of_one_domain_alone(sts: Sts) -> None:
 def test_a_policy_holds_without_its_announcement_until_it_is_too_old(sts: Sts, texts: Any) -> None:
     async def main() -> None:
         assert await sts.mode() == "enforce"
-        sts.records["_mta-sts.there.example", "TXT"] = texts
-        sts.wait(86_400)
-        assert await sts.mode() == "enforce"
-        sts.wait(1)
-        assert await sts.mode() == ""
+        sts.records[ANNOUNCED] = texts
+        await sts.follow("wait 86400; enforce; wait 301; no policy")
 
     sts.live(main)
 
 
-def test_an_old_policy_is_replaced_by_the_same_one(sts: Sts) -> None:
+def test_several_deliveries_at_once_fetch_once(sts: Sts) -> None:
     async def main() -> None:
-        assert await sts.mode() == "enforce"
-        sts.wait(86_401)
-        assert await sts.mode() == "enforce"
-        assert len(sts.web.fetched) == 2
-
-    sts.live(main)
-
-
-def test_two_deliveries_at_once_fetch_once(sts: Sts) -> None:
-    async def main() -> None:
-        sts.web.gate = chasquid.Event(sts.loop)
+        sts.gate = chasquid.Event(sts.loop)
         tasks = [sts.loop.spawn(sts.mode(), "delivery") for _ in range(3)]
         await turns(sts.loop)
         assert not any(task.done for task in tasks)
-        sts.web.gate.set()
+        sts.gate.set()
         assert [await task.join() for task in tasks] == ["enforce"] * 3
-        assert len(sts.web.fetched) == 1
+        assert len(sts.fetched) == 1
 
     sts.live(main)
 
 
 def test_a_delivery_that_is_given_up_spoils_nothing_for_the_other(sts: Sts) -> None:
     async def main() -> None:
-        sts.web.gate = chasquid.Event(sts.loop)
+        sts.gate = chasquid.Event(sts.loop)
         tasks = [sts.loop.spawn(sts.mode(), "delivery") for _ in range(2)]
         await turns(sts.loop)
         tasks[0].cancel()
         await turns(sts.loop)
-        sts.web.gate.set()
+        sts.gate.set()
         assert await tasks[1].join() == "enforce"
 
     sts.live(main)
@@ -1457,142 +712,71 @@ def test_a_delivery_that_is_given_up_spoils_nothing_for_the_other(sts: Sts) -> N
 
 def test_a_web_server_that_is_silent_is_waited_for_one_minute(sts: Sts) -> None:
     async def main() -> None:
-        sts.web.gate = chasquid.Event(sts.loop)
+        sts.gate = chasquid.Event(sts.loop)
         task = sts.loop.spawn(sts.mode(), "delivery")
         for seconds, done in ((59, False), (2, True)):
             await turns(sts.loop)
             sts.clock.advance(seconds)
             await turns(sts.loop)
             assert task.done is done
-        assert await task.join() == ""
+        assert await task.join() == "no policy"
         assert sts.counters["mta-sts", "failed"] == 1
-        sts.web.gate.set()
-        sts.clock.advance(301)
-        assert await sts.mode() == "enforce"
+        sts.gate.set()
+        await sts.follow("wait 301; enforce")
 
     sts.live(main)
 
 
 def test_a_restart_reads_what_is_on_the_disk(sts: Sts) -> None:
     assert sts.live(sts.mode) == "enforce"
-    sts.web.found.clear()
-    sts.records["_mta-sts.there.example", "TXT"] = DOWN
+    sts.web.clear()
+    sts.records[ANNOUNCED] = DOWN
     assert sts.live(sts.mode) == "enforce"
-    sts.wait(86_401)
-    assert sts.live(sts.mode) == ""
-    assert len(sts.web.fetched) == 1
+    sts.clock.advance(86_401)
+    assert sts.live(sts.mode) == "no policy"
+    assert len(sts.fetched) == 1
 
 
 def test_the_whole_policy_survives_a_restart(sts: Sts) -> None:
-    sts.web.found["there.example"] = POLICY + b"mx: *.example.net\n"
+    sts.web["there.example"] = POLICY + b"mx: *.example.net\n"
     before = sts.live(lambda: sts.policies.policy("there.example"))
     after = sts.live(lambda: sts.policies.policy("there.example"))
     assert before == after
     assert after.allows("a.example.net")
 
 
+KEPT = StsPolicy("1", "none", ("mx.there.example",), 86400, FakeClock().now)._asdict()
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"{", b"[]", b"null", b"7", b'"text"', b"{}", b'{"mx": 5}', b'{"mx": ["a"]}', b"\xff\0",
-     b'{"id": "1", "mode": "enforce", "mx": ["a"], "max_age": 5, "fetched": 0, "more": 1}'],
+     b'{"id": "1", "mode": "enforce", "mx": ["a"], "max_age": 5, "fetched": 0, "more": 1}',
+     *(json.dumps({**KEPT, **changed}).encode() for changed in (
+         {"max_age": "86400"}, {"fetched": None}, {"mode": 5, "max_age": [1]}, {"mx": [5]},
+     ))],
 )  # fmt: skip
 def test_a_corrupt_file_is_passed_over(sts: Sts, content: bytes) -> None:
-    cache = sts.directory / "sts-cache"
-    cache.mkdir()
-    (cache / "there.example").write_bytes(content)
-    (cache / "directory").mkdir()
+    sts.cache.mkdir()
+    (sts.cache / "there.example").write_bytes(content)
+    (sts.cache / "directory").mkdir()
     assert sts.live(sts.mode) == "enforce"
-    assert json.loads((cache / "there.example").read_bytes())["id"] == "1"
-
-
-@pytest.mark.parametrize(
-    "changed", [{"max_age": "86400"}, {"fetched": None}, {"mode": 5, "max_age": [1]}, {"mx": [5]}]
-)
-def test_a_file_with_values_of_the_wrong_kind_is_passed_over(
-    sts: Sts, changed: dict[str, Any]
-) -> None:
-    policy = StsPolicy("1", "none", ("mx.there.example",), 86400, sts.clock.now)
-    cache = sts.directory / "sts-cache"
-    cache.mkdir()
-    (cache / "there.example").write_text(json.dumps({**policy._asdict(), **changed}))
-    assert sts.live(sts.mode) == "enforce"
+    assert json.loads((sts.cache / "there.example").read_bytes())["id"] == "1"
 
 
 def test_a_cache_that_cannot_be_written_keeps_nothing_but_the_memory(sts: Sts) -> None:
-    (sts.directory / "sts-cache").write_text("in the way")
-
-    async def main() -> None:
-        for _ in range(2):
-            assert await sts.mode() == "enforce"
-
-    sts.live(main)
-    assert len(sts.web.fetched) == 1
+    sts.cache.write_text("in the way")
+    sts.live(lambda: sts.follow("enforce; enforce; fetched 1"))
     assert "cannot be written" in (sts.directory / "server.log").read_text()
-
-
-def test_a_policy_is_refreshed_before_it_is_too_old(sts: Sts) -> None:
-    async def main() -> None:
-        assert await sts.mode() == "enforce"
-        sts.publish("testing", age=7 * 86_400)
-        task = sts.loop.spawn(sts.policies.refresh_forever(), "refresh")
-        await turns(sts.loop)
-        for count in (1, 1, 1, 2, 2, 2, 2, 3):
-            sts.clock.advance(6 * 3600 + 1)
-            await turns(sts.loop)
-            assert len(sts.web.fetched) == count
-        assert await sts.mode() == "testing"
-        task.cancel()
-
-    sts.publish(age=7 * 86_400)
-    sts.live(main)
-
-
-def test_a_policy_of_a_few_hours_is_refreshed_earlier(sts: Sts) -> None:
-    async def main() -> None:
-        assert await sts.mode() == "enforce"
-        task = sts.loop.spawn(sts.policies.refresh_forever(), "refresh")
-        await turns(sts.loop)
-        sts.clock.advance(6 * 3600 + 1)
-        await turns(sts.loop)
-        assert len(sts.web.fetched) == 2
-        task.cancel()
-
-    sts.publish(age=10 * 3600)
-    sts.live(main)
-
-
-def test_a_refresh_that_fails_leaves_the_policy_and_the_next_mends_it(sts: Sts) -> None:
-    async def main() -> None:
-        assert await sts.mode() == "enforce"
-        task = sts.loop.spawn(sts.policies.refresh_forever(), "refresh")
-        await turns(sts.loop)
-        sts.web.found.clear()
-        sts.clock.advance(6 * 3600 + 1)
-        await turns(sts.loop)
-        assert await sts.mode() == "enforce"
-        sts.publish("testing")
-        sts.clock.advance(6 * 3600 + 1)
-        await turns(sts.loop)
-        assert await sts.mode() == "testing"
-        task.cancel()
-
-    sts.publish(age=12 * 3600 + 100)
-    sts.live(main)
 
 
 def test_a_policy_that_is_too_old_is_removed_from_the_disk(sts: Sts) -> None:
     async def main() -> None:
-        assert await sts.mode() == "enforce"
-        assert (sts.directory / "sts-cache" / "there.example").exists()
-        task = sts.loop.spawn(sts.policies.refresh_forever(), "refresh")
-        await turns(sts.loop)
-        sts.announce(None)
-        sts.clock.advance(6 * 3600 + 1)
-        await turns(sts.loop)
-        assert os.listdir(sts.directory / "sts-cache") == []
-        task.cancel()
+        await sts.follow("publish enforce 3600; enforce")
+        assert (sts.cache / "there.example").exists()
+        await sts.follow("refresh; announce; wait 21601")
+        assert os.listdir(sts.cache) == []
 
-    sts.publish(age=3600)
     sts.live(main)
 
 
@@ -1661,15 +845,16 @@ def fetch(
     return run(main)
 
 
-def fetched(directory: Path, *pieces: bytes) -> bytes | chasquid.ChasquidError:
-    """Return what comes of an answer that is sent in `pieces`."""
+def outcome(directory: Path, *pieces: bytes) -> bytes | str:
+    """Return the policy in an answer that is sent in `pieces`, or why there is none."""
 
     def respond(tls: ssl.SSLSocket, request: bytes) -> None:
         for piece in pieces:
             tls.sendall(piece)
 
     with WebServer(directory, respond) as server:
-        return fetch(server)
+        found = fetch(server)
+    return found if isinstance(found, bytes) else str(found)
 
 
 def response(
@@ -1681,7 +866,9 @@ def response(
 
 
 def chunked(*chunks: bytes) -> bytes:
-    return b"".join(b"%x;ext=1\r\n%s\r\n" % (len(one), one) for one in chunks) + b"0\r\n\r\n"
+    """Return a response in chunks; the last octets are b"0\\r\\n\\r\\n"."""
+    body = b"".join(b"%x;ext=1\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks)
+    return response(body + b"0\r\n\r\n", Transfer_Encoding="chunked")
 
 
 def test_the_request_is_as_it_must_be(tmp_path: Path) -> None:
@@ -1695,98 +882,81 @@ def test_the_request_is_as_it_must_be(tmp_path: Path) -> None:
     assert server.names == ["mta-sts.there.example"]
 
 
-@pytest.mark.parametrize(
-    "pieces",
-    [
-        [response()],
-        [response(Content_Length=len(POLICY))],
-        [response(Content_Length=len(POLICY)) + b"and more"],
-        [response(kind="Text/Plain; charset=utf-8")],
-        [response(chunked(POLICY), Transfer_Encoding="chunked")],
-        [response(chunked(POLICY[:10], POLICY[10:]), Transfer_Encoding="chunked")],
-        [bytes([octet]) for octet in response(Content_Length=len(POLICY))],
-        [response().replace(b"HTTP/1.1", b"HTTP/1.0")],
-        [b"HTTP/1.1 100 Continue\r\n\r\n" + response()],
-        [response().replace(b"\r\n", b"\n", 2)],
-    ],
-    ids=["until the end", "a length", "more than the length", "charset", "a chunk", "chunks",
-         "octet by octet", "HTTP/1.0", "100", "LF"],
-)  # fmt: skip
-def test_a_policy_however_it_is_sent(tmp_path: Path, pieces: list[bytes]) -> None:
-    assert fetched(tmp_path, *pieces) == POLICY
+WITH_LENGTH = response(Content_Length=len(POLICY))
+LARGEST = POLICY.ljust(10 * 1024, b"\n")
+TOO_LARGE = "the policy is larger than 10 kB"
+ANSWERS: dict[str, tuple[Sequence[bytes], bytes | str]] = {
+    "until the end": ([response()], POLICY),
+    "a length": ([WITH_LENGTH], POLICY),
+    "more than the length": ([WITH_LENGTH + b"and more"], POLICY),
+    "charset": ([response(kind="Text/Plain; charset=utf-8")], POLICY),
+    "a chunk": ([chunked(POLICY)], POLICY),
+    "chunks": ([chunked(POLICY[:10], POLICY[10:])], POLICY),
+    "octet by octet": ([bytes([octet]) for octet in WITH_LENGTH], POLICY),
+    "HTTP/1.0": ([response().replace(b"HTTP/1.1", b"HTTP/1.0")], POLICY),
+    "100": ([b"HTTP/1.1 100 Continue\r\n\r\n" + response()], POLICY),
+    "LF": ([response().replace(b"\r\n", b"\n", 2)], POLICY),
+    "empty": ([response(b"")], b""),
+    "a long field": ([response(X="y" * 70_000)], b""),  # the rest is not read
+    "the largest": ([response(LARGEST)[start : start + 3000] for start in range(0, 11_000, 3000)],
+                    LARGEST),
+    "larger": ([response(LARGEST + b"\n")], TOO_LARGE),
+    "larger, a length": ([response(LARGEST + b"\n", Content_Length=len(LARGEST) + 1)], TOO_LARGE),
+    "larger, chunks": ([chunked(LARGEST, b"\n")], TOO_LARGE),
+    "much larger": ([response(LARGEST * 50)], TOO_LARGE),
+    "301": ([response(status="301 Moved", Location="https://other.example/")], "301"),
+    "302": ([response(status="302 Found", Location="/elsewhere")], "302"),
+    "204": ([response(status="204 No Content")], "204"),
+    "404": ([response(status="404 Not Found")], "404"),
+    "500": ([response(status="500 Oops")], "500"),
+    **{
+        f"the type {kind}": ([response(kind=kind)], "text/plain")
+        for kind in ("text/html", "application/octet-stream", None, "", "policy", "text")
+    },
+    "within the status line": ([b"HTTP/1.1 200"], "text/plain"),
+    "cut short": ([response(Content_Length=len(POLICY) + 1)], "cut short"),
+    **{
+        what: ([answer], "no HTTP")
+        for what, answer in {
+            "within a chunk": chunked(POLICY)[:-20],
+            "no last chunk": chunked(POLICY)[:-5],
+            "no size of a chunk": response(b"zz\r\n" + POLICY, Transfer_Encoding="chunked"),
+            "nothing": b"",
+            "no status": b"HTTP/1.1 abc OK\r\n\r\n",
+            "HTTP/7": response().replace(b"HTTP/1.1", b"HTTP/7"),
+            "SMTP": b"220 mail.there.example ESMTP\r\n",
+            "the policy alone": POLICY,
+            "noise": b"\0\xff" * 1000,
+            "many fields": response(**{f"X-{number}": "y" for number in range(200)}),
+            "100 for ever": b"HTTP/1.1 100 Continue\r\n\r\n" * 10_000,
+            "a long line": b"x" * 1_000_000,
+        }.items()
+    },
+}  # fmt: skip
 
 
-def test_a_policy_of_10_kb_is_taken_and_a_larger_one_is_not(tmp_path: Path) -> None:
-    largest = POLICY.ljust(10 * 1024, b"\n")
-    whole = response(largest)
-    pieces = [whole[start : start + 3000] for start in range(0, len(whole), 3000)]
-    assert fetched(tmp_path, *pieces) == largest
-    for answer in (
-        response(largest + b"\n"),
-        response(largest + b"\n", Content_Length=len(largest) + 1),
-        response(chunked(largest, b"\n"), Transfer_Encoding="chunked"),
-        response(largest * 50),
-    ):
-        assert "larger than 10 kB" in str(fetched(tmp_path, answer))
-
-
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [
-        (response(status="301 Moved", Location="https://other.example/"), "301"),
-        (response(status="302 Found", Location="/elsewhere"), "302"),
-        (response(status="204 No Content"), "204"),
-        (response(status="404 Not Found"), "404"),
-        (response(status="500 Oops"), "500"),
-        (response(kind="text/html"), "text/plain"),
-        (response(kind="application/octet-stream"), "text/plain"),
-        (response(Content_Length=len(POLICY) + 1), "cut short"),
-        (response(chunked(POLICY)[:-20], Transfer_Encoding="chunked"), "no HTTP"),
-        (response(chunked(POLICY)[:-5], Transfer_Encoding="chunked"), "no HTTP"),
-        (response(b"zz\r\n" + POLICY, Transfer_Encoding="chunked"), "no HTTP"),
-        (b"", "no HTTP"),
-        (b"HTTP/1.1 abc OK\r\n\r\n", "no HTTP"),
-        (b"HTTP/7 200 OK\r\nContent-Type: text/plain\r\n\r\n" + POLICY, "no HTTP"),
-        (b"220 mail.there.example ESMTP\r\n", "no HTTP"),
-        (POLICY, "no HTTP"),
-        (b"\0\xff" * 1000, "no HTTP"),
-        (response(**{f"X-{number}": "y" for number in range(200)}), "no HTTP"),
-        (b"HTTP/1.1 100 Continue\r\n\r\n" * 10_000, "no HTTP"),
-        (b"x" * 1_000_000, "no HTTP"),
-    ],
-)
-def test_an_answer_that_is_no_policy(tmp_path: Path, answer: bytes, expected: str) -> None:
-    found = fetched(tmp_path, answer)
-    assert isinstance(found, chasquid.ChasquidError)
-    assert expected in str(found)
-
-
-@pytest.mark.parametrize("answer", [b"HTTP/1.1 200", response(X="y" * 70_000), response(b"")])
-def test_an_answer_that_ends_within_its_header_is_no_policy(tmp_path: Path, answer: bytes) -> None:
-    found = fetched(tmp_path, answer)
-    with pytest.raises((ValueError, chasquid.ChasquidError), match="expected version|no(t|) "):
-        raise found if isinstance(found, Exception) else ValueError(parse(found))
-
-
-@pytest.mark.parametrize("kind", [None, "", "policy", "text"])
-def test_an_answer_that_does_not_say_its_type_is_no_policy(
-    tmp_path: Path, kind: str | None
+@pytest.mark.parametrize(("pieces", "expected"), ANSWERS.values(), ids=ANSWERS)
+def test_an_answer_of_the_web_server(
+    tmp_path: Path, pieces: Sequence[bytes], expected: bytes | str
 ) -> None:
-    assert isinstance(fetched(tmp_path, response(kind=kind)), chasquid.ChasquidError)
+    found = outcome(tmp_path, *pieces)
+    if isinstance(expected, bytes):
+        assert found == expected
+    else:
+        assert isinstance(found, str) and expected in found
+
+
+CHANGES = st.tuples(
+    st.sampled_from([chunked(POLICY), WITH_LENGTH]),
+    st.integers(0, 200),
+    st.integers(0, 200),
+    st.binary(max_size=3),
+)
 
 
 @given(
     st.binary(max_size=100)
-    | st.tuples(st.integers(0, 200), st.integers(0, 200), st.binary(max_size=3)).map(
-        lambda change: (lambda whole: whole[: change[0]] + change[2] + whole[change[1] :])(
-            response(chunked(POLICY), Transfer_Encoding="chunked")
-        )
-    )
-    | st.tuples(st.integers(0, 200), st.integers(0, 200), st.binary(max_size=3)).map(
-        lambda change: (lambda whole: whole[: change[0]] + change[2] + whole[change[1] :])(
-            response(Content_Length=len(POLICY))
-        )
-    )
+    | CHANGES.map(lambda change: change[0][: change[1]] + change[3] + change[0][change[2] :])
 )
 @settings(max_examples=200)
 def test_any_answer_is_a_policy_or_a_failure_in_words(answer: bytes) -> None:
@@ -1821,7 +991,7 @@ def test_a_web_server_without_an_address_or_that_is_down(tmp_path: Path) -> None
     assert "down" in str(fetch(server, records={**ADDRESS, ("mta-sts.there.example", "A"): DOWN}))
 
 
-def test_the_next_address_is_tried_where_one_is_down(tmp_path: Path) -> None:
+def test_the_next_address_is_tried_if_the_first_is_down(tmp_path: Path) -> None:
     records = {("mta-sts.there.example", "A"): ("127.0.0.2", "127.0.0.1")}
     with WebServer(tmp_path, lambda tls, _: tls.sendall(response())) as server:
         assert fetch(server, records=records) == POLICY
@@ -1862,116 +1032,6 @@ def test_a_web_server_that_stops_answering_is_left_after_a_minute(
     log.close()
 
 
-# --- MTA-STS: deliveries ---
-
-ANNOUNCED = ("_mta-sts.there.example", "TXT")
-STS_RECORDS: Records = {**MX, ANNOUNCED: ("v=STSv1; id=1",)}
-
-
-def published(text: bytes = POLICY) -> chasquid.FetchPolicy:
-    async def get(domain: str) -> bytes:
-        assert domain == "there.example"
-        return text
-
-    return get
-
-
-def test_a_server_in_the_policy_with_a_valid_certificate_gets_mail(
-    tmp_path: Path, trusted: None
-) -> None:
-    assert attempt(tmp_path, DELIVERED, records=STS_RECORDS, fetch=published()).state == State.SENT
-
-
-def test_a_server_that_is_not_in_the_policy_gets_nothing(tmp_path: Path, trusted: None) -> None:
-    fetch = published(POLICY.replace(b"mx.there", b"*.there.example\nmx: mx.other"))
-    records = {**STS_RECORDS, ("there.example", "MX"): ("10 a.mx.there.example.",),
-               ("a.mx.there.example", "A"): ("127.0.0.1",)}  # fmt: skip
-    result = deliver(tmp_path, Zone(records), fetch=fetch)
-    assert (result.state, result.status) == (State.DEFERRED, "4.7.5")
-    assert "a.mx.there.example" in result.text and "MTA-STS" in result.text
-
-
-def test_of_several_servers_only_those_in_the_policy_are_used(
-    tmp_path: Path, trusted: None
-) -> None:
-    records = {**STS_RECORDS, ("there.example", "MX"): ("5 a.example.", "10 mx.there.example."),
-               ("a.example", "A"): ("127.0.0.1",)}  # fmt: skip
-    assert attempt(tmp_path, DELIVERED, records=records, fetch=published()).state == State.SENT
-
-
-@pytest.mark.parametrize("script", [REFUSES_CERTIFICATE, *BROKEN.values()])
-def test_a_server_without_a_valid_certificate_gets_nothing(tmp_path: Path, script: str) -> None:
-    assert_refused(attempt(tmp_path, script, records=STS_RECORDS, fetch=published()), "MTA-STS")
-
-
-@pytest.mark.parametrize("mode", [b"testing", b"none"])
-def test_a_policy_that_is_not_enforced_keeps_nothing_back(tmp_path: Path, mode: bytes) -> None:
-    fetch = published(POLICY.replace(b"enforce", mode).replace(b"mx.there", b"mx.other"))
-    script = GREETING + ENVELOPE + CONTENT
-    assert attempt(tmp_path, script, records=STS_RECORDS, fetch=fetch).state == State.SENT
-
-
-def test_a_server_that_has_just_started_keeps_to_the_policies_on_its_disk(tmp_path: Path) -> None:
-    policy = StsPolicy("1", "enforce", ("mx.other.example",), 86400, time.time())
-    server = Server(tmp_path, ask=ask(MX))
-    (server.data_dir / "sts-cache").mkdir(parents=True)
-    (server.data_dir / "sts-cache" / "there.example").write_text(json.dumps(policy._asdict()))
-    with server:
-        submit(server, "")
-        wait_for(lambda: server.queued("cur"), "the first attempt")
-        assert "none of the servers in the MTA-STS policy of there.example" in server.mail_log
-
-
-def test_a_policy_that_cannot_be_had_keeps_nothing_back(tmp_path: Path) -> None:
-    script = GREETING + ENVELOPE + CONTENT
-    assert attempt(tmp_path, script, records=STS_RECORDS).state == State.SENT
-
-
-def test_the_policy_of_an_international_domain_is_asked_for_in_a_labels(tmp_path: Path) -> None:
-    asked: list[str] = []
-
-    async def fetch(domain: str) -> bytes:
-        asked.append(domain)
-        return POLICY
-
-    records = {("xn--bcher-kva.example", "MX"): ("10 mx.other.example.",),
-               ("_mta-sts.xn--bcher-kva.example", "TXT"): ("v=STSv1; id=1",),
-               ("mx.other.example", "A"): ("127.0.0.1",)}  # fmt: skip
-    destination = address("eva@bücher.example")
-    assert deliver(tmp_path, Zone(records), destination=destination, fetch=fetch).status == "4.7.5"
-    assert asked == ["xn--bcher-kva.example"]
-
-
-def test_a_server_that_somebody_here_named_needs_no_policy(tmp_path: Path) -> None:
-    with Peer(GREETING + ENVELOPE + CONTENT) as peer:
-        destination = address("eva@there.example", f"mx.there.example:{peer.port}")
-        zone = Zone({**STS_RECORDS, ("_mta-sts.mx.there.example", "TXT"): ("v=STSv1; id=1",)})
-        assert (
-            deliver(tmp_path, zone, destination=destination, fetch=published()).state == State.SENT
-        )
-    assert not any(kind == "TXT" for _, kind in zone.asked)
-
-
-def test_dane_wins_over_a_policy_that_would_forbid(tmp_path: Path) -> None:
-    fetch = published(POLICY.replace(b"mx.there", b"mx.other"))
-    found = attempt(tmp_path, DELIVERED, records=STS_RECORDS, fetch=fetch, tlsa=[tlsa(3)])
-    assert found.state == State.SENT
-
-
-def test_dane_wins_over_a_policy_that_would_allow(tmp_path: Path, trusted: None) -> None:
-    script = STARTTLS + SECURE + "* closed"
-    found = attempt(tmp_path, script, records=STS_RECORDS, fetch=published(), tlsa=[WRONG])
-    assert_refused(found, "DANE")
-
-
-def test_a_policy_holds_where_the_tlsa_records_cannot_be_used(
-    tmp_path: Path, trusted: None
-) -> None:
-    more: dict[str, Any] = {"records": STS_RECORDS, "fetch": published(), "tlsa": ["1 1 1 ab"]}
-    assert_refused(attempt(tmp_path, NO_TLS, **more), "MTA-STS")
-    assert attempt(tmp_path, DELIVERED, **more).state == State.SENT
-
-
 # --- what is demanded ---
 
 
@@ -1987,287 +1047,77 @@ def requirement(
     return run(main)
 
 
-SIGNED_TLSA = {**MX, ("_25._tcp.mx.there.example", "TLSA"): ["3 1 1 ab"]}
+REAL, ALIAS = "_25._tcp.real.example", "_25._tcp.mx.there.example"
+AB = (Tlsa(3, 1, 1, b"\xab"),)
+NOTHING, BY_DANE = TlsRequirement(), TlsRequirement(TLS_SECURE, AB, "DANE", vouched=True)
+AAAA = {("there.example", "MX"): MX["there.example", "MX"], ("mx.there.example", "AAAA"): ["::1"]}
 
 
-def test_each_demand_says_who_makes_it(tmp_path: Path) -> None:
-    assert requirement(tmp_path, Zone(MX)) == TlsRequirement(PLAIN, (), "", vouched=False)
-    assert requirement(tmp_path, SignedZone(MX)) == TlsRequirement(PLAIN, (), "", vouched=True)
-    assert requirement(tmp_path, SignedZone(MX), by_mx=False) == TlsRequirement(
-        PLAIN, (), "", vouched=False
-    )
-    assert requirement(tmp_path, SignedZone(SIGNED_TLSA)) == TlsRequirement(
-        TLS_SECURE, (Tlsa(3, 1, 1, b"\xab"),), "DANE", vouched=True
-    )
-    assert requirement(tmp_path, Zone(STS_RECORDS), fetch=published()) == TlsRequirement(
-        TLS_SECURE, (), "MTA-STS", vouched=True
-    )
+def signed(
+    *unsigned: tuple[str, str], records: Records = MX, alias: bool = False, **tlsa: Any
+) -> Zone:
+    """Return a signed zone; `at_real` and `at_mx` are its TLSA records."""
+    names = {"at_real": REAL, "at_mx": ALIAS}
+    found = {(names[place], "TLSA"): texts for place, texts in tlsa.items()}
+    aliases = {"mx.there.example": "real.example"} if alias else {}
+    return Zone({**records, **found}, signed=True, unsigned=unsigned, aliases=aliases)
+
+
+async def published(domain: str) -> bytes:
+    return POLICY
+
+
+REQUIREMENTS: dict[str, tuple[Zone, dict[str, Any], TlsRequirement]] = {
+    "unsigned": (Zone(MX), {}, NOTHING),
+    "signed": (signed(), {}, TlsRequirement(vouched=True)),
+    "signed, a named host": (signed(), {"by_mx": False}, NOTHING),
+    "TLSA": (signed(at_mx=["3 1 1 ab"]), {}, BY_DANE),
+    "a policy": (
+        Zone({**MX, ANNOUNCED: ("v=STSv1; id=1",)}), {"fetch": published},
+        TlsRequirement(TLS_SECURE, (), "MTA-STS", vouched=True),
+    ),
+    "IPv6 alone": (signed(records=AAAA, at_mx=["3 1 1 ab"]), {}, BY_DANE),
+    "IPv6 alone, unsigned": (
+        signed(("mx.there.example", "AAAA"), records=AAAA, at_mx=["3 1 1 ab"]), {}, NOTHING
+    ),
+    "an alias: what it stands for comes first": (
+        signed(alias=True, at_real=["3 1 1 ab"], at_mx=["3 1 1 cd"]), {}, BY_DANE
+    ),
+    "an alias: only what it stands for": (signed(alias=True, at_real=["3 1 1 ab"]), {}, BY_DANE),
+    "an alias: only itself": (signed(alias=True, at_mx=["3 1 1 ab"]), {}, BY_DANE),
+    "an alias: what it stands for cannot be used": (
+        signed(alias=True, at_real=["1 1 1 ab"], at_mx=["3 1 1 ab"]), {},
+        TlsRequirement(TLS_INSECURE, (), "DANE", vouched=True),
+    ),
+    "an alias: nothing": (signed(alias=True), {}, TlsRequirement(vouched=True)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("zone", "more", "expected"), REQUIREMENTS.values(), ids=REQUIREMENTS)
+def test_a_requirement_says_who_makes_it(
+    tmp_path: Path, zone: Zone, more: dict[str, Any], expected: TlsRequirement
+) -> None:
+    assert requirement(tmp_path, zone, **more) == expected
+
+
+def test_a_requirement_by_what_was_seen_before(tmp_path: Path) -> None:
     remember(tmp_path, TLS_INSECURE)
-    assert requirement(tmp_path, SignedZone(MX)) == TlsRequirement(
+    assert requirement(tmp_path, signed()) == TlsRequirement(
         TLS_INSECURE, (), "it was TLS_INSECURE before", vouched=True
     )
 
 
-def test_a_host_with_ipv6_alone_is_signed_as_well(tmp_path: Path) -> None:
-    records = {key: value for key, value in SIGNED_TLSA.items() if key[1] != "A"}
-    assert requirement(
-        tmp_path, SignedZone({**records, ("mx.there.example", "AAAA"): ["::1"]})
-    ).tlsa
-    unsigned = [("mx.there.example", "AAAA")]
-    zone = SignedZone({**records, ("mx.there.example", "AAAA"): ["::1"]}, unsigned)
-    assert requirement(tmp_path, zone) == TlsRequirement()
-
-
 def test_of_an_address_nothing_is_asked(tmp_path: Path) -> None:
-    zone = SignedZone({})
-    assert requirement(tmp_path, zone, by_mx=False, host="127.0.0.1") == TlsRequirement()
+    zone = signed(records={})
+    assert requirement(tmp_path, zone, by_mx=False, host="127.0.0.1") == NOTHING
     assert zone.asked == []
 
 
-def test_for_an_alias_the_records_of_what_it_stands_for_come_first(tmp_path: Path) -> None:
-    real, alias = "_25._tcp.real.example", "_25._tcp.mx.there.example"
-    for found, expected in (
-        ({real: ["3 1 1 ab"], alias: ["3 1 1 cd"]}, TlsRequirement(TLS_SECURE, (), "DANE", True)),
-        ({real: ["3 1 1 ab"]}, TlsRequirement(TLS_SECURE, (), "DANE", True)),
-        ({alias: ["3 1 1 ab"]}, TlsRequirement(TLS_SECURE, (), "DANE", True)),
-        ({real: ["1 1 1 ab"], alias: ["3 1 1 ab"]}, TlsRequirement(TLS_INSECURE, (), "DANE", True)),
-        ({}, TlsRequirement(PLAIN, (), "", True)),
-    ):
-        records = {**MX, **{(name, "TLSA"): texts for name, texts in found.items()}}
-        zone = SignedZone(records, aliases={"mx.there.example": "real.example"})
-        seen = requirement(tmp_path, zone)
-        assert seen._replace(tlsa=()) == expected
-        assert seen.tlsa == ((Tlsa(3, 1, 1, b"\xab"),) if expected.least == TLS_SECURE else ())
-
-
-def test_where_the_records_of_an_alias_cannot_be_had_nothing_is_sent(tmp_path: Path) -> None:
-    records = {**SIGNED_TLSA, ("_25._tcp.real.example", "TLSA"): DOWN}
+def test_if_the_records_of_an_alias_cannot_be_had_nothing_is_sent(tmp_path: Path) -> None:
     with pytest.raises(TemporaryFailure, match="down"):
-        requirement(tmp_path, SignedZone(records, aliases={"mx.there.example": "real.example"}))
+        requirement(tmp_path, signed(alias=True, at_real=DOWN, at_mx=["3 1 1 ab"]))
 
 
 def test_only_so_many_records_are_looked_at(tmp_path: Path) -> None:
     many = [f"3 1 1 {number:04x}" for number in range(500)]
-    zone = SignedZone({**MX, ("_25._tcp.mx.there.example", "TLSA"): many})
-    assert len(requirement(tmp_path, zone).tlsa) == 20
-
-
-# --- REQUIRETLS and "TLS-Required: No", coming in ---
-
-NEEDS = delivery(require_tls=True)
-WITH_REQUIRETLS = SECURE.replace("S: 250 mx", "S: 250-mx") + "S: 250 REQUIRETLS\n"
-REQUIRED = WITH_REQUIRETLS + ENVELOPE.replace(
-    "FROM:<eva@there.example>", "FROM:<eva@there.example> REQUIRETLS"
-)
-
-
-class Taking:
-    """A courier that keeps what it gets, and has it delivered if it may."""
-
-    def __init__(self, state: str) -> None:
-        self.state = state
-        self.deliveries: list[Delivery] = []
-
-    async def deliver(
-        self, delivery: Delivery, destinations: Sequence[Destination]
-    ) -> list[chasquid.Result]:
-        self.deliveries.append(delivery)
-        return [chasquid.Result(self.state, "4.0.0", "as it is told")] * len(destinations)
-
-
-def test_requiretls_is_offered_and_taken_only_with_tls(serve: Serve) -> None:
-    with greeted(serve()) as wire:
-        assert "REQUIRETLS" not in wire.ask("EHLO client.example")
-    play(
-        serve(),
-        """
-        S: 220 …
-        C: EHLO client.example
-        S: 250-…
-        S: 250 …
-        C: MAIL FROM:<eva@there.example> REQUIRETLS
-        S: 530 5.7.10 …
-        C: STARTTLS
-        S: 220 …
-        * TLS
-        C: EHLO client.example
-        S: 250-…
-        S: 250 …
-        C: MAIL FROM:<eva@there.example> REQUIRETLS=yes
-        S: 501 5.5.4 …
-        C: MAIL FROM:<eva@there.example> requiretls
-        S: 250 …
-        """,
-    )
-    with with_tls(serve()) as wire:
-        assert "\n250-REQUIRETLS\n" in wire.ask("EHLO client.example")
-        assert wire.ask("HELO client.example").startswith("250 ")
-        assert wire.ask("MAIL FROM:<eva@there.example> REQUIRETLS").startswith("555 5.5.4 ")
-
-
-def submit(server: Server, parameters: str, data: bytes = LETTER) -> None:
-    with logged_in(server) as wire:
-        assert wire.ask(f"MAIL FROM:<ana@here.example>{parameters}").startswith("250 ")
-        assert wire.ask("RCPT TO:<eva@there.example>").startswith("250 ")
-        assert wire.ask("DATA").startswith("354 ")
-        wire.send(data + b".\r\n")
-        assert wire.reply().startswith("250 ")
-
-
-@pytest.mark.parametrize("parameters", ["", " REQUIRETLS", " BODY=8BITMIME REQUIRETLS"])
-def test_requiretls_goes_with_the_message_and_survives_a_restart(
-    tmp_path: Path, parameters: str
-) -> None:
-    clock, courier = RunningClock(), Taking(State.DEFERRED)
-    server = Server(tmp_path, clock=clock, remote=courier)
-    with server:
-        submit(server, parameters)
-        wait_for(lambda: server.queued("cur"), "the first attempt")
-    courier.state = State.SENT
-    with server:
-        clock.advance(300)
-        server.settle()
-        wait_for(lambda: not server.queued(), "the second attempt")
-    assert [one.require_tls for one in courier.deliveries] == ["REQUIRETLS" in parameters] * 2
-
-
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ("TLS-Required: No\r\n", True),
-        ("tls-required:no\r\n", True),
-        ("TLS-Required:\r\n NO \r\n", True),
-        ("", False),
-        ("TLS-Required: Yes\r\n", False),
-        ("TLS-Required: \r\n", False),
-        ("TLS-Required: No way\r\n", False),
-        ("TLS-Required: No\r\nTLS-Required: No\r\n", False),
-        ("X-TLS-Required: No\r\n", False),
-        ("Subject: x\r\n\r\nTLS-Required: No\r\n", False),
-    ],
-)
-def test_tls_required_no_goes_with_the_message_and_survives_a_restart(
-    tmp_path: Path, fields: str, expected: bool
-) -> None:
-    clock, courier = RunningClock(), Taking(State.DEFERRED)
-    server = Server(tmp_path, clock=clock, remote=courier)
-    with server:
-        submit(server, "", fields.encode() + LETTER)
-        wait_for(lambda: server.queued("cur"), "the first attempt")
-    courier.state = State.SENT
-    with server:
-        clock.advance(300)
-        server.settle()
-        wait_for(lambda: not server.queued(), "the second attempt")
-    assert [one.tls_optional for one in courier.deliveries] == [expected] * 2
-    assert not any(one.require_tls for one in courier.deliveries)
-
-
-# --- REQUIRETLS and "TLS-Required: No", going out ---
-
-
-def test_a_message_that_requires_tls_says_so_to_a_signed_server(
-    tmp_path: Path, trusted: None
-) -> None:
-    found = attempt(tmp_path, STARTTLS + REQUIRED + CONTENT, tlsa=[], load=NEEDS)
-    assert found.state == State.SENT
-
-
-def test_a_message_that_requires_tls_says_so_to_a_server_of_a_policy(
-    tmp_path: Path, trusted: None
-) -> None:
-    script = STARTTLS + REQUIRED + CONTENT
-    found = attempt(tmp_path, script, records=STS_RECORDS, fetch=published(), load=NEEDS)
-    assert found.state == State.SENT
-
-
-def test_a_message_that_requires_tls_is_content_with_dane(tmp_path: Path) -> None:
-    script = STARTTLS + REQUIRED + CONTENT
-    assert attempt(tmp_path, script, tlsa=[tlsa(3)], load=NEEDS).state == State.SENT
-
-
-def test_a_message_that_requires_tls_goes_through_a_named_server(
-    tmp_path: Path, trusted: None
-) -> None:
-    with Peer(STARTTLS + REQUIRED + CONTENT, names=("mx.there.example",)) as peer:
-        destination = address("eva@there.example", f"mx.there.example:{peer.port}")
-        assert deliver(tmp_path, Zone(MX), destination=destination, load=NEEDS).state == State.SENT
-
-
-@pytest.mark.parametrize("records", [MX, {**MX, ANNOUNCED: ("v=STSv1; id=1",)}])
-def test_it_fails_where_nobody_vouches_for_the_server(tmp_path: Path, records: Records) -> None:
-    result = deliver(tmp_path, Zone(records), load=NEEDS)
-    assert (result.state, result.status) == (State.FAILED, "5.7.30")
-    assert "REQUIRETLS" in result.text and "mx.there.example" in result.text
-
-
-@pytest.mark.parametrize("unsigned", [("there.example", "MX"), ("mx.there.example", "A")])
-def test_it_fails_where_only_a_part_is_signed(tmp_path: Path, unsigned: tuple[str, str]) -> None:
-    result = deliver(tmp_path, SignedZone(MX, [unsigned]), load=NEEDS)
-    assert (result.state, result.status) == (State.FAILED, "5.7.30")
-
-
-@pytest.mark.parametrize(
-    "greeting",
-    [STARTTLS, STARTTLS.replace("S: 250 STARTTLS", "S: 250-REQUIRETLS\nS: 250 STARTTLS")],
-)
-def test_it_fails_where_the_server_does_not_know_of_it_under_tls(
-    tmp_path: Path, trusted: None, greeting: str
-) -> None:
-    found = attempt(tmp_path, greeting + SECURE + "* closed", tlsa=[], load=NEEDS)
-    assert (found.state, found.status) == (State.FAILED, "5.7.30")
-    assert "REQUIRETLS" in found.text
-
-
-@pytest.mark.parametrize("script", [REFUSES_CERTIFICATE, *BROKEN.values()])
-def test_it_waits_where_there_is_no_valid_certificate(tmp_path: Path, script: str) -> None:
-    assert_refused(attempt(tmp_path, script, tlsa=[], load=NEEDS), "REQUIRETLS")
-
-
-def test_a_message_that_does_not_require_tls_does_not_say_so(tmp_path: Path, trusted: None) -> None:
-    script = STARTTLS + WITH_REQUIRETLS + ENVELOPE + CONTENT
-    assert attempt(tmp_path, script, tlsa=[]).state == State.SENT
-
-
-OPTIONAL = delivery(tls_optional=True)
-IN_THE_CLEAR = GREETING + ENVELOPE + CONTENT
-
-
-def test_tls_required_no_ignores_every_policy_and_level(tmp_path: Path) -> None:
-    remember(tmp_path, TLS_SECURE)
-    forbidding = published(POLICY.replace(b"mx.there", b"mx.other"))
-    for more in (
-        {"records": STS_RECORDS, "fetch": published()},
-        {"records": STS_RECORDS, "fetch": forbidding},
-        {"tlsa": [WRONG]},
-        {},
-    ):
-        found = attempt(tmp_path, IN_THE_CLEAR, load=OPTIONAL, **more)  # type: ignore[arg-type]
-        assert found.state == State.SENT
-    assert kept(tmp_path).outgoing == TLS_SECURE
-
-
-def test_tls_required_no_uses_tls_where_it_can_and_learns_nothing(tmp_path: Path) -> None:
-    found = attempt(tmp_path, REFUSES_CERTIFICATE, DELIVERED, load=OPTIONAL)
-    assert found.state == State.SENT
-    assert not (tmp_path / "domaininfo").exists()
-
-
-def test_requiretls_wins_over_tls_required_no(tmp_path: Path) -> None:
-    both = delivery(require_tls=True, tls_optional=True)
-    assert deliver(tmp_path, Zone(MX), load=both).status == "5.7.30"
-    assert_refused(attempt(tmp_path, NO_TLS, tlsa=[], load=both), "REQUIRETLS")
-
-
-@pytest.mark.parametrize(("parameters", "body"), [("", True), (" REQUIRETLS", False)])
-def test_the_notification_of_a_message_that_requires_tls_carries_no_body(
-    serve: Serve, parameters: str, body: bool
-) -> None:
-    records = {**MX, ("there.example", "MX"): ("0 .",)} if body else MX
-    server = serve(ask=ask(records))
-    submit(server, parameters)
-    [notification] = server.mail("ana")
-    assert b"Subject: hello\n" in notification
-    assert (b"It works." in notification) is body
-    assert (b"Content-Type: text/rfc822-headers\n" in notification) is not body
-    assert (b"Status: 5.7.30\n" in notification) is not body
+    assert len(requirement(tmp_path, signed(at_mx=many)).tlsa) == 20

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""USERS: the users file, passwords, and what the time of an answer gives away."""
+"""Room USERS: the users file, passwords, and what the time of an answer gives away."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lower import chasquid, searched
+from support import searched
+
+import chasquid
 
 Accounts, Denied, Plain, Scrypt = (
     chasquid.Accounts,

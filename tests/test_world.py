@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import Peer
-from world import Activity, MailWorld, MovableClock, SubmissionRefused, WorldServer
+from support import HOUR, Peer, RunningClock
+from world import Activity, MailWorld, SubmissionRefused, WorldServer
 
 import chasquid
 
 ANA, EVA = "ana@here.example", "eva@there.example"
-HOUR = 3600.0
 
 
 @pytest.fixture
@@ -596,7 +595,7 @@ def test_a_table_wants_lists_and_whole_lines(world: MailWorld) -> None:
 
 
 def test_the_clock_runs_and_is_moved() -> None:
-    clock = MovableClock()
+    clock = RunningClock()
     assert clock.time() == pytest.approx(time.time(), abs=5)
     before = clock.monotonic()
     threads = [threading.Thread(target=lambda: clock.advance(10)) for _ in range(10)]

@@ -38,13 +38,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+from support import RunningClock
+
 from chasquid import (
     SMTP_PORT,
     SUBMISSION_PORT,
     SUBMISSION_TLS_PORT,
     Answer,
     ChasquidError,
-    Clock,
     Daemon,
     Disconnected,
     DkimKey,
@@ -96,32 +97,6 @@ _WORLD_KEYS = {
 }  # fmt: skip
 
 
-class MovableClock(Clock):
-    """The real clock, and what `advance` has put on top of it. For any thread.
-
-    `moved` is called after each move: a loop that sleeps must look at its timers again.
-    """
-
-    def __init__(self, moved: Callable[[], object] = lambda: None) -> None:
-        self._moved = moved
-        self._ahead = 0.0
-        self._lock = threading.Lock()
-
-    def advance(self, seconds: float) -> None:
-        """Move the clock ahead. Raises ChasquidError where that would be back."""
-        if not 0 <= seconds < float("inf"):
-            raise ChasquidError(f"the clock cannot be moved back or for ever: {seconds:g} seconds")
-        with self._lock:
-            self._ahead += seconds
-        self._moved()
-
-    def time(self) -> float:
-        return time.time() + self._ahead
-
-    def monotonic(self) -> float:
-        return time.monotonic() + self._ahead
-
-
 class WorldDns:
     """The DNS of a world: a table that is changed like a dictionary, from any thread.
 
@@ -135,7 +110,7 @@ class WorldDns:
     failure.
     """
 
-    def __init__(self, clock: MovableClock) -> None:
+    def __init__(self, clock: RunningClock) -> None:
         self._clock = clock
         self._asked = False  # since the last change
         self._table: dict[tuple[str, str], tuple[str, ...]] = {}  # replaced, never changed
@@ -683,7 +658,7 @@ class MailWorld:
     """
 
     def __init__(self, patience: float = _WORLD_PATIENCE) -> None:
-        self.clock = MovableClock(self._wake)
+        self.clock = RunningClock(self._wake)
         self.dns = WorldDns(self.clock)
         self.policies: dict[str, str] = {}
         self.servers: list[WorldServer] = []

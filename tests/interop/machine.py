@@ -20,7 +20,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from .tools import need_root, program, unavailable, wait_for
+from support import wait_for
+
+from .tools import need_root, program, unavailable
 
 _BOOT = r"""
 set -e
@@ -122,7 +124,7 @@ class Machine:
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
         try:
-            wait_for("systemd", self._is_up, 60)
+            wait_for(self._is_up, "systemd", 60)
         except BaseException:
             self.__exit__()
             raise
@@ -142,7 +144,7 @@ class Machine:
         self._process.wait()
         self._pid = 0
         for group in self._groups:
-            wait_for(f"the end of {group}", lambda group=group: _remove_group(group))
+            wait_for(lambda group=group: _remove_group(group), f"the end of {group}")
 
     def log(self) -> str:
         """Return what systemd said at the boot, and the end of the journal."""

@@ -29,6 +29,7 @@ import dns.rcode
 import dns.rdataclass
 import dns.rdatatype
 import dns.rrset
+from support import wait_for
 
 from .tools import (
     LOOPBACK,
@@ -39,7 +40,6 @@ from .tools import (
     program,
     read_maildir,
     run,
-    wait_for,
     wait_for_letters,
 )
 
@@ -94,7 +94,7 @@ class Peer:
         return "".join(path.read_text("utf-8", "replace") for path in paths)
 
     def wait_for_log(self, text: str, seconds: float = 20.0) -> None:
-        wait_for(f"{text!r} in the log of {self.name}", lambda: text in self.log(), seconds)
+        wait_for(lambda: text in self.log(), f"{text!r} in the log of {self.name}", seconds)
 
     def start(self) -> None:
         raise NotImplementedError
@@ -132,7 +132,7 @@ class Peer:
                 raise AssertionError(f"{self.name} ended with {status}:\n{self.log()}")
             return all(accepts(port) for port in ports)
 
-        wait_for(f"{self.name} to listen on {ports}", ready, 30)
+        wait_for(ready, f"{self.name} to listen on {ports}", 30)
 
 
 class MailboxPeer(Peer):
@@ -309,7 +309,7 @@ class Postfix(MailboxPeer):
         # that this master has begun.
         started = self.log().count("daemon started")
         self._run([self._postfix, "-c", self.config, "start-fg"], self.port)
-        wait_for("Postfix's master", lambda: self.log().count("daemon started") > started)
+        wait_for(lambda: self.log().count("daemon started") > started, "Postfix's master")
 
     def stop(self) -> None:
         """End Postfix through its master, which is not the process that was started."""
@@ -594,7 +594,7 @@ class SmtpSink(Peer):
 
     def wait_for_letters(self, count: int = 1, seconds: float = 20.0) -> list[str]:
         what = f"{count} message(s) in smtp-sink"
-        wait_for(what, lambda: len(self.letters()) >= count, seconds)
+        wait_for(lambda: len(self.letters()) >= count, what, seconds)
         return self.letters()
 
 

@@ -23,6 +23,14 @@ PROGRAM = os.environ.get(
     "CHASQUID", str(Path(__file__).resolve().parent.parent.parent / "chasquid.py")
 )
 
+USERS = {"ana@here.example": "secret", "bob@here.example": "hidden"}
+
+# What the DNS knows: dest.example receives at mx.dest.example, which is this machine.
+WORLD = {
+    "dest.example": {"MX": ["10 mx.dest.example."]},
+    "mx.dest.example": {"A": ["127.0.0.1"]},
+}
+
 Setting = str | int | Sequence[str]
 
 
@@ -172,6 +180,21 @@ class Chasquid(Peer):
         with self.submission(sender) as client:
             refused = client.send_message(message, sender, list(recipients), **options)
             assert not refused
+
+
+class There(Chasquid):
+    hostname = "mail.there.example"
+
+
+class Behind(Chasquid):
+    """chasquid that expects the PROXY header; `flags` are settings that are true."""
+
+    flags: tuple[str, ...] = ("haproxy_incoming",)
+
+    def write_settings(self) -> None:
+        super().write_settings()
+        with (self.config_dir / "chasquid.conf").open("a") as file:
+            file.write("".join(f"{flag}: true\n" for flag in self.flags))
 
 
 def _quoted(text: str) -> str:

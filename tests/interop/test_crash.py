@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from support import wait_for
 
 from .peers import Postfix
-from .server import Chasquid
-from .tools import letter, need_root, subjects, unavailable, wait_for
+from .server import USERS, Chasquid
+from .tools import letter, need_root, subjects, unavailable
 
-USERS = {"ana@here.example": "secret", "bob@here.example": "hidden"}
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "20"))
 
 
@@ -50,8 +50,8 @@ class TestKill:
                 client.close()
             chasquid.start()
         sent = {f"round {number:02}" for number in range(ROUNDS)}
-        wait_for("all letters", lambda: sent == set(subjects(chasquid.letters("ana@here.example"))))
-        wait_for("an empty queue", lambda: not chasquid.queue_ids())
+        wait_for(lambda: sent == set(subjects(chasquid.letters("ana@here.example"))), "all letters")
+        wait_for(lambda: not chasquid.queue_ids(), "an empty queue")
 
     def test_with_several_under_way_those_answered_with_250_arrive(self, chasquid):
         accepted = set()
@@ -75,8 +75,8 @@ class TestKill:
             clients[0].close()
             chasquid.start()
         wait_for(
-            "all accepted letters",
             lambda: accepted <= set(subjects(chasquid.letters("ana@here.example"))),
+            "all accepted letters",
         )
 
     def test_while_waiting_for_another_server_nothing_is_lost(self, start, names):
@@ -95,20 +95,20 @@ class TestKill:
         chasquid.start()
         chasquid.command("queue", "retry", "all")
         assert subjects(postfix.wait_for_letters("dora@dest.example")) == ["survivor"]
-        wait_for("an empty queue", lambda: not chasquid.queue_ids())
+        wait_for(lambda: not chasquid.queue_ids(), "an empty queue")
         assert len(chasquid.letters("bob@here.example")) == 1, "what was done was written down"
 
     def test_in_the_middle_of_a_letter_nothing_is_owed(self, chasquid):
         with chasquid.smtp() as client:
             begin_letter(client)
             client.send("Subject: half\r\n\r\n" + ("y" * 78 + "\r\n") * 10_000)
-            wait_for("a file", lambda: list((chasquid.data_dir / "queue" / "tmp").iterdir()))
+            wait_for(lambda: list((chasquid.data_dir / "queue" / "tmp").iterdir()), "a file")
             chasquid.kill()
             client.close()
         chasquid.start()
         # the ports accept before the queue is looked through, which is before any greeting
         tmp = chasquid.data_dir / "queue" / "tmp"
-        wait_for("an empty tmp", lambda: not list(tmp.iterdir()))
+        wait_for(lambda: not list(tmp.iterdir()), "an empty tmp")
         assert not chasquid.queue_ids()
         with chasquid.smtp() as client:
             assert send_letter(client, "whole")[0] == 250
@@ -205,8 +205,8 @@ def small_disk(place):
         unavailable(f"a file system cannot be mounted: {mounted.stderr.strip()}")
     yield path
     wait_for(
-        "the disk to be unmounted",
         lambda: subprocess.run(["umount", str(path)], capture_output=True).returncode == 0,
+        "the disk to be unmounted",
     )
 
 
@@ -263,10 +263,10 @@ class TestFullDisk:
         filler.unlink()
         chasquid.command("queue", "retry", "all")
         new = small_disk / "here.example" / "ana" / "new"
-        [path] = wait_for("the letter", lambda: new.exists() and list(new.iterdir()))
+        [path] = wait_for(lambda: new.exists() and list(new.iterdir()), "the letter")
         assert b"Subject: accepted\n" in path.read_bytes()
         assert not list((new.parent / "tmp").iterdir())
-        wait_for("an empty queue", lambda: not chasquid.queue_ids())
+        wait_for(lambda: not chasquid.queue_ids(), "an empty queue")
 
     def test_a_disk_that_fills_between_attempts_loses_nothing(self, small_disk, start, names):
         names.records["dest.example"] = {"A": ["127.0.0.1"]}
@@ -286,7 +286,7 @@ class TestFullDisk:
         filler = fill(small_disk)
         before = chasquid.log()
         chasquid.command("queue", "retry", "all")
-        wait_for("another attempt", lambda: len(chasquid.log()) > len(before))
+        wait_for(lambda: len(chasquid.log()) > len(before), "another attempt")
         time.sleep(0.5)  # for what follows the attempt
         filler.unlink()
         chasquid.restart()

@@ -12,10 +12,8 @@ import pytest
 
 from .peers import Nsd, Postfix, Unbound
 from .server import Chasquid
-from .tools import Certificate, letter, make_certificate, program, run
+from .tools import ANA, DORA, Certificate, letter, make_certificate, program, run
 
-ANA = "ana@here.example"
-DORA = "dora@dest.example"
 RECORDS = "@ MX 10 mx\nmx A 127.0.0.1\n"
 
 
@@ -210,7 +208,7 @@ class TestZonesThatAreNotSound:
         assert_deferred(chasquid, postfix, "4.4.3")
 
 
-class There(Chasquid):
+class Dest(Chasquid):
     hostname = "mx.dest.example"
 
 
@@ -227,7 +225,7 @@ class TestRequireTls:
     def test_two_servers_pass_on_what_was_required(self, start, names, resolve):
         aliases = {"dest.example": "dora: dora2@dest.example, dina@open.example\n"}
         users = {DORA: "x", "dora2@dest.example": "x"}
-        there = start(There, names, users=users, aliases=aliases)
+        there = start(Dest, names, users=users, aliases=aliases)
         record = tlsa(there.smtp_port, "3 1 1", there.certificate)
         zones = {"dest.example": RECORDS + record, "open.example": RECORDS}
         resolver = resolve(zones, unsigned=["open.example"])

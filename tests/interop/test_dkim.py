@@ -15,11 +15,8 @@ import dns.zone
 import pytest
 
 from .peers import NameServer, OpenDkim, Postfix, Rspamd
-from .server import Chasquid
-from .tools import LOOPBACK, program, run, unavailable
-
-ANA = "ana@here.example"
-DORA = "dora@dest.example"
+from .server import Chasquid, There
+from .tools import ANA, DORA, LOOPBACK, program, run, unavailable
 
 HEAD = b"From: Somebody <%s>\r\nTo: %s\r\nSubject: %s\r\n"
 BODY = b"Hello.\r\n\r\nThis is  all.\r\n"
@@ -355,10 +352,6 @@ class TestWhatOthersSign:
         for subject, message in octets_by_subject(chasquid.maildir(ANA)).items():
             assert our_results(message) == ["pass", "pass"], subject
             assert "dmarc=pass" in field(message, b"Authentication-Results")
-
-
-class There(Chasquid):
-    hostname = "mail.there.example"
 
 
 def make_ed25519_key(names: NameServer, directory: Path, domain: str, selector: str) -> Path:

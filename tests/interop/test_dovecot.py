@@ -8,10 +8,11 @@ import email.policy
 import imaplib
 
 import pytest
+from support import wait_for
 
 from .peers import Dovecot
 from .server import Chasquid
-from .tools import LOOPBACK, letter, subjects, wait_for
+from .tools import LOOPBACK, letter, subjects
 
 USERS = {
     "ana@here.example": "secret",
@@ -42,7 +43,7 @@ def test_delivery_over_lmtp(start, names, way):
         [arrived] = dovecot.wait_for_letters(address)
         assert arrived["Return-Path"] == "<carl@client.example>"
         assert arrived.get_content() == ".\n.dots\n..\n"
-    wait_for("an empty queue", lambda: not chasquid.queue_ids())
+    wait_for(lambda: not chasquid.queue_ids(), "an empty queue")
     assert not (chasquid.data_dir / "mail").exists()
 
 

@@ -8,11 +8,12 @@ import imaplib
 import smtplib
 
 import pytest
+from support import wait_for
 
 from .clients import swaks
 from .peers import DovecotDirectory
 from .server import Chasquid
-from .tools import LOOPBACK, letter, subjects, wait_for
+from .tools import LOOPBACK, letter, subjects
 
 IN_FILE = {"ana@here.example": "secret"}
 IN_DOVECOT = {"dov@here.example": "päss wörd", "bob@here.example": "hidden"}
@@ -91,7 +92,7 @@ def test_a_user_of_dovecot_submits_and_reads(both, way, mechanism):
         dovecot.wait_for_letters(user)
         if isinstance(password, str):
             assert subjects_over_imap(dovecot, user, password) == ["over it all"]
-    wait_for("an empty queue", lambda: not chasquid.queue_ids())
+    wait_for(lambda: not chasquid.queue_ids(), "an empty queue")
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,11 @@ from __future__ import annotations
 
 import smtplib
 
-from .peers import Postfix
-from .server import Chasquid
-from .tools import LOOPBACK, letter, wait_for
+from support import wait_for
 
-USERS = {"ana@here.example": "secret", "bob@here.example": "hidden"}
-WORLD = {
-    "dest.example": {"MX": ["10 mx.dest.example."]},
-    "mx.dest.example": {"A": ["127.0.0.1"]},
-}
+from .peers import Postfix
+from .server import USERS, WORLD, Chasquid
+from .tools import LOOPBACK, letter
 
 
 def start_both(start, names, **postfix_settings):
@@ -51,7 +47,7 @@ def test_postfix_reports_success_for_us(start, names):
     assert recipient["Original-Recipient"] == "rfc822;Dora+x@old.example"
     assert recipient["Action"] == "delivered"
     assert report["Return-Path"] == "<>"
-    wait_for("an empty queue", lambda: not chasquid.queue_ids())
+    wait_for(lambda: not chasquid.queue_ids(), "an empty queue")
     assert len(chasquid.letters("ana@here.example")) == 1, "one report is enough"
 
 
@@ -71,8 +67,8 @@ def test_to_a_postfix_without_the_extension_we_say_that_it_was_relayed(start, na
 def test_who_never_wants_to_hear_does_not_hear_from_either(start, names):
     postfix, chasquid = start_both(start, names)
     submit(chasquid, ["NOTIFY=NEVER"], "nobody@dest.example")
-    wait_for("the refusal", lambda: "550 5.1.1" in (chasquid.directory / "mail.log").read_text())
-    wait_for("an empty queue", lambda: not chasquid.queue_ids())
+    wait_for(lambda: "550 5.1.1" in (chasquid.directory / "mail.log").read_text(), "the refusal")
+    wait_for(lambda: not chasquid.queue_ids(), "an empty queue")
     assert chasquid.letters("ana@here.example") == []
     submit(chasquid, ["NOTIFY=FAILURE"], "nobody@dest.example")
     [report] = chasquid.wait_for_letters("ana@here.example")

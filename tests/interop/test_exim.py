@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from support import wait_for
+
 from .peers import Exim
 from .server import Chasquid
-from .tools import letter, wait_for
+from .tools import letter
 
 
 def test_exim_sends_in_chunks_over_tls(start, chasquid):
@@ -17,7 +19,7 @@ def test_exim_sends_in_chunks_over_tls(start, chasquid):
     assert arrived.get_content() == body
     assert "with ESMTPS" in arrived["Received"]
     [line] = wait_for(
-        "a delivery by Exim", lambda: [one for one in exim.log().splitlines() if " => ana" in one]
+        lambda: [one for one in exim.log().splitlines() if " => ana" in one], "a delivery by Exim"
     )
     assert " X=TLS1.3" in line
     assert " K " in line, "CHUNKING was not used"

@@ -11,22 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from .server import Chasquid
+from .server import USERS, Behind
 from .tools import LOOPBACK, program, run, unavailable
 
 SAMPLE = Path(__file__).resolve().parents[2] / "sample-config" / "fail2ban" / "chasquid.conf"
 COMMON = Path("/etc/fail2ban/filter.d/common.conf")
-USERS = {"ana@here.example": "secret", "bob@here.example": "hidden"}
 LIE = "x: 450 4.7.0 too many messages a minute from 192.0.2.1"
-
-
-class Behind(Chasquid):
-    """chasquid that learns its clients' addresses from PROXY headers."""
-
-    def write_settings(self) -> None:
-        super().write_settings()
-        with (self.config_dir / "chasquid.conf").open("a") as file:
-            file.write("haproxy_incoming: true\n")
 
 
 class Client:

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from support import wait_for
 
 import chasquid as server
 
 from .clients import Msmtp, Transcript, swaks
 from .peers import Postfix
-from .tools import letter, program, run, unavailable, wait_for
+from .tools import ANA, BOB, letter, program, run, unavailable
 
-ANA, BOB = "ana@here.example", "bob@here.example"
 ENVELOPE = ("--from", ANA, "--to", BOB)
 LOGIN = ("--auth-user", "user", "--auth-password", "password")
 
@@ -243,7 +243,7 @@ def test_postfix_relays_and_tries_again(start, plain):
     check_arrived_from_postfix(plain.wait_for(1, timeout=30))
     refusals = re.findall(r"status=deferred .*451 4\.2\.1 busy", postfix.log())
     assert len(refusals) == 2, postfix.log()
-    wait_for("an empty queue", lambda: "is empty" in postfix.queue())
+    wait_for(lambda: "is empty" in postfix.queue(), "an empty queue")
 
 
 def test_postfix_trusts_the_certificate(start, make):

@@ -18,13 +18,13 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from support import wait_for
 
 from .clients import swaks
 from .peers import Dovecot, Peer, Postfix, Rspamd
 from .server import PROGRAM, Chasquid
-from .tools import LOOPBACK, free_port, letter, make_certificate, program, run, wait_for
+from .tools import ANA, LOOPBACK, free_port, letter, make_certificate, program, run
 
-ANA = "ana@here.example"
 BOB = "bob@here.example"
 OLGA = "olga@old.example"
 PAT = "pat@here.example"  # whom only Dovecot knows
@@ -300,7 +300,7 @@ class GoDirectory(Chasquid):
 
     def wait_for_delivery(self, name: str) -> str:
         """Return the only message of a user."""
-        wait_for(f"a message for {name}", lambda: self.delivered(name))
+        wait_for(lambda: self.delivered(name), f"a message for {name}")
         [message] = self.delivered(name)
         return message
 
@@ -371,13 +371,13 @@ class TestDelivery:
         message = go.wait_for_delivery("bob")
         assert message.startswith("From: carl@client.example\n")
         assert field(message, "Subject") == "for the agent"
-        wait_for("an empty queue", lambda: not go.queue_ids())
+        wait_for(lambda: not go.queue_ids(), "an empty queue")
 
     def test_suffixes_and_drop_characters_are_those_of_the_file(self, go):
         written = ["b.o_b", "bob+shop", "BOB-shop", "B.ob-a+b"]
         for name in written:
             assert send(go, name, f"{name}@here.example").status == 0
-        wait_for("all of them", lambda: len(go.delivered("bob")) == len(written))
+        wait_for(lambda: len(go.delivered("bob")) == len(written), "all of them")
         found = [field(message, "Subject") for message in go.delivered("bob")]
         assert sorted(found) == sorted(written)
 
@@ -541,6 +541,6 @@ def test_a_proxy_in_front_tells_who_the_client_is(start, names):
             *(() if version == "1" else ("--proxy-protocol", "STREAM", "--proxy-command", "PROXY")),
         )
         assert session.status == 0, session.text
-    wait_for("both messages", lambda: len(go.delivered("bob")) == 2)
+    wait_for(lambda: len(go.delivered("bob")) == 2, "both messages")
     facts = sorted(field(message, "X-Hook-Facts") for message in go.delivered("bob"))
     assert facts == [f"tls=0 local=0 spf=0 from=192.0.2.{number}" for number in (1, 2)]

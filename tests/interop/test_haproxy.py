@@ -13,26 +13,14 @@ import pytest
 
 from .clients import swaks
 from .peers import Haproxy
-from .server import Chasquid
+from .server import USERS, Behind
 from .tools import LOOPBACK, letter
 
-USERS = {"ana@here.example": "secret", "bob@here.example": "hidden"}
 CLIENT = "127.0.0.77"  # what is all loopback still has many addresses
 LOGIN = ("--auth", "PLAIN", "--auth-user", "ana@here.example", "--auth-password", "secret")
 AS_ANA = ("--from", "ana@here.example", "--to", "bob@here.example")
 
 both_versions = pytest.mark.parametrize("send", ["send-proxy", "send-proxy-v2"])
-
-
-class Behind(Chasquid):
-    """chasquid that expects the PROXY header; `flags` are settings that are true."""
-
-    flags: tuple[str, ...] = ("haproxy_incoming",)
-
-    def write_settings(self) -> None:
-        super().write_settings()
-        with (self.config_dir / "chasquid.conf").open("a") as file:
-            file.write("".join(f"{flag}: true\n" for flag in self.flags))
 
 
 class BehindAndStrict(Behind):

@@ -15,9 +15,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from support import wait_for
 from test_inbox import LETTER, RICH, Running
 
-from .tools import free_port, program, wait_for
+from .tools import free_port, program
 
 DOT = (
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9Q"
@@ -35,7 +36,7 @@ class Browser:
             [program("chromedriver"), f"--port={port}"], stdout=subprocess.DEVNULL
         )
         self._base = f"http://127.0.0.1:{port}"
-        wait_for("chromedriver", lambda: self._answers("/status"))
+        wait_for(lambda: self._answers("/status"), "chromedriver")
         words = ["--headless=new", "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage"]
         words += ["--hide-scrollbars", f"--user-data-dir={place}/chromium-{port}", *options]
         if os.geteuid() == 0:
@@ -70,7 +71,7 @@ class Browser:
         return self.call("/execute/sync", {"script": script, "args": []})
 
     def shows(self, condition: str) -> None:
-        wait_for(condition, lambda: self.run(f"return {condition}"))
+        wait_for(lambda: self.run(f"return {condition}"), condition)
 
     def press(self, key: str) -> None:
         actions = [{"type": "keyDown", "value": key}, {"type": "keyUp", "value": key}]
@@ -89,7 +90,7 @@ class Browser:
                 raise
             return True
 
-        wait_for(f"a click on {css}", clicked)
+        wait_for(clicked, f"a click on {css}")
 
     def size(self, width: int, height: int) -> None:
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
@@ -187,13 +188,13 @@ def test_mail_appears_by_itself_is_found_and_deleted(inbox, browser):
         browser.click(f"#tab-{tab}")
         browser.shows(f"document.getElementById('panel').textContent.includes('{text}')")
     browser.press("\ue017")  # Delete
-    wait_for("the message to go", lambda: len(inbox.mailbox.all()) == 1)
+    wait_for(lambda: len(inbox.mailbox.all()) == 1, "the message to go")
     browser.run("const s = document.getElementById('search'); s.value = ''; load()")
     browser.shows("document.querySelectorAll('#list li').length == 1")
     browser.click("#clear")
     assert len(inbox.mailbox.all()) == 1, "it asks first"
     browser.click("#ask-yes")
-    wait_for("the mailbox to be empty", lambda: not inbox.mailbox.all())
+    wait_for(lambda: not inbox.mailbox.all(), "the mailbox to be empty")
     browser.shows("!document.getElementById('empty').hidden")
     assert browser.run("return document.title") == "chasquid inbox"
 
@@ -212,7 +213,7 @@ def test_a_hostile_mail_runs_nothing_and_loads_only_images_that_were_asked_for(
     browser.run("return new Promise(done => setTimeout(done, 1500))")  # for a refresh, a script
     assert asked[1:] == []
     browser.click("#remote")
-    wait_for("the image", lambda: "/tracker.png" in asked)
+    wait_for(lambda: "/tracker.png" in asked, "the image")
     browser.run("return new Promise(done => setTimeout(done, 1000))")
     assert set(asked[1:]) <= {"/tracker.png", "/css.png", "/svg.png"}
     assert browser.run("return document.title") == "chasquid inbox"

@@ -10,12 +10,12 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from support import wait_for
 
 from .peers import Prometheus
-from .server import Chasquid
-from .tools import LOOPBACK, free_port, letter, program, run, wait_for
+from .server import USERS, Chasquid
+from .tools import LOOPBACK, free_port, letter, program, run
 
-USERS = {"ana@here.example": "secret", "bob@here.example": "hidden"}
 EVIL = "<script>document.title='owned'</script>"
 OPEN_METRICS = "application/openmetrics-text; version=1.0.0"
 
@@ -34,7 +34,7 @@ def chasquid(start, names):
         client.docmd("EHLO", "client.example")
     chasquid.wait_for_letters("bob@here.example")
     log = chasquid.directory / "mail.log"
-    wait_for("the first attempt", lambda: "next attempt in" in log.read_text())
+    wait_for(lambda: "next attempt in" in log.read_text(), "the first attempt")
     return chasquid
 
 
@@ -57,7 +57,7 @@ def test_promtool_finds_nothing_wrong_with_the_metrics(chasquid):
 
 def test_prometheus_reads_the_metrics(start, chasquid):
     prometheus = start(Prometheus, chasquid.settings["monitoring_address"])
-    wait_for("a look at us", lambda: list(prometheus.query("up").values()) == [1.0])
+    wait_for(lambda: list(prometheus.query("up").values()) == [1.0], "a look at us")
     assert list(prometheus.query('chasquid_messages_total{state="queued"}').values()) == [2]
     assert list(prometheus.query("chasquid_queue_messages").values()) == [1]
     [labels] = prometheus.query("chasquid_build_info")
@@ -65,7 +65,7 @@ def test_prometheus_reads_the_metrics(start, chasquid):
     sent = 'chasquid_deliveries_total{route="local",result="sent"}'
     message = letter("one more", "ana@here.example", "bob@here.example")
     chasquid.submit("ana@here.example", ["bob@here.example"], message)
-    wait_for("the counter to count", lambda: list(prometheus.query(sent).values()) == [2])
+    wait_for(lambda: list(prometheus.query(sent).values()) == [2], "the counter to count")
 
 
 def chromium(place, chasquid, *options):

@@ -10,14 +10,13 @@ import ssl
 import threading
 
 import pytest
+from support import wait_for
 
 from .outgrowing import HaProxy, Host, write_shared_configuration
 from .peers import Dovecot
-from .server import Chasquid
-from .tools import LOOPBACK, free_port, letter, subjects, wait_for
+from .server import USERS, Chasquid
+from .tools import ANA, LOOPBACK, free_port, letter, subjects
 
-USERS = {"ana@here.example": "secret", "bob@here.example": "hidden"}
-ANA = "ana@here.example"
 SVEN = "sven@sender.example"
 
 
@@ -89,11 +88,11 @@ class TestTwoEqualMailExchangers:
         submitting.join()
         assert 0 < at_the_kill < len(accepted) == 150
         retry(sender)
-        wait_for("an empty queue of the sender", lambda: not sender.queue_ids())
-        wait_for("an empty queue of the second", lambda: not second.queue_ids())
+        wait_for(lambda: not sender.queue_ids(), "an empty queue of the sender")
+        wait_for(lambda: not second.queue_ids(), "an empty queue of the second")
         first.start()
         retry(first)
-        wait_for("an empty queue of the first", lambda: not first.queue_ids())
+        wait_for(lambda: not first.queue_ids(), "an empty queue of the first")
         arrived = dovecot.letters(ANA)
         assert sorted(set(subjects(arrived))) == accepted
         took = collections.Counter(self.exchanger(message) for message in arrived)
@@ -108,7 +107,7 @@ class TestTwoEqualMailExchangers:
         with sender.submission(SVEN) as client:
             for subject in expected:
                 client.send_message(letter(subject, SVEN, ANA), SVEN, [ANA])
-        wait_for("an empty queue of the sender", lambda: not sender.queue_ids())
+        wait_for(lambda: not sender.queue_ids(), "an empty queue of the sender")
         in_first, in_second = len(first.queue_ids()), len(second.queue_ids())
         assert in_first + in_second == 20
         assert in_first
@@ -117,7 +116,7 @@ class TestTwoEqualMailExchangers:
         dovecot.start()
         retry(second)
         assert len(dovecot.wait_for_letters(ANA, in_second)) == in_second
-        wait_for("an empty queue", lambda: not second.queue_ids())
+        wait_for(lambda: not second.queue_ids(), "an empty queue")
         first.start()
         retry(first)
         assert subjects(dovecot.wait_for_letters(ANA, 20)) == expected
@@ -190,7 +189,7 @@ class TestASecondaryMailExchanger:
         retry(secondary)
         [arrived] = primary.wait_for_letters(ANA)
         assert arrived["Subject"] == "while it was down"
-        wait_for("an empty queue", lambda: not secondary.queue_ids())
+        wait_for(lambda: not secondary.queue_ids(), "an empty queue")
 
     def test_a_trusted_relay_passes_the_sender_on_as_it_was(self, primary, secondary):
         self.send(primary, "straight")
@@ -228,8 +227,8 @@ class TestASecondaryMailExchanger:
         names.records["_dmarc.client.example"] = {"TXT": ['"v=DMARC1; p=reject"']}
         self.send(primary, "straight")
         self.send(secondary, "round about")
-        wait_for("an empty queue of the secondary", lambda: not secondary.queue_ids())
-        wait_for("an empty queue of the primary", lambda: not primary.queue_ids())
+        wait_for(lambda: not secondary.queue_ids(), "an empty queue of the secondary")
+        wait_for(lambda: not primary.queue_ids(), "an empty queue of the primary")
         assert subjects(primary.letters(ANA)) == ["round about", "straight"]
 
     def test_such_mail_comes_through_where_the_primary_only_writes_dmarc_down(
@@ -259,7 +258,7 @@ class TestASecondaryMailExchanger:
         self.send(primary, "straight", "broken@here.example")
         assert len(stranger.wait_for_letters(STRANGER)) == 1
         self.send(secondary, "round about", "broken@here.example")
-        wait_for("an end", lambda: primary.log().count("done after 1 attempt") >= 4)
+        wait_for(lambda: primary.log().count("done after 1 attempt") >= 4, "an end")
         assert len(stranger.letters(STRANGER)) == 2
 
 

@@ -5,18 +5,12 @@ from __future__ import annotations
 
 import time
 
+from support import wait_for
+
 from .clients import smtp_source
 from .peers import Postfix
-from .server import Chasquid
-from .tools import letter, subjects, wait_for
-
-USERS = {"ana@here.example": "secret", "bob@here.example": "hidden"}
-
-# What the world knows: dest.example receives at mx.dest.example, which is this machine.
-WORLD = {
-    "dest.example": {"MX": ["10 mx.dest.example."]},
-    "mx.dest.example": {"A": ["127.0.0.1"]},
-}
+from .server import USERS, WORLD, Chasquid
+from .tools import letter, subjects
 
 
 def start_both(start, names, *, users=None, aliases=None, **postfix_options):
@@ -121,7 +115,7 @@ class TestToPostfix:
         assert "using TLSv1.3" in by_postfix
         assert "with ESMTPSA" in by_chasquid
         assert "127.0.0.1" not in by_chasquid, "where our users are is nobody's business"
-        wait_for("an empty queue", lambda: not chasquid.queue_ids())
+        wait_for(lambda: not chasquid.queue_ids(), "an empty queue")
 
     def test_recipients_of_one_domain_travel_together(self, start, names):
         postfix, chasquid = start_both(start, names)
@@ -185,7 +179,7 @@ class TestToPostfix:
         assert "mx.dest.example" in of_recipient["Remote-MTA"]
         assert original.get_content_type() == "message/rfc822"
         assert original.get_content()["Subject"] == "half of it"
-        wait_for("an empty queue", lambda: not chasquid.queue_ids())
+        wait_for(lambda: not chasquid.queue_ids(), "an empty queue")
 
     def test_the_second_mx_is_asked_when_the_first_is_down(self, start, names):
         postfix, chasquid = start_both(start, names)
@@ -216,13 +210,13 @@ class TestToPostfix:
         postfix.stop()
         message = letter("patience", "ana@here.example", "dora@dest.example")
         chasquid.submit("ana@here.example", ["dora@dest.example"], message)
-        [id] = wait_for("a message in the queue", chasquid.queue_ids)
+        [id] = wait_for(chasquid.queue_ids, "a message in the queue")
         chasquid.wait_for_log("next attempt in")
         assert "dora@dest.example" in chasquid.command("queue", "show", id).stdout
         postfix.start()
         chasquid.command("queue", "retry", id)
         assert subjects(postfix.wait_for_letters("dora@dest.example")) == ["patience"]
-        wait_for("an empty queue", lambda: not chasquid.queue_ids())
+        wait_for(lambda: not chasquid.queue_ids(), "an empty queue")
 
     def test_a_name_server_that_fails_defers(self, start, names):
         postfix, chasquid = start_both(start, names)
@@ -278,7 +272,7 @@ class TestToPostfix:
         )
         arrived = postfix.wait_for_letters("dora@dest.example", 50, seconds=60)
         assert len({message["Message-Id"] for message in arrived}) == len(arrived) == 50
-        wait_for("an empty queue", lambda: not chasquid.queue_ids())
+        wait_for(lambda: not chasquid.queue_ids(), "an empty queue")
 
     def test_a_letter_of_many_megabytes(self, start, names):
         settings = {"message_size_limit": 20_000_000}

@@ -6,11 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support import wait_for
 
-from .server import Chasquid
-from .tools import letter, wait_for
-
-USERS = {"ana@here.example": "secret", "bob@here.example": "hidden"}
+from .server import USERS, Chasquid
+from .tools import letter
 
 # Called like procmail or maildrop: -f SENDER -d USER, the message on standard input.
 AGENT = """\
@@ -46,7 +45,7 @@ def send(chasquid, subject, recipient="ana@here.example"):
 
 
 def received(path: Path) -> bytes:
-    wait_for(f"{path}", path.exists)
+    wait_for(path.exists, f"{path}")
     return path.read_bytes()
 
 
@@ -62,7 +61,7 @@ class TestDeliveryAgent:
         assert b"Subject: by agent\r\n" in message
         assert message.endswith(b"one\r\n.two\r\nthree\r\n")
         assert b"\n" not in message.replace(b"\r\n", b"")
-        wait_for("an empty queue", lambda: not chasquid.queue_ids())
+        wait_for(lambda: not chasquid.queue_ids(), "an empty queue")
         assert not chasquid.letters("ana@here.example")
 
     def test_its_arguments_can_be_chosen(self, start, names, agent):
@@ -89,8 +88,8 @@ class TestDeliveryAgent:
         message = letter("refused", "bob@here.example", "ana@here.example")
         with chasquid.submission("bob@here.example") as client:
             client.send_message(message, "bob@here.example", ["ana@here.example"])
-        wait_for("a failure", lambda: "exit status 67" in chasquid.log())
-        wait_for("an end", lambda: not chasquid.queue_ids())
+        wait_for(lambda: "exit status 67" in chasquid.log(), "a failure")
+        wait_for(lambda: not chasquid.queue_ids(), "an end")
         assert "notification" in chasquid.log()
         assert not (agent.parent / "ana").exists()
 
@@ -146,4 +145,4 @@ class TestPipe:
             message = letter("unread", "carl@client.example", "deaf@here.example", body=body)
             client.send_message(message, "carl@client.example", ["deaf@here.example"])
         received(place / "deaf-was-here")
-        wait_for("an empty queue", lambda: not chasquid.queue_ids())
+        wait_for(lambda: not chasquid.queue_ids(), "an empty queue")

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import pytest
+from support import wait_for
 
 from .machine import Done, Machine
-from .tools import program, wait_for
+from .tools import program
 
 T = TypeVar("T")
 
@@ -136,7 +137,7 @@ class Reader(Machine):
         self.root("cat > /etc/nsd/test.zone", True, self.zone)
         self.root("systemctl stop names.service 2>/dev/null; systemctl reset-failed")
         self.root("systemd-run --unit names nsd -d -c /etc/nsd/test.conf", True)
-        wait_for("the name server", lambda: self.root("getent hosts ns.").status == 0)
+        wait_for(lambda: self.root("getent hosts ns.").status == 0, "the name server")
 
     def sh(self, command: str) -> str:
         """Return what a command of root's prints; it must succeed."""
@@ -178,7 +179,7 @@ def a_level_is_known(reader: Reader) -> None:
 
 def a_message_waits(reader: Reader) -> None:
     reader.send("someone@example.net", "waits")
-    wait_for("the message in the queue", reader.waiting)
+    wait_for(reader.waiting, "the message in the queue")
 
 
 def a_second_host(reader: Reader) -> None:
@@ -221,7 +222,7 @@ def it_listens(reader: Reader, done: Done) -> None:
 
 def both_arrive_in_the_inbox(reader: Reader, done: Done) -> None:
     assert "Verification: OK" in done.text
-    wait_for("both messages", lambda: len(reader.inbox()) == 2)
+    wait_for(lambda: len(reader.inbox()) == 2, "both messages")
     assert reader.root(f"ls {INBOX}/../.Junk").status != 0
     assert "Return-Path: <>" in reader.sh(f"cat {INBOX}/{reader.inbox()[0]}")
 
@@ -232,7 +233,7 @@ def the_signature_is_good(reader: Reader, done: Done) -> None:
 
 def it_runs_again(reader: Reader, done: Done) -> None:
     log = "journalctl -u chasquid"
-    wait_for("the second start", lambda: reader.sh(log).count(" starts as ") == 2)
+    wait_for(lambda: reader.sh(log).count(" starts as ") == 2, "the second start")
     reader.send("ana@example.com", "after the upgrade")
 
 
@@ -253,8 +254,8 @@ def ana_can_read(reader: Reader, done: Done) -> None:
 
 def it_uses_the_smarthost(reader: Reader, done: Done) -> None:
     log = wait_for(
-        "the start",
         lambda: "through smtp.provider.example:587" in reader.sh("journalctl -u chasquid"),
+        "the start",
     )
     assert log
 
@@ -262,12 +263,12 @@ def it_uses_the_smarthost(reader: Reader, done: Done) -> None:
 def mail_passes_the_filter(reader: Reader, done: Done) -> None:
     before = len(reader.inbox())
     reader.send("ana@example.com", "filtered")
-    wait_for("the message", lambda: len(reader.inbox()) > before)
+    wait_for(lambda: len(reader.inbox()) > before, "the message")
 
 
 def the_jail_is_there(reader: Reader, done: Done) -> None:
     status = "fail2ban-client status chasquid"
-    wait_for("the jail", lambda: "Journal matches:" in reader.root(status).text)
+    wait_for(lambda: "Journal matches:" in reader.root(status).text, "the jail")
 
 
 def nothing_waits(reader: Reader, done: Done) -> None:

@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import pytest
+from support import wait_for
 
 from .peers import Postfix
-from .server import Chasquid
-from .tools import letter, subjects, wait_for
+from .server import Chasquid, There
+from .tools import ANA, DORA, letter, subjects
 
-ANA = "ana@here.example"
-DORA = "dora@dest.example"
 US = {"TXT": ['"v=spf1 ip4:127.0.0.1 -all"']}
 NOT_US = {"TXT": ['"v=spf1 ip4:192.0.2.1 -all"']}
 
@@ -99,7 +98,7 @@ class TestDmarc:
     def test_quarantine_is_the_folder_for_junk(self, names, chasquid, postfix, policy):
         self.send(names, postfix, policy)
         junk = chasquid.maildir(ANA) / ".Junk" / "new"
-        [path] = wait_for("a letter in the folder for junk", lambda: list(junk.glob("*")))
+        [path] = wait_for(lambda: list(junk.glob("*")), "a letter in the folder for junk")
         assert "dmarc=fail (p=quarantine) header.from=bank.example" in path.read_text()
         assert not chasquid.letters(ANA)
 
@@ -129,7 +128,7 @@ class TestTlsThatWasSeenOnce:
         attacker.wait_for_log("said: 550 5.7.3")
         chasquid.restart()
         attacker.send(DORA, [ANA], letter("still without", DORA, ANA))
-        wait_for("another refusal", lambda: attacker.log().count("said: 550 5.7.3") >= 2)
+        wait_for(lambda: attacker.log().count("said: 550 5.7.3") >= 2, "another refusal")
         chasquid.command("domaininfo-remove", "dest.example")
         attacker.send(DORA, [ANA], letter("forgotten", DORA, ANA))
         arrived = chasquid.wait_for_letters(ANA, 2)
@@ -160,7 +159,7 @@ class TestTlsThatWasSeenOnce:
         chasquid.submit(ANA, [DORA], letter("with TLS", ANA, DORA))
         postfix.wait_for_letters(DORA)
         chasquid.wait_for_log("dest.example is now PLAIN and TLS_INSECURE")
-        wait_for("an empty queue", lambda: not chasquid.queue_ids())
+        wait_for(lambda: not chasquid.queue_ids(), "an empty queue")
         postfix.change(smtpd_tls_security_level="none")
         chasquid.restart()
         chasquid.submit(ANA, [DORA], letter("without", ANA, DORA))
@@ -171,10 +170,6 @@ class TestTlsThatWasSeenOnce:
         chasquid.command("domaininfo-remove", "dest.example")
         chasquid.command("queue", "retry", id)
         assert subjects(postfix.wait_for_letters(DORA, 2)) == ["with TLS", "without"]
-
-
-class There(Chasquid):
-    hostname = "mail.there.example"
 
 
 class TestTwoServersOfOurKind:

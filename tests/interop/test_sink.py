@@ -6,10 +6,11 @@ from __future__ import annotations
 import time
 
 import pytest
+from support import wait_for
 
 from .peers import SmtpSink
 from .server import Chasquid
-from .tools import letter, wait_for
+from .tools import letter
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def test_every_kind_of_server_is_served(start_both, options):
     assert "X-Rcpt-Args: <a@sink.example>" in arrived
     assert "X-Rcpt-Args: <b@sink.example>" in arrived
     assert arrived.replace("\r", "").rstrip("\n").endswith("\n\n.\n.dots")
-    wait_for("an empty queue", lambda: not chasquid.queue_ids())
+    wait_for(lambda: not chasquid.queue_ids(), "an empty queue")
 
 
 @pytest.mark.parametrize("command", ["mail", "rcpt", "data", "."])
@@ -61,7 +62,7 @@ def test_a_hard_refusal_gives_a_notification(start_both, command):
     [report] = chasquid.wait_for_letters("ana@here.example")
     _, for_machines, _ = report.iter_parts()
     assert for_machines.get_payload()[1]["Status"].startswith("5.")
-    wait_for("an empty queue", lambda: not chasquid.queue_ids())
+    wait_for(lambda: not chasquid.queue_ids(), "an empty queue")
 
 
 @pytest.mark.parametrize("command", ["connect", "mail", "rcpt", "data", "."])
@@ -93,4 +94,4 @@ def test_in_the_end_it_is_given_up(start_both):
     assert of_recipient["Status"].endswith(".4.7")
     kind, _, text = of_recipient["Diagnostic-Code"].partition("; ")
     assert kind.lower() != "smtp" or text.startswith("4"), "only a reply is of the kind smtp"
-    wait_for("an empty queue", lambda: not chasquid.queue_ids())
+    wait_for(lambda: not chasquid.queue_ids(), "an empty queue")

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import pytest
+from support import wait_for
 
 from .peers import SaslAuth, Smarthost
-from .server import Chasquid
-from .tools import letter, subjects, wait_for
+from .server import USERS, Chasquid
+from .tools import letter, subjects
 
-USERS = {"ana@here.example": "secret", "bob@here.example": "hidden"}
 USER, PASSWORD = "ana@isp.example", "correct horse =)"
 
 
@@ -54,7 +54,7 @@ def test_mail_goes_there_with_starttls_and_a_login(start, names, place, smarthos
     assert subjects(chasquid.wait_for_letters("bob@here.example")) == ["by post"]
     assert smarthost.letters("bob@here.example") == [], "what is for here stays here"
     smarthost.wait_for_log("sasl_method=PLAIN")
-    wait_for("an empty queue", lambda: not chasquid.queue_ids())
+    wait_for(lambda: not chasquid.queue_ids(), "an empty queue")
 
 
 def test_mail_goes_to_port_465_with_tls_from_the_start(start, names, place, smarthost):
@@ -78,8 +78,8 @@ def test_with_a_wrong_password_mail_waits_until_it_is_right(start, names, place,
     chasquid = customer(start, names, place, smarthost.port, password="wrong")
     message = letter("patience", "ana@here.example", "dora@dest.example")
     chasquid.submit("ana@here.example", ["dora@dest.example"], message)
-    wait_for("the refusal", lambda: "answers AUTH with 535 5.7.8" in mail_log(chasquid))
-    wait_for("the queue", lambda: len(chasquid.queue_ids()) == 1)
+    wait_for(lambda: "answers AUTH with 535 5.7.8" in mail_log(chasquid), "the refusal")
+    wait_for(lambda: len(chasquid.queue_ids()) == 1, "the queue")
     assert "wrong" not in mail_log(chasquid)
     assert smarthost.letters("dora@dest.example") == []
     (place / "smarthost-password").write_text(f"{PASSWORD}\n")
@@ -93,7 +93,7 @@ def test_without_a_valid_certificate_nothing_is_sent(start, names, place, smarth
     chasquid = customer(start, names, place, smarthost.port)
     message = letter("not so", "ana@here.example", "dora@dest.example")
     chasquid.submit("ana@here.example", ["dora@dest.example"], message)
-    wait_for("the attempt", lambda: "the certificate is not valid" in mail_log(chasquid))
+    wait_for(lambda: "the certificate is not valid" in mail_log(chasquid), "the attempt")
     assert len(chasquid.queue_ids()) == 1
     assert "sasl_username" not in smarthost.log()
 
@@ -103,7 +103,7 @@ def test_without_starttls_nothing_is_sent(start, names, place, smarthost):
     chasquid = customer(start, names, place, smarthost.port)
     message = letter("in the clear", "ana@here.example", "dora@dest.example")
     chasquid.submit("ana@here.example", ["dora@dest.example"], message)
-    wait_for("the attempt", lambda: "does not offer STARTTLS" in mail_log(chasquid))
+    wait_for(lambda: "does not offer STARTTLS" in mail_log(chasquid), "the attempt")
     assert smarthost.letters("dora@dest.example") == []
 
 
@@ -122,8 +122,8 @@ def test_only_what_cannot_be_sent_directly_goes_there(start, names, place, smart
     chasquid = customer(start, names, place, smarthost.port, smarthost_after=1)
     message = letter("second way", "ana@here.example", "dora@dest.example")
     chasquid.submit("ana@here.example", ["dora@dest.example"], message)
-    wait_for("the first attempt", lambda: " deferred (" in mail_log(chasquid))  # nothing at port 25
-    wait_for("the queue", lambda: len(chasquid.queue_ids()) == 1)
+    wait_for(lambda: " deferred (" in mail_log(chasquid), "the first attempt")  # nothing at port 25
+    wait_for(lambda: len(chasquid.queue_ids()) == 1, "the queue")
     assert smarthost.letters("dora@dest.example") == []
     chasquid.command("queue", "retry", "all")
     [arrived] = smarthost.wait_for_letters("dora@dest.example")
@@ -137,8 +137,8 @@ def test_one_recipient_goes_there_by_an_alias(start, names, place, smarthost):
         f"far: dora@dest.example via {via}\n"
     )
     chasquid.hang_up()
-    wait_for("the alias", lambda: via in chasquid.command("aliases-resolve", "far@here.example",
-                                                          check=False).stdout)  # fmt: skip
+    resolve = ("aliases-resolve", "far@here.example")
+    wait_for(lambda: via in chasquid.command(*resolve, check=False).stdout, "the alias")
     message = letter("by alias", "ana@here.example", "far@here.example")
     chasquid.submit("ana@here.example", ["far@here.example"], message)
     [arrived] = smarthost.wait_for_letters("dora@dest.example")

@@ -9,10 +9,8 @@ import socket
 import pytest
 
 from .clients import swaks
-from .server import Chasquid
+from .server import USERS, Chasquid
 from .tools import LOOPBACK, program
-
-USERS = {"ana@here.example": "secret", "bob@here.example": "hidden"}
 
 
 class Activated(Chasquid):

@@ -15,12 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support import wait_for
 
 from .server import Chasquid
-from .tools import LOOPBACK, free_port, letter, subjects, wait_for
+from .tools import ANA, BOB, DORA, LOOPBACK, free_port, letter, subjects
 
 TOP = Path(__file__).resolve().parent.parent.parent
-ANA, BOB, DORA = "ana@here.example", "bob@here.example", "dora@dest.example"
 ALIASES = "list: ana, dora@dest.example\nlog: | tee -a {}\naway: nobody@dest.example\n"
 
 # Runs an archive as `python3 ARCHIVE …` does; SIGUSR1 writes down which modules are loaded.
@@ -99,13 +99,13 @@ class FromArchive(Chasquid):
 
     def start(self) -> None:
         super().start()
-        wait_for("the server to be ready", lambda: "daemon: ready" in self.log())
+        wait_for(lambda: "daemon: ready" in self.log(), "the server to be ready")
 
     def modules(self) -> set[str]:
         """Return the names of all modules that the server has loaded by now."""
         before = self.noted.read_text() if self.noted.exists() else ""
         os.kill(self.pid, signal.SIGUSR1)
-        wait_for("the modules", lambda: self.noted.exists() and self.noted.read_text() != before)
+        wait_for(lambda: self.noted.exists() and self.noted.read_text() != before, "the modules")
         return set(json.loads(self.noted.read_text().splitlines()[-1]))
 
 
@@ -144,7 +144,7 @@ def test_a_server_goes_on_when_its_archive_is_replaced(
         here.submit(ANA, ["log@here.example"], letter("to a pipe", ANA, "log@here.example"))
         here.submit(ANA, ["away@here.example"], letter("bounces", ANA, "away@here.example"))
         here.submit(ANA, ["bob@here.example"], letter("große Grüße", ANA, BOB))
-        wait_for("the pipe", lambda: piped.exists() and "to a pipe" in piped.read_text())
+        wait_for(lambda: piped.exists() and "to a pipe" in piped.read_text(), "the pipe")
         here.wait_for_letters(BOB)
         letters = here.wait_for_letters(ANA, 2)
         assert "Mail delivery failed: returning message to sender" in subjects(letters)
@@ -177,7 +177,7 @@ def test_a_server_goes_on_when_its_archive_is_replaced(
         )  # fmt: skip
         assert "dora@dest.example" in resolved.stdout
         here.hang_up()
-        wait_for("a reload", lambda: "read again" in here.log())
+        wait_for(lambda: "read again" in here.log(), "a reload")
 
         assert here.modules() - before == set()
         assert ": error: " not in here.log()
@@ -195,7 +195,7 @@ def test_capture_goes_on_when_its_archive_is_replaced(
     def modules() -> set[str]:
         before = noted.read_text() if noted.exists() else ""
         process.send_signal(signal.SIGUSR1)
-        wait_for("the modules", lambda: noted.exists() and noted.read_text() != before)
+        wait_for(lambda: noted.exists() and noted.read_text() != before, "the modules")
         return set(json.loads(noted.read_text().splitlines()[-1]))
 
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

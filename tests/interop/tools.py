@@ -10,17 +10,15 @@ import random
 import shutil
 import socket
 import subprocess
-import time
-from collections.abc import Callable
 from email.message import EmailMessage
 from pathlib import Path
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import NamedTuple, NoReturn
 
 import pytest
-
-T = TypeVar("T")
+from support import wait_for
 
 LOOPBACK = "127.0.0.1"
+ANA, BOB, DORA = "ana@here.example", "bob@here.example", "dora@dest.example"
 
 
 def unavailable(why: str) -> NoReturn:
@@ -40,18 +38,6 @@ def program(name: str, *places: str | Path) -> str:
 def need_root() -> None:
     if os.geteuid() != 0:
         unavailable("this needs root")
-
-
-def wait_for(what: str, look: Callable[[], T], seconds: float = 20.0) -> T:
-    """Return what `look` returns as soon as that is true; an AssertionError after `seconds`."""
-    end = time.monotonic() + seconds
-    while True:
-        found = look()
-        if found:
-            return found
-        if time.monotonic() > end:
-            raise AssertionError(f"waited {seconds:g} s in vain for {what}; last seen: {found!r}")
-        time.sleep(0.02)
 
 
 # Below the range from which the system takes the ports of outgoing connections.
@@ -142,7 +128,7 @@ def read_maildir(directory: Path) -> list[EmailMessage]:
 def wait_for_letters(directory: Path, count: int = 1, seconds: float = 20.0) -> list[EmailMessage]:
     """Return the messages of a Maildir as soon as there are at least `count`."""
     what = f"{count} message(s) in {directory}"
-    wait_for(what, lambda: len(read_maildir(directory)) >= count, seconds)
+    wait_for(lambda: len(read_maildir(directory)) >= count, what, seconds)
     return read_maildir(directory)
 
 

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Delivery status notifications on request (RFC 3461): what a sender may ask for, where it
-is kept, to whom it is passed on, and what the reports say."""
+"""Room NOTIFICATIONS: what a sender may ask for (RFC 3461), where it is kept, what reports say."""
 
 from __future__ import annotations
 
-import base64
 import email
 import email.policy
 import json
@@ -19,18 +17,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import (
     HOST,
+    HOUR,
     FakeClock,
     Inline,
     Peer,
+    Serve,
     Server,
-    Wire,
     Zone,
     delivery,
+    greeted,
+    login,
     play,
     record,
     run,
     tls_policies,
-    trusting,
     wait_for,
 )
 from support import address as destination
@@ -48,10 +48,8 @@ from chasquid import (
     State,
 )
 
-Serve = Callable[..., Server]
 ANA, BEN, EVA = "ana@here.example", "ben@here.example", "eva@there.example"
 MESSAGE = b"From: ana@here.example\r\nSubject: hello\r\n\r\nIt works.\r\n"
-HOUR = 3600.0
 MX = ("mx.there.example (192.0.2.1:25)", "250 2.0.0 got it")
 RELAYED = Result(State.SENT, "2.0.0", "mx.there.example says 250 2.0.0 got it", *MX)
 PASSED_ON = RELAYED._replace(passed_on=True)
@@ -318,15 +316,6 @@ def test_a_wish_means_what_it_says_and_without_one_what_is_usual(
 # --- where it is kept ---
 
 
-def greeted(server: Server, port: str = "smtp") -> Wire:
-    wire = server.connect(port)
-    if port == "submission over TLS":
-        wire.start_tls(trusting())
-    assert wire.reply().startswith("220 ")
-    assert wire.ask("EHLO client.example").startswith("250-")
-    return wire
-
-
 def send(
     server: Server, sender: str, *recipients: str, data: bytes = MESSAGE, parameters: str = ""
 ) -> str:
@@ -336,8 +325,7 @@ def send(
     """
     with greeted(server, "submission over TLS" if sender == ANA else "smtp") as wire:
         if sender == ANA:
-            login = base64.b64encode(b"\0ana@here.example\0secret").decode()
-            assert wire.ask(f"AUTH PLAIN {login}").startswith("235 ")
+            assert login(wire).startswith("235 ")
         assert wire.ask(f"MAIL FROM:<{sender}> {parameters}".strip()).startswith("250 ")
         for one in recipients:
             name, _, dsn = one.partition(" ")
