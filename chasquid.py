@@ -12,7 +12,7 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     ERRORS         failures as sentences, ids, the clock
     TEXT           addresses, IDNA and PRECIS, dates, text made safe; pure functions
     CONFIG         the key/value text format, Config, domain directories
-    LOG            the server log, the mail log, counters
+    LOG            events and metrics: each is declared here once
     LOOP           tasks on one selector, timers, worker threads, child processes
     STORAGE        durable writes, directories that are synced
     STREAM         buffered sockets, TLS, deadlines
@@ -1077,12 +1077,16 @@ _KEYS = dict(zip(Config._fields[1:], _ROWS, strict=True))
 # ======================================================================================
 # ROOM: LOG
 #
-# What the server tells people. The server log says what it does and what is wrong with
-# it; the mail log has one line for each thing that happens to a message, each beginning
-# with the message's id, so that a search for the id tells its story. Counters count.
+# What the server tells people and programs. The server log says what it does and what is
+# wrong with it; the mail log has a line for each thing that happens to a message or in a
+# session, with its id, so that a search for the id tells its story. Metrics count.
 #
-# A line is one line: whatever came from outside is made printable first. A log that
-# cannot be written never stops the mail.
+# - A line is an event with fields, "event=delivered id=… to=<…> status=2.0.0". Each event and
+#   each metric is declared once, in `Events` and `Metrics`; the page, `explain`, the filter for
+#   fail2ban and the README's table follow from that. No program reads the sentences in `text`.
+# - A line is one line, and a value cannot look like another field: whatever came from
+#   outside is made printable, and quoted if there is a blank in it.
+# - A log that cannot be written never stops the mail.
 # ======================================================================================
 
 
@@ -1241,6 +1245,178 @@ class Dialogue:
             self.lines.append(f"{who}: {printable(text, _DIALOGUE_LINE)}")
 
 
+class LogEvent(NamedTuple):
+    """A kind of line in a log: its name, its fields in their order, and what it tells.
+
+    Those of `mail` go to the mail log, others to the server log. A field that is a word of
+    Python's has "_" behind it where it is passed.
+    """
+
+    name: str
+    fields: tuple[tuple[str, str], ...]  # as it is passed, and as it is written
+    mail: bool
+    help: str
+
+
+def _event(name: str, fields: str, help: str, mail: bool = True) -> LogEvent:
+    pairs = tuple((field, field.rstrip("_")) for field in fields.split())
+    return LogEvent(name, pairs, mail, help)
+
+
+# A value without blanks, quotes and backslashes stands bare; `_value` quotes any other.
+_BARE = re.compile(r"[!#-\[\]-~]+")
+_VALUE_LIMIT = 1500  # characters
+_LOGGED_FIELD = re.compile(r'([a-z][a-z-]*)=(?:"((?:[^"\\]|\\.)*)"|(\S*))(?: |$)')
+
+
+def _value(value: object) -> str:
+    text = value if type(value) is str else str(value)
+    if _BARE.fullmatch(text) and len(text) <= _VALUE_LIMIT:
+        return text
+    text = printable(text, _VALUE_LIMIT)
+    if re.search(r'[\s"\\]', text) or not text:
+        return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return text
+
+
+def parse_event(line: str) -> tuple[str, dict[str, str]]:
+    """Return what stands before the event in a line of a log (the time), and its fields.
+
+    The fields are empty if there is no event in the line. No value can look like a field: one
+    with a blank in it is quoted.
+    """
+    start = line.find("event=")
+    fields: dict[str, str] = {}
+    place = start
+    while start >= 0 and (match := _LOGGED_FIELD.match(line, place)) is not None:
+        name, quoted, bare = match.groups()
+        fields[name] = bare if quoted is None else re.sub(r"\\(.)", r"\1", quoted)
+        place = match.end()
+    return (line[:start], fields) if fields.get("event") else (line, {})
+
+
+class Metric(NamedTuple):
+    """A counter, as `log.count` knows it and MONITORING shows it.
+
+    `known` are the values of its labels that are shown from the start, as 0.
+    """
+
+    name: str
+    help: str
+    labels: tuple[str, ...] = ()
+    known: tuple[tuple[str, ...], ...] = ()
+
+
+class Events:
+    """All events that there are: a new kind of line is one row here."""
+
+    # The server log. What a person reads and no program has a field of its own yet is a sentence.
+    INFO = _event("info", "source text", "something to know", mail=False)
+    WARNING = _event("warning", "source text", "something that is probably not meant", mail=False)
+    ERROR = _event("error", "source text", "something that has failed", mail=False)
+    CRASH = _event("crash", "source text at", "a fault of chasquid itself; report it", mail=False)
+    STARTING = _event("starting", "version host", "the server starts", mail=False)
+    LISTENING = _event("listening", "port address", "connections are taken here", mail=False)
+    READY = _event("ready", "", "all is loaded; systemd hears of it too", mail=False)
+    RELOADED = _event("reloaded", "problems", "the files were read again", mail=False)
+    STOPPING = _event("stopping", "", "the server was told to end", mail=False)
+    STOPPED = _event("stopped", "", "it has ended", mail=False)
+
+    # The mail log: what clients did, then what became of messages.
+    LOGIN = _event("login", "id peer port user", "a user has logged in")
+    LOGIN_FAILED = _event("login-failed", "id peer port user", "user or password was wrong")
+    REJECTED = _event(
+        "rejected",
+        "id peer port limit code status from_ to spf dkim dmarc text",
+        "a command or a message was refused; with `limit`, for going too far",
+    )
+    SENT_AWAY = _event("sent-away", "id peer port errors", "too many errors ended the connection")
+    ENDED_EARLY = _event("ended-early", "id peer port text", "a connection broke")
+    FAULT = _event("fault", "id peer port stage", "a fault was injected, by a test server")
+    CAPTURED = _event("captured", "id peer port from_", "a test server has a message")
+    QUEUED = _event(
+        "queued",
+        "id from_ to size peer port helo user tls spf dkim dmarc about kind",
+        "a message was accepted; with `about`, a notification about that one",
+    )
+    FOUND = _event("found", "id from_", "a message was in the queue at the start")
+    TAKEN_OVER = _event("taken-over", "id file", "a message came from the queue of chasquid in Go")
+    DELIVERED = _event("delivered", "id from_ to route status text", "a recipient has it")
+    DEFERRED = _event("deferred", "id from_ to route status text", "an attempt failed for now")
+    FAILED = _event("failed", "id from_ to route status text", "an attempt failed for good")
+    GIVEN_UP = _event("given-up", "id to status text", "there are no more attempts for a recipient")
+    NOT_NOTIFIED = _event("not-notified", "id text", "nobody hears of a failure")
+    NEXT_ATTEMPT = _event("next-attempt", "id pause", "what is left waits")
+    DONE = _event("done", "id attempts", "a message has left the queue")
+    REMOVED = _event("removed", "id", "the operator has removed a message")
+    LOST = _event("lost", "id text", "the file of a message is gone from the queue")
+
+    BY_NAME = {event.name: event for event in list(vars().values()) if isinstance(event, LogEvent)}
+
+
+def _each(*values: str) -> tuple[tuple[str, ...], ...]:
+    return tuple((value,) for value in values)
+
+
+_CHECK_RESULTS = ("pass", "fail", "softfail", "neutral", "none", "temperror", "permerror")
+
+
+class Metrics:
+    """All counters that there are; gauges are MONITORING's."""
+
+    CONNECTIONS = Metric(
+        "connections", "Connections that came in.", ("port",),
+        _each("smtp", "submission", "submission over TLS", "refused"),
+    )  # fmt: skip
+    COMMANDS = Metric(
+        "commands", "Commands of clients.", ("verb",),
+        _each("HELO", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "BDAT", "RSET", "NOOP",
+              "VRFY", "EXPN", "HELP", "QUIT"),
+    )  # fmt: skip
+    REJECTIONS = Metric(
+        "rejections", "Replies that refused something.", ("code",),
+        _each("421", "450", "451", "452", "454", "500", "501", "502", "503", "504", "521", "530",
+              "535", "538", "550", "552", "553", "554", "555"),
+    )  # fmt: skip
+    LOGINS = Metric("logins", "Logins.", ("result",), _each("succeeded", "failed", "not checked"))
+    LIMITS = Metric(
+        "limits", "Refusals because of a limit.", ("limit",), _each("connections", "rate")
+    )
+    MESSAGES = Metric("messages", "Messages accepted into the queue.", ("state",), _each("queued"))
+    DELIVERIES = Metric(
+        "deliveries", "Attempts, for each recipient.", ("route", "result"),
+        tuple(itertools.product(
+            ("local", "pipe", "mx", "via", "smarthost"), ("sent", "deferred", "failed")
+        )),
+    )  # fmt: skip
+    NOTIFICATIONS = Metric(
+        "notifications", "Notifications sent.", ("kind",),
+        _each("failed", "delayed", "delivered", "relayed"),
+    )  # fmt: skip
+    SPF = Metric("spf", "Results of SPF.", ("result",), _each(*_CHECK_RESULTS))
+    DKIM = Metric(
+        "dkim", "Results of DKIM, for each signature.", ("result",),
+        _each("pass", "fail", "policy", "neutral", "none", "temperror", "permerror"),
+    )  # fmt: skip
+    DKIM_SIGNATURES = Metric("dkim_signatures", "Messages signed.", ("state",), _each("made"))
+    DMARC = Metric(
+        "dmarc", "Results of DMARC.", ("result",),
+        _each("pass", "fail", "none", "temperror", "permerror"),
+    )  # fmt: skip
+    SECURITY_LEVELS = Metric(
+        "security_levels", "Levels seen, and refused downgrades.", ("direction", "level"),
+        (("in", "PLAIN"), ("in", "TLS_CLIENT"), ("out", "PLAIN"), ("out", "TLS_INSECURE"),
+         ("out", "TLS_SECURE"), ("refused", "in"), ("refused", "out")),
+    )  # fmt: skip
+    MTA_STS = Metric("mta_sts", "MTA-STS policies.", ("result",), _each("fetched", "failed"))
+    POST_DATA = Metric(
+        "post_data", "Runs of the post-data hook.", ("status",), _each("0", "1", "20")
+    )
+    CRASHES = Metric("crashes", "Errors that nobody foresaw; see the log.")
+
+    BY_NAME = {row.name: row for row in list(vars().values()) if isinstance(row, Metric)}
+
+
 class Log:
     """The two logs and the metrics of one server, and its recent sessions."""
 
@@ -1250,14 +1426,28 @@ class Log:
         self.dialogues: collections.deque[Dialogue] = collections.deque(maxlen=_DIALOGUE_COUNT)
         self.counters: collections.Counter[tuple[str, ...]] = collections.Counter()
 
+    def event(self, event: LogEvent, **values: object) -> None:
+        """Write a line; fields that are "" or None are left out.
+
+        Raises TypeError for a field that the event has not.
+        """
+        parts = [f"event={event.name}"]
+        for key, name in event.fields:
+            value = values.pop(key, None)
+            if value is not None and value != "":
+                parts.append(f"{name}={_value(value)}")
+        if values:
+            raise TypeError(f"{event.name} has no {', '.join(values)}")
+        (self._mail_log if event.mail else self._log).write(" ".join(parts))
+
     def info(self, source: str, text: str) -> None:
-        self._log.write(f"{source}: {printable(text, 2000)}")
+        self.event(Events.INFO, source=source, text=text)
 
     def warning(self, source: str, text: str) -> None:
-        self._log.write(f"{source}: warning: {printable(text, 2000)}")
+        self.event(Events.WARNING, source=source, text=text)
 
     def error(self, source: str, text: str) -> None:
-        self._log.write(f"{source}: error: {printable(text, 2000)}")
+        self.event(Events.ERROR, source=source, text=text)
 
     def crash(self, source: str, error: BaseException) -> None:
         """Log an error that nobody foresaw, with the places it came through, on one line."""
@@ -1267,18 +1457,17 @@ class Log:
             code = trace.tb_frame.f_code
             places.append(f"{code.co_name}:{trace.tb_lineno}")
             trace = trace.tb_next
-        self.counters["crashes",] += 1
-        self.error(source, f"{type(error).__name__}: {error} (at {' '.join(places[-6:])})")
+        self.count(Metrics.CRASHES)
+        text = f"{type(error).__name__}: {error}"
+        self.event(Events.CRASH, source=source, text=text, at=",".join(places[-6:]))
 
-    def mail(self, id: str, text: str) -> None:
-        """Write a line about the message (or the session) `id` to the mail log."""
-        self._mail_log.write(f"{id} {printable(text, 2000)}")
-
-    def count(self, *name: str) -> None:
-        """Add one to the counter `name`: what is counted, then its labels."""
-        self.counters[name] += 1
+    def count(self, metric: Metric, *values: str) -> None:
+        """Add one to a metric, with the values of its labels."""
+        assert len(values) == len(metric.labels), metric.name
+        self.counters[metric.name, *values] += 1
 
     def reopen(self) -> None:
+        """Open both logs anew, as after a rotation. Raises ConfigError."""
         self._log.reopen()
         self._mail_log.reopen()
 
@@ -4365,7 +4554,7 @@ class Hooks:
         environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "PWD": self._config_dir,
                        **ours, **environment}  # fmt: skip
         outcome = await self._run([path], message, _POST_DATA_SECONDS, environment)
-        self._log.count("post-data", str(outcome.status))
+        self._log.count(Metrics.POST_DATA, str(outcome.status))
         if outcome.status == _HOOK_REFUSES:
             said = self._last_line(outcome.output, outcome.errors)
             raise PermanentFailure(said or "refused by a filter", "5.7.1")
@@ -5793,7 +5982,7 @@ class Signer:
         except Exception as error:  # whatever it is, the message must not leave without
             self._log.crash(f"signing for {domain}", error)
             raise TemporaryFailure("the message cannot be signed now", "4.3.0") from error
-        self._log.count("dkim signatures", "made")
+        self._log.count(Metrics.DKIM_SIGNATURES, "made")
         return signed
 
     async def sign_for_host(
@@ -6110,14 +6299,14 @@ class SecurityLevels:
         """Remember that a message of `domain`, with an SPF pass, came in so."""
         level = TLS_CLIENT if tls else PLAIN
         info = await self.of(domain)
-        self._log.count("security levels", "in", level)
+        self._log.count(Metrics.SECURITY_LEVELS, "in", level)
         if LEVELS.index(level) > LEVELS.index(info.incoming):
             await self._keep(domain, info._replace(incoming=level))
 
     async def saw_outgoing(self, domain: str, level: str) -> None:
         """Remember that a server of `domain` has offered `level`."""
         info = await self.of(domain)
-        self._log.count("security levels", "out", level)
+        self._log.count(Metrics.SECURITY_LEVELS, "out", level)
         if LEVELS.index(level) > LEVELS.index(info.outgoing):
             await self._keep(domain, info._replace(outgoing=level))
 
@@ -6375,14 +6564,14 @@ class StsPolicies:
             policy = parse_sts_policy(text, id, self._loop.clock.time())
         except (ChasquidError, ValueError, OSError) as error:
             self._not_before[domain] = self._loop.clock.monotonic() + _STS_PAUSE
-            self._log.count("mta-sts", "failed")
+            self._log.count(Metrics.MTA_STS, "failed")
             self._log.info("mta-sts", f"the policy of {domain} cannot be had: {reason(error)}")
             return
         finally:
             del self._under_way[domain]
         self._not_before.pop(domain, None)
         self._policies[domain] = policy
-        self._log.count("mta-sts", "fetched")
+        self._log.count(Metrics.MTA_STS, "fetched")
         self._log.info("mta-sts", f"{domain} has the policy {policy.mode}, {', '.join(policy.mx)}")
         await self._write(domain, policy)
 
@@ -7806,7 +7995,7 @@ class SmtpCourier:
         return client
 
     def _too_little(self, server: _Server, why: str) -> TemporaryFailure:
-        self._log.count("security levels", "refused", "out")
+        self._log.count(Metrics.SECURITY_LEVELS, "refused", "out")
         said = server.requirement.why or server.requirement.least
         return TemporaryFailure(f"{why}; less is not safe ({said})", "4.7.5")
 
@@ -8987,6 +9176,13 @@ _DESTINATION_SLOTS = 5  # attempts at a time for one destination elsewhere
 _SLOTS = {RouteKind.LOCAL: _LOCAL_SLOTS, RouteKind.PIPE: _PIPE_SLOTS}
 
 
+_RESULT_EVENTS = {
+    State.SENT: Events.DELIVERED,
+    State.DEFERRED: Events.DEFERRED,
+    State.FAILED: Events.FAILED,
+}
+
+
 class QueueFull(TemporaryFailure):
     """There is no room for another message, by number or on the disk."""
 
@@ -9102,10 +9298,10 @@ class Queue:
                 create_durably(os.path.join(directory, Place.TMP, id), chunks, path_for)
             os.unlink(path)
             sync_directory(directory)
-            self._log.mail(id, f"taken over from chasquid in Go, where it was {name}")
+            self._log.event(Events.TAKEN_OVER, id=id, file=name)
 
     def _take_up(self, item: Item) -> None:
-        self._log.mail(item.id, f"from=<{item.envelope.sender}> found in the queue")
+        self._log.event(Events.FOUND, id=item.id, from_=f"<{item.envelope.sender}>")
         self._start(item)
 
     async def _read_later(self, path: str) -> None:
@@ -9151,10 +9347,10 @@ class Queue:
             self._disk_seen, self._has_room = now, status.f_bavail * status.f_frsize >= enough
         return self._has_room
 
-    async def accept(self, draft: Draft, envelope: Envelope, trace: str) -> Item:
+    async def accept(self, draft: Draft, envelope: Envelope, trace: Mapping[str, str]) -> Item:
         """Store a message durably and start to deliver it. Raises QueueFull.
 
-        `trace` says in the mail log where it came from.
+        `trace` says where it came from: fields of `Events.QUEUED`.
         """
         routes = self._local_routes(envelope)
         try:
@@ -9168,13 +9364,15 @@ class Queue:
             draft.discard()
             raise
         item = Item(envelope, message)
-        recipients = ", ".join(
-            dict.fromkeys(recipient.original for recipient in envelope.final_recipients)
-        )
-        self._log.count("messages", "queued")
-        self._log.mail(
-            item.id,
-            f"from=<{envelope.sender}> to={recipients} queued, {message.size} octets, {trace}",
+        originals = dict.fromkeys(recipient.original for recipient in envelope.final_recipients)
+        self._log.count(Metrics.MESSAGES, "queued")
+        self._log.event(
+            Events.QUEUED,
+            id=item.id,
+            from_=f"<{envelope.sender}>",
+            to=",".join(f"<{address}>" for address in originals),
+            size=message.size,
+            **trace,
         )
         self._start(item)
         await self._let_deliveries_catch_up(routes)
@@ -9244,7 +9442,7 @@ class Queue:
             if any(recipient.is_open for recipient in item.recipients):
                 self._start(item)  # it is still there, and would be delivered after a restart
             raise ChasquidError(f"{item.id} cannot be removed: {reason(error)}") from error
-        self._log.mail(item.id, "removed by the operator")
+        self._log.event(Events.REMOVED, id=item.id)
 
     def begin_closing(self) -> None:
         """Begin no more attempts."""
@@ -9358,11 +9556,15 @@ class Queue:
             if sender != envelope.sender:  # who stands in for the sender would hear of it
                 result = result._replace(passed_on=False)
             recipient.result = result
-            self._log.count("deliveries", route.key[0], result.state)
-            self._log.mail(
-                item.id,
-                f"from=<{sender}> to={recipient.destination.value} {result.state} "
-                f"({result.status}): {result.text}",
+            self._log.count(Metrics.DELIVERIES, route.key[0], result.state)
+            self._log.event(
+                _RESULT_EVENTS[result.state],
+                id=item.id,
+                from_=f"<{sender}>",
+                to=f"<{recipient.destination.value}>",
+                route=route.key[0],
+                status=result.status,
+                text=result.text,
             )
             self._on_result(item, recipient)
 
@@ -9426,7 +9628,7 @@ class Queue:
             await self._report(item)
             if not any(recipient.is_open for recipient in item.recipients):
                 await self._remove_file(item)
-                self._log.mail(item.id, f"done after {plural(item.attempts, 'attempt')}")
+                self._log.event(Events.DONE, id=item.id, attempts=item.attempts)
                 return True
             if item.waited >= _DELAY_NOTICE_SECONDS and not item.delay_reported:
                 await self._report_delay(item)
@@ -9436,7 +9638,7 @@ class Queue:
             self._log.error("queue", f"{item.id} cannot be written: {reason(error)}")
             self._postpone(item, _PAUSES[0])
             if not os.path.exists(item.message.path):
-                self._log.mail(item.id, "its file is gone from the queue; forgotten")
+                self._log.event(Events.LOST, id=item.id, text="its file is gone from the queue")
                 return True
         return False
 
@@ -9462,7 +9664,7 @@ class Queue:
             item.again, seconds = False, 0.0
         item.next_attempt = self._loop.clock.time() + seconds
         item.due = self._loop.clock.monotonic() + seconds
-        self._log.mail(item.id, f"next attempt in {duration_text(seconds)}")
+        self._log.event(Events.NEXT_ATTEMPT, id=item.id, pause=duration_text(seconds))
 
     def _pause(self, attempts: int) -> float:
         return _PAUSES[min(attempts, len(_PAUSES)) - 1] + self._random() * _JITTER
@@ -9474,7 +9676,8 @@ class Queue:
                 recipient.result = recipient.result._replace(
                     state=State.FAILED, status=status, text=text
                 )  # fmt: skip
-                self._log.mail(item.id, f"to={recipient.destination.value} given up: {why}")
+                to = f"<{recipient.destination.value}>"
+                self._log.event(Events.GIVEN_UP, id=item.id, to=to, status=status, text=why)
                 self._on_result(item, recipient)
 
     async def _write_down(self, item: Item) -> None:
@@ -9532,7 +9735,7 @@ class Queue:
         for recipient in failed:  # or they are told again if the next report fails
             recipient.reported = True
         if failed and not item.envelope.sender:
-            self._log.mail(item.id, "failed, and no notification: the sender is <>")
+            self._log.event(Events.NOT_NOTIFIED, id=item.id, text="the sender is <>")
         sent = [
             recipient
             for recipient in ended
@@ -9590,9 +9793,9 @@ class Queue:
             eight_bit=draft.eight_bit,
             require_tls=item.envelope.require_tls,
         )
-        self._log.count("notifications", action)
+        self._log.count(Metrics.NOTIFICATIONS, action)
         try:
-            await self.accept(draft, envelope, f"notification of {item.id} ({action})")
+            await self.accept(draft, envelope, {"about": item.id, "kind": action})
         except QueueFull as error:
             raise OSError(errno.ENOSPC, "the notification cannot be stored") from error
 
@@ -9639,7 +9842,11 @@ def is_loopback(peer: str) -> bool:
 
 
 class RateExceeded(TemporaryFailure):
-    """A client or a user does more than it may within a minute; it may go on later."""
+    """A client or a user has gone over `limit`, and may go on later (RFC 3463, 4.7.0)."""
+
+    def __init__(self, text: str, limit: str) -> None:
+        super().__init__(text, "4.7.0")
+        self.limit = limit
 
 
 class _Meter:
@@ -9725,13 +9932,13 @@ class Limits:
 
     @contextlib.contextmanager
     def connection(self, peer: str) -> Iterator[None]:
-        """Count a connection for as long as it lasts. Raises TemporaryFailure."""
+        """Count a connection for as long as it lasts. Raises RateExceeded."""
         client, limit = client_of(peer), self._config.max_connections_per_address
         if not self.is_exempt(peer):
             if limit and self._connections[client] >= limit:
-                raise TemporaryFailure(f"more than {limit} connections from {client}", "4.7.0")
+                raise RateExceeded(f"more than {limit} connections from {client}", "connections")
             if not self._connection_rate.takes(client):
-                raise TemporaryFailure(f"too many connections a minute from {client}", "4.7.0")
+                raise RateExceeded(f"too many connections a minute from {client}", "connections")
         self._connections[client] += 1
         try:
             yield
@@ -9757,18 +9964,17 @@ class Limits:
             return
         if user:
             if not of_user.takes(user):
-                raise RateExceeded(f"too many {what} a minute for {user}", "4.7.0")
+                raise RateExceeded(f"too many {what} a minute for {user}", what)
         elif not of_client.takes(client_of(peer)):
-            raise RateExceeded(f"too many {what} a minute from {client_of(peer)}", "4.7.0")
+            raise RateExceeded(f"too many {what} a minute from {client_of(peer)}", what)
 
     def check_login(self, peer: str) -> None:
-        """Raises TemporaryFailure where the address has failed too often."""
+        """Raises RateExceeded if the address has failed too often."""
         limit = self._config.max_failed_logins
         failed = self._failed_logins.count(client_of(peer))
         if limit and failed >= limit and not self.is_exempt(peer):
-            raise TemporaryFailure(
-                "too many failed logins from your address; wait an hour", "4.7.0"
-            )
+            text = "too many failed logins from your address; wait an hour"
+            raise RateExceeded(text, "logins")
 
     def login_failed(self, peer: str, user: str, known: bool = True) -> float:
         """Count a failed login; return how many seconds the answer should be late.
@@ -9931,7 +10137,7 @@ class Transaction:
         self.incoming: Incoming | None = None
         self.failure: Exception | None = None  # why the message is only read to be thrown away
         self.held = b""  # a CR at the end of a chunk, which may belong to a CRLF
-        self.results = ""  # of the checks, as the mail log names them
+        self.results: dict[str, str] = {}  # of the checks, as fields of the mail log
 
     def add(self, path: Path, recipients: Iterable[FinalRecipient]) -> None:
         """Add what RCPT has named."""
@@ -9949,10 +10155,11 @@ class Transaction:
         if self.incoming is not None:
             self.incoming.discard()
 
-    def __str__(self) -> str:
-        """The envelope and the results, as the mail log names them."""
+    def fields(self) -> dict[str, str]:
+        """Return the envelope and the results, as fields of the mail log."""
         recipients = dict.fromkeys(original for _, original in self.final_recipients)
-        return f" from=<{self.sender}> to={', '.join(recipients)}{self.results}"
+        to = ",".join(f"<{address}>" for address in recipients)
+        return {"from_": f"<{self.sender}>", "to": to, **self.results}
 
 
 class Incoming(Protocol):
@@ -10192,17 +10399,18 @@ class Session:
         self._closing = False
         self._errors = 0
         self._unknown_recipients = 0
-        self._about = ""  # the envelope, as the mail log names it when it is refused
+        self._about: dict[str, str] = {}  # the envelope, for the log when it is refused
+        self._limit = ""  # which the command has gone over
 
     async def run(self) -> None:
         """Hold the dialogue; returns when the connection is closed."""
-        self.context.log.count("connections", self.port.name)
+        self.context.log.count(Metrics.CONNECTIONS, self.port.name)
         self.dialogue = self.context.new_dialogue(self.port, self.peer)
         try:
             await self._converse()
         except (Disconnected, TLSFailed) as error:
             if self.transaction is not None or isinstance(error, TLSFailed):
-                self.log(f"ended early: {error}")
+                self.event(Events.ENDED_EARLY, text=error)
         except Cancelled:
             self.say(_SHUTTING_DOWN)
             raise
@@ -10258,9 +10466,11 @@ class Session:
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(limits.connection(self.peer))
-            except TemporaryFailure as error:
-                self.context.log.count("limits", "connections")
-                self.log(f"rejected: {error}")
+            except RateExceeded as error:
+                self.context.log.count(Metrics.LIMITS, "connections")
+                self.event(
+                    Events.REJECTED, limit=error.limit, code=421, status=error.status, text=error
+                )
                 raise TemporaryFailure(f"{error}; try again later", error.status) from error
             yield
 
@@ -10273,7 +10483,7 @@ class Session:
 
     async def _next_reply(self) -> Reply | None:
         """Obey one command; None if it has been answered. Raises Disconnected, TLSFailed."""
-        self._verb = ""
+        self._verb = self._limit = ""
         try:
             self.idle = True
             with self.loop.deadline(COMMAND_SECONDS):
@@ -10300,7 +10510,7 @@ class Session:
         command = _COMMANDS.get(verb)
         if command is None:
             raise Refused(Reply(500, "5.5.1", "Command not recognized"))
-        self.context.log.count("commands", verb)
+        self.context.log.count(Metrics.COMMANDS, verb)
         if self.phase not in command.phases:
             too_late = self.phase is Phase.MAIL and Phase.GREETED in command.phases  # MAIL, AUTH
             raise (Phase.RECIPIENTS if too_late else self.phase).refusal
@@ -10324,6 +10534,8 @@ class Session:
             return Reply(521, "5.5.2", f"{error}; closing the connection", close=True)
         if isinstance(error, Expired):
             return Reply(421, "4.4.2", "Timeout exceeded, closing connection", close=True)
+        if isinstance(error, RateExceeded):
+            self._limit = error.limit
         if isinstance(error, TemporaryFailure) and self._verb == "AUTH":
             return Reply(454, error.status, str(error), close=True)  # RFC 4954, 4
         if isinstance(error, RateExceeded):
@@ -10345,10 +10557,17 @@ class Session:
         """
         if not reply.is_error:
             return reply
-        self.context.log.count("rejections", str(reply.code))
+        self.context.log.count(Metrics.REJECTIONS, str(reply.code))
         self.dialogue.outcome = f"refused: {reply}"
-        about = self._about if self._verb in ("MAIL", "RCPT", "DATA", "BDAT") else ""
-        self.log(f"rejected{about}: {reply}")
+        about = self._about if self._verb in ("MAIL", "RCPT", "DATA", "BDAT") else {}
+        self.event(
+            Events.REJECTED,
+            limit=self._limit,
+            code=reply.code,
+            status=reply.status,
+            text=reply.text,
+            **about,
+        )
         if reply.close or reply.status == "4.5.3" or (self._verb == "RCPT" and reply.code == 450):
             return reply  # who sends much must still get to DATA with what was accepted
         if self._verb == "RCPT" and reply.status == "5.1.1":
@@ -10357,7 +10576,7 @@ class Session:
             self._errors += 1
         if self._errors < ERROR_LIMIT and self._unknown_recipients < RECIPIENT_ERROR_LIMIT:
             return reply
-        self.log(f"sent away after {plural(self._errors + self._unknown_recipients, 'error')}")
+        self.event(Events.SENT_AWAY, errors=self._errors + self._unknown_recipients)
         text = f"Too many errors, closing connection; the last one: {reply.text}"
         return Reply(421, "4.7.0", text, close=True)
 
@@ -10371,9 +10590,9 @@ class Session:
         """Read so many octets, which are no command, to be rid of them."""
         await self._reader.read_chunk(size, None)
 
-    def log(self, text: str) -> None:
-        """Write to the mail log."""
-        self.context.log.mail(self.id, f"{self.port.name} {self.peer} {text}")
+    def event(self, event: LogEvent, **fields: object) -> None:
+        """Write a line to the mail log, with who is at the other end."""
+        self.context.log.event(event, id=self.id, peer=self.peer, port=self.port.name, **fields)
 
     def _reset(self) -> None:
         if self.transaction is not None:
@@ -10466,18 +10685,18 @@ class Session:
         try:
             login = await self._receiver.authenticate(self.client, user, password)
         except TemporaryFailure:
-            self.context.log.count("logins", "not checked")
+            self.context.log.count(Metrics.LOGINS, "not checked")
             raise
         if login.address is None:
-            self.context.log.count("logins", "failed")
-            self.log(f"login failed for {printable(user, 100)!r}")
+            self.context.log.count(Metrics.LOGINS, "failed")
+            self.event(Events.LOGIN_FAILED, user=printable(user, 100))
             elapsed = self.loop.clock.monotonic() - start
             self.idle = True  # this wait is for the client's sake, not the message's
             await self.loop.sleep(max(0.0, login.seconds - elapsed))
             self.idle = False
             raise Refused(Reply(535, "5.7.8", "Authentication credentials invalid"))
-        self.context.log.count("logins", "succeeded")
-        self.log(f"login succeeded for {login.address}")
+        self.context.log.count(Metrics.LOGINS, "succeeded")
+        self.event(Events.LOGIN, user=login.address)
         self._user = login.address
         return Reply(235, "2.7.0", "Authentication succeeded")
 
@@ -10485,7 +10704,7 @@ class Session:
 
     async def _mail(self, argument: str) -> Reply:
         path = parse_path(argument, "FROM:")
-        self._about = f" from=<{path.address}>"
+        self._about = {"from_": f"<{path.address}>"}
         self._check_parameters(path.parameters)
         self._check_utf8(path.address, "SMTPUTF8" in path.parameters)
         spf = await self._receiver.check_sender(self.client, path)
@@ -10527,7 +10746,7 @@ class Session:
         dsn = self._dsn_parameters(path.parameters, transaction.smtputf8)
         if not path.address:
             raise Refused(Reply(501, "5.1.3", "expected a recipient, not <>"))
-        self._about = f" from=<{transaction.sender}> to={path.address}"
+        self._about = {"from_": f"<{transaction.sender}>", "to": f"<{path.address}>"}
         self._check_utf8(path.address, transaction.smtputf8)
         if len(transaction.recipients) >= RECIPIENT_LIMIT:
             raise Refused(Reply(452, "4.5.3", "Too many recipients; send the rest later"))
@@ -10595,7 +10814,7 @@ class Session:
                 raise transaction.failure
             return await self._hook(self, "message", "", accept)
         except Exception:
-            self._about = str(transaction)
+            self._about = transaction.fields()
             raise
         finally:
             self._reset()
@@ -10790,7 +11009,7 @@ class MailReceiver:
         try:
             count(client.peer, client.user)
         except RateExceeded:
-            self.log.count("limits", "rate")
+            self.log.count(Metrics.LIMITS, "rate")
             raise
 
     async def _check_stranger(self, client: ClientInfo, sender: str) -> Spf:
@@ -10800,7 +11019,7 @@ class MailReceiver:
         spf = await check_spf(
             self.names, self.loop, client.peer, sender, client.hello, self.hostname
         )
-        self.log.count("spf", spf.result)
+        self.log.count(Metrics.SPF, spf.result)
         if spf.result == "fail":
             text = f"{spf.domain} does not let {client.peer} send its mail"
             explanation = f": {spf.explanation}" if spf.explanation else ""
@@ -10809,7 +11028,7 @@ class MailReceiver:
         if not domain or spf.result != "pass":
             return spf  # anybody could set the level of somebody else's domain
         if not await self._levels.accepts(domain, bool(client.tls)):
-            self.log.count("security levels", "refused", "in")
+            self.log.count(Metrics.SECURITY_LEVELS, "refused", "in")
             text = f"{domain} has sent its mail with TLS before: say STARTTLS"
             raise Refused(Reply(550, "5.7.3", text))
         return spf
@@ -10927,8 +11146,8 @@ class _Judgement:
         self._header = draft.complete()
         self._fields = check_header(self._header, config.max_received_headers, not client.user)
 
-    async def judge(self) -> tuple[Envelope, str]:
-        """Return the envelope, and where the message came from, in words. Raises Refused."""
+    async def judge(self) -> tuple[Envelope, dict[str, str]]:
+        """Return the envelope, and where the message came from, for the log. Raises Refused."""
         transaction, draft, fields = self._transaction, self._draft, self._fields
         await self._check_authors()
         received = self._received()
@@ -11022,10 +11241,10 @@ class _Judgement:
         signatures, dmarc = await self._check_author()
         self._dkim, self._dmarc = [signature.result for signature in signatures], dmarc.result
         for signature in signatures:
-            receiver.log.count("dkim", signature.result)
-        receiver.log.count("dmarc", dmarc.result)
+            receiver.log.count(Metrics.DKIM, signature.result)
+        receiver.log.count(Metrics.DMARC, dmarc.result)
         dkim = ",".join(self._dkim) or "none"
-        transaction.results = f" spf={spf.result} dkim={dkim} dmarc={dmarc.result}"
+        transaction.results = {"spf": spf.result, "dkim": dkim, "dmarc": dmarc.result}
         # what a relay of ours passes on comes from its address, which proves nothing of others
         enforced = receiver.config.dmarc_policy == "enforce" and not receiver.limits.is_relay(peer)
         junk = enforced and self._is_junk(dmarc)
@@ -11094,12 +11313,16 @@ class _Judgement:
             f"; {rfc5322_date(self._receiver.loop.clock.time())}",
         )
 
-    def _trace(self) -> str:
+    def _trace(self) -> dict[str, str]:
         client = self._client
-        user = f" user={client.user}" if client.user else ""
-        tls = f" ({client.tls})" if client.tls else ""
-        results = self._transaction.results
-        return f"by {client.port.name} from {client.peer} {client.hello}{user}{tls}{results}"
+        return {
+            "port": client.port.name,
+            "peer": client.peer,
+            "helo": client.hello,
+            "user": client.user,
+            "tls": client.tls,
+            **self._transaction.results,
+        }
 
 
 # ======================================================================================
@@ -11291,81 +11514,6 @@ _OPEN_METRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 _PLAIN_METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class Metric(NamedTuple):
-    """How a counter of RECORD is told to Prometheus: its labels after the first word.
-
-    `known` are the values of labels that are told of from the start, as 0: an alarm on a rate
-    would miss the first event of a series that begins with it.
-    """
-
-    name: str
-    help: str
-    labels: tuple[str, ...] = ()
-    known: tuple[tuple[str, ...], ...] = ()
-
-
-def _each(*values: str) -> tuple[tuple[str, ...], ...]:
-    return tuple((value,) for value in values)
-
-
-_CHECK_RESULTS = ("pass", "fail", "softfail", "neutral", "none", "temperror", "permerror")
-METRICS = {
-    "connections": Metric(
-        "connections", "Connections that came in.", ("port",),
-        _each("smtp", "submission", "submission over TLS", "refused"),
-    ),
-    "commands": Metric(
-        "commands", "Commands of clients.", ("verb",),
-        _each("HELO", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "BDAT", "RSET", "NOOP",
-              "VRFY", "EXPN", "HELP", "QUIT"),
-    ),
-    "rejections": Metric(
-        "rejections", "Replies that refused something.", ("code",),
-        _each("421", "450", "451", "452", "454", "500", "501", "502", "503", "504", "521", "530",
-              "535", "538", "550", "552", "553", "554", "555"),
-    ),
-    "logins": Metric(
-        "logins", "Logins.", ("result",), _each("succeeded", "failed", "not checked")
-    ),
-    "limits": Metric(
-        "limits", "Refusals because of a limit.", ("limit",), _each("connections", "rate")
-    ),
-    "messages": Metric(
-        "messages", "Messages accepted into the queue.", ("state",), _each("queued")
-    ),
-    "deliveries": Metric(
-        "deliveries", "Attempts, for each recipient.", ("route", "result"),
-        tuple(itertools.product(
-            RouteKind, (State.SENT, State.DEFERRED, State.FAILED)
-        )),
-    ),
-    "notifications": Metric(
-        "notifications", "Notifications sent.", ("kind",),
-        _each(*Action),
-    ),
-    "spf": Metric("spf", "Results of SPF.", ("result",), _each(*_CHECK_RESULTS)),
-    "dkim": Metric(
-        "dkim", "Results of DKIM, for each signature.", ("result",),
-        _each("pass", "fail", "policy", "neutral", "none", "temperror", "permerror"),
-    ),
-    "dkim signatures": Metric("dkim_signatures", "Messages signed.", ("state",), _each("made")),
-    "dmarc": Metric(
-        "dmarc", "Results of DMARC.", ("result",),
-        _each("pass", "fail", "none", "temperror", "permerror"),
-    ),
-    "security levels": Metric(
-        "security_levels", "Levels seen, and refused downgrades.", ("direction", "level"),
-        (("in", "PLAIN"), ("in", "TLS_CLIENT"), ("out", "PLAIN"), ("out", "TLS_INSECURE"),
-         ("out", "TLS_SECURE"), ("refused", "in"), ("refused", "out")),
-    ),
-    "mta-sts": Metric("mta_sts", "MTA-STS policies.", ("result",), _each("fetched", "failed")),
-    "post-data": Metric(
-        "post_data", "Runs of the post-data hook.", ("status",), _each("0", "1", "20")
-    ),
-    "crashes": Metric("crashes", "Errors that nobody foresaw; see the log."),
-}  # fmt: skip
-
-
 class CertificateLine(NamedTuple):
     """A certificate, for people and alarms: its directory, names, and end (since 1970)."""
 
@@ -11495,15 +11643,14 @@ def metrics(status: Status, open_metrics: bool) -> str:
             lines.append(f"{full}{{{labels}}} {value:.16g}" if labels else f"{full} {value:.16g}")
 
     by_name: dict[str, dict[tuple[str, ...], float]] = {
-        name: dict.fromkeys(metric.known, 0.0) for name, metric in METRICS.items()
+        name: dict.fromkeys(metric.known, 0.0) for name, metric in Metrics.BY_NAME.items()
     }
     for (name, *values), count in status.counters.items():
-        if name in METRICS:
-            padded = (*values, *[""] * len(METRICS[name].labels))[: len(METRICS[name].labels)]
-            by_name[name][padded] = by_name[name].get(padded, 0) + count
+        by_name[name][tuple(values)] = count
     for name, found in by_name.items():
-        samples = sorted(found.items()) or ([((), 0.0)] if not METRICS[name].labels else [])
-        tell(METRICS[name], "counter", samples)
+        metric = Metrics.BY_NAME[name]
+        samples = sorted(found.items()) or ([((), 0.0)] if not metric.labels else [])
+        tell(metric, "counter", samples)
     tell(Metric("sessions", "Connections that are open now."), "gauge", [((), status.sessions)])
     tell(
         Metric("queue_messages", "Messages in the queue now."),
@@ -12584,35 +12731,35 @@ class Daemon:
                 self.log.warning("aliases", text)
 
     def _report_start(self, certificates: Certificates) -> None:
-        record, config = self.log, self.config
-        record.info("daemon", f"chasquid {__version__} starts as {config.hostname}")
+        log, config = self.log, self.config
+        log.event(Events.STARTING, version=__version__, host=config.hostname)
         self._report_problems()
         if certificates.default is None:
             top = os.path.join(config.config_dir, "certs")
             text = f"no certificate in {top}/NAME/: TLS is off, and nobody can log in"
-            record.warning("daemon", text)
+            log.warning("daemon", text)
         else:
-            record.info("daemon", f"certificates: {', '.join(certificates.loaded)}")
+            log.info("daemon", f"certificates: {', '.join(certificates.loaded)}")
         if self._domains.keys:
-            record.info("daemon", f"domains: {', '.join(sorted(self._domains.keys))}")
+            log.info("daemon", f"domains: {', '.join(sorted(self._domains.keys))}")
             self._report_keys()
         elif not self._domains.broken:
             top = os.path.join(config.config_dir, "domains")
-            record.warning("daemon", f"no domain in {top}: all mail for here is refused")
+            log.warning("daemon", f"no domain in {top}: all mail for here is refused")
 
     def _report_settings(self) -> None:
-        record, config = self.log, self.config
+        log, config = self.log, self.config
         for warning in setting_warnings(config):
-            record.warning("daemon", warning)
+            log.warning("daemon", warning)
         if config.smarthost:
             after = f" after {plural(config.smarthost_after, 'attempt')}"
             when = after if config.smarthost_after else ""
-            record.info("daemon", f"mail for elsewhere goes through {config.smarthost}{when}")
+            log.info("daemon", f"mail for elsewhere goes through {config.smarthost}{when}")
         if config.haproxy_incoming:
-            record.info("daemon", "every connection must begin with a PROXY header")
+            log.info("daemon", "every connection must begin with a PROXY header")
         for raw in self._listeners.monitoring:
             host, port = raw.getsockname()[:2]
-            record.info("daemon", f"monitoring at http://{host}:{port}/")
+            log.info("daemon", f"monitoring at http://{host}:{port}/")
 
     def _report_keys(self) -> None:
         for domain, keys in sorted(self._domains.keys.items()):
@@ -12643,20 +12790,20 @@ class Daemon:
             self.loop.spawn(self._sts.refresh_forever(), "MTA-STS policies"),
         ]
         for port, host, number in self.addresses:
-            self.log.info("daemon", f"listening for {port.name} on [{host}]:{number}")
+            self.log.event(Events.LISTENING, port=port.name, address=f"[{host}]:{number}")
         await self.loop.work(self._load_libraries)
-        self.log.info("daemon", "ready")
+        self.log.event(Events.READY)
         on_ready()
         notify_systemd("READY=1")
         await self._stopping.wait()
         notify_systemd("STOPPING=1")
-        self.log.info("daemon", "stopping")
+        self.log.event(Events.STOPPING)
         for task in tasks:
             task.cancel()
         self._listeners.close()
         self._control.close()
         await self._wind_up()
-        self.log.info("daemon", "stopped")
+        self.log.event(Events.STOPPED)
 
     def _load_libraries(self) -> None:
         """Load all that may be needed later. Computes; raises ChasquidError."""
@@ -12709,7 +12856,7 @@ class Daemon:
 
     def _begin(self, port: Port, raw: socket.socket, peer: str) -> None:
         if not self._has_place(peer):
-            self.log.count("connections", "refused")
+            self.log.count(Metrics.CONNECTIONS, "refused")
             with contextlib.suppress(OSError):
                 raw.setblocking(False)
                 raw.send(b"421 4.3.2 too many connections; try again later\r\n")
@@ -12802,7 +12949,7 @@ class Daemon:
         if certificates.default is not None:
             self._context.tls_context = certificates.default
         self._reloaded = (self.loop.clock.time(), not self.problems)
-        self.log.info("daemon", "users, aliases, keys and certificates read again")
+        self.log.event(Events.RELOADED, problems=len(self.problems))
         self._report_problems()
 
     async def _watch_certificates(self) -> None:
@@ -13370,7 +13517,7 @@ class FaultInjection:
         if effect is None:
             return None
         fault, reply = effect
-        session.log(f"fault on purpose at {stage}")
+        session.event(Events.FAULT, stage=stage)
         if fault.delay:
             await session.loop.sleep(fault.delay)
         while fault.hang:
@@ -13927,7 +14074,13 @@ class _CaptureReceiver:
             raw, peer=client.peer, port=client.port.name, hello=client.hello, tls=client.tls,
             login=client.user, smtputf8=transaction.smtputf8, dialogue=client.dialogue,
         )  # fmt: skip
-        self._log.mail(captured.id, f"from=<{captured.mail_from}> captured")
+        self._log.event(
+            Events.CAPTURED,
+            id=captured.id,
+            peer=client.peer,
+            port=client.port.name,
+            from_=f"<{captured.mail_from}>",
+        )
         self._mailbox.add(captured)
         return Reply(250, "2.0.0", f"OK: queued as {captured.id}")
 
@@ -14262,7 +14415,8 @@ class CaptureServer:
         lines += ["the last sessions:"] if transcripts else ["nobody has connected"]
         for transcript in transcripts:
             lines += ["  " + line for line in transcript.split("\n")[-40:]] + ["  --"]
-        crashes = [line for line in self.log if ": error: " in line]
+        serious = (Events.ERROR.name, Events.CRASH.name)
+        crashes = [line for line in self.log if parse_event(line)[1].get("event") in serious]
         return "\n".join(lines + crashes)
 
     def _check_settings(self) -> tuple[list[str], str]:
@@ -16715,52 +16869,60 @@ _QUEUE_ACTIONS: dict[str, Callable[[Config, argparse.Namespace], int]] = {
 
 # --- explain ---
 
-# What QUEUE and SERVER write into the mail log, after the time and the id.
-_CAME = re.compile(
-    r"from=<(?P<sender>.*)> to=(?P<recipients>.*) queued, (?P<size>\d+) octets, "
-    r"(?:by (?P<port>smtp|submission over TLS|submission) from (?P<peer>\S+) (?P<hello>\S+)"
-    r"(?: user=(?P<user>\S+))?(?: \((?P<tls>[^)]*)\))?"
-    r"(?: spf=(?P<spf>\S+) dkim=(?P<dkim>\S+) dmarc=(?P<dmarc>\S+))?"
-    r"|notification of (?P<about>\S+).*)"
-)
-_WENT = re.compile(
-    r"from=<.*> to=(?P<to>.*) (?P<state>sent|deferred|failed) \([\d.]*\): (?P<text>.*)"
-)
-_STATES: dict[str, str] = {
-    State.SENT: "delivered",
-    State.DEFERRED: "not yet delivered",
-    State.FAILED: "not delivered",
+_WENT = {
+    Events.DELIVERED.name: "delivered",
+    Events.DEFERRED.name: "not yet delivered",
+    Events.FAILED.name: "not delivered",
 }
-_LOG_LINE = re.compile(
-    r"(?P<time>[\d: .-]*|\S+ \S+ \S+?\[\d+\]: )(?P<id>[a-z2-7]{13}) (?P<text>.*)"
-)
+_SENTENCES = {
+    Events.LOGIN.name: "{user} logged in from {peer}.",
+    Events.LOGIN_FAILED.name: "A login of {user} failed, from {peer}.",
+    Events.REJECTED.name: "{peer} was refused: {code} {status} {text}.",
+    Events.SENT_AWAY.name: "{peer} was sent away after {errors} errors.",
+    Events.ENDED_EARLY.name: "The connection of {peer} broke: {text}.",
+    Events.FOUND.name: "Found in the queue at the start.",
+    Events.TAKEN_OVER.name: "Taken over from chasquid in Go, where it was {file}.",
+    Events.GIVEN_UP.name: "For {to}: given up. {text}.",
+    Events.NOT_NOTIFIED.name: "Nobody was written to: {text}.",
+    Events.NEXT_ATTEMPT.name: "Next attempt in {pause}.",
+    Events.REMOVED.name: "Removed by the operator.",
+    Events.LOST.name: "{text}.",
+}
+_ADDRESS_FIELDS = ("from", "to", "user")
 _EXPLAINED_LIMIT = 5  # messages of an address
 
 
-class _Event(NamedTuple):
-    """A line of the mail log: when, of which message, and what."""
+class _Told(NamedTuple):
+    """A line of the mail log: when, and the fields of an event."""
 
     time: str
-    id: str
-    text: str
+    fields: dict[str, str]
+
+    @property
+    def id(self) -> str:
+        return self.fields.get("id", "")
+
+    def concerns(self, address: str) -> bool:
+        """Tell whether a field names `address`, which is in lower case."""
+        values = (self.fields.get(name, "").lower() for name in _ADDRESS_FIELDS)
+        return any(address in (part.strip(" <>") for part in value.split(",")) for value in values)
 
 
 def _explain(arguments: argparse.Namespace) -> int:
     config = _load(arguments)
-    events = list(_events(config))
+    log = list(_mail_events(config))
     wanted = arguments.what
     ids = [wanted]
     if "@" in wanted:
-        address = re.compile(rf"[<= ]{re.escape(wanted)}(?:[>,: ]|$)", re.IGNORECASE)
-        messages = {event.id for event in events if _CAME.fullmatch(event.text)}
-        ids = list(dict.fromkeys(e.id for e in events if address.search(e.text)))
-        # logins and refusals only where there is room: a mail program logs in all day
+        messages = {told.id for told in log if told.fields["event"] == Events.QUEUED.name}
+        ids = list(dict.fromkeys(told.id for told in log if told.concerns(wanted.lower())))
+        # logins and refusals only if there is room: a mail program logs in all day
         ids = [id for id in ids if id not in messages] + [id for id in ids if id in messages]
         if len(ids) > _EXPLAINED_LIMIT:
             print(f"The last {_EXPLAINED_LIMIT} of {len(ids)} messages and sessions:\n")
     items = {item.id: item for item in _queue_items(config)}
     ids += [id for id, item in items.items() if id not in ids and _concerns(item, wanted)]
-    stories = [(id, list(_story(id, events, items.get(id)))) for id in ids[-_EXPLAINED_LIMIT:]]
+    stories = [(id, list(_story(id, log, items.get(id)))) for id in ids[-_EXPLAINED_LIMIT:]]
     stories = [(id, lines) for id, lines in stories if lines]
     if not stories:
         text = f"nothing is known of {printable(wanted, 100)}"
@@ -16774,19 +16936,19 @@ def _concerns(item: Item, address: str) -> bool:
     addresses = [item.envelope.sender]
     for recipient in item.recipients:
         addresses += [recipient.original, recipient.destination.value]
-    return address.lower() in (one.lower() for one in addresses)
+    return address.lower() in (known.lower() for known in addresses)
 
 
 def _log_name(config: Config) -> str:
     return "the journal" if config.mail_log_path == "<syslog>" else config.mail_log_path
 
 
-def _events(config: Config) -> Iterator[_Event]:
+def _mail_events(config: Config) -> Iterator[_Told]:
     """Yield what the mail log says, the oldest first. Raises ChasquidError."""
     for line in _log_lines(config):
-        match = _LOG_LINE.fullmatch(line)
-        if match is not None:
-            yield _Event(match["time"].strip(), match["id"], match["text"])
+        time, fields = parse_event(line)
+        if fields.get("id"):
+            yield _Told(time.strip(), fields)
 
 
 def _log_lines(config: Config) -> Iterator[str]:
@@ -16814,15 +16976,13 @@ def _journal() -> list[str]:
     return done.stdout.decode("utf-8", "replace").splitlines()
 
 
-def _story(id: str, events: Sequence[_Event], item: Item | None) -> Iterator[str]:
+def _story(id: str, log: Sequence[_Told], item: Item | None) -> Iterator[str]:
     """Tell what happened to a message, in sentences."""
-    for event in events:
-        if event.id == id:
-            yield f"{event.time}  {_sentence(event.text)}".strip()
-        elif event.text.endswith("octets, notification of " + id) or (
-            f"notification of {id} " in event.text
-        ):
-            yield f"{event.time}  The sender was written to about it: {event.id}.".strip()
+    for told in log:
+        if told.id == id:
+            yield f"{told.time}  {_sentence(told.fields)}".strip()
+        elif told.fields.get("about") == id:
+            yield f"{told.time}  The sender was written to about it: {told.id}.".strip()
     if item is None:
         return
     now = time.time()
@@ -16831,25 +16991,32 @@ def _story(id: str, events: Sequence[_Event], item: Item | None) -> Iterator[str
         yield f"  {destination_text(recipient.destination)}  {recipient_text(recipient)}"
 
 
-def _sentence(text: str) -> str:
-    came, went = _CAME.fullmatch(text), _WENT.fullmatch(text)
-    if went is not None:
-        return f"For {went['to']}: {_STATES[went['state']]}. {went['text']}"
-    if came is None:
-        return f"{text[:1].upper()}{text[1:]}."
-    said = came.groupdict()
-    envelope = f"{said['size']} octets from <{said['sender']}> to {said['recipients']}"
-    if said["about"]:
-        return f"Written here as a notification about {said['about']}: {envelope}."
-    who = (
-        f"user {said['user']}"
-        if said["user"]
-        else f"{said['peer']}, which called itself {said['hello']}"
-    )
-    how = f"with {said['tls']}" if said["tls"] else "without TLS"
-    sentence = f"Came in by {said['port']} from {who}, {how}: {envelope}."
-    if said["spf"]:
-        sentence += f" SPF {said['spf']}, DKIM {said['dkim']}, DMARC {said['dmarc']}."
+def _sentence(fields: Mapping[str, str]) -> str:
+    known = collections.defaultdict(str, fields)
+    event = known["event"]
+    if event in _WENT:
+        return f"For {known['to'].strip('<>')}: {_WENT[event]}. {known['text']}"
+    if event == Events.DONE.name:
+        return f"Done after {plural(int(known['attempts'] or 0), 'attempt')}."
+    if event == Events.QUEUED.name:
+        return _arrival(known)
+    if event in _SENTENCES:
+        return _SENTENCES[event].format_map(known)
+    return " ".join(f"{name}={value}" for name, value in fields.items() if name != "id")
+
+
+def _arrival(queued: Mapping[str, str]) -> str:
+    to = ", ".join(part.strip("<>") for part in queued["to"].split(","))
+    envelope = f"{queued['size']} octets from {queued['from']} to {to}"
+    if queued["about"]:
+        return f"Written here as a notification about {queued['about']}: {envelope}."
+    who = f"{queued['peer']}, which called itself {queued['helo']}"
+    if queued["user"]:
+        who = f"user {queued['user']}"
+    how = f"with {queued['tls']}" if queued["tls"] else "without TLS"
+    sentence = f"Came in by {queued['port']} from {who}, {how}: {envelope}."
+    if queued["spf"]:
+        sentence += f" SPF {queued['spf']}, DKIM {queued['dkim']}, DMARC {queued['dmarc']}."
     return sentence
 
 

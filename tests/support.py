@@ -736,7 +736,7 @@ def _direct(server: Server, wire: Wire, what: str, seen: str) -> None:
         assert wire.is_closed(), f"not closed after\n{seen}"
     elif what == "hang up":
         wire.close()
-        wait_for(lambda: "ended early" in server.mail_log, "the server to notice")
+        wait_for(lambda: "event=ended-early" in server.mail_log, "the server to notice")
     elif match := re.fullmatch(r"mail for (\S+): (\d+)", what):
         found = server.mail(match[1])
         assert len(found) == int(match[2]), (found, seen)
@@ -746,7 +746,7 @@ def _direct(server: Server, wire: Wire, what: str, seen: str) -> None:
         assert not any(_octets(match[2]) in message for message in server.mail(match[1])), seen
     elif what == "nothing is left":
         wait_for(lambda: not server.queued(), "the queue to become empty")
-        assert " queued, " not in server.mail_log
+        assert "event=queued " not in server.mail_log
     else:
         raise AssertionError(f"a dialogue has no {what!r}")
 

@@ -223,7 +223,7 @@ def test_rubbish_does_not_bring_it_down() -> None:
                 raw.sendall(rubbish)
         send(server)
         assert len(server.messages) == 1
-        assert not [line for line in server.log if ": error: " in line]
+        assert not [line for line in server.log if "event=error " in line or "event=crash " in line]
 
 
 # --- TLS and logins ---
@@ -397,7 +397,7 @@ def test_the_transcript() -> None:
         assert {line[:3] for line in lines} == {"C: ", "S: "}
         assert lines[0].startswith("S: 220 localhost") and lines[1] == "C: EHLO client.example"
         assert server.transcripts[0].startswith("S: 220")
-        assert any(" captured" in line for line in server.log)
+        assert any("event=captured " in line for line in server.log)
 
 
 def test_only_the_last_are_kept_where_that_is_asked_for() -> None:

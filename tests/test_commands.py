@@ -55,14 +55,14 @@ def test_without_a_command_but_a_configuration_it_serves(tmp_path: Path) -> None
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         log = tmp_path / "server.log"
-        line = "listening for submission over TLS on "
+        line = "event=ready"
         wait_for(lambda: log.exists() and line in log.read_text(), "the server to listen")
-        text = log.read_text().partition("listening for smtp on [127.0.0.1]:")[2]
+        text = log.read_text().partition("event=listening port=smtp address=[127.0.0.1]:")[2]
         with Wire.to("127.0.0.1", int(text.split()[0])) as wire:
             assert wire.reply().startswith(f"220 {HOST} ")
             assert wire.ask("QUIT").startswith("221 ")
         process.send_signal(signal.SIGHUP)
-        wait_for(lambda: "read again" in log.read_text(), "the files to be read again")
+        wait_for(lambda: "event=reloaded" in log.read_text(), "the files to be read again")
         process.terminate()
         assert process.communicate(timeout=SECONDS) == (b"", b"")
         assert process.returncode == 0
@@ -819,7 +819,7 @@ def test_the_queue_is_listed_for_programs_and_by_sender_and_domain(
                 assert wire.ask("DATA").startswith("354 ")
                 wire.send(b"Subject: x\r\n\r\nx\r\n.\r\n")
                 assert wire.reply().startswith("250 ")
-        wait_for(lambda: server.mail_log.count("next attempt in") == 2, "the first attempts")
+        wait_for(lambda: server.mail_log.count("event=next-attempt") == 2, "the first attempts")
     command = ["--config-dir", str(server.config_dir), "queue", "list", "--json"]
 
     def listed(*more: str) -> list[str]:

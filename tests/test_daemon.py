@@ -64,9 +64,9 @@ def certificate_of(server: Server, name: str = "", port: str = "submission over 
 
 def reload(server: Server) -> None:
     """Have the server read its files again, and wait until it has."""
-    before = server.log.count("read again")
+    before = server.log.count("event=reloaded")
     server.daemon.reload()
-    wait_for(lambda: server.log.count("read again") > before, "the files to be read again")
+    wait_for(lambda: server.log.count("event=reloaded") > before, "the files to be read again")
 
 
 # --- what is read again ---
@@ -103,7 +103,7 @@ def test_new_aliases_are_known_after_a_reload(serve: Serve) -> None:
 def test_files_that_changed_are_read_again_without_being_told(serve: Serve) -> None:
     server = serve(reload_every="10ms")
     server.write("domains/here.example/users", users_file({"ida": "geheim"}))
-    wait_for(lambda: "read again" in server.log, "the users to be read")
+    wait_for(lambda: "event=reloaded" in server.log, "the users to be read")
     assert rcpt(server, "ida@here.example").startswith("250 ")
 
 
@@ -113,7 +113,7 @@ def test_files_that_did_not_change_are_left_alone(serve: Serve) -> None:
     for _ in range(3):
         clock.advance(31)
         server.settle()
-    assert "read again" not in server.log
+    assert "event=reloaded" not in server.log
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_a_bad_file_leaves_the_old_in_force(
     server.write("domains/new.example/users", users_file({"ida": "geheim"}))
     reload(server)
     wait_for(lambda: "what was in force there before stays so" in server.log, "the complaint")
-    assert where in server.log.partition("read again")[2]
+    assert where in server.log.partition("event=reloaded")[2]
     assert rcpt(server, "team@here.example").startswith("250 ")
     assert rcpt(server, "ida@new.example").startswith("250 ")  # one mistake stays where it is
     assert login_to(server, "ana@here.example", "secret").startswith("235 ")
@@ -231,12 +231,12 @@ def test_the_end_of_a_certificate_is_told_of_before_it_comes(
     server.write(f"certs/{HOST}/privkey.pem", key.encode())
     with server:
         server.settle()
-        text = f"certificates: warning: the certificate in certs/{HOST} {said}"
+        text = f'source=certificates text="the certificate in certs/{HOST} {said}'
         if said:
             wait_for(lambda: text in server.log, "the warning")
         else:
             wait_for(lambda: "ready" in server.log, "the start")
-            assert "certificates: warning" not in server.log
+            assert "source=certificates" not in server.log
 
 
 def test_a_name_without_a_certificate_is_told_of(tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def test_a_reload_opens_the_logs_anew(serve: Serve) -> None:
         (server.directory / name).rename(server.directory / f"{name}.1")
     server.daemon.reload()
     wait_for(lambda: (server.directory / "mail.log").exists(), "the log")
-    wait_for(lambda: "read again" in server.log, "the line in the log")
+    wait_for(lambda: "event=reloaded" in server.log, "the line in the log")
     id = send(server)
     server.mail("ana")
     assert id in server.mail_log

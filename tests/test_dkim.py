@@ -1413,7 +1413,7 @@ def test_what_cannot_be_signed_is_a_temporary_failure(tmp_path: Path, error: Exc
     with pytest.raises(chasquid.TemporaryFailure) as caught:
         with_signer(tmp_path, made, lambda signer: signer.sign("here.example", HEADER, body))
     assert caught.value.status == "4.3.0"
-    assert "error: " in (tmp_path / "server.log").read_text()
+    assert "event=crash " in (tmp_path / "server.log").read_text()
 
 
 # --- in a server --------------------------------------------------------------------------------
@@ -1654,7 +1654,7 @@ def test_keys_are_read_again(tmp_path: Path) -> None:
             name = f"domains/here.example/dkim:{key.selector}.pem"
             signing.server.write(name, key.key.to_pem().encode())
         signing.server.daemon.reload()
-        wait_for(lambda: "read again" in signing.server.log, "the keys to be read")
+        wait_for(lambda: "event=reloaded" in signing.server.log, "the keys to be read")
         assert_signed(signing.sent(FULL + b"\r\nHello\r\n"))
         signing.server.write("domains/here.example/dkim:k0.pem", b"broken")
         signing.server.daemon.reload()
@@ -1693,7 +1693,7 @@ def test_a_message_that_cannot_be_signed_now_is_not_accepted(
             reply = signing.send(FULL + b"\r\nHello\r\n")
         assert reply == "451 4.3.0 the message cannot be signed now"
         assert (
-            "signing for here.example: error: RuntimeError: the arithmetic is gone"
+            'source="signing for here.example" text="RuntimeError: the arithmetic is gone"'
             in signing.server.log
         )
         assert signing.server.queued() == [] and signing.outbox.messages == []

@@ -320,7 +320,7 @@ def test_log_and_received_see_the_client(behind: Serve, header: bytes, literal: 
     (message,) = server.mail("ana")
     assert f"from client.example ({literal})" in " ".join(message.decode().split())
     peer = literal.strip("[]").removeprefix("IPv6:")
-    assert f" by smtp from {peer} client.example " in server.mail_log
+    assert f"peer={peer} port=smtp helo=client.example " in server.mail_log
 
 
 def test_spf_sees_the_client(behind: Serve) -> None:
@@ -382,7 +382,7 @@ def test_who_sends_no_header_gets_no_word(behind: Serve, port: str) -> None:
         with server.connect(port) as wire:
             wire.send(b"EHLO client.example\r\n")
             assert wire.is_closed()
-    assert "haproxy: warning: 127.0.0.1: expected a PROXY header" in server.log
+    assert 'source=haproxy text="127.0.0.1: expected a PROXY header' in server.log
     with proxied(server) as wire:
         assert wire.reply().startswith("220 ")
 
@@ -396,7 +396,9 @@ def test_who_never_sends_a_header_is_sent_away(behind: Serve) -> None:
         server.settle()
         assert not silent.has_more()
         clock.advance(5)
-        wait_for(lambda: server.log.count("haproxy: warning") == 3, "all to be sent away")
+        wait_for(
+            lambda: server.log.count("event=warning source=haproxy") == 3, "all to be sent away"
+        )
         assert silent.is_closed()
         assert slow.is_closed()
 

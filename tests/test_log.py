@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Room LOG: the logs and the counters."""
+"""Room LOG: the logs, events and metrics."""
 
 from __future__ import annotations
 
@@ -21,37 +21,39 @@ def logs(directory) -> tuple[chasquid.Log, list]:
     for path in paths:
         path.unlink(missing_ok=True)
     clock = FakeClock(1_700_000_000.25)
-    record = chasquid.Log(*(chasquid.Sink(str(path), clock) for path in paths))
-    return record, paths
+    made = chasquid.Log(*(chasquid.Sink(str(path), clock) for path in paths))
+    return made, paths
 
 
 def test_each_kind_of_line_says_its_source_and_its_weight(tmp_path):
-    record, (log, mail_log) = logs(tmp_path)
-    record.info("queue", "one")
-    record.warning("queue", "two")
-    record.error("queue", "three")
-    record.mail("id1", "accepted")
+    made, (log, mail_log) = logs(tmp_path)
+    made.info("queue", "one")
+    made.warning("queue", "two")
+    made.error("queue", "three")
+    made.event(chasquid.Events.DONE, id="id1", attempts=2)
     lines = log.read_text().splitlines()
     assert [line.split(" ", 2)[2] for line in lines] == [
-        "queue: one",
-        "queue: warning: two",
-        "queue: error: three",
+        "event=info source=queue text=one",
+        "event=warning source=queue text=two",
+        "event=error source=queue text=three",
     ]
-    assert mail_log.read_text().endswith(" id1 accepted\n")
+    assert mail_log.read_text().endswith(" event=done id=id1 attempts=2\n")
 
 
 def test_a_line_begins_with_the_time_to_the_millisecond(tmp_path):
-    record, (log, _) = logs(tmp_path)
-    record.info("a", "b")
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.250 a: b\n", log.read_text())
+    made, (log, _) = logs(tmp_path)
+    made.info("a", "b")
+    assert re.fullmatch(
+        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.250 event=info source=a text=b\n", log.read_text()
+    )
 
 
 @searched
 @given(st.text(st.characters(codec=None)))
 def test_whatever_comes_in_makes_exactly_one_line(tmp_path_factory, text):
-    record, (log, mail_log) = logs(tmp_path_factory.getbasetemp())
-    record.info("source", text)
-    record.mail("id", text)
+    made, (log, mail_log) = logs(tmp_path_factory.getbasetemp())
+    made.info("source", text)
+    made.event(chasquid.Events.REMOVED, id=text)
     for path in (log, mail_log):
         lines = path.read_bytes().decode().split("\n")
         assert len(lines) == 2 and lines[1] == ""
@@ -59,7 +61,7 @@ def test_whatever_comes_in_makes_exactly_one_line(tmp_path_factory, text):
 
 
 def test_a_crash_is_one_line_with_the_places_and_is_counted(tmp_path):
-    record, (log, _) = logs(tmp_path)
+    made, (log, _) = logs(tmp_path)
 
     def deep() -> None:
         raise KeyError("bad\nnews")
@@ -67,28 +69,66 @@ def test_a_crash_is_one_line_with_the_places_and_is_counted(tmp_path):
     try:
         deep()
     except KeyError as error:
-        record.crash("session", error)
+        made.crash("session", error)
     text = log.read_text()
     assert text.count("\n") == 1
-    assert re.search(r"session: error: KeyError: .*bad.*news.* \(at .*deep:\d+\)", text)
-    assert record.counters["crashes",] == 1
+    assert re.search(
+        r'event=crash source=session text="KeyError: .*bad.*news.*" at=.*deep:\d+$', text
+    )
+    assert made.counters["crashes",] == 1
 
 
 def test_counters_count_by_name_and_label(tmp_path):
-    record, _ = logs(tmp_path)
-    for name in (("a",), ("a", "x"), ("a", "x")):
-        record.count(*name)
-    assert record.counters["a",] == 1
-    assert record.counters["a", "x"] == 2
+    made, _ = logs(tmp_path)
+    metrics = chasquid.Metrics
+    for metric, *values in ((metrics.CRASHES,), (metrics.SPF, "pass"), (metrics.SPF, "pass")):
+        made.count(metric, *values)
+    assert made.counters["crashes",] == 1
+    assert made.counters["spf", "pass"] == 2
+
+
+def test_a_field_that_the_event_has_not_is_a_fault_of_ours(tmp_path):
+    made, _ = logs(tmp_path)
+    with pytest.raises(TypeError, match="done has no sise"):
+        made.event(chasquid.Events.DONE, id="id1", sise=1)
+
+
+@searched
+@given(st.text(max_size=200), st.text(max_size=200))
+def test_what_is_written_is_read_again_and_no_value_looks_like_a_field(
+    tmp_path_factory, sender, reason
+):
+    made, (_, mail_log) = logs(tmp_path_factory.getbasetemp())
+    made.event(chasquid.Events.DEFERRED, id="id1", from_=f"<{sender}>", text=reason)
+    time, fields = chasquid.parse_event(mail_log.read_text(encoding="utf-8").rstrip("\n"))
+    assert re.fullmatch(r"[\d: .-]+", time)
+    wanted = {"event": "deferred", "id": "id1", "from": chasquid.printable(f"<{sender}>", 1500)}
+    if reason:
+        wanted["text"] = chasquid.printable(reason, 1500)
+    assert fields == wanted
+
+
+@pytest.mark.parametrize("line", ["", "event=", "an old line: with a sentence", "id=x"])
+def test_a_line_without_an_event_has_no_fields(line):
+    assert chasquid.parse_event(line) == (line, {})
+
+
+def test_names_of_events_fields_and_metrics_are_words():
+    for event in chasquid.Events.BY_NAME.values():
+        assert re.fullmatch(r"[a-z]+(-[a-z]+)*", event.name) and event.help
+        assert all(re.fullmatch(r"[a-z]+", name) for _, name in event.fields)
+        assert not event.mail or event.fields[0] == ("id", "id")
+    for metric in chasquid.Metrics.BY_NAME.values():
+        assert all(len(values) == len(metric.labels) for values in metric.known)
 
 
 def test_after_a_rotation_lines_go_into_the_new_file(tmp_path):
-    record, (log, _) = logs(tmp_path)
-    record.info("a", "before")
+    made, (log, _) = logs(tmp_path)
+    made.info("a", "before")
     log.rename(tmp_path / "log.1")
-    record.info("a", "between")
-    record.reopen()
-    record.info("a", "after")
+    made.info("a", "between")
+    made.reopen()
+    made.info("a", "after")
     assert "after" in log.read_text()
     assert "before" in (tmp_path / "log.1").read_text()
     assert "between" in (tmp_path / "log.1").read_text()

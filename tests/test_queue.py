@@ -141,7 +141,7 @@ class Bench:
             draft.id, sender, tuple(final_recipients), self.clock.time(), prefix, smtputf8,
             draft.eight_bit,
         )  # fmt: skip
-        return await self.queue.accept(draft, envelope, "by a test")
+        return await self.queue.accept(draft, envelope, {"peer": "a test"})
 
     async def until(self, condition: Callable[[], object]) -> None:
         for _ in range(2000):
@@ -237,7 +237,7 @@ def test_a_delivered_message_is_gone(tmp_path: Path) -> None:
         assert bench.queue.items == {}
         assert bench.local.contents == bench.remote.contents == [b"Received: by us\r\n" + MESSAGE]
         assert bench.pipe.deliveries[0][1:] == ("cat", State.SENT)
-        assert "done after 1 attempt" in bench.mail_log
+        assert "attempts=1" in bench.mail_log
 
     on_bench(tmp_path, test)
 

@@ -366,7 +366,10 @@ def test_the_connections_of_one_client_are_limited(behind) -> None:
         with greeted_from(server, "2001:db8::3"):
             pass
     assert counted(server, "limits", "connections") == 1
-    assert " smtp 2001:db8::3 rejected: more than 2 connections " in server.mail_log
+    assert (
+        'peer=2001:db8::3 port=smtp limit=connections code=421 status=4.7.0 text="more than 2 '
+        in server.mail_log
+    )
 
 
 def test_this_machine_may_have_many_connections_unless_it_is_limited_too(behind) -> None:
@@ -422,7 +425,8 @@ def test_the_messages_of_one_client_are_limited(behind) -> None:
         clock.advance(31)
         assert wire.ask("MAIL FROM:<>").startswith("250 ")
     assert counted(server, "limits", "rate") == 2
-    assert f" smtp {ONE} rejected from=<>: {refusal}" in server.mail_log
+    fields = f"peer={ONE} port=smtp limit=messages code=450 status=4.7.0 from=<> text="
+    assert fields in server.mail_log
 
 
 def test_the_recipients_of_one_client_are_limited_and_what_was_accepted_goes_on(behind) -> None:
@@ -492,10 +496,10 @@ def try_login(
     server: Server, clock: Patient, address: str, user: str = ANA, password: str = "wrong"
 ) -> tuple[str, float]:
     """Log in; return the reply, and how many seconds it was late, on the server's clock."""
-    before = server.mail_log.count("login failed")
+    before = server.mail_log.count("event=login-failed")
     with greeted_from(server, address, "submission over TLS") as wire:
         wire.say(f"AUTH PLAIN {plain_secret(user, password)}")
-        wait_for(lambda: server.mail_log.count("login failed") > before, "the login to fail")
+        wait_for(lambda: server.mail_log.count("event=login-failed") > before, "the login to fail")
         late = 0.0
         server.settle()
         while not select.select([wire.socket], [], [], 0)[0]:
@@ -519,8 +523,8 @@ def test_who_guesses_passwords_waits_longer_and_longer_and_is_sent_away(behind) 
         reply = wire.ask(f"AUTH PLAIN {plain_secret(ANA, 'secret')}")
         assert reply.startswith("454 4.7.0 too many failed logins from your address")
         assert wire.is_closed()
-    assert " rejected: 454 4.7.0 too many failed logins" in server.mail_log
-    assert server.mail_log.count(f"login failed for '{ANA}'") == 4
+    assert "limit=logins code=454 status=4.7.0 " in server.mail_log
+    assert server.mail_log.count(f"user={ANA}") == 4
     assert counted(server, "logins", "failed") == 4
     assert counted(server, "logins", "not checked") == 1
     with logged_in_from(server, ANA, ONE):

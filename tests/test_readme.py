@@ -156,3 +156,14 @@ def test_the_examples_of_the_fixture_run(tmp_path):
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert "4 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_table_of_events_is_that_of_the_module():
+    rows = re.findall(r"^\| `([a-z-]+)` \| ([a-z ]*) \| (.+) \|$", README, re.MULTILINE)
+    events = {
+        (event.name, " ".join(name for _, name in event.fields), event.help)
+        for event in chasquid.Events.BY_NAME.values()
+        if event not in (chasquid.Events.FAULT, chasquid.Events.CAPTURED)  # of test servers
+    }
+    assert len(events) > 20
+    assert {row for row in rows if row[0] in chasquid.Events.BY_NAME} == events

@@ -106,7 +106,7 @@ def test_who_has_sent_with_tls_sends_with_it_from_then_on(tmp_path: Path) -> Non
         assert refusal.startswith("550 5.7.3 ")
         assert "there.example" in refusal and "STARTTLS" in refusal
         assert sends(server, "eva@there.example", tls=True).startswith("250 ")
-        assert server.daemon.log.counters["security levels", "refused", "in"] == 1
+        assert server.daemon.log.counters["security_levels", "refused", "in"] == 1
         assert len(server.mail("ana")) == 3
     with server:
         assert sends(server, "eva@there.example", tls=False).startswith("550 5.7.3 ")
@@ -523,7 +523,7 @@ def attempt(directory: Path, case: Case, port: int) -> Attempt:
         return result
 
     try:
-        return Attempt(run(main), zone.asked, log.counters["security levels", "refused", "out"])
+        return Attempt(run(main), zone.asked, log.counters["security_levels", "refused", "out"])
     finally:
         log.close()
 

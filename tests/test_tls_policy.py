@@ -184,7 +184,7 @@ def test_mail_of_a_domain_waits_while_its_file_is_corrupt(tmp_path: Path, conten
 
     with_levels(tmp_path, main)
     log = (tmp_path / "server.log").read_text()
-    assert f"security levels: error: {domain_file(tmp_path)}" in log
+    assert f'event=error source="security levels" text="{domain_file(tmp_path)}' in log
     assert domain_file(tmp_path).read_text() == domain_text(PLAIN, TLS_INSECURE)
 
 
@@ -570,7 +570,7 @@ class Sts:
             elif what == "fetched":
                 assert len(self.fetched) == int(words[0]), step
             elif what == "failed":
-                assert self.counters["mta-sts", "failed"] == int(words[0]), step
+                assert self.counters["mta_sts", "failed"] == int(words[0]), step
             else:
                 assert await self.mode() == step
         if refresh is not None:
@@ -621,7 +621,7 @@ def test_a_policy_is_fetched_once_and_kept(sts: Sts) -> None:
             )
             sts.clock.advance(3600)
         assert sts.fetched == ["there.example"]
-        assert sts.counters["mta-sts", "fetched"] == 1
+        assert sts.counters["mta_sts", "fetched"] == 1
 
     sts.live(main)
 
@@ -720,7 +720,7 @@ def test_a_web_server_that_is_silent_is_waited_for_one_minute(sts: Sts) -> None:
             await turns(sts.loop)
             assert task.done is done
         assert await task.join() == "no policy"
-        assert sts.counters["mta-sts", "failed"] == 1
+        assert sts.counters["mta_sts", "failed"] == 1
         sts.gate.set()
         await sts.follow("wait 301; enforce")
 
@@ -1028,7 +1028,7 @@ def test_a_web_server_that_stops_answering_is_left_after_a_minute(
             assert run(main, clock=clock) is None
         finally:
             over.set()
-    assert log.counters["mta-sts", "failed"] == 1
+    assert log.counters["mta_sts", "failed"] == 1
     log.close()
 
 

@@ -57,7 +57,7 @@ def server(directory: Path) -> Iterator[int]:
     command = [sys.executable, str(MODULE), "--config-dir", str(directory), "serve"]
     with subprocess.Popen(command) as process:
         log = directory / "log"
-        while not (log.exists() and "daemon: ready" in log.read_text()):
+        while not (log.exists() and "event=ready" in log.read_text()):
             assert process.poll() is None
             time.sleep(0.05)
         try:

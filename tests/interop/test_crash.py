@@ -89,7 +89,7 @@ class TestKill:
         message = letter("survivor", "ana@here.example", *recipients)
         chasquid.submit("ana@here.example", recipients, message)
         chasquid.wait_for_letters("bob@here.example")
-        chasquid.wait_for_log("next attempt in")
+        chasquid.wait_for_log("event=next-attempt")
         chasquid.kill()
         postfix.start()
         chasquid.start()
@@ -167,7 +167,7 @@ class TestHup:
     def test_a_new_user_is_known(self, chasquid):
         chasquid.command("user-add", "new@here.example", "--password", "fresh")
         chasquid.hang_up()
-        chasquid.wait_for_log("read again")
+        chasquid.wait_for_log("event=reloaded")
         with chasquid.smtp() as client:
             assert send_letter(client, "welcome", "new@here.example")[0] == 250
         chasquid.wait_for_letters("new@here.example")
@@ -176,7 +176,7 @@ class TestHup:
         for _ in range(5):
             chasquid.restart()
             chasquid.hang_up()
-            chasquid.wait_for_log("daemon: ready")
+            chasquid.wait_for_log("event=ready")
             with chasquid.smtp() as client:
                 assert client.noop()[0] == 250
 
@@ -259,7 +259,7 @@ class TestFullDisk:
         filler = fill(small_disk)
         with chasquid.smtp() as client:
             assert send_letter(client, "accepted")[0] == 250
-        chasquid.wait_for_log("next attempt in")
+        chasquid.wait_for_log("event=next-attempt")
         filler.unlink()
         chasquid.command("queue", "retry", "all")
         new = small_disk / "here.example" / "ana" / "new"
@@ -282,7 +282,7 @@ class TestFullDisk:
         postfix.stop()
         message = letter("patient", "ana@here.example", "dora@dest.example")
         chasquid.submit("ana@here.example", ["dora@dest.example"], message)
-        chasquid.wait_for_log("next attempt in")
+        chasquid.wait_for_log("event=next-attempt")
         filler = fill(small_disk)
         before = chasquid.log()
         chasquid.command("queue", "retry", "all")

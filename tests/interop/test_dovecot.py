@@ -85,7 +85,7 @@ def test_dovecot_that_is_down_is_tried_again(start, names):
     with chasquid.smtp() as client:
         message = letter("later", "carl@client.example", "ana@here.example")
         client.send_message(message, "carl@client.example", ["ana@here.example"])
-    chasquid.wait_for_log("next attempt in")
+    chasquid.wait_for_log("event=next-attempt")
     dovecot.start()
     chasquid.command("queue", "retry", "all")
     assert subjects(dovecot.wait_for_letters("ana@here.example")) == ["later"]

@@ -153,7 +153,7 @@ def test_what_was_accepted_waits_until_dovecot_is_back(both):
         dovecot.stop()
         message = letter("in between", "carl@client.example", DOV)
         assert client.data(message.as_bytes())[0] == 250
-    chasquid.wait_for_log("next attempt in")
+    chasquid.wait_for_log("event=next-attempt")
     dovecot.start()
     chasquid.command("queue", "retry", "all")
     assert subjects(dovecot.wait_for_letters(DOV)) == ["in between"]

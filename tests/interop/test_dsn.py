@@ -67,7 +67,8 @@ def test_to_a_postfix_without_the_extension_we_say_that_it_was_relayed(start, na
 def test_who_never_wants_to_hear_does_not_hear_from_either(start, names):
     postfix, chasquid = start_both(start, names)
     submit(chasquid, ["NOTIFY=NEVER"], "nobody@dest.example")
-    wait_for(lambda: "550 5.1.1" in (chasquid.directory / "mail.log").read_text(), "the refusal")
+    log = chasquid.directory / "mail.log"
+    wait_for(lambda: "code=550 status=5.1.1" in log.read_text(), "the refusal")
     wait_for(lambda: not chasquid.queue_ids(), "an empty queue")
     assert chasquid.letters("ana@here.example") == []
     submit(chasquid, ["NOTIFY=FAILURE"], "nobody@dest.example")

@@ -468,7 +468,7 @@ class TestSecurityLevels:
     def test_a_valid_certificate_that_was_seen_is_asked_for_again(self, two):
         go, postfix = two
         go.submit(ANA, ["dora@dest.example"], letter("to be safe", ANA, "dora@dest.example"))
-        go.wait_for_log("next attempt in")
+        go.wait_for_log("event=next-attempt")
         assert "it was TLS_SECURE before" in go.log()
         assert not postfix.letters("dora@dest.example")
         go.command("domaininfo-remove", "dest.example")

@@ -34,7 +34,7 @@ def chasquid(start, names):
         client.docmd("EHLO", "client.example")
     chasquid.wait_for_letters("bob@here.example")
     log = chasquid.directory / "mail.log"
-    wait_for(lambda: "next attempt in" in log.read_text(), "the first attempt")
+    wait_for(lambda: "event=next-attempt" in log.read_text(), "the first attempt")
     return chasquid
 
 

@@ -211,7 +211,7 @@ class TestToPostfix:
         message = letter("patience", "ana@here.example", "dora@dest.example")
         chasquid.submit("ana@here.example", ["dora@dest.example"], message)
         [id] = wait_for(chasquid.queue_ids, "a message in the queue")
-        chasquid.wait_for_log("next attempt in")
+        chasquid.wait_for_log("event=next-attempt")
         assert "dora@dest.example" in chasquid.command("queue", "show", id).stdout
         postfix.start()
         chasquid.command("queue", "retry", id)
@@ -223,7 +223,7 @@ class TestToPostfix:
         names.records["dest.example"] = "SERVFAIL"
         message = letter("no names", "ana@here.example", "dora@dest.example")
         chasquid.submit("ana@here.example", ["dora@dest.example"], message)
-        chasquid.wait_for_log("next attempt in")
+        chasquid.wait_for_log("event=next-attempt")
         names.records.update(WORLD)
         time.sleep(5.5)  # a failure may be remembered for a while (RFC 2308, 7.1)
         chasquid.command("queue", "retry", "all")

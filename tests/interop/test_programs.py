@@ -76,7 +76,7 @@ class TestDeliveryAgent:
         failure = agent.parent / "fail"
         failure.write_text("75")
         send(chasquid, "later")
-        chasquid.wait_for_log("next attempt in")
+        chasquid.wait_for_log("event=next-attempt")
         failure.unlink()
         chasquid.command("queue", "retry", "all")
         assert b"Subject: later" in received(agent.parent / "ana")
@@ -90,14 +90,14 @@ class TestDeliveryAgent:
             client.send_message(message, "bob@here.example", ["ana@here.example"])
         wait_for(lambda: "exit status 67" in chasquid.log(), "a failure")
         wait_for(lambda: not chasquid.queue_ids(), "an end")
-        assert "notification" in chasquid.log()
+        assert "about=" in chasquid.log()
         assert not (agent.parent / "ana").exists()
 
     def test_a_program_that_is_not_there_is_for_now(self, start, names, agent):
         chasquid = self.start(start, names, agent)
         hidden = agent.rename(agent.with_name("hidden"))
         send(chasquid, "no program")
-        chasquid.wait_for_log("next attempt in")
+        chasquid.wait_for_log("event=next-attempt")
         hidden.rename(agent)
         chasquid.command("queue", "retry", "all")
         received(agent.parent / "ana")

@@ -214,8 +214,8 @@ def the_key_can_be_published(reader: Reader, done: Done) -> None:
 
 
 def it_listens(reader: Reader, done: Done) -> None:
-    assert "listening for submission over TLS" in done.text
-    assert "certificates: mail.example.com" in done.text and "warning" not in done.text
+    assert 'event=listening port="submission over TLS"' in done.text
+    assert "certificates: mail.example.com" in done.text and "event=warning" not in done.text
     for port in (25, 465, 587):
         assert f":{port} " in reader.sh("ss -ltn")
 
@@ -233,7 +233,7 @@ def the_signature_is_good(reader: Reader, done: Done) -> None:
 
 def it_runs_again(reader: Reader, done: Done) -> None:
     log = "journalctl -u chasquid"
-    wait_for(lambda: reader.sh(log).count(" starts as ") == 2, "the second start")
+    wait_for(lambda: reader.sh(log).count("event=starting ") == 2, "the second start")
     reader.send("ana@example.com", "after the upgrade")
 
 

@@ -50,7 +50,7 @@ def test_every_kind_of_server_is_served(start_both, options):
 def test_a_soft_refusal_is_tried_again(start_both, command):
     sink, chasquid = start_both("-r", command)
     send(chasquid, "soft", "a@sink.example")
-    chasquid.wait_for_log("next attempt in")
+    chasquid.wait_for_log("event=next-attempt")
     assert len(chasquid.queue_ids()) == 1
     assert not chasquid.letters("ana@here.example")
 
@@ -69,7 +69,7 @@ def test_a_hard_refusal_gives_a_notification(start_both, command):
 def test_a_server_that_hangs_up_is_tried_again(start_both, command):
     sink, chasquid = start_both("-q", command)
     send(chasquid, "hung up", "a@sink.example")
-    chasquid.wait_for_log("next attempt in")
+    chasquid.wait_for_log("event=next-attempt")
     assert len(chasquid.queue_ids()) == 1
     assert not chasquid.letters("ana@here.example")
 
@@ -77,14 +77,14 @@ def test_a_server_that_hangs_up_is_tried_again(start_both, command):
 def test_a_server_that_says_421_is_tried_again(start_both):
     sink, chasquid = start_both("-Q", "data")
     send(chasquid, "421", "a@sink.example")
-    chasquid.wait_for_log("next attempt in")
+    chasquid.wait_for_log("event=next-attempt")
     assert len(chasquid.queue_ids()) == 1
 
 
 def test_in_the_end_it_is_given_up(start_both):
     sink, chasquid = start_both("-r", "rcpt", give_up_send_after="1s")
     send(chasquid, "given up", "a@sink.example")
-    chasquid.wait_for_log("next attempt in")
+    chasquid.wait_for_log("event=next-attempt")
     time.sleep(1)
     chasquid.command("queue", "retry", "all")
     [report] = chasquid.wait_for_letters("ana@here.example")

@@ -99,7 +99,7 @@ class FromArchive(Chasquid):
 
     def start(self) -> None:
         super().start()
-        wait_for(lambda: "daemon: ready" in self.log(), "the server to be ready")
+        wait_for(lambda: "event=ready" in self.log(), "the server to be ready")
 
     def modules(self) -> set[str]:
         """Return the names of all modules that the server has loaded by now."""
@@ -177,10 +177,10 @@ def test_a_server_goes_on_when_its_archive_is_replaced(
         )  # fmt: skip
         assert "dora@dest.example" in resolved.stdout
         here.hang_up()
-        wait_for(lambda: "read again" in here.log(), "a reload")
+        wait_for(lambda: "event=reloaded" in here.log(), "a reload")
 
         assert here.modules() - before == set()
-        assert ": error: " not in here.log()
+        assert "event=error " not in here.log()
 
 
 @pytest.mark.parametrize("replace", [garbage, gone])
