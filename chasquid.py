@@ -242,7 +242,7 @@ def split_address(address: str) -> tuple[str, str]:
 def domain_to_unicode(domain: str) -> str:
     """Return `domain` in lower case and with its A-labels turned into U-labels.
 
-    Raises ValueError where it is no valid internationalised domain name (RFC 5891).
+    Raises ValueError if it is no valid internationalised domain name (RFC 5891).
     An address literal ("[192.0.2.1]") is returned as it is.
     """
     if domain.startswith("["):
@@ -278,7 +278,7 @@ def address_to_ascii(address: str) -> str:
 def normalize_user(user: str) -> str:
     """Return the form in which `user` is compared (UsernameCaseMapped, RFC 8265, 3.3).
 
-    Raises ValueError where the profile forbids the name.
+    Raises ValueError if the profile forbids the name.
     """
     if _ASCII_USER.fullmatch(user):
         return user.lower()
@@ -1093,7 +1093,7 @@ _KEYS = dict(zip(Config._fields[1:], _ROWS, strict=True))
 class Sink:
     """Where lines go: "<stdout>", "<stderr>", "<syslog>" or a file, made when it is missing.
 
-    Raises ConfigError where the file cannot be opened.
+    Raises ConfigError if the file cannot be opened.
     """
 
     def __init__(self, target: str, clock: Clock) -> None:
@@ -1109,7 +1109,7 @@ class Sink:
         self.reopen()
 
     def reopen(self) -> None:
-        """Open the file anew, as after a rotation; nothing where it is no file."""
+        """Open the file anew, as after a rotation; nothing if it is no file."""
         self._open()
         self._is_pipe = self._file is not None and self._writes_to_pipe(self._file)
 
@@ -1528,7 +1528,7 @@ class Workers:
     ) -> None:
         """Have `job` called in a thread; threads start when they are first needed.
 
-        Raises ChasquidError where there is no thread and none can be started.
+        Raises ChasquidError if there is no thread and none can be started.
         """
         if len(self._threads) < self._count:
             self._start_thread()
@@ -1617,7 +1617,7 @@ class Task:
         return self.result
 
     def cancel(self) -> None:
-        """Raise `Cancelled` where the task waits: now, or when a worker gives it back."""
+        """Raise `Cancelled` if the task waits: now, or when a worker gives it back."""
         if self.waiting and not self.shielded:
             self.loop.wake(self, None, Cancelled())
         elif not self.done:
@@ -2840,7 +2840,7 @@ async def proxied_peer(loop: Loop, raw: socket.socket) -> str:
 def parse_proxy_header(data: bytes) -> tuple[int, str] | None:
     """Return the length of the PROXY header in `data`, and the address of the client.
 
-    None where it is not complete yet. Raises ValueError where it is none. See "The PROXY
+    None if it is not complete yet. Raises ValueError if it is none. See "The PROXY
     protocol", 2.1 and 2.2, in HAProxy's documentation.
     """
     if data[:12] == _PROXY_2[: len(data)]:
@@ -3171,7 +3171,7 @@ class DnsClient:
             found = await self._resolve(name.rstrip(".") + ".", kind)
         except dns.resolver.NXDOMAIN as error:
             responses: Any = error.kwargs["responses"]
-            ttls = [one.resolve_chaining().minimum_ttl for one in responses.values()]
+            ttls = [response.resolve_chaining().minimum_ttl for response in responses.values()]
             return Answer(False, (), min(ttls))  # nothing rests on whether this is authentic
         except dns.exception.Timeout:
             text = f"no name server answered for {name} {kind} in time"
@@ -3204,8 +3204,8 @@ class DnsClient:
         try:
             return await ask(self._resolver)
         except dns.resolver.NoNameservers as error:
-            responses = [one[4] for one in error.kwargs["errors"]]
-            codes = [one.rcode() for one in responses if one is not None]
+            responses = [kwarg[4] for kwarg in error.kwargs["errors"]]
+            codes = [response.rcode() for response in responses if response is not None]
             if dns.rcode.FORMERR not in codes:
                 raise
         return await ask(self._plain_resolver)
@@ -4188,7 +4188,7 @@ _CLAIM_LIMIT = 1000  # octets of Authentication-Results that say whose they are
 def header_block(data: bytes) -> bytes | None:
     """Return the header block at the start of `data`, its empty line left out.
 
-    None where the header does not end in `data`; the whole of a message that has no
+    None if the header does not end in `data`; the whole of a message that has no
     empty line is its header (RFC 5322, 3.5), which only its reader can know.
     """
     if data.startswith(b"\r\n"):
@@ -4233,7 +4233,7 @@ _INSIDE_COMMENT = re.compile(r"(?P<open>\()|(?P<close>\))|[^()\\]+|\\.", re.DOTA
 def without_comments(text: str, quoted: str | None = None) -> str:
     """Return the text of a structured field without its comments.
 
-    Where `quoted` is given, it stands for each quoted string. Raises ValueError where a
+    Where `quoted` is given, it stands for each quoted string. Raises ValueError if a
     comment or a quoted string is not closed.
     """
     kept, depth, position = [], 0, 0
@@ -4302,7 +4302,7 @@ def _first_domains(found: Iterable[str]) -> list[str]:
 
 
 def _domain_of(part: str) -> str:
-    """Return the domain of one address. Raises ValueError where it has none that is well-formed."""
+    """Return the domain of one address. Raises ValueError if it has none that is well-formed."""
     match = _ANGLE_ADDRESS.fullmatch(part) or _BARE_ADDRESS.fullmatch(part)
     if match is None:
         raise ValueError("the address is malformed")
@@ -4775,7 +4775,7 @@ def rsa_public_info(modulus: int, exponent: int) -> bytes:
 def rsa_public_numbers(data: bytes) -> tuple[int, int]:
     """Return modulus and exponent of a SubjectPublicKeyInfo or RSAPublicKey in DER.
 
-    Raises ValueError where they are none that a signature should be checked with.
+    Raises ValueError if they are none that a signature should be checked with.
     """
     parts = list(_elements(_only(data, 0x30)))
     if parts and parts[0][0] == 0x30:  # an algorithm comes first: SubjectPublicKeyInfo
@@ -4847,7 +4847,7 @@ def _ed_encode(point: _EdPoint) -> bytes:
 
 
 def _ed_decode(octets: bytes) -> _EdPoint | None:
-    """RFC 8032, 5.1.3; None where no point is encoded so."""
+    """RFC 8032, 5.1.3; None if no point is encoded so."""
     if len(octets) != 32:
         return None
     y = int.from_bytes(octets, "little")
@@ -4879,7 +4879,7 @@ def _rsa_key(p: int, q: int) -> RsaKey:
 
 
 def _rsa_key_of(p: int, q: int, e: int, d: int) -> RsaKey:
-    """Return the key with these numbers, the rest computed. Raises ValueError where p is q."""
+    """Return the key with these numbers, the rest computed. Raises ValueError if p is q."""
     return RsaKey(p * q, e, d, p, q, d % (p - 1), d % (q - 1), pow(q, -1, p))
 
 
@@ -5374,7 +5374,7 @@ async def check_spf(names: Names, loop: Loop, ip: str, sender: str, hello: str, 
 
 
 def _octets_of_spf(answers: _SpfAnswers) -> int:
-    known = [one for one in answers.values() if isinstance(one, Answer)]
+    known = [answer for answer in answers.values() if isinstance(answer, Answer)]
     return sum(len(text) for one in known for text in one.records if _SPF_VERSION.match(text))
 
 
@@ -5967,7 +5967,7 @@ class Signer:
         self.broken: frozenset[str] = frozenset()  # domains whose keys cannot be read
 
     async def sign(self, domain: str, header: bytes, body: Callable[[], Iterable[bytes]]) -> bytes:
-        """Return a field for each key of `domain`; b"" where it has none.
+        """Return a field for each key of `domain`; b"" if it has none.
 
         `header` is all that will stand above the body. Raises TemporaryFailure.
         """
@@ -5998,7 +5998,7 @@ class Signer:
 def sign(keys: Sequence[DkimKey], header: bytes, body: Iterable[bytes], now: float) -> bytes:
     """Return a DKIM-Signature field for each key. Computes; for a worker thread.
 
-    Raises ValueError where the header is malformed, OSError where `body` does.
+    Raises ValueError if the header is malformed, OSError where `body` does.
     """
     fields = header_fields(header)
     hashed = BodyHash(relaxed=True)
@@ -6121,7 +6121,7 @@ def _severity(dmarc: Dmarc) -> tuple[int, int]:
 async def _check_author(
     names: Names, author: str, spf: Spf, signatures: Sequence[Signature]
 ) -> Dmarc:
-    """Raises TemporaryFailure where that keeps us from a result."""
+    """Raises TemporaryFailure if that keeps us from a result."""
     found = await _walk(names, author)
     top = _organisational_domain(author, found)
     records = dict(found)
@@ -6183,7 +6183,7 @@ async def _walk(names: Names, domain: str) -> list[tuple[str, _DmarcRecord]]:
 
 
 def _dmarc_record(texts: Sequence[str]) -> _DmarcRecord | None:
-    """Return the one valid record among `texts`; None where there is none, or several."""
+    """Return the one valid record among `texts`; None if there is none, or several."""
     records = []
     for text in texts:
         if len(text) > TXT_LIMIT or not re.match(r"v\s*=\s*DMARC1\s*(;|$)", text):
@@ -6231,7 +6231,9 @@ def authentication_results(
     if dmarc.result not in ("none", "permerror"):
         text += f" (p={dmarc.policy})"
     parts.append(text + (f" header.from={field_value(dmarc.domain)}" if dmarc.domain else ""))
-    return fold("Authentication-Results", f"{host};", *(f"{one};" for one in parts[:-1]), parts[-1])
+    return fold(
+        "Authentication-Results", f"{host};", *(f"{part};" for part in parts[:-1]), parts[-1]
+    )
 
 
 # ======================================================================================
@@ -6333,7 +6335,7 @@ class SecurityLevels:
         return self._known[domain]
 
     async def forget(self, domain: str) -> bool:
-        """Forget what was seen of `domain`; false where that was nothing. Raises OSError."""
+        """Forget what was seen of `domain`; false if that was nothing. Raises OSError."""
         try:
             known = await self.of(domain) != DomainInfo()
         except TemporaryFailure:
@@ -6391,7 +6393,7 @@ def read_domain_info(path: str) -> DomainInfo:
 
 
 def remove_domain_info(path: str) -> bool:
-    """Remove a file of domaininfo; false where there is none. Raises OSError."""
+    """Remove a file of domaininfo; false if there is none. Raises OSError."""
     try:
         os.unlink(path)
     except FileNotFoundError:
@@ -6427,7 +6429,7 @@ class Tlsa(NamedTuple):
 
 
 def parse_tlsa(record: str) -> Tlsa | None:
-    """Return a record in presentation form; None where it cannot be used."""
+    """Return a record in presentation form; None if it cannot be used."""
     try:
         usage, selector, matching, *data = record.split()
         tlsa = Tlsa(int(usage), int(selector), int(matching), bytes.fromhex("".join(data)))
@@ -6695,7 +6697,7 @@ class TlsPolicies:
         """Return what is demanded of `host`, in A-labels, for mail to `domain`, in Unicode.
 
         `by_mx`: the host is there because of the domain's DNS, not because somebody here
-        named it. Raises TemporaryFailure where the host must not be used.
+        named it. Raises TemporaryFailure if the host must not be used.
         """
         seen = (await self.levels.of(domain)).outgoing
         requirement = (
@@ -6817,7 +6819,7 @@ def _refuse(code: int, status: str, text: str) -> NoReturn:
 def parse_command(line: bytes) -> tuple[str, str]:
     """Split a command line into the verb, in upper case, and its argument.
 
-    Raises Refused where it is no UTF-8 (RFC 6531, 3.3) or holds a control character.
+    Raises Refused if it is no UTF-8 (RFC 6531, 3.3) or holds a control character.
     """
     try:
         text = line.decode()
@@ -7007,7 +7009,7 @@ class DataDecoder:
 
 
 def check_newlines(piece: bytes) -> None:
-    """Raise BareNewline where `piece`, which splits no CRLF, has a CR or LF outside CRLF."""
+    """Raise BareNewline if `piece`, which splits no CRLF, has a CR or LF outside CRLF."""
     pairs = piece.count(b"\r\n")
     if piece.count(b"\n") != pairs or piece.count(b"\r") != pairs:
         raise BareNewline("a line must end with CRLF, and hold no other CR or LF")
@@ -9858,7 +9860,7 @@ class _Meter:
         self._levels: dict[str, tuple[float, float]] = {}  # what was taken, and when
 
     def takes(self, key: str) -> bool:
-        """Count one more of `key`; false where that is too many."""
+        """Count one more of `key`; false if that is too many."""
         if not self._per_minute:
             return True
         now = self._clock.monotonic()
@@ -11379,7 +11381,7 @@ class HttpRequest(NamedTuple):
 async def read_request(stream: Stream) -> HttpRequest:
     """Return the next request, up to its body.
 
-    Raises ValueError where there is none, and what `Stream.read_line` does.
+    Raises ValueError if there is none, and what `Stream.read_line` does.
     """
     words = (await stream.read_line(_HTTP_LINE_LIMIT)).decode("latin-1").split(" ")
     if len(words) != 3 or not words[2].startswith("HTTP/1."):
@@ -11399,9 +11401,9 @@ async def read_request(stream: Stream) -> HttpRequest:
 
 
 async def read_body(stream: Stream, request: HttpRequest, limit: int) -> bytes:
-    """Return the body of `request`, b"" where there is none.
+    """Return the body of `request`, b"" if there is none.
 
-    Raises HttpRefused where it has no plain length or more than `limit` octets,
+    Raises HttpRefused if it has no plain length or more than `limit` octets,
     Disconnected, Expired.
     """
     if "transfer-encoding" in request.headers:
@@ -11425,7 +11427,7 @@ def http_head(
 ) -> bytes:  # fmt: skip
     """Return all of a response before its body.
 
-    `length` is in octets, or None where the body lasts until the connection is closed.
+    `length` is in octets, or None if the body lasts until the connection is closed.
     `policy` is a Content-Security-Policy (W3C, CSP Level 3).
     """
     lines = [f"HTTP/1.1 {status} {_HTTP_REASONS[status]}", f"Content-Type: {kind}"]
@@ -11863,8 +11865,8 @@ _SHOWN_RECIPIENTS = 10  # of each
 def queue_line(item: Item, now: float) -> QueueLine:
     """Return what MONITORING shows of a message."""
     shown = [
-        (destination_text(one.destination), recipient_text(one))
-        for one in item.recipients[:_SHOWN_RECIPIENTS]
+        (destination_text(recipient.destination), recipient_text(recipient))
+        for recipient in item.recipients[:_SHOWN_RECIPIENTS]
     ]
     if len(item.recipients) > len(shown):
         shown.append(("…", f"and {len(item.recipients) - len(shown)} more"))
@@ -11935,6 +11937,56 @@ async def connections(
         except OSError as error:
             log.error("listener", f"cannot accept for {name}: {reason(error)}; pausing")
             await loop.sleep(_ACCEPT_PAUSE)
+
+
+def listen(host: str, port: int, *, once: bool = False) -> list[socket.socket]:
+    """Return sockets that listen at `host`, one for each of its addresses.
+
+    "" means all addresses of this machine, 0 any port that is free; with `once`, the first
+    address is enough. Raises ChasquidError.
+    """
+    place = f"{host}:{port}"
+    if type(port) is not int or not 0 <= port <= 65535:
+        text = "the port must be a number from 0 to 65535"
+        raise ChasquidError(f"{place} is no address to listen at: {text}")
+    try:
+        found: list[Any] = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except (OSError, UnicodeError) as error:
+        raise ChasquidError(f"{place} is no address to listen at: {reason(error)}") from error
+    six = [entry for entry in found if entry[0] == socket.AF_INET6]
+    if not host and six:
+        found = six  # one socket serves IPv4 as well, through mapped addresses
+    with contextlib.ExitStack() as undo:
+        sockets = []
+        for entry in found[:1] if once else found:
+            sockets.append(_listen_at(place, entry, both_families=not host))
+            undo.callback(sockets[-1].close)
+        undo.pop_all()
+    return sockets
+
+
+def _listen_at(place: str, entry: Any, both_families: bool) -> socket.socket:
+    """Return a socket for what getaddrinfo has said. Raises ChasquidError."""
+    try:
+        raw = socket.socket(*entry[:3])
+    except OSError as error:
+        raise ChasquidError(f"cannot listen on {place}: {reason(error)}") from error
+    try:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if entry[0] == socket.AF_INET6:
+            raw.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if both_families else 1)
+        raw.bind(entry[4])
+        raw.listen(_BACKLOG)
+        raw.setblocking(False)
+    except OSError as error:
+        raw.close()
+        text = f"cannot listen on {place}: {error.strerror}"
+        if error.errno == errno.EACCES:
+            text += "; ports below 1024 are for root, systemd's sockets or setcap"
+        raise ChasquidError(text) from error
+    return raw
 
 
 class Certificate(NamedTuple):
@@ -12071,34 +12123,12 @@ class Listeners:
         return found
 
     @staticmethod
-    def _bind(address: str, config: Config, key: str) -> Iterator[socket.socket]:
-        host, port = host_and_port(address, 0)
-        path = os.path.join(config.config_dir, "chasquid.conf")
+    def _bind(address: str, config: Config, key: str) -> list[socket.socket]:
         try:
-            places = socket.getaddrinfo(
-                host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )
-        except OSError as error:
-            raise ConfigError(path, 0, f"{key}: {address!r} is no address: {error}") from error
-        if not host and any(place[0] == socket.AF_INET6 for place in places):
-            places = [place for place in places if place[0] == socket.AF_INET6]
-        for family, kind, protocol, _, target in places:
-            raw = socket.socket(family, kind, protocol)
-            try:
-                raw.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    # ":25" serves IPv4 as well, through mapped addresses
-                    raw.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1 if host else 0)
-                raw.bind(target)
-                raw.listen(_BACKLOG)
-                raw.setblocking(False)
-            except OSError as error:
-                raw.close()
-                text = f"{key}: cannot listen on {address}: {error.strerror}"
-                if error.errno == errno.EACCES:
-                    text += "; ports below 1024 are for root, systemd's sockets or setcap"
-                raise ConfigError(path, 0, text) from error
-            yield raw
+            return listen(*host_and_port(address, 0))
+        except ChasquidError as error:
+            path = os.path.join(config.config_dir, "chasquid.conf")
+            raise ConfigError(path, 0, f"{key}: {error}") from error
 
 
 # ======================================================================================
@@ -12127,7 +12157,7 @@ class DataDirectory:
         self._fd = -1
 
     def take(self) -> None:
-        """Make the directory and lock it. Raises ConfigError where another server has it."""
+        """Make the directory and lock it. Raises ConfigError if another server has it."""
         import fcntl
 
         try:
@@ -12252,7 +12282,7 @@ class Control:
 
 
 def ask_running_server(data_dir: str, command: str, argument: str) -> list[str] | None:
-    """Have the server of `data_dir` do something; None where none is running.
+    """Have the server of `data_dir` do something; None if none is running.
 
     Raises ChasquidError with what the server, or the system, says.
     """
@@ -13124,7 +13154,7 @@ class Fault(NamedTuple):
 
 
 class Effect(NamedTuple):
-    """What is to happen now; `reply` is None where the command takes its course."""
+    """What is to happen now; `reply` is None if the command takes its course."""
 
     fault: Fault
     reply: Reply | None
@@ -13228,7 +13258,7 @@ class Script:
         return self.add(Fault(**rule))
 
     def remove_rule(self, id: str) -> bool:
-        """Forget a rule; false where there is none."""
+        """Forget a rule; false if there is none."""
         with self._lock:
             return self._rules.pop(id, None) is not None
 
@@ -13267,7 +13297,7 @@ class Script:
         return found
 
     def _check(self, fault: Fault) -> Reply | None:
-        """Return the reply. Raises FaultError where the rule could never act."""
+        """Return the reply. Raises FaultError if the rule could never act."""
         stage = fault.stage
         if stage not in STAGES:
             raise FaultError(
@@ -13296,7 +13326,7 @@ class Script:
         return _reply_of(fault)
 
     def _check_place(self, fault: Fault) -> None:
-        """Raise FaultError where the stage has no such thing."""
+        """Raise FaultError if the stage has no such thing."""
         if fault.certificate:
             if fault.certificate not in CERTIFICATE_FAULTS:
                 raise FaultError(f"certificate: expected one of {', '.join(CERTIFICATE_FAULTS)}")
@@ -13323,7 +13353,7 @@ class Script:
 
 
 def _check_kinds(rule: Mapping[str, Any]) -> None:
-    """Raise FaultError where a value is of the wrong kind."""
+    """Raise FaultError if a value is of the wrong kind."""
     for name, value in rule.items():
         kind = type(Fault._field_defaults.get(name, ""))
         wanted = (int, float) if kind is float else kind
@@ -13353,7 +13383,7 @@ def _differences(fault: Fault) -> dict[str, Any]:
 
 
 def _reply_of(fault: Fault) -> Reply | None:
-    """Return the reply that `fault` names, None where it names none. Raises FaultError."""
+    """Return the reply that `fault` names, None if it names none. Raises FaultError."""
     if not fault.reply:
         if fault.per_second:
             text = f"more than {fault.per_second} a second; try again later"
@@ -13726,7 +13756,7 @@ class MessageDetails:
         With `pattern`, a regular expression, only those in which it is found.
         """
         links = links_in(self.html, self._content("plain"))
-        return [one for one in links if one[:4].lower() == "http" and re.search(pattern, one)]
+        return [link for link in links if link[:4].lower() == "http" and re.search(pattern, link)]
 
     def link(self, pattern: str = "") -> str:
         """Return the first of `links`. Raises NotFound."""
@@ -13896,7 +13926,7 @@ class Mailbox:
             return self._messages.get(id)
 
     def remove(self, id: str) -> bool:
-        """Forget a message; false where there is none."""
+        """Forget a message; false if there is none."""
         with self._changed:
             removed = self._messages.pop(id, None)
             self._octets -= len(removed.raw) if removed is not None else 0
@@ -13932,7 +13962,7 @@ class Mailbox:
     ) -> T | None:
         """Return what `look` makes of the messages as soon as that is something.
 
-        None where it is nothing after so many seconds, or nothing more can come.
+        None if it is nothing after so many seconds, or nothing more can come.
         """
         end = time.monotonic() + seconds
         while True:
@@ -14162,7 +14192,7 @@ class Releaser:
     async def __call__(self, captured: Captured, to: Sequence[str]) -> str:
         """Send a message to these recipients; return what became of it.
 
-        Raises ChasquidError where any of them did not get it.
+        Raises ChasquidError if any of them did not get it.
         """
         raw = captured.raw
         delivery = Delivery(
@@ -14189,7 +14219,7 @@ class CaptureServer:
     are rules that are there from the start, `magic` lets recipients name a failure
     ("ana+450@here.example"), and `timeout` is how many seconds `wait_for` waits.
 
-    Raises ChasquidError where the port is taken or the settings make no sense.
+    Raises ChasquidError if the port is taken or the settings make no sense.
     """
 
     __test__ = False  # it is not a test, whatever its user calls it
@@ -14241,7 +14271,7 @@ class CaptureServer:
     # --- running ---
 
     def start(self) -> CaptureServer:
-        """Listen, and serve in a thread. Raises ChasquidError where the port is taken."""
+        """Listen, and serve in a thread. Raises ChasquidError if the port is taken."""
         with self._changing:
             if self._run is not None:
                 raise ChasquidError(f"the server is running already, at port {self._run.port}")
@@ -14250,7 +14280,7 @@ class CaptureServer:
         return self
 
     def stop(self) -> None:
-        """End the server; what was captured stays. Nothing where it is stopped already."""
+        """End the server; what was captured stays. Nothing if it is stopped already."""
         run = self._run
         if run is not None and run.is_own_thread():
             raise ChasquidError("the server cannot be stopped from its own thread")
@@ -14266,7 +14296,7 @@ class CaptureServer:
 
     @property
     def port(self) -> int:
-        """The number of the port. Raises ChasquidError where the server is not running."""
+        """The number of the port. Raises ChasquidError if the server is not running."""
         return self.run.port
 
     @property
@@ -14276,7 +14306,7 @@ class CaptureServer:
 
     @property
     def run(self) -> _CaptureRun:
-        """What belongs to the running server. Raises ChasquidError where there is none."""
+        """What belongs to the running server. Raises ChasquidError if there is none."""
         if self._run is None:
             raise ChasquidError("the server is not running: start it, or use it in a with block")
         return self._run
@@ -14461,32 +14491,8 @@ class CaptureServer:
         """Return a listening socket and what its port is. Raises ChasquidError."""
         settings = self.settings
         port = Port("smtp", settings.login_required, settings.tls == "implicit")
-        return listen(self.hostname, self._wanted_port), port
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens. Raises ChasquidError where it cannot."""
-    if type(port) is not int or not 0 <= port <= 65535:
-        text = "the port must be a number from 0 to 65535"
-        raise ChasquidError(f"{host}:{port} is no address to listen at: {text}")
-    try:
-        flags = socket.AI_PASSIVE
-        place = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=flags)[0]
-        raw = socket.socket(*place[:3])
-    except (OSError, UnicodeError) as error:
-        raise ChasquidError(f"{host}:{port} is no address to listen at: {reason(error)}") from error
-    try:
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        raw.bind(place[4])
-        raw.listen(socket.SOMAXCONN)
-        raw.setblocking(False)
-    except OSError as error:
-        raw.close()
-        if error.errno == errno.EADDRINUSE:
-            text = f"port {port} of {host} is taken already; choose another, or 0"
-            raise ChasquidError(f"{text} for one that is free") from error
-        raise ChasquidError(f"cannot listen at {host}:{port}: {reason(error)}") from error
-    return raw
+        [listener] = listen(self.hostname or "0.0.0.0", self._wanted_port, once=True)
+        return listener, port
 
 
 class _CaptureRun:
@@ -14525,7 +14531,7 @@ class _CaptureRun:
             undo.pop_all()
 
     def stop(self) -> None:
-        """End it and wait until it has ended. Raises ChasquidError where it does not end."""
+        """End it and wait until it has ended. Raises ChasquidError if it does not end."""
         self.loop.post(self._stopping.set)
         self._thread.join(_JOIN_SECONDS)
         if self._thread.is_alive():
@@ -14539,11 +14545,11 @@ class _CaptureRun:
     ) -> int:
         """Have `answer` called for connections at another port too; return its number.
 
-        Raises ChasquidError where it is taken, or the server has ended.
+        Raises ChasquidError if it is taken, or the server has ended.
         """
         if not self._thread.is_alive():
             raise ChasquidError("the server is not running any more")
-        listener = listen(host, port)
+        [listener] = listen(host or "0.0.0.0", port, once=True)
         self._others.append(listener)
 
         async def accept() -> None:
@@ -15047,7 +15053,7 @@ class _Changes:
         self._something.set()
 
     async def next(self, seconds: float) -> bool:
-        """Wait for a change; False where there was none. Raises Disconnected."""
+        """Wait for a change; False if there was none. Raises Disconnected."""
         try:
             with self._loop.deadline(seconds):
                 await self._something.wait()
@@ -15063,7 +15069,7 @@ class Inbox:
     """Shows a mailbox over HTTP, one request a connection.
 
     `faults` are the rules that the interface shows and changes. `release` sends a message
-    on, or is None where that is not possible. `smtp` is where mail is to be sent, for
+    on, or is None if that is not possible. `smtp` is where mail is to be sent, for
     people ("smtp://127.0.0.1:1025"); `names` are names of this host besides "localhost".
     """
 
@@ -16478,7 +16484,7 @@ def _put_in_force(config: Config, domain: str, file: IO[str] | None = None) -> N
 def _problems_of(domain: str, config: Config, problems: Sequence[str]) -> list[str]:
     """Return those of `problems` that are about the files of `domain`."""
     place = f"/domains/{os.path.basename(_domain_directory(config, domain))}"
-    return [one for one in problems if f"{place}/" in one or f"{place}:" in one]
+    return [problem for problem in problems if f"{place}/" in problem or f"{place}:" in problem]
 
 
 def _tell_of_new_domain(domain: str, is_new: bool) -> None:
@@ -16637,7 +16643,7 @@ def _dns_record(key: DkimKey) -> str:
     strings = [text[start : start + _TXT_STRING] for start in range(0, len(text), _TXT_STRING)]
     if len(strings) == 1:
         return f'{key.name}.\tIN TXT\t"{strings[0]}"'
-    lines = "\n".join(f'\t"{one}"' for one in strings)
+    lines = "\n".join(f'\t"{string}"' for string in strings)
     return f"{key.name}.\tIN TXT\t(\n{lines} )"
 
 
@@ -16754,7 +16760,7 @@ def _is_wanted(item: Item, arguments: argparse.Namespace) -> bool:
     sender, domain = arguments.sender, arguments.domain
     if sender is not None and item.envelope.sender.lower() != sender.strip("<>").lower():
         return False
-    domains = {split_address(one.destination.value)[1] for one in item.recipients}
+    domains = {split_address(recipient.destination.value)[1] for recipient in item.recipients}
     return domain is None or domain in domains
 
 
@@ -16769,13 +16775,13 @@ def _item_in_json(item: Item) -> dict[str, Any]:
         "next_attempt": item.next_attempt,
         "recipients": [
             {
-                "recipient": destination_text(one.destination),
-                "original": one.original,
-                "state": one.state,
-                "status": one.result.status,
-                "text": one.result.text,
+                "recipient": destination_text(recipient.destination),
+                "original": recipient.original,
+                "state": recipient.state,
+                "status": recipient.result.status,
+                "text": recipient.result.text,
             }
-            for one in item.recipients
+            for recipient in item.recipients
         ],
     }
 
