@@ -3186,8 +3186,8 @@ class DnsClient:
         authentic = self._is_authentic(found)
         canonical = str(found.canonical_name).rstrip(".").lower()
         return Answer(
-            True, self._records(found), found.chaining_result.minimum_ttl, authentic,
-            "" if canonical == name.rstrip(".").lower() else canonical,
+            True, self._records(found), found.chaining_result.minimum_ttl, authentic=authentic,
+            canonical="" if canonical == name.rstrip(".").lower() else canonical,
         )  # fmt: skip
 
     async def _resolve(self, name: str, kind: str) -> Any:
@@ -3389,7 +3389,7 @@ _SCRYPT_MEMORY = 512 * 1024 * 1024  # octets one check may need; above, the file
 
 def new_password(password: bytes) -> Scrypt:
     """Return a fresh hash of `password`. Blocks for tens of milliseconds."""
-    costs = Scrypt(14, 8, 1, 32, os.urandom(16), b"")
+    costs = Scrypt(14, 8, 1, key_length=32, salt=os.urandom(16), encrypted=b"")
     return costs._replace(encrypted=_derive(costs, _composed(password)))
 
 
@@ -3485,7 +3485,12 @@ def _parse_password(entry: Entry, path: str) -> Password:
         text = "expected costs of scrypt that fit into 512 MB, p up to 64, keyLen up to 1024"
         raise ConfigError(path, kind.line, text)
     return Scrypt(
-        log_n, r, p, length, _octets(fields["salt"], path), _octets(fields["encrypted"], path)
+        log_n,
+        r,
+        p,
+        key_length=length,
+        salt=_octets(fields["salt"], path),
+        encrypted=_octets(fields["encrypted"], path),
     )
 
 
@@ -3544,7 +3549,9 @@ class Accounts:
         self._domains = domains
         self._broken = frozenset(broken)  # domains whose files cannot be read
         self._costs = {domain: self._usual_costs(users) for domain, users in domains.items()}
-        self._default_costs = Scrypt(14, 8, 1, 32, os.urandom(16), os.urandom(32))
+        self._default_costs = Scrypt(
+            14, 8, 1, key_length=32, salt=os.urandom(16), encrypted=os.urandom(32)
+        )
 
     @property
     def domains(self) -> list[str]:
@@ -4574,7 +4581,9 @@ class Hooks:
     ) -> Outcome:
         name = os.path.basename(argv[0])
         try:
-            return await self._programs.run(argv, input, seconds, environment, self._config_dir)
+            return await self._programs.run(
+                argv, input, seconds, env=environment, cwd=self._config_dir
+            )
         except Expired:
             self._log.error("hooks", f"{argv[0]} took more than {seconds:g}s")
             raise TemporaryFailure(f"{name} took too long", "4.3.0") from None
@@ -4880,7 +4889,16 @@ def _rsa_key(p: int, q: int) -> RsaKey:
 
 def _rsa_key_of(p: int, q: int, e: int, d: int) -> RsaKey:
     """Return the key with these numbers, the rest computed. Raises ValueError if p is q."""
-    return RsaKey(p * q, e, d, p, q, d % (p - 1), d % (q - 1), pow(q, -1, p))
+    return RsaKey(
+        p * q,
+        e,
+        private_exponent=d,
+        prime1=p,
+        prime2=q,
+        exponent1=d % (p - 1),
+        exponent2=d % (q - 1),
+        coefficient=pow(q, -1, p),
+    )
 
 
 @functools.cache
@@ -5356,7 +5374,7 @@ async def check_spf(names: Names, loop: Loop, ip: str, sender: str, hello: str, 
     validated: dict[Any, Any] = {}
     try:
         with loop.deadline(_SPF_SECONDS):
-            await _fetch(names, loop, [(domain, "TXT")], False, answers)
+            await _fetch(names, loop, [(domain, "TXT")], six=False, answers=answers)
             if not _has_spf(answers[domain, "TXT"]):
                 return Spf("none", identity, domain)
             make_query = await load_library(loop, _spf_query)
@@ -5365,7 +5383,7 @@ async def check_spf(names: Names, loop: Loop, ip: str, sender: str, hello: str, 
                 result, explanation = _run_spf(query)
                 if not query.missing:
                     return Spf(result, identity, domain, explanation)
-                await _fetch(names, loop, query.missing, ":" in ip, answers)
+                await _fetch(names, loop, query.missing, six=":" in ip, answers=answers)
                 if _octets_of_spf(answers) > _SPF_TOTAL_LIMIT:
                     return Spf("permerror", identity, domain, "the records are too long")
     except Expired:
@@ -5697,7 +5715,7 @@ def _identified(tags: Mapping[bytes, bytes]) -> Signature:
         raise ValueError("d= or s= is no name")
     if not (_BASE64.fullmatch(tags[b"b"]) and _BASE64.fullmatch(tags[b"bh"])):
         raise ValueError("b= or bh= is no base64")
-    return Signature("neutral", "", domain, selector, tags[b"b"][:8].decode("ascii"))
+    return Signature("neutral", "", domain, selector=selector, b=tags[b"b"][:8].decode("ascii"))
 
 
 def _check_claim(claim: _Claim) -> None:
@@ -6473,7 +6491,7 @@ def parse_sts_policy(text: bytes, id: str, now: float) -> StsPolicy:
     mx = tuple(name.lower().rstrip(".") for name in values.get("mx", ()) if name)
     if not mx and mode != "none":
         raise ValueError("expected mx: a name")
-    return StsPolicy(id, mode, mx, min(int(age), _STS_AGE_LIMIT), now)
+    return StsPolicy(id, mode, mx, max_age=min(int(age), _STS_AGE_LIMIT), fetched=now)
 
 
 _STS_KEYS = ("version", "mode", "max_age")
@@ -9955,11 +9973,11 @@ class Limits:
 
     def message(self, peer: str, user: str) -> None:
         """Count a message. Raises RateExceeded."""
-        self._take(peer, user, self._messages, self._user_messages, "messages")
+        self._take(peer, user, self._messages, self._user_messages, what="messages")
 
     def recipient(self, peer: str, user: str) -> None:
         """Count a recipient. Raises RateExceeded."""
-        self._take(peer, user, self._recipients, self._user_recipients, "recipients")
+        self._take(peer, user, self._recipients, self._user_recipients, what="recipients")
 
     def _take(self, peer: str, user: str, of_client: _Meter, of_user: _Meter, what: str) -> None:
         if self.is_exempt(peer):
@@ -10430,9 +10448,14 @@ class Session:
     @property
     def client(self) -> ClientInfo:
         return ClientInfo(
-            self.dialogue, self.port, self.peer, self._hello, self._extended, self._user,
-            self.stream.tls_text,
-        )  # fmt: skip
+            self.dialogue,
+            self.port,
+            peer=self.peer,
+            hello=self._hello,
+            extended=self._extended,
+            user=self._user,
+            tls=self.stream.tls_text,
+        )
 
     @property
     def phase(self) -> Phase:
@@ -11019,7 +11042,12 @@ class MailReceiver:
         if self.limits.is_relay(client.peer):
             return Spf("none", "mailfrom", "", "the client is a relay of ours")
         spf = await check_spf(
-            self.names, self.loop, client.peer, sender, client.hello, self.hostname
+            self.names,
+            self.loop,
+            client.peer,
+            sender=sender,
+            hello=client.hello,
+            host=self.hostname,
         )
         self.log.count(Metrics.SPF, spf.result)
         if spf.result == "fail":
@@ -11250,9 +11278,9 @@ class _Judgement:
         # what a relay of ours passes on comes from its address, which proves nothing of others
         enforced = receiver.config.dmarc_policy == "enforce" and not receiver.limits.is_relay(peer)
         junk = enforced and self._is_junk(dmarc)
-        trace = authentication_results(hostname, spf, sender, signatures, dmarc)
+        trace = authentication_results(hostname, spf, sender, signatures=signatures, dmarc=dmarc)
         hello, sender = self._said()
-        return trace + received_spf(spf, peer, sender, hello, hostname), junk
+        return trace + received_spf(spf, peer, sender, hello=hello, host=hostname), junk
 
     def _is_junk(self, dmarc: Dmarc) -> bool:
         """Do what the owner of the From domain asks for. Raises Refused."""
@@ -11281,10 +11309,14 @@ class _Judgement:
         """Return the results of DKIM and DMARC. Raises Refused."""
         names, loop = self._receiver.names, self._receiver.loop
         fields, authors = self._fields, self._authors()
-        signatures = await verify_signatures(names, loop, fields, self._draft.body, authors or ())
+        signatures = await verify_signatures(
+            names, loop, fields, body=self._draft.body, authors=authors or ()
+        )
         if authors is None:
             return signatures, Dmarc("permerror")
-        dmarc = await check_dmarc(names, loop, authors, self._transaction.spf, signatures)
+        dmarc = await check_dmarc(
+            names, loop, authors, spf=self._transaction.spf, signatures=signatures
+        )
         if dmarc.policy == "reject" and choose_signatures(fields, authors)[1]:
             # an author's signature that was not looked at may be a good one
             dmarc = dmarc._replace(policy="quarantine")
@@ -11447,7 +11479,7 @@ def http_response(
 ) -> bytes:  # fmt: skip
     """Return a response, its text in UTF-8."""
     data = body.encode("utf-8", "replace") if isinstance(body, str) else body
-    return http_head(status, kind, len(data), policy, headers) + data
+    return http_head(status, kind, len(data), policy=policy, headers=headers) + data
 
 
 def without_body(response: bytes) -> bytes:
@@ -11872,7 +11904,7 @@ def queue_line(item: Item, now: float) -> QueueLine:
         shown.append(("…", f"and {len(item.recipients) - len(shown)} more"))
     age = duration_text(now - item.envelope.received)
     due = next_attempt_text(item, now)
-    return QueueLine(item.id, item.envelope.sender, age, due, tuple(shown))
+    return QueueLine(item.id, item.envelope.sender, age, next_attempt=due, recipients=tuple(shown))
 
 
 def next_attempt_text(item: Item, now: float) -> str:
@@ -12424,11 +12456,11 @@ def load_domains(config: Config, before: Mapping[str, Domain] | None = None) -> 
         {name: domain.aliases for name, domain in each.items()},
         accounts.exists,
         config.suffix_separators,
-        config.drop_characters,
-        broken,
+        drop_characters=config.drop_characters,
+        broken=broken,
     )
     keys = {name: domain.keys for name, domain in each.items()}
-    return Domains(accounts, aliases, keys, each, broken, tuple(problems))
+    return Domains(accounts, aliases, keys, each=each, broken=broken, problems=tuple(problems))
 
 
 def _load_domain(name: str, path: str, known: Domain | None) -> tuple[Domain | None, list[str]]:
@@ -12493,7 +12525,14 @@ class Daemon:
         self._connect = connect
         with contextlib.ExitStack() as undo:  # where the start fails, nothing is left behind
             self._assemble(
-                undo, clock or Clock(), ask, spawn, random, remote, fetch_policy, on_result
+                undo,
+                clock or Clock(),
+                ask=ask,
+                spawn=spawn,
+                random=random,
+                remote=remote,
+                fetch_policy=fetch_policy,
+                on_result=on_result,
             )
             self._resources = undo.pop_all()
 
@@ -12546,13 +12585,21 @@ class Daemon:
             self._local_courier(programs),
             PipeCourier(programs),
             remote or self._smtp_courier(random),
-            self._is_local,
-            None if remote else self._smarthost(),
+            is_local=self._is_local,
+            smarthost=None if remote else self._smarthost(),
         )
         self.queue = Queue(
-            loop, Disk(loop), self.log, self._queue_settings(), couriers, self._expand,
-            self._is_local, random, self._sign_notification, on_result,
-        )  # fmt: skip
+            loop,
+            Disk(loop),
+            log=self.log,
+            settings=self._queue_settings(),
+            couriers=couriers,
+            expand=self._expand,
+            is_local=self._is_local,
+            random=random,
+            sign=self._sign_notification,
+            on_result=on_result,
+        )
         self._limits = Limits(clock, config)
         self._context = ServerContext(
             loop,
@@ -12581,7 +12628,7 @@ class Daemon:
         undo.callback(self._listeners.close)
         self._started = clock.time()
         self._monitor = Monitor(
-            loop, self.log, config.hostname, self._status, self._stop_from_inside
+            loop, self.log, config.hostname, status=self._status, stop=self._stop_from_inside
         )
         self._control = Control(loop, self.log, config.data_dir, _Requests(self).table)
         undo.callback(self._control.close)
@@ -12603,26 +12650,30 @@ class Daemon:
         return Status(
             self.config.hostname,
             now,
-            self._started,
-            self.session_count,
-            tuple(f"{port.name} on [{host}]:{number}" for port, host, number in self.addresses),
-            tuple(
+            started=self._started,
+            sessions=self.session_count,
+            listening=tuple(
+                f"{port.name} on [{host}]:{number}" for port, host, number in self.addresses
+            ),
+            queue=tuple(
                 queue_line(item, now)
                 for item in itertools.islice(self.queue.items.values(), _SHOWN_MESSAGES)
             ),
-            self.config.max_queue_items,
-            self.log.counters,
-            tuple(self.log.dialogues),
-            config_text(self.config),
-            len(self.queue.items),
-            max((now - item.envelope.received for item in self.queue.items.values()), default=0.0),
-            self._reloaded,
-            tuple(self.problems),
-            tuple(
+            queue_limit=self.config.max_queue_items,
+            counters=self.log.counters,
+            dialogues=tuple(self.log.dialogues),
+            config=config_text(self.config),
+            queued=len(self.queue.items),
+            oldest=max(
+                (now - item.envelope.received for item in self.queue.items.values()), default=0.0
+            ),
+            reloaded=self._reloaded,
+            problems=tuple(self.problems),
+            certificates=tuple(
                 CertificateLine(one.directory, tuple(sorted(one.names)), one.expires)
                 for one in self._certificates.loaded.values()
             ),
-            tuple(
+            domains=tuple(
                 DomainLine(name, len(domain.users), tuple(key.selector for key in domain.keys))
                 for name, domain in self._domains.each.items()
             ),
@@ -12634,9 +12685,9 @@ class Daemon:
             os.path.join(config.data_dir, "queue"),
             self._hostname,
             config.give_up_send_after,
-            config.max_queue_items,
-            config.suffix_separators[:1] or "+",
-            config.min_free_disk_mb * 1024 * 1024,
+            limit=config.max_queue_items,
+            suffix_separator=config.suffix_separators[:1] or "+",
+            min_free_disk=config.min_free_disk_mb * 1024 * 1024,
         )
 
     @property
@@ -12691,12 +12742,20 @@ class Daemon:
             )
         if config.lmtp_address:
             return LmtpCourier(
-                self.loop, self._names_out, config.lmtp_address, self._hostname, self._connect
+                self.loop,
+                self._names_out,
+                config.lmtp_address,
+                hostname=self._hostname,
+                connect=self._connect,
             )
         return MaildirCourier(
-            self.loop, Disk(self.loop), config.maildir, config.data_dir, config.hostname,
-            self._user_exists,
-        )  # fmt: skip
+            self.loop,
+            Disk(self.loop),
+            config.maildir,
+            data_dir=config.data_dir,
+            hostname=config.hostname,
+            user_exists=self._user_exists,
+        )
 
     def _ask_dovecot(self) -> Dovecot | None:
         config = self.config
@@ -12713,9 +12772,15 @@ class Daemon:
         config = self.config
         policies = TlsPolicies(self._names_out, self.levels, self._sts)
         return SmtpCourier(
-            self.loop, self._names_out, self.log, policies, self._hostname,
-            config.outgoing_smtp_port, random, self._connect,
-        )  # fmt: skip
+            self.loop,
+            self._names_out,
+            log=self.log,
+            policies=policies,
+            hostname=self._hostname,
+            port=config.outgoing_smtp_port,
+            random=random,
+            connect=self._connect,
+        )
 
     def _smarthost(self) -> Smarthost | None:
         config = self.config
@@ -12725,8 +12790,8 @@ class Daemon:
             self.loop,
             self._names_out,
             self._hostname,
-            config.smarthost,
-            smarthost_login(config),
+            address=config.smarthost,
+            login=smarthost_login(config),
             connect=self._connect,
         )
         return Smarthost(courier, config.smarthost, config.smarthost_after)
@@ -12735,7 +12800,7 @@ class Daemon:
         context = functools.cache(lambda: client_tls_context(verify=True))
         fetch = fetch or HttpsPolicies(self.loop, self._names_out, context).fetch
         directory = os.path.join(self.config.data_dir, "sts-cache")
-        return StsPolicies(self.loop, self.log, self._names_out, fetch, directory)
+        return StsPolicies(self.loop, self.log, self._names_out, fetch=fetch, directory=directory)
 
     async def _sign_notification(self, header: bytes, body: Callable[[], Iterable[bytes]]) -> bytes:
         """Sign with the keys of our host; better unsigned than never."""
@@ -14100,10 +14165,19 @@ class _CaptureReceiver:
         header, _, _ = (b"\r\n" + raw).partition(b"\r\n\r\n")
         check_header(header[2:] + b"\r\n" * bool(header), _RECEIVED_LIMIT, not client.user)
         captured = Captured(
-            new_id(), self._loop.clock.time(), transaction.path.written, transaction.recipients,
-            raw, peer=client.peer, port=client.port.name, hello=client.hello, tls=client.tls,
-            login=client.user, smtputf8=transaction.smtputf8, dialogue=client.dialogue,
-        )  # fmt: skip
+            new_id(),
+            self._loop.clock.time(),
+            transaction.path.written,
+            rcpt_tos=transaction.recipients,
+            raw=raw,
+            peer=client.peer,
+            port=client.port.name,
+            hello=client.hello,
+            tls=client.tls,
+            login=client.user,
+            smtputf8=transaction.smtputf8,
+            dialogue=client.dialogue,
+        )
         self._log.event(
             Events.CAPTURED,
             id=captured.id,
@@ -14187,7 +14261,7 @@ class Releaser:
         names = Names(loop, DnsClient(loop, ()).ask)
         name = hostname or domain_to_ascii(socket.gethostname())
         safe = login is not None
-        self._courier = SmarthostCourier(loop, names, name, address, login, safe)
+        self._courier = SmarthostCourier(loop, names, name, address=address, login=login, safe=safe)
 
     async def __call__(self, captured: Captured, to: Sequence[str]) -> str:
         """Send a message to these recipients; return what became of it.
@@ -14197,7 +14271,7 @@ class Releaser:
         raw = captured.raw
         delivery = Delivery(
             captured.id, captured.mail_from, Message(b"", "", len(raw), raw),
-            captured.smtputf8, not raw.isascii(),
+            smtputf8=captured.smtputf8, eight_bit=not raw.isascii(),
         )  # fmt: skip
         destinations = [
             Destination(DestinationKind.ADDRESS, address) for address in dict.fromkeys(to)
@@ -14866,7 +14940,14 @@ def _read_content(raw: bytes) -> _Content:
             name, colon, value = line.partition(":")
             if colon and name and " " not in name and "\t" not in name:
                 headers.append((name, value.strip()))
-        return _Content(headers, [_Part(1, "text/plain", "", "", "", raw, text)])
+        return _Content(
+            headers,
+            [
+                _Part(
+                    1, "text/plain", filename="", content_id="", disposition="", data=raw, text=text
+                )
+            ],
+        )
 
 
 def _parse_content(raw: bytes) -> _Content:
@@ -14901,7 +14982,15 @@ def _read_part(number: int, one: ParsedMessage) -> _Part:
     text = None
     if kind in ("text/plain", "text/html") and disposition != "attachment" and not filename:
         text = _decoded(data, one.get_content_charset("utf-8"))
-    return _Part(number, printable(kind, 100), filename, content_id, disposition, data, text)
+    return _Part(
+        number,
+        printable(kind, 100),
+        filename=filename,
+        content_id=content_id,
+        disposition=disposition,
+        data=data,
+        text=text,
+    )
 
 
 def _payload(one: ParsedMessage) -> bytes:
@@ -15178,16 +15267,21 @@ class Inbox:
         nonce = new_id()
         text = _INBOX_PAGE
         for mark, value in (
-            ("{nonce}", nonce), ("{style}", _INBOX_STYLE), ("{script}", _INBOX_SCRIPT),
-            ("{release}", "yes" if self._release else ""), ("{smtp}", html_text(self._smtp)),
-        ):  # fmt: skip
+            ("{nonce}", nonce),
+            ("{style}", _INBOX_STYLE),
+            ("{script}", _INBOX_SCRIPT),
+            ("{release}", "yes" if self._release else ""),
+            ("{smtp}", html_text(self._smtp)),
+        ):
             text = text.replace(mark, value)
         policy = (
             f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
             "connect-src 'self'; frame-src 'self'; img-src 'self' data:; "
             "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         )
-        return http_response(200, "text/html; charset=utf-8", text, policy, _BASE_HEADERS)
+        return http_response(
+            200, "text/html; charset=utf-8", text, policy=policy, headers=_BASE_HEADERS
+        )
 
     async def _health(self, asked: _Asked, stream: Stream) -> bytes:
         return http_response(200, "text/plain", "ok\n")
@@ -15452,7 +15546,7 @@ def _file(kind: str, name: str, data: bytes) -> bytes:
     plain = "".join(c if c.isascii() and c not in "%;" else "_" for c in name)
     said = f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='')}"  # RFC 6266
     headers = (("Content-Disposition", said), *_BASE_HEADERS)
-    return http_response(200, kind, data, _FILE_POLICY, headers)
+    return http_response(200, kind, data, policy=_FILE_POLICY, headers=headers)
 
 
 _FRAME_HEAD = (
@@ -15493,7 +15587,7 @@ def _framed(content: _Content, remote: bool) -> bytes:
 
     headers = (*_BASE_HEADERS, ("X-DNS-Prefetch-Control", "off"))
     text = _FRAME_HEAD + _CID.sub(image, html)
-    return http_response(200, "text/html; charset=utf-8", text, policy, headers)
+    return http_response(200, "text/html; charset=utf-8", text, policy=policy, headers=headers)
 
 
 _INBOX_PAGE = """<!doctype html>
@@ -16258,7 +16352,9 @@ async def _send_once(daemon: Daemon, place: _TryOut, port: int, stored: list[str
         f"Date: {rfc5322_date(now)}\r\n\r\n"
         "This came by submission, with TLS and a login, through the queue into your Maildir.\r\n"
     ).encode()
-    delivery = Delivery("", _TRY_USER, Message(b"", "", len(text), text), False, False)
+    delivery = Delivery(
+        "", _TRY_USER, Message(b"", "", len(text), text), smtputf8=False, eight_bit=False
+    )
     try:
         with loop.deadline(_TRY_SECONDS):
             client = Client(loop, await connect(loop, "127.0.0.1", port), "localhost")
@@ -16311,7 +16407,14 @@ def _capture(arguments: argparse.Namespace) -> int:
         web_host, web_port = _place(arguments.web, "--web")
         shown = f"[{host}]" if ":" in host else host or "127.0.0.1"
         smtp = f"smtp://{shown}:{server.port}"
-        inbox = Inbox(run.loop, server.server_log, server.mailbox, server.script, release, smtp)
+        inbox = Inbox(
+            run.loop,
+            server.server_log,
+            server.mailbox,
+            faults=server.script,
+            release=release,
+            smtp=smtp,
+        )
         web_port = run.also_listen(web_host, web_port, inbox.answer)
         shown = f"[{web_host}]" if ":" in web_host else web_host or "127.0.0.1"
         load_modules(_CAPTURE_MODULES)
@@ -16584,7 +16687,7 @@ def _domaininfo_remove(arguments: argparse.Namespace) -> int:
             raise ChasquidError(DOMAIN_UNKNOWN.format(domain))
 
     text = [DOMAIN_FORGOTTEN.format(domain)]
-    return _change(config, "domaininfo-remove", domain, offline, text)
+    return _change(config, "domaininfo-remove", domain, offline=offline, done=text)
 
 
 # --- DKIM ---

@@ -311,3 +311,35 @@ def test_a_file_with_the_name_of_a_room_is_about_that_room() -> None:
     assert len(named) > 25
     for room in named:
         assert room in tested[room.lower().replace(" ", "_")]
+
+
+#: Rooms larger than 700 lines, each with the reason and its bound.
+LARGE_ROOMS = {
+    "LOOP": 800,  # one kernel: tasks, timers, workers and children share its state
+    "COURIERS": 800,  # five couriers that share results, and the choice of a server
+    "ITEMS": 750,  # a format and the table of its fields stand together
+    "SESSION": 950,  # the command table, and an action for each row of it
+    "DAEMON": 850,  # the wiring diagram, and the files that are read again
+    "CAPTURE": 1100,  # the fixture: what a test sees of a message, and of a server
+    "INBOX": 1350,  # a page with its style and script is most of it
+    "COMMANDS": 1450,  # thirty commands, a few lines each
+}
+
+
+def test_rooms_are_of_a_size_that_a_newcomer_can_hold():
+    ends = [*(banner.line for banner in BANNERS[1:]), len(LINES)]
+    sizes = {banner.name: end - banner.line for banner, end in zip(BANNERS, ends, strict=True)}
+    assert set(LARGE_ROOMS) <= set(sizes)
+    too_large = {name: size for name, size in sizes.items() if size > LARGE_ROOMS.get(name, 700)}
+    assert too_large == {}
+
+
+def test_a_call_with_more_than_four_arguments_names_them():
+    """But for those that take any number of the same kind, and those of libraries."""
+    any_number = {"_der", "_each", "fold", "signer.gen_header", "make_query"}
+    calls = [node for node in ast.walk(TREE) if isinstance(node, ast.Call) and len(node.args) > 4]
+    assert [
+        f"line {call.lineno}: {ast.unparse(call.func)} with {len(call.args)} arguments by place"
+        for call in calls
+        if ast.unparse(call.func) not in any_number
+    ] == []
