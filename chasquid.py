@@ -202,9 +202,11 @@ class Clock:
     """Wall time for what people read, monotonic time for what waits; both in seconds."""
 
     def time(self) -> float:
+        """Return seconds since 1970."""
         return time.time()
 
     def monotonic(self) -> float:
+        """Return seconds on a clock that nobody sets."""
         return time.monotonic()
 
 
@@ -1240,6 +1242,7 @@ class Dialogue:
         self.lines: list[str] = []
 
     def add(self, who: str, text: str) -> None:
+        """Note a line of `who`, "C" or "S" ("*" for a remark), unless there are enough already."""
         self.client_spoke = self.client_spoke or who == "C"
         if len(self.lines) < self._limit:
             self.lines.append(f"{who}: {printable(text, _DIALOGUE_LINE)}")
@@ -1441,12 +1444,15 @@ class Log:
         (self._mail_log if event.mail else self._log).write(" ".join(parts))
 
     def info(self, source: str, text: str) -> None:
+        """Write something to know to the server log; `source` names the part that says it."""
         self.event(Events.INFO, source=source, text=text)
 
     def warning(self, source: str, text: str) -> None:
+        """Write what is probably not meant to the server log."""
         self.event(Events.WARNING, source=source, text=text)
 
     def error(self, source: str, text: str) -> None:
+        """Write what has failed to the server log, with what to do, if that is known."""
         self.event(Events.ERROR, source=source, text=text)
 
     def crash(self, source: str, error: BaseException) -> None:
@@ -1472,6 +1478,7 @@ class Log:
         self._mail_log.reopen()
 
     def close(self) -> None:
+        """Close both logs; what is written then is lost."""
         self._log.close()
         self._mail_log.close()
 
@@ -1720,6 +1727,7 @@ class Loop:
         return _Deadline(self, self.clock.monotonic() + seconds)
 
     async def sleep(self, seconds: float) -> None:
+        """Wait so many seconds. Raises Expired, Cancelled."""
         task = self.current
         self._add_timer(self.clock.monotonic() + seconds, task, task.waits)
         try:
@@ -1939,14 +1947,17 @@ class Event:
         self.is_set = False
 
     def set(self) -> None:
+        """Let those go on who wait, and who will."""
         self.is_set = True
         for task in self._waiting:
             self._loop.wake(task)
 
     def clear(self) -> None:
+        """Have those wait who come from now on."""
         self.is_set = False
 
     async def wait(self) -> None:
+        """Return as soon as it is set. Raises Expired, Cancelled."""
         task = self._loop.current
         self._waiting.add(task)
         try:
@@ -3555,6 +3566,7 @@ class Accounts:
 
     @property
     def domains(self) -> list[str]:
+        """The domains that have a directory, in Unicode."""
         return list(self._domains)
 
     def exists(self, user: str, domain: str) -> bool:
@@ -4366,6 +4378,7 @@ class BodyHash:
         self._space = False  # white space since the last content, on the same line
 
     def feed(self, piece: bytes) -> None:
+        """Take the next octets of the body, however they are cut."""
         data = self._held + piece
         self._held = b"\r" if data.endswith(b"\r") else b""
         data = data[: len(data) - len(self._held)]
@@ -4482,6 +4495,7 @@ def field_value(text: str) -> str:
 
 
 def field_comment(text: str) -> str:
+    """Return `text` as it may stand within a comment of a field (RFC 5322, 3.2.2)."""
     return re.sub(r"[()\\]", " ", in_ascii(text))
 
 
@@ -6690,17 +6704,18 @@ class HttpsPolicies:
 class TlsRequirement(NamedTuple):
     """What a connection to a server must at least be, and who says so.
 
-    With `tlsa`, the certificate must match one of these records. `vouched` is true where
+    With `tlsa`, the certificate must match one of these records. `authenticated` is true if
     DNSSEC or MTA-STS say that the host is the domain's (RFC 8689, 4.2.1).
     """
 
-    least: str = PLAIN
+    level: str = PLAIN
     tlsa: tuple[Tlsa, ...] = ()
     why: str = ""
-    vouched: bool = False
+    authenticated: bool = False
 
     def allows(self, level: str) -> bool:
-        return LEVELS.index(level) >= LEVELS.index(self.least)
+        """Tell whether a connection of this level is safe enough."""
+        return LEVELS.index(level) >= LEVELS.index(self.level)
 
 
 class TlsPolicies:
@@ -6735,18 +6750,18 @@ class TlsPolicies:
             tlsa = await self._tlsa(name, port)
             usable = tuple(filter(None, map(parse_tlsa, tlsa)))[:_TLSA_LIMIT]
             if usable:
-                return TlsRequirement(TLS_SECURE, usable, "DANE", vouched=True)
+                return TlsRequirement(TLS_SECURE, usable, "DANE", authenticated=True)
             if tlsa:  # RFC 7672, 2.2: records that cannot be used still promise TLS
                 requirement = max(
                     requirement, TlsRequirement(TLS_INSECURE, (), "DANE"), key=_strictness
                 )
                 break
-        requirement = requirement._replace(vouched=signed and by_mx)
+        requirement = requirement._replace(authenticated=signed and by_mx)
         if policy is not None and policy.mode == "enforce":
             if not policy.allows(host):
                 text = f"{host} is none of the servers in the MTA-STS policy of {domain}"
                 raise TemporaryFailure(text, "4.7.5")
-            return TlsRequirement(TLS_SECURE, (), "MTA-STS", vouched=True)
+            return TlsRequirement(TLS_SECURE, (), "MTA-STS", authenticated=True)
         return requirement
 
     async def _signed_names(self, host: str) -> list[str]:
@@ -6767,7 +6782,7 @@ class TlsPolicies:
 
 
 def _strictness(requirement: TlsRequirement) -> int:
-    return LEVELS.index(requirement.least)
+    return LEVELS.index(requirement.level)
 
 
 # ======================================================================================
@@ -6810,6 +6825,7 @@ class Reply(NamedTuple):
 
     @property
     def is_error(self) -> bool:
+        """Whether it refuses something, for now (4XX) or for good (5XX); RFC 5321, 4.2.1."""
         return self.code >= 400
 
     def __str__(self) -> str:
@@ -7040,6 +7056,7 @@ class DataEncoder:
         self._last = b"\r\n"
 
     def feed(self, chunk: bytes) -> bytes:
+        """Return the next octets of the message as they are sent."""
         encoded = chunk.replace(b"\r\n.", b"\r\n..")
         if self._last == b"\r\n" and chunk.startswith(b"."):
             encoded = b"." + encoded
@@ -7891,12 +7908,12 @@ class SmtpCourier:
         requirement = await self._policies.requirement(domain, host, port, by_mx)
         if not delivery.require_tls:
             return requirement
-        if by_mx and not requirement.vouched:
+        if by_mx and not requirement.authenticated:
             text = f"neither DNSSEC nor MTA-STS says that {host} is a server of {domain}"
             raise PermanentFailure(f"{text}, and REQUIRETLS needs that", "5.7.30")
         if requirement.tlsa:
             return requirement
-        return requirement._replace(least=TLS_SECURE, why="REQUIRETLS")
+        return requirement._replace(level=TLS_SECURE, why="REQUIRETLS")
 
     async def _try_server(
         self, delivery: Delivery, destinations: Sequence[Destination], server: _Server, domain: str
@@ -8016,7 +8033,7 @@ class SmtpCourier:
 
     def _too_little(self, server: _Server, why: str) -> TemporaryFailure:
         self._log.count(Metrics.SECURITY_LEVELS, "refused", "out")
-        said = server.requirement.why or server.requirement.least
+        said = server.requirement.why or server.requirement.level
         return TemporaryFailure(f"{why}; less is not safe ({said})", "4.7.5")
 
     async def _greet(self, server: _Server) -> Client:
@@ -9938,6 +9955,7 @@ class Limits:
         self._user_recipients = _Meter(clock, config.max_user_recipients_per_minute)
 
     def is_exempt(self, peer: str) -> bool:
+        """Tell whether `peer`, an IP address, is under no limit."""
         trusted = is_loopback(peer) and not self._config.limit_loopback
         return trusted or self.is_relay(peer)
 
@@ -10011,6 +10029,7 @@ class Limits:
         return min(0.5 * 2.0 ** min(worst - 1, 10), _LOGIN_DELAY_LIMIT)
 
     def login_succeeded(self, user: str) -> None:
+        """Forget the failures of a user."""
         self._failed_logins.forget(self._user_key(user))
 
     @staticmethod
@@ -10112,6 +10131,7 @@ class ServerContext:
         return dialogue
 
     def too_big(self) -> PermanentFailure:
+        """Return what says that a message is above the limit (RFC 1870, 6.1)."""
         size = self.size_limit
         mega = f"{size // 1024**2} MB" if size % 1024**2 == 0 else f"{size} octets"
         return PermanentFailure(f"Message size exceeds fixed limit: {mega}", "5.3.4")
@@ -10172,6 +10192,7 @@ class Transaction:
         self.incoming = None
 
     def discard(self) -> None:
+        """Forget what has come of the message."""
         if self.incoming is not None:
             self.incoming.discard()
 
@@ -10239,6 +10260,7 @@ class Phase(enum.Enum):
 
     @property
     def refusal(self) -> Refused:
+        """What refuses a command in this phase (RFC 5321, 4.2.4)."""
         return Refused(Reply(503, "5.5.1", f"Bad sequence of commands: {self.value}"))
 
 
@@ -10447,6 +10469,7 @@ class Session:
 
     @property
     def client(self) -> ClientInfo:
+        """Who is at the other end, as far as is known now."""
         return ClientInfo(
             self.dialogue,
             self.port,
@@ -10459,6 +10482,7 @@ class Session:
 
     @property
     def phase(self) -> Phase:
+        """Where the dialogue stands now."""
         if not self._hello:
             return Phase.CONNECTED
         transaction = self.transaction
@@ -10963,11 +10987,13 @@ class MailReceiver:
         self._password_slots = Slots(loop, _PASSWORD_SLOTS)
 
     def extensions(self, client: ClientInfo) -> list[str]:
+        """See `Receiver`. Logins need TLS (RFC 4954, 4; RFC 8314, 3.3)."""
         return ["DSN", *(("REQUIRETLS", "AUTH PLAIN LOGIN") if client.tls else ())]
 
     # --- logins ---
 
     async def authenticate(self, client: ClientInfo, login: str, password: bytes) -> Login:
+        """See `Receiver`. Raises RateExceeded, TemporaryFailure."""
         limits = self.limits
         limits.check_login(client.peer)
         address = await self._find_user(client, login, password)
@@ -11018,6 +11044,7 @@ class MailReceiver:
     # --- senders ---
 
     async def check_sender(self, client: ClientInfo, path: Path) -> Spf:
+        """See `Receiver`. Raises Refused, RateExceeded, QueueFull, TemporaryFailure."""
         client.check_login()
         sender = path.address
         if sender and not split_address(sender)[1]:
@@ -11090,6 +11117,7 @@ class MailReceiver:
     async def resolve(
         self, client: ClientInfo, path: Path, dsn: DsnParameters
     ) -> Sequence[FinalRecipient]:
+        """See `Receiver`. Raises Refused, RateExceeded, TemporaryFailure."""
         address = self._with_domain(path.address)
         self._count(self.limits.recipient, client)
         if not client.user and not self.aliases.is_local(split_address(address)[1]):
@@ -11120,9 +11148,11 @@ class MailReceiver:
     # --- messages ---
 
     def incoming(self, transaction: Transaction) -> Draft:
+        """See `Receiver`. Raises QueueFull."""
         return self._queue.draft()
 
     async def accept(self, client: ClientInfo, transaction: Transaction) -> Reply:
+        """See `Receiver`. Raises Refused, PermanentFailure, TemporaryFailure, QueueFull."""
         draft = transaction.incoming
         assert isinstance(draft, Draft)
         if not draft.size:
@@ -12136,6 +12166,7 @@ class Listeners:
             raise ConfigError(path, 0, text)
 
     def close(self) -> None:
+        """Close all sockets; connections that were accepted stay."""
         for raw in [*self.monitoring, *(raw for _, raw in self.sockets)]:
             if raw.fileno() >= 0:
                 self._loop.forget(raw.fileno())
@@ -12209,6 +12240,7 @@ class DataDirectory:
             raise ConfigError(error.filename or self.path, 0, text) from error
 
     def release(self) -> None:
+        """Give the lock back; nothing if it was not taken."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -12275,6 +12307,7 @@ class Control:
         self._socket = raw
 
     def close(self) -> None:
+        """Take no more requests, and remove the socket."""
         if self._socket is not None:
             self._loop.forget(self._socket.fileno())
             self._socket.close()
@@ -12283,6 +12316,7 @@ class Control:
                 os.unlink(self._path)
 
     async def serve(self) -> None:
+        """Answer requests until the task is cancelled."""
         assert self._socket is not None
         async for raw, _ in connections(self._loop, self._log, "control", self._socket):
             self._loop.spawn(self._answer(Stream(self._loop, raw)), "control request")
@@ -13528,6 +13562,7 @@ class FaultyStream(Stream):
         self.drop_after = 0
 
     def write(self, data: bytes) -> None:
+        """As `Stream.write`; slowly if `drip` is set."""
         if self.drip or self._slow:
             self._slow.append((data, self.drip))
             self.drip = 0.0
@@ -13535,6 +13570,7 @@ class FaultyStream(Stream):
             super().write(data)
 
     async def flush(self) -> None:
+        """As `Stream.flush`. Raises Disconnected, Expired."""
         while self._slow:
             data, drip = self._slow.pop(0)
             for piece in (data[at : at + 1] for at in range(len(data))) if drip else (data,):
@@ -13544,6 +13580,7 @@ class FaultyStream(Stream):
         await super().flush()
 
     async def read_some(self, limit: int = CHUNK) -> bytes:
+        """As `Stream.read_some`. Raises Dropped, Disconnected, Expired."""
         if not self.drop_after:
             return await super().read_some(limit)
         data = await super().read_some(min(limit, self.drop_after))
@@ -13972,6 +14009,7 @@ class Mailbox:
         self._watchers: list[Callable[[], None]] = []
 
     def add(self, captured: Captured) -> None:
+        """Keep a message, and let the oldest go beyond what may be kept."""
         with self._changed:
             self._messages[captured.id] = captured
             self._octets += len(captured.raw)
@@ -13983,10 +14021,12 @@ class Mailbox:
         self._tell()
 
     def all(self) -> list[Captured]:
+        """Return what is kept, the oldest first."""
         with self._changed:
             return list(self._messages.values())
 
     def get(self, id: str) -> Captured | None:
+        """Return a message by its id; None if it is not kept."""
         with self._changed:
             return self._messages.get(id)
 
@@ -14000,6 +14040,7 @@ class Mailbox:
         return removed is not None
 
     def clear(self) -> None:
+        """Forget all messages."""
         with self._changed:
             self._messages.clear()
             self._octets = 0
@@ -14366,6 +14407,7 @@ class CaptureServer:
 
     @property
     def is_running(self) -> bool:
+        """Whether it was started, and not stopped since."""
         return self._run is not None
 
     @property

@@ -343,3 +343,21 @@ def test_a_call_with_more_than_four_arguments_names_them():
         for call in calls
         if ast.unparse(call.func) not in any_number
     ] == []
+
+
+def test_each_public_function_says_what_it_does():
+    silent = []
+    for node in TREE.body:
+        named = [node]
+        if isinstance(node, ast.ClassDef):
+            named = [] if node.name.startswith("_") else node.body
+        for function in named:
+            if (
+                isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+                and not function.name.startswith("_")
+                and ast.get_docstring(function) is None
+                and "overload" not in map(ast.unparse, function.decorator_list)
+                and ast.unparse(function.body[-1]) != "..."  # of a protocol, which says it itself
+            ):
+                silent.append(f"line {function.lineno}: {function.name}")
+    assert silent == []

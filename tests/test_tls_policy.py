@@ -1049,7 +1049,7 @@ def requirement(
 
 REAL, ALIAS = "_25._tcp.real.example", "_25._tcp.mx.there.example"
 AB = (Tlsa(3, 1, 1, b"\xab"),)
-NOTHING, BY_DANE = TlsRequirement(), TlsRequirement(TLS_SECURE, AB, "DANE", vouched=True)
+NOTHING, BY_DANE = TlsRequirement(), TlsRequirement(TLS_SECURE, AB, "DANE", authenticated=True)
 AAAA = {("there.example", "MX"): MX["there.example", "MX"], ("mx.there.example", "AAAA"): ["::1"]}
 
 
@@ -1069,12 +1069,12 @@ async def published(domain: str) -> bytes:
 
 REQUIREMENTS: dict[str, tuple[Zone, dict[str, Any], TlsRequirement]] = {
     "unsigned": (Zone(MX), {}, NOTHING),
-    "signed": (signed(), {}, TlsRequirement(vouched=True)),
+    "signed": (signed(), {}, TlsRequirement(authenticated=True)),
     "signed, a named host": (signed(), {"by_mx": False}, NOTHING),
     "TLSA": (signed(at_mx=["3 1 1 ab"]), {}, BY_DANE),
     "a policy": (
         Zone({**MX, ANNOUNCED: ("v=STSv1; id=1",)}), {"fetch": published},
-        TlsRequirement(TLS_SECURE, (), "MTA-STS", vouched=True),
+        TlsRequirement(TLS_SECURE, (), "MTA-STS", authenticated=True),
     ),
     "IPv6 alone": (signed(records=AAAA, at_mx=["3 1 1 ab"]), {}, BY_DANE),
     "IPv6 alone, unsigned": (
@@ -1087,9 +1087,9 @@ REQUIREMENTS: dict[str, tuple[Zone, dict[str, Any], TlsRequirement]] = {
     "an alias: only itself": (signed(alias=True, at_mx=["3 1 1 ab"]), {}, BY_DANE),
     "an alias: what it stands for cannot be used": (
         signed(alias=True, at_real=["1 1 1 ab"], at_mx=["3 1 1 ab"]), {},
-        TlsRequirement(TLS_INSECURE, (), "DANE", vouched=True),
+        TlsRequirement(TLS_INSECURE, (), "DANE", authenticated=True),
     ),
-    "an alias: nothing": (signed(alias=True), {}, TlsRequirement(vouched=True)),
+    "an alias: nothing": (signed(alias=True), {}, TlsRequirement(authenticated=True)),
 }  # fmt: skip
 
 
@@ -1103,7 +1103,7 @@ def test_a_requirement_says_who_makes_it(
 def test_a_requirement_by_what_was_seen_before(tmp_path: Path) -> None:
     remember(tmp_path, TLS_INSECURE)
     assert requirement(tmp_path, signed()) == TlsRequirement(
-        TLS_INSECURE, (), "it was TLS_INSECURE before", vouched=True
+        TLS_INSECURE, (), "it was TLS_INSECURE before", authenticated=True
     )
 
 
