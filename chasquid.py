@@ -5231,7 +5231,7 @@ def _add(one: tuple[int, int, int], other: tuple[int, int, int]) -> tuple[int, i
 # - What is wrong with a record is a result (permerror); what is wrong here is raised, and
 #   whoever asked answers 451. Nothing is let in because a check has broken.
 #
-# What follows from a result belongs to SERVER, and how it is aligned with From to DMARC.
+# What follows from a result belongs to RECEPTION, and how it is aligned with From to DMARC.
 # ======================================================================================
 
 _SPF_SECONDS = 20.0  # RFC 7208, 4.6.4
@@ -6101,7 +6101,7 @@ def _rsa_for_dkimpy(key: RsaKey) -> dict[str, int]:
 # - The organisational domain is found by a walk up the DNS tree, not by a list of suffixes.
 # - A domain whose records cannot be had now is in doubt, not guilty: temperror.
 #
-# Whether a policy is obeyed belongs to SERVER.
+# Whether a policy is obeyed belongs to RECEPTION.
 # ======================================================================================
 
 _DMARC_SECONDS = 20.0
@@ -6287,7 +6287,7 @@ def authentication_results(
 # - What cannot be found out now (a name server that fails, where the domain is signed) is
 #   no reason to be content with less: it is a temporary failure.
 #
-# The room says what must be; COURIERS and SERVER see to it that it is.
+# The room says what must be; COURIERS and RECEPTION see to it that it is.
 # ======================================================================================
 
 PLAIN, TLS_CLIENT, TLS_INSECURE, TLS_SECURE = LEVELS = (
@@ -13623,7 +13623,7 @@ class FaultInjection:
             self._stream.drop_after = 0  # it was about the message before
         scripted = None
         if name in STAGES and (stage != "BDAT" or session.phase is Phase.RECIPIENTS):
-            scripted = await self._suffer(session, name, self._addresses(session, stage, argument))
+            scripted = await self._inject(session, name, self._addresses(session, stage, argument))
         if scripted is not None and stage not in ("connect", "BDAT"):
             return self._say(session, scripted)
         try:
@@ -13643,7 +13643,7 @@ class FaultInjection:
             return scripted
         return self._offered(reply) if stage == "EHLO" and reply is not None else reply
 
-    async def _suffer(self, session: Session, stage: str, addresses: Sequence[str]) -> Reply | None:
+    async def _inject(self, session: Session, stage: str, addresses: Sequence[str]) -> Reply | None:
         """Have happen what the script has for this place; return its reply. Raises Dropped."""
         effect = self._script.effect(stage, addresses)
         if effect is None:
@@ -13718,9 +13718,9 @@ class FaultInjection:
 #         [message] = server.wait_for(1)
 #         assert message.rcpt_tos == ["ana@here.example"]
 #
-# - The dialogue is the one of SERVER: the same replies, TLS, logins and limits. What is
-#   left out is what needs the world: no DNS is asked, no sender is judged, every recipient
-#   is known, and no message is written to the disk.
+# - The dialogue is the one of SESSION: the same replies, TLS and limits. What becomes of
+#   mail a receiver of our own decides: no DNS is asked, no sender is judged, every recipient
+#   is known, and no message is written to the disk. Faults come in by the session's hook.
 # - A server runs in a thread of its own, on a port that the system chose; any number run
 #   side by side. Whoever uses one may do so from any thread.
 # - Bad use is told at once, in a sentence: a port that is taken, a rule that can never
