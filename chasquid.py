@@ -12532,7 +12532,8 @@ def file_signature(config_dir: str) -> tuple[tuple[str, int, int, int], ...]:
                     status = os.stat(path)
                 except OSError:
                     continue
-                found.append((path, status.st_mtime_ns, status.st_size, status.st_ino))
+                # of a change of the mode, which may mend a file, only ctime tells
+                found.append((path, status.st_ctime_ns, status.st_size, status.st_ino))
     return tuple(sorted(found))
 
 

@@ -700,3 +700,13 @@ def test_sockets_of_systemd_are_served_and_systemd_is_told(tmp_path: Path) -> No
             assert process.wait(SECONDS) == 0
             assert process.stdout is not None and process.stderr is not None
             assert (process.stdout.read(), process.stderr.read()) == ("", "")
+
+
+def test_a_change_of_the_mode_alone_is_noticed(tmp_path: Path) -> None:
+    file = tmp_path / "domains" / "here.example" / "aliases"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"")
+    file.chmod(0o000)
+    before = chasquid.file_signature(str(tmp_path))
+    assert chasquid.file_signature(str(tmp_path)) == before
+    wait_for(lambda: file.chmod(0o644) or chasquid.file_signature(str(tmp_path)) != before, "it")
