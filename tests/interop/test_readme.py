@@ -330,7 +330,7 @@ def waiting_id(reader: Reader) -> str:
 
 def logged_id(reader: Reader) -> str:
     log = reader.sh("journalctl -u chasquid")
-    return re.findall(r"([a-z2-7]{13}) from=<ana@example.com>.* queued", log)[-1]
+    return re.findall(r"event=queued id=([a-z2-7]{13}) from=<ana@example.com>", log)[-1]
 
 
 PLACEHOLDERS: dict[str, tuple[str, Callable[[Reader], str]]] = {
