@@ -1272,6 +1272,18 @@ _VALUE_LIMIT = 1500  # characters
 _LOGGED_FIELD = re.compile(r'([a-z][a-z-]*)=(?:"((?:[^"\\]|\\.)*)"|(\S*))(?: |$)')
 
 
+def _addresses(value: object) -> str:
+    """Return one address, or several, as they stand in a field."""
+    found = [value] if isinstance(value, str) else value
+    assert isinstance(found, Iterable)
+    return ",".join(f"<{address}>" for address in found)
+
+
+def addresses_in(value: str) -> list[str]:
+    """Return the addresses in a field; "" for the null reverse-path."""
+    return [part.strip("<>") for part in value.split(",")]
+
+
 def _value(value: object) -> str:
     text = value if type(value) is str else str(value)
     if _BARE.fullmatch(text) and len(text) <= _VALUE_LIMIT:
@@ -1432,11 +1444,14 @@ class Log:
     def event(self, event: LogEvent, **values: object) -> None:
         """Write a line; fields that are "" or None are left out.
 
-        Raises TypeError for a field that the event has not.
+        `from_` and `to` are addresses, one or several. Raises TypeError for a field that the
+        event has not.
         """
         parts = [f"event={event.name}"]
         for key, name in event.fields:
             value = values.pop(key, None)
+            if name in ("from", "to") and value is not None:
+                value = _addresses(value)
             if value is not None and value != "":
                 parts.append(f"{name}={_value(value)}")
         if values:
@@ -9338,7 +9353,7 @@ class Queue:
             self._log.event(Events.TAKEN_OVER, id=id, file=name)
 
     def _take_up(self, item: Item) -> None:
-        self._log.event(Events.FOUND, id=item.id, from_=f"<{item.envelope.sender}>")
+        self._log.event(Events.FOUND, id=item.id, from_=item.envelope.sender)
         self._start(item)
 
     async def _read_later(self, path: str) -> None:
@@ -9406,8 +9421,8 @@ class Queue:
         self._log.event(
             Events.QUEUED,
             id=item.id,
-            from_=f"<{envelope.sender}>",
-            to=",".join(f"<{address}>" for address in originals),
+            from_=envelope.sender,
+            to=originals,
             size=message.size,
             **trace,
         )
@@ -9597,8 +9612,8 @@ class Queue:
             self._log.event(
                 _RESULT_EVENTS[result.state],
                 id=item.id,
-                from_=f"<{sender}>",
-                to=f"<{recipient.destination.value}>",
+                from_=sender,
+                to=recipient.destination.value,
                 route=route.key[0],
                 status=result.status,
                 text=result.text,
@@ -9713,7 +9728,7 @@ class Queue:
                 recipient.result = recipient.result._replace(
                     state=State.FAILED, status=status, text=text
                 )  # fmt: skip
-                to = f"<{recipient.destination.value}>"
+                to = recipient.destination.value
                 self._log.event(Events.GIVEN_UP, id=item.id, to=to, status=status, text=why)
                 self._on_result(item, recipient)
 
@@ -10196,11 +10211,13 @@ class Transaction:
         if self.incoming is not None:
             self.incoming.discard()
 
-    def fields(self) -> dict[str, str]:
+    def originals(self) -> list[str]:
+        """Return the addresses of the recipients before aliases, each once."""
+        return list(dict.fromkeys(original for _, original in self.final_recipients))
+
+    def fields(self) -> dict[str, object]:
         """Return the envelope and the results, as fields of the mail log."""
-        recipients = dict.fromkeys(original for _, original in self.final_recipients)
-        to = ",".join(f"<{address}>" for address in recipients)
-        return {"from_": f"<{self.sender}>", "to": to, **self.results}
+        return {"from_": self.sender, "to": self.originals(), **self.results}
 
 
 class Incoming(Protocol):
@@ -10441,7 +10458,7 @@ class Session:
         self._closing = False
         self._errors = 0
         self._unknown_recipients = 0
-        self._about: dict[str, str] = {}  # the envelope, for the log when it is refused
+        self._about: dict[str, object] = {}  # the envelope, for the log when it is refused
         self._limit = ""  # which the command has gone over
 
     async def run(self) -> None:
@@ -10453,6 +10470,12 @@ class Session:
         except (Disconnected, TLSFailed) as error:
             if self.transaction is not None or isinstance(error, TLSFailed):
                 self.event(Events.ENDED_EARLY, text=error)
+        except RateExceeded as error:  # before the greeting; later ones answer a command
+            self.context.log.count(Metrics.LIMITS, "connections")
+            self.event(
+                Events.REJECTED, limit=error.limit, code=421, status=error.status, text=error
+            )
+            self.say(Reply(421, error.status, f"{error}; try again later", close=True))
         except Cancelled:
             self.say(_SHUTTING_DOWN)
             raise
@@ -10497,7 +10520,7 @@ class Session:
     async def _converse(self) -> None:
         """Raises Disconnected, TLSFailed, Expired; and what says that there are too many."""
         limits = self.context.limits
-        with self.loop.deadline(CONNECTION_SECONDS), self._connection(limits):
+        with self.loop.deadline(CONNECTION_SECONDS), limits.connection(self.peer):
             greeting = await self._hook(self, "connect", "", self._greet)
             if greeting is not None:
                 self.say(greeting)
@@ -10508,20 +10531,6 @@ class Session:
                 await self.stream.be_fair()
                 if self.context.closing and not self._closing:
                     self.say(_SHUTTING_DOWN)
-
-    @contextlib.contextmanager
-    def _connection(self, limits: Limits) -> Iterator[None]:
-        """Count the connection while it lasts. Raises TemporaryFailure if there are too many."""
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(limits.connection(self.peer))
-            except RateExceeded as error:
-                self.context.log.count(Metrics.LIMITS, "connections")
-                self.event(
-                    Events.REJECTED, limit=error.limit, code=421, status=error.status, text=error
-                )
-                raise TemporaryFailure(f"{error}; try again later", error.status) from error
-            yield
 
     async def _greet(self) -> Reply:
         if self.port.implicit_tls:
@@ -10753,7 +10762,7 @@ class Session:
 
     async def _mail(self, argument: str) -> Reply:
         path = parse_path(argument, "FROM:")
-        self._about = {"from_": f"<{path.address}>"}
+        self._about = {"from_": path.address}
         self._check_parameters(path.parameters)
         self._check_utf8(path.address, "SMTPUTF8" in path.parameters)
         spf = await self._receiver.check_sender(self.client, path)
@@ -10795,7 +10804,7 @@ class Session:
         dsn = self._dsn_parameters(path.parameters, transaction.smtputf8)
         if not path.address:
             raise Refused(Reply(501, "5.1.3", "expected a recipient, not <>"))
-        self._about = {"from_": f"<{transaction.sender}>", "to": f"<{path.address}>"}
+        self._about = {"from_": transaction.sender, "to": path.address}
         self._check_utf8(path.address, transaction.smtputf8)
         if len(transaction.recipients) >= RECIPIENT_LIMIT:
             raise Refused(Reply(452, "4.5.3", "Too many recipients; send the rest later"))
@@ -10852,16 +10861,14 @@ class Session:
 
     async def _finish_message(self, transaction: Transaction) -> Reply | None:
         """Answer for the complete message. Raises what says why not."""
-
-        async def accept() -> Reply:
-            reply = await self._receiver.accept(self.client, transaction)
-            self.dialogue.outcome = reply.text
-            return reply
-
         try:
             if transaction.failure is not None:
                 raise transaction.failure
-            return await self._hook(self, "message", "", accept)
+            accept = functools.partial(self._receiver.accept, self.client, transaction)
+            reply = await self._hook(self, "message", "", accept)
+            if reply is not None:
+                self.dialogue.outcome = reply.text
+            return reply
         except Exception:
             self._about = transaction.fields()
             raise
@@ -11248,14 +11255,13 @@ class _Judgement:
     def _environment(self) -> dict[str, str]:
         """What post-data is told, as chasquid names it, and the results of our checks."""
         client, transaction = self._client, self._transaction
-        recipients = dict.fromkeys(original for _, original in transaction.final_recipients)
         local = self._receiver.aliases.is_local(split_address(transaction.sender)[1])
         return {
             "REMOTE_ADDR": client.peer,
             "EHLO_DOMAIN": re.sub(r"[^A-Za-z0-9\[\].:-]", "", client.hello),
             "EHLO_DOMAIN_RAW": client.hello,
             "MAIL_FROM": transaction.sender,
-            "RCPT_TO": " ".join(recipients),
+            "RCPT_TO": " ".join(transaction.originals()),
             "AUTH_AS": client.user,
             "ON_TLS": "1" if client.tls else "0",
             "FROM_LOCAL_DOMAIN": "1" if local else "0",
@@ -13553,11 +13559,10 @@ class FaultyStream(Stream):
     `read_some` raises Dropped once so many octets have been read by it.
     """
 
-    __slots__ = ("_loop_of_drips", "_slow", "drip", "drop_after")
+    __slots__ = ("_slow", "drip", "drop_after")
 
     def __init__(self, loop: Loop, connected: socket.socket) -> None:
         super().__init__(loop, connected)
-        self._loop_of_drips = loop
         self._slow: list[tuple[bytes, float]] = []
         self.drip = 0.0
         self.drop_after = 0
@@ -13577,7 +13582,7 @@ class FaultyStream(Stream):
             for piece in (data[at : at + 1] for at in range(len(data))) if drip else (data,):
                 super().write(piece)
                 await super().flush()
-                await self._loop_of_drips.sleep(drip)
+                await self._loop.sleep(drip)
         await super().flush()
 
     async def read_some(self, limit: int = CHUNK) -> bytes:
@@ -13626,14 +13631,16 @@ class FaultInjection:
         if name in STAGES and (stage != "BDAT" or session.phase is Phase.RECIPIENTS):
             scripted = await self._inject(session, name, self._addresses(session, stage, argument))
         if scripted is not None and stage not in ("connect", "BDAT"):
-            return self._say(session, scripted)
+            session.say(scripted)  # what is not returned is no error of the client
+            return None
         try:
             if scripted is not None and session.transaction is not None:
                 session.transaction.failure = Refused(scripted)  # the chunk is read all the same
             reply = await act()
         except Refused as refused:
             if scripted is not None and refused.reply is scripted:
-                return self._say(session, scripted)
+                session.say(scripted)
+                return None
             raise
         except (TLSFailed, Disconnected) as error:
             if stage in ("connect", "STARTTLS") and not isinstance(error, Dropped):
@@ -13679,11 +13686,6 @@ class FaultInjection:
         first, *keywords = reply.text.split("\n")
         kept = [keyword for keyword in keywords if keyword.split(" ")[0] not in self._without]
         return reply._replace(text="\n".join([first, *kept]))
-
-    @staticmethod
-    def _say(session: Session, reply: Reply) -> None:
-        """Say a scripted reply, which does not count as an error of the client."""
-        session.say(reply)
 
     @staticmethod
     def _addresses(session: Session, stage: str, argument: str) -> Sequence[str]:
@@ -13734,7 +13736,6 @@ _STOP_WAIT = 0.02  # seconds for sessions to say goodbye; their clients may not 
 _JOIN_SECONDS = 10.0
 _CAPTURE_WORKERS = 4
 _SHOWN = 10  # messages in an error
-_RECEIVED_LIMIT = 50  # fields of that name
 CAPTURE_SIZE = 50 * 1024 * 1024
 _USUAL_USERS = {"user": "password"}
 _CERTIFICATE_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -14169,6 +14170,7 @@ class _CaptureReceiver:
         self._log = log
         self._settings = settings
         self._mailbox = mailbox
+        self._max_received = Config("", settings.name).max_received_headers
 
     def extensions(self, client: ClientInfo) -> list[str]:
         login = client.tls or self._settings.login_in_the_clear
@@ -14204,8 +14206,8 @@ class _CaptureReceiver:
         content = transaction.incoming
         assert isinstance(content, _Arrived)
         raw = content.octets()
-        header, _, _ = (b"\r\n" + raw).partition(b"\r\n\r\n")
-        check_header(header[2:] + b"\r\n" * bool(header), _RECEIVED_LIMIT, not client.user)
+        header = header_block(raw)
+        check_header(raw if header is None else header, self._max_received, not client.user)
         captured = Captured(
             new_id(),
             self._loop.clock.time(),
@@ -14225,7 +14227,7 @@ class _CaptureReceiver:
             id=captured.id,
             peer=client.peer,
             port=client.port.name,
-            from_=f"<{captured.mail_from}>",
+            from_=captured.mail_from,
         )
         self._mailbox.add(captured)
         return Reply(250, "2.0.0", f"OK: queued as {captured.id}")
@@ -17057,7 +17059,7 @@ class _Told(NamedTuple):
     def concerns(self, address: str) -> bool:
         """Tell whether a field names `address`, which is in lower case."""
         values = (self.fields.get(name, "").lower() for name in _ADDRESS_FIELDS)
-        return any(address in (part.strip(" <>") for part in value.split(",")) for value in values)
+        return any(address in addresses_in(value) for value in values)
 
 
 def _explain(arguments: argparse.Namespace) -> int:
@@ -17147,7 +17149,8 @@ def _sentence(fields: Mapping[str, str]) -> str:
     known = collections.defaultdict(str, fields)
     event = known["event"]
     if event in _WENT:
-        return f"For {known['to'].strip('<>')}: {_WENT[event]}. {known['text']}"
+        to = ", ".join(addresses_in(known["to"]))
+        return f"For {to}: {_WENT[event]}. {known['text']}"
     if event == Events.DONE.name:
         return f"Done after {plural(int(known['attempts'] or 0), 'attempt')}."
     if event == Events.QUEUED.name:
@@ -17158,7 +17161,7 @@ def _sentence(fields: Mapping[str, str]) -> str:
 
 
 def _arrival(queued: Mapping[str, str]) -> str:
-    to = ", ".join(part.strip("<>") for part in queued["to"].split(","))
+    to = ", ".join(addresses_in(queued["to"]))
     envelope = f"{queued['size']} octets from {queued['from']} to {to}"
     if queued["about"]:
         return f"Written here as a notification about {queued['about']}: {envelope}."

@@ -99,7 +99,7 @@ def test_what_is_written_is_read_again_and_no_value_looks_like_a_field(
     tmp_path_factory, sender, reason
 ):
     made, (_, mail_log) = logs(tmp_path_factory.getbasetemp())
-    made.event(chasquid.Events.DEFERRED, id="id1", from_=f"<{sender}>", text=reason)
+    made.event(chasquid.Events.DEFERRED, id="id1", from_=sender, text=reason)
     time, fields = chasquid.parse_event(mail_log.read_text(encoding="utf-8").rstrip("\n"))
     assert re.fullmatch(r"[\d: .-]+", time)
     wanted = {"event": "deferred", "id": "id1", "from": chasquid.printable(f"<{sender}>", 1500)}
