@@ -481,21 +481,24 @@ def test_a_server_with_the_extension_is_told_what_was_asked_for(tmp_path: Path) 
     assert [(one.state, one.passed_on) for one in results] == [(State.SENT, True)] * 2
 
 
+WITHOUT_DSN = """
+    C: MAIL FROM:<ana@here.example>
+    S: 250 fine
+    C: RCPT TO:<eva@there.example>
+    S: 250 fine
+    C: RCPT TO:<eve@there.example>
+    S: 250 fine
+    C: DATA
+    S: 354 go on
+    C.
+    """
+
+
 def test_a_server_without_the_extension_is_told_nothing(tmp_path: Path) -> None:
     results = smtp_attempt(
         tmp_path,
         ["8BITMIME"],
-        """
-        C: MAIL FROM:<ana@here.example>
-        S: 250 fine
-        C: RCPT TO:<eva@there.example>
-        S: 250 fine
-        C: RCPT TO:<eve@there.example>
-        S: 250 fine
-        C: DATA
-        S: 354 go on
-        C.
-        """,
+        WITHOUT_DSN,
     )
     assert [(one.state, one.passed_on) for one in results] == [(State.SENT, False)] * 2
 
@@ -506,17 +509,7 @@ def test_where_nothing_was_asked_for_a_server_with_the_extension_is_told_nothing
     smtp_attempt(
         tmp_path,
         ["DSN"],
-        """
-        C: MAIL FROM:<ana@here.example>
-        S: 250 fine
-        C: RCPT TO:<eva@there.example>
-        S: 250 fine
-        C: RCPT TO:<eve@there.example>
-        S: 250 fine
-        C: DATA
-        S: 354 go on
-        C.
-        """,
+        WITHOUT_DSN,
         ret="",
         envid="",
         dsn_parameters={},
