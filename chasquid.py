@@ -31,7 +31,8 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     COURIERS       Maildir, delivery agent, pipe, LMTP, SMTP by MX, via and smarthost
     ITEMS          a message in the queue: its envelope, journal and file, and how it comes in
     NOTIFICATIONS  delivery status notifications as messages (RFC 3464)
-    QUEUE          the schedule: attempts, pauses, the end
+    WAITING        the messages that wait: their files, when each is due, and for which place
+    QUEUE          attempts, pauses, the end
     RATE LIMITS    how much a client or a user may do
     SESSION        the dialogue: connection, transaction, command table
     RECEPTION      the receiver of the mail server: who may send what to whom
@@ -8239,8 +8240,11 @@ class Couriers:
 # A message of the queue as a file, and what can be read from it: the message as received
 # (CRLF), then JSON lines: the envelope, and one whenever something is done or put off while
 # more is left to do. The size of the message stands in the name ("ID,S=1234", as Maildir++
-# has it), so the journal is found without reading it. Which directory a file lies in, and
-# what a crash leaves there, is a table in QUEUE.
+# has it), so the journal is found without reading it. After the first attempt the name also
+# says when the message came ("ID,S=1234,R=1700000000", in seconds since 1970), and the file's
+# time of modification is when the next attempt is due, as in Postfix's queue: so a queue is
+# known from its directories, and a file is opened when something is to be done with it. Which
+# directory a file lies in, and what a crash leaves there, is a table in QUEUE.
 #
 # - A journal line counts when it is synced. A torn line is ignored: each line begins with
 #   the newline that ends what a crash may have left before it.
@@ -8363,7 +8367,7 @@ class Item:
 
     __slots__ = (
         "again", "attempts", "delay_reported", "due", "envelope", "message", "next_attempt",
-        "nudge", "recipients", "removed", "since", "task", "waited",
+        "recipients", "removed", "since", "task", "unwritten", "waited",
     )  # fmt: skip
 
     def __init__(self, envelope: Envelope, message: Message) -> None:
@@ -8379,7 +8383,7 @@ class Item:
         self.waited = 0.0
         self.since = 0.0
         self.removed = False
-        self.nudge: Event | None = None
+        self.unwritten = False  # its file does not say all of this: the disk refused
         self.again = False  # to be attempted once more when the attempt under way has ended
         self.task: Task | None = None
 
@@ -8623,21 +8627,35 @@ def _journal_from_version_0(old: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_item(path: str) -> Item:
-    """Read a file of the queue, whose name is ID,S=SIZE, in octets of the message.
+_NAME = re.compile(r"([a-z0-9]+),S=([0-9]{1,18})(?:,R=([0-9]{1,12}))?")
 
-    Raises NewerItem, UnreadableItem, OSError.
+
+def waiting_path(directory: str, item: Item) -> str:
+    """Return the path of a message that was attempted, in the queue below `directory`."""
+    name = f"{item.id},S={item.message.size},R={int(item.envelope.received)}"
+    return os.path.join(directory, Place.CUR, name)
+
+
+def parse_item_name(path: str) -> tuple[str, int, float | None]:
+    """Return id, octets of the message, and when it came, if its name says so.
+
+    Raises UnreadableItem.
     """
-    match = re.fullmatch(r"([a-z0-9]+),S=(\d+)", os.path.basename(path))
+    match = _NAME.fullmatch(os.path.basename(path))
     if match is None:
         raise UnreadableItem(f"{path}: expected a name like ID,S=SIZE")
-    size = int(match[2])
+    return match[1], int(match[2]), float(match[3]) if match[3] else None
+
+
+def read_item(path: str) -> Item:
+    """Read a file of the queue. Raises NewerItem, UnreadableItem, OSError."""
+    id, size, _ = parse_item_name(path)
     try:
         with open(path, "rb") as file:
             file.seek(size)
             lines = file.read().split(b"\n")
         envelope = Envelope.from_line(lines[0])
-        if envelope.id != match[1]:
+        if envelope.id != id:
             raise ValueError("its name is not the id of its envelope")
         item = Item(envelope, Message(envelope.prefix, path, size))
         for line in filter(None, lines[1:]):
@@ -8747,40 +8765,6 @@ def _recipient_from_go(entry: Entry, path: str) -> tuple[FinalRecipient, bool]:
         raise ConfigError(path, entry.line, "expected a recipient with address, type, status")
     destination = Destination(kind, address, fields.texts("via"))
     return FinalRecipient(destination, fields.text("original_address") or address), status == "SENT"
-
-
-class QueueContents(NamedTuple):
-    """The items of a queue, and the paths of its other files, with reasons."""
-
-    items: list[Item]
-    unreadable: list[tuple[str, str]]  # they are no items
-    unread: list[tuple[str, str]]  # they could not be read now, but may be later
-    newer: list[tuple[str, str]]  # only a newer program knows what they say
-
-
-def read_queue(directory: str) -> QueueContents:
-    """Read the queue below `directory`. Raises ChasquidError."""
-    contents = QueueContents([], [], [], [])
-    for place in (Place.NEW, Place.CUR):
-        try:
-            names = sorted(os.listdir(os.path.join(directory, place)))
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise ChasquidError(f"the queue cannot be read: {reason(error)}") from error
-        for name in names:
-            path = os.path.join(directory, place, name)
-            try:
-                contents.items.append(read_item(path))
-            except UnreadableItem as error:
-                contents.unreadable.append((path, str(error)))
-            except NewerItem as error:
-                contents.newer.append((path, str(error)))
-            except FileNotFoundError:
-                pass  # delivered meanwhile
-            except OSError as error:
-                contents.unread.append((path, reason(error)))
-    return contents
 
 
 class Draft:
@@ -9182,6 +9166,224 @@ def _returned_content(item: Item, action: Action, utf8: bool) -> bytes:
         kind = "message/global-headers" if utf8 else "text/rfc822-headers"
         content = message.header()[:NOTIFICATION_ORIGINAL_LIMIT]
     return _part(kind, content)
+
+
+# ======================================================================================
+# ROOM: WAITING
+#
+# The messages of the queue that wait, as their directories and our memory know them: some
+# 500 octets each, without a task and without an open file. So a queue of 100,000 messages is
+# listed in a fraction of a second, and a message is read when it is its turn.
+#
+#     a message is in    and waits for                 until
+#     -----------------  ----------------------------  ---------------------------------
+#     the heap           its time                      it is due
+#     a line, or two     a place on one of its routes  half of the places there are free
+#     neither            nothing: it is attempted, and QUEUE has its item
+#
+# - What counts is the entry under the message's id. Another one that is met in the heap or in
+#   a line was replaced or taken out, and is passed over.
+# - A line is in the order in which its messages became due.
+# - At the start, the times are those of names and files, and hints: QUEUE puts off what it
+#   finds to be not due yet. A crash, or a copy, may leave an older time of modification; then
+#   the file is read too early. A later one is no harm either: no pause is longer than the
+#   last of QUEUE's.
+#
+# The room waits for nothing and opens nothing; what an attempt is belongs to QUEUE.
+# ======================================================================================
+
+RouteKey = tuple[str, ...]
+
+
+class FoundFile(NamedTuple):
+    """What a file of the queue is known by without opening it; times in seconds since 1970.
+
+    `due` is a hint: the journal in the file decides. So is `received`, before an attempt.
+    """
+
+    id: str
+    path: str
+    received: float
+    due: float
+
+
+class QueueFiles(NamedTuple):
+    """The files of a queue, and the paths of what are none, with reasons."""
+
+    found: list[FoundFile]
+    unreadable: list[tuple[str, str]]
+
+
+def list_queue(directory: str, place: Place) -> QueueFiles:
+    """List what is in one place of the queue below `directory`. Raises ChasquidError."""
+    files = QueueFiles([], [])
+    try:
+        with os.scandir(os.path.join(directory, place)) as entries:
+            for entry in entries:
+                _list_file(entry, files)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise ChasquidError(f"the queue cannot be read: {reason(error)}") from error
+    return files
+
+
+def _list_file(entry: os.DirEntry[str], files: QueueFiles) -> None:
+    try:
+        id, _, received = parse_item_name(entry.path)
+        written = entry.stat(follow_symlinks=False).st_mtime
+    except UnreadableItem as error:
+        files.unreadable.append((entry.path, str(error)))
+    except FileNotFoundError:
+        pass  # delivered meanwhile
+    else:
+        came = written if received is None else received
+        files.found.append(FoundFile(id, entry.path, came, due=written))
+
+
+class QueueContents(NamedTuple):
+    """The items of a queue, and the paths of its other files, with reasons."""
+
+    items: list[Item]
+    unreadable: list[tuple[str, str]]  # they are no items
+    unread: list[tuple[str, str]]  # they could not be read now, but may be later
+    newer: list[tuple[str, str]]  # only a newer program knows what they say
+
+
+def read_queue(directory: str) -> QueueContents:
+    """Read the queue below `directory`. Raises ChasquidError."""
+    contents = QueueContents([], [], [], [])
+    for place in (Place.NEW, Place.CUR):  # in this order, in which a running server moves them
+        files = list_queue(directory, place)
+        contents.unreadable.extend(files.unreadable)
+        for path in sorted(file.path for file in files.found):
+            try:
+                contents.items.append(read_item(path))
+            except UnreadableItem as error:
+                contents.unreadable.append((path, str(error)))
+            except NewerItem as error:
+                contents.newer.append((path, str(error)))
+            except FileNotFoundError:
+                pass  # delivered meanwhile
+            except OSError as error:
+                contents.unread.append((path, reason(error)))
+    return contents
+
+
+class WaitingMessage(NamedTuple):
+    """A message that waits. `due` comes first, so that a heap of these is in its order.
+
+    `since`, as `due`, is on the monotonic clock: the time at which its file was right about
+    how long it had waited. `found`: at the start, by its name; nothing was read yet.
+    """
+
+    due: float
+    id: str
+    path: str
+    received: float  # in seconds since 1970
+    since: float
+    found: bool = False
+
+
+class Waiting:
+    """Messages that wait, and how many are under way on each route.
+
+    `most` tells how many may be under way on a route; the others wait in its line.
+    """
+
+    def __init__(self, most: Callable[[RouteKey], int]) -> None:
+        self._most = most
+        self._messages: dict[str, WaitingMessage] = {}
+        self._heap: list[WaitingMessage] = []
+        self._lines: dict[RouteKey, list[WaitingMessage]] = {}
+        self._under_way: collections.Counter[RouteKey] = collections.Counter()
+
+    def __len__(self) -> int:
+        return len(self._messages)
+
+    def __iter__(self) -> Iterator[WaitingMessage]:
+        return iter(self._messages.values())
+
+    def __contains__(self, id: str) -> bool:
+        return id in self._messages
+
+    def has(self, message: WaitingMessage) -> bool:
+        """Tell whether `message` still waits as it is here."""
+        return self._messages.get(message.id) is message
+
+    def add(self, message: WaitingMessage) -> None:
+        """Have a message wait until it is due, instead of what was known of it before."""
+        self._messages[message.id] = message
+        heapq.heappush(self._heap, message)
+
+    def line_up(self, message: WaitingMessage, routes: Iterable[RouteKey]) -> None:
+        """Have a message wait for a place on one of `routes`, whichever comes first."""
+        message = message._replace()  # what is left of it elsewhere shall not count
+        self._messages[message.id] = message
+        for route in routes:
+            heapq.heappush(self._lines.setdefault(route, []), message)
+
+    def remove(self, id: str) -> WaitingMessage | None:
+        """Take a message out, and return what was known of it."""
+        return self._messages.pop(id, None)
+
+    def next_due(self) -> float:
+        """Return when the next message is due, on the monotonic clock; infinity if none is."""
+        while self._heap and not self.has(self._heap[0]):
+            heapq.heappop(self._heap)
+        return self._heap[0].due if self._heap else float("inf")
+
+    def due(self, now: float, count: int) -> list[WaitingMessage]:
+        """Return up to `count` messages that are due, the longest overdue first.
+
+        They wait no more for their time, but still are here until they are removed.
+        """
+        for route, line in list(self._lines.items()):
+            if self._may_go_on(route):
+                self._release(route, line)
+        found = []
+        while len(found) < count and self.next_due() <= now:
+            found.append(heapq.heappop(self._heap))
+        return found
+
+    def _may_go_on(self, route: RouteKey) -> bool:
+        return self._under_way[route] <= self._most(route) // 2
+
+    def _release(self, route: RouteKey, line: list[WaitingMessage]) -> None:
+        free = self._most(route) - self._under_way[route]
+        while line and free:
+            message = heapq.heappop(line)
+            if self.has(message):
+                heapq.heappush(self._heap, message)
+                free -= 1
+        if not line:
+            del self._lines[route]
+
+    def begin(self, routes: Iterable[RouteKey]) -> None:
+        """Count an attempt on each of `routes`."""
+        self._under_way.update(routes)
+
+    def end(self, routes: Iterable[RouteKey]) -> bool:
+        """Count its end; tell whether somebody in a line may go on, who is due then."""
+        go_on = False
+        for route in routes:
+            self._under_way[route] -= 1
+            go_on = go_on or (route in self._lines and self._may_go_on(route))
+            if not self._under_way[route]:
+                del self._under_way[route]
+        return go_on
+
+    def under_way(self, route: RouteKey) -> int:
+        """Return how many attempts are under way on a route."""
+        return self._under_way[route]
+
+    def is_full(self, route: RouteKey) -> bool:
+        """Tell whether no other attempt may begin on a route."""
+        return self._under_way[route] >= self._most(route)
+
+    def length(self, route: RouteKey) -> int:
+        """Return how many messages want a route now: under way, or in its line."""
+        return self._under_way[route] + len(self._lines.get(route, ()))
 
 
 # ======================================================================================
