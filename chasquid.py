@@ -9185,9 +9185,9 @@ def _returned_content(item: Item, action: Action, utf8: bool) -> bytes:
 #   a line was replaced or taken out, and is passed over.
 # - A line is in the order in which its messages became due.
 # - At the start, the times are those of names and files, and hints: QUEUE puts off what it
-#   finds to be not due yet. A crash, or a copy, may leave an older time of modification; then
-#   the file is read too early. A later one is no harm either: no pause is longer than the
-#   last of QUEUE's.
+#   finds to be not due yet. A crash leaves an older time of modification, and the file is read
+#   too early. A copy of the directory may have a later one: then it is read when it is
+#   attempted by the latest, for a time that is further away than any pause does not count.
 #
 # The room waits for nothing and opens nothing; what an attempt is belongs to QUEUE.
 # ======================================================================================
@@ -9220,7 +9220,7 @@ def list_queue(directory: str, place: Place) -> QueueFiles:
     try:
         with os.scandir(os.path.join(directory, place)) as entries:
             for entry in entries:
-                _list_file(entry, files)
+                _list_file(entry, place, files)
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -9228,7 +9228,7 @@ def list_queue(directory: str, place: Place) -> QueueFiles:
     return files
 
 
-def _list_file(entry: os.DirEntry[str], files: QueueFiles) -> None:
+def _list_file(entry: os.DirEntry[str], place: Place, files: QueueFiles) -> None:
     try:
         id, _, received = parse_item_name(entry.path)
         written = entry.stat(follow_symlinks=False).st_mtime
@@ -9238,7 +9238,8 @@ def _list_file(entry: os.DirEntry[str], files: QueueFiles) -> None:
         pass  # delivered meanwhile
     else:
         came = written if received is None else received
-        files.found.append(FoundFile(id, entry.path, came, due=written))
+        due = written if place == Place.CUR else 0.0
+        files.found.append(FoundFile(id, entry.path, came, due))
 
 
 class QueueContents(NamedTuple):
@@ -9304,8 +9305,9 @@ class Waiting:
     def __iter__(self) -> Iterator[WaitingMessage]:
         return iter(self._messages.values())
 
-    def __contains__(self, id: str) -> bool:
-        return id in self._messages
+    def get(self, id: str) -> WaitingMessage | None:
+        """Return what is known of a message that waits."""
+        return self._messages.get(id)
 
     def has(self, message: WaitingMessage) -> bool:
         """Tell whether `message` still waits as it is here."""
@@ -9341,7 +9343,7 @@ class Waiting:
         for route, line in list(self._lines.items()):
             if self._may_go_on(route):
                 self._release(route, line)
-        found = []
+        found: list[WaitingMessage] = []
         while len(found) < count and self.next_due() <= now:
             found.append(heapq.heappop(self._heap))
         return found
@@ -9381,6 +9383,10 @@ class Waiting:
         """Tell whether no other attempt may begin on a route."""
         return self._under_way[route] >= self._most(route)
 
+    def has_line(self, route: RouteKey) -> bool:
+        """Tell whether who comes now must wait: it is full, or others have waited longer."""
+        return self.is_full(route) or route in self._lines
+
     def length(self, route: RouteKey) -> int:
         """Return how many messages want a route now: under way, or in its line."""
         return self._under_way[route] + len(self._lines.get(route, ()))
@@ -9405,6 +9411,22 @@ class Waiting:
 # journal is; that move is not synced, as the journal counts in either. Files in new and cur
 # that a newer version wrote are reported and left alone.
 #
+# In memory a message is in one of these (an item is what ITEMS reads from a file):
+#
+#     known as                means                         ends with
+#     ----------------------  ----------------------------  --------------------------------
+#     a message in WAITING    it is not due, or all its     its file is read, and it is
+#                             routes are full               attempted, or waits on
+#     an item in _active      it is attempted, or what      it is removed, or written down
+#                             came of that is written down  and waits again
+#     both that and an item   its file does not say what    as above, with this item instead
+#     in _unwritten           came of it: the disk refuses  of the one in the file
+#
+# One task, the schedule, reads what is due, some files at a time in a worker thread; it is the
+# only one to do so, but for what an operator asks for, which takes turns with it (_reading).
+# After an attempt a file's time of modification is set to the next one, unsynced: a hint for
+# the next start (WAITING).
+#
 # - 250 means that file and directory are synced.
 # - A notification is in the queue before the failure that it reports is written down, and
 #   a file is removed only when nothing in it is owed any more. So after a crash a message
@@ -9418,6 +9440,7 @@ class Waiting:
 
 _PAUSES = (60.0, 300.0, 600.0, 1200.0)  # seconds after the 1st, 2nd, 3rd, any later attempt
 _JITTER = 60.0
+_LONGEST_PAUSE = _PAUSES[-1] + _JITTER
 _LOCAL_SLOTS = 16  # attempts at a time, each kind for itself: slow servers elsewhere must
 _REMOTE_SLOTS = 100  # not hold up mail that is delivered here
 _PIPE_SLOTS = 4  # runs of one command at a time; of the delivery agent, as many as local ones
@@ -9428,6 +9451,15 @@ _DISK_SECONDS = 2.0  # how long what was seen of the disk is good enough
 _DELAY_NOTICE_SECONDS = 4 * 3600.0  # after which a sender hears that it takes longer
 _DESTINATION_SLOTS = 5  # attempts at a time for one destination elsewhere
 _SLOTS = {RouteKind.LOCAL: _LOCAL_SLOTS, RouteKind.PIPE: _PIPE_SLOTS}
+_ELSEWHERE: RouteKey = ()  # the route of all that is not local
+_READY = 4  # messages read for each place, so that another is at hand when one is free
+_READ_AT_A_TIME = 32  # files
+_SETTLING = 64  # items whose results wait for the disk, before no more files are read
+
+
+def _slots(route: RouteKey) -> int:
+    """Return how many attempts there may be at a time on a route."""
+    return _SLOTS.get(RouteKind(route[0]), _DESTINATION_SLOTS) if route else _REMOTE_SLOTS
 
 
 _RESULT_EVENTS = {
@@ -9445,11 +9477,33 @@ def _always(path: str, size: int) -> str:
     return path
 
 
+def _no_such_message(id: str) -> ChasquidError:
+    return ChasquidError(f"there is no message {printable(id, 40)} in the queue")
+
+
+def _as_waiting(item: Item) -> WaitingMessage:
+    return WaitingMessage(
+        item.due, item.id, item.message.path, item.envelope.received, since=item.since
+    )
+
+
+class _Group(NamedTuple):
+    """Recipients of a message that travel together, and under which reverse-path."""
+
+    route: Route
+    sender: str
+    recipients: list[Recipient]
+
+    @property
+    def routes(self) -> tuple[RouteKey, ...]:
+        return (self.route.key,) if self.route.local else (self.route.key, _ELSEWHERE)
+
+
 Sign = Callable[[bytes, Callable[[], Iterable[bytes]]], Awaitable[bytes]]
 
 
 class Queue:
-    """The messages that we answer for, and the tasks that deliver them.
+    """The messages that we answer for, and their delivery.
 
     `is_local` tells whether a domain is served here, `expand` what an address stands for.
     `sign` returns the fields to put in front of a notification's header, given that and the
@@ -9480,18 +9534,24 @@ class Queue:
         self._on_result = on_result
         self._remote_slots = Slots(loop, _REMOTE_SLOTS)
         self._destinations: dict[tuple[str, ...], Slots] = {}
-        # by route, deliveries that wait for a place or are being made
-        self._under_way: collections.Counter[tuple[str, ...]] = collections.Counter()
+        self._waiting = Waiting(lambda route: _READY * _slots(route))
+        self._active: dict[str, Item] = {}
+        self._unwritten: dict[str, Item] = {}
+        self._settling = 0
+        self._reading = Slots(loop, 1)
+        self._opening = False  # whether the schedule reads what is due
+        self._go_on = Event(loop)
+        self._schedule: Task | None = None
         self._closing = False
         self._disk_seen = float("-inf")
         self._has_room = True
         self.expand = expand
-        self.items: dict[str, Item] = {}
 
     def recover(self) -> None:
-        """Make the directories, sweep tmp, and take up what is in new and cur.
+        """Make the directories, sweep tmp, and list what is in new and cur.
 
-        Raises ConfigError if the directory cannot be used.
+        Each file is read when it is due. Raises ConfigError if the directory cannot be used,
+        ChasquidError if it cannot be read.
         """
         directory = self._settings.directory
         try:
@@ -9503,16 +9563,18 @@ class Queue:
         except OSError as error:
             text = f"the queue cannot be written: {error.strerror}"
             raise ConfigError(error.filename or directory, 0, text) from error
-        contents = read_queue(directory)
-        for path, why in contents.unreadable:
-            self._set_aside(path, why)
-        for _, why in contents.newer:
-            self._leave(why)
-        for path, why in contents.unread:
-            self._log.error("queue", f"{why}; reading it again in a minute")
-            self._loop.spawn(self._read_later(path), f"reading of {path}")
-        for item in contents.items:
-            self._take_up(item)
+        now, today = self._loop.clock.monotonic(), self._loop.clock.time()
+        for place in (Place.NEW, Place.CUR):
+            files = list_queue(directory, place)
+            for path, why in files.unreadable:
+                self._set_aside(path, why)
+            for file in files.found:
+                pause = file.due - today
+                due = now + (pause if pause <= _LONGEST_PAUSE else 0.0)
+                self._waiting.add(
+                    WaitingMessage(due, file.id, file.path, file.received, since=now, found=True)
+                )
+        self._continue()
 
     def _set_aside(self, path: str, why: str) -> None:
         self._log.error("queue", f"set aside in bad: {why}")
@@ -9521,9 +9583,6 @@ class Queue:
             os.rename(path, target)
         except OSError as error:
             self._log.error("queue", f"{path} stays where it is: {reason(error)}")
-
-    def _leave(self, why: str) -> None:
-        self._log.error("queue", f"left where it is, and not delivered: {why}")
 
     def _sweep(self, path: str) -> None:
         try:
@@ -9554,24 +9613,158 @@ class Queue:
             sync_directory(directory)
             self._log.event(Events.TAKEN_OVER, id=id, file=name)
 
-    def _take_up(self, item: Item) -> None:
-        self._log.event(Events.FOUND, id=item.id, from_=item.envelope.sender)
-        self._start(item)
+    # --- the schedule ---
 
-    async def _read_later(self, path: str) -> None:
-        while True:
-            await self._loop.sleep(_PAUSES[0])
+    def _continue(self) -> None:
+        """Let the schedule look at what is due."""
+        self._go_on.set()
+        if not self._closing and (self._schedule is None or self._schedule.done):
+            self._schedule = self._loop.spawn(self._keep_schedule(), "queue")
+
+    async def _keep_schedule(self) -> None:
+        while not self._closing:
+            self._go_on.clear()
+            count = _READ_AT_A_TIME if self._settling < _SETTLING else 0
+            due = self._waiting.due(self._loop.clock.monotonic(), count)
+            if due:
+                self._opening = True
+                try:
+                    await self._open(due)
+                finally:
+                    self._opening = False
+            else:
+                await self._until(self._waiting.next_due() if count else float("inf"))
+
+    async def _until(self, when: float) -> None:
+        try:
+            with self._loop.deadline(when - self._loop.clock.monotonic()):
+                await self._go_on.wait()
+        except Expired:
+            pass
+
+    async def _open(self, due: Iterable[WaitingMessage]) -> None:
+        """Read messages that are due, and attempt what can be."""
+        async with self._reading:
+            messages = list(filter(self._waiting.has, due))
+            for message, item in zip(messages, await self._read(messages), strict=True):
+                try:
+                    self._opened(message, item)
+                except Exception as error:  # a fault of ours must not hold up the others
+                    self._log.crash(f"queue {message.id}", error)
+                    self._put_off(message, _LONGEST_PAUSE)
+
+    async def _read(self, messages: Sequence[WaitingMessage]) -> list[Item | Exception]:
+        """Return the item of each message, or why there is none; `_reading` is held."""
+
+        def read(message: WaitingMessage) -> Item | Exception:
             try:
-                self._take_up(read_item(path))
+                return self._unwritten.get(message.id) or read_item(message.path)
+            except Exception as error:
+                return error
+
+        try:
+            return await self._loop.work(lambda: list(map(read, messages)))
+        except ChasquidError as error:  # there is no thread
+            failure = OSError(errno.EAGAIN, f"the queue was not read: {error}")
+            return [failure] * len(messages)
+
+    def _put_off(self, message: WaitingMessage, seconds: float) -> None:
+        due = self._loop.clock.monotonic() + seconds
+        self._waiting.add(message._replace(due=due))
+
+    def _opened(self, message: WaitingMessage, item: Item | Exception) -> None:
+        if isinstance(item, Item):
+            self._take_up(message, item)
+        elif isinstance(item, OSError) and not isinstance(item, FileNotFoundError):
+            self._log.error("queue", f"{reason(item)}; reading it again in a minute")
+            self._put_off(message, _PAUSES[0])
+        elif isinstance(item, (ChasquidError, FileNotFoundError)):
+            self._waiting.remove(message.id)
+            self._report_unread(message, item)
+        else:
+            raise item
+
+    def _report_unread(self, message: WaitingMessage, error: Exception) -> None:
+        if isinstance(error, UnreadableItem):
+            self._set_aside(message.path, str(error))
+        elif isinstance(error, NewerItem):
+            self._log.error("queue", f"left where it is, and not delivered: {error}")
+        else:
+            self._report_loss(message.id)
+
+    def _report_loss(self, id: str) -> None:
+        self._log.event(Events.LOST, id=id, text="its file is gone from the queue")
+
+    def _take_up(self, message: WaitingMessage, item: Item) -> None:
+        """Attempt what was read, if it is due and there is a place for it."""
+        item.since, item.due = message.since, message.due
+        if message.found:
+            self._log.event(Events.FOUND, id=item.id, from_=item.envelope.sender)
+            pause = item.next_attempt - self._loop.clock.time()
+            if pause > 0:
+                item.due = self._loop.clock.monotonic() + min(pause, _LONGEST_PAUSE)
+                self._waiting.add(_as_waiting(item))
                 return
-            except UnreadableItem as error:
-                self._set_aside(path, str(error))
-                return
-            except NewerItem as error:
-                self._leave(str(error))
-                return
-            except OSError as error:
-                self._log.error("queue", f"{reason(error)}; reading it again in a minute")
+        self._begin_or_line_up(item, self._waiting.is_full)
+
+    def _start(self, item: Item) -> None:
+        """Attempt a message that was accepted now, behind those that wait for the same place."""
+        item.since = item.due = self._loop.clock.monotonic()
+        self._begin_or_line_up(item, self._waiting.has_line)
+
+    def _begin_or_line_up(self, item: Item, is_full: Callable[[RouteKey], bool]) -> None:
+        """Attempt `item`, unless all its routes are full."""
+        groups = self._groups(item)
+        full = [next(filter(is_full, group.routes), None) for group in groups]
+        if groups and None not in full:
+            routes = [route for route in dict.fromkeys(full) if route is not None]
+            self._waiting.line_up(_as_waiting(item), routes)
+        else:
+            self._begin(item, groups)
+
+    def _groups(self, item: Item) -> list[_Group]:
+        """Return the open recipients of a message, those together who travel together."""
+        groups: dict[tuple[str, ...], _Group] = {}
+        for recipient in item.recipients:
+            if recipient.is_open:
+                route = self._couriers.route(recipient.destination, item.attempts)
+                sender = self._sender_for(item, recipient)
+                group = groups.setdefault((*route.key, sender), _Group(route, sender, []))
+                group.recipients.append(recipient)
+        return list(groups.values())
+
+    def _begin(self, item: Item, groups: Sequence[_Group]) -> None:
+        self._waiting.remove(item.id)
+        self._active[item.id] = item
+        for group in groups:
+            self._waiting.begin(group.routes)
+        item.task = self._loop.spawn(self._run(item, groups), f"queue {item.id}")
+
+    async def _run(self, item: Item, groups: Sequence[_Group]) -> None:
+        """Attempt once, write down what came of it, and have what is left wait."""
+        try:
+            await self._attempt(item, groups)
+            self._settling += 1
+            try:
+                over = await self._settle(item)
+            finally:
+                self._settling -= 1
+                if self._settling == _SETTLING - 1:
+                    self._continue()
+        finally:
+            del self._active[item.id]
+            self._unwritten.pop(item.id, None)
+        if not over and not item.removed:
+            self._wait(item)
+
+    def _wait(self, item: Item) -> None:
+        if item.unwritten:
+            item.message = item.message._replace(data=None)
+            self._unwritten[item.id] = item
+        self._waiting.add(_as_waiting(item))
+        self._continue()
+
+    # --- what comes in ---
 
     def draft(self) -> Draft:
         """Return a message to be filled. Raises QueueFull."""
@@ -9584,7 +9777,7 @@ class Queue:
 
     def check_room(self) -> None:
         """Raise QueueFull if the queue takes no more messages from outside."""
-        if len(self.items) >= self._settings.limit:
+        if self.count >= self._settings.limit:
             raise QueueFull(f"the queue is full ({self._settings.limit} messages)", "4.3.1")
         if self._settings.min_free_disk and not self._disk_has_room():
             raise QueueFull("the disk is nearly full", "4.3.1")
@@ -9642,7 +9835,7 @@ class Queue:
     def _check_programs(self, routes: Iterable[Route]) -> None:
         """Raise QueueFull while half of the queue waits for a program that is asked for."""
         for route in routes:
-            if route.program and self._under_way[route.key] > self._settings.limit // 2:
+            if route.program and self._waiting.length(route.key) > self._settings.limit // 2:
                 raise QueueFull("too much mail is waiting for a program here", "4.3.2")
 
     async def _let_deliveries_catch_up(self, routes: Iterable[Route]) -> None:
@@ -9652,114 +9845,150 @@ class Queue:
         """
         most = min(_LOCAL_BACKLOG, self._settings.limit)
         for _ in range(_CATCH_UP_STEPS):
-            if all(self._under_way[route.key] < most for route in routes):
+            if all(self._waiting.length(route.key) <= most for route in routes):
                 return
             await self._loop.sleep(_CATCH_UP_SECONDS / _CATCH_UP_STEPS)
 
-    def retry(self, item: Item) -> None:
-        """Attempt `item` now instead of when it is due."""
-        item.next_attempt = item.due = 0.0
-        if item.nudge is not None:
-            item.nudge.set()
-        else:
-            item.again = True  # an attempt is under way, and would put it off at its end
+    # --- what operators ask for: it raises ChasquidError if there is no such message ---
 
-    async def retry_as_asked(self, item: Item) -> None:
-        """As `retry`, and let the file say so too, which is what people are shown."""
-        item.next_attempt = 0.0
-        await self._write_progress(item)
-        self.retry(item)
+    async def retry(self, id: str) -> None:
+        """Attempt a message now instead of when it is due.
 
-    async def bounce(self, item: Item) -> None:
-        """Give `item` up now: its sender is told, as if its time had passed.
+        Its file says so too, which is what people are shown.
+        """
+        async with self._reading:
+            item = self._active.get(id)
+            if item is not None:
+                item.again = True  # the attempt under way would put it off at its end
+                return
+            item = await self._read_waiting(id)
+            item.due, item.next_attempt = self._loop.clock.monotonic(), 0.0
+            await self._write_progress(item)
+            self._wait(item)
+
+    async def retry_all(self) -> int:
+        """As `retry`, of each message; return how many there are."""
+        count = 0
+        for id in [*self._active, *(message.id for message in self._waiting)]:
+            with contextlib.suppress(ChasquidError):  # it is gone meanwhile
+                await self.retry(id)
+                count += 1
+        return count
+
+    async def _read_waiting(self, id: str) -> Item:
+        """Read a message that waits; `_reading` is held."""
+        message = self._waiting.get(id)
+        if message is None:
+            raise _no_such_message(id)
+        [item] = await self._read([message])
+        if not isinstance(item, Item):
+            raise ChasquidError(f"{id} cannot be read: {reason(item)}") from item
+        item.since = message.since
+        return item
+
+    async def bounce(self, id: str) -> Item:
+        """Give a message up now: its sender is told, as if its time had passed.
 
         Returns when that is done, or put off.
         """
-        self._give_up(item, "given up by the operator", "5.0.0")
-        self.retry(item)
+        async with self._reading:
+            if id in self._active:
+                raise ChasquidError(f"{id} is being attempted; try again in a moment")
+            item = await self._read_waiting(id)
+            self._give_up(item, "given up by the operator", "5.0.0")
+            self._begin(item, ())
         if item.task is not None:
             await item.task.join()
+        return item
 
-    async def remove(self, item: Item) -> None:
-        """Take `item` out of the queue, delivered or not; the sender is not told.
+    async def remove(self, id: str) -> None:
+        """Take a message out of the queue, delivered or not; the sender is not told.
 
         Raises ChasquidError if its file cannot be removed; then it stays.
         """
-        item.removed = True
-        self.retry(item)
-        if item.task is not None:
+        async with self._reading:  # not while it is being read
+            item, message = self._active.get(id), self._waiting.remove(id)
+        if item is not None and item.task is not None:
+            item.removed = True
             await item.task.join()
+            item.removed, message = False, _as_waiting(item)
+        if message is None:
+            raise _no_such_message(id)
         try:
-            await self._disk.remove(item.message.path)
+            await self._disk.remove(message.path)
         except OSError as error:
-            item.removed = False
-            if any(recipient.is_open for recipient in item.recipients):
-                self._start(item)  # it is still there, and would be delivered after a restart
-            raise ChasquidError(f"{item.id} cannot be removed: {reason(error)}") from error
-        self._log.event(Events.REMOVED, id=item.id)
+            if item is None:
+                self._waiting.add(message)  # it would be delivered after a restart
+                self._continue()
+            elif any(recipient.is_open for recipient in item.recipients):
+                self._wait(item)
+            raise ChasquidError(f"{id} cannot be removed: {reason(error)}") from error
+        self._unwritten.pop(id, None)
+        self._log.event(Events.REMOVED, id=id)
+
+    # --- what there is ---
+
+    @property
+    def count(self) -> int:
+        """How many messages are in the queue."""
+        return len(self._active) + len(self._waiting)
+
+    def oldest(self) -> float | None:
+        """Return when the oldest message came, in seconds since 1970; None if there is none."""
+        active = (item.envelope.received for item in self._active.values())
+        waiting = (message.received for message in self._waiting)
+        return min(itertools.chain(active, waiting), default=None)
+
+    def look(self, most: int | None = None) -> list[Item]:
+        """Read messages, at most so many; those that are being attempted come first."""
+        items = list(itertools.islice(self._active.values(), most))
+        left = None if most is None else most - len(items)
+        for message in itertools.islice(self._waiting, left):
+            with contextlib.suppress(ChasquidError, OSError):  # reported when it is due
+                items.append(self._unwritten.get(message.id) or read_item(message.path))
+        return items
+
+    def next_due(self) -> float:
+        """Return when there is something to do, on the monotonic clock.
+
+        That is infinity if the queue is empty, minus infinity while something is done.
+        """
+        due = self._waiting.next_due()
+        busy = self._active or self._opening or due <= self._loop.clock.monotonic()
+        return float("-inf") if busy else due
+
+    # --- the end ---
 
     def begin_closing(self) -> None:
         """Begin no more attempts."""
         self._closing = True
-        for item in self.items.values():
-            if item.nudge is not None:
-                item.nudge.set()
+        self._continue()
 
     async def close(self) -> None:
         """Let attempts under way end; what is left stays on the disk."""
         self.begin_closing()
-        for item in list(self.items.values()):
+        for item in list(self._active.values()):
             if item.task is not None:
                 await item.task.join()
 
-    def _start(self, item: Item) -> None:
-        self.items[item.id] = item
-        item.since = self._loop.clock.monotonic()
-        pause = item.next_attempt - self._loop.clock.time()
-        item.due = item.since + min(max(0.0, pause), _PAUSES[-1] + _JITTER)
-        item.task = self._loop.spawn(self._deliver_all(item), f"queue {item.id}")
+    # --- an attempt ---
 
-    async def _deliver_all(self, item: Item) -> None:
-        """Attempt until nothing is pending, pausing in between."""
-        try:
-            while not item.removed and not self._closing:
-                if item.due <= self._loop.clock.monotonic():
-                    item.again = False
-                    await self._attempt(item)
-                    if await self._settle(item):
-                        return
-                else:
-                    await self._wait(item)
-        finally:
-            del self.items[item.id]
-
-    async def _wait(self, item: Item) -> None:
-        item.nudge = Event(self._loop)
-        try:
-            with self._loop.deadline(item.due - self._loop.clock.monotonic()):
-                await item.nudge.wait()
-        except Expired:
-            pass
-        item.nudge = None
-
-    async def _attempt(self, item: Item) -> None:
+    async def _attempt(self, item: Item, groups: Sequence[_Group]) -> None:
         """Try each open recipient once; those that travel together in one go.
 
         If some are done while others still wait for a slow server, that is written down.
         """
-        groups: dict[tuple[str, ...], list[Recipient]] = {}
-        for recipient in item.recipients:
-            if recipient.is_open:
-                key = self._couriers.route(recipient.destination, item.attempts).key
-                groups.setdefault((*key, self._sender_for(item, recipient)), []).append(recipient)
         if not groups:
             return  # all that is left is to report
-        first, *others = groups.values()
+        first, *others = groups
         under_way = 1 + len(others)
 
-        async def deliver(group: list[Recipient]) -> None:
+        async def deliver(group: _Group) -> None:
             nonlocal under_way
-            await self._deliver(item, group)
+            try:
+                await self._deliver(item, group)
+            finally:
+                self._end(group)
             under_way -= 1
             if under_way:
                 await self._write_progress(item)
@@ -9779,10 +10008,15 @@ class Queue:
         except OSError as error:
             self._log.error("queue", f"{item.id} cannot be written: {reason(error)}")
 
-    async def _deliver(self, item: Item, group: list[Recipient]) -> None:
-        route = self._couriers.route(group[0].destination, item.attempts)
+    def _end(self, group: _Group) -> None:
+        if self._waiting.end(group.routes):
+            self._continue()
+        if not self._waiting.under_way(group.route.key):
+            self._destinations.pop(group.route.key, None)
+
+    async def _deliver(self, item: Item, group: _Group) -> None:
+        route, sender, recipients = group
         envelope = item.envelope
-        sender = self._sender_for(item, group[0])
         delivery = Delivery(
             item.id,
             sender,
@@ -9794,9 +10028,9 @@ class Queue:
             tls_optional=envelope.tls_optional,
             ret=envelope.ret,
             envid=envelope.envid,
-            dsn_parameters=self._dsn_by_destination(group, sender == envelope.sender),
+            dsn_parameters=self._dsn_by_destination(recipients, sender == envelope.sender),
         )
-        destinations = list(dict.fromkeys(recipient.destination for recipient in group))
+        destinations = list(dict.fromkeys(recipient.destination for recipient in recipients))
         async with self._places(route):
             try:
                 results = await route.courier.deliver(delivery, destinations)
@@ -9805,7 +10039,7 @@ class Queue:
                 failure = Result(State.DEFERRED, "4.3.0", "an internal error; the log has more")
                 results = [failure] * len(destinations)
         found = dict(zip(destinations, results, strict=True))
-        for recipient in group:
+        for recipient in recipients:
             result = found[recipient.destination]
             if sender != envelope.sender:  # who stands in for the sender would hear of it
                 result = result._replace(passed_on=False)
@@ -9857,16 +10091,11 @@ class Queue:
 
         Mailboxes and each program have places of their own, so that nobody waits for them.
         """
-        few = _SLOTS.get(route.key[0], _DESTINATION_SLOTS)
-        slots = self._destinations.setdefault(route.key, Slots(self._loop, few))
-        self._under_way[route.key] += 1
-        try:
-            async with slots, contextlib.nullcontext() if route.local else self._remote_slots:
-                yield
-        finally:
-            self._under_way[route.key] -= 1
-            if not self._under_way[route.key]:
-                del self._under_way[route.key], self._destinations[route.key]
+        slots = self._destinations.get(route.key)
+        if slots is None:
+            slots = self._destinations[route.key] = Slots(self._loop, _slots(route.key))
+        async with slots, contextlib.nullcontext() if route.local else self._remote_slots:
+            yield
 
     async def _settle(self, item: Item) -> bool:
         """Report failures, then write down what is left, or remove; true when it is over.
@@ -9888,11 +10117,13 @@ class Queue:
                 await self._report_delay(item)
             self._postpone(item, self._pause(item.attempts))
             await self._write_down(item)
+            item.unwritten = False
         except OSError as error:
+            item.unwritten = True
             self._log.error("queue", f"{item.id} cannot be written: {reason(error)}")
             self._postpone(item, _PAUSES[0])
             if not os.path.exists(item.message.path):
-                self._log.event(Events.LOST, id=item.id, text="its file is gone from the queue")
+                self._report_loss(item.id)
                 return True
         return False
 
@@ -9936,15 +10167,16 @@ class Queue:
 
     async def _write_down(self, item: Item) -> None:
         path, line = item.message.path, item.journal_line(self._loop.clock.time())
-        target = os.path.join(self._settings.directory, Place.CUR, os.path.basename(path))
+        target = waiting_path(self._settings.directory, item)
 
         def write() -> None:
             append_synced(path, line)
             if path != target:
                 os.rename(path, target)  # need not be synced: the journal is in the file
+            with contextlib.suppress(OSError):  # it is a hint
+                os.utime(target, (item.next_attempt, item.next_attempt))
 
         await self._loop.work(write)
-        # a message that waits is read from the disk again, not kept in memory
         item.message = item.message._replace(path=target, data=None)
 
     def _sender_for(self, item: Item, recipient: Recipient) -> str:
@@ -12898,18 +13130,13 @@ class Daemon:
             listening=tuple(
                 f"{port.name} on [{host}]:{number}" for port, host, number in self.addresses
             ),
-            queue=tuple(
-                queue_line(item, now)
-                for item in itertools.islice(self.queue.items.values(), _SHOWN_MESSAGES)
-            ),
+            queue=tuple(queue_line(item, now) for item in self.queue.look(_SHOWN_MESSAGES)),
             queue_limit=self.config.max_queue_items,
             counters=self.log.counters,
             dialogues=tuple(self.log.dialogues),
             config=config_text(self.config),
-            queued=len(self.queue.items),
-            oldest=max(
-                (now - item.envelope.received for item in self.queue.items.values()), default=0.0
-            ),
+            queued=self.queue.count,
+            oldest=max(0.0, now - (self.queue.oldest() or now)),
             reloaded=self._reloaded,
             problems=tuple(self.problems),
             certificates=tuple(
@@ -13346,22 +13573,20 @@ class _Requests:
         ]
 
     async def _queue_retry(self, id: str) -> list[str]:
-        items = list(self._daemon.queue.items.values()) if id == "all" else [self._item(id)]
-        for item in items:
-            await self._daemon.queue.retry_as_asked(item)
-        return [f"{plural(len(items), 'message')} will be attempted now"]
+        queue, count = self._daemon.queue, 1
+        if id == "all":
+            count = await queue.retry_all()
+        else:
+            await queue.retry(id)
+        return [f"{plural(count, 'message')} will be attempted now"]
 
     async def _queue_bounce(self, id: str) -> list[str]:
-        item = self._item(id)
-        if item.nudge is None:
-            raise ChasquidError(f"{item.id} is being attempted; try again in a moment")
-        await self._daemon.queue.bounce(item)
+        item = await self._daemon.queue.bounce(id)
         return [f"{item.id} went back to {item.envelope.sender or 'nobody: its sender is <>'}"]
 
     async def _queue_remove(self, id: str) -> list[str]:
-        item = self._item(id)
-        await self._daemon.queue.remove(item)
-        return [f"{item.id} is removed"]
+        await self._daemon.queue.remove(id)
+        return [f"{id} is removed"]
 
     async def _domaininfo_remove(self, domain: str) -> list[str]:
         try:
@@ -13371,12 +13596,6 @@ class _Requests:
         if not known:
             raise ChasquidError(DOMAIN_UNKNOWN.format(domain))
         return [DOMAIN_FORGOTTEN.format(domain)]
-
-    def _item(self, id: str) -> Item:
-        item = self._daemon.queue.items.get(id)
-        if item is None:
-            raise ChasquidError(f"there is no message {printable(id, 40)} in the queue")
-        return item
 
 
 def notify_systemd(state: str) -> None:

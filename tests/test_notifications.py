@@ -917,7 +917,7 @@ def test_the_notice_of_delay_is_not_repeated_after_a_restart(tmp_path: Path) -> 
 
     async def second(bench: Bench) -> None:
         await bench.quiet()
-        (item,) = bench.queue.items.values()
+        (item,) = bench.queue.look()
         assert item.delay_reported
         await wait(bench, 5 * HOUR)
         assert len(far.came) > 20
@@ -1164,7 +1164,7 @@ def test_a_failure_is_reported_once_where_the_report_of_a_success_cannot_be_stor
         bench.queue._new_draft = sometimes  # type: ignore[method-assign]
         item = await accept_with(store(), bench, to(EVA), to(BEN, "SUCCESS"))
         await bench.quiet()
-        bench.queue.retry(item)
+        await bench.queue.retry(item.id)
         await wait(bench, 2000)
         assert bench.files() == []
         found = outcomes(reports(bench.local.contents))
