@@ -9168,6 +9168,37 @@ def _returned_content(item: Item, action: Action, utf8: bool) -> bytes:
     return _part(kind, content)
 
 
+def dsn_by_destination(
+    group: Sequence[Recipient], with_success: bool
+) -> dict[Destination, DsnParameters]:
+    """Return what was asked for each destination: all that any of those who meet there want.
+
+    Without `with_success` that a delivery be reported is left out (RFC 3461).
+    """
+    dsn_parameters: dict[Destination, DsnParameters] = {}
+    for recipient in group:
+        dsn = recipient.dsn
+        other = dsn_parameters.get(recipient.destination)
+        if other is not None and other != dsn:
+            words = tuple(
+                word
+                for word in (Notify.SUCCESS, Notify.FAILURE, Notify.DELAY)
+                if dsn.wants(word) or other.wants(word)
+            )
+            dsn = DsnParameters(words or (Notify.NEVER,), other.orcpt or dsn.orcpt)
+        dsn_parameters[recipient.destination] = dsn
+    if with_success:
+        return dsn_parameters
+    return {
+        destination: dsn._replace(
+            notify=tuple(word for word in dsn.notify if word != Notify.SUCCESS) or (Notify.NEVER,)
+        )
+        if dsn.notify
+        else dsn
+        for destination, dsn in dsn_parameters.items()
+    }
+
+
 # ======================================================================================
 # ROOM: WAITING
 #
@@ -9189,10 +9220,16 @@ def _returned_content(item: Item, action: Action, utf8: bool) -> bytes:
 #   too early. A copy of the directory may have a later one: then it is read when it is
 #   attempted by the latest, for a time that is further away than any pause does not count.
 #
-# The room waits for nothing and opens nothing; what an attempt is belongs to QUEUE.
+# One task, the schedule, reads what is due, some files at a time in a worker thread. It is the
+# only one to do so, but for what an operator asks for, which takes turns with it.
+#
+# What becomes of a message that was read belongs to QUEUE.
 # ======================================================================================
 
 RouteKey = tuple[str, ...]
+_READ_AT_A_TIME = 32  # files
+_READ_AGAIN_SECONDS = 20 * 60.0  # after a fault of ours
+_SETTLING = 64  # items whose results wait for the disk, before no more files are read
 
 
 class FoundFile(NamedTuple):
@@ -9269,6 +9306,73 @@ def read_queue(directory: str) -> QueueContents:
             except OSError as error:
                 contents.unread.append((path, reason(error)))
     return contents
+
+
+def recover_queue(directory: str, log: Log, now: float) -> list[FoundFile]:
+    """Make the directories of a queue, sweep tmp, and return what is in new and cur.
+
+    `now` is in seconds since 1970. Raises ConfigError if the directory cannot be used, and as
+    `list_queue`.
+    """
+    try:
+        for place in Place:
+            make_directory(os.path.join(directory, place))
+        for name in os.listdir(os.path.join(directory, Place.TMP)):
+            _sweep(os.path.join(directory, Place.TMP, name), log)
+        _take_over(directory, log, now)
+    except OSError as error:
+        text = f"the queue cannot be written: {error.strerror}"
+        raise ConfigError(error.filename or directory, 0, text) from error
+    found: list[FoundFile] = []
+    for place in (Place.NEW, Place.CUR):
+        files = list_queue(directory, place)
+        found += files.found
+        for path, why in files.unreadable:
+            set_aside(directory, log, path, why)
+    return found
+
+
+def set_aside(directory: str, log: Log, path: str, why: str) -> None:
+    """Move what cannot be read to bad, and say so; if that fails it stays."""
+    log.error("queue", f"set aside in bad: {why}")
+    try:
+        os.rename(path, os.path.join(directory, Place.BAD, os.path.basename(path)))
+    except OSError as error:
+        log.error("queue", f"{path} stays where it is: {reason(error)}")
+
+
+def _sweep(path: str, log: Log) -> None:
+    try:
+        os.unlink(path)
+    except OSError as error:
+        log.error("queue", f"{path} cannot be removed: {reason(error)}")
+
+
+def _take_over(directory: str, log: Log, now: float) -> None:
+    """Make items of the messages that chasquid in Go has left; each once, or it stays.
+
+    Raises OSError if one cannot be written.
+    """
+    for name in sorted(os.listdir(directory)):
+        path = os.path.join(directory, name)
+        if not name.startswith("m:") or not os.path.isfile(path):
+            continue
+        try:
+            id, (size, chunks) = item_from_go(read_file(path), path, now)
+        except ConfigError as error:
+            log.error("queue", f"not taken over from chasquid in Go: {error}")
+            continue
+        places = {place: os.path.join(directory, place, f"{id},S={size}") for place in Place}
+        if not any(map(os.path.exists, places.values())):  # or we died before it was removed
+            path_for = functools.partial(_always, places[Place.CUR])
+            create_durably(os.path.join(directory, Place.TMP, id), chunks, path_for)
+        os.unlink(path)
+        sync_directory(directory)
+        log.event(Events.TAKEN_OVER, id=id, file=name)
+
+
+def _always(path: str, size: int) -> str:
+    return path
 
 
 class WaitingMessage(NamedTuple):
@@ -9392,6 +9496,98 @@ class Waiting:
         return self._under_way[route] + len(self._lines.get(route, ()))
 
 
+class Schedule:
+    """The task that reads messages when they are due.
+
+    `opened` gets each with its item, or with why there is none. `unwritten` has items whose
+    files do not say all of them; they are taken instead.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        log: Log,
+        waiting: Waiting,
+        opened: Callable[[WaitingMessage, Item | Exception], None],
+    ) -> None:
+        self.unwritten: dict[str, Item] = {}
+        self.reading = Slots(loop, 1)  # held by who reads files of messages that wait
+        self.is_reading = False  # whether some that are due are being read
+        self._loop = loop
+        self._log = log
+        self._waiting = waiting
+        self._opened = opened
+        self._settling = 0
+        self._closing = False
+        self._go_on = Event(loop)
+        self._task: Task | None = None
+
+    def go_on(self) -> None:
+        """Look again at what is due."""
+        self._go_on.set()
+        if not self._closing and (self._task is None or self._task.done):
+            self._task = self._loop.spawn(self._run(), "queue")
+
+    def close(self) -> None:
+        """Read no more."""
+        self._closing = True
+        self._go_on.set()
+
+    def hold(self) -> None:
+        """Count an item whose results are being written down: the disk may be slow."""
+        self._settling += 1
+
+    def release(self) -> None:
+        """Count the end of that."""
+        self._settling -= 1
+        if self._settling == _SETTLING - 1:
+            self.go_on()
+
+    async def read(self, messages: Sequence[WaitingMessage]) -> list[Item | Exception]:
+        """Return the item of each message, or why there is none. `reading` must be held."""
+
+        def read(message: WaitingMessage) -> Item | Exception:
+            try:
+                return self.unwritten.get(message.id) or read_item(message.path)
+            except Exception as error:
+                return error
+
+        try:
+            return await self._loop.work(lambda: list(map(read, messages)))
+        except ChasquidError as error:  # there is no thread
+            failure = OSError(errno.EAGAIN, f"the queue was not read: {error}")
+            return [failure] * len(messages)
+
+    async def _run(self) -> None:
+        while not self._closing:
+            self._go_on.clear()
+            count = _READ_AT_A_TIME if self._settling < _SETTLING else 0
+            due = self._waiting.due(self._loop.clock.monotonic(), count)
+            self.is_reading = bool(due)
+            if due:
+                await self._open(due)
+            else:
+                await self._until(self._waiting.next_due() if count else float("inf"))
+
+    async def _until(self, when: float) -> None:
+        try:
+            with self._loop.deadline(when - self._loop.clock.monotonic()):
+                await self._go_on.wait()
+        except Expired:
+            pass
+
+    async def _open(self, due: Iterable[WaitingMessage]) -> None:
+        async with self.reading:
+            messages = list(filter(self._waiting.has, due))
+            for message, item in zip(messages, await self.read(messages), strict=True):
+                try:
+                    self._opened(message, item)
+                except Exception as error:  # a fault of ours must not hold up the others
+                    self._log.crash(f"queue {message.id}", error)
+                    due_again = self._loop.clock.monotonic() + _READ_AGAIN_SECONDS
+                    self._waiting.add(message._replace(due=due_again))
+
+
 # ======================================================================================
 # ROOM: QUEUE
 #
@@ -9420,10 +9616,8 @@ class Waiting:
 #     an item in _active      it is attempted, or what      it is removed, or written down
 #                             came of that is written down  and waits again
 #     both that and an item   its file does not say what    as above, with this item instead
-#     in _unwritten           came of it: the disk refuses  of the one in the file
+#     in `unwritten`          came of it: the disk refuses  of the one in the file
 #
-# One task, the schedule, reads what is due, some files at a time in a worker thread; it is the
-# only one to do so, but for what an operator asks for, which takes turns with it (_reading).
 # After an attempt a file's time of modification is set to the next one, unsynced: a hint for
 # the next start (WAITING).
 #
@@ -9453,8 +9647,6 @@ _DESTINATION_SLOTS = 5  # attempts at a time for one destination elsewhere
 _SLOTS = {RouteKind.LOCAL: _LOCAL_SLOTS, RouteKind.PIPE: _PIPE_SLOTS}
 _ELSEWHERE: RouteKey = ()  # the route of all that is not local
 _READY = 4  # messages read for each place, so that another is at hand when one is free
-_READ_AT_A_TIME = 32  # files
-_SETTLING = 64  # items whose results wait for the disk, before no more files are read
 
 
 def _slots(route: RouteKey) -> int:
@@ -9471,10 +9663,6 @@ _RESULT_EVENTS = {
 
 class QueueFull(TemporaryFailure):
     """There is no room for another message, by number or on the disk."""
-
-
-def _always(path: str, size: int) -> str:
-    return path
 
 
 def _no_such_message(id: str) -> ChasquidError:
@@ -9536,148 +9724,34 @@ class Queue:
         self._destinations: dict[tuple[str, ...], Slots] = {}
         self._waiting = Waiting(lambda route: _READY * _slots(route))
         self._active: dict[str, Item] = {}
-        self._unwritten: dict[str, Item] = {}
-        self._settling = 0
-        self._reading = Slots(loop, 1)
-        self._opening = False  # whether the schedule reads what is due
-        self._go_on = Event(loop)
-        self._schedule: Task | None = None
-        self._closing = False
+        self._schedule = Schedule(loop, log, self._waiting, self._opened)
         self._disk_seen = float("-inf")
         self._has_room = True
         self.expand = expand
 
     def recover(self) -> None:
-        """Make the directories, sweep tmp, and list what is in new and cur.
+        """Take up what is in the queue, each message when it is due.
 
-        Each file is read when it is due. Raises ConfigError if the directory cannot be used,
-        ChasquidError if it cannot be read.
+        Raises ConfigError if its directory cannot be used, ChasquidError if it cannot be read.
         """
-        directory = self._settings.directory
-        try:
-            for place in Place:
-                make_directory(os.path.join(directory, place))
-            for name in os.listdir(os.path.join(directory, Place.TMP)):
-                self._sweep(os.path.join(directory, Place.TMP, name))
-            self._take_over(directory)
-        except OSError as error:
-            text = f"the queue cannot be written: {error.strerror}"
-            raise ConfigError(error.filename or directory, 0, text) from error
         now, today = self._loop.clock.monotonic(), self._loop.clock.time()
-        for place in (Place.NEW, Place.CUR):
-            files = list_queue(directory, place)
-            for path, why in files.unreadable:
-                self._set_aside(path, why)
-            for file in files.found:
-                pause = file.due - today
-                due = now + (pause if pause <= _LONGEST_PAUSE else 0.0)
-                self._waiting.add(
-                    WaitingMessage(due, file.id, file.path, file.received, since=now, found=True)
-                )
-        self._continue()
+        for file in recover_queue(self._settings.directory, self._log, today):
+            pause = file.due - today
+            due = now + (pause if pause <= _LONGEST_PAUSE else 0.0)
+            self._waiting.add(
+                WaitingMessage(due, file.id, file.path, file.received, since=now, found=True)
+            )
+        self._schedule.go_on()
 
-    def _set_aside(self, path: str, why: str) -> None:
-        self._log.error("queue", f"set aside in bad: {why}")
-        target = os.path.join(self._settings.directory, Place.BAD, os.path.basename(path))
-        try:
-            os.rename(path, target)
-        except OSError as error:
-            self._log.error("queue", f"{path} stays where it is: {reason(error)}")
-
-    def _sweep(self, path: str) -> None:
-        try:
-            os.unlink(path)
-        except OSError as error:
-            self._log.error("queue", f"{path} cannot be removed: {reason(error)}")
-
-    def _take_over(self, directory: str) -> None:
-        """Make items of the messages that chasquid in Go has left; each once, or it stays.
-
-        Raises OSError if one cannot be written.
-        """
-        now = self._loop.clock.time()
-        for name in sorted(os.listdir(directory)):
-            path = os.path.join(directory, name)
-            if not name.startswith("m:") or not os.path.isfile(path):
-                continue
-            try:
-                id, (size, chunks) = item_from_go(read_file(path), path, now)
-            except ConfigError as error:
-                self._log.error("queue", f"not taken over from chasquid in Go: {error}")
-                continue
-            places = {place: os.path.join(directory, place, f"{id},S={size}") for place in Place}
-            if not any(map(os.path.exists, places.values())):  # or we died before it was removed
-                path_for = functools.partial(_always, places[Place.CUR])
-                create_durably(os.path.join(directory, Place.TMP, id), chunks, path_for)
-            os.unlink(path)
-            sync_directory(directory)
-            self._log.event(Events.TAKEN_OVER, id=id, file=name)
-
-    # --- the schedule ---
-
-    def _continue(self) -> None:
-        """Let the schedule look at what is due."""
-        self._go_on.set()
-        if not self._closing and (self._schedule is None or self._schedule.done):
-            self._schedule = self._loop.spawn(self._keep_schedule(), "queue")
-
-    async def _keep_schedule(self) -> None:
-        while not self._closing:
-            self._go_on.clear()
-            count = _READ_AT_A_TIME if self._settling < _SETTLING else 0
-            due = self._waiting.due(self._loop.clock.monotonic(), count)
-            if due:
-                self._opening = True
-                try:
-                    await self._open(due)
-                finally:
-                    self._opening = False
-            else:
-                await self._until(self._waiting.next_due() if count else float("inf"))
-
-    async def _until(self, when: float) -> None:
-        try:
-            with self._loop.deadline(when - self._loop.clock.monotonic()):
-                await self._go_on.wait()
-        except Expired:
-            pass
-
-    async def _open(self, due: Iterable[WaitingMessage]) -> None:
-        """Read messages that are due, and attempt what can be."""
-        async with self._reading:
-            messages = list(filter(self._waiting.has, due))
-            for message, item in zip(messages, await self._read(messages), strict=True):
-                try:
-                    self._opened(message, item)
-                except Exception as error:  # a fault of ours must not hold up the others
-                    self._log.crash(f"queue {message.id}", error)
-                    self._put_off(message, _LONGEST_PAUSE)
-
-    async def _read(self, messages: Sequence[WaitingMessage]) -> list[Item | Exception]:
-        """Return the item of each message, or why there is none; `_reading` is held."""
-
-        def read(message: WaitingMessage) -> Item | Exception:
-            try:
-                return self._unwritten.get(message.id) or read_item(message.path)
-            except Exception as error:
-                return error
-
-        try:
-            return await self._loop.work(lambda: list(map(read, messages)))
-        except ChasquidError as error:  # there is no thread
-            failure = OSError(errno.EAGAIN, f"the queue was not read: {error}")
-            return [failure] * len(messages)
-
-    def _put_off(self, message: WaitingMessage, seconds: float) -> None:
-        due = self._loop.clock.monotonic() + seconds
-        self._waiting.add(message._replace(due=due))
+    # --- what is due ---
 
     def _opened(self, message: WaitingMessage, item: Item | Exception) -> None:
         if isinstance(item, Item):
             self._take_up(message, item)
         elif isinstance(item, OSError) and not isinstance(item, FileNotFoundError):
             self._log.error("queue", f"{reason(item)}; reading it again in a minute")
-            self._put_off(message, _PAUSES[0])
+            due = self._loop.clock.monotonic() + _PAUSES[0]
+            self._waiting.add(message._replace(due=due))
         elif isinstance(item, (ChasquidError, FileNotFoundError)):
             self._waiting.remove(message.id)
             self._report_unread(message, item)
@@ -9686,7 +9760,7 @@ class Queue:
 
     def _report_unread(self, message: WaitingMessage, error: Exception) -> None:
         if isinstance(error, UnreadableItem):
-            self._set_aside(message.path, str(error))
+            set_aside(self._settings.directory, self._log, message.path, str(error))
         elif isinstance(error, NewerItem):
             self._log.error("queue", f"left where it is, and not delivered: {error}")
         else:
@@ -9744,25 +9818,23 @@ class Queue:
         """Attempt once, write down what came of it, and have what is left wait."""
         try:
             await self._attempt(item, groups)
-            self._settling += 1
+            self._schedule.hold()
             try:
                 over = await self._settle(item)
             finally:
-                self._settling -= 1
-                if self._settling == _SETTLING - 1:
-                    self._continue()
+                self._schedule.release()
         finally:
             del self._active[item.id]
-            self._unwritten.pop(item.id, None)
+            self._schedule.unwritten.pop(item.id, None)
         if not over and not item.removed:
             self._wait(item)
 
     def _wait(self, item: Item) -> None:
         if item.unwritten:
             item.message = item.message._replace(data=None)
-            self._unwritten[item.id] = item
+            self._schedule.unwritten[item.id] = item
         self._waiting.add(_as_waiting(item))
-        self._continue()
+        self._schedule.go_on()
 
     # --- what comes in ---
 
@@ -9856,7 +9928,7 @@ class Queue:
 
         Its file says so too, which is what people are shown.
         """
-        async with self._reading:
+        async with self._schedule.reading:
             item = self._active.get(id)
             if item is not None:
                 item.again = True  # the attempt under way would put it off at its end
@@ -9880,7 +9952,7 @@ class Queue:
         message = self._waiting.get(id)
         if message is None:
             raise _no_such_message(id)
-        [item] = await self._read([message])
+        [item] = await self._schedule.read([message])
         if not isinstance(item, Item):
             raise ChasquidError(f"{id} cannot be read: {reason(item)}") from item
         item.since = message.since
@@ -9891,7 +9963,7 @@ class Queue:
 
         Returns when that is done, or put off.
         """
-        async with self._reading:
+        async with self._schedule.reading:
             if id in self._active:
                 raise ChasquidError(f"{id} is being attempted; try again in a moment")
             item = await self._read_waiting(id)
@@ -9906,7 +9978,7 @@ class Queue:
 
         Raises ChasquidError if its file cannot be removed; then it stays.
         """
-        async with self._reading:  # not while it is being read
+        async with self._schedule.reading:  # not while it is being read
             item, message = self._active.get(id), self._waiting.remove(id)
         if item is not None and item.task is not None:
             item.removed = True
@@ -9919,11 +9991,11 @@ class Queue:
         except OSError as error:
             if item is None:
                 self._waiting.add(message)  # it would be delivered after a restart
-                self._continue()
+                self._schedule.go_on()
             elif any(recipient.is_open for recipient in item.recipients):
                 self._wait(item)
             raise ChasquidError(f"{id} cannot be removed: {reason(error)}") from error
-        self._unwritten.pop(id, None)
+        self._schedule.unwritten.pop(id, None)
         self._log.event(Events.REMOVED, id=id)
 
     # --- what there is ---
@@ -9945,7 +10017,7 @@ class Queue:
         left = None if most is None else most - len(items)
         for message in itertools.islice(self._waiting, left):
             with contextlib.suppress(ChasquidError, OSError):  # reported when it is due
-                items.append(self._unwritten.get(message.id) or read_item(message.path))
+                items.append(self._schedule.unwritten.get(message.id) or read_item(message.path))
         return items
 
     def next_due(self) -> float:
@@ -9954,15 +10026,14 @@ class Queue:
         That is infinity if the queue is empty, minus infinity while something is done.
         """
         due = self._waiting.next_due()
-        busy = self._active or self._opening or due <= self._loop.clock.monotonic()
+        busy = self._active or self._schedule.is_reading or due <= self._loop.clock.monotonic()
         return float("-inf") if busy else due
 
     # --- the end ---
 
     def begin_closing(self) -> None:
         """Begin no more attempts."""
-        self._closing = True
-        self._continue()
+        self._schedule.close()
 
     async def close(self) -> None:
         """Let attempts under way end; what is left stays on the disk."""
@@ -10010,7 +10081,7 @@ class Queue:
 
     def _end(self, group: _Group) -> None:
         if self._waiting.end(group.routes):
-            self._continue()
+            self._schedule.go_on()
         if not self._waiting.under_way(group.route.key):
             self._destinations.pop(group.route.key, None)
 
@@ -10028,7 +10099,7 @@ class Queue:
             tls_optional=envelope.tls_optional,
             ret=envelope.ret,
             envid=envelope.envid,
-            dsn_parameters=self._dsn_by_destination(recipients, sender == envelope.sender),
+            dsn_parameters=dsn_by_destination(recipients, sender == envelope.sender),
         )
         destinations = list(dict.fromkeys(recipient.destination for recipient in recipients))
         async with self._places(route):
@@ -10055,35 +10126,6 @@ class Queue:
                 text=result.text,
             )
             self._on_result(item, recipient)
-
-    @staticmethod
-    def _dsn_by_destination(
-        group: Sequence[Recipient], with_success: bool
-    ) -> dict[Destination, DsnParameters]:
-        """Return what was asked for each destination: all that any of those who meet there want."""
-        dsn_parameters: dict[Destination, DsnParameters] = {}
-        for recipient in group:
-            dsn = recipient.dsn
-            other = dsn_parameters.get(recipient.destination)
-            if other is not None and other != dsn:
-                words = tuple(
-                    word
-                    for word in (Notify.SUCCESS, Notify.FAILURE, Notify.DELAY)
-                    if dsn.wants(word) or other.wants(word)
-                )
-                dsn = DsnParameters(words or (Notify.NEVER,), other.orcpt or dsn.orcpt)
-            dsn_parameters[recipient.destination] = dsn
-        if with_success:
-            return dsn_parameters
-        return {
-            destination: dsn._replace(
-                notify=tuple(word for word in dsn.notify if word != Notify.SUCCESS)
-                or (Notify.NEVER,)
-            )
-            if dsn.notify
-            else dsn
-            for destination, dsn in dsn_parameters.items()
-        }
 
     @contextlib.asynccontextmanager
     async def _places(self, route: Route) -> AsyncIterator[None]:

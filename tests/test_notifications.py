@@ -345,7 +345,7 @@ def test_what_was_asked_for_is_in_the_queues_file(serve: Serve) -> None:
     send(server, ANA, ALL_OF_IT, parameters="RET=hdrs ENVID=QQ+20314")
     wait_for(lambda: server.queued("cur"), "the first attempt")
     (path,) = (server.data_dir / "queue" / "cur").iterdir()
-    lines = path.read_bytes()[int(path.name.partition("S=")[2]) :].split(b"\n")
+    lines = path.read_bytes()[int(path.name.split(",")[1].removeprefix("S=")) :].split(b"\n")
     envelope = json.loads(lines[0])
     assert (envelope["ret"], envelope["envid"]) == ("HDRS", "QQ+20314")
     assert envelope["recipients"] == [
