@@ -9424,7 +9424,6 @@ class Waiting:
 
     def line_up(self, message: WaitingMessage, routes: Iterable[RouteKey]) -> None:
         """Have a message wait for a place on one of `routes`, whichever comes first."""
-        message = message._replace()  # what is left of it elsewhere shall not count
         self._messages[message.id] = message
         for route in routes:
             heapq.heappush(self._lines.setdefault(route, []), message)
@@ -9460,7 +9459,7 @@ class Waiting:
         while line and free:
             message = heapq.heappop(line)
             if self.has(message):
-                heapq.heappush(self._heap, message)
+                self.add(message._replace())  # in another line it counts no more
                 free -= 1
         if not line:
             del self._lines[route]
@@ -9483,13 +9482,14 @@ class Waiting:
         """Return how many attempts are under way on a route."""
         return self._under_way[route]
 
-    def is_full(self, route: RouteKey) -> bool:
-        """Tell whether no other attempt may begin on a route."""
-        return self._under_way[route] >= self._most(route)
-
-    def has_line(self, route: RouteKey) -> bool:
-        """Tell whether who comes now must wait: it is full, or others have waited longer."""
-        return self.is_full(route) or route in self._lines
+    def must_wait(self, route: RouteKey, message: WaitingMessage) -> bool:
+        """Tell whether a route is full, or some in its line have been due for longer."""
+        if self._under_way[route] >= self._most(route):
+            return True
+        line = self._lines.get(route, [])
+        while line and not self.has(line[0]):
+            heapq.heappop(line)
+        return bool(line) and line[0] < message
 
     def length(self, route: RouteKey) -> int:
         """Return how many messages want a route now: under way, or in its line."""
@@ -9779,20 +9779,24 @@ class Queue:
                 item.due = self._loop.clock.monotonic() + min(pause, _LONGEST_PAUSE)
                 self._waiting.add(_as_waiting(item))
                 return
-        self._begin_or_line_up(item, self._waiting.is_full)
+        self._begin_or_line_up(item)
 
     def _start(self, item: Item) -> None:
-        """Attempt a message that was accepted now, behind those that wait for the same place."""
+        """Attempt a message that was accepted now."""
         item.since = item.due = self._loop.clock.monotonic()
-        self._begin_or_line_up(item, self._waiting.has_line)
+        self._begin_or_line_up(item)
 
-    def _begin_or_line_up(self, item: Item, is_full: Callable[[RouteKey], bool]) -> None:
-        """Attempt `item`, unless all its routes are full."""
-        groups = self._groups(item)
-        full = [next(filter(is_full, group.routes), None) for group in groups]
+    def _begin_or_line_up(self, item: Item) -> None:
+        """Attempt `item`, unless there is a place on none of its routes."""
+        groups, message = self._groups(item), _as_waiting(item)
+        full = [
+            next((route for route in group.routes if self._waiting.must_wait(route, message)), None)
+            for group in groups
+        ]
         if groups and None not in full:
             routes = [route for route in dict.fromkeys(full) if route is not None]
-            self._waiting.line_up(_as_waiting(item), routes)
+            self._waiting.line_up(message, routes)
+            self._schedule.go_on()
         else:
             self._begin(item, groups)
 

@@ -773,6 +773,197 @@ def test_the_end_does_not_wait_for_what_was_accepted_last(tmp_path: Path, turns:
     assert files(tmp_path / "queue", "tmp", "bad") == []
 
 
+# --- what waits ---
+
+
+def waiting_file(tmp_path: Path, content: bytes, *, changed: float, name: str = NAME) -> Path:
+    """Put a file into cur that was last changed so many seconds after the start."""
+    path = tmp_path / "queue" / "cur" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    time = FakeClock().time() + changed
+    os.utime(path, (time, time))
+    return path
+
+
+def test_a_file_says_when_it_is_due_and_when_it_came_without_being_opened(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED]}
+        item = await bench.accept("eva@there.example")
+        await bench.quiet()
+        path = bench.path(item)
+        assert path.name == f"{item.id},S={len(MESSAGE)},R={int(bench.clock.time())}"
+        assert path.stat().st_mtime == pytest.approx(bench.clock.time() + 90, abs=0.001)
+
+    on_bench(tmp_path, test)
+
+
+def test_what_is_not_due_is_not_opened_at_the_start(tmp_path: Path) -> None:
+    name = f"{NAME},R={int(FakeClock().time()) - 500}"
+    path = waiting_file(tmp_path, b"none that can be read", changed=100, name=name)
+
+    async def test(bench: Bench) -> None:
+        await bench.advance(99)
+        assert path.exists() and bench.queue.count == 1
+        assert bench.queue.oldest() == int(FakeClock().time()) - 500
+        await bench.advance(2)
+        assert bench.files() == ["bad/abc"] and bench.queue.count == 0
+        assert bench.queue.oldest() is None
+
+    on_bench(tmp_path, test)
+
+
+@pytest.mark.parametrize("changed", [-1000, 5, 1e7], ids=["early", "late", "no pause is so long"])
+def test_what_the_journal_says_decides_when_it_is_attempted(tmp_path: Path, changed: float) -> None:
+    line = journal_line(State.DEFERRED, next_attempt=FakeClock().time() + 100)
+    waiting_file(tmp_path, item_file("0@here.example", journal=line), changed=changed)
+
+    async def test(bench: Bench) -> None:
+        await bench.advance(99)
+        assert bench.local.deliveries == []
+        await bench.advance(2)
+        assert bench.local.deliveries == [("abc", "0@here.example", State.SENT)]
+        assert bench.mail_log.count("event=found") == 1
+
+    on_bench(tmp_path, test)
+
+
+def test_a_clock_that_is_set_while_a_message_waits_does_not_put_it_off(tmp_path: Path) -> None:
+    class Set(FakeClock):
+        behind = 0.0
+
+        def time(self) -> float:
+            return super().time() - self.behind
+
+    clock = Set()
+
+    async def test(bench: Bench) -> None:
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED]}
+        await bench.accept("eva@there.example")
+        await bench.quiet()
+        clock.behind = 1e8
+        await bench.advance(91)
+        assert len(bench.remote.deliveries) == 2
+
+    on_bench(tmp_path, test, clock)
+
+
+def test_the_time_that_a_message_waited_counts_until_it_is_given_up(tmp_path: Path) -> None:
+    line = journal_line(State.DEFERRED).replace(b'"waited":0.0', b'"waited":71000.0')
+    waiting_file(tmp_path, item_file("a@there.example", journal=line), changed=1100)
+
+    async def test(bench: Bench) -> None:
+        bench.remote.plan = {"a@there.example": [State.DEFERRED]}
+        await bench.advance(1101)
+        assert "event=given-up" in bench.mail_log  # 71,000 and 1,101 of 72,000
+
+    on_bench(tmp_path, test)
+
+
+def test_a_message_whose_file_is_gone_is_told_of(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED]}
+        item = await bench.accept("eva@there.example")
+        await bench.quiet()
+        bench.path(item).unlink()
+        await bench.advance(100)
+        assert f"event=lost id={item.id}" in bench.mail_log
+        assert bench.queue.count == 0
+
+    on_bench(tmp_path, test)
+
+
+MANY = 100
+
+
+async def burst(bench: Bench) -> list[str]:
+    """Accept many messages for a slow destination; return their ids."""
+    sent = []
+    for _ in range(MANY):
+        bench.clock.advance(0.01)
+        sent.append((await bench.accept("eva@slow.example")).id)
+    return sent
+
+
+def test_of_many_messages_for_a_slow_destination_few_are_in_memory(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        bench.remote.hold.append(chasquid.Event(bench.loop))
+        sent = await burst(bench)
+        for _ in range(20):
+            await bench.loop.turn()
+        assert bench.queue.count == MANY
+        assert len(bench.queue._active) == 20  # four for each of the five places
+        assert bench.remote.messages == []
+        # nobody else waits for them
+        await bench.accept("ben@here.example")
+        await bench.until(lambda: bench.local.deliveries)
+        bench.remote.hold[0].set()
+        await bench.quiet()
+        delivered = [id for id, _, _ in bench.remote.deliveries]
+        assert sorted(delivered[:5]) == sorted(sent[:5])  # those that were held, in any order
+        assert delivered[5:] == sent[5:]
+        assert bench.files() == []
+
+    on_bench(tmp_path, test)
+
+
+def test_a_message_for_two_is_delivered_to_the_one_that_has_a_place(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        bench.remote.hold.append(chasquid.Event(bench.loop))
+        await burst(bench)
+        await bench.accept("eva@slow.example", "ben@here.example")
+        await bench.until(lambda: bench.local.deliveries)
+        bench.remote.hold[0].set()
+        await bench.quiet()
+        assert len(bench.remote.deliveries) == MANY + 1 and len(bench.local.deliveries) == 1
+        assert bench.files() == []
+
+    on_bench(tmp_path, test)
+
+
+@pytest.mark.parametrize("action", ["retry", "remove", "bounce"])
+def test_what_waits_for_a_place_is_at_hand_for_the_operator(tmp_path: Path, action: str) -> None:
+    async def test(bench: Bench) -> None:
+        bench.remote.hold.append(chasquid.Event(bench.loop))
+        sent = await burst(bench)
+        await getattr(bench.queue, action)(sent[-1])
+        assert bench.queue.count == MANY - (action != "retry")
+        bench.remote.hold[0].set()
+        await bench.quiet()
+        delivered = [id for id, _, _ in bench.remote.deliveries]
+        assert sorted(delivered) == sorted(sent if action == "retry" else sent[:-1])
+        assert len(bench.local.contents) == (action == "bounce")
+        assert bench.files() == []
+
+    on_bench(tmp_path, test)
+
+
+def test_many_that_are_found_at_the_start_are_attempted_in_turn(tmp_path: Path) -> None:
+    for number in range(MANY):
+        content = item_file("a@there.example", id=f"{number:03}")
+        waiting_file(tmp_path, content, changed=-number, name=f"{number:03},S={len(MESSAGE)}")
+    most = 0
+
+    async def test(bench: Bench) -> None:
+        deliver = bench.remote.deliver
+
+        async def counted(*arguments: Any) -> Any:
+            nonlocal most
+            most = max(most, len(bench.queue._active))
+            await bench.loop.turn()
+            return await deliver(*arguments)
+
+        bench.remote.deliver = counted  # type: ignore[method-assign]
+        await bench.quiet()
+        delivered = [id for id, _, _ in bench.remote.deliveries]
+        # what has waited longest comes first
+        assert delivered == [f"{number:03}" for number in reversed(range(MANY))]
+        assert 5 <= most < 60
+        assert bench.files() == []
+
+    on_bench(tmp_path, test)
+
+
 # --- forwarding ---
 
 
@@ -1950,7 +2141,7 @@ def test_a_retry_during_an_attempt_is_not_lost_and_makes_one_more(tmp_path: Path
             return await deliver(*arguments)
 
         bench.remote.deliver = retried_meanwhile  # type: ignore[method-assign]
-        item = await bench.accept("eva@there.example")
+        await bench.accept("eva@there.example")
         await bench.quiet()
         assert len(bench.remote.messages) == 2
 
