@@ -40,6 +40,7 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     LISTENERS      sockets of our own or systemd's, accepting, certificates by name
     CONTROL        the lock on data_dir, and the socket for commands to the running server
     DAEMON         the wiring diagram, reload, the end
+    PUBLISHING     the DNS records that a domain needs
     FAULTS         fault injection, by a script
     CAPTURE        a server that keeps what it is sent, for tests
     PYTEST         fixtures with such servers
@@ -13191,6 +13192,166 @@ def notify_systemd(state: str) -> None:
 
 
 # ======================================================================================
+# ROOM: PUBLISHING
+#
+# The records of the DNS that a domain of ours needs, and the forms in which a person or
+# another program takes them: a table for a web form, a zone file.
+#
+# - There is one list of what is needed (`domain_records`), whoever asks: what a set-up
+#   shows, what is published, and what is checked cannot differ.
+# - What a record says follows from the configuration and the keys alone, so that asking
+#   again gives the same; of the host's own addresses only those are known that it has
+#   itself, and behind NAT there are none.
+#
+# Whether records are in the DNS, and whether other ones serve as well, is not known here.
+# ======================================================================================
+
+_TXT_STRING = 255  # octets of a string in a TXT record; RFC 1035, 3.3.14
+_ZONE_TTL = 3600  # seconds
+_DOCUMENTATION = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}  # RFC 5737, 3849
+_ADDRESS_TO_FILL_IN = {"A": "(your public IPv4 address)", "AAAA": "(your public IPv6 address)"}
+
+
+class DnsRecord(NamedTuple):
+    """A record that a domain of ours needs.
+
+    Names are A-labels, absolute, without the final dot. A TXT value is the whole string,
+    without quotes; that of an A record is "" if the host does not know its public address.
+    """
+
+    name: str
+    kind: str
+    value: str
+    purpose: str
+    optional: bool = False
+
+    @property
+    def zone_line(self) -> str:
+        """The record as a zone file has it, long texts in several strings; RFC 1035, 5.1."""
+        value = self.value or _ADDRESS_TO_FILL_IN[self.kind]
+        if self.kind == "TXT":
+            value = _quoted_strings(self.value)
+        elif self.kind in ("MX", "SRV", "CNAME"):
+            value += "."
+        comment = "" if self.value else "; "
+        return f"{comment}{self.name}.\tIN {self.kind}\t{value}"
+
+
+def _quoted_strings(text: str) -> str:
+    strings = [text[start : start + _TXT_STRING] for start in range(0, len(text), _TXT_STRING)]
+    if len(strings) == 1:
+        return f'"{text}"'
+    lines = "\n".join(f'\t"{string}"' for string in strings)
+    return f"(\n{lines} )"
+
+
+class DnsNeeds(NamedTuple):
+    """What decides which records a domain needs. Domain and host are A-labels.
+
+    `addresses` are the host's public ones; `sts_id` names the MTA-STS policy that our own
+    web listener serves, and is "" if it serves none.
+    """
+
+    domain: str
+    host: str
+    addresses: Sequence[str]
+    keys: Sequence[DkimKey]
+    smarthost: str = ""
+    sts_id: str = ""
+
+
+def domain_records(needs: DnsNeeds) -> list[DnsRecord]:
+    """Return the records that a domain needs, and after them those that are optional."""
+    domain, host = needs.domain, needs.host
+    return [
+        DnsRecord(domain, "MX", f"10 {host}", "MX"),
+        *_address_records(host, needs.addresses),
+        DnsRecord(domain, "TXT", _sender_policy(needs.smarthost), "SPF"),
+        *(DnsRecord(key.name, "TXT", key.record, "DKIM") for key in needs.keys),
+        DnsRecord(f"_dmarc.{domain}", "TXT", "v=DMARC1; p=quarantine", "DMARC"),
+        *_optional_records(needs),
+    ]
+
+
+def _address_records(host: str, addresses: Sequence[str]) -> list[DnsRecord]:
+    if not addresses:
+        return [DnsRecord(host, "A", "", "address")]
+    kinds = [("AAAA" if ":" in address else "A", address) for address in addresses]
+    return [DnsRecord(host, kind, address, "address") for kind, address in kinds]
+
+
+def _sender_policy(smarthost: str) -> str:
+    """Return the SPF record: neutral on others if a smarthost sends for us (RFC 7208, 2.6.2)."""
+    return "v=spf1 mx ?all" if smarthost else "v=spf1 mx ~all"
+
+
+def _optional_records(needs: DnsNeeds) -> Iterator[DnsRecord]:
+    """Yield what helps some of those who write or read mail; RFC 8460, 8461, 8314 and 6186."""
+    domain, host = needs.domain, needs.host
+    if host != domain:
+        yield DnsRecord(host, "TXT", "v=spf1 a -all", "SPF", optional=True)
+    report = f"v=TLSRPTv1; rua=mailto:postmaster@{domain}"
+    yield DnsRecord(f"_smtp._tls.{domain}", "TXT", report, "TLSRPT", optional=True)
+    for service, port in (("_submissions", 465), ("_submission", 587), ("_imaps", 993)):
+        name = f"{service}._tcp.{domain}"
+        yield DnsRecord(name, "SRV", f"0 1 {port} {host}", "SRV", optional=True)
+    if needs.sts_id:
+        policy = f"v=STSv1; id={needs.sts_id}"
+        yield DnsRecord(f"_mta-sts.{domain}", "TXT", policy, "MTA-STS", optional=True)
+        yield DnsRecord(f"mta-sts.{domain}", "CNAME", host, "MTA-STS", optional=True)
+        yield DnsRecord(f"autoconfig.{domain}", "CNAME", host, "autoconfig", optional=True)
+
+
+def record_table(records: Sequence[DnsRecord], domain: str) -> list[str]:
+    """Return a line for each record as web forms want it: name, type, value.
+
+    The name stands without the domain, "@" is the domain itself, and a text is one string. A
+    name outside the domain is whole, with a final dot.
+    """
+    rows = [(_name_below(record.name, domain), record.kind, record.value) for record in records]
+    width = max((len(name) for name, _, _ in rows), default=0)
+    return [
+        f"{name:{width}}  {kind:5}  {value or _ADDRESS_TO_FILL_IN[kind]}"
+        for name, kind, value in rows
+    ]
+
+
+def _name_below(name: str, domain: str) -> str:
+    if name == domain:
+        return "@"
+    below = name.removesuffix(f".{domain}")
+    return below if below != name else f"{name}."
+
+
+def zone_file(records: Sequence[DnsRecord]) -> str:
+    """Return the records as a part of a zone file; RFC 1035, 5."""
+    lines = [f"$TTL {_ZONE_TTL}", *(record.zone_line for record in records)]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def public_addresses() -> list[str]:
+    """Return the public addresses that this host sends from, IPv4 first; none behind NAT.
+
+    Nothing is sent: a datagram socket that is connected has the address that the routes say.
+    """
+    found = []
+    for family, elsewhere in _DOCUMENTATION.items():
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as raw:
+            raw.connect((elsewhere, 53))
+            address = str(raw.getsockname()[0])
+            if is_public_address(address):
+                found.append(address)
+    return found
+
+
+def is_public_address(address: str) -> bool:
+    """Tell whether an address of a host can be reached from elsewhere; RFC 6890."""
+    import ipaddress  # only here
+
+    return ipaddress.ip_address(address.partition("%")[0]).is_global
+
+
+# ======================================================================================
 # ROOM: FAULTS
 #
 # Failures on purpose, for tests of what has to live with them: a script of rules, each
@@ -16738,7 +16899,6 @@ def _domaininfo_remove(arguments: argparse.Namespace) -> int:
 # --- DKIM ---
 
 _DKIM_ALGORITHMS = ("rsa2048", "rsa3072", "rsa4096", "ed25519")
-_TXT_STRING = 255  # octets of a string in a TXT record; RFC 1035, 3.3.14
 
 
 def _dkim_keygen(arguments: argparse.Namespace) -> int:
@@ -16786,13 +16946,8 @@ def _dkim_keys(arguments: argparse.Namespace) -> tuple[DkimKey, ...]:
 
 
 def _dns_record(key: DkimKey) -> str:
-    """Return the record as a zone file has it, in strings of at most 255 octets."""
-    text = key.record
-    strings = [text[start : start + _TXT_STRING] for start in range(0, len(text), _TXT_STRING)]
-    if len(strings) == 1:
-        return f'{key.name}.\tIN TXT\t"{strings[0]}"'
-    lines = "\n".join(f'\t"{string}"' for string in strings)
-    return f"{key.name}.\tIN TXT\t(\n{lines} )"
+    """Return the record of a key as a zone file has it."""
+    return DnsRecord(key.name, "TXT", key.record, "DKIM").zone_line
 
 
 def _dkim_dns(arguments: argparse.Namespace) -> int:
