@@ -8245,11 +8245,9 @@ class Couriers:
 # A message of the queue as a file, and what can be read from it: the message as received
 # (CRLF), then JSON lines: the envelope, and one whenever something is done or put off while
 # more is left to do. The size of the message stands in the name ("ID,S=1234", as Maildir++
-# has it), so the journal is found without reading it. After the first attempt the name also
-# says when the message came ("ID,S=1234,R=1700000000", in seconds since 1970), and the file's
-# time of modification is when the next attempt is due, as in Postfix's queue: so a queue is
-# known from its directories, and a file is opened when something is to be done with it. Which
-# directory a file lies in, and what a crash leaves there, is a table in QUEUE.
+# has it), so the journal is found without reading it. While it waits for its next attempt, the
+# file's time of modification says when that is due, as in Postfix's queue. Which directory a
+# file lies in, and what a crash leaves there, is a table in QUEUE.
 #
 # - A journal line counts when it is synced. A torn line is ignored: each line begins with
 #   the newline that ends what a crash may have left before it.
@@ -8632,29 +8630,17 @@ def _journal_from_version_0(old: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-_NAME = re.compile(r"([a-z0-9]+),S=([0-9]{1,18})(?:,R=([0-9]{1,12}))?")
-
-
-def waiting_path(directory: str, item: Item) -> str:
-    """Return the path of a message that was attempted, in the queue below `directory`."""
-    name = f"{item.id},S={item.message.size},R={int(item.envelope.received)}"
-    return os.path.join(directory, Place.CUR, name)
-
-
-def parse_item_name(path: str) -> tuple[str, int, float | None]:
-    """Return id, octets of the message, and when it came, if its name says so.
-
-    Raises UnreadableItem.
-    """
-    match = _NAME.fullmatch(os.path.basename(path))
+def parse_item_name(path: str) -> tuple[str, int]:
+    """Return the id of a message, and its octets. Raises UnreadableItem."""
+    match = re.fullmatch(r"([a-z0-9]+),S=(\d+)", os.path.basename(path))
     if match is None:
         raise UnreadableItem(f"{path}: expected a name like ID,S=SIZE")
-    return match[1], int(match[2]), float(match[3]) if match[3] else None
+    return match[1], int(match[2])
 
 
 def read_item(path: str) -> Item:
     """Read a file of the queue. Raises NewerItem, UnreadableItem, OSError."""
-    id, size, _ = parse_item_name(path)
+    id, size = parse_item_name(path)
     try:
         with open(path, "rb") as file:
             file.seek(size)
@@ -9220,10 +9206,9 @@ def dsn_by_destination(
 # - What counts is the entry under the message's id. Another one that is met in the heap or in
 #   a line was replaced or taken out, and is passed over.
 # - A line is in the order in which its messages became due.
-# - At the start, the times are those of names and files, and hints: QUEUE puts off what it
-#   finds to be not due yet. A crash leaves an older time of modification, and the file is read
-#   too early. A copy of the directory may have a later one: then it is read when it is
-#   attempted by the latest, for a time that is further away than any pause does not count.
+# - At the start a message is known by its name, and by its file's time of modification, which
+#   is a hint: what is due by it is read first, and then, whenever nothing is due, some of the
+#   others. The journal decides. (A crash leaves an older time, a copy may have a later one.)
 #
 # One task, the schedule, reads what is due, some files at a time in a worker thread. It is the
 # only one to do so, but for what an operator asks for, which takes turns with it.
@@ -9238,15 +9223,11 @@ _SETTLING = 64  # items whose results wait for the disk, before no more files ar
 
 
 class FoundFile(NamedTuple):
-    """What a file of the queue is known by without opening it; times in seconds since 1970.
-
-    `due` is a hint: the journal in the file decides. So is `received`, before an attempt.
-    """
+    """A file of the queue, unopened. `changed` is in seconds since 1970."""
 
     id: str
     path: str
-    received: float
-    due: float
+    changed: float
 
 
 class QueueFiles(NamedTuple):
@@ -9262,7 +9243,7 @@ def list_queue(directory: str, place: Place) -> QueueFiles:
     try:
         with os.scandir(os.path.join(directory, place)) as entries:
             for entry in entries:
-                _list_file(entry, place, files)
+                _list_file(entry, files)
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -9270,18 +9251,16 @@ def list_queue(directory: str, place: Place) -> QueueFiles:
     return files
 
 
-def _list_file(entry: os.DirEntry[str], place: Place, files: QueueFiles) -> None:
+def _list_file(entry: os.DirEntry[str], files: QueueFiles) -> None:
     try:
-        id, _, received = parse_item_name(entry.path)
-        written = entry.stat(follow_symlinks=False).st_mtime
+        id, _ = parse_item_name(entry.path)
+        changed = entry.stat(follow_symlinks=False).st_mtime
     except UnreadableItem as error:
         files.unreadable.append((entry.path, str(error)))
     except FileNotFoundError:
         pass  # delivered meanwhile
     else:
-        came = written if received is None else received
-        due = written if place == Place.CUR else 0.0
-        files.found.append(FoundFile(id, entry.path, came, due))
+        files.found.append(FoundFile(id, entry.path, changed))
 
 
 class QueueContents(NamedTuple):
@@ -9384,7 +9363,7 @@ class WaitingMessage(NamedTuple):
     """A message that waits. `due` comes first, so that a heap of these is in its order.
 
     `since`, as `due`, is on the monotonic clock: the time at which its file was right about
-    how long it had waited. `found`: at the start, by its name; nothing was read yet.
+    how long it had waited. `found`: at the start, by its name; its file was not read yet.
     """
 
     due: float
@@ -9405,6 +9384,7 @@ class Waiting:
         self._most = most
         self._messages: dict[str, WaitingMessage] = {}
         self._heap: list[WaitingMessage] = []
+        self._found: list[WaitingMessage] = []
         self._lines: dict[RouteKey, list[WaitingMessage]] = {}
         self._under_way: collections.Counter[RouteKey] = collections.Counter()
 
@@ -9426,6 +9406,11 @@ class Waiting:
         """Have a message wait until it is due, instead of what was known of it before."""
         self._messages[message.id] = message
         heapq.heappush(self._heap, message)
+
+    def add_found(self, message: WaitingMessage) -> None:
+        """As `add`, at the start; it is also one of the `unread`."""
+        self.add(message)
+        self._found.append(message)
 
     def line_up(self, message: WaitingMessage, routes: Iterable[RouteKey]) -> None:
         """Have a message wait for a place on one of `routes`, whichever comes first."""
@@ -9455,6 +9440,20 @@ class Waiting:
         while len(found) < count and self.next_due() <= now:
             found.append(heapq.heappop(self._heap))
         return found
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether there may be something `unread`."""
+        return bool(self._found)
+
+    def unread(self, count: int) -> list[WaitingMessage]:
+        """Return up to `count` messages of those that were found and not read yet."""
+        messages: list[WaitingMessage] = []
+        while self._found and len(messages) < count:
+            message = self._found.pop()
+            if self.has(message):
+                messages.append(message)
+        return messages
 
     def _may_go_on(self, route: RouteKey) -> bool:
         return self._under_way[route] <= self._most(route) // 2
@@ -9567,10 +9566,11 @@ class Schedule:
         while not self._closing:
             self._go_on.clear()
             count = _READ_AT_A_TIME if self._settling < _SETTLING else 0
-            due = self._waiting.due(self._loop.clock.monotonic(), count)
-            self.is_reading = bool(due)
-            if due:
-                await self._open(due)
+            messages = self._waiting.due(self._loop.clock.monotonic(), count)
+            messages = messages or self._waiting.unread(count)
+            self.is_reading = bool(messages)
+            if messages:
+                await self._open(messages)
             else:
                 await self._until(self._waiting.next_due() if count else float("inf"))
 
@@ -9581,16 +9581,16 @@ class Schedule:
         except Expired:
             pass
 
-    async def _open(self, due: Iterable[WaitingMessage]) -> None:
+    async def _open(self, messages: Sequence[WaitingMessage]) -> None:
         async with self.reading:
-            messages = list(filter(self._waiting.has, due))
+            messages = list(filter(self._waiting.has, messages))
             for message, item in zip(messages, await self.read(messages), strict=True):
                 try:
                     self._opened(message, item)
                 except Exception as error:  # a fault of ours must not hold up the others
                     self._log.crash(f"queue {message.id}", error)
-                    due_again = self._loop.clock.monotonic() + _READ_AGAIN_SECONDS
-                    self._waiting.add(message._replace(due=due_again))
+                    due = self._loop.clock.monotonic() + _READ_AGAIN_SECONDS
+                    self._waiting.add(message._replace(due=due))
 
 
 # ======================================================================================
@@ -9741,10 +9741,11 @@ class Queue:
         """
         now, today = self._loop.clock.monotonic(), self._loop.clock.time()
         for file in recover_queue(self._settings.directory, self._log, today):
-            pause = file.due - today
+            pause = file.changed - today
             due = now + (pause if pause <= _LONGEST_PAUSE else 0.0)
-            self._waiting.add(
-                WaitingMessage(due, file.id, file.path, file.received, since=now, found=True)
+            received = min(file.changed, today)  # or before that
+            self._waiting.add_found(
+                WaitingMessage(due, file.id, file.path, received, since=now, found=True)
             )
         self._schedule.go_on()
 
@@ -9776,12 +9777,13 @@ class Queue:
 
     def _take_up(self, message: WaitingMessage, item: Item) -> None:
         """Attempt what was read, if it is due and there is a place for it."""
-        item.since, item.due = message.since, message.due
+        now = self._loop.clock.monotonic()
+        item.since, item.due = message.since, min(message.due, now)
         if message.found:
             self._log.event(Events.FOUND, id=item.id, from_=item.envelope.sender)
             pause = item.next_attempt - self._loop.clock.time()
             if pause > 0:
-                item.due = self._loop.clock.monotonic() + min(pause, _LONGEST_PAUSE)
+                item.due = now + min(pause, _LONGEST_PAUSE)
                 self._waiting.add(_as_waiting(item))
                 return
         self._begin_or_line_up(item)
@@ -10034,9 +10036,9 @@ class Queue:
 
         That is infinity if the queue is empty, minus infinity while something is done.
         """
-        due = self._waiting.next_due()
-        busy = self._active or self._schedule.is_reading or due <= self._loop.clock.monotonic()
-        return float("-inf") if busy else due
+        due, now = self._waiting.next_due(), self._loop.clock.monotonic()
+        reading = self._schedule.is_reading or self._waiting.has_unread
+        return float("-inf") if self._active or reading or due <= now else due
 
     # --- the end ---
 
@@ -10218,7 +10220,7 @@ class Queue:
 
     async def _write_down(self, item: Item) -> None:
         path, line = item.message.path, item.journal_line(self._loop.clock.time())
-        target = waiting_path(self._settings.directory, item)
+        target = os.path.join(self._settings.directory, Place.CUR, os.path.basename(path))
 
         def write() -> None:
             append_synced(path, line)

@@ -788,28 +788,56 @@ def waiting_file(tmp_path: Path, content: bytes, *, changed: float, name: str = 
     return path
 
 
-def test_a_file_says_when_it_is_due_and_when_it_came_without_being_opened(tmp_path: Path) -> None:
+def test_the_time_of_a_file_says_when_it_is_due(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
         bench.remote.plan = {"eva@there.example": [State.DEFERRED]}
         item = await bench.accept("eva@there.example")
         await bench.quiet()
-        path = bench.path(item)
-        assert path.name == f"{item.id},S={len(MESSAGE)},R={int(bench.clock.time())}"
-        assert path.stat().st_mtime == pytest.approx(bench.clock.time() + 90, abs=0.001)
+        due = bench.path(item).stat().st_mtime
+        assert due == pytest.approx(bench.clock.time() + 90, abs=0.001)
 
     on_bench(tmp_path, test)
 
 
-def test_what_is_not_due_is_not_opened_at_the_start(tmp_path: Path) -> None:
-    name = f"{NAME},R={int(FakeClock().time()) - 500}"
-    path = waiting_file(tmp_path, b"none that can be read", changed=100, name=name)
+def test_what_waits_is_read_once_at_the_start_and_then_when_it_is_due(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, reads = chasquid.read_item, []
+
+    def counted(path: str) -> Item:
+        reads.append(os.path.basename(path)[:3])
+        return read(path)
+
+    monkeypatch.setattr(chasquid, "read_item", counted)
+    for number, changed in enumerate([100.0, 1000.0, -1.0]):
+        line = journal_line(State.DEFERRED, next_attempt=FakeClock().time() + changed)
+        content = item_file("0@here.example", id=f"{number:03}", journal=line)
+        waiting_file(
+            tmp_path, content, changed=changed, name=f"{number:03},S={len(MESSAGE)}"
+        )  # fmt: skip
 
     async def test(bench: Bench) -> None:
-        await bench.advance(99)
-        assert path.exists() and bench.queue.count == 1
-        assert bench.queue.oldest() == int(FakeClock().time()) - 500
-        await bench.advance(2)
-        assert bench.files() == ["bad/abc"] and bench.queue.count == 0
+        assert bench.queue.count == 3  # at once, as for the 250 it counts
+        await bench.quiet()
+        assert reads[0] == "002" and sorted(reads) == ["000", "001", "002"]
+        await bench.advance(101)
+        assert reads[3:] == ["000"]
+        assert [id for id, _, _ in bench.local.deliveries] == ["002", "000"]
+
+    on_bench(tmp_path, test)
+
+
+def test_the_oldest_message_is_known_after_the_start(tmp_path: Path) -> None:
+    line = journal_line(State.DEFERRED, next_attempt=FakeClock().time() + 100)
+    text = item_file("0@here.example", journal=line)
+    received = FakeClock().time() - 500
+    text = text.replace(str(FakeClock().time()).encode(), str(received).encode(), 1)
+    waiting_file(tmp_path, text, changed=100)
+
+    async def test(bench: Bench) -> None:
+        await bench.quiet()
+        assert bench.queue.oldest() == received
+        await bench.advance(101)
         assert bench.queue.oldest() is None
 
     on_bench(tmp_path, test)

@@ -21,7 +21,7 @@ PLACES = 4
 
 
 def message(id: str, due: float = 0.0) -> WaitingMessage:
-    return WaitingMessage(due, id, f"/queue/cur/{id},S=1,R=2", 2.0, since=0.0)
+    return WaitingMessage(due, id, f"/queue/cur/{id},S=1", 2.0, since=0.0)
 
 
 def waiting(*messages: WaitingMessage) -> Waiting:
@@ -136,20 +136,29 @@ def test_who_lines_up_again_is_not_in_line_twice() -> None:
 
 
 def test_files_are_listed_with_what_their_names_and_times_say(tmp_path: Path) -> None:
-    for place in ("new", "cur"):
-        (tmp_path / place).mkdir()
-    for name in ("new/a,S=3", "cur/b,S=4", "cur/c,S=5,R=1700000000", "cur/hello", "new/d,S=x"):
-        (tmp_path / name).write_bytes(b"never read")
-        os.utime(tmp_path / name, (1, 1700000090))
-    new = chasquid.list_queue(str(tmp_path), chasquid.Place.NEW)
-    cur = chasquid.list_queue(str(tmp_path), chasquid.Place.CUR)
-    assert [file[:1] + file[2:] for file in new.found] == [("a", 1700000090.0, 0.0)]
-    assert sorted(file[:1] + file[2:] for file in cur.found) == [
-        ("b", 1700000090.0, 1700000090.0), ("c", 1700000000.0, 1700000090.0),
+    (tmp_path / "cur").mkdir()
+    for name in ("a,S=3", "b,S=4", "hello", "c,S=x"):
+        (tmp_path / "cur" / name).write_bytes(b"never read")
+        os.utime(tmp_path / "cur" / name, (1, 1700000090))
+    files = chasquid.list_queue(str(tmp_path), chasquid.Place.CUR)
+    assert sorted((file.id, file.changed) for file in files.found) == [
+        ("a", 1700000090.0), ("b", 1700000090.0)
     ]  # fmt: skip
-    assert [os.path.basename(path) for path, _ in new.unreadable] == ["d,S=x"]
-    assert [os.path.basename(path) for path, _ in cur.unreadable] == ["hello"]
-    assert chasquid.list_queue(str(tmp_path), chasquid.Place.TMP).found == []
+    assert sorted(os.path.basename(path) for path, _ in files.unreadable) == ["c,S=x", "hello"]
+    assert chasquid.list_queue(str(tmp_path), chasquid.Place.NEW).found == []
+
+
+def test_of_what_was_found_each_is_read_once() -> None:
+    queue = waiting()
+    for id, due in (("a", 1), ("b", 2), ("c", 3), ("d", 4)):
+        queue.add_found(message(id, due))
+    assert ids(queue.due(1, 9)) == ["a"]
+    queue.add(message("a", 9))  # it was read, and put off
+    queue.remove("b")
+    assert ids(queue.unread(1)) == ["d"]
+    assert ids(queue.unread(9)) == ["c"]
+    assert queue.unread(9) == []
+    assert len(queue) == 3
 
 
 @pytest.mark.skipif(sys.gettrace() is not None, reason="a tracer has objects of its own")
@@ -160,7 +169,7 @@ def test_a_message_that_waits_takes_less_than_a_kilobyte() -> None:
         queue = waiting()
         for number in range(count):
             id = f"{number:013d}"
-            path = f"/var/lib/chasquid/queue/cur/{id},S=12345,R=1700000000"
+            path = f"/var/lib/chasquid/queue/cur/{id},S=12345"
             queue.add(WaitingMessage(1.0 + number, id, path, 1e9 + number, since=0.5))
         size, _ = tracemalloc.get_traced_memory()
     finally:
