@@ -4660,12 +4660,12 @@ class Hooks:
 #
 # Keys and certificates, from arithmetic alone, so that no compiled package and no openssl
 # is needed: DER and PEM (X.690, RFC 7468), RSA and Ed25519 keys as DKIM uses them, what
-# DANE reads in a certificate, and a self-signed certificate for trying things out.
+# DANE reads in a certificate, requests for certificates, and self-signed ones.
 #
 # - RSA: keys are made and read here; signatures are dkimpy's business.
 # - Ed25519 (RFC 8032): keys and signatures, in a millisecond or two each.
-# - The self-signed certificate is X.509 version 3 (RFC 5280), on the curve P-256 (SEC 2,
-#   2.4.2), signed with ECDSA and SHA-256 (FIPS 186-5).
+# - P-256 (SEC 2, 2.4.2): keys, and signatures by ECDSA with SHA-256 (FIPS 186-5), for requests
+#   to an authority and for certificates, X.509 version 3 (RFC 5280).
 #
 # The arithmetic does not run in constant time: who can measure this process to the
 # microsecond, on this machine, may learn about its keys.
@@ -4981,11 +4981,22 @@ def public_key_info(certificate: bytes) -> bytes:
 
     Raises ValueError.
     """
+    return _der(*_certificate_parts(certificate)[5])
+
+
+def is_self_signed(pem: bytes) -> bool:
+    """Tell whether the first certificate in `pem` names itself as its issuer. Raises ValueError."""
+    parts = _certificate_parts(_first_certificate(pem))
+    return parts[2] == parts[4]
+
+
+def _certificate_parts(certificate: bytes) -> list[tuple[int, bytes]]:
+    """Return serial number, signature, issuer, validity, subject, public key, and what follows."""
     body = next(_elements(_only(certificate, 0x30)), (0, b""))[1]
     parts = [part for part in _elements(body) if part[0] != 0xA0]  # [0]: the version
     if len(parts) < 6:
         raise ValueError("the certificate is cut short")
-    return _der(*parts[5])  # after serial number, signature, issuer, validity and subject
+    return parts
 
 
 _P = 0xFFFFFFFF00000001000000000000000000000000FFFFFFFFFFFFFFFFFFFFFFFF
@@ -5000,7 +5011,77 @@ _SIGNATURE_OID = "1.2.840.10045.4.3.2"
 _COMMON_NAME_OID = "2.5.4.3"
 _ALTERNATIVE_NAMES_OID = "2.5.29.17"
 _CONSTRAINTS_OID = "2.5.29.19"
+_EXTENSION_REQUEST_OID = "1.2.840.113549.1.9.14"
+_ACME_IDENTIFIER_OID = "1.3.6.1.5.5.7.1.31"
+_TRUE = b"\x01\x01\xff"  # as BOOLEAN
 _CERTIFICATE_SECONDS = 10 * 365 * 86400
+
+
+class EcKey(NamedTuple):
+    """A private key on the curve P-256; `x` and `y` are the public point."""
+
+    secret: int
+    x: int
+    y: int
+
+    @property
+    def public(self) -> bytes:
+        """The SubjectPublicKeyInfo in DER; RFC 5480, 2."""
+        algorithm = _der(0x30, _oid(_KEY_OID), _oid(_CURVE_OID))
+        return _der(0x30, algorithm, self._point())
+
+    def sign(self, data: bytes) -> tuple[int, int]:
+        """Return r and s of a signature with SHA-256; FIPS 186-5, 6.4."""
+        import hashlib  # loads OpenSSL's hashes; only for signatures
+
+        digest = int.from_bytes(hashlib.sha256(data).digest(), "big")
+        while True:
+            nonce = _random_below(_N)
+            r = _multiply(nonce, _G)[0] % _N
+            s = pow(nonce, -1, _N) * (digest + r * self.secret) % _N
+            if r and s:
+                return r, s
+
+    def to_pem(self) -> str:
+        """Return the key as ECPrivateKey; RFC 5915, 3."""
+        secret = _der(0x04, self.secret.to_bytes(32, "big"))
+        curve, point = _der(0xA0, _oid(_CURVE_OID)), _der(0xA1, self._point())
+        return _pem("EC PRIVATE KEY", _der(0x30, _der_integer(1), secret, curve, point))
+
+    def _point(self) -> bytes:
+        """The public point as a BIT STRING, uncompressed; SEC 1, 2.3.3."""
+        return _der(0x03, b"\0\x04", self.x.to_bytes(32, "big"), self.y.to_bytes(32, "big"))
+
+    def signed(self, body: bytes) -> bytes:
+        """Return `body`, in DER, with its algorithm and signature; RFC 5280, 4.1.1."""
+        signature = _der(0x30, *map(_der_integer, self.sign(body)))
+        return _der(0x30, body, _ecdsa_algorithm(), _der(0x03, b"\0", signature))
+
+
+def new_ec_key() -> EcKey:
+    """Return a fresh key."""
+    return _ec_key(_random_below(_N))
+
+
+def parse_ec_key(pem: bytes, path: str) -> EcKey:
+    """Return the key that `EcKey.to_pem` wrote; `path` is for the message of the ConfigError."""
+    match = re.search(rb"-----BEGIN EC PRIVATE KEY-----(.*?)-----END", pem, re.DOTALL)
+    try:
+        _, (_, secret), *rest = _elements(_only(base64.b64decode(match[1] if match else b""), 0x30))
+        number = int.from_bytes(secret, "big")
+        if len(secret) != 32 or not 0 < number < _N or (0xA0, _oid(_CURVE_OID)) not in rest:
+            raise ValueError
+    except ValueError:
+        raise ConfigError(path, 0, "expected an EC PRIVATE KEY on the curve P-256") from None
+    return _ec_key(number)
+
+
+def _ec_key(secret: int) -> EcKey:
+    return EcKey(secret, *_multiply(secret, _G))
+
+
+def _ecdsa_algorithm() -> bytes:
+    return _der(0x30, _oid(_SIGNATURE_OID))
 
 
 def self_signed_certificate(names: Sequence[str], now: float) -> tuple[str, str]:
@@ -5008,35 +5089,42 @@ def self_signed_certificate(names: Sequence[str], now: float) -> tuple[str, str]
 
     It is valid for ten years from a day before `now`, seconds since 1970.
     """
-    secret = _random_below(_N)
-    x, y = _multiply(secret, _G)
-    public = b"\x04" + x.to_bytes(32, "big") + y.to_bytes(32, "big")
-    algorithm = _der(0x30, _oid(_SIGNATURE_OID))
+    return _self_signed(names, now, _no_authority())
+
+
+def challenge_certificate(name: str, digest: bytes, now: float) -> tuple[str, str]:
+    """Return what answers the challenge tls-alpn-01 for `name`, and its key, both as PEM.
+
+    `digest` is the SHA-256 of the key authorization; RFC 8737, 3.
+    """
+    value = _der(0x04, _der(0x04, digest))
+    return _self_signed([name], now, _der(0x30, _oid(_ACME_IDENTIFIER_OID), _TRUE, value))
+
+
+def certificate_request(key: EcKey, name: str) -> bytes:
+    """Return a PKCS#10 request of a certificate for the host `name`, in DER; RFC 2986, 4."""
+    extensions = _der(0x31, _der(0x30, _alternative_names([name])))
+    attributes = _der(0xA0, _der(0x30, _oid(_EXTENSION_REQUEST_OID), extensions))
+    return key.signed(_der(0x30, _der_integer(0), _der(0x30), key.public, attributes))
+
+
+def _self_signed(names: Sequence[str], now: float, extension: bytes) -> tuple[str, str]:
+    key = new_ec_key()
     common_name = _der(0x30, _oid(_COMMON_NAME_OID), _der(0x0C, names[0].encode()))
     name = _der(0x30, _der(0x31, common_name))
     validity = _der(0x30, _der_time(now - 86400), _der_time(now + _CERTIFICATE_SECONDS))
-    key_kind = _der(0x30, _oid(_KEY_OID), _oid(_CURVE_OID))
-    extensions = _der(0x30, _alternative_names(names), _no_authority())
     body = _der(
         0x30,
         _der(0xA0, _der_integer(2)),
         _der_integer(_random_below(1 << 127)),
-        algorithm,
+        _ecdsa_algorithm(),
         name,
         validity,
         name,
-        _der(0x30, key_kind, _der(0x03, b"\0", public)),
-        _der(0xA3, extensions),
+        key.public,
+        _der(0xA3, _der(0x30, _alternative_names(names), extension)),
     )
-    certificate = _der(0x30, body, algorithm, _der(0x03, b"\0", _sign(secret, body)))
-    key = _der(
-        0x30,
-        _der_integer(1),
-        _der(0x04, secret.to_bytes(32, "big")),
-        _der(0xA0, _oid(_CURVE_OID)),
-        _der(0xA1, _der(0x03, b"\0", public)),
-    )
-    return _pem("CERTIFICATE", certificate), _pem("EC PRIVATE KEY", key)
+    return _pem("CERTIFICATE", key.signed(body)), key.to_pem()
 
 
 def certificate_names(pem: bytes) -> set[str]:
@@ -5069,6 +5157,14 @@ def _first_certificate(pem: bytes) -> bytes:
 def certificate_expiry(pem: bytes) -> float:
     """Return when the first certificate in `pem` expires, in seconds since 1970.
 
+    Raises ValueError if that cannot be read.
+    """
+    return certificate_validity(pem)[1]
+
+
+def certificate_validity(pem: bytes) -> tuple[float, float]:
+    """Return from when to when the first certificate in `pem` is valid, in seconds since 1970.
+
     Raises ValueError if that cannot be read. RFC 5280, 4.1.2.5: validity is the first SEQUENCE
     of two times (UTCTime or GeneralizedTime) in the TBSCertificate.
     """
@@ -5077,7 +5173,7 @@ def certificate_expiry(pem: bytes) -> float:
     for tag, content in _elements(body):
         times = [(kind, text) for kind, text in _elements(content) if kind in (0x17, 0x18)]
         if tag == 0x30 and len(times) == 2:
-            return _moment(*times[1])
+            return _moment(*times[0]), _moment(*times[1])
     raise ValueError("the certificate says no time of its end")
 
 
@@ -5165,7 +5261,7 @@ def _alternative_names(names: Sequence[str]) -> bytes:
 
 def _no_authority() -> bytes:
     """The critical extension basicConstraints, with cA left at false."""
-    return _der(0x30, _oid(_CONSTRAINTS_OID), _der(0x01, b"\xff"), _der(0x04, _der(0x30)))
+    return _der(0x30, _oid(_CONSTRAINTS_OID), _TRUE, _der(0x04, _der(0x30)))
 
 
 def _pem(kind: str, der: bytes) -> str:
@@ -5177,19 +5273,6 @@ def _pem(kind: str, der: bytes) -> str:
 def _random_below(limit: int) -> int:
     """Return a random number from 1 to `limit` - 1."""
     return int.from_bytes(os.urandom(48), "big") % (limit - 1) + 1
-
-
-def _sign(secret: int, data: bytes) -> bytes:
-    """Return an ECDSA signature; FIPS 186-5, 6.4."""
-    import hashlib  # loads OpenSSL's hashes; only for a new certificate
-
-    digest = int.from_bytes(hashlib.sha256(data).digest(), "big")
-    while True:
-        nonce = _random_below(_N)
-        r = _multiply(nonce, _G)[0] % _N
-        s = pow(nonce, -1, _N) * (digest + r * secret) % _N
-        if r and s:
-            return _der(0x30, _der_integer(r), _der_integer(s))
 
 
 # Points are (x, y, z) with x/z² and y/z³ for the usual x and y, so that only the last step
