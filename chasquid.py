@@ -13073,9 +13073,9 @@ class _Progress:
         self.unresolved = False
 
 
-def _listen_for_challenges() -> list[socket.socket]:
+def _listen_for_challenges(port: int = 80) -> list[socket.socket]:
     try:
-        return listen("", 80)
+        return listen("", port)
     except ChasquidError as error:
         text = "the authority must reach port 80; enable chasquid-web.socket, or set web_address"
         raise ChasquidError(f"{error}; {text}") from error

@@ -306,9 +306,8 @@ def test_a_hello_in_pieces_is_waited_for(web: Server) -> None:
 
 def test_a_body_that_is_too_large_is_refused(web: Server) -> None:
     with connected(web) as connection:
-        connection.sendall(
-            f"POST {AUTODISCOVER} HTTP/1.1\r\nHost: {HOST}\r\nContent-Length: 20000\r\n\r\n".encode()
-        )
+        head = f"POST {AUTODISCOVER} HTTP/1.1\r\nHost: {HOST}\r\nContent-Length: 20000\r\n\r\n"
+        connection.sendall(head.encode())
         assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
 
 
@@ -357,8 +356,9 @@ def test_an_authority_gets_the_certificate_of_its_challenge_and_no_other(
 
 def test_systemd_passes_its_socket_by_name(tmp_path: Path) -> None:
     server = Server(tmp_path, web_address="systemd")
-    with started_by_systemd(server, "smtp", "web") as (_, ports):
-        with socket.create_connection(("127.0.0.1", ports[1]), SECONDS) as connection:
-            connection.settimeout(SECONDS)
-            connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
-            assert connection.recv(65536).startswith(b"HTTP/1.1 404 ")
+    with (
+        started_by_systemd(server, "smtp", "web") as (_, ports),
+        socket.create_connection(("127.0.0.1", ports[1]), SECONDS) as connection,
+    ):
+        connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 404 ")
