@@ -12237,11 +12237,14 @@ class Certificates:
     def warnings(self, now: float, hosts: Iterable[str]) -> Iterator[str]:
         """Yield what will not work, or soon no more, for clients that ask for `hosts`."""
         for one in self.loaded.values():
+            if one.is_fetched and all(self.is_proven(name, fetched=False) for name in one.names):
+                continue
             days = (one.expires - now) / 86400.0
             what = f"the certificate in certs/{one.directory}"
             remedy = "renew it"
             if one.is_fetched:
-                what, remedy = f"the certificate in {one.directory}", "the log says why it is old"
+                what = f"the certificate in {one.directory}"
+                remedy = "the log says why; remove it if it is of no use"
             if days < 0:
                 yield f"{what} has expired, on {rfc5322_date(one.expires)}: {remedy}"
             elif days < _EXPIRY_DAYS:
@@ -13026,12 +13029,13 @@ class FetchedCertificate(NamedTuple):
 
     def renewal(self) -> tuple[float, float]:
         """Return from when it is to be renewed, and when it ends; (0, 0) if there is none."""
-        pem = read_file(self.chain, missing=b"")
         try:
+            pem = read_file(self.chain, missing=b"")
             began, ends = certificate_validity(pem)
             if is_self_signed(pem):
                 return 0.0, 0.0
-        except ValueError:
+            server_tls_context(self.chain, self.private_key)
+        except (ConfigError, ValueError):  # it cannot be used
             return 0.0, 0.0
         return ends - min(_RENEWAL_SECONDS, (ends - began) / 3), ends
 
@@ -13106,7 +13110,7 @@ class Acme:
         self,
         loop: Loop,
         log: Log,
-        names: Names,
+        ask: Ask,
         settings: AcmeSettings,
         challenges: Challenges,
         wanted: Callable[[], Iterable[str]],
@@ -13115,7 +13119,8 @@ class Acme:
     ) -> None:
         self._loop = loop
         self._log = log
-        self._names = names
+        self._ask = ask
+        self._names = Names(loop, ask)
         self._settings = settings
         self._challenges = challenges
         self._wanted = wanted
@@ -13160,7 +13165,8 @@ class Acme:
         self._looking = True
         wanted = list(dict.fromkeys(self._wanted()))
         self._progress = {name: self._progress.get(name) or _Progress() for name in wanted}
-        self._client = None  # what it knows of the authority may be old
+        self._client = None  # what is known of the authority may be old, and so may the DNS
+        self._names = Names(self._loop, self._ask)
         nearest = _ROUND_SECONDS
         try:
             for name in wanted:
@@ -13767,7 +13773,9 @@ class Daemon:
         self._web = Web(
             loop, self.log, challenges, self._web_site, context=lambda: self._context.tls_context
         )
-        self._acme = self._fetch_certificates(challenges) if config.acme else None
+        self._acme = (
+            self._fetch_certificates(ask or client.ask, challenges) if config.acme else None
+        )
         self._control = Control(loop, self.log, config.data_dir, _Requests(self).table)
         undo.callback(self._control.close)
         self._control.open()
@@ -13945,14 +13953,14 @@ class Daemon:
         domains = frozenset(map(domain_to_ascii, self._domains.each))
         return WebSite(self._hostname, domains, sts_policy_text([self._hostname], mode))
 
-    def _fetch_certificates(self, challenges: Challenges) -> Acme:
+    def _fetch_certificates(self, ask: Ask, challenges: Challenges) -> Acme:
         ports = frozenset(raw.getsockname()[1] for raw in self._listeners.web)
         directory = os.path.join(self.config.data_dir, "acme")
         settings = AcmeSettings(self.config.acme_url, directory, self._hostname, ports)
         return Acme(
             self.loop,
             self.log,
-            self._names_out,
+            ask,
             settings,
             challenges=challenges,
             wanted=self._names_without_certificate,

@@ -13,6 +13,7 @@ import http.client
 import http.server
 import json
 import re
+import shutil
 import socket
 import ssl
 import threading
@@ -319,6 +320,9 @@ class Host:
         self.web_ports: frozenset[int] = frozenset((80, 443))
         self.renewals = 0
 
+    async def ask(self, name: str, kind: str) -> chasquid.Answer:
+        return await Zone(self.zone).ask(name, kind)
+
     def path(self, name: str = HOST, file: str = "fullchain.pem") -> Path:
         return self.directory / "acme" / "certs" / name / file
 
@@ -354,7 +358,7 @@ class Host:
             acme = chasquid.Acme(
                 loop,
                 log,
-                chasquid.Names(loop, Zone(self.zone).ask),
+                self.ask,
                 settings,
                 challenges=challenges,
                 wanted=lambda: self.wanted,
@@ -601,13 +605,14 @@ def test_a_self_signed_certificate_is_replaced(host: Host) -> None:
 
 
 @pytest.mark.parametrize("file", ["fullchain.pem", "privkey.pem"])
-def test_files_that_cannot_be_understood_are_replaced(host: Host, file: str) -> None:
+def test_files_that_cannot_be_used_are_replaced(host: Host, file: str) -> None:
     host.round()
     host.path(file=file).write_text("rubbish")
-    host.clock.advance(61 * DAY)
+    host.round()
+    host.path(file=file).unlink()
     host.round()
     chasquid.server_tls_context(str(host.path()), str(host.path(file="privkey.pem")))
-    assert len(host.authority.orders) == 2
+    assert len(host.authority.orders) == 3
 
 
 def test_it_goes_on_by_itself(host: Host) -> None:
@@ -624,6 +629,22 @@ def test_it_goes_on_by_itself(host: Host) -> None:
 
     host.run(steps)
     assert host.renewals == 2
+
+
+def test_an_order_under_way_ends_with_the_server(host: Host) -> None:
+    host.authority.pending = 1_000_000
+
+    async def steps(acme: chasquid.Acme) -> float:
+        task = acme._loop.spawn(acme.run(), "ACME")
+        while host.authority.seen.count("authorization") < 3:
+            await acme._loop.sleep(0.01)
+        begun = time.monotonic()
+        task.cancel()
+        await chasquid.ended(task)
+        return time.monotonic() - begun
+
+    assert host.run(steps) < 5
+    assert not host.path().exists()
 
 
 # --- failures ---
@@ -839,7 +860,9 @@ def test_a_look_tries_names_again_that_did_not_lead_here(host: Host) -> None:
 
     async def steps(acme: chasquid.Acme) -> None:
         await acme.round()
-        acme._names = chasquid.Names(acme._loop, Zone(HERE).ask)
+        host.zone[MTA_STS, "A"] = ["192.0.2.1"]
+        await acme.round()
+        assert not host.path(MTA_STS).exists()
         acme.look()
         await acme.round()
 
@@ -936,3 +959,9 @@ def test_an_old_certificate_is_told_of(tmp_path: Path, capsys: pytest.CaptureFix
     assert chasquid.main(["--config-dir", str(server.config_dir), "check"]) == 0
     said = capsys.readouterr().out
     assert f"the certificate in acme/certs/{HOST} expires in 4 days: the log says why" in said
+    own = fetched(Server(tmp_path / "other"), HOST)
+    directory = server.config_dir / "certs" / HOST
+    shutil.copytree(tmp_path / "other" / "data" / "acme" / "certs" / HOST, directory)
+    assert (directory / "fullchain.pem").read_text() == own
+    assert chasquid.main(["--config-dir", str(server.config_dir), "check"]) == 0
+    assert "expires" not in capsys.readouterr().out
