@@ -66,9 +66,9 @@ def is_signature(x: int, y: int, data: bytes, signature: bytes) -> bool:
     r, s = (int.from_bytes(half, "big") for half in (signature[:32], signature[32:]))
     inverse = pow(s, -1, chasquid._N)
     digest = int.from_bytes(hashlib.sha256(data).digest(), "big")
-    one = chasquid._multiply(digest * inverse % chasquid._N, chasquid._G)
-    two = chasquid._multiply(r * inverse % chasquid._N, (x, y))
-    sum_x, _, sum_z = chasquid._add((*one, 1), (*two, 1))
+    first = chasquid._multiply(digest * inverse % chasquid._N, chasquid._G)
+    second = chasquid._multiply(r * inverse % chasquid._N, (x, y))
+    sum_x, _, sum_z = chasquid._add((*first, 1), (*second, 1))
     return int(sum_x * pow(sum_z, -2, chasquid._P) % chasquid._P % chasquid._N) == r
 
 
@@ -205,7 +205,7 @@ class Authority:
     def _authorization(self, payload: Any, number: int, jwk: dict[str, str]) -> Any:
         order = self.orders[number]
         challenges = order["challenges"]
-        tried = [one for one in challenges if one["status"] != "pending"]
+        tried = [challenge for challenge in challenges if challenge["status"] != "pending"]
         status = "pending"
         if tried:
             status = self._settled(tried[0], "pending")
