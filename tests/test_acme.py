@@ -34,6 +34,7 @@ from support import (
     certificate,
     run,
     trusting,
+    users_file,
     wait_for,
     write_certificate,
 )
@@ -947,6 +948,20 @@ def test_a_problem_is_on_the_page(tmp_path: Path) -> None:
         wait_for(lambda: server.daemon._status().problems, "the problem")
         problem = server.daemon._status().problems[0]
         assert re.match(f"no certificate for {HOST}: https://127.0.0.1:1/dir cannot be", problem)
+
+
+def test_a_reload_looks_at_the_names_again(tmp_path: Path) -> None:
+    server = with_acme(tmp_path, web_address="127.0.0.1:0")
+
+    def told(name: str) -> int:
+        return server.log.count(f"no certificate for {name} yet: the DNS has no address of {name}")
+
+    with server:
+        wait_for(lambda: told("autoconfig.here.example") == 1, "the first look")
+        server.write("domains/new.example/aliases", b"x: ana@here.example")
+        server.write("domains/new.example/users", users_file({"ana": "x"}))
+        server.daemon.reload()
+        wait_for(lambda: told(HOST) == 2 and told("mta-sts.new.example") == 1, "the second")
 
 
 def test_a_server_without_acme_asks_nobody(serve: Serve) -> None:
