@@ -13173,13 +13173,13 @@ class Acme:
 
     async def round(self) -> float:
         """Fetch what is due; return the seconds until something will be."""
-        self._looking = True
-        wanted = list(dict.fromkeys(self._wanted()))
-        self._progress = {name: self._progress.get(name) or _Progress() for name in wanted}
         self._client = None  # what is known of the authority may be old, and so may the DNS
         self._names = Names(self._loop, self._ask)
         nearest = _ROUND_SECONDS
+        self._looking = True
         try:
+            wanted = list(dict.fromkeys(self._wanted()))
+            self._progress = {name: self._progress.get(name) or _Progress() for name in wanted}
             for name in wanted:
                 due = await self._attempt_if_due(name)
                 nearest = min(nearest, due - self._loop.clock.time())
@@ -13197,8 +13197,10 @@ class Acme:
             if due > self._loop.clock.time():
                 return due
             unresolved = await self._unresolved(name)
-            if unresolved:
+            if unresolved and not ends:
                 return self._skip(name, unresolved)
+            if unresolved:
+                raise AcmeFailed(unresolved)
             await self._fetch(name, files)
             due, ends = await self._loop.work(files.renewal)
         except (ChasquidError, OSError) as error:
@@ -13231,8 +13233,7 @@ class Acme:
         due = self._pause(name, longest=_HOST_PAUSE if is_host else _ACME_PAUSES[1])
         text = f"no certificate for {name} yet: {why}"
         self._progress[name].unresolved = True
-        if is_host:
-            self._progress[name].problem = text
+        self._progress[name].problem = text if is_host else ""
         tell = self._log.warning if is_host else self._log.info
         tell("acme", f"{text}; {self._next(due)}")
         return due

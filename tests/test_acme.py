@@ -855,6 +855,17 @@ def test_a_resolver_that_fails_does_not_keep_the_host_from_a_certificate(host: H
     assert host.path().exists()
 
 
+def test_a_name_that_leads_elsewhere_by_now_is_warned_of_as_long_as_it_had_one(host: Host) -> None:
+    host.wanted = [MTA_STS]
+    host.round()
+    host.zone[MTA_STS, "A"] = ["192.0.2.99"]
+    host.clock.advance(61 * DAY)
+    host.round()
+    why = f"the DNS has {MTA_STS} lead to 192.0.2.99, which is not {HOST}"
+    assert "event=warning" in host.log[-1]
+    assert f"expires in 28d 23h and could not be renewed: {why}" in host.log[-1]
+
+
 def test_a_look_tries_names_again_that_did_not_lead_here(host: Host) -> None:
     host.wanted.append(MTA_STS)
     del host.zone[MTA_STS, "A"]
