@@ -19,7 +19,7 @@ from support import wait_for
 
 from .peers import NameServer, Pebble
 from .server import Behind, Chasquid
-from .tools import LOOPBACK, free_port
+from .tools import LOOPBACK, accepts, free_port, need_root, unavailable
 
 HERE = {"A": [LOOPBACK]}
 HOST = Chasquid.hostname
@@ -93,6 +93,20 @@ def test_a_certificate_comes_and_is_in_force_at_once(
     secrets = [server.data_dir / "acme" / "account.pem", server.chain(HOST).parent / "privkey.pem"]
     assert [path.stat().st_mode & 0o777 for path in secrets] == [0o600, 0o600]
     server.wait_for_log("no certificate for autoconfig.here.example yet: the DNS has no address")
+
+
+def test_without_a_web_listener_port_80_is_open_as_long_as_it_must_be(
+    start: Callable[..., Any], names: NameServer
+) -> None:
+    need_root()
+    if accepts(80):
+        unavailable("something listens on port 80")
+    names.records[HOST] = HERE
+    pebble = start(Pebble, names, http_port=80, tls_port=free_port())
+    server = start(Fetching, names, pebble)
+    root = pebble.root()
+    wait_for(lambda: is_shown(server.tls_port, HOST, root), "the certificate to be in force", 60)
+    wait_for(lambda: not accepts(80), "port 80 to be closed")
 
 
 def test_the_names_of_domains_follow_when_they_lead_here(
