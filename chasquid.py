@@ -9619,20 +9619,20 @@ class Schedule:
         self._log = log
         self._waiting = waiting
         self._opened = opened
+        self.is_closing = False
         self._settling = 0
-        self._closing = False
         self._go_on = Event(loop)
         self._task: Task | None = None
 
     def go_on(self) -> None:
         """Look again at what is due."""
         self._go_on.set()
-        if not self._closing and (self._task is None or self._task.done):
+        if not self.is_closing and (self._task is None or self._task.done):
             self._task = self._loop.spawn(self._run(), "queue")
 
     def close(self) -> None:
         """Read no more."""
-        self._closing = True
+        self.is_closing = True
         self._go_on.set()
 
     def hold(self) -> None:
@@ -9661,7 +9661,7 @@ class Schedule:
             return [failure] * len(messages)
 
     async def _run(self) -> None:
-        while not self._closing:
+        while not self.is_closing:
             self._go_on.clear()
             count = _READ_AT_A_TIME if self._settling < _SETTLING else 0
             messages = self._waiting.due(self._loop.clock.monotonic(), count)
@@ -9894,6 +9894,9 @@ class Queue:
     def _begin_or_line_up(self, item: Item) -> None:
         """Attempt `item`, unless there is a place on none of its routes."""
         groups, message = self._groups(item), _as_waiting(item)
+        if self._schedule.is_closing:
+            self._waiting.add(message)
+            return
         full = [
             next((route for route in group.routes if self._waiting.must_wait(route, message)), None)
             for group in groups
@@ -10057,7 +10060,7 @@ class Queue:
         return count
 
     async def _read_waiting(self, id: str) -> Item:
-        """Read a message that waits; `_reading` is held."""
+        """Read a message that waits; `reading` is held."""
         message = self._waiting.get(id)
         if message is None:
             raise _no_such_message(id)
@@ -10266,16 +10269,17 @@ class Queue:
                 return True
             if item.waited >= _DELAY_NOTICE_SECONDS and not item.delay_reported:
                 await self._report_delay(item)
-            self._postpone(item, self._pause(item.attempts))
+            pause = self._postpone(item, self._pause(item.attempts))
             await self._write_down(item)
             item.unwritten = False
         except OSError as error:
             item.unwritten = True
             self._log.error("queue", f"{item.id} cannot be written: {reason(error)}")
-            self._postpone(item, _PAUSES[0])
+            pause = self._postpone(item, _PAUSES[0])
             if not os.path.exists(item.message.path):
                 self._report_loss(item.id)
                 return True
+        self._log.event(Events.NEXT_ATTEMPT, id=item.id, pause=duration_text(pause))
         return False
 
     async def _remove_file(self, item: Item) -> None:
@@ -10295,12 +10299,13 @@ class Queue:
         item.waited += now - item.since
         item.since = now
 
-    def _postpone(self, item: Item, seconds: float) -> None:
+    def _postpone(self, item: Item, seconds: float) -> float:
+        """Put `item` off; return for how many seconds."""
         if item.again:
             item.again, seconds = False, 0.0
         item.next_attempt = self._loop.clock.time() + seconds
         item.due = self._loop.clock.monotonic() + seconds
-        self._log.event(Events.NEXT_ATTEMPT, id=item.id, pause=duration_text(seconds))
+        return seconds
 
     def _pause(self, attempts: int) -> float:
         return _PAUSES[min(attempts, len(_PAUSES)) - 1] + self._random() * _JITTER

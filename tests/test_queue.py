@@ -994,6 +994,23 @@ def test_many_that_are_found_at_the_start_are_attempted_in_turn(tmp_path: Path) 
     on_bench(tmp_path, test)
 
 
+def test_what_is_read_while_the_queue_closes_is_not_attempted(tmp_path: Path) -> None:
+    waiting_file(tmp_path, item_file("a@there.example"), changed=-1)
+
+    async def test(bench: Bench) -> None:
+        bench.loop.spawn(bench.queue.close(), "end")
+        for _ in range(20):
+            await bench.loop.turn()
+        assert bench.remote.messages == []
+        await bench.accept("b@there.example")
+        for _ in range(20):
+            await bench.loop.turn()
+        assert bench.remote.messages == []
+        assert len(bench.files("new", "cur")) == 2
+
+    on_bench(tmp_path, test)
+
+
 # --- forwarding ---
 
 
@@ -1587,8 +1604,13 @@ class QueueMachine(RuleBasedStateMachine):
     def let_time_pass(self, seconds: float) -> None:
         self.clock.advance(seconds)
 
-    @rule(turns=st.integers(0, 12), cut=st.integers(0, 40), tear=st.booleans())
-    def crash(self, turns: int, cut: int, tear: bool) -> None:
+    @rule(
+        turns=st.integers(0, 12),
+        cut=st.integers(0, 40),
+        tear=st.booleans(),
+        changed=st.sampled_from([None, -1000.0, 500.0, 1e8]),
+    )
+    def crash(self, turns: int, cut: int, tear: bool, changed: float | None) -> None:
         self.go_on(turns)
         old, new = self._directory, self._home / str(next(self._numbers))
         shutil.copytree(old, new)
@@ -1599,6 +1621,10 @@ class QueueMachine(RuleBasedStateMachine):
         shutil.rmtree(old)
         if tear:
             self._tear(new / "queue", cut)
+        if changed is not None:  # the times of files are hints, and no more
+            time = self.clock.time() + changed
+            for path in _paths(new / "queue"):
+                os.utime(path, (time, time))
         self._directory = new
         self.this_life.clear()
         self.life = self._new_life()
