@@ -446,12 +446,32 @@ print(sys.implementation.cache_tag, importlib.util.MAGIC_NUMBER.hex(), sys.versi
 
 # Flag 1 means: checked by hash, but never; the loader then opens no source. -I and -S keep
 # the environment out, so that asserts, which dkimpy relies on, are always compiled in.
+# What only a reader needs stays in the source: bytecode has no docstrings (dnspython's
+# exceptions excepted, whose messages they are), no annotations of functions, and, by
+# COMPILE_OPTIONS, no columns for the carets in a traceback. Line numbers are there.
+COMPILE_OPTIONS = ("-X", "no_debug_ranges")
 COMPILER = """\
-import base64, importlib.util, json, marshal, sys
+import ast, base64, importlib.util, json, marshal, sys
+functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+def strip(node, documented):
+    if isinstance(node, documented) and ast.get_docstring(node, False):
+        node.body[0].value.value = ""
+    if isinstance(node, functions):
+        node.returns = None
+    if isinstance(node, ast.arg):
+        node.annotation = None
+
 done = {}
 for name, text in json.load(sys.stdin).items():
     source = base64.b64decode(text)
-    code = compile(source, "chasquid.pyz/" + name, "exec", dont_inherit=True)
+    tree = ast.parse(source)
+    documented = (ast.Module, *functions)
+    if not name.startswith("dns/"):
+        documented += (ast.ClassDef,)
+    for node in ast.walk(tree):
+        strip(node, documented)
+    code = compile(tree, "chasquid.pyz/" + name, "exec", dont_inherit=True)
     head = importlib.util.MAGIC_NUMBER + b"\\1\\0\\0\\0" + importlib.util.source_hash(source)
     done[name + "c"] = base64.b64encode(head + marshal.dumps(code)).decode()
 json.dump(done, sys.stdout)
@@ -467,9 +487,9 @@ class Interpreter(NamedTuple):
     version: str
 
 
-def run_python(path: str, script: str, text: str = "") -> str:
+def run_python(path: str, script: str, text: str = "", options: Sequence[str] = ()) -> str:
     """What a script prints that is given `text`, with no environment or site in its way."""
-    command = [path, "-I", "-S", "-W", "ignore", "-c", script]
+    command = [path, "-I", "-S", "-W", "ignore", *options, "-c", script]
     try:
         done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=600)
     except OSError as error:
@@ -530,7 +550,8 @@ def bytecode(python: Interpreter, files: Files) -> Files:
         for name, data in files.items()
         if name.endswith(".py")
     }
-    compiled: dict[str, str] = json.loads(run_python(python.path, COMPILER, json.dumps(sources)))
+    output = run_python(python.path, COMPILER, json.dumps(sources), COMPILE_OPTIONS)
+    compiled: dict[str, str] = json.loads(output)
     return {f"{python.tag}/{name}": base64.b64decode(text) for name, text in compiled.items()}
 
 
@@ -557,10 +578,27 @@ if sys.flags.optimize:
     sys.exit(1)
 
 from importlib.util import MAGIC_NUMBER
+from zipimport import zipimporter
 
 TREES = {TREES}
+TREE = sys.path[0] + "/" + sys.implementation.cache_tag
+
+
+# A zipimporter reads and unpacks each module twice, the first time to learn its file's name.
+class Tree(zipimporter):
+    def __init__(self, path):
+        if not path.startswith(TREE):
+            raise ImportError(path)
+        zipimporter.__init__(self, path)
+
+    def get_filename(self, name):
+        path = self.archive + "/" + self.prefix + name.rpartition(".")[2]
+        return path + ("/__init__.pyc" if self.is_package(name) else ".pyc")
+
+
 if TREES.get(sys.implementation.cache_tag) == MAGIC_NUMBER.hex():
-    sys.path.insert(0, sys.path[0] + "/" + sys.implementation.cache_tag)
+    sys.path_hooks.insert(0, Tree)
+    sys.path.insert(0, TREE)
 
 import chasquid
 
