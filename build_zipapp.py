@@ -577,6 +577,7 @@ if sys.flags.optimize:
     )
     sys.exit(1)
 
+import gc
 from importlib.util import MAGIC_NUMBER
 from zipimport import zipimporter
 
@@ -600,8 +601,10 @@ if TREES.get(sys.implementation.cache_tag) == MAGIC_NUMBER.hex():
     sys.path_hooks.insert(0, Tree)
     sys.path.insert(0, TREE)
 
+gc.disable()  # nothing of what is loaded is garbage
 import chasquid
 
+gc.enable()
 sys.exit(chasquid.main())
 """
 

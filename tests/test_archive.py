@@ -9,6 +9,8 @@ nor the real packages. Those that look at the real ones take them from `.cache/`
 from __future__ import annotations
 
 import ast
+import builtins
+import gc
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -21,6 +23,7 @@ import sys
 import tarfile
 import types
 import zipfile
+import zipimport
 from pathlib import Path
 
 import pytest
@@ -313,6 +316,7 @@ def run_main(source: str, **seen: object) -> tuple[int, str]:
             "flags": types.SimpleNamespace(optimize=0),
             "implementation": sys.implementation,
             "path": ["chasquid.pyz"],
+            "path_hooks": [],
             "stderr": said,
             "exit": sys.exit,
             **seen,
@@ -320,10 +324,14 @@ def run_main(source: str, **seen: object) -> tuple[int, str]:
     )
     modules = {
         "sys": fake,
+        "gc": gc,
         "importlib.util": importlib.util,
+        "zipimport": zipimport,
         "chasquid": types.SimpleNamespace(main=lambda: fake.path[0]),
     }
-    names = {"__builtins__": {"__import__": lambda name, *_: modules[name], "tuple": tuple}}
+    known = {"__import__": lambda name, *_: modules[name], "tuple": tuple}
+    known["__build_class__"] = builtins.__build_class__
+    names = {"__builtins__": known, "__name__": "__main__"}
     with pytest.raises(SystemExit) as stop:
         exec(compile(source, "__main__.py", "exec"), names)
     return stop.value.code, said.getvalue()
