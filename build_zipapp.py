@@ -474,7 +474,8 @@ print(sys.implementation.cache_tag, importlib.util.MAGIC_NUMBER.hex(), sys.versi
 # the environment out, so that asserts, which dkimpy relies on, are always compiled in.
 # What only a reader needs stays in the source: bytecode has no docstrings (dnspython's
 # exceptions excepted, whose messages they are), no annotations of functions, and, by
-# COMPILE_OPTIONS, no columns for the carets in a traceback. Line numbers are there.
+# COMPILE_OPTIONS, no columns for the carets in a traceback. Line numbers are there, and
+# PYTHONPATH=chasquid.pyz reads the source, for help() and for who imports the module.
 COMPILE_OPTIONS = ("-X", "no_debug_ranges")
 COMPILER = """\
 import ast, base64, importlib.util, json, marshal, sys

@@ -12434,9 +12434,9 @@ _STOP_SECONDS = 10.0
 _DAY = 86400.0
 # Everything that is imported when it is first used; see `load_modules`.
 _LATE_MODULES = (
-    "base64", "difflib", "dns.asyncresolver", "dns.rcode", "encodings.ascii", "fcntl", "hashlib",
-    "hmac", "http.client", "idna", "idna.uts46data", "io", "ipaddress", "precis_i18n.profile",
-    "resource", "shlex", "shutil", "subprocess", "tempfile", "unicodedata",
+    "base64", "difflib", "dns.asyncresolver", "dns.rcode", "encodings.ascii", "encodings.idna",
+    "fcntl", "hashlib", "hmac", "http.client", "idna", "idna.uts46data", "io", "ipaddress",
+    "precis_i18n.profile", "resource", "shlex", "shutil", "subprocess", "tempfile", "unicodedata",
 )  # fmt: skip
 DOMAIN_INFO_DIRECTORY = "domaininfo"  # below data_dir
 DOMAIN_FORGOTTEN = "what was seen of {} is forgotten"
@@ -12961,8 +12961,8 @@ class Daemon:
         for port, host, number in self.addresses:
             self.log.event(Events.LISTENING, port=port.name, address=f"[{host}]:{number}")
         await self.loop.work(self._load_libraries)
-        self.log.event(Events.READY)
         on_ready()
+        self.log.event(Events.READY)
         notify_systemd("READY=1")
         await self._stopping.wait()
         notify_systemd("STOPPING=1")
@@ -16369,8 +16369,9 @@ Ctrl-C ends, and all is forgotten.
 # What `capture` imports when it is first used; see `load_modules`.
 _CAPTURE_MODULES = (
     "dns.asyncresolver", "email.generator", "email.header", "email.message", "email.parser",
-    "email.policy", "fnmatch", "hashlib", "hmac", "html", "idna", "idna.uts46data", "ipaddress",
-    "precis_i18n.profile", "quopri", "shutil", "tempfile", "urllib.parse",
+    "email.policy", "encodings.idna", "fnmatch", "hashlib", "hmac", "html", "idna",
+    "idna.uts46data", "ipaddress", "precis_i18n.profile", "quopri", "shutil", "tempfile",
+    "urllib.parse",
 )  # fmt: skip
 
 
