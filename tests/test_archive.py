@@ -553,6 +553,28 @@ def test_it_runs_on_the_archive_alone(built: Path) -> None:
     assert not unwelcome & set(said["modules"])
 
 
+READ = """\
+import collections, runpy, sys, zlib
+inflate, read = zlib.decompress, collections.Counter()
+def counted(data, *rest):
+    read[data] += 1
+    return inflate(data, *rest)
+zlib.decompress = counted
+try:
+    runpy.run_path(sys.argv[1], run_name="__main__")
+except SystemExit:
+    print("", len(read), sum(read.values()) - len(read))
+"""
+
+
+def test_a_module_is_read_once(built: Path) -> None:
+    done = run(sys.executable, "-I", "-S", "-c", READ, built)
+    assert done.returncode == 0, done.stderr
+    count, again = done.stdout.split()[-2:]
+    assert int(count) > 50
+    assert int(again) <= 1  # __main__, which is not of the tree
+
+
 def test_what_the_host_has_is_left_alone(built: Path, tmp_path: Path) -> None:
     """Even where newer packages wait on the path, none is loaded."""
     for name in ("trio", "httpx2", "httpcore2", "h2", "aioquic", "aiodns", "cryptography", "wmi"):
