@@ -202,13 +202,8 @@ def load_modules(names: Iterable[str]) -> None:
 class Clock:
     """Wall time for what people read, monotonic time for what waits; both in seconds."""
 
-    def time(self) -> float:
-        """Return seconds since 1970."""
-        return time.time()
-
-    def monotonic(self) -> float:
-        """Return seconds on a clock that nobody sets."""
-        return time.monotonic()
+    monotonic = staticmethod(time.monotonic)  # on a clock that nobody sets
+    time = staticmethod(time.time)  # since 1970
 
 
 def reason(error: BaseException) -> str:
@@ -1529,6 +1524,7 @@ PROGRAM_OUTPUT_LIMIT = 64 * 1024  # octets kept of what a program prints
 _IN_MEMORY = 1024 * 1024  # octets of a program's input that are not written to a disk
 _SYSTEMD_VARIABLES = {"LISTEN_FDNAMES", "LISTEN_FDS", "LISTEN_PID", "NOTIFY_SOCKET"}
 _STALE_TIMERS = 64  # so few are not worth a new heap
+_ROUNDS = 4  # steps of a task in one turn, at most
 
 
 class Workers:
@@ -1666,7 +1662,8 @@ class _Deadline:
     def __enter__(self) -> None:
         task = self._loop.current
         self._outer = task.deadline
-        task.deadline = min(task.deadline, self._when)
+        if self._when < task.deadline:
+            task.deadline = self._when
 
     def __exit__(self, *_: object) -> None:
         self._loop.current.deadline = self._outer
@@ -1819,10 +1816,13 @@ class Loop:
                 self._drain_wakeups()
             else:
                 self._dispatch(key.fd, key.data, mask)
-        while self._posted:
-            self._posted.popleft()()
-        for _ in range(len(self._ready)):
-            self._step(*self._ready.popleft())
+        for _ in range(_ROUNDS):  # what one task wakes goes on before the selector is asked
+            while self._posted:
+                self._posted.popleft()()
+            for _ in range(len(self._ready)):
+                self._step(*self._ready.popleft())
+            if not self._ready:
+                break
 
     def _until_timer(self) -> float | None:
         if not self._timers:
@@ -2812,14 +2812,21 @@ class Stream:
                 self.tls.unwrap()  # it need not be answered
 
     async def _fill(self) -> None:
+        """Send what was written, then wait for more input. Raises Disconnected, Expired."""
+        answered = bool(self._out)
         await self.flush()
+        if answered and not (self.tls is not None and self.tls.pending()):
+            # who gets an answer has not said more yet, most often
+            self._streak = 0
+            await self._loop.readable(self._socket.fileno())
+        else:
+            await self.be_fair()
         data = await self._receive()
         if not data:
             raise Disconnected("the other side closed the connection")
         self._in += data
 
     async def _receive(self) -> bytes:
-        await self.be_fair()
         while True:
             try:
                 return self._socket.recv(CHUNK)
