@@ -178,8 +178,8 @@ class PermanentFailure(ChasquidError):
 
 
 def new_id() -> str:
-    """Return 13 letters and digits, random enough (65 bits) to be never given twice."""
-    return base64.b32encode(os.urandom(10)).decode("ascii").lower()[:13]
+    """Return 16 hexadecimal digits, random enough to be never given twice."""
+    return os.urandom(8).hex()
 
 
 def load_modules(names: Iterable[str]) -> None:
@@ -224,6 +224,7 @@ def reason(error: BaseException) -> str:
 # ======================================================================================
 
 LOCAL_PART_LIMIT = 64  # octets; RFC 5321, 4.5.3.1.1
+_DOMAINS_KNOWN = 1000  # whose other form is remembered: a message names the same ones again
 _ASCII_USER = re.compile(r"[!-~]+")
 ASCII_DOMAIN = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
@@ -237,6 +238,7 @@ def split_address(address: str) -> tuple[str, str]:
     return (local, domain) if at else (address, "")
 
 
+@functools.lru_cache(_DOMAINS_KNOWN)
 def domain_to_unicode(domain: str) -> str:
     """Return `domain` in lower case and with its A-labels turned into U-labels.
 
@@ -255,6 +257,7 @@ def domain_to_unicode(domain: str) -> str:
         raise ValueError(f"{printable(domain, 80)} is no valid domain name: {error}") from error
 
 
+@functools.lru_cache(_DOMAINS_KNOWN)
 def domain_to_ascii(domain: str) -> str:
     """Return `domain` with its U-labels turned into A-labels. Raises ValueError."""
     if domain.isascii():
@@ -322,7 +325,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def rfc5322_date(seconds: float) -> str:
     """Return a date-time in UTC as RFC 5322, 3.3 writes it."""
-    t = time.gmtime(seconds)
+    return _date_text(int(seconds))
+
+
+@functools.lru_cache(8)  # many messages come within a second
+def _date_text(second: int) -> str:
+    t = time.gmtime(second)
     clock = f"{t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02} +0000"
     return f"{_DAYS[t.tm_wday]}, {t.tm_mday} {_MONTHS[t.tm_mon - 1]} {t.tm_year} {clock}"
 
@@ -1235,13 +1243,18 @@ class Dialogue:
         self.sender = ""  # of the last transaction, with "<" and ">"
         self.recipients: list[str] = []
         self.outcome = ""  # of the last transaction, or why the last command was refused
-        self.lines: list[str] = []
+        self._said: list[tuple[str, object]] = []
 
-    def add(self, who: str, text: str) -> None:
+    def add(self, who: str, said: object) -> None:
         """Note a line of `who`, "C" or "S" ("*" for a remark), unless there are enough already."""
         self.client_spoke = self.client_spoke or who == "C"
-        if len(self.lines) < self._limit:
-            self.lines.append(f"{who}: {printable(text, _DIALOGUE_LINE)}")
+        if len(self._said) < self._limit:
+            self._said.append((who, said))
+
+    @property
+    def lines(self) -> list[str]:
+        """The lines, made printable only now: most are never looked at."""
+        return [f"{who}: {printable(str(said), _DIALOGUE_LINE)}" for who, said in list(self._said)]
 
 
 class LogEvent(NamedTuple):
@@ -1252,27 +1265,27 @@ class LogEvent(NamedTuple):
     """
 
     name: str
-    fields: tuple[tuple[str, str], ...]  # as it is passed, and as it is written
+    fields: Mapping[str, str]  # as it is passed, and as it is written
     mail: bool
     help: str
 
 
 def _event(name: str, fields: str, help: str, mail: bool = True) -> LogEvent:
-    pairs = tuple((field, field.rstrip("_")) for field in fields.split())
-    return LogEvent(name, pairs, mail, help)
+    return LogEvent(name, {field: field.rstrip("_") for field in fields.split()}, mail, help)
 
 
 # A value without blanks, quotes and backslashes stands bare; `_value` quotes any other.
-_BARE = re.compile(r"[!#-\[\]-~]+")
 _VALUE_LIMIT = 1500  # characters
+_BARE = re.compile(rf"[!#-\[\]-~]{{1,{_VALUE_LIMIT}}}")
 _LOGGED_FIELD = re.compile(r'([a-z][a-z-]*)=(?:"((?:[^"\\]|\\.)*)"|(\S*))(?: |$)')
 
 
 def _addresses(value: object) -> str:
     """Return one address, or several, as they stand in a field."""
-    found = [value] if isinstance(value, str) else value
-    assert isinstance(found, Iterable)
-    return ",".join(f"<{address}>" for address in found)
+    if isinstance(value, str):
+        return f"<{value}>"
+    assert isinstance(value, Iterable)
+    return ",".join([f"<{address}>" for address in value])
 
 
 def addresses_in(value: str) -> list[str]:
@@ -1282,7 +1295,7 @@ def addresses_in(value: str) -> list[str]:
 
 def _value(value: object) -> str:
     text = value if type(value) is str else str(value)
-    if _BARE.fullmatch(text) and len(text) <= _VALUE_LIMIT:
+    if _BARE.fullmatch(text):
         return text
     text = printable(text, _VALUE_LIMIT)
     if re.search(r'[\s"\\]', text) or not text:
@@ -1443,16 +1456,18 @@ class Log:
         `from_` and `to` are addresses, one or several. Raises TypeError for a field that the
         event has not.
         """
-        parts = [f"event={event.name}"]
-        for key, name in event.fields:
-            value = values.pop(key, None)
-            if name in ("from", "to") and value is not None:
+        line = f"event={event.name}"
+        for key, name in event.fields.items():
+            if key not in values:
+                continue
+            value = values[key]
+            if value is not None and name in ("from", "to"):
                 value = _addresses(value)
             if value is not None and value != "":
-                parts.append(f"{name}={_value(value)}")
-        if values:
-            raise TypeError(f"{event.name} has no {', '.join(values)}")
-        (self._mail_log if event.mail else self._log).write(" ".join(parts))
+                line += f" {name}={_value(value)}"
+        if not values.keys() <= event.fields.keys():
+            raise TypeError(f"{event.name} has no {', '.join(values.keys() - event.fields.keys())}")
+        (self._mail_log if event.mail else self._log).write(line)
 
     def info(self, source: str, text: str) -> None:
         """Write something to know to the server log; `source` names the part that says it."""
@@ -1480,8 +1495,9 @@ class Log:
 
     def count(self, metric: Metric, *values: str) -> None:
         """Add one to a metric, with the values of its labels."""
-        assert len(values) == len(metric.labels), metric.name
-        self.counters[metric.name, *values] += 1
+        key = (metric.name, *values)
+        assert key in self.counters or len(values) == len(metric.labels), metric.name
+        self.counters[key] += 1
 
     def reopen(self) -> None:
         """Open both logs anew, as after a rotation. Raises ConfigError."""
@@ -3750,6 +3766,7 @@ class Dovecot:
 # ======================================================================================
 
 ALIAS_DEPTH_LIMIT = 10
+_EXPANSIONS_KNOWN = 1000  # addresses whose expansion is remembered
 
 
 class DestinationKind(enum.StrEnum):
@@ -3927,7 +3944,7 @@ class ExternalLookups:
         self.unanswered.clear()
 
 
-_NOBODY = ExternalLookups()
+NOBODY = ExternalLookups()
 
 
 class AliasFinding(NamedTuple):
@@ -3974,6 +3991,7 @@ class Aliases:
         broken: Iterable[str] = (),
     ) -> None:
         self._broken = frozenset(broken)  # domains of ours whose files cannot be read
+        self._expansions: dict[str, tuple[list[Destination], list[str]]] = {}
         self._user_exists = user_exists
         self._separators = suffix_separators
         self._drops = drop_characters
@@ -3989,6 +4007,8 @@ class Aliases:
         self, lookups: ExternalLookups, address: str, unknown: list[str] | None = None
     ) -> list[Destination]:
         """As `expand`, asking `lookups` if that is needed. Raises also TemporaryFailure."""
+        if lookups is NOBODY:
+            return self._remembered(address, [] if unknown is None else unknown)
         lookups = lookups.fresh()
         while True:
             dead: list[str] = []
@@ -4002,6 +4022,18 @@ class Aliases:
                 if not lookups.unanswered:
                     raise
             await lookups.answer()
+
+    def _remembered(self, address: str, unknown: list[str]) -> list[Destination]:
+        """As `expand`, which says the same as long as the files do: then there is another of us."""
+        if address not in self._expansions:
+            dead: list[str] = []
+            found = self.expand(address, NOBODY, dead)
+            if len(self._expansions) >= _EXPANSIONS_KNOWN:
+                self._expansions.clear()
+            self._expansions[address] = found, dead
+        found, dead = self._expansions[address]
+        unknown += dead
+        return found
 
     def _compared(self, name: str) -> str:
         """Return the normalised `name` of an alias as it is compared; its suffix stays."""
@@ -4031,7 +4063,7 @@ class Aliases:
         return user
 
     def expand(
-        self, address: str, lookups: ExternalLookups = _NOBODY, unknown: list[str] | None = None
+        self, address: str, lookups: ExternalLookups = NOBODY, unknown: list[str] | None = None
     ) -> list[Destination]:
         """Return the final recipients of `address`, each once.
 
@@ -4099,7 +4131,7 @@ class Aliases:
         return self._look_up(user, domain, lookups)[0] == name
 
     def _look_up(
-        self, user: str, domain: str, lookups: ExternalLookups = _NOBODY
+        self, user: str, domain: str, lookups: ExternalLookups = NOBODY
     ) -> tuple[str, tuple[Destination, ...]]:
         """Return the name that was found and its destinations; a user has no destinations.
 
@@ -4179,7 +4211,7 @@ class Aliases:
     def _dead_ends(self, alias: str, address: str, everybody: bool) -> Iterator[str]:
         unknown: list[str] = []
         try:
-            self.expand(address, _NOBODY, unknown)
+            self.expand(address, NOBODY, unknown)
         except AliasLoop as error:
             yield f"{alias}: {error}"
         except NoSuchUser as error:
@@ -4218,7 +4250,7 @@ HEADER_LIMIT = 256 * 1024  # octets of a header block
 
 # RFC 5322, 3.6.8: field-name = 1*ftext, printable ASCII but ":"; 4.5.8 lets white space
 # stand before the colon, and some programs put it there.
-_FIELD = re.compile(rb"(?:\A|\r\n)([!-9;-~]+)[ \t]*:")
+_FIELD = re.compile(rb"(([!-9;-~]+)[ \t]*:(?:[^\r]+|\r(?!\n)|\r\n(?=[ \t]))*(?:\r\n|\Z))")
 # The start of a line that is neither a field nor the continuation of one.
 _NO_FIELD = re.compile(rb"(?:\A(?=[ \t])|(?:\A|\r\n)(?![ \t]|[!-9;-~]+[ \t]*:|\Z))")
 
@@ -4253,16 +4285,14 @@ class Field(NamedTuple):
 
 def header_fields(block: bytes) -> list[Field]:
     """Return the fields of a header block. Raises ValueError with a bad line."""
-    lines = block.count(b"\r\n")
-    if lines - block.count(b"\r\n ") - block.count(b"\r\n\t") > _FIELD_LIMIT:
-        raise ValueError(f"more than {_FIELD_LIMIT} fields")
     bad = _NO_FIELD.search(block)
     if bad is not None:
         line = block[bad.end() : bad.end() + 200].partition(b"\r\n")[0]
         raise ValueError(printable(line.decode("utf-8", "replace"), 60))
-    found = [(match.start(1), match[1].decode("ascii").lower()) for match in _FIELD.finditer(block)]
-    ends = [*(start for start, _ in found), len(block)][1:]
-    return [Field(name, block[start:end]) for (start, name), end in zip(found, ends, strict=True)]
+    found = _FIELD.findall(block)
+    if len(found) > _FIELD_LIMIT:
+        raise ValueError(f"more than {_FIELD_LIMIT} fields")
+    return [Field(str(name, "ascii").lower(), raw) for raw, name in found]
 
 
 # RFC 5322, 3.2.4 and 3.2.2, without the structure of comments, which nest.
@@ -4501,9 +4531,12 @@ def with_lf(chunks: Iterable[bytes]) -> Iterator[bytes]:
         yield held
 
 
+_FOLD = "\r\n\t"
+
+
 def fold(name: str, *parts: str) -> bytes:
     """Return a header field, each of `parts` on a line of its own but the first."""
-    return f"{name}: {(chr(13) + chr(10) + chr(9)).join(parts)}\r\n".encode()
+    return f"{name}: {_FOLD.join(parts)}\r\n".encode()
 
 
 TOKEN_TEXT = re.compile(r"[A-Za-z0-9!#$%&'*+^_`{|}~.-]+")
@@ -4552,7 +4585,7 @@ def hook_warnings(config_dir: str) -> Iterator[str]:
 
 def hook_path(config_dir: str, name: str) -> str:
     """Return the path of a hook, "" if it is not there or may not be run."""
-    path = os.path.join(config_dir, "hooks", name)
+    path = f"{config_dir}/hooks/{name}"
     return path if os.access(path, os.X_OK) and os.path.isfile(path) else ""
 
 
@@ -4563,6 +4596,10 @@ class Hooks:
         self._programs = programs
         self._log = log
         self._config_dir = config_dir
+
+    def has(self, name: str) -> bool:
+        """Tell whether there is a hook of this name now."""
+        return bool(hook_path(self._config_dir, name))
 
     async def alias_destinations(self, address: str) -> tuple[Destination, ...]:
         """Return what alias-resolve says of `address`. Raises TemporaryFailure."""
@@ -6842,6 +6879,8 @@ class Reply(NamedTuple):
     def encode(self) -> bytes:
         """Return the lines, none longer than RFC 5321, 4.5.3.1.5 allows."""
         status = f"{self.status} " if self.status else ""
+        if self.text.isprintable() and self.text.isascii() and len(self.text) < 400:  # most often
+            return f"{self.code} {status}{self.text}\r\n".encode()
         room = _REPLY_LINE_LIMIT - len(f"{self.code} {status}\r\n")
         texts = [_shortened(printable(line), room) for line in self.text.split("\n")]
         last = len(texts) - 1
@@ -6998,6 +7037,7 @@ def local_part(content: str) -> str:
     return f'"{escaped}"'
 
 
+@functools.lru_cache(1000)  # a sender says the same ones again
 def _parse_domain(domain: str) -> str:
     literal = ADDRESS_LITERAL.fullmatch(domain)
     if literal is not None:
@@ -7604,17 +7644,25 @@ class MaildirCourier:
         now = self._loop.clock.time()
         self._number += 1
         name = f"{int(now)}.M{int(now % 1 * 1e6)}P{os.getpid()}Q{self._number}.{self._host}"
+        if directory not in self._made:
+            await self._make(directory, delivery.junk)
+        try:
+            return await self._write(directory, name, delivery=delivery, address=address)
+        except FileNotFoundError:  # somebody has removed a Maildir that was there
+            await self._make(directory, delivery.junk)
+            return await self._write(directory, name, delivery=delivery, address=address)
+
+    async def _make(self, directory: str, junk: bool) -> None:
+        for part in ("tmp", "new", "cur"):
+            await self._loop.work(functools.partial(make_directory, f"{directory}/{part}"))
+        self._made.add(directory)
+        if junk:  # by which tools know a subfolder in Maildir++
+            marker = os.path.join(directory, "maildirfolder")
+            await self._loop.work(lambda: replace_durably(marker, b""))
+
+    async def _write(self, directory: str, name: str, delivery: Delivery, address: str) -> str:
         head = f"Return-Path: <{delivery.sender}>\nDelivered-To: {address}\n".encode()
-        temporary = os.path.join(directory, "tmp", name)
-        parts = [os.path.join(directory, part) for part in ("tmp", "new", "cur")]
-        if directory not in self._made or not all(map(os.path.isdir, parts)):
-            for part in parts:
-                await self._loop.work(functools.partial(make_directory, part))
-            self._made.add(directory)
-            if delivery.junk:  # by which tools know a subfolder in Maildir++
-                marker = os.path.join(directory, "maildirfolder")
-                await self._loop.work(lambda: replace_durably(marker, b""))
-        new = os.path.join(directory, "new", name)
+        temporary, new = f"{directory}/tmp/{name}", f"{directory}/new/{name}"
         if delivery.message.data is not None:
             data = head + b"".join(with_lf(delivery.message.chunks()))
             path = f"{new},S={len(data)}"
@@ -8821,12 +8869,13 @@ class Draft:
         self._loop = loop
         self._disk = disk
         self._directory = directory
-        self._path = os.path.join(directory, Place.TMP, self.id)
+        self._path = f"{directory}/{Place.TMP}/{self.id}"
         self._fd = -1
         self._pieces: list[bytes] = []
         self._held = 0  # octets in _pieces
         self._head = bytearray()
         self._header: bytes | None = None
+        self._fields: list[Field] | None = None  # of the header, once it was parsed
 
     async def add(self, piece: bytes) -> None:
         """Take the next octets of the message.
@@ -8848,6 +8897,12 @@ class Draft:
             self._take_header(len(self._head))
         assert self._header is not None
         return self._header
+
+    def fields(self) -> list[Field]:
+        """Return the fields of the complete header as it came. Raises ValueError."""
+        if self._fields is None:
+            self._fields = header_fields(self.complete())
+        return self._fields
 
     def body(self) -> Iterator[bytes]:
         """Yield what is stored after the header's empty line. Raises OSError."""
@@ -8874,7 +8929,7 @@ class Draft:
         When this returns, file and directory are synced.
         """
         data = b"".join(self._pieces)
-        target = os.path.join(self._directory, Place.NEW, f"{self.id},S={self.size}")
+        target = f"{self._directory}/{Place.NEW}/{self.id},S={self.size}"
         tail = data + envelope.to_line()
         if self._fd < 0:
             await self._disk.create(self._path, tail, target)
@@ -8925,7 +8980,7 @@ class Draft:
         if hostname is None:
             return header
         try:
-            fields = header_fields(header)
+            fields = self._fields = header_fields(header)
         except ValueError:
             return header  # it is refused later
         claims = [field for field in fields if field.name == "authentication-results"]
@@ -10434,10 +10489,6 @@ class Hook(Protocol):
     ) -> Reply | None: ...
 
 
-async def _no_hook(session: Session, stage: str, argument: str, act: _Act) -> Reply | None:
-    return await act()
-
-
 class Session:
     """One connection, from the greeting to its end."""
 
@@ -10449,7 +10500,7 @@ class Session:
         *,
         port: Port,
         peer: str,
-        hook: Hook = _no_hook,
+        hook: Hook | None = None,
     ) -> None:
         self.id = new_id()
         self.peer = peer
@@ -10534,7 +10585,7 @@ class Session:
         """Raises Disconnected, TLSFailed, Expired; and what says that there are too many."""
         limits = self.context.limits
         with self.loop.deadline(CONNECTION_SECONDS), limits.connection(self.peer):
-            greeting = await self._hook(self, "connect", "", self._greet)
+            greeting = await self._staged("connect", "", self._greet)
             if greeting is not None:
                 self.say(greeting)
             while not self._closing:
@@ -10589,7 +10640,11 @@ class Session:
             raise Refused(Reply(501, "5.5.4", f"{verb} takes no argument"))
         if command.argument == "required" and not argument:
             raise Refused(Reply(501, "5.5.4", f"expected {command.help}"))
-        return await self._hook(self, verb, argument, lambda: command.action(self, argument))
+        return await self._staged(verb, argument, lambda: command.action(self, argument))
+
+    def _staged(self, stage: str, argument: str, act: _Act) -> Awaitable[Reply | None]:
+        """Return what `act` does at this stage, or what stands between us and the client."""
+        return act() if self._hook is None else self._hook(self, stage, argument, act)
 
     def _reply_to(self, error: Exception) -> Reply:
         """Return the reply that a failure becomes (RFC 5321, 4.2 and 4.3.2).
@@ -10654,7 +10709,7 @@ class Session:
     def say(self, reply: Reply) -> None:
         """Write a reply, which is sent with the next wait for input, and note it."""
         self._closing = self._closing or reply.close
-        self.dialogue.add("S", str(reply))
+        self.dialogue.add("S", reply)
         self.stream.write(reply.encode())
 
     async def discard_chunk(self, size: int) -> None:
@@ -10806,7 +10861,7 @@ class Session:
 
     @staticmethod
     def _check_utf8(address: str, smtputf8: bool) -> None:
-        if not smtputf8 and not split_address(address)[0].isascii():
+        if not (smtputf8 or address.isascii() or split_address(address)[0].isascii()):
             text = "an internationalised address needs the parameter SMTPUTF8 of MAIL"
             raise Refused(Reply(553, "5.6.7", text))
 
@@ -10878,7 +10933,7 @@ class Session:
             if transaction.failure is not None:
                 raise transaction.failure
             accept = functools.partial(self._receiver.accept, self.client, transaction)
-            reply = await self._hook(self, "message", "", accept)
+            reply = await self._staged("message", "", accept)
             if reply is not None:
                 self.dialogue.outcome = reply.text
             return reply
@@ -10918,18 +10973,18 @@ class _Command(NamedTuple):
     """A row of the command table; `argument` is "none", "optional" or "required"."""
 
     action: Callable[[Session, str], Awaitable[Reply | None]]
-    phases: frozenset[Phase]
+    phases: tuple[Phase, ...]
     argument: str
     help: str
 
 
-_ANY = frozenset(Phase)
-_GREETED = frozenset((Phase.GREETED,))
-_NOT_IN_CHUNKS = _ANY - {Phase.CHUNKS}
+_ANY = tuple(Phase)
+_GREETED = (Phase.GREETED,)
+_NOT_IN_CHUNKS = (Phase.GREETED, Phase.MAIL, Phase.RECIPIENTS)
 _COMMANDS: dict[str, _Command] = {
     "HELO": _Command(Session._helo, _ANY, "required", "HELO host"),
     "EHLO": _Command(Session._ehlo, _ANY, "required", "EHLO host"),
-    "STARTTLS": _Command(Session._starttls, _NOT_IN_CHUNKS - {Phase.CONNECTED}, "none", "STARTTLS"),
+    "STARTTLS": _Command(Session._starttls, _NOT_IN_CHUNKS, "none", "STARTTLS"),
     "AUTH": _Command(Session._auth, _GREETED, "required", "AUTH PLAIN|LOGIN [initial response]"),
     "MAIL": _Command(
         Session._mail, _GREETED, "required",
@@ -10937,10 +10992,10 @@ _COMMANDS: dict[str, _Command] = {
         "[RET=FULL|HDRS] [ENVID=id]",
     ),
     "RCPT": _Command(
-        Session._rcpt, frozenset((Phase.MAIL, Phase.RECIPIENTS)), "required",
+        Session._rcpt, (Phase.MAIL, Phase.RECIPIENTS), "required",
         "RCPT TO:<address> [NOTIFY=NEVER|SUCCESS,FAILURE,DELAY] [ORCPT=type;address]",
     ),
-    "DATA": _Command(Session._data, frozenset((Phase.RECIPIENTS,)), "none", "DATA"),
+    "DATA": _Command(Session._data, (Phase.RECIPIENTS,), "none", "DATA"),
     "BDAT": _Command(Session._bdat, _ANY, "required", "BDAT octets [LAST]"),
     "RSET": _Command(Session._rset, _ANY, "none", "RSET"),
     "NOOP": _Command(Session._noop, _ANY, "optional", "NOOP"),
@@ -11189,23 +11244,25 @@ class MailReceiver:
         return Reply(250, "2.0.0", f"OK: queued as {draft.id}")
 
 
-def check_header(block: bytes, max_received: int, one_author: bool) -> list[Field]:
-    """Return the fields of a header block. Raises Refused if it is not sane.
+def check_header(
+    parse: Callable[[], list[Field]], max_received: int, one_author: bool
+) -> list[Field]:
+    """Return the fields of a header, as `parse` returns them. Raises Refused if it is not sane.
 
     That is a line which is no field (RFC 5322, 2.2), more than `max_received` hops (RFC 5321,
     6.3), or, if `one_author`, a second From field (RFC 5322, 3.6): which of them a reader shows
     is anybody's guess.
     """
     try:
-        fields = header_fields(block)
+        fields = parse()
     except ValueError as error:
         text = f"the header holds a line that is no field: {error}"
         raise Refused(Reply(554, "5.6.0", text)) from None
-    names = collections.Counter(field.name for field in fields)
-    if names["received"] > max_received:
+    names = [field.name for field in fields]
+    if names.count("received") > max_received:
         text = "Too many hops: the message may be in a loop"
         raise Refused(Reply(554, "5.4.6", text))
-    if names["from"] > 1 and one_author:
+    if names.count("from") > 1 and one_author:
         raise Refused(Reply(554, "5.6.0", "the header has more than one From field"))
     return fields
 
@@ -11224,7 +11281,7 @@ class _Judgement:
         self._dmarc = "none"
         config = receiver.config
         self._header = draft.complete()
-        self._fields = check_header(self._header, config.max_received_headers, not client.user)
+        self._fields = check_header(draft.fields, config.max_received_headers, not client.user)
 
     async def judge(self) -> tuple[Envelope, dict[str, str]]:
         """Return the envelope, and where the message came from, for the log. Raises Refused."""
@@ -11237,12 +11294,13 @@ class _Judgement:
         else:
             prefix, junk = await self._verify()
             prefix += received
-        added = await self._show_to_hook(prefix)
-        prefix = added + prefix
-        junk = junk or any(
-            field.name == "x-spam-flag" and field.value.strip().upper() == b"YES"
-            for field in header_fields(added)
-        )
+        if self._receiver.hooks.has("post-data"):
+            added = await self._show_to_hook(prefix)
+            prefix = added + prefix
+            junk = junk or any(
+                field.name == "x-spam-flag" and field.value.strip().upper() == b"YES"
+                for field in header_fields(added)
+            )
         required = [field.value.strip().lower() for field in fields if field.name == "tls-required"]
         envelope = Envelope(
             draft.id,
@@ -12636,6 +12694,7 @@ class Daemon:
         programs = Programs(loop, spawn)
         hooks = Hooks(programs, self.log, config.config_dir)
         self._dovecot = self._ask_dovecot()
+        self._hooks = hooks
         self._lookups = ExternalLookups(
             hooks.alias_destinations, self._dovecot.exists if self._dovecot else None
         )
@@ -12873,8 +12932,10 @@ class Daemon:
     async def _expand(self, address: str) -> list[Destination]:
         """Return the final recipients of `address`; the log names those that are nobody's."""
         unknown: list[str] = []
+        elsewhere = self._dovecot is not None or self._hooks.has("alias-resolve")
+        lookups = self._lookups if elsewhere else NOBODY
         try:
-            return await self._domains.aliases.expand_with(self._lookups, address, unknown)
+            return await self._domains.aliases.expand_with(lookups, address, unknown)
         except NoSuchUser as error:
             unknown += error.unknown
             raise
@@ -14382,7 +14443,8 @@ class _CaptureReceiver:
         assert isinstance(content, _Arrived)
         raw = content.octets()
         header = header_block(raw)
-        check_header(raw if header is None else header, self._max_received, not client.user)
+        block = raw if header is None else header
+        check_header(lambda: header_fields(block), self._max_received, not client.user)
         captured = Captured(
             new_id(),
             self._loop.clock.time(),

@@ -83,6 +83,7 @@ def measure(
     """Return the calls for messages from `sender`, over what `session` opens."""
     with Counter() as counter, Server(directory) as server:
         new = server.maildir("ben") / "new"
+        wait_for(lambda: "event=ready" in server.log, "all to be loaded")
         with session(server) as wire:
             for number in range(messages + WARM):
                 counter.counting = number >= WARM
