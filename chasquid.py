@@ -3410,6 +3410,10 @@ def _dns_backend(loop: Loop) -> Any:
 # Whether a user exists must not show in how long an answer takes: every check of a
 # password computes one scrypt with the costs that this domain uses. That blocks for tens
 # of milliseconds, so it belongs into a worker thread.
+#
+# Programs log in for each message. So a login that has succeeded is known for a while
+# (`Logins`): as a hash under a key that is made at the start and never on a disk, until the
+# users change. One that has failed never is.
 # ======================================================================================
 
 
@@ -3643,6 +3647,64 @@ class Accounts:
             return None
         ((usual, _),) = costs.most_common(1)
         return Scrypt(*usual, os.urandom(16), os.urandom(usual[3]))
+
+
+_LOGINS_KNOWN = 10_000  # at most
+
+
+class Logins:
+    """Logins that have succeeded lately, and those that are being checked."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._key = os.urandom(32)
+        self._known: dict[bytes, tuple[float, str]] = {}  # until when, and the address
+        self._checks: dict[bytes, Event] = {}  # that are under way, with their ends
+
+    def forget(self) -> None:
+        """Forget them all, also what comes of the checks under way: the users have changed."""
+        self._known = {}
+
+    async def find(
+        self, login: str, password: bytes, check: Callable[[], Awaitable[tuple[str | None, float]]]
+    ) -> str | None:
+        """Return the address of a login, as it is known or as `check` says, else None.
+
+        `check` also says for how many seconds a login that succeeds is good. It is not asked
+        by two who come with the same login at the same time.
+        """
+        digest = self._digest(login, password)
+        while digest in self._checks:
+            await self._checks[digest].wait()
+        known = self._known
+        until, address = known.get(digest, (0.0, ""))
+        if self._loop.clock.monotonic() < until:
+            return address
+        ended = self._checks[digest] = Event(self._loop)
+        try:
+            found, seconds = await check()
+        finally:
+            del self._checks[digest]
+            ended.set()
+        if found is not None:
+            self._remember(known, digest, found, seconds)
+        return found
+
+    def _remember(
+        self, known: dict[bytes, tuple[float, str]], digest: bytes, address: str, seconds: float
+    ) -> None:
+        now = self._loop.clock.monotonic()
+        for old in [old for old, (until, _) in known.items() if until <= now]:
+            del known[old]
+        if len(known) < _LOGINS_KNOWN:
+            known[digest] = now + seconds, address
+
+    def _digest(self, login: str, password: bytes) -> bytes:
+        import hashlib  # loads OpenSSL's hashes; only for logins
+
+        user = login.encode("utf-8", "surrogatepass")
+        said = len(user).to_bytes(4, "big") + user + password
+        return hashlib.blake2b(said, key=self._key, digest_size=32).digest()
 
 
 _DOVECOT_SECONDS = 20.0
@@ -11024,10 +11086,12 @@ _COMMANDS: dict[str, _Command] = {
 _FROM_LIMIT = 8192  # octets of a From field
 _AUTH_SECONDS = 0.5  # a login that fails takes at least this long
 _PASSWORD_SLOTS = 2  # passwords checked at a time; each takes a processor
+_LOGIN_KNOWN_SECONDS = 600.0  # for which a login that succeeded is known: with our users,
+_DOVECOT_KNOWN_SECONDS = 60.0  # and with Dovecot's, of whose changes nobody tells us
 
 
 class MailReceiver:
-    """What the mail server does with mail. The daemon replaces `accounts` and `aliases`."""
+    """What the mail server does with mail."""
 
     def __init__(
         self,
@@ -11060,6 +11124,12 @@ class MailReceiver:
         self._levels = levels
         self._dovecot = dovecot
         self._password_slots = Slots(loop, _PASSWORD_SLOTS)
+        self._logins = Logins(loop)
+
+    def take_over(self, accounts: Accounts, aliases: Aliases) -> None:
+        """From now on, know these users and aliases."""
+        self.accounts, self.aliases = accounts, aliases
+        self._logins.forget()
 
     def extensions(self, client: ClientInfo) -> list[str]:
         """See `Receiver`. Logins need TLS (RFC 4954, 4; RFC 8314, 3.3)."""
@@ -11071,7 +11141,9 @@ class MailReceiver:
         """See `Receiver`. Raises RateExceeded, TemporaryFailure."""
         limits = self.limits
         limits.check_login(client.peer)
-        address = await self._find_user(client, login, password)
+        address = await self._logins.find(
+            login, password, lambda: self._find_user(client, login, password)
+        )
         if address is not None:
             limits.login_succeeded(address)
             return Login(address)
@@ -11079,8 +11151,10 @@ class MailReceiver:
         late = limits.login_failed(client.peer, name, self._may_know(name))
         return Login(None, max(_AUTH_SECONDS, late))
 
-    async def _find_user(self, client: ClientInfo, given: str, password: bytes) -> str | None:
-        """Return the address behind a login if `password` fits, else None.
+    async def _find_user(
+        self, client: ClientInfo, given: str, password: bytes
+    ) -> tuple[str | None, float]:
+        """Return the address behind a login if `password` fits, else None; and for how long.
 
         The users of the files come first, then Dovecot. Raises TemporaryFailure.
         """
@@ -11089,17 +11163,19 @@ class MailReceiver:
             self.limits.check_login(client.peer)  # others may have failed while we waited
             address = await self.loop.work(lambda: accounts.authenticate(login, password))
         if address is not None or self._dovecot is None:
-            return address
+            return address, _LOGIN_KNOWN_SECONDS
         try:
             address = normalize_address(login)
         except ValueError:
-            return None
+            return None, 0.0
         user, domain = split_address(address)
         full = "@" in given  # or the domain is the host's own, perhaps, served or not
         if accounts.exists(user, domain) or (full and not self.aliases.is_local(domain)):
-            return None  # of whom the files know, they have the last word
+            return None, 0.0  # of whom the files know, they have the last word
         name = address if full else given
-        return address if await self._dovecot.authenticate(name, password) else None
+        if not await self._dovecot.authenticate(name, password):
+            return None, 0.0
+        return address, _DOVECOT_KNOWN_SECONDS
 
     def _may_know(self, login: str) -> bool:
         """Tell whether there may be a user of that name: Dovecot is not asked."""
@@ -13157,8 +13233,7 @@ class Daemon:
 
     def _take_over(self, domains: Domains, certificates: Certificates) -> None:
         self._domains, self._certificates = domains, certificates
-        self._receiver.accounts = domains.accounts
-        self._receiver.aliases = domains.aliases
+        self._receiver.take_over(domains.accounts, domains.aliases)
         self._signer.keys, self._signer.broken = domains.keys, domains.broken
         if certificates.default is not None:
             self._context.tls_context = certificates.default
