@@ -57,7 +57,8 @@ The way of a message, and what each room hands to the next:
         | MAIL: reverse-path           SPF, TLS POLICY
         | RCPT: final recipients       ALIASES, USERS, HOOKS
         | DATA: header and body        DKIM, DMARC; or a signature; HOOKS
-      ITEMS                            envelope and message, a file in new: then 250
+      QUEUE                            a few mailboxes here: delivered at once, then 250
+      ITEMS                            all else: envelope and message, a file in new, then 250
         | an item                      STORAGE makes it durable
       QUEUE                            attempts and pauses, results written down
         | a delivery                   a copy for each route
@@ -7632,6 +7633,7 @@ def _in_base64(text: str) -> str:
 PROGRAM_SECONDS = 30.0  # a delivery agent, a pipe
 HOST_LIMIT = 5  # mail exchangers tried in one attempt
 JUNK_FOLDER = ".Junk"
+STORED_TOGETHER = 16  # Maildirs that a message is written into at a time
 
 
 class Courier(Protocol):
@@ -7674,8 +7676,22 @@ class MaildirCourier:
     async def deliver(
         self, delivery: Delivery, destinations: Sequence[Destination]
     ) -> list[Result]:
-        """Store the message in the Maildir of each destination, or in its folder for junk."""
-        return [await self._deliver(delivery, destination.value) for destination in destinations]
+        """Store the message in the Maildir of each destination, or in its folder for junk.
+
+        What is stored together is synced together. Who is SENT has it durably.
+        """
+        results: dict[Destination, Result] = {}
+
+        async def store(destination: Destination) -> None:
+            results[destination] = await self._deliver(delivery, destination.value)
+
+        for start in range(0, len(destinations), STORED_TOGETHER):
+            some = destinations[start : start + STORED_TOGETHER]
+            if len(some) == 1:
+                await store(some[0])
+            else:
+                await together(self._loop, [store(destination) for destination in some])
+        return [results[destination] for destination in destinations]
 
     async def _deliver(self, delivery: Delivery, address: str) -> Result:
         user, domain = split_address(address)
@@ -8311,17 +8327,19 @@ class RouteKind(enum.StrEnum):
 class Route(NamedTuple):
     """Which courier takes a destination; destinations with the same key travel together.
 
-    `program`: the courier runs one, which may take as long as it likes.
+    `program`: the courier runs one, which may take as long as it likes. `durable`: what it says
+    is sent survives a power cut, and takes no longer than to write it.
     """
 
     courier: Courier
     key: tuple[RouteKind, *tuple[str, ...]]
     local: bool
     program: bool = False
+    durable: bool = False
 
 
 class Couriers:
-    """Chooses the courier of a destination."""
+    """Chooses the courier of a destination. The local one is `durable` if it is as in `Route`."""
 
     def __init__(
         self,
@@ -8330,7 +8348,9 @@ class Couriers:
         remote: Courier,
         is_local: Callable[[str], bool],
         smarthost: Smarthost | None = None,
+        durable: bool = False,
     ) -> None:
+        self._durable = durable
         self._local = local
         self._pipe = pipe
         self._remote = remote
@@ -8349,7 +8369,7 @@ class Couriers:
             return Route(self._remote, (RouteKind.VIA, *destination.via), False)
         if self._is_local(domain):
             agent = isinstance(self._local, AgentCourier)
-            return Route(self._local, (RouteKind.LOCAL,), True, agent)
+            return Route(self._local, (RouteKind.LOCAL,), True, agent, self._durable)
         if smarthost is not None and attempts >= smarthost.after:
             return Route(smarthost.courier, (RouteKind.SMARTHOST,), False)
         return Route(self._remote, (RouteKind.MX, domain), False)
@@ -8985,14 +9005,23 @@ class Draft:
         self._pieces.append(piece)
         self._held += len(piece)
 
-    async def store(self, envelope: Envelope) -> Message:
-        """Write the rest and the envelope, and move it all into new. Raises OSError.
+    @property
+    def in_memory(self) -> bool:
+        """Whether all that has come is in memory, and no file."""
+        return self._fd < 0
+
+    def message(self, prefix: bytes) -> Message:
+        """Return the message that is `in_memory`, with the fields `prefix` in front."""
+        return Message(prefix, "", self.size, b"".join(self._pieces))
+
+    async def store(self, envelope: Envelope, journal: bytes = b"") -> Message:
+        """Write the rest, envelope and journal, and move it all into new. Raises OSError.
 
         When this returns, file and directory are synced.
         """
         data = b"".join(self._pieces)
         target = f"{self._directory}/{Place.NEW}/{self.id},S={self.size}"
-        tail = data + envelope.to_line()
+        tail = data + envelope.to_line() + journal
         if self._fd < 0:
             await self._disk.create(self._path, tail, target)
         else:
@@ -9333,9 +9362,16 @@ def _returned_content(item: Item, action: Action, utf8: bool) -> bytes:
 # that a newer version wrote are reported and left alone.
 #
 # - 250 means that file and directory are synced.
-# - A notification is in the queue before the failure that it reports is written down, and
-#   a file is removed only when nothing in it is owed any more. So after a crash a message
-#   may be delivered, or a failure reported, twice; never not at all.
+# - Mail for a few mailboxes here has no file here: it is written straight into them before its
+#   250, if the courier makes that durable (a Maildir), it is small, and nobody asked to hear of
+#   success. For one recipient as for several, a crash before all is synced leaves none, some or
+#   all of them with it, and a client without its 250, which sends it again; later, nothing is
+#   owed. If some cannot have it, it goes into new with a journal of who has it, in one write,
+#   and the rest is attempted from there; if that fails too, it is refused for now, and comes
+#   again. So after a crash or a refusal it may arrive twice; after a 250 it is never lost.
+# - A notification is in the queue, or delivered, before the failure that it reports is written
+#   down, and a file is removed only when nothing in it is owed any more. So after a crash a
+#   message may be delivered, or a failure reported, twice; never not at all.
 # - The null reverse-path gets no notifications (RFC 5321, 4.5.5).
 # - Mailboxes, each program and each destination have places of their own, so that nobody
 #   waits for somebody else's slow server or program.
@@ -9351,6 +9387,7 @@ _PIPE_SLOTS = 4  # runs of one command at a time; of the delivery agent, as many
 _LOCAL_BACKLOG = 64  # deliveries here that may wait before their senders are slowed down,
 _CATCH_UP_SECONDS = 2.0  # at most by this for each message
 _CATCH_UP_STEPS = 100
+_DIRECT_RECIPIENTS = 16  # who get a message before its 250; for more that would take too long
 _DISK_SECONDS = 2.0  # how long what was seen of the disk is good enough
 _DELAY_NOTICE_SECONDS = 4 * 3600.0  # after which a sender hears that it takes longer
 _DESTINATION_SLOTS = 5  # attempts at a time for one destination elsewhere
@@ -9529,14 +9566,21 @@ class Queue:
         return self._has_room
 
     async def accept(self, draft: Draft, envelope: Envelope, trace: Mapping[str, str]) -> Item:
-        """Store a message durably and start to deliver it. Raises QueueFull.
+        """Store a message durably and start to deliver it, or deliver it. Raises QueueFull.
 
         `trace` says where it came from: fields of `Events.QUEUED`.
         """
-        routes = self._local_routes(envelope)
+        routes = {
+            self._couriers.route(recipient.destination) for recipient in envelope.final_recipients
+        }
+        direct = draft.in_memory and self._is_direct(routes, envelope)
+        item = Item(envelope, draft.message(envelope.prefix) if direct else Message(b"", "", 0))
         try:
             self._check_programs(routes)
-            message = await draft.store(envelope)
+            sent = await self._deliver_directly(item) if direct else []
+            if len(sent) < len(item.recipients):
+                journal = item.journal_line(self._loop.clock.time()) if sent else b""
+                item.message = await draft.store(envelope, journal)
         except OSError as error:
             draft.discard()
             self._log.error("queue", f"a message cannot be stored: {reason(error)}")
@@ -9544,7 +9588,6 @@ class Queue:
         except BaseException:
             draft.discard()
             raise
-        item = Item(envelope, message)
         originals = dict.fromkeys(recipient.original for recipient in envelope.final_recipients)
         self._log.count(Metrics.MESSAGES, "queued")
         self._log.event(
@@ -9552,24 +9595,49 @@ class Queue:
             id=item.id,
             from_=envelope.sender,
             to=originals,
-            size=message.size,
+            size=item.message.size,
             **trace,
         )
-        self._start(item)
-        await self._let_deliveries_catch_up(routes)
+        for recipient in sent:
+            self._tell(item, recipient, RouteKind.LOCAL, envelope.sender)
+        if len(sent) == len(item.recipients):
+            draft.discard()
+            self._log.event(Events.DONE, id=item.id, attempts=1)
+        else:
+            self._start(item)
+            await self._let_deliveries_catch_up(routes)
         return item
 
-    def _local_routes(self, envelope: Envelope) -> set[Route]:
-        routes = {
-            self._couriers.route(final_recipient.destination)
-            for final_recipient in envelope.final_recipients
-        }
-        return {route for route in routes if route.local}
+    @staticmethod
+    def _is_direct(routes: Iterable[Route], envelope: Envelope) -> bool:
+        """Tell whether all recipients are a few mailboxes, and nobody is to hear of success."""
+        few = len(envelope.final_recipients) <= _DIRECT_RECIPIENTS
+        return (
+            few
+            and all(route.durable for route in routes)
+            and not any(
+                recipient.dsn.wants(Notify.SUCCESS) for recipient in envelope.final_recipients
+            )
+        )
+
+    async def _deliver_directly(self, item: Item) -> list[Recipient]:
+        """Deliver to mailboxes here, before the message is in the queue; return who has it."""
+        route = self._couriers.route(item.recipients[0].destination)
+        delivery = self._delivery(item, item.recipients, item.envelope.sender)
+        found = await self._results(item, route.courier, delivery)
+        sent = [one for one in item.recipients if found[one.destination].state == State.SENT]
+        for recipient in sent:
+            recipient.result = found[recipient.destination]
+        return sent
 
     def _check_programs(self, routes: Iterable[Route]) -> None:
         """Raise QueueFull while half of the queue waits for a program that is asked for."""
         for route in routes:
-            if route.program and self._under_way[route.key] > self._settings.limit // 2:
+            if (
+                route.local
+                and route.program
+                and self._under_way[route.key] > self._settings.limit // 2
+            ):
                 raise QueueFull("too much mail is waiting for a program here", "4.3.2")
 
     async def _let_deliveries_catch_up(self, routes: Iterable[Route]) -> None:
@@ -9579,7 +9647,7 @@ class Queue:
         """
         most = min(_LOCAL_BACKLOG, self._settings.limit)
         for _ in range(_CATCH_UP_STEPS):
-            if all(self._under_way[route.key] < most for route in routes):
+            if all(self._under_way[route.key] < most for route in routes if route.local):
                 return
             await self._loop.sleep(_CATCH_UP_SECONDS / _CATCH_UP_STEPS)
 
@@ -9708,9 +9776,20 @@ class Queue:
 
     async def _deliver(self, item: Item, group: list[Recipient]) -> None:
         route = self._couriers.route(group[0].destination, item.attempts)
-        envelope = item.envelope
         sender = self._sender_for(item, group[0])
-        delivery = Delivery(
+        delivery = self._delivery(item, group, sender)
+        async with self._places(route):
+            found = await self._results(item, route.courier, delivery)
+        for recipient in group:
+            result = found[recipient.destination]
+            if sender != item.envelope.sender:  # who stands in for the sender would hear of it
+                result = result._replace(passed_on=False)
+            recipient.result = result
+            self._tell(item, recipient, route.key[0], sender)
+
+    def _delivery(self, item: Item, group: Sequence[Recipient], sender: str) -> Delivery:
+        envelope = item.envelope
+        return Delivery(
             item.id,
             sender,
             item.message,
@@ -9723,31 +9802,34 @@ class Queue:
             envid=envelope.envid,
             dsn_parameters=self._dsn_by_destination(group, sender == envelope.sender),
         )
-        destinations = list(dict.fromkeys(recipient.destination for recipient in group))
-        async with self._places(route):
-            try:
-                results = await route.courier.deliver(delivery, destinations)
-            except Exception as error:  # a fault of ours must not lose the message
-                self._log.crash(f"delivery of {item.id}", error)
-                failure = Result(State.DEFERRED, "4.3.0", "an internal error; the log has more")
-                results = [failure] * len(destinations)
-        found = dict(zip(destinations, results, strict=True))
-        for recipient in group:
-            result = found[recipient.destination]
-            if sender != envelope.sender:  # who stands in for the sender would hear of it
-                result = result._replace(passed_on=False)
-            recipient.result = result
-            self._log.count(Metrics.DELIVERIES, route.key[0], result.state)
-            self._log.event(
-                _RESULT_EVENTS[result.state],
-                id=item.id,
-                from_=sender,
-                to=recipient.destination.value,
-                route=route.key[0],
-                status=result.status,
-                text=result.text,
-            )
-            self._on_result(item, recipient)
+
+    async def _results(
+        self, item: Item, courier: Courier, delivery: Delivery
+    ) -> dict[Destination, Result]:
+        """Return what became of each destination of a delivery."""
+        destinations = list(delivery.dsn_parameters)
+        try:
+            results = await courier.deliver(delivery, destinations)
+        except Exception as error:  # a fault of ours must not lose the message
+            self._log.crash(f"delivery of {item.id}", error)
+            failure = Result(State.DEFERRED, "4.3.0", "an internal error; the log has more")
+            results = [failure] * len(destinations)
+        return dict(zip(destinations, results, strict=True))
+
+    def _tell(self, item: Item, recipient: Recipient, kind: RouteKind, sender: str) -> None:
+        """Count and log what became of a recipient, and pass it on."""
+        result = recipient.result
+        self._log.count(Metrics.DELIVERIES, kind, result.state)
+        self._log.event(
+            _RESULT_EVENTS[result.state],
+            id=item.id,
+            from_=sender,
+            to=recipient.destination.value,
+            route=kind,
+            status=result.status,
+            text=result.text,
+        )
+        self._on_result(item, recipient)
 
     @staticmethod
     def _dsn_by_destination(
@@ -12774,12 +12856,14 @@ class Daemon:
         self._lookups = ExternalLookups(
             hooks.alias_destinations, self._dovecot.exists if self._dovecot else None
         )
+        local = self._local_courier(programs)
         couriers = Couriers(
-            self._local_courier(programs),
+            local,
             PipeCourier(programs),
             remote or self._smtp_courier(random),
             is_local=self._is_local,
             smarthost=None if remote else self._smarthost(),
+            durable=isinstance(local, MaildirCourier),
         )
         self.queue = Queue(
             loop,
