@@ -1275,7 +1275,7 @@ def _event(name: str, fields: str, help: str, mail: bool = True) -> LogEvent:
     return LogEvent(name, {field: field.rstrip("_") for field in fields.split()}, mail, help)
 
 
-# A value without blanks, quotes and backslashes stands bare; `_value` quotes any other.
+# A value without blanks, quotes and backslashes stands bare; `_quoted` has any other.
 _VALUE_LIMIT = 1500  # characters
 _BARE = re.compile(rf"[!#-\[\]-~]{{1,{_VALUE_LIMIT}}}")
 _LOGGED_FIELD = re.compile(r'([a-z][a-z-]*)=(?:"((?:[^"\\]|\\.)*)"|(\S*))(?: |$)')
@@ -1294,10 +1294,8 @@ def addresses_in(value: str) -> list[str]:
     return [part.strip("<>") for part in value.split(",")]
 
 
-def _value(value: object) -> str:
-    text = value if type(value) is str else str(value)
-    if _BARE.fullmatch(text):
-        return text
+def _quoted(text: str) -> str:
+    """Return a value that is not bare."""
     text = printable(text, _VALUE_LIMIT)
     if re.search(r'[\s"\\]', text) or not text:
         return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
@@ -1465,7 +1463,8 @@ class Log:
             if value is not None and name in ("from", "to"):
                 value = _addresses(value)
             if value is not None and value != "":
-                line += f" {name}={_value(value)}"
+                text = value if type(value) is str else str(value)
+                line += f" {name}={text if _BARE.fullmatch(text) else _quoted(text)}"
         if not values.keys() <= event.fields.keys():
             raise TypeError(f"{event.name} has no {', '.join(values.keys() - event.fields.keys())}")
         (self._mail_log if event.mail else self._log).write(line)
@@ -2015,6 +2014,9 @@ async def together(loop: Loop, waits: Sequence[Coroutine[Any, Any, Any]]) -> Non
     What one of them raises is raised here when all have ended. Where the wait itself is
     cut short, they are cancelled.
     """
+    if len(waits) == 1:
+        await waits[0]
+        return
     errors = []
 
     async def guarded(wait: Coroutine[Any, Any, Any]) -> None:
@@ -4392,6 +4394,10 @@ def without_comments(text: str, quoted: str | None = None) -> str:
 
 _ANGLE_ADDRESS = re.compile(r"[^<>]*<(?:@[^<>:]*:)?[^<>@]+@([^<>@]+)>\s*")
 _BARE_ADDRESS = re.compile(r"[^<>@]+@([^<>@]+)")
+# What most fields are, and can be read in one way only: "Name <local@domain>", "local@domain".
+_ORDINARY_FROM = re.compile(
+    rb"(?:[\w .'-]*<[\w.+=-]+@([\w-]+(?:\.[\w-]+)*)>| ?[\w.+=-]+@([\w-]+(?:\.[\w-]+)*))(?:\r\n)?"
+)
 _AFTER_AT = re.compile(r"@[\s\"'\[(<]*([\w.-]+)")
 AUTHORS_LIMIT = 10  # domains in From; above, the field is not read to its end
 
@@ -4418,6 +4424,9 @@ def author_domains(value: bytes) -> list[str]:
     From a field that is malformed, every domain that a reader might take for one is
     returned, but never more than one above AUTHORS_LIMIT. (RFC 5322, 3.6.2 and 3.4)
     """
+    ordinary = _ORDINARY_FROM.fullmatch(value)
+    if ordinary is not None:
+        return [domain_to_ascii(str(ordinary[1] or ordinary[2], "ascii"))]
     text = value.decode("utf-8", "replace")
     try:
         plain = without_comments(text, quoted='"')
@@ -6991,7 +7000,7 @@ def parse_command(line: bytes) -> tuple[str, str]:
             _refuse(500, "5.5.2", "the command is no valid UTF-8")
         # the name of a computer at home, which proves nothing, in whatever encoding
         text = line.decode(errors="replace")
-    if UNPRINTABLE.search(text.replace("\t", " ")):
+    if not text.isprintable() and UNPRINTABLE.search(text.replace("\t", " ")):
         _refuse(500, "5.5.2", "the command holds a control character")
     verb, _, argument = text.strip(" \t").partition(" ")
     # letters elsewhere may become ASCII in upper case: "\u017f" is "S" then
@@ -7742,7 +7751,8 @@ class MaildirCourier:
         head = f"Return-Path: <{delivery.sender}>\nDelivered-To: {address}\n".encode()
         temporary, new = f"{directory}/tmp/{name}", f"{directory}/new/{name}"
         if delivery.message.data is not None:
-            data = head + b"".join(with_lf(delivery.message.chunks()))
+            whole = delivery.message.prefix + delivery.message.data
+            data = head + whole.replace(b"\r\n", b"\n")
             path = f"{new},S={len(data)}"
             await self._disk.create(temporary, data, path)
         else:
@@ -8369,7 +8379,7 @@ class Couriers:
             return Route(self._remote, (RouteKind.VIA, *destination.via), False)
         if self._is_local(domain):
             agent = isinstance(self._local, AgentCourier)
-            return Route(self._local, (RouteKind.LOCAL,), True, agent, self._durable)
+            return Route(self._local, (RouteKind.LOCAL,), True, agent, durable=self._durable)
         if smarthost is not None and attempts >= smarthost.after:
             return Route(smarthost.courier, (RouteKind.SMARTHOST,), False)
         return Route(self._remote, (RouteKind.MX, domain), False)
@@ -10662,6 +10672,7 @@ class Session:
         self._hello = ""
         self._extended = False
         self._user = ""  # who has logged in, as an address
+        self._client: ClientInfo | None = None  # all that, until it changes
         self._verb = ""
         self._closing = False
         self._errors = 0
@@ -10701,15 +10712,17 @@ class Session:
     @property
     def client(self) -> ClientInfo:
         """Who is at the other end, as far as is known now."""
-        return ClientInfo(
-            self.dialogue,
-            self.port,
-            peer=self.peer,
-            hello=self._hello,
-            extended=self._extended,
-            user=self._user,
-            tls=self.stream.tls_text,
-        )
+        if self._client is None:
+            self._client = ClientInfo(
+                self.dialogue,
+                self.port,
+                peer=self.peer,
+                hello=self._hello,
+                extended=self._extended,
+                user=self._user,
+                tls=self.stream.tls_text,
+            )
+        return self._client
 
     @property
     def phase(self) -> Phase:
@@ -10905,6 +10918,7 @@ class Session:
         self._reset()
         self._hello = name
         self._extended = extended
+        self._client = None
 
     async def _starttls(self, argument: str) -> None:
         if self.stream.tls is not None:
@@ -10922,6 +10936,7 @@ class Session:
         self._reset()
         self._hello = ""
         self._extended = False
+        self._client = None
 
     # --- AUTH ---
 
@@ -10968,6 +10983,7 @@ class Session:
         self.context.log.count(Metrics.LOGINS, "succeeded")
         self.event(Events.LOGIN, user=login.address)
         self._user = login.address
+        self._client = None
         return Reply(235, "2.7.0", "Authentication succeeded")
 
     # --- MAIL and RCPT ---

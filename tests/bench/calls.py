@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import sys
 import tempfile
 import threading
 import types
@@ -21,7 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.support import Server, Wire, greeted, logged_in, wait_for
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as pytest has it
+
+from support import Server, Wire, greeted, logged_in, wait_for
 
 WARM = 5  # messages before the count
 BODY = ("x" * 76 + "\r\n") * 62
