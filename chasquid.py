@@ -1405,7 +1405,7 @@ class Metrics:
     LIMITS = Metric(
         "limits", "Refusals because of a limit.", ("limit",), _each("connections", "rate")
     )
-    MESSAGES = Metric("messages", "Messages accepted into the queue.", ("state",), _each("queued"))
+    MESSAGES = Metric("messages", "Messages accepted.", ("state",), _each("queued"))
     DELIVERIES = Metric(
         "deliveries", "Attempts, for each recipient.", ("route", "result"),
         tuple(itertools.product(
