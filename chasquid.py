@@ -1250,7 +1250,8 @@ class Dialogue:
         """Note a line of `who`, "C" or "S" ("*" for a remark), unless there are enough already."""
         self.client_spoke = self.client_spoke or who == "C"
         if len(self._said) < self._limit:
-            self._said.append((who, said))
+            short = said[: _DIALOGUE_LINE + 1] if isinstance(said, str) else said
+            self._said.append((who, short))
 
     @property
     def lines(self) -> list[str]:
@@ -4098,7 +4099,7 @@ class Aliases:
             self._expansions[address] = found, dead
         found, dead = self._expansions[address]
         unknown += dead
-        return found
+        return list(found)
 
     def _compared(self, name: str) -> str:
         """Return the normalised `name` of an alias as it is compared; its suffix stays."""
