@@ -9622,33 +9622,28 @@ class Queue:
     @staticmethod
     def _is_direct(routes: Iterable[Route], envelope: Envelope) -> bool:
         """Tell whether all recipients are a few mailboxes, and nobody is to hear of success."""
-        few = len(envelope.final_recipients) <= _DIRECT_RECIPIENTS
-        return (
-            few
-            and all(route.durable for route in routes)
-            and not any(
-                recipient.dsn.wants(Notify.SUCCESS) for recipient in envelope.final_recipients
-            )
-        )
+        recipients = envelope.final_recipients
+        if len(recipients) > _DIRECT_RECIPIENTS or not all(route.durable for route in routes):
+            return False
+        return not any(recipient.dsn.wants(Notify.SUCCESS) for recipient in recipients)
 
     async def _deliver_directly(self, item: Item) -> list[Recipient]:
         """Deliver to mailboxes here, before the message is in the queue; return who has it."""
         route = self._couriers.route(item.recipients[0].destination)
         delivery = self._delivery(item, item.recipients, item.envelope.sender)
         found = await self._results(item, route.courier, delivery)
-        sent = [one for one in item.recipients if found[one.destination].state == State.SENT]
-        for recipient in sent:
-            recipient.result = found[recipient.destination]
+        sent = []
+        for recipient in item.recipients:
+            result = found[recipient.destination]
+            if result.state == State.SENT:  # any other is found out anew by the queue
+                recipient.result = result
+                sent.append(recipient)
         return sent
 
     def _check_programs(self, routes: Iterable[Route]) -> None:
         """Raise QueueFull while half of the queue waits for a program that is asked for."""
         for route in routes:
-            if (
-                route.local
-                and route.program
-                and self._under_way[route.key] > self._settings.limit // 2
-            ):
+            if route.program and self._under_way[route.key] > self._settings.limit // 2:
                 raise QueueFull("too much mail is waiting for a program here", "4.3.2")
 
     async def _let_deliveries_catch_up(self, routes: Iterable[Route]) -> None:
