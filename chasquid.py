@@ -41,6 +41,8 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     CONTROL        the lock on data_dir; the sockets for commands, and for mail of this host
     DAEMON         the wiring diagram, reload, the end
     SENDMAIL       mail from programs of this host, with a server or without
+    UPKEEP         versions of the program side by side; backup and restore
+    IMPORT         users, aliases and Maildirs of another server
     PUBLISHING     the DNS records that a domain needs
     FAULTS         fault injection, by a script
     CAPTURE        a server that keeps what it is sent, for tests
@@ -98,6 +100,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Container,
     Coroutine,
     Generator,
     Iterable,
@@ -112,6 +115,7 @@ if TYPE_CHECKING:
     import subprocess
     from email.message import EmailMessage
     from email.message import Message as ParsedMessage
+    from tarfile import TarFile, TarInfo
 
 __version__ = "0.1.0"
 __all__ = [
@@ -13284,7 +13288,11 @@ class _Requests:
             "queue-bounce": self._queue_bounce,
             "domaininfo-remove": self._domaininfo_remove,
             "reload": self._reload,
+            "version": self._version,
         }
+
+    async def _version(self, about: str) -> list[str]:
+        return [__version__]
 
     async def _reload(self, about: str) -> list[str]:
         """Return what is wrong with the files, as lines; none if all is in force."""
@@ -13715,6 +13723,982 @@ def _become_owner(data_dir: str) -> None:
     elif os.geteuid() != owner.st_uid:
         text = "no server is running, and only root and its user can reach the queue"
         raise NotSent(text, os.EX_TEMPFAIL)
+
+
+# ======================================================================================
+# ROOM: UPKEEP
+#
+# What the owner does to a whole server from outside: another version of the program, a copy of
+# all that it needs, and a server made from such a copy.
+#
+# - Versions lie side by side, each under its version and a hash of its octets, and a link says
+#   which one runs. So going back is a rename, as is going on.
+# - A new version must find this configuration right before anything is changed, and must
+#   answer on its control socket; else the link goes back.
+# - A backup is a tar of regular files and directories: config/… and data/…, and mail/… if that
+#   is wanted; first `chasquid.json`, which says what it is, and last `complete`, without which
+#   it was cut short. It is taken while the server runs: what is in the queue is a file that
+#   only grows, and one that goes away meanwhile was delivered.
+# - What comes out of a backup replaces nothing that is there.
+#
+# The mailboxes are the directories that `maildir` can mean. What users and aliases of another
+# server become belongs to IMPORT.
+# ======================================================================================
+
+_UP_SECONDS = 30.0  # in which a new version must answer
+_RESTART_SECONDS = 90.0  # of which the old one may take 30 to end
+_CHECK_SECONDS = 60.0
+
+
+class ProgramPlaces(NamedTuple):
+    """Where the versions of the program are, and the link that says which one runs."""
+
+    library: str = "/usr/local/lib/chasquid"
+    link: str = "/usr/local/bin/chasquid"
+
+
+USUAL_PLACES = ProgramPlaces()
+
+
+def archive_version(path: str) -> str:
+    """Return the version of the archive at `path`. Raises ChasquidError if it is none of ours."""
+    import zipfile  # only here
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if match := re.fullmatch(r"chasquid-([\w.+]+)\.dist-info/METADATA", name):
+                    return match[1]
+    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+        text = f"{path}: expected an archive of chasquid, such as chasquid.pyz"
+        raise ChasquidError(f"{text}: {reason(error)}") from error
+    raise ChasquidError(f"{path}: expected an archive of chasquid; this is another one")
+
+
+def install_archive(archive: str, places: ProgramPlaces = USUAL_PLACES) -> str:
+    """Copy an archive to library/chasquid-VERSION-HASH8.pyz, durably; return that path.
+
+    If it is there, it is left alone; the link is not touched. Raises ChasquidError.
+    """
+    import hashlib  # only here
+
+    version, data = archive_version(archive), read_file(archive)
+    name = f"chasquid-{version}-{hashlib.sha256(data).hexdigest()[:8]}.pyz"
+    path = os.path.join(places.library, name)
+    try:
+        if read_file(path, missing=b"") != data:
+            make_directory(places.library, 0o755)
+            os.chmod(places.library, 0o755)
+            replace_durably(path, data, 0o755)
+    except OSError as error:
+        raise ChasquidError(f"{path} cannot be written: {reason(error)}; run it as root") from error
+    return path
+
+
+def point_link(link: str, target: str) -> None:
+    """Have `link` point to `target`, whatever it was before, in one step. Raises ChasquidError."""
+    temporary = os.path.join(os.path.dirname(link), f".{new_id()}.tmp")
+    try:
+        make_directory(os.path.dirname(link), 0o755)
+        os.symlink(target, temporary)
+        move_synced(temporary, link)
+    except OSError as error:
+        discard_names(temporary)
+        raise ChasquidError(f"{link} cannot be made: {reason(error)}; run it as root") from error
+
+
+class Service(Protocol):
+    """What starts and ends the server."""
+
+    def is_active(self) -> bool:
+        """Tell whether it has started the server."""
+
+    def restart(self) -> None:
+        """End the server and start it anew. Raises ChasquidError."""
+
+
+class SystemdService:
+    """The unit chasquid.service."""
+
+    _UNIT = "chasquid.service"
+
+    def is_active(self) -> bool:
+        """See `Service`."""
+        return self._ask("is-active", "--quiet") == 0
+
+    def restart(self) -> None:
+        """See `Service`."""
+        self._ask("reset-failed")
+        if self._ask("restart") != 0:
+            text = "the server does not start; its log says why: journalctl -u chasquid -n 20"
+            raise ChasquidError(text)
+
+    def _ask(self, *words: str) -> int:
+        """Return the exit status of systemctl, -1 if it takes too long. Raises ChasquidError."""
+        import subprocess  # only here
+
+        command = ["systemctl", *words, self._UNIT]
+        try:
+            done = subprocess.run(command, capture_output=True, timeout=_RESTART_SECONDS)
+        except subprocess.TimeoutExpired:
+            return -1
+        except OSError as error:
+            raise ChasquidError(f"systemctl cannot be run: {reason(error)}") from error
+        return done.returncode
+
+
+def running_version(data_dir: str) -> str | None:
+    """Return the version of the running server, None if none is running.
+
+    It is "an older version" if it cannot say, "a server" if we may not ask.
+    """
+    try:
+        answer = ask_running_server(data_dir, "version", "")
+    except ChasquidError as error:
+        return "an older version" if "not understood" in str(error) else "a server"
+    return None if answer is None else answer[0]
+
+
+class Upgrade:
+    """Puts another version in the place of the one that runs, and goes back if it does not run.
+
+    `service` is None if nothing that we know starts the server; `check` are the words by which
+    an archive checks the configuration.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        check: Sequence[str],
+        service: Service | None,
+        *,
+        places: ProgramPlaces = USUAL_PLACES,
+        running: Callable[[str], str | None] = running_version,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._data_dir = config.data_dir
+        self._check = check
+        self._service = service
+        self._places = places
+        self._running = running
+        self._sleep = sleep
+
+    def run(self, archive: str) -> Iterator[str]:
+        """Do it, and yield a line for each step that is done. Raises ChasquidError."""
+        self._have_checked(archive)
+        yield "the new version finds the configuration right"
+        before = self._installed()
+        after = install_archive(archive, self._places)
+        version = archive_version(after)
+        if before == after:
+            yield f"{after} is installed already"
+            return
+        point_link(self._places.link, after)
+        yield f"{self._places.link} is {after} now"
+        if self._service is not None and self._service.is_active():
+            self._restart(version, before)
+            yield f"the server runs as version {version}"
+        else:
+            yield from self._what_is_left(before)
+
+    def _have_checked(self, archive: str) -> None:
+        """Have the archive itself check the configuration. Raises ChasquidError."""
+        import subprocess  # only here
+
+        archive_version(archive)
+        command = [sys.executable, os.path.abspath(archive), *self._check]
+        try:
+            done = subprocess.run(command, capture_output=True, timeout=_CHECK_SECONDS)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise ChasquidError(f"{archive} cannot be run: {reason(error)}") from error
+        if done.returncode:
+            lines = (done.stdout + done.stderr).decode("utf-8", "replace").strip().splitlines()
+            said = "\n  ".join(printable(line) for line in lines[-20:])
+            raise ChasquidError(f"nothing was changed: {archive} says\n  {said}")
+
+    def _installed(self) -> str:
+        """Return what the link points to, "" if there is none; a plain file becomes a version."""
+        link = self._places.link
+        if os.path.islink(link) or not os.path.exists(link):
+            return os.path.realpath(link) if os.path.exists(link) else ""
+        return install_archive(link, self._places)
+
+    def _restart(self, version: str, before: str) -> None:
+        """Raises ChasquidError when the old version is back."""
+        assert self._service is not None
+        try:
+            self._service.restart()
+            self._wait_until_up(version)
+        except ChasquidError as error:
+            if not before:
+                raise
+            point_link(self._places.link, before)
+            self._service.restart()
+            self._wait_until_up("")
+            raise ChasquidError(f"{error}\nThe old version, {before}, runs again") from error
+
+    def _wait_until_up(self, version: str) -> None:
+        """Wait until a server answers that is of this version, if one is named."""
+        found = None
+        for _ in range(int(_UP_SECONDS / 0.5)):
+            found = self._running(self._data_dir)
+            if found is not None and found in (version or found, "a server"):
+                return
+            self._sleep(0.5)
+        if found is None:
+            raise ChasquidError(f"the server does not answer within {_UP_SECONDS:g} seconds")
+        text = f"version {version} was to run, but the server is {found}"
+        raise ChasquidError(f"{text}: does its unit start {self._places.link}?")
+
+    def _what_is_left(self, before: str) -> Iterator[str]:
+        running = self._running(self._data_dir)
+        if running is None:
+            yield "no server is running; the new version runs when it is started"
+        else:
+            yield f"the server that runs is still {running}: end it, and start it anew"
+        if before:
+            yield f"to go back: ln -sfn {before} {self._places.link}"
+
+
+# --- backup ---
+
+_BACKUP_VERSION = 1
+_NOT_KEPT = ("lock", "control", "sendmail", "journal", "queue/tmp")  # below data_dir
+
+
+def _maildir_pattern(config: Config) -> tuple[str, str]:
+    """Return the directory that all Maildirs are in, and the pattern (of glob) of each."""
+    import glob  # only here
+
+    template = config.maildir.replace("%data_dir%", config.data_dir)
+    top = os.path.dirname(template.partition("%to")[0])
+    return top, re.sub(r"%to(_user|_domain)?%", "*", glob.escape(template))
+
+
+def _below(top: str, name: str, leave: Container[str], follow: bool) -> Iterator[tuple[str, str]]:
+    """Yield the directory `top` and all in it, each with its name in the backup.
+
+    Of a Maildir and of the queue, new comes before cur: what moves meanwhile is seen.
+    With `follow`, links are what they point to; a directory within itself is left out.
+    """
+    pending: list[tuple[str, str, tuple[str, ...]]] = [(top, name, (os.path.realpath(top),))]
+    while pending:
+        path, shown, above = pending.pop()
+        yield path, shown
+        try:
+            entries = sorted(os.listdir(path), reverse=True)
+        except FileNotFoundError:
+            continue
+        inner = []
+        for entry in entries:
+            within, real = os.path.join(path, entry), os.path.realpath(os.path.join(path, entry))
+            if within in leave or (os.path.islink(within) and not follow):
+                continue
+            if not os.path.isdir(within):
+                yield within, f"{shown}/{entry}"
+            elif real not in above:
+                inner.append((within, f"{shown}/{entry}", (*above, real)))
+        pending += reversed(inner)
+
+
+class _BackupWriter:
+    """Writes the members of a backup, and counts them by the first part of their names."""
+
+    def __init__(self, tar: TarFile) -> None:
+        self._tar = tar
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def note(self, name: str, text: str) -> None:
+        """Write a member of ours."""
+        import io
+        import tarfile
+
+        info, data = tarfile.TarInfo(name), text.encode()
+        info.size, info.mode, info.mtime = len(data), 0o600, int(time.time())
+        self._tar.addfile(info, io.BytesIO(data))
+
+    def add(self, path: str, name: str) -> None:
+        """Write a directory or a regular file, if it is still there. Raises OSError."""
+        import glob
+
+        try:
+            if os.path.isdir(path):
+                self._tar.addfile(self._tar.gettarinfo(path, name))
+            elif stat.S_ISREG(os.stat(path).st_mode):
+                with open(path, "rb") as file:
+                    self._tar.addfile(self._tar.gettarinfo(arcname=name, fileobj=file), file)
+                    self.counts[name.partition("/")[0]] += 1
+        except FileNotFoundError:
+            # a message of a Maildir that was looked at has another name now
+            base = path.partition(":2,")[0]
+            for again in glob.glob(f"{glob.escape(base)}:2,*") if ":2," in path else ():
+                if again != path:
+                    self.add(again, os.path.join(os.path.dirname(name), os.path.basename(again)))
+
+
+def _kept_files(config: Config, leave: Sequence[str], mail: bool) -> Iterator[tuple[str, str]]:
+    """Yield what belongs into a backup, each with its name there."""
+    import glob
+
+    top, pattern = _maildir_pattern(config)
+    without = {os.path.join(config.data_dir, name) for name in _NOT_KEPT}
+    without |= {*leave, top, config.config_dir, config.data_dir}
+    yield from _below(config.config_dir, "config", without, follow=True)
+    yield from _below(config.data_dir, "data", without, follow=False)
+    for path in sorted(glob.glob(pattern)) if mail and top != config.data_dir else ():
+        if os.path.isdir(os.path.join(path, "cur")):
+            yield from _below(path, f"mail/{os.path.relpath(path, top)}", leave, follow=False)
+
+
+def write_backup(config: Config, stream: IO[bytes], leave: Sequence[str], mail: bool) -> str:
+    """Write a backup to `stream`, without the files `leave`; return what it holds, as a sentence.
+
+    With `mail`, the mailboxes too. Raises ChasquidError.
+    """
+    import tarfile  # only here
+
+    try:
+        with tarfile.open(
+            fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT, dereference=True
+        ) as tar:
+            writer = _BackupWriter(tar)
+            about = {"version": _BACKUP_VERSION, "program": __version__, "host": config.hostname}
+            writer.note("chasquid.json", json.dumps({**about, "time": time.time()}))
+            for path, name in _kept_files(config, leave, mail):
+                writer.add(path, name)
+            writer.note("complete", "")
+    except OSError as error:
+        text = f"the backup cannot be written: {reason(error)}"
+        hint = "; run it as root" if isinstance(error, PermissionError) else ""
+        raise ChasquidError(f"{text}{hint}") from error
+    counts = [f"{plural(writer.counts[part], 'file')} of {part}" for part in ("config", "data")]
+    counts.append(f"{plural(writer.counts['mail'], 'file')} of mail" if mail else "no mailboxes")
+    return ", ".join(counts)
+
+
+def back_up(config: Config, path: str, mail: bool) -> str:
+    """Write a backup to the file `path` (0600), whole or not at all; see `write_backup`.
+
+    Raises ChasquidError.
+    """
+    path = os.path.abspath(path)
+    temporary = os.path.join(os.path.dirname(path), f".{new_id()}.tmp")
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with open(fd, "wb") as file:
+                said = write_backup(config, file, [temporary, path], mail)
+                file.flush()
+                os.fsync(file.fileno())
+            move_synced(temporary, path)
+        except BaseException:
+            discard_names(temporary)
+            raise
+    except OSError as error:
+        raise ChasquidError(f"{path} cannot be written: {reason(error)}") from error
+    return f"{path}: {said}"
+
+
+class _BackupReader:
+    """Reads the members of a backup in their order; what is no backup raises ChasquidError."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def members(self) -> Iterator[tuple[str, TarInfo, IO[bytes] | None]]:
+        """Yield name, description and contents of each but the first and the last.
+
+        The contents are there until the next one is asked for. Raises ChasquidError.
+        """
+        import tarfile
+        import zlib
+
+        try:
+            with tarfile.open(self._path, "r|*") as tar:
+                names = (member for member in tar)
+                first = next(names, None)
+                if first is None or first.name != "chasquid.json":
+                    raise ChasquidError(f"{self._path}: expected a backup of chasquid")
+                file = tar.extractfile(first)
+                self._check_version(file.read(CHUNK) if file else b"")
+                for member in names:
+                    if member.name == "complete":
+                        return
+                    yield member.name, member, tar.extractfile(member) if member.isreg() else None
+        except (tarfile.TarError, EOFError, zlib.error) as error:
+            raise ChasquidError(f"{self._path} is no whole backup: {reason(error)}") from error
+        except OSError as error:
+            raise ChasquidError(f"{self._path} cannot be read: {reason(error)}") from error
+        raise ChasquidError(f"{self._path} is no whole backup: its end is missing")
+
+    def _check_version(self, data: bytes) -> None:
+        try:
+            version = int(json.loads(data)["version"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ChasquidError(f"{self._path}: expected a backup of chasquid") from error
+        if version > _BACKUP_VERSION:
+            raise ChasquidError(f"{self._path}: only a newer chasquid can read it")
+
+
+class _Restore:
+    """Makes files of the members of a backup, below the places of config, data and mail."""
+
+    def __init__(self, path: str, config: Config) -> None:
+        top, _ = _maildir_pattern(config)
+        self._path = path
+        self.places = {"config": config.config_dir, "data": config.data_dir, "mail": top}
+        self._made: list[str] = []
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.unknown: set[str] = set()  # owners whom this system does not have
+
+    def target(self, name: str, member: TarInfo) -> str:
+        """Return where a member belongs. Raises ChasquidError if it can be no part of a backup."""
+        first, *parts = name.split("/")
+        if first not in self.places or set(parts) & {"", ".", ".."} or "\0" in name:
+            raise ChasquidError(f"{self._path}: {printable(name, 200)!r} belongs to no backup")
+        if not member.isreg() and not member.isdir():
+            text = f"{printable(name, 200)} is neither a file nor a directory"
+            raise ChasquidError(f"{self._path}: {text}")
+        return os.path.join(self.places[first], *parts)
+
+    def check(self, name: str, member: TarInfo) -> None:
+        """Raises ChasquidError if a member would replace something."""
+        target = self.target(name, member)
+        if os.path.lexists(target) and not (member.isdir() and os.path.isdir(target)):
+            raise ChasquidError(f"{target} is there already; nothing was restored")
+
+    def make(self, name: str, member: TarInfo, contents: IO[bytes] | None) -> None:
+        """Make what a member describes, with its mode, owner and time. Raises OSError."""
+        target, mode = self.target(name, member), member.mode & 0o777
+        owner = self._owner(member) if os.geteuid() == 0 else None
+        if contents is None:
+            if not os.path.isdir(target):
+                make_directory(target)
+                self._made.append(target)
+                os.chmod(target, mode | 0o700)
+                if owner is not None:
+                    os.chown(target, *owner)
+            return
+        make_directory(os.path.dirname(target))
+        create_synced(target, iter(lambda: contents.read(CHUNK), b""), mode, owner)
+        self._made.append(target)
+        os.utime(target, (member.mtime, member.mtime))
+        self.counts[name.partition("/")[0]] += 1
+
+    def _owner(self, member: TarInfo) -> tuple[int, int]:
+        import grp
+        import pwd
+
+        try:
+            return pwd.getpwnam(member.uname).pw_uid, grp.getgrnam(member.gname).gr_gid
+        except KeyError:
+            self.unknown.add(f"{member.uname}:{member.gname}")
+            return os.geteuid(), os.getegid()
+
+    def undo(self) -> None:
+        """Take away what was made."""
+        for path in reversed(self._made):
+            with contextlib.suppress(OSError):
+                os.rmdir(path) if os.path.isdir(path) else os.unlink(path)
+
+
+def _config_in_backup(path: str, config_dir: str, overrides: str) -> Config:
+    """Return the configuration that a backup holds, as it will be in `config_dir`."""
+    import tempfile
+
+    for name, _, contents in _BackupReader(path).members():
+        if name == "config/chasquid.conf" and contents is not None:
+            with tempfile.TemporaryDirectory() as place:
+                with open(os.path.join(place, "chasquid.conf"), "wb") as file:
+                    file.write(contents.read(HEADER_LIMIT))
+                config = load_config(place, overrides)
+                data_dir = config.data_dir.replace(place, config_dir)  # it may be a relative path
+                return config._replace(config_dir=config_dir, data_dir=data_dir)
+    raise ChasquidError(f"{path}: it holds no chasquid.conf")
+
+
+def restore_backup(path: str, config_dir: str, overrides: str = "") -> list[str]:
+    """Make a configuration, data_dir and mailboxes from the backup at `path`.
+
+    Nothing that is there is replaced, and if it fails, what was made is taken away. The places
+    of data_dir and Maildirs are those of the chasquid.conf in it, and of `overrides`, text in
+    its format. Returns what was made, as lines. Raises ChasquidError.
+    """
+    config = _config_in_backup(path, os.path.abspath(config_dir), overrides)
+    restore = _Restore(path, config)
+    for name, member, _ in _BackupReader(path).members():
+        restore.check(name, member)
+    with contextlib.ExitStack() as held:
+        if os.path.isdir(config.data_dir):  # else no server can have it
+            lock = DataDirectory(config.data_dir)
+            lock.take()
+            held.callback(lock.release)
+        try:
+            for name, member, contents in _BackupReader(path).members():
+                restore.make(name, member, contents)
+            os.sync()
+        except BaseException as error:
+            restore.undo()
+            if isinstance(error, OSError):
+                raise ChasquidError(f"nothing was restored: {reason(error)}") from error
+            raise
+    lines = [
+        f"made {plural(restore.counts[part], 'file')} of {part} in {place}"
+        for part, place in restore.places.items()
+        if restore.counts[part]
+    ]
+    if restore.unknown:
+        names = ", ".join(sorted(restore.unknown))
+        lines.append(f"this system has no {names}: give the files to the user of the server")
+    return lines
+
+
+# ======================================================================================
+# ROOM: IMPORT
+#
+# What another server leaves behind: Postfix's aliases and mailboxes as ours, and Maildirs as
+# they are. It may be done again at any time: what is there is kept, and said so.
+#
+#     /etc/aliases           name: address, "|command args", /file, :include:/file
+#     virtual alias maps     user@domain address, …    @domain address    domain anything
+#     virtual mailbox maps   user@domain path/         a mailbox, without a password
+#     password files         user:hash:…               of a Dovecot passwd-file, or shadow
+#
+# - Every line that has no counterpart here is told of, with what to do.
+# - A command goes the way of a pipe alias, which must stand alone: among other recipients it
+#   gets an alias of its own, NAME-pipe. What needs a shell gets one.
+# - Hashes of other kinds cannot become ours: those users get a mailbox, and need a password.
+# - A message of a Maildir keeps its name, which says whether it is here already, its flags, and
+#   its time, by which IMAP knows when it came.
+#
+# What an alias means here belongs to ALIASES.
+# ======================================================================================
+
+
+class ImportReport:
+    """What was taken over, and what was not and why, as lines."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.left: list[str] = []
+
+
+class PostfixFiles(NamedTuple):
+    """Files of Postfix to read; "" for none. `domain` is that of names without one."""
+
+    domain: str
+    aliases: str = ""
+    virtual: str = ""
+    mailboxes: str = ""
+    passwords: str = ""
+
+
+_ALIAS_VALUE = re.compile(r'\s*(\|?"(?:[^"\\]|\\.)*"|[^,"]*)\s*(?:,|$)')
+_NEEDS_SHELL = re.compile(r"[^\w\s%+,./:=@-]")
+
+
+def _logical_lines(path: str) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a file with their numbers; one that begins with a blank goes on.
+
+    Raises ConfigError.
+    """
+    number, held = 0, ""
+    for at, line in enumerate(read_file(path).decode("utf-8", "replace").split("\n"), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        if line[0] in " \t" and held:
+            held += " " + line.strip()
+            continue
+        if held:
+            yield number, held
+        number, held = at, line.strip()
+    if held:
+        yield number, held
+
+
+def _unquoted(text: str) -> str:
+    """Return a value of /etc/aliases without its quotes."""
+    pipe = text.startswith('|"')
+    if pipe:
+        text = text[1:]
+    if len(text) > 1 and text.startswith('"') and text.endswith('"'):
+        text = re.sub(r"\\(.)", r"\1", text[1:-1])
+    return f"|{text}" if pipe else text
+
+
+def _alias_values(text: str) -> list[str]:
+    values: list[str] = []
+    place = 0
+    while place < len(text):
+        match = _ALIAS_VALUE.match(text, place)
+        if match is None or match.end() == place:
+            return [*values, text[place:].strip()]  # a quote is not closed
+        values.append(_unquoted(match[1].strip()))
+        place = match.end()
+    return [value for value in values if value]
+
+
+class _Converter:
+    """Makes aliases of ours of what Postfix's files say; collected by domain and name."""
+
+    def __init__(self, domain: str, report: ImportReport) -> None:
+        self._domain = domain
+        self._report = report
+        self.aliases: dict[str, dict[str, str]] = {}
+        self.users: dict[str, dict[str, Password]] = {}
+
+    def read_aliases(self, path: str) -> None:
+        """Read /etc/aliases (aliases(5)). Raises ConfigError."""
+        for number, line in _logical_lines(path):
+            match = re.fullmatch(r'("(?:[^"\\]|\\.)*"|[^:"]+):\s*(.*)', line)
+            if match is None:
+                self._leave(path, number, f"it is no alias: {line}")
+                continue
+            values = _alias_values(match[2])
+            self._add((path, number), self._domain, _unquoted(match[1].strip()), values)
+
+    def read_virtual(self, path: str) -> None:
+        """Read a virtual alias map (virtual(5)). Raises ConfigError."""
+        for number, line in _logical_lines(path):
+            key, *right = line.split(None, 1)
+            values = [value for value in re.split(r"[,\s]+", "".join(right)) if value]
+            if key.startswith(("/", "!/", "if ", "endif")):
+                self._leave(path, number, f"patterns have no counterpart: {key}")
+            elif "@" in key:
+                local, domain = split_address(key)
+                self._add((path, number), domain, local or "*", values)
+            elif "." in key:
+                self.aliases.setdefault(key.lower(), {})  # Postfix: the domain is a virtual one
+            else:
+                self._add((path, number), self._domain, key, values)
+
+    def read_mailboxes(self, path: str) -> None:
+        """Read a virtual mailbox map. Raises ConfigError."""
+        for number, line in _logical_lines(path):
+            address, *place = line.split()
+            local, domain = split_address(address)
+            if not local:
+                self._leave(path, number, f"{address} stands for a whole domain: write an alias")
+                continue
+            self._add_user((path, number), local, domain or self._domain, Denied())
+            where = place[0] if place else "…"
+            if where.endswith("/"):
+                full = f"{local}@{domain or self._domain}"
+                text = f"the mail of {full}: chasquid import maildir {full} …/{where}"
+                self._leave(path, number, text)
+            else:
+                self._leave(path, number, f"{where} is no Maildir; convert it first")
+
+    def read_passwords(self, path: str) -> None:
+        """Read a passwd-file of Dovecot, or shadow. Raises ConfigError."""
+        for number, line in _logical_lines(path):
+            name, _, rest = line.partition(":")
+            secret = rest.partition(":")[0]
+            local, domain = split_address(name)
+            if not local or secret.strip("!*") in ("", "x"):
+                continue  # one that nobody logs in as
+            plain = re.fullmatch(r"\{(?:PLAIN|CLEARTEXT)\}(.+)", secret, re.IGNORECASE)
+            password = new_password(plain[1].encode()) if plain else Denied()
+            full = f"{local}@{domain or self._domain}"
+            self._add_user((path, number), local, domain or self._domain, password)
+            if not plain:
+                text = f"its hash cannot be used here: chasquid user-add {full}"
+                self._leave(path, number, f"the password of {full}: {text}")
+
+    def _leave(self, path: str, number: int, text: str) -> None:
+        self._report.left.append(f"{path}:{number}: {printable(text, 300)}")
+
+    def _add_user(self, at: tuple[str, int], local: str, domain: str, password: Password) -> None:
+        try:
+            users = self.users.setdefault(domain_to_unicode(domain), {})
+            name = normalize_user(local)
+        except ValueError as error:
+            self._leave(*at, str(error))
+            return
+        if name not in users or isinstance(users[name], Denied):
+            users[name] = password
+
+    def _add(self, at: tuple[str, int], domain: str, name: str, values: Sequence[str]) -> None:
+        """Add an alias, as far as it has a counterpart."""
+        try:
+            domain = domain_to_unicode(domain)
+        except ValueError as error:
+            self._leave(*at, str(error))
+            return
+        found = list(dict.fromkeys(self._right_side(at, values)))
+        if not found:
+            self._leave(*at, f"{name} leads nowhere, and is left out")
+            return
+        if found == [f"{name}@{domain}"]:
+            return  # it stands for itself: in Postfix, an exception to a catch-all
+        table = self.aliases.setdefault(domain, {})
+        pipes = [value for value in found if value.startswith("|")]
+        if pipes and len(found) > 1:
+            for count, pipe in enumerate(pipes, 1):
+                own = f"{name}-pipe{count if count > 1 else ''}"
+                table[own] = pipe
+                found[found.index(pipe)] = f"{own}@{domain}"
+        table[name] = ", ".join(found)
+        try:
+            parse_aliases(f"{name}: {table[name]}".encode(), at[0], domain)
+        except ConfigError as error:
+            del table[name]
+            self._leave(*at, str(error).partition(": ")[2])
+
+    def _right_side(
+        self, at: tuple[str, int], values: Iterable[str], seen: tuple[str, ...] = ()
+    ) -> Iterator[str]:
+        """Yield what stands for `values` on the right side of an alias of ours."""
+        for value in values:
+            if value.startswith(":include:"):
+                yield from self._included(at, value.removeprefix(":include:").strip(), seen)
+            elif value.startswith("|"):
+                yield self._pipe(at, value[1:].strip())
+            elif value == "/dev/null":
+                yield "| /bin/true"
+            elif value.startswith(("/", "./")):
+                self._leave(*at, f"mail cannot go into the file {value}")
+            elif value.startswith(":"):
+                self._leave(*at, f"{value} has no counterpart")
+            else:
+                local, domain = split_address(value.removeprefix("\\"))
+                if domain.lower() in ("", "localhost", "localhost.localdomain"):
+                    domain = self._domain
+                yield f"{local or '*'}@{domain}"
+
+    def _included(self, at: tuple[str, int], path: str, seen: tuple[str, ...]) -> Iterator[str]:
+        """Yield what a file with more of the right side says now."""
+        if path in seen:
+            return
+        try:
+            lines = [line for _, line in _logical_lines(path)]
+        except ConfigError as error:
+            self._leave(*at, str(error))
+            return
+        self._leave(*at, f"what {path} says now is in the alias; later changes there are not")
+        for line in lines:
+            yield from self._right_side(at, _alias_values(line), (*seen, path))
+
+    def _pipe(self, at: tuple[str, int], command: str) -> str:
+        import shlex  # only for pipes
+
+        text = f"{command} runs as the server's user, not as another, and has 30 seconds"
+        self._leave(*at, text)
+        if _NEEDS_SHELL.search(command):
+            return f"| /bin/sh -c {shlex.quote(command)}"
+        return f"| {command}"
+
+
+def import_postfix(config: Config, files: PostfixFiles, dry_run: bool = False) -> ImportReport:
+    """Take over users and aliases of Postfix into the directories of their domains.
+
+    What is there of a name is kept. With `dry_run` nothing is written. Raises ConfigError,
+    ChasquidError.
+    """
+    report = ImportReport()
+    converter = _Converter(files.domain, report)
+    readers = (
+        (files.aliases, converter.read_aliases),
+        (files.virtual, converter.read_virtual),
+        (files.mailboxes, converter.read_mailboxes),
+        (files.passwords, converter.read_passwords),
+    )
+    for path, read in readers:
+        if path:
+            read(path)
+    known = domain_directories(config.config_dir, [])
+    for domain in sorted(converter.users.keys() | converter.aliases.keys()):
+        directory = known.get(domain) or os.path.join(config.config_dir, "domains", domain)
+        if domain not in known:
+            report.done.append(f"{domain}: a domain of this server")
+        users = _new_users(directory, converter.users.get(domain, {}), domain, report)
+        aliases = _new_aliases(directory, converter.aliases.get(domain, {}), domain, report)
+        if not dry_run:
+            _write_domain(directory, users, aliases)
+    return report
+
+
+def _new_users(
+    directory: str, found: Mapping[str, Password], domain: str, report: ImportReport
+) -> dict[str, Password]:
+    """Return those who are not in the users file yet."""
+    before = load_users(directory)
+    for name, password in found.items():
+        how = "" if isinstance(password, Scrypt) else ", without a password"
+        said = "kept as it was" if name in before else f"a user{how}"
+        report.done.append(f"{name}@{domain}: {said}")
+    return {name: password for name, password in found.items() if name not in before}
+
+
+def _new_aliases(
+    directory: str, found: Mapping[str, str], domain: str, report: ImportReport
+) -> dict[str, str]:
+    """Return the aliases that are not in the file yet."""
+    before = load_aliases(directory, domain)
+    fresh: dict[str, str] = {}
+    for name, right in found.items():
+        key = name if name == "*" else normalize_user(name)
+        if key not in before:
+            fresh[name] = right
+            report.done.append(f"{name}@{domain}: {right}")
+        elif before[key] != parse_destinations(right, domain):
+            report.left.append(f"{name}@{domain} is another alias here, and kept; not: {right}")
+        else:
+            report.done.append(f"{name}@{domain}: kept as it was")
+    return fresh
+
+
+def _write_domain(
+    directory: str, users: Mapping[str, Password], aliases: Mapping[str, str]
+) -> None:
+    """Add users and aliases to the files of a domain. Raises ChasquidError."""
+    path = os.path.join(directory, "users")
+    try:
+        make_directory(directory, 0o755)
+        if users:
+            replace_durably(path, format_users({**load_users(directory), **users}))
+        path = os.path.join(directory, "aliases")
+        if aliases:
+            before = read_file(path, missing=b"")
+            lines = "".join(f"{name}: {right}\n" for name, right in aliases.items())
+            end = b"" if before.endswith(b"\n") or not before else b"\n"
+            replace_durably(path, before + end + lines.encode(), 0o644)
+    except OSError as error:
+        raise ChasquidError(f"{path} cannot be written: {reason(error)}") from error
+
+
+# --- Maildirs ---
+
+
+@contextlib.contextmanager
+def _acting_as(owner: tuple[int, int]) -> Iterator[None]:
+    """As root, have what is written belong to `owner`, and reach no further than that user."""
+    if os.geteuid() != 0 or not owner[0]:
+        yield
+        return
+    os.setegid(owner[1])
+    os.seteuid(owner[0])
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
+def _owner_of_nearest(path: str) -> tuple[int, int]:
+    """Return user and group of the nearest directory above `path` that is there."""
+    while not os.path.isdir(path):
+        path = os.path.dirname(path)
+    status = os.stat(path)
+    return status.st_uid, status.st_gid
+
+
+class MaildirImport:
+    """Copies the messages of a Maildir, with its folders (Maildir++), into another one."""
+
+    def __init__(self, source: str, target: str) -> None:
+        self._source = source
+        self._target = target
+        self._owner = _owner_of_nearest(target)
+        self.copied = 0
+        self.known = 0
+        self.left: list[str] = []
+
+    def run(self) -> None:
+        """Copy what is not there yet; it may be broken off and done again. Raises ChasquidError."""
+        if not os.path.isdir(os.path.join(self._source, "cur")):
+            text = "expected a Maildir, with the directories cur and new in it"
+            raise ChasquidError(f"{self._source}: {text}")
+        try:
+            for name in ("", *sorted(os.listdir(self._source))):
+                folder = os.path.join(self._source, name)
+                if not name or os.path.isdir(os.path.join(folder, "cur")):
+                    if name and not name.startswith("."):
+                        self.left.append(f"{folder}: a folder that is no Maildir++; move it first")
+                    else:
+                        self._copy_folder(name)
+            self._copy_list("subscriptions")
+            os.sync()
+        except OSError as error:
+            hint = "; run it as root" if isinstance(error, PermissionError) else ""
+            raise ChasquidError(f"not all was copied: {reason(error)}{hint}") from error
+        if os.path.exists(os.path.join(self._source, "dovecot-uidlist")):
+            self.left.append("UIDs: mail programs fetch the folders anew")
+
+    def _copy_folder(self, name: str) -> None:
+        target = os.path.join(self._target, name) if name else self._target
+        with _acting_as(self._owner):
+            for place in ("tmp", "new", "cur"):
+                make_directory(os.path.join(target, place))
+            if name:
+                marker = os.path.join(target, "maildirfolder")
+                if not os.path.exists(marker):
+                    replace_durably(marker, b"")
+            names = (os.listdir(os.path.join(target, place)) for place in ("new", "cur"))
+            known = {entry.partition(":")[0] for entry in itertools.chain.from_iterable(names)}
+        self._copy_list(os.path.join(name, "dovecot-keywords"))
+        for place in ("new", "cur"):
+            folder = os.path.join(self._source, name, place)
+            for entry in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+                if entry.startswith("."):
+                    continue
+                if entry.partition(":")[0] in known:
+                    self.known += 1
+                elif self._copy(os.path.join(folder, entry), os.path.join(target, place, entry)):
+                    self.copied += 1
+            with _acting_as(self._owner):
+                sync_directory(os.path.join(target, place))
+
+    def _copy(self, source: str, target: str) -> bool:
+        """Copy a message with its time; false if it is none, or gone. Raises OSError."""
+        try:
+            fd = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ELOOP):
+                raise
+            return False
+        with open(fd, "rb") as file:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                return False
+            folder = os.path.dirname(os.path.dirname(target))
+            temporary = os.path.join(folder, "tmp", new_id())
+            with _acting_as(self._owner):
+                create_synced(temporary, iter(lambda: file.read(CHUNK), b""))
+                os.utime(temporary, ns=(status.st_atime_ns, status.st_mtime_ns))
+                os.rename(temporary, target)
+        return True
+
+    def _copy_list(self, name: str) -> None:
+        """Copy a file of Dovecot's that is small, unless there is one. Raises OSError."""
+        source, target = os.path.join(self._source, name), os.path.join(self._target, name)
+        if os.path.isfile(source) and not os.path.islink(source) and not os.path.exists(target):
+            data = read_file(source)
+            with _acting_as(self._owner):
+                replace_durably(target, data)
+
+
+def import_maildir(config: Config, address: str, source: str) -> MaildirImport:
+    """Copy the Maildir `source` into that of the user `address`; return what came of it.
+
+    Raises ChasquidError.
+    """
+    if config.mail_delivery_agent_bin or config.lmtp_address:
+        text = "another program stores the mail here, so only its own tools can add to it"
+        raise ChasquidError(f"{text} (with Dovecot: doveadm import)")
+    user, domain = split_address(address)
+    directory = domain_directories(config.config_dir, []).get(domain, "")
+    if not config.dovecot_auth and not (directory and user in load_users(directory)):
+        raise ChasquidError(f"there is no user {address}; first: chasquid user-add {address}")
+    try:
+        target = maildir_path(config.maildir.replace("%data_dir%", config.data_dir), address)
+    except ValueError as error:
+        raise ChasquidError(str(error)) from None
+    if os.path.realpath(target) == os.path.realpath(source):
+        raise ChasquidError(f"{source} is the Maildir of {address} already")
+    work = MaildirImport(source, target)
+    work.run()
+    return work
 
 
 # ======================================================================================
@@ -17890,6 +18874,62 @@ def _arrival(queued: Mapping[str, str]) -> str:
     return sentence
 
 
+# --- upkeep ---
+
+
+def _upgrade(arguments: argparse.Namespace) -> int:
+    config = _load(arguments)
+    check = ["--config-dir", config.config_dir]
+    check += ["--config-overrides", arguments.config_overrides, "check"]
+    service = SystemdService() if os.path.isdir("/run/systemd/system") else None
+    for line in Upgrade(config, check, service).run(arguments.file):
+        print(line, flush=True)
+    return 0
+
+
+def _backup(arguments: argparse.Namespace) -> int:
+    if arguments.restore:
+        overrides = arguments.config_overrides
+        print("\n".join(restore_backup(arguments.file, arguments.config_dir, overrides)))
+    elif arguments.file == "-":
+        said = write_backup(_load(arguments), sys.stdout.buffer, [], arguments.mail)
+        print(said, file=sys.stderr)
+    else:
+        print(back_up(_load(arguments), arguments.file, arguments.mail))
+    return 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    config = _load(arguments)
+    if arguments.source == "maildir":
+        if len(arguments.what) != 2:
+            raise ChasquidError("expected: import maildir USER@DOMAIN DIR")
+        user, domain = _split_user(arguments.what[0])
+        work = import_maildir(config, f"{user}@{domain}", arguments.what[1])
+        print(f"{plural(work.copied, 'message')} copied, {work.known} were there already")
+        left = work.left
+    else:
+        domain = _parse_domain_name(arguments.domain or domain_of_host(config))
+        files = PostfixFiles(
+            domain,
+            aliases=arguments.aliases,
+            virtual=arguments.virtual,
+            mailboxes=arguments.mailboxes,
+            passwords=arguments.passwords,
+        )
+        if arguments.what or not any(files[1:]):
+            raise ChasquidError("expected --aliases, --virtual, --mailboxes or --passwords")
+        report = import_postfix(config, files, arguments.dry_run)
+        print("\n".join(report.done))
+        left = report.left
+    if left:
+        print("\nNot carried over, or changed:\n" + "\n".join(f"  {line}" for line in left))
+    if arguments.source == "postfix" and not arguments.dry_run:
+        _put_in_force(config, domain)
+        print("Now look at: chasquid check-userdb")
+    return 0
+
+
 def _version(arguments: argparse.Namespace) -> int:
     import importlib.metadata  # only here
 
@@ -18061,6 +19101,34 @@ _VERBS: dict[str, _Verb] = {
         _explain,
         (("what", {"metavar": "ID|ADDRESS"}),),
         "tell the story of a message, or of the last ones of an address",
+    ),
+    "import": _Verb(
+        _import,
+        (
+            ("source", {"choices": ("postfix", "maildir")}),
+            ("what", {"nargs": "*", "metavar": "USER@DOMAIN DIR", "help": "for maildir"}),
+            ("--aliases", {"metavar": "FILE", "default": "", "help": "as /etc/aliases"}),
+            ("--virtual", {"metavar": "FILE", "default": "", "help": "a virtual alias map"}),
+            ("--mailboxes", {"metavar": "FILE", "default": "", "help": "a virtual mailbox map"}),
+            ("--passwords", {"metavar": "FILE", "default": "", "help": "of Dovecot, or shadow"}),
+            ("--domain", {"metavar": "DOMAIN", "help": "of names without one"}),
+            ("--dry-run", {"action": "store_true", "help": "write nothing"}),
+        ),
+        "take over users and aliases of Postfix, or a Maildir",
+    ),
+    "backup": _Verb(
+        _backup,
+        (
+            ("file", {"metavar": "FILE", "help": "a tar; - is standard output"}),
+            ("--mail", {"action": "store_true", "help": "the mailboxes too"}),
+            ("--restore", {"action": "store_true", "help": "make a server from FILE instead"}),
+        ),
+        "write configuration, keys, users and queue into a tar",
+    ),
+    "upgrade": _Verb(
+        _upgrade,
+        (("file", {"metavar": "FILE", "help": "the new chasquid.pyz"}),),
+        "install another version, start it, and go back if it does not come up",
     ),
     "version": _Verb(_version, (), "show the version and what is bundled"),
 }
