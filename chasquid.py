@@ -13633,9 +13633,13 @@ def hand_over(connected: socket.socket, letter: Letter) -> str:
             dialogue.reply()
             dialogue.say(b"EHLO localhost\r\n")
             said = ""
-            for start in range(0, len(letter.recipients), RECIPIENT_LIMIT):
-                some = letter.recipients[start : start + RECIPIENT_LIMIT]
-                said = _send_one(dialogue, letter._replace(recipients=some))
+            try:
+                for start in range(0, len(letter.recipients), RECIPIENT_LIMIT):
+                    some = letter.recipients[start : start + RECIPIENT_LIMIT]
+                    said = _send_one(dialogue, letter._replace(recipients=some))
+            finally:
+                with contextlib.suppress(OSError, NotSent):  # what counts is said already
+                    dialogue.say(b"QUIT\r\n")
             return said
     except OSError as error:
         raise NotNow(f"the server cannot be reached: {reason(error)}") from error
@@ -13890,7 +13894,7 @@ class Upgrade:
         before = self._installed()
         after = install_archive(archive, self._places)
         version = archive_version(after)
-        if before == after:
+        if before == after and os.path.islink(self._places.link):
             yield f"{after} is installed already"
             return
         point_link(self._places.link, after)
