@@ -12550,6 +12550,13 @@ DOMAIN_FORGOTTEN = "what was seen of {} is forgotten"
 DOMAIN_UNKNOWN = "nothing was known of {}"
 
 
+def load_late_modules() -> None:
+    """Load what a server would import when it is first used. Raises ChasquidError."""
+    load_modules(_LATE_MODULES)
+    load_spf()
+    load_dkim()
+
+
 def random_fraction() -> float:
     """Return a random number from 0 up to, but not including, 1."""
     return int.from_bytes(os.urandom(6), "big") / (1 << 48)
@@ -13684,6 +13691,7 @@ def _put_into_queue(config: Config, letter: Letter) -> str:
 
     So the message is judged, signed and written as any other. Raises ChasquidError.
     """
+    load_late_modules()  # whom we become may not be able to read them
     _become_owner(config.data_dir)
     for place in Place:
         make_directory(os.path.join(config.data_dir, "queue", place))
