@@ -12428,9 +12428,11 @@ def ask_running_server(data_dir: str, command: str, argument: str) -> list[str] 
 
 
 def _program_address(data_dir: str) -> str:
-    if sys.platform == "linux":
-        return f"\0chasquid-{short_hash(os.path.abspath(data_dir))}"
-    return os.path.join(data_dir, "sendmail")
+    path = os.path.abspath(data_dir)
+    if sys.platform != "linux":
+        return os.path.join(path, "sendmail")
+    short = len(os.fsencode(path)) < _UNIX_PATH_LIMIT - len("\0chasquid:")
+    return f"\0chasquid:{path if short else short_hash(path)}"
 
 
 class ProgramSocket:
@@ -13696,10 +13698,12 @@ def _put_into_queue(config: Config, letter: Letter) -> str:
     for place in Place:
         make_directory(os.path.join(config.data_dir, "queue", place))
     os.environ.pop("NOTIFY_SOCKET", None)  # of whoever calls us
-    closed = config._replace(
-        smtp_address=(), submission_address=(), submission_over_tls_address=(),
-        monitoring_address="", log_path=os.devnull,
-    )  # fmt: skip
+    nowhere: dict[str, Any] = {
+        key: type(value)()
+        for key, value in config._asdict().items()
+        if key.endswith("_address") and key != "lmtp_address"
+    }
+    closed = config._replace(log_path=os.devnull, **nowhere)
     daemon = Daemon(closed, deliver=False)
     outcome: list[str | ChasquidError] = []
 
@@ -13723,13 +13727,18 @@ def _put_into_queue(config: Config, letter: Letter) -> str:
 
 def _become_owner(data_dir: str) -> None:
     """As root, become the server's user, or it could not read what we write. Raises NotSent."""
+    import pwd  # only here
+
     try:
         owner = os.stat(data_dir)
     except OSError as error:
         text = f"no server is running, and there is no queue: {reason(error)}"
         raise NotSent(text, os.EX_TEMPFAIL) from None
     if os.geteuid() == 0 and owner.st_uid:
-        os.setgroups([owner.st_gid])
+        try:
+            os.initgroups(pwd.getpwuid(owner.st_uid).pw_name, owner.st_gid)
+        except KeyError:
+            os.setgroups([owner.st_gid])
         os.setgid(owner.st_gid)
         os.setuid(owner.st_uid)
     elif os.geteuid() != owner.st_uid:
