@@ -14055,7 +14055,7 @@ class Daemon:
     """One server: made from a configuration, run by `run`, ended by `stop`.
 
     Sockets are bound when it is made, so that their numbers are known. Unless it is to
-    `deliver`, it takes mail into the queue, and leaves that alone. Raises ConfigError.
+    `deliver`, it attempts nothing of what is in the queue. Raises ConfigError.
     """
 
     def __init__(
@@ -14777,7 +14777,8 @@ def notify_systemd(state: str) -> None:
 #
 # - The message is completed, then said to the server in SMTP, by the socket of CONTROL. So
 #   it goes the way of all mail, and a 250 means the same.
-# - Without a server, one lives for this message alone, and takes it into the queue.
+# - Without a server, one lives for this message alone: what is for mailboxes here is
+#   delivered, and all else is in the queue then.
 # - A message goes to all its recipients or to none, and the exit status says which.
 #
 # The options are those of Postfix's and Exim's sendmail, as far as programs use them.

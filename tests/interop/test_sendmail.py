@@ -168,7 +168,7 @@ def test_what_root_puts_into_the_queue_belongs_to_the_user_of_the_server(
     need_root()
     server.stop()
     run("chown", "-R", "nobody:", str(server.directory))
-    assert pipe("Subject: x\n\nx\n", public_mailer, ANA).returncode == 0
+    assert pipe("Subject: x\n\nx\n", public_mailer, ANA, "dora@dest.example").returncode == 0
     [queued] = (server.data_dir / "queue/new").iterdir()
     assert queued.owner() == "nobody"
 
