@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Room INBOX: what it answers over a connection, and what hostile mail cannot do."""
+"""Room CAPTURE API: what it answers over a connection, and what hostile mail cannot do."""
 
 from __future__ import annotations
 
@@ -456,7 +456,7 @@ def test_a_request_with_two_hosts_is_none(inbox: Running) -> None:
 def test_only_so_many_pages_are_told_of_changes(
     inbox: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chasquid, "_INBOX_LISTENERS", 1)
+    monkeypatch.setattr(chasquid, "_API_LISTENERS", 1)
     with socket.create_connection(("127.0.0.1", inbox.port), SECONDS) as first:
         first.sendall(b"GET /api/v1/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert first.recv(100).startswith(b"HTTP/1.1 200")
