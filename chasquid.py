@@ -16651,8 +16651,9 @@ def message_of_json(described: Mapping[str, Any], now: float) -> tuple[str, list
             kind = str(file.get("ContentType") or "application/octet-stream")
             maintype, _, subtype = kind.partition("/")
             cid = f"<{file['ContentID']}>" if file.get("ContentID") else None
+            data = base64.b64decode(file["Content"], validate=True)
             message.add_attachment(
-                base64.b64decode(file["Content"]), maintype=maintype, subtype=subtype,
+                data, maintype=maintype, subtype=subtype,
                 filename=str(file.get("Filename") or "unnamed"), cid=cid,
             )  # fmt: skip
         raw = message.as_bytes()
@@ -17079,7 +17080,7 @@ _CAPTURE_WELCOME = """\
 chasquid {version} shows what it is sent, and delivers nothing
 
   mail goes to   {smtp}
-  and is shown   http://{host}:{port}/
+  and is shown   http://{host}:{port}/{login}
 
 Ctrl-C ends, and all is forgotten.
 """
@@ -17385,11 +17386,11 @@ def _capture(arguments: argparse.Namespace) -> int:
         if release is not None:
             with contextlib.suppress(TemporaryFailure):  # it is said when it is needed
                 DnsClient(run.loop, ()).set_up()
-        print(_CAPTURE_WELCOME.format(version=__version__, smtp=smtp, host=shown, port=web_port))
+        who = f"\n  login          {login[0]}, password {login[1]}" if login else ""
+        welcome = {"smtp": smtp, "host": shown, "port": web_port, "login": who}
+        print(_CAPTURE_WELCOME.format(version=__version__, **welcome))
         if server.settings.tls != "off":
             print(f"  certificate  {server.certificate}\n")
-        if login is not None:
-            print(f"  login        {login[0]}, password {login[1]}\n")
         sys.stdout.flush()
         ended.wait()
     return 0
