@@ -17867,7 +17867,11 @@ class Inbox:
             "connect-src 'self'; frame-src 'self'; img-src 'self' data:; "
             "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
         )
-        return http_response(200, _HTML, text, policy=policy, headers=_BASE_HEADERS)
+        headers = (
+            ("Referrer-Policy", "same-origin"),
+            *_BASE_HEADERS[1:],
+        )  # or a form has no Origin
+        return http_response(200, _HTML, text, policy=policy, headers=headers)
 
     async def _page_delete(self, asked: _Asked, stream: Stream) -> bytes:
         """Delete a message, and go to the one after it; or delete all."""
@@ -18013,7 +18017,7 @@ _TRIGGERS = {"Authentication": "AUTH", "Recipient": "RCPT", "Sender": "MAIL"}
 def _trigger(rule: Mapping[str, Any] | None) -> dict[str, int]:
     if rule is None:
         return {"ErrorCode": 451, "Probability": 0}
-    return {"ErrorCode": int(rule["reply"]), "Probability": rule["probability"]}
+    return {"ErrorCode": int(rule["reply"]), "Probability": rule.get("probability", 100)}
 
 
 def _parse_trigger(name: str, given: object) -> tuple[int, int]:
@@ -18388,7 +18392,10 @@ $("clear").addEventListener("click", event => {
 });
 const events = new EventSource("/api/v1/events");
 let first = true;
-events.addEventListener("change", () => { if (first) first = false; else renew(); });
+events.addEventListener("change", event => {
+  if (!first || JSON.parse(event.data).total != $("count").textContent) renew();
+  first = false;
+});
 events.onerror = () => { $("state").textContent = "The server does not answer."; };
 """
 
