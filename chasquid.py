@@ -18352,7 +18352,8 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; } #back { di
 #tabs a { padding: .4rem .7rem; color: var(--soft); text-decoration: none; }
 #tabs a[aria-current] { color: var(--text); border-bottom: 2px solid var(--main); }
 #panel { flex: 1; display: flex; flex-direction: column; padding-top: .7rem; }
-iframe { border: 1px solid var(--edge); flex: 1; min-height: 60vh; background: #fff; }
+iframe { border: 1px solid var(--edge); width: 100%; flex: 1; min-height: 60vh;
+  background: #fff; }
 .note { background: var(--note); padding: .4rem .8rem; margin: 0 0 .5rem; }
 pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: .88rem/1.5 monospace; }
 li { overflow-wrap: anywhere; } table { border-collapse: collapse; width: 100%; }
@@ -18510,8 +18511,7 @@ Ctrl-C ends, and all is forgotten.
 # What `capture` imports when it is first used; see `load_modules`.
 _CAPTURE_MODULES = (
     "_strptime", "datetime", "dns.asyncresolver", "email.generator", "email.headerregistry",
-    "email.message",
-    "email.parser", "email.policy", "email.utils", "encodings.idna", "fnmatch", "hashlib", "hmac",
+    "email.message", "email.parser", "email.policy", "email.utils", "encodings.idna", "fnmatch", "hashlib", "hmac",
     "html", "idna", "idna.uts46data", "ipaddress", "precis_i18n.profile", "shutil", "tempfile",
     "urllib.parse", "zoneinfo",
 )  # fmt: skip
