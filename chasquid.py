@@ -18511,9 +18511,9 @@ Ctrl-C ends, and all is forgotten.
 # What `capture` imports when it is first used; see `load_modules`.
 _CAPTURE_MODULES = (
     "_strptime", "datetime", "dns.asyncresolver", "email.generator", "email.headerregistry",
-    "email.message", "email.parser", "email.policy", "email.utils", "encodings.idna", "fnmatch", "hashlib", "hmac",
-    "html", "idna", "idna.uts46data", "ipaddress", "precis_i18n.profile", "shutil", "tempfile",
-    "urllib.parse", "zoneinfo",
+    "email.message", "email.parser", "email.policy", "email.utils", "encodings.idna", "fnmatch",
+    "hashlib", "hmac", "html", "idna", "idna.uts46data", "ipaddress", "precis_i18n.profile",
+    "shutil", "tempfile", "urllib.parse", "zoneinfo",
 )  # fmt: skip
 
 
