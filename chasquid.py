@@ -24,6 +24,7 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     KEYS           DER and PEM, RSA and Ed25519, certificates
     SPF            whether a client may send for a domain (RFC 7208)
     DKIM           signatures: verifying those of others, making ours (RFC 6376)
+    KEY WATCH      keys that sign once their record has been seen in the DNS
     DMARC          the policy of the author's domain (RFC 9989), results as header fields
     TLS POLICY     DANE, MTA-STS, security levels
     SMTP SYNTAX    replies, commands, parameters, transparency; no input or output
@@ -1335,6 +1336,10 @@ class Events:
     LISTENING = _event("listening", "port address", "connections are taken here", mail=False)
     READY = _event("ready", "", "all is loaded; systemd hears of it too", mail=False)
     RELOADED = _event("reloaded", "problems", "the files were read again", mail=False)
+    KEY_SEEN = _event(
+        "key-seen", "domain selector", "a DKIM key signs from now on: its record is there",
+        mail=False,
+    )  # fmt: skip
     STOPPING = _event("stopping", "", "the server was told to end", mail=False)
     STOPPED = _event("stopped", "", "it has ended", mail=False)
 
@@ -2372,6 +2377,13 @@ def create_durably(temporary: str, chunks: Iterable[bytes], path: Callable[[int]
         discard_names(temporary, name)
         raise
     return name
+
+
+def remove_durably(path: str) -> None:
+    """Remove `path`, if it is there, so that a crash does not bring it back. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    sync_directory(os.path.dirname(path))
 
 
 def append_synced(path: str, data: bytes) -> None:
@@ -5508,6 +5520,7 @@ async def load_library(loop: Loop, library: functools._lru_cache_wrapper[Any]) -
 # - Five signatures are looked at, those of the author's domain before those of forwarders.
 # - dkimpy lets slip kinds of errors that it does not mean to; those are results. What is wrong
 #   here is raised.
+# - A key whose record has not been seen yet (KEY WATCH) does not sign.
 #
 # The room knows nothing of the session, and not what follows from a result.
 # ======================================================================================
@@ -5973,6 +5986,11 @@ class DkimKey(NamedTuple):
         kind = "ed25519" if isinstance(self.key, Ed25519Key) else "rsa"
         return f"v=DKIM1; k={kind}; p={base64.b64encode(self.key.public).decode('ascii')}"
 
+    @property
+    def unseen_text(self) -> str:
+        """What is told of a key whose record has not been seen yet."""
+        return f"the key {self.selector} of {self.domain} signs once {self.name} is in the DNS"
+
 
 def load_dkim_keys(
     directory: str, domain: str, problems: list[ConfigError] | None = None
@@ -6005,23 +6023,45 @@ def is_selector(text: str) -> bool:
         return False
 
 
+def publishes(key: DkimKey, record: str) -> bool:
+    """Tell whether a TXT record says the public key of `key`, as a verifier would read it."""
+    algorithm = b"ed25519-sha256" if isinstance(key.key, Ed25519Key) else b"rsa-sha256"
+    try:
+        found = _key_of_record(record, {b"a": algorithm, b"d": key.domain.encode()})
+    except _Unacceptable:
+        return False
+    return found.record == key.record.encode()
+
+
 class Signer:
-    """Signs what our users send; `keys` are by domain, in Unicode, and may be replaced."""
+    """Signs what our users send; `keys` are by domain, in Unicode, and may be replaced.
+
+    `unseen` are the names of the records of keys that must not sign yet.
+    """
 
     def __init__(self, loop: Loop, log: Log, keys: Mapping[str, Sequence[DkimKey]]) -> None:
         self._loop = loop
         self._log = log
         self.keys = keys
         self.broken: frozenset[str] = frozenset()  # domains whose keys cannot be read
+        self.unseen: frozenset[str] = frozenset()
+
+    def waiting(self, domain: str) -> tuple[DkimKey, ...]:
+        """Return the keys of `domain` that do not sign yet."""
+        return tuple(key for key in self.keys.get(domain, ()) if key.name in self.unseen)
+
+    def signing(self, domain: str) -> tuple[DkimKey, ...]:
+        """Return the keys of `domain` that sign."""
+        return tuple(key for key in self.keys.get(domain, ()) if key.name not in self.unseen)
 
     async def sign(self, domain: str, header: bytes, body: Callable[[], Iterable[bytes]]) -> bytes:
-        """Return a field for each key of `domain`; b"" if it has none.
+        """Return a field for each key of `domain` that signs; b"" if there is none.
 
         `header` is all that will stand above the body. Raises TemporaryFailure.
         """
         if domain in self.broken:
             raise broken_domain(domain)
-        keys = self.keys.get(domain, ())
+        keys = self.signing(domain)
         if not keys:
             return b""
         now = self._loop.clock.time()
@@ -6038,7 +6078,7 @@ class Signer:
     ) -> bytes:
         """As `sign`, with the keys of `host`, or of the nearest domain above it that has some."""
         domain = host
-        while domain and not self.keys.get(domain):
+        while domain and not self.signing(domain):
             domain = domain.partition(".")[2]
         return await self.sign(domain, header, body)
 
@@ -6106,6 +6146,93 @@ def _rsa_for_dkimpy(key: RsaKey) -> dict[str, int]:
         "exponent2", "coefficient",
     )  # fmt: skip
     return dict(zip(names, key, strict=True))
+
+
+# ======================================================================================
+# ROOM: KEY WATCH
+#
+# A signature is worse than none as long as nobody can look its key up. So a new key may have a
+# marker, an empty file in data_dir/dkim-unseen that is named as its DNS record, and signs only
+# once that record has been seen in the DNS.
+#
+# - A marker is there before its key is, so that the server never reads a key without it.
+# - It goes for good when the record was seen: that a record cannot be found later is no reason
+#   to send unsigned mail. A key that never had a marker signs.
+# - What counts is what a verifier would read in the record, not how it is spelt.
+# ======================================================================================
+
+UNSEEN_DIRECTORY = "dkim-unseen"  # below data_dir; the markers
+_LOOK_PAUSES = (60.0, 3600.0)  # seconds between looks for records: the first, and the longest
+
+
+def mark_unseen(data_dir: str, name: str) -> None:
+    """Have the key whose record is `name` not sign before the record was seen.
+
+    To be called before the key is written. Raises OSError.
+    """
+    directory = os.path.join(data_dir, UNSEEN_DIRECTORY)
+    make_directory(directory)
+    replace_durably(os.path.join(directory, name), b"")
+
+
+def unseen_keys(data_dir: str) -> frozenset[str]:
+    """Return the names of the records that have not been seen yet. Raises OSError."""
+    try:
+        return frozenset(os.listdir(os.path.join(data_dir, UNSEEN_DIRECTORY)))
+    except FileNotFoundError:
+        return frozenset()
+
+
+class KeyWatch:
+    """Looks for the records of keys that do not sign yet, and lets those sign that have one."""
+
+    def __init__(self, loop: Loop, log: Log, ask: Ask, *, signer: Signer, data_dir: str) -> None:
+        self._loop = loop
+        self._log = log
+        self._ask = ask
+        self._signer = signer
+        self._directory = os.path.join(data_dir, UNSEEN_DIRECTORY)
+        self._now = Event(loop)
+
+    def look_now(self) -> None:
+        """Have the records looked for at once: something may have changed."""
+        self._now.set()
+
+    async def run(self) -> None:
+        """Look again and again, at growing intervals, until the task is cancelled."""
+        pause, longest = _LOOK_PAUSES
+        while True:
+            self._now.clear()
+            await self.look()
+            try:
+                with self._loop.deadline(pause):
+                    await self._now.wait()
+                pause = _LOOK_PAUSES[0]
+            except Expired:
+                pause = min(2 * pause, longest)
+
+    async def look(self) -> None:
+        """Look for each record once."""
+        # a cache for this look alone: that a record was not there is true for a moment only
+        names = Names(self._loop, self._ask)
+        for domain in self._signer.keys:
+            for key in self._signer.waiting(domain):
+                with contextlib.suppress(TemporaryFailure):
+                    records = (await names.query(key.name, "TXT")).records
+                    # RFC 6376, 3.6.2.2: with several it is open which one counts
+                    if len(records) == 1 and publishes(key, records[0]):
+                        await self._release(key)
+
+    async def _release(self, key: DkimKey) -> None:
+        marker = os.path.join(self._directory, key.name)
+        try:
+            await self._loop.work(lambda: remove_durably(marker))
+        except OSError as error:
+            text = f"{marker} cannot be removed, so the key does not sign: {reason(error)}"
+            self._log.error("dkim", text)
+        else:
+            self._signer.unseen -= {key.name}
+            self._log.event(Events.KEY_SEEN, domain=key.domain, selector=key.selector)
 
 
 # ======================================================================================
@@ -11594,11 +11721,15 @@ class CertificateLine(NamedTuple):
 
 
 class DomainLine(NamedTuple):
-    """A domain, for people: how many users it has, and the selectors of its DKIM keys."""
+    """A domain, for people: how many users it has, and the selectors of its DKIM keys.
+
+    Those in `waiting` do not sign yet: their records have not been seen in the DNS.
+    """
 
     name: str
     users: int
     selectors: tuple[str, ...]
+    waiting: tuple[str, ...] = ()
 
 
 class QueueLine(NamedTuple):
@@ -11844,6 +11975,9 @@ def _clock_text(moment: float) -> str:
 def _domain(line: DomainLine) -> str:
     keys = ", ".join(line.selectors)
     signed = f"signed with {html_text(keys)}" if keys else "<span class=wait>not signed</span>"
+    if line.waiting:
+        waiting = html_text(", ".join(line.waiting))
+        signed += f", <span class=wait>the DNS record of {waiting} is not there yet</span>"
     return f"<p><b>{html_text(line.name)}</b> {plural(line.users, 'user')}, {signed}</p>"
 
 
@@ -12466,6 +12600,7 @@ class Domains(NamedTuple):
     each: Mapping[str, Domain]
     broken: frozenset[str]
     problems: tuple[str, ...]
+    unseen: frozenset[str] = frozenset()  # keys that do not sign yet, by the names of their records
 
 
 def load_domains(config: Config, before: Mapping[str, Domain] | None = None) -> Domains:
@@ -12501,7 +12636,14 @@ def load_domains(config: Config, before: Mapping[str, Domain] | None = None) -> 
         broken=broken,
     )
     keys = {name: domain.keys for name, domain in each.items()}
-    return Domains(accounts, aliases, keys, each=each, broken=broken, problems=tuple(problems))
+    unseen: frozenset[str] = frozenset()
+    try:
+        unseen = unseen_keys(config.data_dir)  # after the keys: a marker is there before its key
+    except OSError as error:
+        problems.append(f"{config.data_dir}/{UNSEEN_DIRECTORY}: {error.strerror}; all keys sign")
+    return Domains(
+        accounts, aliases, keys, each=each, broken=broken, problems=tuple(problems), unseen=unseen
+    )
 
 
 def _load_domain(name: str, path: str, known: Domain | None) -> tuple[Domain | None, list[str]]:
@@ -12612,7 +12754,10 @@ class Daemon:
         # strangers' questions must not keep our own mail waiting
         self._names_out = Names(loop, ask or client.ask)
         self._signer = Signer(loop, self.log, self._domains.keys)
-        self._signer.broken = self._domains.broken
+        self._signer.broken, self._signer.unseen = self._domains.broken, self._domains.unseen
+        self._key_watch = KeyWatch(
+            loop, self.log, ask or client.ask, signer=self._signer, data_dir=config.data_dir
+        )
         self.levels = SecurityLevels(
             loop, self.log, os.path.join(config.data_dir, DOMAIN_INFO_DIRECTORY)
         )
@@ -12716,7 +12861,12 @@ class Daemon:
                 for one in self._certificates.loaded.values()
             ),
             domains=tuple(
-                DomainLine(name, len(domain.users), tuple(key.selector for key in domain.keys))
+                DomainLine(
+                    name,
+                    len(domain.users),
+                    tuple(key.selector for key in self._signer.signing(name)),
+                    tuple(key.selector for key in self._signer.waiting(name)),
+                )
                 for name, domain in self._domains.each.items()
             ),
         )
@@ -12900,12 +13050,14 @@ class Daemon:
 
     def _report_keys(self) -> None:
         for domain, keys in sorted(self._domains.keys.items()):
-            if keys:
-                selectors = ", ".join(key.selector for key in keys)
+            if signing := self._signer.signing(domain):
+                selectors = ", ".join(key.selector for key in signing)
                 self.log.info("daemon", f"mail of {domain} is signed with {selectors}")
-            else:
+            elif not keys:
                 text = f"mail of {domain} leaves unsigned: it has no DKIM key; see dkim-keygen"
                 self.log.info("daemon", text)
+            for key in self._signer.waiting(domain):
+                self.log.info("daemon", key.unseen_text)
 
     # --- running ---
 
@@ -12929,6 +13081,7 @@ class Daemon:
         for port, host, number in self.addresses:
             self.log.event(Events.LISTENING, port=port.name, address=f"[{host}]:{number}")
         await self.loop.work(self._load_libraries)
+        tasks.append(self.loop.spawn(self._key_watch.run(), "records of DKIM keys"))
         self.log.event(Events.READY)
         on_ready()
         notify_systemd("READY=1")
@@ -13083,6 +13236,8 @@ class Daemon:
         self._receiver.accounts = domains.accounts
         self._receiver.aliases = domains.aliases
         self._signer.keys, self._signer.broken = domains.keys, domains.broken
+        self._signer.unseen = domains.unseen
+        self._key_watch.look_now()
         if certificates.default is not None:
             self._context.tls_context = certificates.default
         self._reloaded = (self.loop.clock.time(), not self.problems)
@@ -16412,6 +16567,8 @@ def _check(arguments: argparse.Namespace) -> int:
     for name, domain in domains.each.items():
         for finding in domains.aliases.findings(name, domain.users, everybody):
             (wrong if finding.wrong else doubtful).append(finding.text)
+        doubtful += [f"{key.unseen_text}; see dkim-dns" for key in domain.keys
+                     if key.name in domains.unseen]  # fmt: skip
     doubtful += certificates.warnings(time.time(), [domain_to_ascii(config.hostname)])
     if not domains.each and not domains.broken:
         doubtful.append(f"no domain in {config.config_dir}/domains: all mail for here is refused")
