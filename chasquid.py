@@ -13430,6 +13430,25 @@ class DnsNeeds(NamedTuple):
     sts_id: str = ""
 
 
+def published_domains(each: Mapping[str, Domain], hostname: str) -> list[str]:
+    """Return those of our domains that need records, which is all that others write to.
+
+    A domain that is the host itself and has no users is for mail of its own programs.
+    """
+    host = domain_to_unicode(hostname)
+    return [name for name, domain in each.items() if domain.users or name != host]
+
+
+def needs_of(
+    config: Config, domain: str, keys: Sequence[DkimKey], addresses: Sequence[str]
+) -> DnsNeeds:
+    """Return what decides on the records of a domain (in Unicode) with this configuration."""
+    return DnsNeeds(
+        domain_to_ascii(domain), domain_to_ascii(config.hostname), addresses, keys,
+        smarthost=config.smarthost,
+    )  # fmt: skip
+
+
 def domain_records(needs: DnsNeeds) -> list[DnsRecord]:
     """Return the records that a domain needs, and after them those that are optional."""
     domain, host = needs.domain, needs.host
@@ -13954,6 +13973,18 @@ def _send(zone: _Zone, changes: Sequence[_Change]) -> bool:
         raise
 
 
+def reconciled(records: Sequence[DnsRecord]) -> list[DnsRecord]:
+    """Leave out what says otherwise of the same, as the host of one domain is itself another.
+
+    Two SPF records make both void (RFC 7208, 4.5); what is needed goes before what is optional.
+    """
+    kept: dict[tuple[str, str, str], DnsRecord] = {}
+    for record in sorted(records, key=lambda record: record.optional):
+        value = "" if record.kind == "TXT" else record.value
+        kept.setdefault((record.name, record.purpose, value), record)
+    return [record for record in dict.fromkeys(records) if record in kept.values()]
+
+
 def publish(
     records: Sequence[DnsRecord],
     key: TsigKey,
@@ -13972,7 +14003,7 @@ def publish(
     failures: list[tuple[str, ChasquidError]] = []
     publisher, published = _Publisher(key, resolve, exchange), _Published(data_dir)
     zones: dict[_Zone, _Wanted] = {}
-    for record in records:
+    for record in reconciled(records):
         try:
             wanted = zones.setdefault(publisher.zone_of(record.name), {})
             values = wanted.setdefault((record.name, record.kind), [])
@@ -17563,46 +17594,44 @@ def _domaininfo_remove(arguments: argparse.Namespace) -> int:
 
 def _dns(arguments: argparse.Namespace) -> int:
     config = _load(arguments)
-    names = [_parse_domain_name(arguments.domain)] if arguments.domain else None
-    names = names or list(domain_directories(config.config_dir))
     if not all(map(is_ip_address, arguments.address)):
         raise ChasquidError(f"expected IP addresses, found {' '.join(arguments.address)}")
-    records = _records_of(config, names, arguments.address or public_addresses())
+    each = _records_of_ours(arguments, config)
+    records = [record for domain in each.values() for record in domain]
     if arguments.action == "publish":
         return _publish(arguments, config, records)
     if arguments.zone:
-        print(zone_file([record for each in records.values() for record in each]), end="")
+        print(zone_file(reconciled(records)), end="")
         return 0
-    for domain, each in records.items():
+    for domain, found in each.items():
         for title, optional in (("needs", False), ("may have", True)):
-            lines = record_table([one for one in each if one.optional == optional], domain)
+            lines = record_table([row for row in found if row.optional == optional], domain)
             print("\n".join([f"{domain} {title}:", *(f"  {line}" for line in lines), ""]))
     return 0
 
 
-def _records_of(
-    config: Config, domains: Iterable[str], addresses: Sequence[str]
-) -> dict[str, list[DnsRecord]]:
-    """Return the records of each domain, which is in Unicode; keys are A-labels."""
-    found = {}
-    for domain in domains:
-        keys = load_dkim_keys(_domain_directory(config, domain), domain)
-        needs = DnsNeeds(
-            domain_to_ascii(domain), domain_to_ascii(config.hostname), addresses, keys,
-            smarthost=config.smarthost,
-        )  # fmt: skip
-        found[needs.domain] = domain_records(needs)
-    return found
+def _records_of_ours(arguments: argparse.Namespace, config: Config) -> dict[str, list[DnsRecord]]:
+    """Return the records of each domain that is meant; names are A-labels."""
+    domains = load_domains(config)
+    names = published_domains(domains.each, config.hostname)
+    if arguments.domain:
+        names = [_parse_domain_name(arguments.domain)]
+    elif domains.broken:
+        raise ChasquidError(domains.problems[0])
+    if not domains.each.keys() >= set(names):
+        broken = names[0] in domains.broken
+        why = domains.problems[0] if broken else f"{names[0]} is not served here"
+        raise ChasquidError(why)
+    addresses = arguments.address or public_addresses()
+    needs = [needs_of(config, name, domains.each[name].keys, addresses) for name in names]
+    return {need.domain: domain_records(need) for need in needs}
 
 
-def _publish(
-    arguments: argparse.Namespace, config: Config, records: Mapping[str, Sequence[DnsRecord]]
-) -> int:
+def _publish(arguments: argparse.Namespace, config: Config, records: Sequence[DnsRecord]) -> int:
     if not arguments.dns_key:
         raise ChasquidError("expected --dns-key FILE, with the key that the name server knows")
     lines = publish(
-        list(dict.fromkeys(record for each in records.values() for record in each)),
-        read_tsig_key(arguments.dns_key), config.data_dir,
+        records, read_tsig_key(arguments.dns_key), config.data_dir,
         resolve=blocking_resolver(config.dns_server), dry_run=arguments.dry_run,
     )  # fmt: skip
     print("\n".join(lines))

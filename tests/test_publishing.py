@@ -509,6 +509,18 @@ def test_a_host_in_a_zone_of_others_does_not_hold_up_ours(tmp_path: Path) -> Non
     assert "made example.com MX" in lines
 
 
+def test_a_host_that_is_a_domain_too_gets_one_spf_record(tmp_path: Path) -> None:
+    primary = Primary("example.com")
+    other = NEEDS._replace(domain="mail.example.com", keys=())
+    for records in (
+        [*domain_records(NEEDS), *domain_records(other)],
+        [*domain_records(other), *domain_records(NEEDS)],
+    ):
+        publish(primary, tmp_path, records)
+        assert primary.records["mail.example.com", "TXT"] == ['"v=spf1 mx ~all"']
+        assert primary.records["mail.example.com", "A"] == ["192.0.2.25"]
+
+
 def test_what_was_published_is_not_guessed_from_a_damaged_file(tmp_path: Path) -> None:
     for text in ("{", "[]", '{"records": [1]}', '{"records": {"a": 1}}'):
         (tmp_path / "published.json").write_text(text)
@@ -534,6 +546,18 @@ def test_the_records_are_shown(commands: CommandLine) -> None:
     )
     zone = commands.run("dns", "show", "here.example", "--zone", "--address", "192.0.2.25").out
     assert zone.startswith("$TTL 3600\nhere.example.\tIN MX\t10 mail.here.example.\n")
+
+
+def test_only_domains_that_others_write_to_need_records(commands: CommandLine) -> None:
+    commands.write("domains/mail.here.example/aliases", "root: ana@here.example\n")
+    commands.write("domains/lists.example/aliases", "all: ana@here.example\n")
+    shown = commands.run("dns", "show").out
+    assert "here.example needs:" in shown and "lists.example needs:" in shown
+    assert "mail.here.example needs:" not in shown
+    assert "mail.here.example needs:" in commands.run("dns", "show", "mail.here.example").out
+    assert commands.fails("dns", "show", "else.example") == "else.example is not served here"
+    users = commands.write("domains/here.example/users", "oops\n")
+    assert commands.fails("dns", "show").startswith(f"{users}:")
 
 
 def test_publishing_wants_a_key_and_addresses_are_checked(commands: CommandLine) -> None:
