@@ -13630,8 +13630,9 @@ def blocking_resolver(servers: Sequence[str]) -> Resolve:
             return []
         except dns.exception.DNSException as error:
             raise TemporaryFailure(f"no name server could answer for {name} {kind}") from error
-        is_alias = found.canonical_name != found.qname  # the zone of another name is not meant
-        return [] if kind == "SOA" and is_alias else [one.to_text() for one in found.rrset or ()]
+        if kind == "SOA" and found.canonical_name != found.qname:
+            return []  # that of another name's zone
+        return [rdata.to_text() for rdata in found.rrset or ()]
 
     return resolve
 
@@ -13886,7 +13887,7 @@ class _Publisher:
 
     def _search(self, name: str) -> _Zone:
         labels = name.split(".")
-        above = [".".join(labels[start:]) for start in range(len(labels))]
+        above = [".".join(labels[start:]) for start in range(len(labels) - 1)]  # below the TLD
         if self._key.zone in above:
             above = [self._key.zone]
         for place in above if self._key.server else ():

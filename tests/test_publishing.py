@@ -485,6 +485,7 @@ def test_the_primary_server_is_that_of_the_soa_at_any_of_its_addresses(tmp_path:
     "world, expected",
     [
         ({}, "no zone is found that example.com is in; is the domain registered"),
+        ({("com", "SOA"): ["ns.example.net. a. 1 2 3 4 5"]}, "is the domain registered"),
         ({("example.com", "SOA"): ["ns.x. a. 1 2 3 4 5"]}, "the name server ns.x has no address"),
     ],
 )
