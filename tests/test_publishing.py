@@ -561,6 +561,14 @@ def test_only_domains_that_others_write_to_need_records(commands: CommandLine) -
     assert commands.fails("dns", "show").startswith(f"{users}:")
 
 
+def test_the_policy_that_our_web_listener_serves_is_announced(commands: CommandLine) -> None:
+    assert "v=STSv1" not in commands.run("dns", "show").out
+    commands.configure(web_address="127.0.0.1:8080")
+    policy = chasquid.sts_policy_text(["mail.here.example"])
+    announced = f"TXT    v=STSv1; id={chasquid.sts_policy_id(policy)}\n"
+    assert announced in commands.run("dns", "show").out
+
+
 def test_publishing_wants_a_key_and_addresses_are_checked(commands: CommandLine) -> None:
     assert commands.fails("dns", "publish") == (
         "expected --dns-key FILE, with the key that the name server knows"
