@@ -7,6 +7,7 @@ Nothing of it can be seen from this system, and nothing of it reaches any other 
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -17,8 +18,8 @@ from types import SimpleNamespace
 from support import wait_for
 
 from .machine import Machine
-from .peers import OpenDkim, Peer, Postfix
-from .tools import LOOPBACK, need_root, program, run, unavailable
+from .peers import OpenDkim, Pebble, Peer, Postfix
+from .tools import LOOPBACK, make_certificate, need_root, program, run, unavailable
 
 # Addresses that a program takes for public ones; those for documentation are none.
 GATEWAY, HOST = "11.0.0.1", "11.0.0.25"
@@ -230,3 +231,28 @@ class World(Outside, Postfix):
         command = [*self.internet.enter, program("sendmail"), "-C", str(self.config), "-i"]
         text = message.as_bytes().decode().replace("\r\n", "\n")
         run(*command, "-f", sender, "--", *recipients, input=text)
+
+
+class Authority(Outside, Pebble):
+    """pebble at acme.world.net; it looks for answers where the DNS says, at the usual ports."""
+
+    place = AUTHORITY
+
+    def __init__(self, directory: Path, internet: Internet) -> None:
+        self.internet = internet
+        super().__init__(directory, SimpleNamespace(address=f"{NAMES}:53"), 80, 443)  # type: ignore[arg-type]
+        self.certificate = make_certificate(directory / "world", "acme.world.net").fullchain
+        self.url = "https://acme.world.net:14000/dir"
+        settings = json.loads((directory / "pebble.json").read_text())
+        settings["pebble"] |= {
+            "listenAddress": f"{AUTHORITY}:14000",
+            "managementListenAddress": f"{AUTHORITY}:15000",
+            "certificate": str(self.certificate),
+            "privateKey": str(self.certificate.parent / "privkey.pem"),
+        }
+        (directory / "pebble.json").write_text(json.dumps(settings))
+        self.port, self._management = 14000, 15000
+
+    def root(self) -> str:
+        url = f"https://{AUTHORITY}:15000/roots/0"
+        return self.internet.run(program("curl"), "-sSk", url)

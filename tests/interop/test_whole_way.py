@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A host in an Internet of its own: its records are published, and then its mail passes."""
+"""A host in an Internet of its own, from nothing to mail that passes everywhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 from support import wait_for
 
-from .internet import HOST, Internet, Names, World, WorldDkim, WorldDmarc
+import chasquid
+
+from .internet import HOST, Authority, Internet, Names, World, WorldDkim, WorldDmarc
 from .machine import Machine
 from .tools import letter, program
 
@@ -40,6 +42,7 @@ class Outer:
         self.names: Names = start(Names, self.net)
         dkim, dmarc = start(WorldDkim, self.net), start(WorldDmarc, self.net)
         self.world: World = start(World, self.net, dkim, dmarc)
+        self.authority: Authority = start(Authority, self.net)
 
     def results(self, message: EmailMessage) -> set[str]:
         """Return what the world thinks of a message, such as "dkim=pass"."""
@@ -56,6 +59,19 @@ class Host(Machine):
         outer.net.join(self)
         self.copy(kit, "/root/kit")
         self.root("cat > /root/kit/update.key", True, outer.names.key.read_text())
+
+    def trust(self, *certificates: str) -> None:
+        """Trust these authorities, as those of the world are trusted."""
+        for number, certificate in enumerate(certificates):
+            path = f"/usr/local/share/ca-certificates/world-{number}.crt"
+            self.root(f"cat > {path}", True, certificate)
+        self.root("update-ca-certificates", True)
+
+    def read(self, password: str) -> str:
+        """Return the first message of ana's inbox, over IMAP; "" without one."""
+        address = "imaps://mail.example.com/INBOX;MAILINDEX=1"
+        done = self.root(f"curl -sS --user 'ana@example.com:{password}' '{address}'")
+        return done.text if done.status == 0 else ""
 
     def submit(self, password: str, subject: str, to: str) -> None:
         """Send a message as ana, over the port for submission."""
@@ -120,3 +136,30 @@ def test_a_domain_that_is_published_passes_in_the_world(outer: Outer, host: Host
     inbox = "/var/lib/chasquid/mail/example.com/ana/new"
     found = wait_for(lambda: host.root(f"cat {inbox}/* 2>/dev/null").text, "the message")
     assert "Subject: from the world" in found and "spf=pass" in found
+
+
+@pytest.mark.skipif(
+    not {"init", "doctor"} <= set(chasquid._VERBS), reason="init and doctor are not there yet"
+)
+def test_from_an_empty_host_to_mail_both_ways(outer: Outer, host: Host) -> None:
+    """Three commands: everything on the host, everything in the DNS, all is well."""
+    program("curl")
+    host.trust(outer.authority.certificate.read_text(), outer.authority.root())
+    host.root("systemctl enable dovecot", True)  # as Debian's package does
+    init = f"{PROGRAM} init ana@example.com --acme-agree --acme {outer.authority.url}"
+    said = host.root(init, True).text
+    [password] = re.findall(r"The password of ana@example\.com is  (\S+)", said)
+
+    before = host.root("chasquid doctor")
+    assert before.status == 1 and "there is no SPF record at example.com" in before.text
+    publish = host.root("chasquid dns publish --dns-key /root/kit/update.key", True).text
+    assert {line.split()[0] for line in publish.splitlines()} == {"made"}, publish
+    after = host.root("timeout 110 chasquid doctor --wait")
+    assert after.status == 0 and "Nothing must be mended." in after.text, after.text
+
+    host.submit(password, "hello world", DORA)
+    [sent] = outer.world.wait_for_letters(DORA)
+    assert outer.results(sent) >= {"spf=pass", "dkim=pass", "dmarc=pass"}, str(sent)
+    outer.world.send(DORA, ["ana@example.com"], letter("hello ana", DORA, "ana@example.com"))
+    assert "Subject: hello ana" in wait_for(lambda: host.read(password), "the message")
+    assert not host.read("wrong")
