@@ -142,7 +142,10 @@ def test_a_domain_that_is_published_passes_in_the_world(outer: Outer, host: Host
     not {"init", "doctor"} <= set(chasquid._VERBS), reason="init and doctor are not there yet"
 )
 def test_from_an_empty_host_to_mail_both_ways(outer: Outer, host: Host) -> None:
-    """Three commands: everything on the host, everything in the DNS, all is well."""
+    """Three commands: everything on the host, everything in the DNS, all is well.
+
+    With -s it prints what a person sees.
+    """
     program("curl")
     host.trust(outer.authority.certificate.read_text(), outer.authority.root())
     host.root("systemctl enable dovecot", True)  # as Debian's package does
@@ -151,10 +154,13 @@ def test_from_an_empty_host_to_mail_both_ways(outer: Outer, host: Host) -> None:
     [password] = re.findall(r"The password of ana@example\.com is  (\S+)", said)
 
     before = host.root("chasquid doctor")
+    print(said, before.text)
     assert before.status == 1 and "there is no SPF record at example.com" in before.text
     publish = host.root("chasquid dns publish --dns-key /root/kit/update.key", True).text
+    print(publish)
     assert {line.split()[0] for line in publish.splitlines()} == {"made"}, publish
     after = host.root("timeout 110 chasquid doctor --wait")
+    print(after.text)
     assert after.status == 0 and "Nothing must be mended." in after.text, after.text
 
     host.submit(password, "hello world", DORA)
