@@ -1337,6 +1337,7 @@ class Events:
     RELOADED = _event("reloaded", "problems", "the files were read again", mail=False)
     STOPPING = _event("stopping", "", "the server was told to end", mail=False)
     STOPPED = _event("stopped", "", "it has ended", mail=False)
+    FINDING = _event("finding", "check domain text fix", "what must be mended", mail=False)
 
     # The mail log: what clients did, then what became of messages.
     LOGIN = _event("login", "id peer port user", "a user has logged in")
@@ -3171,6 +3172,24 @@ class Names:
             self._forget(key)
 
 
+def load_dns() -> None:
+    """Load dnspython, without the parts that the host may have and we do not use."""
+    import dns._features  # 70 ms, and not before the first question
+
+    for feature in ("dnssec", "doh", "doq", "trio", "wmi"):
+        dns._features.force(feature, False)
+    dns._features.force("idna", True)
+
+
+def record_texts(rrset: Any) -> tuple[str, ...]:
+    """Return what is in a record set of dnspython's, or None, as `Answer` has it."""
+    if rrset is None:
+        return ()
+    if rrset.rdtype.name == "TXT":
+        return tuple(b"".join(record.strings).decode("latin-1") for record in rrset)
+    return tuple(record.to_text() for record in rrset)
+
+
 class DnsClient:
     """Asks name servers through dnspython, its sockets on our loop.
 
@@ -3213,7 +3232,7 @@ class DnsClient:
         authentic = self._is_authentic(found)
         canonical = str(found.canonical_name).rstrip(".").lower()
         return Answer(
-            True, self._records(found), found.chaining_result.minimum_ttl, authentic=authentic,
+            True, record_texts(found.rrset), found.chaining_result.minimum_ttl, authentic=authentic,
             canonical="" if canonical == name.rstrip(".").lower() else canonical,
         )  # fmt: skip
 
@@ -3244,20 +3263,9 @@ class DnsClient:
         trusted = self._trust_ad or server == "::1" or server.startswith("127.")
         return trusted and bool(found.response.flags & dns.flags.AD)
 
-    def _records(self, found: Any) -> tuple[str, ...]:
-        if found.rrset is None:
-            return ()
-        if found.rrset.rdtype.name == "TXT":
-            return tuple(b"".join(one.strings).decode("latin-1") for one in found.rrset)
-        return tuple(one.to_text() for one in found.rrset)
-
     def set_up(self) -> None:
         """Load dnspython and read which name servers there are. Raises TemporaryFailure."""
-        import dns._features  # 70 ms, and not before the first question
-
-        for feature in ("dnssec", "doh", "doq", "trio", "wmi"):
-            dns._features.force(feature, False)
-        dns._features.force("idna", True)
+        load_dns()
         import dns.rdata
 
         # or the code of a type would be loaded when it is first met, in anybody's answer
@@ -11611,6 +11619,28 @@ class QueueLine(NamedTuple):
     recipients: tuple[tuple[str, str], ...]  # address, and what became of it
 
 
+class Level(enum.StrEnum):
+    """What follows from a finding."""
+
+    MEND = "mend"  # mail suffers from it
+    ADVICE = "advice"
+    UNKNOWN = "unknown"  # it could not be checked
+    OK = "ok"
+
+
+class Finding(NamedTuple):
+    """What a check of the set-up says: what is wrong and why it matters, and what to do.
+
+    `domain` is in A-labels; a finding without one is about the host.
+    """
+
+    check: str
+    level: Level
+    text: str = ""
+    fix: str = ""  # to be copied, if it can be
+    domain: str = ""
+
+
 class Status(NamedTuple):
     """What there is to show. Times are in seconds since 1970."""
 
@@ -11630,6 +11660,8 @@ class Status(NamedTuple):
     problems: tuple[str, ...] = ()
     certificates: tuple[CertificateLine, ...] = ()
     domains: tuple[DomainLine, ...] = ()
+    findings: tuple[Finding, ...] = ()  # of the last daily check of the set-up
+    checked: float = 0.0  # when that was
 
 
 class Monitor:
@@ -11743,11 +11775,27 @@ def metrics(status: Status, open_metrics: bool) -> str:
         "gauge",
         [((one.directory,), one.expires) for one in status.certificates],
     )
+    tell(
+        Metric("check_failed", "Whether something must be mended.", ("check", "domain")),
+        "gauge",
+        sorted(_failed(status.findings).items()),
+    )
+    tell(Metric("check_time_seconds", "When that was checked, since 1970."), "gauge",
+         [((), status.checked)])  # fmt: skip
     for name, kind, help, value in _process_metrics():
         tell(Metric(name, help), kind, [((), value)], prefix="")
     version = Metric("build_info", "The version of the server.", ("version", "python"))
     tell(version, "gauge", [((__version__, sys.version.split()[0]), 1)])
     return "\n".join(lines) + "\n" + ("# EOF\n" if open_metrics else "")
+
+
+def _failed(findings: Iterable[Finding]) -> dict[tuple[str, ...], float]:
+    """Return 1.0 for a check and a domain if something must be mended there, else 0.0."""
+    failed: dict[tuple[str, ...], float] = {}
+    for finding in findings:
+        key = finding.check, finding.domain
+        failed[key] = max(failed.get(key, 0.0), float(finding.level is Level.MEND))
+    return failed
 
 
 def _process_metrics() -> Iterator[tuple[str, str, str, float]]:
@@ -11827,6 +11875,8 @@ def page(status: Status) -> str:
             if status.certificates
             else ["<p>None: TLS is off, and nobody can log in.</p>"]
         ),
+        "<h2>Checks</h2>",
+        *_checks(status),
         "<h2>Server</h2>",
         f"<p>files last read {_clock_text(status.reloaded[0])}</p>",
         *(f"<p class=bad>{html_text(problem)}</p>" for problem in status.problems),
@@ -11856,6 +11906,23 @@ def _certificate(line: CertificateLine, now: float) -> str:
         f"<p><b>{html_text(line.directory)}</b> for {html_text(names)}, "
         f"<span class={kind}>{'expired on' if days < 0 else 'until'} {until}</span></p>"
     )
+
+
+def _checks(status: Status) -> Iterator[str]:
+    if not status.checked:
+        yield "<p>Not yet: once a day. <code>chasquid doctor</code> checks now.</p>"
+        return
+    counts = collections.Counter(finding.level for finding in status.findings)
+    summary = ", ".join(f"{counts[level]} {level}" for level in Level if counts[level])
+    yield f"<p>{_clock_text(status.checked)}: {html_text(summary)}</p>"
+    colours = {Level.MEND: "bad", Level.ADVICE: "wait", Level.UNKNOWN: "soft"}
+    for check, level, text, fix, domain in status.findings:
+        if level is not Level.OK:
+            name = html_text(f"{check} {domain}".strip())
+            yield (
+                f"<article><span class={colours[level]}><b>{name}</b> {html_text(text)}</span>"
+                f"<pre>{html_text(fix)}</pre></article>"
+            )
 
 
 def _tiles(status: Status) -> str:
@@ -12400,6 +12467,7 @@ _SHOWN_PROBLEMS = 20  # of a domain; the log gets them at each look
 _WORKER_COUNT = 8
 _STOP_SECONDS = 10.0
 _DAY = 86400.0
+_EXAMINE_AFTER = 60.0  # seconds; the network may come up later than we do
 # Everything that is imported when it is first used; see `load_modules`.
 _LATE_MODULES = (
     "base64", "difflib", "dns.asyncresolver", "dns.rcode", "encodings.ascii", "fcntl", "hashlib",
@@ -12562,9 +12630,13 @@ class Daemon:
         fetch_policy: FetchPolicy | None = None,
         on_result: Callable[[Item, Recipient], None] = lambda item, recipient: None,
         connect: Connect = connect,
+        examine: Callable[[], Sequence[Finding]] | None = None,
     ) -> None:
         self.config = config
         self._connect = connect
+        self._examine = examine  # once a day, in a worker thread
+        self._findings: tuple[Finding, ...] = ()
+        self._examined = 0.0
         with contextlib.ExitStack() as undo:  # where the start fails, nothing is left behind
             self._assemble(
                 undo,
@@ -12719,6 +12791,8 @@ class Daemon:
                 DomainLine(name, len(domain.users), tuple(key.selector for key in domain.keys))
                 for name, domain in self._domains.each.items()
             ),
+            findings=self._findings,
+            checked=self._examined,
         )
 
     def _queue_settings(self) -> QueueSettings:
@@ -12925,6 +12999,7 @@ class Daemon:
             self.loop.spawn(self._reload_forever(), "reload"),
             self.loop.spawn(self._watch_certificates(), "certificates"),
             self.loop.spawn(self._sts.refresh_forever(), "MTA-STS policies"),
+            self.loop.spawn(self._examine_daily(), "daily check"),
         ]
         for port, host, number in self.addresses:
             self.log.event(Events.LISTENING, port=port.name, address=f"[{host}]:{number}")
@@ -13098,6 +13173,22 @@ class Daemon:
                 self.log.warning("certificates", warning)
             await self.loop.sleep(_DAY)
 
+    async def _examine_daily(self) -> None:
+        """Have the whole set-up checked each day, and warn of what must be mended."""
+        if self._examine is None:
+            return
+        await self.loop.sleep(_EXAMINE_AFTER)
+        while True:
+            try:
+                self._findings = tuple(await self.loop.work(self._examine))
+                self._examined = self.loop.clock.time()
+            except Exception as error:  # whatever it is, it must not end what comes tomorrow
+                self.log.crash("daily check", error)
+            for check, level, text, fix, domain in self._findings:
+                if level is Level.MEND:
+                    self.log.event(Events.FINDING, check=check, domain=domain, text=text, fix=fix)
+            await self.loop.sleep(_DAY)
+
     async def _mail_exchangers_of_ours(self) -> list[str]:
         """Return the names under which this host is the mail exchanger of a domain of ours.
 
@@ -13132,7 +13223,12 @@ class _Requests:
             "queue-bounce": self._queue_bounce,
             "domaininfo-remove": self._domaininfo_remove,
             "reload": self._reload,
+            "sessions": self._sessions,
         }
+
+    async def _sessions(self, _: str) -> list[str]:
+        """Return port and peer of each recent session, the last one last."""
+        return [f"{dialogue.port} {dialogue.peer}" for dialogue in self._daemon.log.dialogues]
 
     async def _reload(self, about: str) -> list[str]:
         """Return what is wrong with the files, as lines; none if all is in force."""
