@@ -13788,7 +13788,7 @@ class Zones:
 
     def ask(self, name: str, kind: str, depth: int = 0) -> Answer:
         """Follow aliases, too. Raises TemporaryFailure and Unasked."""
-        answer = self._answer(name.lower().rstrip("."), kind)
+        answer = self._answer(name.lower().rstrip(".") or ".", kind)
         if answer.records or not answer.canonical or depth > _ALIAS_LIMIT:
             return answer
         return self.ask(answer.canonical, kind, depth + 1)._replace(canonical=answer.canonical)
@@ -13818,12 +13818,19 @@ class Zones:
         assert isinstance(found, Answer)
         return found
 
-    def _need_resolver(self) -> None:
-        """Raise Unasked if it answers nothing; that of a closed network may not know the root."""
+    @property
+    def resolver_works(self) -> bool:
+        """Whether it answers anything; that of a closed network may not know the root."""
         for name, kind in [(".", "SOA"), *((own, "NS") for own in self.own)]:
             with contextlib.suppress(TemporaryFailure):
                 self._query(name, kind)
-                return
+                return True
+        return False
+
+    def _need_resolver(self) -> None:
+        """Raises Unasked."""
+        if self.resolver_works:
+            return
         text = "no name server answers here, and without DNS no mail is sent or checked"
         raise Unasked(text, 'name one in chasquid.conf, as in: dns_server: "9.9.9.9"')
 
@@ -13996,11 +14003,9 @@ class Facts(NamedTuple):
 
     def record(self, purpose: str, name: str = "") -> DnsRecord:
         """Return what `domain_records` says, for the domain or, with `name`, at this name."""
-        keys = self.examined.domains.keys.get(domain_to_unicode(self.domain), ())
         addresses = tuple(self.world.addresses())
-        needs = DnsNeeds(
-            self.domain or self.host, self.host, addresses, keys, self.config.smarthost
-        )
+        domain, smarthost = self.domain or self.host, self.config.smarthost
+        needs = DnsNeeds(domain, self.host, addresses, keys=(), smarthost=smarthost)
         found = [record for record in domain_records(needs) if record.purpose == purpose]
         return next((record for record in found if record.name == name), found[0])
 
@@ -14057,16 +14062,20 @@ def _check_files(facts: Facts) -> Iterator[Finding]:
 
 
 def _check_modes(facts: Facts) -> Iterator[Finding]:
-    top, machine = facts.config.config_dir, facts.world.machine()
+    machine, closed = facts.world.machine(), {}
     for path in _secret_files(facts.config):
-        mode = os.stat(path).st_mode
-        if mode & 0o007:
+        if os.stat(path).st_mode & 0o007:
             yield _mend(f"anybody on this host may read {path}", f"sudo chmod o= {path}")
-            continue
-        place = _closed_at(path, top, machine)
-        if place:
-            text = f"the server may not read {path}: its user {machine.user} is kept out at {place}"
-            yield _mend(text, f"sudo chown -R {machine.user} {os.path.dirname(path)}")
+        elif place := _closed_at(path, facts.config.config_dir, machine):
+            closed[path] = place
+    for place in dict.fromkeys(closed.values()):
+        if place not in closed:  # a directory, perhaps that of another program
+            fix = f"sudo chgrp -R {min(machine.groups)} {place} && sudo chmod -R g+rX {place}"
+            yield _mend(f"the server (user {machine.user}) may not enter {place}", fix)
+    files = " ".join(path for path, place in closed.items() if place == path)
+    if files:
+        text = f"the server (user {machine.user}) may not read {files}"
+        yield _mend(text, f"sudo chown {machine.user} {files}")
 
 
 def _secret_files(config: Config) -> Iterator[str]:
@@ -14158,12 +14167,12 @@ def _check_server(facts: Facts) -> Iterator[Finding]:
         yield _mend("the server is not running: mail waits at the senders, and comes back", fix)
 
 
-def _sessions(facts: Facts) -> list[str] | None:
-    """Return the recent sessions as "PORT PEER"; None if no server runs, which another tells."""
+def _runs(facts: Facts) -> bool:
+    """Tell whether the server runs, as far as we may know. If not, another check says it."""
     try:
-        return facts.world.ask_server("sessions")
+        return facts.world.ask_server("sessions") is not None
     except ChasquidError:
-        return []
+        return True
 
 
 def _is_ours(facts: Facts, talk: Talk) -> bool:
@@ -14171,7 +14180,7 @@ def _is_ours(facts: Facts, talk: Talk) -> bool:
 
 
 def _check_ports(facts: Facts) -> Iterator[Finding]:
-    if _sessions(facts) is None:
+    if not _runs(facts):
         return
     if facts.config.haproxy_incoming:
         text = "the ports are not tried: connections must come from HAProxy (haproxy_incoming)"
@@ -14179,7 +14188,7 @@ def _check_ports(facts: Facts) -> Iterator[Finding]:
         return
     talks = [(port, finding, talk) for port in _ports(facts.config)
              for finding, talk in [_try_port(facts, port)]]  # fmt: skip
-    yield from (finding for _, finding, _ in talks if finding is not None)
+    yield from {finding.fix: finding for _, finding, _ in talks if finding is not None}.values()
     certificates = facts.examined.certificates.loaded.values()
     for port, _, talk in talks:
         good = [found for found in certificates if found.covers(facts.host)]
@@ -14219,16 +14228,16 @@ def _try_port(facts: Facts, port: _Port) -> tuple[Finding | None, Talk | None]:
 def _check_relay(facts: Facts) -> Iterator[Finding]:
     """Try to have a stranger's mail sent on (RFC 5321, 7.9 on relays)."""
     commands = ("EHLO [127.0.0.1]", "MAIL FROM:<>", "RCPT TO:<relay-test@example.net>", "RSET")
-    if facts.config.haproxy_incoming or _sessions(facts) is None:
+    if facts.config.haproxy_incoming or not _runs(facts):
         return
     for port in _ports(facts.config):
         if port.name != "smtp":
             continue
         try:
-            replies = facts.world.talk(port.host, port.number, commands).replies
+            talk = facts.world.talk(port.host, port.number, commands)
         except ChasquidError:
             return  # the check of ports says it
-        if replies[3].startswith("2"):
+        if _is_ours(facts, talk) and talk.replies[3].startswith("2"):
             text = "port 25 takes mail for anybody from anybody: this is an open relay"
             yield _mend(text, "stop it at once, and find what answers: sudo ss -ltnp 'sport = :25'")
 
@@ -14287,14 +14296,17 @@ def _check_memory(facts: Facts) -> Iterator[Finding]:
 
 
 def _check_name_servers(facts: Facts) -> Iterator[Finding]:
-    told = set()
-    for name in facts.zones.own:
+    told: set[str] = set()
+    for name in reversed(facts.zones.own):
+        if any(f".{name}".endswith(f".{above}") for above in told):
+            continue
         try:
             authority = facts.zones.authority(name)
         except Unasked as error:
-            if str(error) not in told:
-                yield _mend(str(error), error.fix)
-            told.add(str(error))
+            yield _mend(str(error), error.fix)
+            told.add(name)
+            if not facts.zones.resolver_works:
+                return
             continue
         if authority.zone not in told:
             told.add(authority.zone)
@@ -14390,7 +14402,7 @@ def _check_outward(facts: Facts) -> Iterator[Finding]:
                     return
         except TemporaryFailure:
             continue
-        except ChasquidError as error:
+        except Disconnected as error:
             failures.append(str(error))
     if failures:
         text = f"port 25 of other servers cannot be reached, so no mail leaves: {failures[0]}"
@@ -14401,7 +14413,11 @@ def _check_outward(facts: Facts) -> Iterator[Finding]:
 
 def _check_reachable(facts: Facts) -> Iterator[Finding]:
     """What cannot be known from inside: whether others get through to port 25."""
-    sessions, ips = _sessions(facts), facts.sending
+    ips = facts.sending
+    try:
+        sessions = facts.world.ask_server("sessions")
+    except ChasquidError:
+        return  # the check of the server says it
     if sessions is None or not ips:
         return
     peers = [line.split()[-1] for line in sessions if line.startswith(f"{SMTP_PORT.name} ")]
@@ -14457,7 +14473,7 @@ def _check_dane(facts: Facts) -> Iterator[Finding]:
     name = f"_25._tcp.{facts.host}"
     tlsa = [record for record in map(parse_tlsa, facts.zones.ask(name, "TLSA").records) if record]
     port = next(_ports(facts.config), None)
-    if not tlsa or port is None or _sessions(facts) is None:
+    if not tlsa or port is None or not _runs(facts):
         return
     zone = facts.zones.authority(facts.host).zone
     if not facts.zones.ask(zone, "DS").records and not facts.world.query(zone, "DS").records:
@@ -14567,7 +14583,7 @@ def _spf_of(facts: Facts, ip: str) -> Spf:
 
     async def ask(name: str, kind: str) -> Answer:
         answer = facts.zones.ask(name, kind)
-        if (name, kind) == (mx.name, "MX") and not any(mx.value[3:] in r for r in answer.records):
+        if (name, kind) == (mx.name, "MX"):
             return answer._replace(exists=True, records=(*answer.records, f"{mx.value}."))
         return answer
 
