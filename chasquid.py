@@ -42,7 +42,9 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     DAEMON         the wiring diagram, reload, the end
     PUBLISHING     the DNS records that a domain needs
     PROBES         how a set-up is looked at: DNS, ports, the machine
-    DOCTOR         checks of the whole set-up, each finding with what to do
+    HOST CHECKS    whether files, server, ports and line are as mail needs them
+    DOMAIN CHECKS  whether the DNS of a domain is
+    DOCTOR         all checks at once, each finding with what to do
     FAULTS         fault injection, by a script
     CAPTURE        a server that keeps what it is sent, for tests
     PYTEST         fixtures with such servers
@@ -13906,17 +13908,16 @@ class Zones:
 
 
 # ======================================================================================
-# ROOM: DOCTOR
+# ROOM: HOST CHECKS
 #
-# Whether everything is as mail needs it: the files, the running server and its ports, the
-# machine, and the DNS of the host and of each domain.
+# Whether the host is as mail needs it: the files, the running server and its ports, the
+# machine, its line and its addresses.
 #
 # - A check is a function of `Facts` that yields findings; what it does not mention is well. The
 #   table of all checks stands last. They run side by side, so none may rest on another.
-# - One mistake, one finding: a check leaves to others what follows from their findings. So a
-#   domain without an MX is not also told that "mx" in its SPF record lets nobody send.
-# - Whatever serves is well, even if `domain_records` says it in another way: another MX that leads
-#   here, an SPF record with other terms, any policy of DMARC. What the README advises is well.
+# - One mistake, one finding: a check leaves to others what follows from their findings. While
+#   the server does not run, nothing is said of its ports.
+# - Whatever serves is well, and above all what the README and `domain_records` advise.
 # - What cannot be known from here is said to be unknown, never to be well.
 #
 # How the world is asked belongs to PROBES; what is in the files, to the rooms that read them.
@@ -13929,8 +13930,7 @@ _BLOCK_LISTS = (("zen.spamhaus.org", "https://check.spamhaus.org/"),
 _HOME_LINE = ("127.0.0.10", "127.0.0.11")  # of Spamhaus: an address that should not send mail
 _LITTLE_MEMORY = 64 * 1024 * 1024
 _CLOCK_TOLERANCE = 3 * 86400.0  # the root zone has a new version, with its date, each day
-_POLICY = re.compile(r"(\w+)\s*=\s*([^;]*)")
-_SERVICE = "chasquid"  # the unit of systemd
+SERVICE = "chasquid"  # the unit of systemd
 
 
 class Examined(NamedTuple):
@@ -14022,19 +14022,22 @@ def facts_of(examined: Examined, world: World) -> Facts:
     return Facts(examined, world, Zones(world, [host, *own]), host)
 
 
-def _mend(text: str, fix: str) -> Finding:
+def mend(text: str, fix: str) -> Finding:
+    """Return that mail suffers from something."""
     return Finding("", Level.MEND, text, fix)
 
 
-def _advice(text: str, fix: str) -> Finding:
+def advice(text: str, fix: str) -> Finding:
+    """Return that something could be better."""
     return Finding("", Level.ADVICE, text, fix)
 
 
-def _not_known(text: str, fix: str = "") -> Finding:
+def not_known(text: str, fix: str = "") -> Finding:
+    """Return that something could not be checked."""
     return Finding("", Level.UNKNOWN, text, fix)
 
 
-def _publish(facts: Facts, record: DnsRecord, how: str = "publish") -> str:
+def publish_line(facts: Facts, record: DnsRecord, how: str = "publish") -> str:
     """Say what to enter in a provider's form."""
     [row] = record_table([record], facts.domain or facts.host.partition(".")[2])
     return f"{how}: {row}"
@@ -14062,25 +14065,25 @@ def _front_host(facts: Facts) -> str:
 
 def _check_files(facts: Facts) -> Iterator[Finding]:
     fix = f"correct it, and see what this says: chasquid -C {facts.config.config_dir} check"
-    yield from (_mend(text, fix) for text in facts.examined.wrong)
-    yield from (_advice(text, fix) for text in facts.examined.doubtful)
+    yield from (mend(text, fix) for text in facts.examined.wrong)
+    yield from (advice(text, fix) for text in facts.examined.doubtful)
 
 
 def _check_modes(facts: Facts) -> Iterator[Finding]:
     machine, closed = facts.world.machine(), {}
     for path in _secret_files(facts.config):
         if os.stat(path).st_mode & 0o007:
-            yield _mend(f"anybody on this host may read {path}", f"sudo chmod o= {path}")
+            yield mend(f"anybody on this host may read {path}", f"sudo chmod o= {path}")
         elif place := _closed_at(path, facts.config.config_dir, machine):
             closed[path] = place
     for place in dict.fromkeys(closed.values()):
         if place not in closed:  # a directory, perhaps that of another program
             fix = f"sudo chgrp -R {min(machine.groups)} {place} && sudo chmod -R g+rX {place}"
-            yield _mend(f"the server (user {machine.user}) may not enter {place}", fix)
+            yield mend(f"the server (user {machine.user}) may not enter {place}", fix)
     files = " ".join(path for path, place in closed.items() if place == path)
     if files:
         text = f"the server (user {machine.user}) may not read {files}"
-        yield _mend(text, f"sudo chown {machine.user} {files}")
+        yield mend(text, f"sudo chown {machine.user} {files}")
 
 
 def _secret_files(config: Config) -> Iterator[str]:
@@ -14125,19 +14128,19 @@ def _check_certificates(facts: Facts) -> Iterator[Finding]:
     if not loaded:
         if not facts.examined.certificates.problems:
             text = "there is no certificate, so TLS is off, and nobody can log in"
-            yield _mend(text, f"{renew} && {link}")
+            yield mend(text, f"{renew} && {link}")
         return
     for certificate in loaded:
         days = (certificate.expires - facts.world.now()) / 86400
         what = f"the certificate in certs/{certificate.directory}"
         if days < 0:
             date = rfc5322_date(certificate.expires)
-            yield _mend(f"{what} has expired, on {date}: nobody trusts it", renew)
+            yield mend(f"{what} has expired, on {date}: nobody trusts it", renew)
         elif days < _EXPIRES_SOON:
-            yield _mend(f"{what} expires in {plural(int(days), 'day')}, and was not renewed", renew)
+            yield mend(f"{what} expires in {plural(int(days), 'day')}, and was not renewed", renew)
     if not any(certificate.covers(host) for certificate in loaded):
         text = f"no certificate in certs is for {host}: mail programs refuse to log in"
-        yield _mend(text, f"{renew} && {link}")
+        yield mend(text, f"{renew} && {link}")
 
 
 # --- the running server ---
@@ -14168,8 +14171,8 @@ def _ports(config: Config) -> Iterator[_Port]:
 
 def _check_server(facts: Facts) -> Iterator[Finding]:
     if facts.world.ask_server("sessions") is None:
-        fix = f"sudo systemctl enable --now {_SERVICE}"
-        yield _mend("the server is not running: mail waits at the senders, and comes back", fix)
+        fix = f"sudo systemctl enable --now {SERVICE}"
+        yield mend("the server is not running: mail waits at the senders, and comes back", fix)
 
 
 def _runs(facts: Facts) -> bool:
@@ -14189,7 +14192,7 @@ def _check_ports(facts: Facts) -> Iterator[Finding]:
         return
     if facts.config.haproxy_incoming:
         text = "the ports are not tried: connections must come from HAProxy (haproxy_incoming)"
-        yield _not_known(text, f"from elsewhere: openssl s_client -connect {facts.host}:465")
+        yield not_known(text, f"from elsewhere: openssl s_client -connect {facts.host}:465")
         return
     talks = [(port, finding, talk) for port in _ports(facts.config)
              for finding, talk in [_try_port(facts, port)]]  # fmt: skip
@@ -14203,30 +14206,30 @@ def _check_ports(facts: Facts) -> Iterator[Finding]:
             and any(found.expires > facts.world.now() for found in good)
         ):  # else the check of certificates says it
             text = f"port {port.number}: {talk.problem}: mail programs warn of it, or refuse"
-            yield _mend(text, f"sudo certbot certonly --standalone -d {facts.host}")
+            yield mend(text, f"sudo certbot certonly --standalone -d {facts.host}")
             return
 
 
 def _try_port(facts: Facts, port: _Port) -> tuple[Finding | None, Talk | None]:
     """Return what is wrong with a port, and what it said."""
-    unit = f"{_SERVICE}-{port.name}.socket" if port.by_systemd else _SERVICE
+    unit = f"{SERVICE}-{port.name}.socket" if port.by_systemd else SERVICE
     tls = port.name == "submission_tls"
     has_tls = bool(facts.examined.certificates.loaded)
     if tls and not has_tls:
         return None, None
     commands = () if tls else ("EHLO localhost", *(("STARTTLS",) if has_tls else ()))
     try:
-        talk = facts.world.talk(port.host, port.number, commands, facts.host, tls)
+        talk = facts.world.talk(port.host, port.number, commands, name=facts.host, tls=tls)
     except ChasquidError as error:
         text = f"port {port.number} ({port.name}) does not answer: {error}"
-        return _mend(text, f"sudo systemctl enable --now {unit}"), None
+        return mend(text, f"sudo systemctl enable --now {unit}"), None
     if not _is_ours(facts, talk):
         text = f"another program is at port {port.number}, and says {talk.replies[0]!r}"
         fix = f"see which, and stop it: sudo ss -ltnp 'sport = :{port.number}'"
-        return _mend(printable(text), fix), None
+        return mend(printable(text), fix), None
     if commands and has_tls and not talk.replies[-1].startswith("220"):
         text = f"port {port.number} offers no TLS, though there is a certificate"
-        return _mend(text, f"sudo systemctl restart {_SERVICE}"), None
+        return mend(text, f"sudo systemctl restart {SERVICE}"), None
     return None, talk
 
 
@@ -14244,7 +14247,7 @@ def _check_relay(facts: Facts) -> Iterator[Finding]:
             return  # the check of ports says it
         if _is_ours(facts, talk) and talk.replies[3].startswith("2"):
             text = "port 25 takes mail for anybody from anybody: this is an open relay"
-            yield _mend(text, "stop it at once, and find what answers: sudo ss -ltnp 'sport = :25'")
+            yield mend(text, "stop it at once, and find what answers: sudo ss -ltnp 'sport = :25'")
 
 
 def _check_imap(facts: Facts) -> Iterator[Finding]:
@@ -14258,7 +14261,7 @@ def _check_imap(facts: Facts) -> Iterator[Finding]:
     if not facts.config.lmtp_address.startswith("/") and facts.config.lmtp_address:
         return  # the mailboxes are on another host
     text = "no IMAP server answers at port 993 or 143, so no mail program can read the mail"
-    yield _advice(text, "sudo apt install dovecot-imapd && sudo chasquid init ADDRESS")
+    yield advice(text, "sudo apt install dovecot-imapd && sudo chasquid init ADDRESS")
 
 
 # --- the machine and its line ---
@@ -14275,11 +14278,11 @@ def _check_clock(facts: Facts) -> Iterator[Finding]:
             there = calendar.timegm(time.strptime(match[1], "%Y%m%d"))
             if abs(facts.world.now() - there) > _CLOCK_TOLERANCE:
                 text = "the clock is wrong by days, so signatures and certificates fail"
-                yield _mend(text, "sudo timedatectl set-ntp true")
+                yield mend(text, "sudo timedatectl set-ntp true")
                 return
     if facts.world.machine().synchronised is False:
         text = "no time service keeps the clock; when it is wrong, signatures fail"
-        yield _advice(text, "sudo timedatectl set-ntp true")
+        yield advice(text, "sudo timedatectl set-ntp true")
 
 
 def _check_disk(facts: Facts) -> Iterator[Finding]:
@@ -14288,16 +14291,16 @@ def _check_disk(facts: Facts) -> Iterator[Finding]:
     left = f"{machine.free // (1024 * 1024)} MB are free for {config.data_dir}"
     fix = f"sudo du -xh --max-depth=2 {config.data_dir} | sort -h | tail, and make room"
     if machine.free < needed:
-        yield _mend(f"only {left}: all mail is refused for now", fix)
+        yield mend(f"only {left}: all mail is refused for now", fix)
     elif machine.free < 2 * needed:
-        yield _advice(f"only {left}: soon all mail is refused", fix)
+        yield advice(f"only {left}: soon all mail is refused", fix)
 
 
 def _check_memory(facts: Facts) -> Iterator[Finding]:
     memory = facts.world.machine().memory
     if 0 < memory < _LITTLE_MEMORY:
         text = f"only {memory // (1024 * 1024)} MB of memory are available; a login takes 16 MB"
-        yield _advice(text, "see what takes it: ps -eo rss,cmd --sort=-rss | head")
+        yield advice(text, "see what takes it: ps -eo rss,cmd --sort=-rss | head")
 
 
 def _check_name_servers(facts: Facts) -> Iterator[Finding]:
@@ -14308,7 +14311,7 @@ def _check_name_servers(facts: Facts) -> Iterator[Finding]:
         try:
             authority = facts.zones.authority(name)
         except Unasked as error:
-            yield _mend(str(error), error.fix)
+            yield mend(str(error), error.fix)
             told.add(name)
             if not facts.zones.resolver_works:
                 return
@@ -14323,15 +14326,15 @@ def _of_name_servers(authority: Authority) -> Iterator[Finding]:
     if not authority.addresses:
         why = "; ".join(why for _, why in authority.silent) or "none is known"
         text = f"no name server of {zone} can be asked from here, so what follows may be old: {why}"
-        yield _not_known(text, f"dig +trace {zone} SOA")
+        yield not_known(text, f"dig +trace {zone} SOA")
         return
     for server, why in authority.silent:
         text = f"{server}, a name server of {zone}, is no help, which delays mail: {why}"
-        yield _advice(text, "have its provider mend it, or take it out of the NS records")
+        yield advice(text, "have its provider mend it, or take it out of the NS records")
     if len({serial for _, serial in authority.serials}) > 1:
         versions = ", ".join(f"{server} has {serial}" for server, serial in authority.serials)
         text = f"the name servers of {zone} have different versions of it: {versions}"
-        yield _advice(text, "wait some minutes, or have the provider mend the transfer")
+        yield advice(text, "wait some minutes, or have the provider mend the transfer")
 
 
 def _check_address(facts: Facts) -> Iterator[Finding]:
@@ -14340,15 +14343,15 @@ def _check_address(facts: Facts) -> Iterator[Finding]:
         text = f"{host} has no address in the DNS, so nobody finds this host"
         if re.search(rf"\s{re.escape(host)}(\s|$)", facts.world.machine().hosts):
             text += "; it stands only in /etc/hosts, which nobody else reads"
-        yield _mend(text, _publish(facts, facts.record("address")))
+        yield mend(text, publish_line(facts, facts.record("address")))
         return
     for ip in found:
         if not is_public_address(ip):
             text = f"{host} is {ip} in the DNS, an address that nobody can reach from outside"
             known = [other for other in own if (":" in other) == (":" in ip)]
             kind = "AAAA" if ":" in ip else "A"
-            fix = _publish(facts, DnsRecord(host, kind, known[0] if known else "", "address"))
-            yield _mend(text, fix if known else f"{fix}; if there is none: {_front_host(facts)}")
+            fix = publish_line(facts, DnsRecord(host, kind, known[0] if known else "", "address"))
+            yield mend(text, fix if known else f"{fix}; if there is none: {_front_host(facts)}")
             return
     for ip in own:
         kind = "AAAA" if ":" in ip else "A"
@@ -14356,10 +14359,10 @@ def _check_address(facts: Facts) -> Iterator[Finding]:
             continue
         others = ", ".join(other for other in found if (":" in other) == (":" in ip))
         text = f"this host sends from {ip}, but the DNS says that {host} is {others or 'elsewhere'}"
-        fix = _publish(facts, DnsRecord(host, kind, ip, "address"))
+        fix = publish_line(facts, DnsRecord(host, kind, ip, "address"))
         if others:
             fix += f"; if the address changes by itself: {_front_host(facts)}"
-        yield _mend(f"{text}: others refuse its mail", fix)
+        yield mend(f"{text}: others refuse its mail", fix)
 
 
 def _check_ptr(facts: Facts) -> Iterator[Finding]:
@@ -14374,13 +14377,13 @@ def _check_ptr(facts: Facts) -> Iterator[Finding]:
         otherwise = f"{fix}; if it does not: {_home_line(facts)}"
         confirmed = [name for name in names[:10] if ip in facts.zones.addresses(name)]
         if not names:
-            yield _mend(f"{ip} has no PTR record, so many servers refuse mail from it", otherwise)
+            yield mend(f"{ip} has no PTR record, so many servers refuse mail from it", otherwise)
         elif not confirmed:
             text = f"the PTR record of {ip} is {names[0]}, which is not {ip} in the DNS"
-            yield _mend(f"{text}, so many servers refuse mail from it", otherwise)
+            yield mend(f"{text}, so many servers refuse mail from it", otherwise)
         elif facts.host not in confirmed:
             text = f"the PTR record of {ip} is {names[0]}, which looks like a line of a household"
-            yield _advice(text, fix)
+            yield advice(text, fix)
 
 
 def _check_outward(facts: Facts) -> Iterator[Finding]:
@@ -14394,7 +14397,7 @@ def _check_outward(facts: Facts) -> Iterator[Finding]:
             facts.world.talk(ips[0], port, name=host, tls=port == 465)
         except (Disconnected, TLSFailed, TemporaryFailure) as error:
             text = f"the smarthost {config.smarthost} cannot be reached, so mail waits: {error}"
-            yield _mend(text, "correct smarthost in chasquid.conf, or ask its provider")
+            yield mend(text, "correct smarthost in chasquid.conf, or ask its provider")
     if not facts.sends_directly:
         return
     failures = []
@@ -14411,9 +14414,9 @@ def _check_outward(facts: Facts) -> Iterator[Finding]:
             failures.append(str(error))
     if failures:
         text = f"port 25 of other servers cannot be reached, so no mail leaves: {failures[0]}"
-        yield _mend(text, f"ask the provider to open it, or {_home_line(facts)}")
+        yield mend(text, f"ask the provider to open it, or {_home_line(facts)}")
     else:
-        yield _not_known(f"port 25 outward is not tried: {_ELSEWHERE[0]} is not in this DNS")
+        yield not_known(f"port 25 outward is not tried: {_ELSEWHERE[0]} is not in this DNS")
 
 
 def _check_reachable(facts: Facts) -> Iterator[Finding]:
@@ -14434,14 +14437,14 @@ def _check_reachable(facts: Facts) -> Iterator[Finding]:
         except ChasquidError:
             text = "whether port 25 is forwarded to this host cannot be seen from here"
             fix = "forward 25, 465, 587 and 993 in the router to this host; then, from elsewhere"
-            yield _not_known(text, f"{fix}: nc {facts.host} 25")
+            yield not_known(text, f"{fix}: nc {facts.host} 25")
             return
         if not _is_ours(facts, talk):
             text = f"at {ips[0]}, port 25, another server answers: {talk.replies[0]!r}"
-            yield _mend(printable(text), "forward port 25 in the router to this host")
+            yield mend(printable(text), "forward port 25 in the router to this host")
         return
     text = "nobody from outside has come to port 25 yet, so it may be closed by a firewall"
-    yield _not_known(text, f"from elsewhere, this must show 220 {facts.host}: nc {facts.host} 25")
+    yield not_known(text, f"from elsewhere, this must show 220 {facts.host}: nc {facts.host} 25")
 
 
 def _check_block_lists(facts: Facts) -> Iterator[Finding]:
@@ -14460,17 +14463,17 @@ def _check_block_lists(facts: Facts) -> Iterator[Finding]:
             yield _may_not_ask(zone, f"it answers {records[0]}, which means that")
         elif any(record in _HOME_LINE for record in records):
             text = f"{ip} is listed as a line that should not send mail ({zone})"
-            yield _mend(text, f"{url} says more; {_home_line(facts)}")
+            yield mend(text, f"{url} says more; {_home_line(facts)}")
         elif any(record.startswith("127.") for record in records):
             text = f"{ip} is on the block list {zone} ({records[0]}), so its mail is refused"
-            yield _mend(text, f"{url}: see why, mend it, and ask to be taken off")
+            yield mend(text, f"{url}: see why, mend it, and ask to be taken off")
         elif records:
             yield _may_not_ask(zone, f"the name server invents the answer {records[0]}")
 
 
 def _may_not_ask(zone: str, why: str) -> Finding:
     text = f"{zone} does not answer us, as with public name servers: {why}"
-    return _not_known(text, 'sudo apt install unbound; in chasquid.conf: dns_server: "127.0.0.1"')
+    return not_known(text, 'sudo apt install unbound; in chasquid.conf: dns_server: "127.0.0.1"')
 
 
 def _check_dane(facts: Facts) -> Iterator[Finding]:
@@ -14483,7 +14486,7 @@ def _check_dane(facts: Facts) -> Iterator[Finding]:
     zone = facts.zones.authority(facts.host).zone
     if not facts.zones.ask(zone, "DS").records and not facts.world.query(zone, "DS").records:
         text = f"there are TLSA records, but {zone} is not signed (DNSSEC), so nobody heeds them"
-        yield _advice(text, f"have {zone} signed at the DNS provider, or remove them")
+        yield advice(text, f"have {zone} signed at the DNS provider, or remove them")
         return
     try:
         talk = facts.world.talk(port.host, port.number, ("EHLO localhost", "STARTTLS"), facts.host)
@@ -14498,44 +14501,86 @@ def _check_dane(facts: Facts) -> Iterator[Finding]:
 
         digest = hashlib.sha256(public_key_info(chain[0])).hexdigest()
         text = f"no TLSA record of {name} fits the certificate, so servers with DANE send nothing"
-        yield _mend(text, f"publish: {name}.  TLSA  3 1 1 {digest}")
+        yield mend(text, f"publish: {name}.  TLSA  3 1 1 {digest}")
 
 
-# --- a domain ---
+class Check(NamedTuple):
+    """A row of a table of checks."""
+
+    name: str
+    help: str
+    function: Callable[[Facts], Iterable[Finding]]
+
+
+HOST_CHECKS = (
+    Check("files", "the configuration directory", _check_files),
+    Check("modes", "who may read keys and passwords", _check_modes),
+    Check("certificates", "names and ends", _check_certificates),
+    Check("server", "whether it runs", _check_server),
+    Check("ports", "what answers at 25, 587 and 465", _check_ports),
+    Check("relay", "whether strangers can send through us", _check_relay),
+    Check("imap", "whether mail can be read", _check_imap),
+    Check("clock", "time", _check_clock),
+    Check("disk", "room for mail", _check_disk),
+    Check("memory", "room for logins", _check_memory),
+    Check("name servers", "who answers for our names", _check_name_servers),
+    Check("address", "A and AAAA of the host", _check_address),
+    Check("ptr", "names of our addresses, and back", _check_ptr),
+    Check("outward", "port 25 of others, or the smarthost", _check_outward),
+    Check("reachable", "port 25 from outside", _check_reachable),
+    Check("block lists", "whether our addresses are on one", _check_block_lists),
+    Check("dane", "TLSA records and the certificate", _check_dane),
+)
+
+
+# ======================================================================================
+# ROOM: DOMAIN CHECKS
+#
+# Whether the DNS of a domain says what mail needs. It is held against `domain_records`, but any
+# other way that serves is well: another MX that leads here, an SPF record with other terms, any
+# policy of DMARC. What is optional there need not be there; if it is, it must be right.
+#
+# - The habits are those of HOST CHECKS. So a domain without an MX is not also told that "mx" in
+#   its SPF record lets nobody send.
+# - Forms of DNS providers make the same mistakes again and again: the domain doubled, quotes in
+#   the text, a text cut short. A record that is missing is looked for where they put it.
+# ======================================================================================
+
+_TAG = re.compile(r"(\w+)\s*=\s*([^;]*)")
 
 
 def _check_mx(facts: Facts) -> Iterator[Finding]:
     """RFC 5321, 5.1: what leads here, by whatever name and preference, is well."""
     domain, host, zones = facts.domain, facts.host, facts.zones
-    fix = _publish(facts, facts.record("MX"))
+    fix = publish_line(facts, facts.record("MX"))
     names = [record.split()[-1].rstrip(".").lower() for record in zones.ask(domain, "MX").records]
     if not names and not facts.is_here(zones.addresses(domain)):
-        yield _mend(f"{domain} has no MX record, so its mail does not come here", fix)
+        yield mend(f"{domain} has no MX record, so its mail does not come here", fix)
     if names == [""]:
-        yield _mend(f"{domain} says that it takes no mail (null MX, RFC 7505)", fix)
+        yield mend(f"{domain} says that it takes no mail (null MX, RFC 7505)", fix)
         return
     ours = not names
     for name in names:
         if host != domain and name.endswith(f".{domain}.{domain}") or name == f"{host}.{domain}":
             text = f"the MX record leads to {name}: the form has added the domain to the name"
-            yield _mend(text, f"enter the host with a final dot: 10 {host}.")
+            yield mend(text, f"enter the host with a final dot: 10 {host}.")
             return
         if is_ip_address(name):
-            yield _mend(f"the MX record is {name}, but it must be a name (RFC 5321, 5.1)", fix)
+            yield mend(f"the MX record is {name}, but it must be a name (RFC 5321, 5.1)", fix)
             return
         if zones.ask(name, "A").canonical:
             text = f"the mail exchanger {name} is an alias (CNAME), which not all servers follow"
-            yield _mend(
+            yield mend(
                 text, f"publish its addresses in place of the CNAME (RFC 2181, 10.3), or {fix}"
             )
             return
         addresses = zones.addresses(name)
         if not addresses and name != host:
-            yield _mend(f"the mail exchanger {name} has no address", fix)
+            yield mend(f"the mail exchanger {name} has no address", fix)
             return
         ours = ours or name == host or facts.is_here(addresses)
     if not ours:
-        yield _mend(f"mail for {domain} goes to {', '.join(names)}, not to this host", fix)
+        yield mend(f"mail for {domain} goes to {', '.join(names)}, not to this host", fix)
 
 
 def _check_spf(facts: Facts) -> Iterator[Finding]:
@@ -14548,11 +14593,11 @@ def _check_spf(facts: Facts) -> Iterator[Finding]:
     if len(texts) > 1:
         text = f"{domain} has {len(texts)} SPF records, which makes all of them void"
         fix = f"remove all but one (RFC 7208, 4.5), which may be: {wanted.value}"
-        yield _mend(text, fix)
+        yield mend(text, fix)
         return
     if re.search(r"\s\+?all\b", texts[0], re.IGNORECASE):
         text = f"the SPF record of {domain} lets anybody send its mail: {texts[0]}"
-        yield _mend(text, _publish(facts, wanted, "put in its place"))
+        yield mend(text, publish_line(facts, wanted, "put in its place"))
         return
     for ip in facts.sending if facts.sends_directly else ["127.0.0.1"]:
         finding = _spf_finding(facts, ip, texts[0])
@@ -14565,19 +14610,19 @@ def _spf_finding(facts: Facts, ip: str, text: str) -> Finding | None:
     domain = facts.domain
     spf = _spf_of(facts, ip)
     if spf.result == "temperror":
-        return _not_known(f"the SPF record of {domain} leads to names that nobody could look up")
+        return not_known(f"the SPF record of {domain} leads to names that nobody could look up")
     if spf.result == "permerror":
         why = spf.explanation or "it is malformed, or needs more than ten look-ups"
         wanted = facts.record("SPF", domain)
         said = f"the SPF record of {domain} is void: {why}"
-        return _mend(said, _publish(facts, wanted, "put in its place"))
+        return mend(said, publish_line(facts, wanted, "put in its place"))
     if facts.sends_directly and spf.result != "pass":
         wanted = DnsRecord(
             domain, "TXT", text.replace("v=spf1", f"v=spf1 a:{facts.host}", 1), "SPF"
         )
         said = f"the SPF record of {domain} does not let this host send from {ip} ({spf.result})"
-        return _mend(
-            f"{said}: its mail is refused, or junk", _publish(facts, wanted, "change it to")
+        return mend(
+            f"{said}: its mail is refused, or junk", publish_line(facts, wanted, "change it to")
         )
     return None
 
@@ -14608,11 +14653,11 @@ def _absent(facts: Facts, record: DnsRecord, why: str) -> Finding:
     doubled = f"{record.name}.{facts.domain}"
     if any('"' in text for text in facts.zones.ask(record.name, "TXT").records):
         text = f"the {what} at {record.name} has quotes in its text, which counts as none"
-        return _mend(f"{text}, so {why}", _publish(facts, record, "enter it without quotes"))
+        return mend(f"{text}, so {why}", publish_line(facts, record, "enter it without quotes"))
     if record.name != facts.domain and facts.texts(doubled, begin):
         text = f"the {what} stands at {doubled}: the form adds the domain by itself"
-        return _mend(f"{text}, so {why}", _publish(facts, record, "enter the name without it"))
-    return _mend(f"there is no {what} at {record.name}, so {why}", _publish(facts, record))
+        return mend(f"{text}, so {why}", publish_line(facts, record, "enter the name without it"))
+    return mend(f"there is no {what} at {record.name}, so {why}", publish_line(facts, record))
 
 
 def _check_dkim(facts: Facts) -> Iterator[Finding]:
@@ -14620,7 +14665,7 @@ def _check_dkim(facts: Facts) -> Iterator[Finding]:
     keys = facts.examined.domains.keys.get(domain, ())
     if not keys and domain in facts.examined.domains.each:
         text = f"{domain} has no DKIM key, so its mail is not signed, and more often junk"
-        yield _advice(text, f"sudo -u {_SERVICE} chasquid dkim-keygen {domain}")
+        yield advice(text, f"sudo -u {SERVICE} chasquid dkim-keygen {domain}")
     for key in keys:
         record = DnsRecord(key.name, "TXT", key.record, "DKIM")
         published = facts.zones.ask(key.name, "TXT").records
@@ -14629,7 +14674,7 @@ def _check_dkim(facts: Facts) -> Iterator[Finding]:
             yield _absent(facts, record, "the signatures of its mail count as broken")
         elif len(texts) > 1:
             text = f"there are {len(texts)} DKIM records at {key.name}, so no signature counts"
-            yield _mend(text, _publish(facts, record, "remove all but this one"))
+            yield mend(text, publish_line(facts, record, "remove all but this one"))
         else:
             yield from _of_dkim_record(facts, record, texts[0])
 
@@ -14638,23 +14683,23 @@ def _of_dkim_record(facts: Facts, record: DnsRecord, text: str) -> Iterator[Find
     """Compare the key that is published with that on disk; RFC 6376, 3.6.1."""
     there, here = _tags(text), _tags(record.value)
     key, ours = there.get("p", ""), here["p"]
-    fix = _publish(facts, record, "put in its place")
+    fix = publish_line(facts, record, "put in its place")
     broken = "so all signatures are broken"
     if key == ours and there.get("k", "rsa") == here["k"]:
         if "y" in there.get("t", "").split(":"):
             said = f"the DKIM record at {record.name} says that it is a test (t=y): nobody heeds it"
-            yield _advice(said, fix)
+            yield advice(said, fix)
     elif not key:
-        yield _mend(f"the DKIM record at {record.name} revokes the key (p=), {broken}", fix)
+        yield mend(f"the DKIM record at {record.name} revokes the key (p=), {broken}", fix)
     elif ours.startswith(key):
-        yield _mend(f"the DKIM record at {record.name} is cut short, {broken}", fix)
+        yield mend(f"the DKIM record at {record.name} is cut short, {broken}", fix)
     else:
-        yield _mend(f"the DKIM record at {record.name} is of another key, {broken}", fix)
+        yield mend(f"the DKIM record at {record.name} is of another key, {broken}", fix)
 
 
 def _tags(text: str) -> dict[str, str]:
     """Return the tags of a record, without blanks in their values; RFC 6376, 3.2."""
-    return {key.lower(): re.sub(r"[\s\\]", "", value) for key, value in _POLICY.findall(text)}
+    return {key.lower(): re.sub(r"[\s\\]", "", value) for key, value in _TAG.findall(text)}
 
 
 def _check_dmarc(facts: Facts) -> Iterator[Finding]:
@@ -14671,14 +14716,14 @@ def _check_dmarc(facts: Facts) -> Iterator[Finding]:
         text = (
             f"there are {len(texts)} DMARC records at {record.name}, which makes all of them void"
         )
-        yield _mend(text, _publish(facts, record, "remove all but one, which may be"))
+        yield mend(text, publish_line(facts, record, "remove all but one, which may be"))
     else:
         tags = _tags(texts[0])
         if tags.get("p", "").lower() not in ("none", "quarantine", "reject") and not (
             tags.get("rua") and "p" not in tags
         ):
             text = f"the DMARC record at {record.name} has no valid policy, so it is void"
-            yield _mend(text, _publish(facts, record, "put in its place"))
+            yield mend(text, publish_line(facts, record, "put in its place"))
 
 
 def _check_mta_sts(facts: Facts) -> Iterator[Finding]:
@@ -14690,14 +14735,14 @@ def _check_mta_sts(facts: Facts) -> Iterator[Finding]:
     ids = [_tags(text).get("id", "") for text in texts]
     if len(ids) > 1 or not re.fullmatch(r"[A-Za-z0-9]{1,32}", ids[0]):
         text = f"there must be one record at {name}, with a valid id, or the policy is ignored"
-        yield _mend(text, f'have only: {name}.  TXT  "v=STSv1; id=1"')
+        yield mend(text, f'have only: {name}.  TXT  "v=STSv1; id=1"')
         return
     place = f"https://mta-sts.{domain}/.well-known/mta-sts.txt"
     try:
         policy = parse_sts_policy(facts.world.fetch_policy(domain), ids[0], facts.world.now())
     except (ChasquidError, ValueError) as error:
         text = f"the MTA-STS policy is announced, but cannot be had from {place}: {reason(error)}"
-        yield _mend(text, f"serve it there, with a valid certificate, or remove {name}")
+        yield mend(text, f"serve it there, with a valid certificate, or remove {name}")
         return
     names = [record.split()[-1].rstrip(".").lower() for record in
              facts.zones.ask(domain, "MX").records]  # fmt: skip
@@ -14705,9 +14750,9 @@ def _check_mta_sts(facts: Facts) -> Iterator[Finding]:
     if missing and policy.mode != "none":
         text = f"the MTA-STS policy of {domain} does not name the mail exchanger {missing[0]}"
         if policy.mode == "enforce":
-            yield _mend(f"{text}, so nothing is sent there", f"add to {place}: mx: {missing[0]}")
+            yield mend(f"{text}, so nothing is sent there", f"add to {place}: mx: {missing[0]}")
         else:
-            yield _advice(text, f"add to {place}: mx: {missing[0]}")
+            yield advice(text, f"add to {place}: mx: {missing[0]}")
 
 
 def _check_tlsrpt(facts: Facts) -> Iterator[Finding]:
@@ -14720,7 +14765,7 @@ def _check_tlsrpt(facts: Facts) -> Iterator[Finding]:
         and not re.match(r"(mailto:\S+@|https:)", _tags(texts[0]).get("rua", ""))
     ):
         text = f"there must be one record at {name}, with rua=, or no reports on TLS are sent"
-        yield _advice(text, _publish(facts, facts.record("TLSRPT"), "put in its place"))
+        yield advice(text, publish_line(facts, facts.record("TLSRPT"), "put in its place"))
 
 
 def _check_postmaster(facts: Facts) -> Iterator[Finding]:
@@ -14734,46 +14779,30 @@ def _check_postmaster(facts: Facts) -> Iterator[Finding]:
         user = next(iter(domains.each[domain].users), "USER")
         text = f"there is no postmaster@{domain}, to whom others write if something is wrong"
         path = f"{facts.config.config_dir}/domains/{domain}/aliases"
-        yield _advice(text, f"echo 'postmaster: {user}' | sudo tee -a {path}")
+        yield advice(text, f"echo 'postmaster: {user}' | sudo tee -a {path}")
     except ChasquidError:
         return  # the check of files says it
 
 
-class Check(NamedTuple):
-    """A row of the table of checks. With `each`, it is called for each domain."""
-
-    name: str
-    each: bool
-    help: str
-    function: Callable[[Facts], Iterable[Finding]]
-
-
-CHECKS = (
-    Check("files", False, "the configuration directory", _check_files),
-    Check("modes", False, "who may read keys and passwords", _check_modes),
-    Check("certificates", False, "names and ends", _check_certificates),
-    Check("server", False, "whether it runs", _check_server),
-    Check("ports", False, "what answers at 25, 587 and 465", _check_ports),
-    Check("relay", False, "whether strangers can send through us", _check_relay),
-    Check("imap", False, "whether mail can be read", _check_imap),
-    Check("clock", False, "time", _check_clock),
-    Check("disk", False, "room for mail", _check_disk),
-    Check("memory", False, "room for logins", _check_memory),
-    Check("name servers", False, "who answers for our names", _check_name_servers),
-    Check("address", False, "A and AAAA of the host", _check_address),
-    Check("ptr", False, "names of our addresses, and back", _check_ptr),
-    Check("outward", False, "port 25 of others, or the smarthost", _check_outward),
-    Check("reachable", False, "port 25 from outside", _check_reachable),
-    Check("block lists", False, "whether our addresses are on one", _check_block_lists),
-    Check("dane", False, "TLSA records and the certificate", _check_dane),
-    Check("mx", True, "where mail for the domain goes", _check_mx),
-    Check("spf", True, "whether this host may send for the domain", _check_spf),
-    Check("dkim", True, "keys on disk and in the DNS", _check_dkim),
-    Check("dmarc", True, "the policy", _check_dmarc),
-    Check("mta-sts", True, "the policy, if there is one", _check_mta_sts),
-    Check("tlsrpt", True, "where reports go, if anywhere", _check_tlsrpt),
-    Check("postmaster", True, "whether it is there", _check_postmaster),
+DOMAIN_CHECKS = (
+    Check("mx", "where mail for the domain goes", _check_mx),
+    Check("spf", "whether this host may send for the domain", _check_spf),
+    Check("dkim", "keys on disk and in the DNS", _check_dkim),
+    Check("dmarc", "the policy", _check_dmarc),
+    Check("mta-sts", "the policy, if there is one", _check_mta_sts),
+    Check("tlsrpt", "where reports go, if anywhere", _check_tlsrpt),
+    Check("postmaster", "whether it is there", _check_postmaster),
 )
+
+
+# ======================================================================================
+# ROOM: DOCTOR
+#
+# All checks, of the host and of its domains, run side by side, and told to a person.
+#
+# A check that breaks is one thing more that is unknown, and stops no other. Nothing here changes
+# anything: whoever reads a finding does what it says, and asks again.
+# ======================================================================================
 
 
 def diagnose(
@@ -14785,8 +14814,8 @@ def diagnose(
     ended, in any thread. A check that finds nothing has one finding that says so.
     """
     each = [facts._replace(domain=domain) for domain in domains]
-    jobs = [(check, facts) for check in CHECKS if not check.each]
-    jobs += [(check, of_domain) for of_domain in each for check in CHECKS if check.each]
+    jobs = [(check, facts) for check in HOST_CHECKS]
+    jobs += [(check, of_domain) for of_domain in each for check in DOMAIN_CHECKS]
 
     def run(check: Check, facts: Facts) -> list[Finding]:
         found = _run(check, facts)
@@ -14803,10 +14832,10 @@ def _run(check: Check, facts: Facts) -> list[Finding]:
     except Unasked:
         return []  # the check of name servers says why
     except ChasquidError as error:
-        found = [_not_known(f"it could not be checked: {error}")]
+        found = [not_known(f"it could not be checked: {error}")]
     except Exception as error:
         text = f"the check itself has failed: {type(error).__name__}: {error}"
-        found = [_not_known(text, "report it to the authors of chasquid")]
+        found = [not_known(text, "report it to the authors of chasquid")]
     found = found or [Finding("", Level.OK)]
     return [finding._replace(check=check.name, domain=facts.domain) for finding in found]
 
