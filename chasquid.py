@@ -38,8 +38,9 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     HTTP           requests and responses, for pages and programs
     MONITORING     the status page, the metrics
     LISTENERS      sockets of our own or systemd's, accepting, certificates by name
-    CONTROL        the lock on data_dir, and the socket for commands to the running server
+    CONTROL        the lock on data_dir; the sockets for commands, and for mail of this host
     DAEMON         the wiring diagram, reload, the end
+    SENDMAIL       mail from programs of this host, with a server or without
     PUBLISHING     the DNS records that a domain needs
     PROBES         how a set-up is looked at: DNS, ports, the machine
     HOST CHECKS    whether files, server, ports and line are as mail needs them
@@ -1387,7 +1388,8 @@ class Metrics:
 
     CONNECTIONS = Metric(
         "connections", "Connections that came in.", ("port",),
-        _each("smtp", "submission", "submission over TLS", "refused"),
+        _each("smtp", "submission", "submission over TLS", "sendmail", "sendmail of a user",
+              "refused"),
     )  # fmt: skip
     COMMANDS = Metric(
         "commands", "Commands of clients.", ("verb",),
@@ -10115,16 +10117,23 @@ _HTTP_VERBS = frozenset(
 
 
 class Port(NamedTuple):
-    """A kind of port. On submission ports (RFC 6409) nobody sends without logging in."""
+    """A kind of port. On submission ports (RFC 6409) nobody sends without logging in.
+
+    On those for `programs` of this host the system says whose they are.
+    """
 
     name: str
     submission: bool
     implicit_tls: bool
+    programs: bool = False
 
 
 SMTP_PORT = Port("smtp", submission=False, implicit_tls=False)
 SUBMISSION_PORT = Port("submission", submission=True, implicit_tls=False)
 SUBMISSION_TLS_PORT = Port("submission over TLS", submission=True, implicit_tls=True)
+# what SENDMAIL connects to: of root and the server's own user, and of the host's other users
+OWNER_PORT = Port("sendmail", submission=False, implicit_tls=False, programs=True)
+HOST_PORT = Port("sendmail of a user", submission=False, implicit_tls=False, programs=True)
 
 
 class ServerContext:
@@ -10173,8 +10182,9 @@ class ServerContext:
 class ClientInfo(NamedTuple):
     """Who is at the other end, as far as is known by now.
 
-    `user` is the address of who has logged in, `tls` names version and cipher; each is "" if
-    there is none. `hello` is what HELO or EHLO (then it is `extended`) has said.
+    `user` is the address of who has logged in, or the name of the host's user whose program it
+    is; `tls` names version and cipher; each is "" if there is none. `hello` is what HELO or EHLO
+    (then it is `extended`) has said.
     """
 
     dialogue: Dialogue
@@ -10184,6 +10194,11 @@ class ClientInfo(NamedTuple):
     extended: bool
     user: str
     tls: str
+
+    @property
+    def may_relay(self) -> bool:
+        """Whether it may send to other domains than ours."""
+        return bool(self.user) and self.port != HOST_PORT
 
     def check_login(self) -> None:
         """Raises Refused on a submission port (RFC 6409, 4.3) if nobody has logged in."""
@@ -10454,6 +10469,7 @@ class Session:
         *,
         port: Port,
         peer: str,
+        user: str = "",
         hook: Hook = _no_hook,
     ) -> None:
         self.id = new_id()
@@ -10471,7 +10487,7 @@ class Session:
         self._reader = _MessageReader(context, receiver, stream)
         self._hello = ""
         self._extended = False
-        self._user = ""  # who has logged in, as an address
+        self._user = user  # who has logged in, as an address; or the host's user
         self._verb = ""
         self._closing = False
         self._errors = 0
@@ -10964,6 +10980,8 @@ _COMMANDS: dict[str, _Command] = {
 #
 # - Our users log in, and what they send is signed. What comes from elsewhere is for our own
 #   domains, its sender is checked, and its signatures are verified.
+# - Programs of this host need no login, for the system says whose they are. Those of root and
+#   of the server's own user may send to anybody; those of others to our domains.
 # - A check that breaks refuses for now (4XX): mail is never let in unchecked.
 # - A message is accepted only by `Queue.accept`, when it is safe on the disk.
 #
@@ -11075,7 +11093,8 @@ class MailReceiver:
         if sender and not split_address(sender)[1]:
             raise Refused(Reply(501, "5.1.7", "the sender's address needs a domain"))
         self._queue.check_room()
-        if client.user and sender and not await self.may_send_as(client.user, sender):
+        must_match = client.user and sender and not client.port.programs
+        if must_match and not await self.may_send_as(client.user, sender):
             text = f"{client.user} may not send as {sender}: it is no address of that user"
             raise Refused(Reply(550, "5.7.1", text))
         self._count(self.limits.message, client)
@@ -11145,8 +11164,9 @@ class MailReceiver:
         """See `Receiver`. Raises Refused, RateExceeded, TemporaryFailure."""
         address = self._with_domain(path.address)
         self._count(self.limits.recipient, client)
-        if not client.user and not self.aliases.is_local(split_address(address)[1]):
-            text = "Relaying denied: log in, or send to our own domains"
+        if not client.may_relay and not self.aliases.is_local(split_address(address)[1]):
+            whose = f"programs of {client.user}: " if client.port.programs else ""
+            text = f"Relaying denied: {whose}log in, or send to our own domains"
             raise Refused(Reply(550, "5.7.1", text))
         try:
             destinations = await self._queue.expand(address)
@@ -11292,7 +11312,7 @@ class _Judgement:
     async def _check_authors(self) -> None:
         """If users may write only as themselves, From must be theirs. Raises Refused."""
         user = self._client.user
-        if not user or not self._receiver.config.sender_must_match:
+        if not user or self._client.port.programs or not self._receiver.config.sender_must_match:
             return
         for field in self._fields:
             for author in author_addresses(field.value) if field.name == "from" else ():
@@ -11392,6 +11412,8 @@ class _Judgement:
         if transaction.smtputf8:
             protocol = "UTF8SMTP"  # RFC 6531, 4.3
         protocol += ("S" if client.tls else "") + ("A" if client.user else "")
+        if client.port.programs:
+            protocol = "local"
         tls = f", {client.tls}" if client.tls else ""
         return fold(
             "Received",
@@ -12247,7 +12269,7 @@ class Listeners:
             self.monitoring += inherited.get("monitoring", [])
         elif address:
             self.monitoring += self._bind(address, config, "monitoring_address")
-        if not self.sockets:
+        if not self.sockets and any(addresses for _, _, _, addresses in kinds):
             path = os.path.join(config.config_dir, "chasquid.conf")
             text = "expected smtp_address or another address to listen on, or systemd's sockets"
             raise ConfigError(path, 0, text)
@@ -12284,19 +12306,30 @@ class Listeners:
 # ======================================================================================
 # ROOM: CONTROL
 #
-# How another process reaches the server of a data_dir: the lock says whether there is one, and
-# a socket there, for its owner alone, takes requests.
+# How another process of this host reaches the server of a data_dir: the lock says whether there
+# is one, a socket there, for its owner alone, takes requests, and another one takes mail.
 #
-# A request is one line of JSON, [command, argument]; the answer is one too, either
-# {"lines": […]} or {"error": "…"}. A request that is not understood is answered so, for the
-# program that asks may be of another version.
+# - A request is one line of JSON, [command, argument]; the answer is one too, either
+#   {"lines": […]} or {"error": "…"}. A request that is not understood is answered so, for the
+#   program that asks may be of another version.
+# - Mail comes from programs of any user, in SMTP, without a login: the system says whose a
+#   program is. On Linux that socket is an abstract one, because others cannot reach into
+#   data_dir; elsewhere it is the file data_dir/sendmail, for root and the server's own user.
+# - The name of an abstract socket is anybody's who is first, so a program makes sure that the
+#   server is behind it before it says a word.
 #
-# What the commands do belongs to DAEMON.
+# What the commands do belongs to DAEMON; who may send what to whom, to RECEPTION.
 # ======================================================================================
 
 _CONTROL_LIMIT = 64 * 1024  # octets of a request to the control socket
 _CONTROL_SECONDS = 30.0
 _UNIX_PATH_LIMIT = 100  # a little less than what sun_path holds
+_PROGRAM_SECONDS = 300.0  # for an answer to a program's mail: a hook may take a minute
+_PROGRAM_BACKLOG = 128
+
+
+class DataDirectoryInUse(ConfigError):
+    """Another server has the data_dir."""
 
 
 class DataDirectory:
@@ -12307,7 +12340,7 @@ class DataDirectory:
         self._fd = -1
 
     def take(self) -> None:
-        """Make the directory and lock it. Raises ConfigError if another server has it."""
+        """Make the directory and lock it. Raises DataDirectoryInUse, ConfigError."""
         import fcntl
 
         try:
@@ -12321,7 +12354,8 @@ class DataDirectory:
         except BlockingIOError:
             os.close(self._fd)
             self._fd = -1
-            raise ConfigError(self.path, 0, "another server is using this data_dir") from None
+            text = "another server is using this data_dir"
+            raise DataDirectoryInUse(self.path, 0, text) from None
         except OSError as error:
             text = f"data_dir cannot be used: {error.strerror}"
             raise ConfigError(error.filename or self.path, 0, text) from error
@@ -12460,6 +12494,98 @@ def ask_running_server(data_dir: str, command: str, argument: str) -> list[str] 
     return [str(line) for line in answer["lines"]]
 
 
+def _program_address(data_dir: str) -> str:
+    if sys.platform == "linux":
+        return f"\0chasquid-{short_hash(os.path.abspath(data_dir))}"
+    return os.path.join(data_dir, "sendmail")
+
+
+class ProgramSocket:
+    """The socket that programs of this host connect to; without it, the server does its other work.
+
+    `listener` is None if the system gives no such socket; the log says why.
+    """
+
+    def __init__(self, loop: Loop, log: Log, data_dir: str) -> None:
+        self._loop = loop
+        self._path = _program_address(data_dir)
+        self.listener: socket.socket | None = None
+        raw = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._unlink()
+            raw.bind(self._path)
+            if not self._path.startswith("\0"):
+                os.chmod(self._path, 0o600)
+            raw.listen(_PROGRAM_BACKLOG)
+            raw.setblocking(False)
+        except OSError as error:
+            raw.close()
+            text = f"programs of this host cannot send mail: {reason(error)}"
+            log.warning("sendmail", f"{text}; no other user may hold {self._path!r}")
+            return
+        self.listener = raw
+
+    def close(self) -> None:
+        """Take no more connections."""
+        if self.listener is not None and self.listener.fileno() >= 0:
+            self._loop.forget(self.listener.fileno())
+            self.listener.close()
+            self._unlink()
+
+    def _unlink(self) -> None:
+        if not self._path.startswith("\0"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path)
+
+
+def user_behind(connected: socket.socket) -> tuple[bool, str]:
+    """Tell whether root or our own user is at the other end, and the name of who it is.
+
+    Blocks if the system has to ask for the name.
+    """
+    import pwd  # only for programs of this host
+
+    uid = _uid_behind(connected)
+    try:
+        name = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        name = f"uid-{uid}"
+    return uid in (0, os.geteuid()), name
+
+
+def _uid_behind(connected: socket.socket) -> int:
+    if sys.platform != "linux":
+        return os.geteuid()  # nobody else but root can reach the file
+    credentials = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    return int.from_bytes(credentials[4:8], sys.byteorder)  # struct ucred: pid, uid, gid
+
+
+def connect_as_program(data_dir: str) -> socket.socket | None:
+    """Return a connection to the server of `data_dir`, None if none is running.
+
+    It blocks, and waits for `_PROGRAM_SECONDS` at most for what is said on it. Raises
+    ChasquidError if somebody else has the socket, or we may not use it.
+    """
+    raw = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    raw.settimeout(_PROGRAM_SECONDS)
+    try:
+        raw.connect(_program_address(data_dir))
+        if sys.platform == "linux" and _uid_behind(raw) not in (0, os.stat(data_dir).st_uid):
+            text = "another user has taken the place of the server, which must be started anew"
+            raise ChasquidError(text)
+        return raw
+    except (FileNotFoundError, ConnectionRefusedError):
+        raw.close()
+        return None
+    except PermissionError:
+        raw.close()
+        text = "on this system only programs of root and of the server's user can send without"
+        raise ChasquidError(f"{text} a login; others send by port 587") from None
+    except BaseException:
+        raw.close()
+        raise
+
+
 # ======================================================================================
 # ROOM: DAEMON
 #
@@ -12485,8 +12611,8 @@ _EXAMINE_AFTER = 60.0  # seconds; the network may come up later than we do
 _LATE_MODULES = (
     "base64", "difflib", "dns.asyncresolver", "dns.rcode", "encodings.ascii", "fcntl", "hashlib",
     "hmac", "http.client", "idna", "idna.uts46data", "io", "ipaddress", "precis_i18n.profile",
-    "resource", "shlex", "shutil", "subprocess", "tempfile", "unicodedata",
-    "calendar", "ctypes", "dns.query", "dns.resolver", "pwd",  # for the daily check
+    "pwd", "resource", "shlex", "shutil", "subprocess", "tempfile", "unicodedata",
+    "calendar", "ctypes", "dns.query", "dns.resolver",  # for the daily check
 )  # fmt: skip
 DOMAIN_INFO_DIRECTORY = "domaininfo"  # below data_dir
 DOMAIN_FORGOTTEN = "what was seen of {} is forgotten"
@@ -12629,7 +12755,8 @@ def file_signature(config_dir: str) -> tuple[tuple[str, int, int, int], ...]:
 class Daemon:
     """One server: made from a configuration, run by `run`, ended by `stop`.
 
-    Sockets are bound when it is made, so that their numbers are known. Raises ConfigError.
+    Sockets are bound when it is made, so that their numbers are known. Unless it is to
+    `deliver`, it takes mail into the queue, and leaves that alone. Raises ConfigError.
     """
 
     def __init__(
@@ -12644,10 +12771,12 @@ class Daemon:
         fetch_policy: FetchPolicy | None = None,
         on_result: Callable[[Item, Recipient], None] = lambda item, recipient: None,
         connect: Connect = connect,
+        deliver: bool = True,
         examine: Callable[[], Sequence[Finding]] | None = None,
     ) -> None:
         self.config = config
         self._connect = connect
+        self._deliver = deliver
         self._examine = examine  # once a day, in a worker thread
         self._findings: tuple[Finding, ...] = ()
         self._examined = 0.0
@@ -12761,6 +12890,8 @@ class Daemon:
         self._control = Control(loop, self.log, config.data_dir, _Requests(self).table)
         undo.callback(self._control.close)
         self._control.open()
+        self._programs = ProgramSocket(loop, self.log, config.data_dir)
+        undo.callback(self._programs.close)
         self._sessions: dict[Session, Task] = {}
         self._session_limit = min(config.max_connections or sys.maxsize, session_limit())
         self._stopping = Event(loop)
@@ -12999,7 +13130,10 @@ class Daemon:
 
     async def _main(self, on_ready: Callable[[], object]) -> None:
         self._sts.load()
-        self.queue.recover()
+        if self._deliver:
+            self.queue.recover()
+        else:
+            self.queue.begin_closing()
         tasks = [
             self.loop.spawn(self._accept(port, raw), f"listener {port.name}")
             for port, raw in self._listeners.sockets
@@ -13010,6 +13144,7 @@ class Daemon:
         ]
         tasks += [
             self.loop.spawn(self._control.serve(), "control"),
+            self.loop.spawn(self._accept_programs(), "sendmail"),
             self.loop.spawn(self._reload_forever(), "reload"),
             self.loop.spawn(self._watch_certificates(), "certificates"),
             self.loop.spawn(self._sts.refresh_forever(), "MTA-STS policies"),
@@ -13028,6 +13163,7 @@ class Daemon:
             task.cancel()
         self._listeners.close()
         self._control.close()
+        self._programs.close()
         await self._wind_up()
         self.log.event(Events.STOPPED)
 
@@ -13064,6 +13200,15 @@ class Daemon:
         async for raw, peer in connections(self.loop, self.log, port.name, listener):
             self._begin(port, raw, str(peer[0]) if peer else "local")
 
+    async def _accept_programs(self) -> None:
+        """Take mail from programs of this host: SENDMAIL connects here."""
+        listener = self._programs.listener
+        if listener is None:
+            return
+        async for raw, _ in connections(self.loop, self.log, "sendmail", listener):
+            owner, user = await self.loop.work(functools.partial(user_behind, raw))
+            self._begin(OWNER_PORT if owner else HOST_PORT, raw, "127.0.0.1", user)
+
     async def _accept_monitoring(self, listener: socket.socket) -> None:
         async for raw, _ in connections(self.loop, self.log, "monitoring", listener):
             self.loop.spawn(self._monitor.answer(Stream(self.loop, raw)), "monitoring request")
@@ -13080,7 +13225,7 @@ class Daemon:
             kept = 0
         return left > (kept if self._limits.is_connected(clean_peer(peer)) else 0)
 
-    def _begin(self, port: Port, raw: socket.socket, peer: str) -> None:
+    def _begin(self, port: Port, raw: socket.socket, peer: str, user: str = "") -> None:
         if not self._has_place(peer):
             self.log.count(Metrics.CONNECTIONS, "refused")
             with contextlib.suppress(OSError):
@@ -13090,11 +13235,13 @@ class Daemon:
             return
         send_at_once(raw)
         stream = Stream(self.loop, raw)
-        session = Session(self._context, self._receiver, stream, port=port, peer=clean_peer(peer))
+        session = Session(
+            self._context, self._receiver, stream, port=port, peer=clean_peer(peer), user=user
+        )
 
         async def run() -> None:
             try:
-                if self.config.haproxy_incoming:
+                if self.config.haproxy_incoming and not port.programs:
                     session.peer = clean_peer(await proxied_peer(self.loop, raw) or session.peer)
                 await session.run()
             except (Disconnected, Expired) as error:  # before the session began
@@ -13295,6 +13442,380 @@ def notify_systemd(state: str) -> None:
             raw.send(state.encode())
         except OSError:
             pass  # systemd notices by itself that it heard nothing
+
+
+# ======================================================================================
+# ROOM: SENDMAIL
+#
+# Mail from programs of this host: cron, mail, git, PHP. They call a program by the name of
+# sendmail, with a message on its standard input, and have no password to log in with.
+#
+# - The message is completed, then said to the server in SMTP, by the socket of CONTROL. So
+#   it goes the way of all mail, and a 250 means the same.
+# - Without a server, one lives for this message alone, and takes it into the queue.
+# - A message goes to all its recipients or to none, and the exit status says which.
+#
+# The options are those of Postfix's and Exim's sendmail, as far as programs use them.
+# ======================================================================================
+
+_SENDMAIL_TRIES = 50  # while a server is about to start or to end
+_SENDMAIL_PAUSE = 0.2  # seconds
+
+
+class NotSent(ChasquidError):
+    """A message was not taken; `status` is the exit status that says so (sysexits.h)."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class NotNow(NotSent):
+    """The server is starting or ending: it is worth a second try."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text, os.EX_TEMPFAIL)
+
+
+# --- options ---
+
+
+class SendmailOptions(NamedTuple):
+    """What the command line of sendmail says; `sender` is None if it names none."""
+
+    sender: str | None
+    full_name: str  # for From, if the message has none
+    dot_ends: bool  # whether a line with a dot alone ends the message
+    from_header: bool  # whether the header names recipients
+    verbose: bool
+    recipients: tuple[str, ...]
+
+
+# Letters of Postfix's sendmail(1) and Exim's; those with a value have a colon. Only the ones
+# that `parse_sendmail_options` names mean something here.
+_SENDMAIL_LETTERS = "A:B:C:F:GIL:N:O:R:UV:X:b:ce:d:f:h:imno:p:qr:tvx"
+_SENDMAIL_MODES = {
+    "s": "SMTP is spoken at the server's ports, not on standard input",
+    "p": "the queue is shown by: chasquid queue list",
+    "i": "there is nothing to do: the server reads aliases by itself",
+}
+
+
+def parse_sendmail_options(words: Sequence[str]) -> SendmailOptions:
+    """Parse the arguments of sendmail. Raises NotSent (EX_USAGE)."""
+    import getopt  # only here
+
+    try:
+        found, recipients = getopt.gnu_getopt(list(words), _SENDMAIL_LETTERS)
+    except getopt.GetoptError as error:
+        raise NotSent(f"{error}", os.EX_USAGE) from None
+    mode = next((value for option, value in found if option == "-b"), "m")
+    if mode != "m":
+        text = _SENDMAIL_MODES.get(mode, "expected a message on standard input")
+        raise NotSent(f"-b{mode}: {text}", os.EX_USAGE)
+    options = dict(found)
+    if options.keys() & {"-q", "-I"}:
+        raise NotSent("-q and -I: the server does that by itself", os.EX_USAGE)
+    senders = [value for option, value in found if option in ("-f", "-r")]
+    dot_ends = "-i" not in options and ("-o", "i") not in found
+    return SendmailOptions(
+        senders[-1] if senders else None,
+        options.get("-F", ""),
+        dot_ends=dot_ends,
+        from_header="-t" in options,
+        verbose="-v" in options,
+        recipients=tuple(recipients),
+    )
+
+
+# --- the message ---
+
+
+class Letter(NamedTuple):
+    """A message with its envelope; the lines of `message` end with CRLF."""
+
+    sender: str
+    recipients: tuple[str, ...]
+    message: bytes
+
+
+def domain_of_host(config: Config) -> str:
+    """Return the domain of addresses that have none: that of the host, or else our first one."""
+    host = domain_to_unicode(config.hostname)
+    try:
+        domains = domain_directories(config.config_dir, [])
+    except ConfigError:
+        return host  # whoever calls us may not look there
+    return host if host in domains else next(iter(domains), host)
+
+
+_PROGRAM_HEADER = re.compile(rb"(?:[!-9;-~]+[ \t]*:[^\n]*\n(?:[ \t][^\n]*\n)*)*")
+_ADDRESS_FIELDS_OF_AUTHOR = ("from", "sender", "reply-to", "to", "cc")
+
+
+def make_letter(data: bytes, options: SendmailOptions, user: str, domain: str) -> Letter:
+    """Make of what a program wrote a message as it is sent, with its envelope.
+
+    `user` is who runs the program, `domain` completes addresses without one. What the server
+    adds (RFC 6409, 8: Date, Message-ID) is left to it. Raises NotSent.
+    """
+    header, body = _split_message(data, options.dot_ends)
+    try:
+        fields = header_fields(header)
+    except ValueError as error:
+        raise NotSent(f"the header cannot be read: {error}", os.EX_DATAERR) from None
+    own = f"{user}@{domain}"
+    sender = own if options.sender is None else _envelope_address(options.sender, domain)
+    named = _named_in(fields) if options.from_header else []
+    recipients = [_envelope_address(text, domain) for text in (*options.recipients, *named)]
+    if not all(recipients):
+        raise NotSent("expected a recipient, found an empty address", os.EX_USAGE)
+    if not recipients:
+        where = "in To, Cc and Bcc" if options.from_header else "as an argument"
+        raise NotSent(f"expected a recipient {where}", os.EX_USAGE)
+    kept = [
+        _completed(field, domain) for field in fields if field.name not in ("bcc", "resent-bcc")
+    ]
+    if not any(field.name == "from" for field in fields):
+        kept.insert(0, _author(options.full_name, sender or own))
+    message = b"".join(kept) + b"\r\n" + body
+    return Letter(sender, tuple(dict.fromkeys(recipients)), message)
+
+
+def _split_message(data: bytes, dot_ends: bool) -> tuple[bytes, bytes]:
+    """Return header block and body, with CRLF.
+
+    A CR alone becomes a blank: programs that put a form's text into a header must not get a
+    field more than they meant.
+    """
+    text = data.replace(b"\r\n", b"\n").replace(b"\r", b" ")
+    if dot_ends and (end := re.search(rb"^\.\n", text, re.MULTILINE)) is not None:
+        text = text[: end.start()]
+    if text.startswith(b"From "):  # a mailbox's line before the message
+        text = text.partition(b"\n")[2]
+    if text and not text.endswith(b"\n"):
+        text += b"\n"
+    match = _PROGRAM_HEADER.match(text)
+    assert match is not None
+    body = text[match.end() :].removeprefix(b"\n")  # it may begin without an empty line
+    return match[0].replace(b"\n", b"\r\n"), body.replace(b"\n", b"\r\n")
+
+
+def _envelope_address(text: str, domain: str) -> str:
+    """Return an address of the envelope, "" for <>. Raises NotSent."""
+    text = text.strip()
+    if text.startswith("<") and text.endswith(">"):
+        text = text[1:-1]
+    if UNPRINTABLE.search(text) or re.search(r"[<>]", text):
+        raise NotSent(f"expected an address, found {printable(text, 100)!r}", os.EX_USAGE)
+    return f"{text}@{domain}" if text and "@" not in text else text
+
+
+def _named_in(fields: Sequence[Field]) -> list[str]:
+    """Return the recipients that the header names; of a message that is sent once more, the new.
+
+    RFC 5322, 3.6.3 and 3.6.6. Raises NotSent.
+    """
+    from email.headerregistry import HeaderRegistry  # 25 ms, and only for -t
+
+    make = HeaderRegistry()
+    again = any(field.name.startswith("resent-") for field in fields)
+    names = {f"resent-{name}" if again else name for name in ("to", "cc", "bcc")}
+    found: list[str] = []
+    for field in fields:
+        if field.name in names:
+            text = field.value.decode("utf-8", "replace").replace("\r\n", "").strip()
+            here = [address.addr_spec for address in getattr(make("to", text), "addresses", ())]
+            if not _are_all(here, text):
+                shown = printable(text, 100)
+                raise NotSent(f"{field.name}: expected addresses, found {shown!r}", os.EX_DATAERR)
+            found += here
+    return found
+
+
+def _are_all(addresses: Sequence[str], text: str) -> bool:
+    """Tell whether `addresses` are all of a field; the parser skips what it cannot read."""
+    full = [address for address in addresses if "@" in address]
+    names = [address for address in addresses if "@" not in address]
+    try:
+        return without_comments(text, quoted='""').count("@") == len(full) and all(
+            re.fullmatch(r"[\w.+-]+", name) for name in names
+        )
+    except ValueError:
+        return False
+
+
+_BARE_NAME = re.compile(rb"(^[^:]*:|,)(\s*)([\w.+-]+)(?=\s*(?:\([^(),]*\)\s*)?(?:,|$))")
+_NAME_IN_BRACKETS = re.compile(rb"<([\w.+-]+)>")
+
+
+def _completed(field: Field, domain: str) -> bytes:
+    """Return a field with addresses that have no domain completed, as cron's From: root is.
+
+    Where quotes or a comment may hide a comma, they stay as they are.
+    """
+    if field.name not in _ADDRESS_FIELDS_OF_AUTHOR:
+        return field.raw
+    at = b"@" + domain_to_ascii(domain).encode()
+    raw = _NAME_IN_BRACKETS.sub(rb"<\1" + at + b">", field.raw.removesuffix(b"\r\n"))
+    if b'"' not in raw and not re.search(rb"\([^)]*,", raw):
+        raw = _BARE_NAME.sub(rb"\1\2\3" + at, raw)
+    return raw + b"\r\n"
+
+
+def _author(full_name: str, address: str) -> bytes:
+    """Return the From field of a message that has none."""
+    from email.utils import formataddr  # only here
+
+    local, domain = split_address(address)
+    if not full_name or not local.isascii():  # formataddr knows no SMTPUTF8
+        return fold("From", f"<{local}@{domain_to_ascii(domain)}>")
+    return fold("From", formataddr((printable(full_name), f"{local}@{domain_to_ascii(domain)}")))
+
+
+# --- the dialogue ---
+
+_SENDMAIL_STATUS = {
+    "5.1.1": os.EX_NOUSER,
+    "5.1.2": os.EX_NOHOST,
+    "5.3.4": os.EX_DATAERR,
+    "5.6.0": os.EX_DATAERR,
+    "5.7.1": os.EX_NOPERM,
+}
+
+
+class _ProgramDialogue:
+    """The client's side of SMTP, as far as a program needs it; it blocks."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        self._socket = connected
+        self._replies = connected.makefile("rb")
+
+    def say(self, *data: bytes) -> str:
+        """Send a command, and return the text of the reply. Raises NotSent if it refuses."""
+        for piece in data:
+            self._socket.sendall(piece)
+        return self.reply()
+
+    def reply(self) -> str:
+        """Return the text of a reply; of several lines the last. Raises NotSent."""
+        line = b"000-"
+        while line[3:4] == b"-":
+            line = self._replies.readline(CHUNK)
+        text = line.decode("utf-8", "replace").rstrip()
+        match = re.fullmatch(r"(\d{3}) (?:([245]\.\d{1,3}\.\d{1,3}) )?(.*)", text)
+        if match is None:
+            raise NotNow("the server broke the connection")
+        code, status, text = match.groups()
+        if code == "421":
+            raise NotNow(text)
+        if code >= "400":
+            permanent = _SENDMAIL_STATUS.get(status or "", os.EX_UNAVAILABLE)
+            raise NotSent(text, permanent if code >= "500" else os.EX_TEMPFAIL)
+        return text
+
+
+def hand_over(connected: socket.socket, letter: Letter) -> str:
+    """Send a message over a connection, which is closed; return what the server said of it.
+
+    Then it is safe, for all recipients. Raises NotSent: no recipient gets it.
+    """
+    try:
+        with connected:
+            dialogue = _ProgramDialogue(connected)
+            dialogue.reply()
+            dialogue.say(b"EHLO localhost\r\n")
+            said = ""
+            for start in range(0, len(letter.recipients), RECIPIENT_LIMIT):
+                some = letter.recipients[start : start + RECIPIENT_LIMIT]
+                said = _send_one(dialogue, letter._replace(recipients=some))
+            return said
+    except OSError as error:
+        raise NotNow(f"the server cannot be reached: {reason(error)}") from error
+
+
+def _send_one(dialogue: _ProgramDialogue, letter: Letter) -> str:
+    utf8 = "" if f"{letter.sender}{letter.recipients}".isascii() else " SMTPUTF8"
+    dialogue.say(f"MAIL FROM:<{letter.sender}> BODY=8BITMIME{utf8}\r\n".encode())
+    for recipient in letter.recipients:
+        try:
+            dialogue.say(f"RCPT TO:<{recipient}>\r\n".encode())
+        except NotNow:
+            raise
+        except NotSent as error:
+            raise NotSent(f"{recipient}: {error}", error.status) from None
+    return dialogue.say(f"BDAT {len(letter.message)} LAST\r\n".encode(), letter.message)
+
+
+# --- with a server or without ---
+
+
+def send_letter(config: Config, letter: Letter) -> str:
+    """Give a message to the server, or put it into the queue if there is none.
+
+    Returns what was said of it. Raises ChasquidError.
+    """
+    for left in reversed(range(_SENDMAIL_TRIES)):
+        try:
+            connected = connect_as_program(config.data_dir)
+            if connected is not None:
+                return hand_over(connected, letter)
+            return _put_into_queue(config, letter)
+        except (NotNow, DataDirectoryInUse):  # it is about to start or to end
+            if not left:
+                raise
+        time.sleep(_SENDMAIL_PAUSE)
+    raise AssertionError
+
+
+def _put_into_queue(config: Config, letter: Letter) -> str:
+    """Have a server that lives for this message alone take it into the queue.
+
+    So the message is judged, signed and written as any other. Raises ChasquidError.
+    """
+    _become_owner(config.data_dir)
+    for place in Place:
+        make_directory(os.path.join(config.data_dir, "queue", place))
+    os.environ.pop("NOTIFY_SOCKET", None)  # of whoever calls us
+    closed = config._replace(
+        smtp_address=(), submission_address=(), submission_over_tls_address=(),
+        monitoring_address="", log_path=os.devnull,
+    )  # fmt: skip
+    daemon = Daemon(closed, deliver=False)
+    outcome: list[str | ChasquidError] = []
+
+    def send() -> None:
+        try:
+            connected = connect_as_program(config.data_dir)
+            if connected is None:
+                raise ChasquidError("the system gives no socket to send by")
+            outcome.append(hand_over(connected, letter))
+        except ChasquidError as error:
+            outcome.append(error)
+        finally:
+            daemon.stop()
+
+    daemon.run(threading.Thread(target=send, name="sendmail").start)
+    [said] = outcome
+    if isinstance(said, ChasquidError):
+        raise said
+    return said
+
+
+def _become_owner(data_dir: str) -> None:
+    """As root, become the server's user, or it could not read what we write. Raises NotSent."""
+    try:
+        owner = os.stat(data_dir)
+    except OSError as error:
+        text = f"no server is running, and there is no queue: {reason(error)}"
+        raise NotSent(text, os.EX_TEMPFAIL) from None
+    if os.geteuid() == 0 and owner.st_uid:
+        os.setgroups([owner.st_gid])
+        os.setgid(owner.st_gid)
+        os.setuid(owner.st_uid)
+    elif os.geteuid() != owner.st_uid:
+        text = "no server is running, and only root and its user can reach the queue"
+        raise NotSent(text, os.EX_TEMPFAIL)
 
 
 # ======================================================================================
@@ -18454,6 +18975,36 @@ def _domaininfo_remove(arguments: argparse.Namespace) -> int:
     return _change(config, "domaininfo-remove", domain, offline=offline, done=text)
 
 
+# --- sendmail ---
+
+
+def _sendmail(arguments: argparse.Namespace) -> int:
+    """Take a message from a program; the exit status is of sysexits.h."""
+    try:
+        options = parse_sendmail_options(arguments.words)
+        config = _load(arguments)
+        user, domain = _login_name(), domain_of_host(config)
+        letter = make_letter(sys.stdin.buffer.read(), options, user, domain)
+        said = send_letter(config, letter)
+    except ChasquidError as error:
+        print(f"sendmail: {error}", file=sys.stderr)
+        if isinstance(error, NotSent):
+            return error.status
+        return os.EX_CONFIG if isinstance(error, ConfigError) else os.EX_TEMPFAIL
+    if options.verbose:
+        print(said)
+    return 0
+
+
+def _login_name() -> str:
+    import pwd  # only here
+
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return f"uid-{os.getuid()}"
+
+
 # --- DKIM ---
 
 _LOOK_UP_SECONDS = 60.0
@@ -19038,6 +19589,11 @@ _VERBS: dict[str, _Verb] = {
         ),
         "check files, server, DNS and what else mail needs, and say how to mend it",
     ),
+    "sendmail": _Verb(
+        _sendmail,
+        (("words", {"nargs": "*", "metavar": "ARGUMENT"}),),
+        "take a message on standard input, as programs call sendmail: -t, -f, -i, -F, recipients",
+    ),
     "check": _Verb(_check, (), "check the whole configuration, and show all mistakes at once"),
     "print-config": _Verb(
         _print_config,
@@ -19110,7 +19666,7 @@ def _in_our_spelling(words: Sequence[str]) -> tuple[list[str], list[str]]:
     queue = collections.deque(words)
     while queue:
         word = queue.popleft()
-        if word == "--":
+        if word == "--" or (word == "sendmail" and all(one.startswith("-") for one in rest)):
             rest += [word, *queue]
             break
         name, equals, value = word.partition("=")
@@ -19138,13 +19694,15 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         parser.error(str(error))
     position = next((at for at, word in enumerate(rest) if not word.startswith("-")), None)
     if position is not None:
-        command, options = rest[position], rest[:position]
+        command, options, own = rest[position], rest[:position], rest[position + 1 :]
         if command not in (*_VERBS, "help"):
             if options:
                 _unknown(parser, "option", options[0].partition("=")[0], _GLOBAL_OPTIONS)
             _unknown(parser, "command", command, _VERBS)
-        rest = [command, *options, *rest[position + 1 :]]
+        rest = [command, *options, *(own if command != "sendmail" else ())]
     arguments, unknown = parser.parse_known_args(first + rest)
+    if arguments.verb == "sendmail":
+        arguments.words = own  # its options are not ours
     if unknown:
         subs.get(arguments.verb, parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     if arguments.verb == "help":
@@ -19166,7 +19724,10 @@ def _unknown(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
-    arguments = _parse(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        by_link = os.path.basename(sys.argv[0]) == "sendmail"
+        argv = ["sendmail"] * by_link + sys.argv[1:]
+    arguments = _parse(argv)
     config_dir = arguments.config_dir
     if arguments.verb is None:
         if not os.path.exists(os.path.join(config_dir, "chasquid.conf")):
