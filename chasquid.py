@@ -46,6 +46,7 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     HOST CHECKS    whether files, server, ports and line are as mail needs them
     DOMAIN CHECKS  whether the DNS of a domain is
     DOCTOR         all checks at once, each finding with what to do
+    SMTP CHECK     how the servers of another domain look from here
     FAULTS         fault injection, by a script
     CAPTURE        a server that keeps what it is sent, for tests
     PYTEST         fixtures with such servers
@@ -7982,6 +7983,17 @@ class SmtpCourier:
         finally:
             client.close()
 
+    async def probe(self, host: str, ip: str, requirement: TlsRequirement) -> tuple[str, str]:
+        """Connect as for a delivery, and say QUIT; return the level, and what TLS there is.
+
+        Raises what makes an attempt fail.
+        """
+        with self._loop.deadline(_CONNECT_SECONDS):
+            client, level = await self._open(_Server(host, ip, self._port, requirement))
+            text = client.tls_text
+            await client.quit()
+            return level, text
+
     async def _open(self, server: _Server) -> tuple[Client, str]:
         """Connect with as much security as the server has; return also the level reached.
 
@@ -15379,6 +15391,122 @@ def report(findings: Iterable[Finding]) -> Iterator[str]:
 
 
 # ======================================================================================
+# ROOM: SMTP CHECK
+#
+# How the servers of another domain look from here: what a delivery would find there, and how
+# safe its connection would be. It asks and connects as COURIERS does, by the same code, and then
+# says QUIT.
+#
+# Nothing is written down: what this sees is not remembered as the security level of a domain,
+# and a policy is not kept.
+#
+# Sending something there is a matter of SENDMAIL.
+# ======================================================================================
+
+_CHECK_SECONDS = 90.0
+
+
+class _Remarks(Sink):
+    """A log that keeps the sentences which the courier says beside its result."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def write(self, text: str) -> None:
+        """See `Sink`."""
+        self.texts.append(parse_event(text)[1].get("text", ""))
+
+    def reopen(self) -> None:
+        """See `Sink`."""
+
+    def close(self) -> None:
+        """See `Sink`."""
+
+
+def check_servers(config: Config, domain: str, tell: Callable[[str], object]) -> bool:
+    """Look at the servers of `domain`, in Unicode, and tell of them line by line.
+
+    Returns whether mail could be delivered to one of them. Raises ChasquidError.
+    """
+    import tempfile  # only here
+
+    with tempfile.TemporaryDirectory(prefix="chasquid-") as directory:
+        return run_apart(
+            lambda loop: _Survey(loop, config, directory, tell).of(domain), _CHECK_SECONDS
+        )
+
+
+class _Survey:
+    """The parts of a delivery, put together as DAEMON does, with nothing that lasts."""
+
+    def __init__(
+        self, loop: Loop, config: Config, directory: str, tell: Callable[[str], object]
+    ) -> None:
+        self._remarks = _Remarks()
+        log = Log(self._remarks, self._remarks)
+        context = functools.cache(lambda: client_tls_context(verify=True))
+        self._names = names = Names(
+            loop, DnsClient(loop, config.dns_server, config.dns_trust_ad).ask
+        )
+        fetch = HttpsPolicies(loop, names, context).fetch
+        self._sts = StsPolicies(loop, log, names, fetch=fetch, directory=directory)
+        levels = SecurityLevels(loop, log, os.path.join(config.data_dir, DOMAIN_INFO_DIRECTORY))
+        self._policies = TlsPolicies(names, levels, self._sts)
+        self._courier = SmtpCourier(
+            loop,
+            names,
+            log=log,
+            policies=self._policies,
+            hostname=domain_to_ascii(config.hostname),
+            port=config.outgoing_smtp_port,
+            random=random_fraction,
+        )
+        self._port = config.outgoing_smtp_port
+        self._tell = tell
+
+    async def of(self, domain: str) -> bool:
+        """See `check_servers`."""
+        ascii = domain_to_ascii(domain)
+        exchangers = await self._names.mail_exchangers(ascii)
+        policy = await self._sts.policy(ascii)
+        if policy is not None:
+            self._tell(f"MTA-STS: {policy.mode}, for {', '.join(policy.mx) or 'no server'}")
+        else:
+            said = f": {self._remarks.texts[-1]}" if self._remarks.texts else ""
+            self._tell(f"MTA-STS: none{said}")
+        levels = [level for pair in exchangers for level in await self._look_at(domain, *pair)]
+        if levels:  # the first server that talks to us gets the mail
+            self._tell(f"mail to {domain} would go there with {levels[0]}")
+        else:
+            self._tell(f"no server of {domain} would get mail from here")
+        return bool(levels)
+
+    async def _look_at(self, domain: str, preference: int, host: str) -> list[str]:
+        """Tell of one server; return the level that is reached at each of its addresses."""
+        try:
+            requirement = await self._policies.requirement(domain, host, self._port, by_mx=True)
+            ips = await self._names.addresses(host)
+        except (TemporaryFailure, ValueError) as error:
+            self._tell(f"MX {preference} {host}: not to be used: {error}")
+            return []
+        least = f"at least {requirement.level} ({requirement.why})" if requirement.why else "any"
+        self._tell(f"MX {preference} {host}: {least}" + ("" if ips else "; it has no address"))
+        levels = []
+        for ip in ips:
+            self._remarks.texts.clear()
+            try:
+                level, tls = await self._courier.probe(host, ip, requirement)
+            except (TemporaryFailure, PermanentFailure, Disconnected, TLSFailed, Expired) as error:
+                self._tell(f"  {ip}: {error}")
+                continue
+            level = "DANE" if requirement.tlsa else level
+            beside = "; ".join(dict.fromkeys(self._remarks.texts))
+            self._tell(f"  {ip}: {level}, {tls or 'no TLS'}" + (f"; {beside}" if beside else ""))
+            levels.append(level)
+        return levels
+
+
+# ======================================================================================
 # ROOM: FAULTS
 #
 # Failures on purpose, for tests of what has to live with them: a script of rules, each
@@ -18978,6 +19106,46 @@ def _domaininfo_remove(arguments: argparse.Namespace) -> int:
 # --- sendmail ---
 
 
+def _smtp_check(arguments: argparse.Namespace) -> int:
+    config = _load(arguments)
+    address = arguments.address if "@" in arguments.address else f"postmaster@{arguments.address}"
+    _, domain = _split_user(address)
+    if config.smarthost:
+        print(f"mail from here goes through {config.smarthost}; seen without it:")
+    reached = check_servers(config, domain, print)
+    if not arguments.send:
+        return 0 if reached else 1
+    return _send_test(config, address)
+
+
+def _send_test(config: Config, address: str) -> int:
+    """Send a test message from a user of ours, and tell its story as it happens."""
+    sender = f"postmaster@{domain_of_host(config)}"
+    text = (
+        f"From: <{address_to_ascii(sender)}>\r\nTo: <{address_to_ascii(address)}>\r\n"
+        "Subject: A test by chasquid\r\nAuto-Submitted: auto-generated\r\n\r\n"
+        f"Somebody at {config.hostname} tries whether mail from there arrives.\r\n"
+    )
+    said = send_letter(config, Letter(sender, (address,), text.encode()))
+    found = re.search(r"queued as (\w+)", said)
+    if found is None:
+        raise ChasquidError(f"the server has not put the message into the queue: {said}")
+    told, end = 0, time.monotonic() + _STORY_SECONDS
+    while True:
+        events = [event for event in _mail_events(config) if event.id == found[1]]
+        lines = list(_story(found[1], events, None))
+        for line in lines[told:]:
+            print(line, flush=True)
+        told = len(lines)
+        kinds = {event.fields["event"] for event in events}
+        if kinds & {Events.DONE.name, Events.NEXT_ATTEMPT.name} or time.monotonic() > end:
+            return 0 if Events.DELIVERED.name in kinds else 1
+        time.sleep(_STORY_PAUSE)
+
+
+_STORY_SECONDS, _STORY_PAUSE = 60.0, 0.5
+
+
 def _sendmail(arguments: argparse.Namespace) -> int:
     """Take a message from a program; the exit status is of sysexits.h."""
     try:
@@ -19588,6 +19756,14 @@ _VERBS: dict[str, _Verb] = {
             ("--json", {"action": "store_true", "help": "for programs"}),
         ),
         "check files, server, DNS and what else mail needs, and say how to mend it",
+    ),
+    "smtp-check": _Verb(
+        _smtp_check,
+        (
+            ("address", {"metavar": "DOMAIN|ADDRESS"}),
+            ("--send", {"action": "store_true", "help": "a test message, and tell its story"}),
+        ),
+        "show how the servers of another domain look from here, and how safe mail to them is",
     ),
     "sendmail": _Verb(
         _sendmail,
