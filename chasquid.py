@@ -14361,11 +14361,15 @@ class Zones:
     @property
     def resolver_works(self) -> bool:
         """Whether it answers anything; that of a closed network may not know the root."""
-        for name, kind in [(".", "SOA"), *((own, "NS") for own in self.own)]:
+
+        def answers(name: str, kind: str) -> bool:
             with contextlib.suppress(TemporaryFailure):
                 self._query(name, kind)
                 return True
-        return False
+            return False
+
+        names = [(".", "SOA"), *((own, "NS") for own in self.own[-1:])]
+        return any(in_parallel([functools.partial(answers, *name) for name in names]))
 
     def _need_resolver(self) -> None:
         """Raises Unasked."""
@@ -15373,6 +15377,34 @@ def _run(check: Check, facts: Facts) -> list[Finding]:
     return [finding._replace(check=check.name, domain=facts.domain) for finding in found]
 
 
+def to_mend(findings: Iterable[Finding]) -> list[Finding]:
+    """Return those without which mail suffers."""
+    return [finding for finding in findings if finding.level is Level.MEND]
+
+
+def watch(
+    diagnose: Callable[[], list[Finding]],
+    tell: Callable[[list[Finding]], object],
+    sleep: Callable[[float], object] = time.sleep,
+) -> list[Finding]:
+    """Diagnose until nothing must be mended, and return the last findings.
+
+    `tell` is called with the first findings, and whenever they have changed. Pauses, in
+    seconds, grow: what is entered at a DNS provider may take minutes to be there.
+    """
+    told: list[Finding] = []
+    for pause in itertools.chain(_WATCH_PAUSES, itertools.repeat(_WATCH_PAUSES[-1])):
+        findings = diagnose()
+        if findings != told:
+            tell(findings)
+        if not to_mend(findings):
+            break
+        told = findings
+        sleep(pause)
+    return findings
+
+
+_WATCH_PAUSES = (5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 300.0)  # seconds; the last is kept
 _LEVEL_TEXT = {Level.MEND: "must be mended", Level.ADVICE: "advice", Level.UNKNOWN: "unknown"}
 
 
@@ -18590,26 +18622,26 @@ def _examine(arguments: argparse.Namespace) -> Examined:
 
 # --- doctor ---
 
-_DOCTOR_PAUSES = (5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 300.0)  # seconds; the last is kept
-
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    pauses = itertools.chain(_DOCTOR_PAUSES, itertools.repeat(_DOCTOR_PAUSES[-1]))
-    before: list[Finding] = []
-    while True:
+    def tell(findings: list[Finding]) -> None:
+        count = len(to_mend(findings))
+        end = f"{plural(count, 'finding')} must be mended." if count else "Nothing must be mended."
+        print("\n".join([*report(findings), end]), flush=True)
+
+    def be_silent(findings: list[Finding]) -> None:
+        """For programs, which get only what holds at the end."""
+
+    if arguments.wait:
+        told = be_silent if arguments.json else tell
+        findings = watch(lambda: _diagnose(arguments), told)
+    else:
         findings = _diagnose(arguments)
-        left = [finding for finding in findings if finding.level is Level.MEND]
-        if findings != before and not arguments.json:
-            print("\n".join(report(findings)))
-            print(f"{plural(len(left), 'finding')} must be mended." if left else "All is well.")
-            sys.stdout.flush()
-        if not left or not arguments.wait:
-            break
-        before = findings
-        time.sleep(next(pauses))
     if arguments.json:
         print(json.dumps([finding._asdict() for finding in findings], indent=2))
-    return 1 if left else 0
+    elif not arguments.wait:
+        tell(findings)
+    return 1 if to_mend(findings) else 0
 
 
 def _diagnose(arguments: argparse.Namespace) -> list[Finding]:

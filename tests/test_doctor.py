@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rooms PROBES, HOST CHECKS, DOMAIN CHECKS, DOCTOR: broken set-ups in a table.
+"""Rooms HOST CHECKS, DOMAIN CHECKS, DOCTOR: broken set-ups in a table.
 
 Each must yield one finding, whose advice, applied, makes it disappear; see `Setup.follow`.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import calendar
 import functools
+import json
 import re
 import subprocess
 from collections.abc import Callable, Sequence
@@ -16,9 +17,15 @@ from typing import NamedTuple
 
 import pytest
 from support import (
+    CommandLine,
+    RunningClock,
+    Serve,
+    Server,
     certificate,
     config_text,
+    greeted,
     users_file,
+    wait_for,
     write_certificate,
 )
 
@@ -691,3 +698,111 @@ def test_the_report_has_what_is_well_in_one_line(setup: Setup) -> None:
         "  must be mended  mx: example.com has no MX record, so its mail does not come here",
         f"    -> publish: @  MX     10 {HOST}",
     ]
+
+
+def test_waiting_ends_when_nothing_must_be_mended(setup: Setup) -> None:
+    dns_is(DOMAIN, "MX")(setup)
+    told: list[list[Finding]] = []
+    pauses: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 8:
+            dns_is(DOMAIN, "MX", f"10 {HOST}.")(setup)
+
+    findings = chasquid.watch(setup.diagnose, told.append, sleep)
+    assert chasquid.to_mend(findings) == []
+    assert pauses == [5, 10, 20, 40, 80, 160, 300, 300]
+    assert [len(chasquid.to_mend(each)) for each in told] == [1, 0]  # only what has changed
+
+
+# --- the command, and the server's daily check ---
+
+
+def test_the_command_says_what_to_mend(commands: CommandLine) -> None:
+    commands.configure(dns_server="127.0.0.1:1", data_dir=str(commands.config_dir))
+    ended = commands.run("doctor")
+    assert ended.status == 1
+    lines = ended.out.splitlines()
+    assert lines[-1].endswith(" must be mended.")
+    at = next(number for number, line in enumerate(lines) if "no name server answers" in line)
+    assert lines[at + 1].startswith("    -> name one in chasquid.conf")
+    assert ended.err == ""
+
+
+def test_findings_for_programs(commands: CommandLine) -> None:
+    commands.configure(dns_server="127.0.0.1:1", data_dir=str(commands.config_dir))
+    ended = commands.run("doctor", "--json", "here.example")
+    assert ended.status == 1
+    findings = json.loads(ended.out)
+    assert {tuple(finding) for finding in findings} == {Finding._fields}
+    assert ("server", "mend") in {(finding["check"], finding["level"]) for finding in findings}
+
+
+def test_a_domain_that_is_not_served(commands: CommandLine) -> None:
+    commands.configure(dns_server="127.0.0.1:1")
+    error = commands.fails("doctor", "other.example")
+    assert "other.example is no domain of this server" in error
+
+
+FOUND = [
+    Finding("mx", Level.MEND, "there is no <MX>", "publish: @  MX  10 mail", DOMAIN),
+    Finding("imap", Level.ADVICE, "no IMAP", "apt install"),
+    Finding("spf", Level.OK, domain=DOMAIN),
+]
+
+
+def test_the_server_has_itself_checked_each_day(serve: Serve) -> None:
+    found = [FOUND]
+    clock = RunningClock()
+    server = serve(clock=clock, examine=lambda: found[0], monitoring_address="127.0.0.1:0")
+    assert server.daemon._status().checked == 0
+
+    def check(seconds: float) -> None:
+        before = server.daemon._status().checked
+        clock.advance(seconds)
+        server.settle()
+        wait_for(lambda: server.daemon._status().checked != before, "the daily check")
+        server.settle()
+
+    check(61)
+    assert 'event=finding check=mx domain=example.com text="there is no <MX>"' in server.log
+    assert server.log.count("event=finding") == 1
+    status = server.daemon._status()
+    assert "<b>mx example.com</b> there is no &lt;MX&gt;" in chasquid.page(status)
+    metrics = chasquid.metrics(status, open_metrics=True)
+    assert 'chasquid_check_failed{check="mx",domain="example.com"} 1' in metrics
+    assert 'chasquid_check_failed{check="imap",domain=""} 0' in metrics
+    found[0] = FOUND[1:]
+    check(86401)
+    assert server.log.count("event=finding") == 1
+    assert 'check="mx"' not in chasquid.metrics(server.daemon._status(), open_metrics=True)
+
+
+def test_a_daily_check_that_breaks_is_tried_again(tmp_path: Path) -> None:
+    calls: list[float] = []
+
+    def examine() -> list[Finding]:
+        calls.append(0)
+        raise OSError("oops")
+
+    clock = RunningClock()
+    server = Server(tmp_path, clock=clock, examine=examine)
+    server.start()
+    try:
+        for count, seconds in ((1, 61), (2, 86401)):
+            clock.advance(seconds)
+            server.settle()
+            wait_for(lambda count=count: len(calls) == count, "a daily check")
+            server.settle()
+    finally:
+        server.stop()
+    assert server.log.count('source="daily check" text="OSError: oops"') == 2
+
+
+def test_what_the_running_server_says_of_sessions(serve: Serve) -> None:
+    server = serve()
+    with greeted(server) as wire:
+        wire.ask("QUIT")
+    config = chasquid.load_config(str(server.config_dir))
+    assert chasquid.RealWorld(config).ask_server("sessions") == ["smtp 127.0.0.1"]
