@@ -14674,7 +14674,8 @@ def _check_certificates(facts: Facts) -> Iterator[Finding]:
             date = rfc5322_date(certificate.expires)
             yield mend(f"{what} has expired, on {date}: nobody trusts it", renew)
         elif days < _EXPIRES_SOON:
-            yield mend(f"{what} expires in {plural(int(days), 'day')}, and was not renewed", renew)
+            say = mend if days < 1 else advice  # those of short life are renewed late
+            yield say(f"{what} expires in {plural(int(days), 'day')}, and was not renewed", renew)
     if not any(certificate.covers(host) for certificate in loaded):
         text = f"no certificate in certs is for {host}: mail programs refuse to log in"
         yield mend(text, f"{renew} && {link}")

@@ -315,8 +315,8 @@ def expired_certificate(setup: Setup) -> None:
     setup.write(f"certs/{HOST}/privkey.pem", private)
 
 
-def expiring_certificate(setup: Setup) -> None:
-    chain, private = chasquid.self_signed_certificate([HOST], NOW - 3641 * 86400)
+def expiring_certificate(setup: Setup, days: int = 9) -> None:
+    chain, private = chasquid.self_signed_certificate([HOST], NOW - (3650 - days) * 86400 + 9)
     setup.write(f"certs/{HOST}/fullchain.pem", chain)
     setup.write(f"certs/{HOST}/privkey.pem", private)
 
@@ -425,7 +425,8 @@ ROWS = [
     # certificates
     Row("no certificate", without_certificate, "certificates", MEND, "there is no certificate"),
     Row("expired", expired_certificate, "certificates", MEND, "has expired"),
-    Row("expires soon", expiring_certificate, "certificates", MEND, "expires in 9 days"),
+    Row("expires soon", expiring_certificate, "certificates", ADVICE, "expires in 9 days"),
+    Row("expires today", lambda s: expiring_certificate(s, 0), "certificates", MEND, "in 0 days"),
     Row("for another name", certificate_of_another_name, "certificates", MEND,
         f"no certificate in certs is for {HOST}"),
     Row("self-signed", attribute("tls_problem", "the certificate is not valid: self-signed"),
