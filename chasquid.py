@@ -14581,19 +14581,23 @@ def publish_line(facts: Facts, record: DnsRecord, how: str = "publish") -> str:
 
 
 def _home_line(facts: Facts) -> str:
-    """Say how to send from a line that others take no mail from."""
+    """Return how to send from a line that others take no mail from, with the lines to add."""
+    directory = facts.config.config_dir
     return (
-        "send through a server that may, your provider's or a small one of yours; in "
-        'chasquid.conf: smarthost: "HOST:587" smarthost_user: "USER" '
-        f'smarthost_password_file: "{facts.config.config_dir}/smarthost-password"'
+        "send through a server that may, your provider's or a small one of yours; "
+        f'in {directory}/chasquid.conf:\nsmarthost: "HOST:587"\nsmarthost_user: "USER"\n'
+        f'smarthost_password_file: "{directory}/smarthost-password"'
     )
 
 
 def _front_host(facts: Facts) -> str:
-    """Say how to receive on a line that nobody can connect to, or whose address changes."""
+    """Return how to receive on a line that nobody can connect to, or whose address changes."""
+    domains = list(facts.examined.domains.each) or ["DOMAIN"]
     return (
-        "have a small host with a fixed address as MX, which passes mail on: in its aliases "
-        f'"*: *@DOMAIN via {facts.host}", and in this chasquid.conf trusted_relay: "ITS ADDRESS"'
+        "have a small host with a fixed address as MX, whose chasquid passes mail on; there:\n"
+        + "".join(f"domains/{name}/aliases: *: *@{name} via {facts.host}\n" for name in domains)
+        + f"and in {facts.config.config_dir}/chasquid.conf here:\n"
+        'trusted_relay: "ITS ADDRESS"\nsmarthost: "ITS NAME:587"'
     )
 
 
@@ -14602,15 +14606,22 @@ def _front_host(facts: Facts) -> str:
 
 def _check_files(facts: Facts) -> Iterator[Finding]:
     fix = f"correct it, and see what this says: chasquid -C {facts.config.config_dir} check"
-    yield from (mend(text, fix) for text in facts.examined.wrong)
+    for text in facts.examined.wrong:
+        if os.strerror(errno.EACCES) in text and os.geteuid() != facts.world.machine().user:
+            yield not_known(text, "ask again as root: sudo chasquid doctor")
+        else:
+            yield mend(text, fix)
     yield from (advice(text, fix) for text in facts.examined.doubtful)
 
 
 def _check_modes(facts: Facts) -> Iterator[Finding]:
     machine, closed = facts.world.machine(), {}
-    for path in _secret_files(facts.config):
-        if os.stat(path).st_mode & 0o007:
+    for path, is_secret in _needed_files(facts.config):
+        mode = os.stat(path).st_mode
+        if is_secret and mode & 0o004:
             yield mend(f"anybody on this host may read {path}", f"sudo chmod o= {path}")
+        elif mode & 0o002:
+            yield mend(f"anybody on this host may change {path}", f"sudo chmod o-w {path}")
         elif place := _closed_at(path, facts.config.config_dir, machine):
             closed[path] = place
     for place in dict.fromkeys(closed.values()):
@@ -14623,17 +14634,22 @@ def _check_modes(facts: Facts) -> Iterator[Finding]:
         yield mend(text, f"sudo chown {machine.user} {files}")
 
 
-def _secret_files(config: Config) -> Iterator[str]:
-    """Yield the files that hold keys and passwords."""
-    for top, names in (("certs", r"privkey\.pem|.*\.key"), ("domains", r"users|dkim:.*\.pem")):
-        above = os.path.join(config.config_dir, top)
-        for directory, _, files in os.walk(above, followlinks=True):
-            for name in sorted(files):
-                path = os.path.join(directory, name)
-                if re.fullmatch(names, name) and os.path.exists(path):
-                    yield path
+# Files that the server reads, below the configuration directory, and those that are secrets.
+_NEEDED = re.compile(r"chasquid\.conf|certs/.*/(fullchain\.pem|.*\.cer)|domains/.*/aliases")
+_SECRETS = re.compile(r"certs/.*/(privkey\.pem|.*\.key)|domains/.*/(users|dkim:.*\.pem)")
+
+
+def _needed_files(config: Config) -> Iterator[tuple[str, bool]]:
+    """Yield the files that the server reads, and whether they hold keys or passwords."""
+    for directory, _, files in os.walk(config.config_dir, followlinks=True):
+        for name in sorted(files):
+            path = os.path.join(directory, name)
+            below = os.path.relpath(path, config.config_dir)
+            is_secret = _SECRETS.fullmatch(below) is not None
+            if (is_secret or _NEEDED.fullmatch(below)) and os.path.exists(path):
+                yield path, is_secret
     if config.smarthost_password_file and os.path.exists(config.smarthost_password_file):
-        yield config.smarthost_password_file
+        yield config.smarthost_password_file, True
 
 
 def _closed_at(path: str, top: str, machine: Machine) -> str:
@@ -14938,23 +14954,33 @@ def _check_outward(facts: Facts) -> Iterator[Finding]:
             yield mend(text, "correct smarthost in chasquid.conf, or ask its provider")
     if not facts.sends_directly:
         return
-    failures = []
-    for domain in _ELSEWHERE:
-        try:
-            exchangers = sorted(facts.zones.ask(domain, "MX").records)
-            for host in [record.split()[1] for record in exchangers[:1]]:
-                for ip in facts.zones.ask(host, "A").records[:1]:
-                    facts.world.talk(ip, config.outgoing_smtp_port)
-                    return
-        except TemporaryFailure:
-            continue
-        except Disconnected as error:
-            failures.append(str(error))
-    if failures:
+    places = [ip for domain in _ELSEWHERE for ip in _servers_of(facts, domain)]
+    failures = in_parallel([functools.partial(_failure, facts, ip) for ip in places])
+    if not places:
+        yield not_known(f"port 25 outward is not tried: {_ELSEWHERE[0]} is not in this DNS")
+    elif all(failures):
         text = f"port 25 of other servers cannot be reached, so no mail leaves: {failures[0]}"
         yield mend(text, f"ask the provider to open it, or {_home_line(facts)}")
-    else:
-        yield not_known(f"port 25 outward is not tried: {_ELSEWHERE[0]} is not in this DNS")
+
+
+def _servers_of(facts: Facts, domain: str) -> Iterator[str]:
+    """Yield an address for each family that this host has; none if they cannot be looked up."""
+    kinds = ["A"] + ["AAAA"] * any(":" in ip for ip in facts.world.addresses())
+    with contextlib.suppress(TemporaryFailure):
+        for record in sorted(facts.zones.ask(domain, "MX").records)[:1]:
+            for kind in kinds:
+                yield from facts.zones.ask(record.split()[1], kind).records[:1]
+
+
+def _failure(facts: Facts, ip: str) -> str:
+    """Return why a server cannot be reached; "" if it can."""
+    try:
+        facts.world.talk(ip, facts.config.outgoing_smtp_port)
+    except Disconnected as error:
+        return str(error)
+    except ChasquidError:
+        pass  # whatever it says, somebody is there
+    return ""
 
 
 def _check_reachable(facts: Facts) -> Iterator[Finding]:
@@ -15291,6 +15317,12 @@ def _check_mta_sts(facts: Facts) -> Iterator[Finding]:
             yield mend(f"{text}, so nothing is sent there", f"add to {place}: mx: {missing[0]}")
         else:
             yield advice(text, f"add to {place}: mx: {missing[0]}")
+    certificates = facts.examined.certificates.loaded.values()
+    for name in names if policy.mode == "enforce" and certificates else ():
+        covered = any(certificate.covers(name) for certificate in certificates)
+        if name != facts.host and not covered and facts.is_here(facts.zones.addresses(name)):
+            text = f"no certificate is for {name}, but the MTA-STS policy demands one"
+            yield mend(text, f"sudo certbot certonly --standalone -d {facts.host} -d {name}")
 
 
 def _check_tlsrpt(facts: Facts) -> Iterator[Finding]:
@@ -15420,7 +15452,7 @@ def report(findings: Iterable[Finding]) -> Iterator[str]:
             if level is not Level.OK:
                 yield f"  {_LEVEL_TEXT[level]}  {check}: {text}"
                 if fix:
-                    yield f"    -> {fix}"
+                    yield "    -> " + fix.replace("\n", "\n       ")
 
 
 # ======================================================================================

@@ -9,6 +9,7 @@ from __future__ import annotations
 import calendar
 import functools
 import json
+import os
 import re
 import subprocess
 from collections.abc import Callable, Sequence
@@ -179,7 +180,9 @@ class Setup:
 
     def follow(self, fix: str) -> None:
         """Do what a finding says, as far as it is a record to enter or a command to run."""
-        if match := re.search(r": (@|[\w.-]+) +(MX|A|AAAA|TXT) +(.*?)(?:; if .*)?$", fix):
+        if match := re.search(
+            r": (@|[\w.-]+) +(MX|A|AAAA|TXT) +(.*?)(?:; if .*)?$", fix.partition("\n")[0]
+        ):
             name, kind, value = match.groups()
             name = name[:-1] if name.endswith(".") else f"{name}.{DOMAIN}"
             name = name.removeprefix("@.")
@@ -419,6 +422,9 @@ ROWS = [
         Setup.renew),
     Row("key for all to read", lambda s: s.key_file.chmod(0o644), "modes", MEND,
         "anybody on this host may read"),
+    Row("aliases for all to change",
+        lambda s: (s.config_dir / f"domains/{DOMAIN}/aliases").chmod(0o666), "modes", MEND,
+        "anybody on this host may change"),
     Row("users of another owner", machine(user=12345), "modes", MEND, "(user 12345) may not read"),
     Row("no postmaster", lambda s: s.write(f"domains/{DOMAIN}/aliases", ""), "postmaster", ADVICE,
         "there is no postmaster@example.com"),
@@ -586,6 +592,11 @@ ROWS = [
     Row("MTA-STS in test without the MX",
         sts(POLICY.replace(HOST, "old.example.com").replace("enforce", "testing")), "mta-sts",
         ADVICE, "does not name the mail exchanger", sts(POLICY)),
+    Row("MTA-STS for a name without a certificate",
+        and_also(sts(POLICY.replace(HOST, "*.example.com")),
+                 dns_is(DOMAIN, "MX", f"10 mx.{DOMAIN}."), dns_is(f"mx.{DOMAIN}", "A", IP)),
+        "mta-sts", MEND, "no certificate is for mx.example.com",
+        dns_is(DOMAIN, "MX", f"10 {HOST}.")),
     Row("MTA-STS without an id", sts(POLICY, "v=STSv1; id=2026-11-27"), "mta-sts", MEND,
         "with a valid id", sts(POLICY)),
     Row("TLSRPT without an address", dns_is(f"_smtp._tls.{DOMAIN}", "TXT", "v=TLSRPTv1; rua="),
@@ -688,6 +699,28 @@ def test_a_check_that_breaks_is_unknown_and_the_others_go_on(setup: Setup) -> No
     [finding] = setup.ill()
     assert (finding.check, finding.level) == ("outward", Level.UNKNOWN)
     assert finding.text.startswith("the check itself has failed: IndexError")
+
+
+def test_what_others_may_not_read_is_unknown_to_them(setup: Setup) -> None:
+    """But if the server itself cannot read it, it must be mended."""
+    setup.diagnose()
+    examined = chasquid.examine_files(chasquid.load_config(str(setup.config_dir)), ())
+    examined = examined._replace(wrong=("users: it cannot be read: Permission denied",))
+    for user, level in ((os.geteuid(), Level.MEND), (12345, Level.UNKNOWN)):
+        setup.state = setup.state._replace(user=user)
+        findings = chasquid.diagnose(chasquid.facts_of(examined, setup), [DOMAIN])
+        assert findings[0].level is level
+
+
+def test_the_lines_of_an_advice_stand_below_each_other(setup: Setup) -> None:
+    nothing_outward(setup)
+    lines = "\n".join(chasquid.report(setup.diagnose())).splitlines()
+    at = next(number for number, line in enumerate(lines) if "no mail leaves" in line)
+    assert lines[at + 2 : at + 5] == [
+        '       smarthost: "HOST:587"',
+        '       smarthost_user: "USER"',
+        f'       smarthost_password_file: "{setup.config_dir}/smarthost-password"',
+    ]
 
 
 def test_the_report_has_what_is_well_in_one_line(setup: Setup) -> None:
