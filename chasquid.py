@@ -11962,10 +11962,9 @@ def _checks(status: Status) -> Iterator[str]:
     for check, level, text, fix, domain in status.findings:
         if level is not Level.OK:
             name = html_text(f"{check} {domain}".strip())
-            yield (
-                f"<article><span class={colours[level]}><b>{name}</b> {html_text(text)}</span>"
-                f"<pre>{html_text(fix)}</pre></article>"
-            )
+            how = f"<pre>{html_text(fix)}</pre>" if fix else ""
+            said = f"<b>{name}</b> {html_text(text)}"
+            yield f"<article><span class={colours[level]}>{said}</span>{how}</article>"
 
 
 def _tiles(status: Status) -> str:
@@ -14674,9 +14673,14 @@ def _closed_at(path: str, top: str, machine: Machine) -> str:
     return ""
 
 
+def _renewal(host: str) -> str:
+    """Return the command that gets a certificate."""
+    return f"sudo certbot certonly --standalone -d {host}"
+
+
 def _check_certificates(facts: Facts) -> Iterator[Finding]:
     loaded, host = facts.examined.certificates.loaded.values(), facts.host
-    renew = f"sudo certbot certonly --standalone -d {host}"
+    renew = _renewal(host)
     link = f"sudo ln -s /etc/letsencrypt/live/{host} {facts.config.config_dir}/certs/{host}"
     if not loaded:
         if not facts.examined.certificates.problems:
@@ -14760,7 +14764,7 @@ def _check_ports(facts: Facts) -> Iterator[Finding]:
             and any(found.expires > facts.world.now() for found in good)
         ):  # else the check of certificates says it
             text = f"port {port.number}: {talk.problem}: mail programs warn of it, or refuse"
-            yield mend(text, f"sudo certbot certonly --standalone -d {facts.host}")
+            yield mend(text, _renewal(facts.host))
             return
 
 
