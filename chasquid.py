@@ -14336,6 +14336,10 @@ class Zones:
         """Return the IPv4 and IPv6 addresses of a host. Raises as `ask` does."""
         return [record for kind in ("A", "AAAA") for record in self.ask(host, kind).records]
 
+    def is_signed(self, zone: str) -> bool:
+        """Tell whether the zone above says that this one is signed. Raises TemporaryFailure."""
+        return bool(self._query(zone, "DS").records)
+
     def authority(self, name: str) -> Authority:
         """Return the name servers of the zone that a name is in. Raises Unasked."""
         found = self._once(("authority", name), lambda: self._find_authority(name))
@@ -14422,7 +14426,7 @@ class Zones:
         """Say why a resolver gets no answer about a zone; RFC 4035, 5 if it is signed."""
         text = f"nobody can look up {zone}, so no mail comes: {failure}"
         with contextlib.suppress(TemporaryFailure):
-            if self._query(zone, "DS").records:
+            if self.is_signed(zone):
                 text += "; it is signed (DNSSEC), and the signatures do not fit or have expired"
                 fix = f"sign {zone} anew at the DNS provider, or remove its DS record"
                 return Unasked(text, f"{fix} at the registrar")
@@ -14517,6 +14521,12 @@ class Facts(NamedTuple):
         return self.examined.config
 
     @property
+    def domains(self) -> list[str]:
+        """The domains that are served, also if their files have a mistake."""
+        found = self.examined.domains
+        return [domain_to_ascii(name) for name in (*found.each, *found.broken)]
+
+    @property
     def sends_directly(self) -> bool:
         """Whether mail goes from here to the servers of others, at least at first."""
         return not self.config.smarthost or self.config.smarthost_after > 0
@@ -14554,8 +14564,8 @@ class Facts(NamedTuple):
 def facts_of(examined: Examined, world: World) -> Facts:
     """Return what checks may look at, of the whole host."""
     host = domain_to_ascii(examined.config.hostname)
-    own = [domain_to_ascii(name) for name in (*examined.domains.each, *examined.domains.broken)]
-    return Facts(examined, world, Zones(world, [host, *own]), host)
+    facts = Facts(examined, world, Zones(world, [host]), host)
+    return facts._replace(zones=Zones(world, [host, *facts.domains]))
 
 
 def mend(text: str, fix: str) -> Finding:
@@ -14614,23 +14624,30 @@ def _check_files(facts: Facts) -> Iterator[Finding]:
 
 
 def _check_modes(facts: Facts) -> Iterator[Finding]:
+    import shlex  # only here
+
     machine, closed = facts.world.machine(), {}
     for path, is_secret in _needed_files(facts.config):
         mode = os.stat(path).st_mode
         if is_secret and mode & 0o004:
-            yield mend(f"anybody on this host may read {path}", f"sudo chmod o= {path}")
+            yield mend(
+                f"anybody on this host may read {path}", f"sudo chmod o= {shlex.quote(path)}"
+            )
         elif mode & 0o002:
-            yield mend(f"anybody on this host may change {path}", f"sudo chmod o-w {path}")
+            yield mend(
+                f"anybody on this host may change {path}", f"sudo chmod o-w {shlex.quote(path)}"
+            )
         elif place := _closed_at(path, facts.config.config_dir, machine):
             closed[path] = place
     for place in dict.fromkeys(closed.values()):
         if place not in closed:  # a directory, perhaps that of another program
-            fix = f"sudo chgrp -R {min(machine.groups)} {place} && sudo chmod -R g+rX {place}"
+            there = shlex.quote(place)
+            fix = f"sudo chgrp -R {min(machine.groups)} {there} && sudo chmod -R g+rX {there}"
             yield mend(f"the server (user {machine.user}) may not enter {place}", fix)
-    files = " ".join(path for path, place in closed.items() if place == path)
+    files = [path for path, place in closed.items() if place == path]
     if files:
-        text = f"the server (user {machine.user}) may not read {files}"
-        yield mend(text, f"sudo chown {machine.user} {files}")
+        text = f"the server (user {machine.user}) may not read {', '.join(files)}"
+        yield mend(text, f"sudo chown {machine.user} {shlex.join(files)}")
 
 
 # Files that the server reads, below the configuration directory, and those that are secrets.
@@ -14811,10 +14828,8 @@ def _check_relay(facts: Facts) -> Iterator[Finding]:
 def _check_imap(facts: Facts) -> Iterator[Finding]:
     for port, tls in ((993, True), (143, False)):
         with contextlib.suppress(ChasquidError):
-            if (
-                facts.world.talk("127.0.0.1", port, name=facts.host, tls=tls).replies[0][:4]
-                == "* OK"
-            ):
+            talk = facts.world.talk("127.0.0.1", port, name=facts.host, tls=tls)
+            if talk.replies[0].startswith("* OK"):
                 return
     if not facts.config.lmtp_address.startswith("/") and facts.config.lmtp_address:
         return  # the mailboxes are on another host
@@ -14905,6 +14920,8 @@ def _check_address(facts: Facts) -> Iterator[Finding]:
         return
     for ip in found:
         if not is_public_address(ip):
+            if facts.config.trusted_relay:
+                return  # the host in front may know another way here
             text = f"{host} is {ip} in the DNS, an address that nobody can reach from outside"
             known = [other for other in own if (":" in other) == (":" in ip)]
             kind = "AAAA" if ":" in ip else "A"
@@ -15052,7 +15069,7 @@ def _check_dane(facts: Facts) -> Iterator[Finding]:
     if not tlsa or port is None or not _runs(facts):
         return
     zone = facts.zones.authority(facts.host).zone
-    if not facts.zones.ask(zone, "DS").records and not facts.world.query(zone, "DS").records:
+    if not facts.zones.is_signed(zone):
         text = f"there are TLSA records, but {zone} is not signed (DNSSEC), so nobody heeds them"
         yield advice(text, f"have {zone} signed at the DNS provider, or remove them")
         return
@@ -15185,13 +15202,10 @@ def _spf_finding(facts: Facts, ip: str, text: str) -> Finding | None:
         said = f"the SPF record of {domain} is void: {why}"
         return mend(said, publish_line(facts, wanted, "put in its place"))
     if facts.sends_directly and spf.result != "pass":
-        wanted = DnsRecord(
-            domain, "TXT", text.replace("v=spf1", f"v=spf1 a:{facts.host}", 1), "SPF"
-        )
+        mended = re.sub(r"(?i)^v=spf1", f"v=spf1 a:{facts.host}", text)
+        fix = publish_line(facts, DnsRecord(domain, "TXT", mended, "SPF"), "change it to")
         said = f"the SPF record of {domain} does not let this host send from {ip} ({spf.result})"
-        return mend(
-            f"{said}: its mail is refused, or junk", publish_line(facts, wanted, "change it to")
-        )
+        return mend(f"{said}: its mail is refused, or junk", fix)
     return None
 
 
@@ -15281,9 +15295,7 @@ def _check_dmarc(facts: Facts) -> Iterator[Finding]:
             above = above.partition(".")[2]
         yield _absent(facts, record, "large providers distrust its mail")
     elif len(texts) > 1:
-        text = (
-            f"there are {len(texts)} DMARC records at {record.name}, which makes all of them void"
-        )
+        text = f"there are {len(texts)} DMARC records at {record.name}, so none of them counts"
         yield mend(text, publish_line(facts, record, "remove all but one, which may be"))
     else:
         tags = _tags(texts[0])
@@ -15333,11 +15345,8 @@ def _check_tlsrpt(facts: Facts) -> Iterator[Finding]:
     """It need not be there; RFC 8460, 3."""
     name = f"_smtp._tls.{facts.domain}"
     texts = facts.texts(name, "v=TLSRPTv1")
-    if (
-        len(texts) > 1
-        or texts
-        and not re.match(r"(mailto:\S+@|https:)", _tags(texts[0]).get("rua", ""))
-    ):
+    reports = [_tags(text).get("rua", "") for text in texts]
+    if len(texts) > 1 or not all(re.match(r"mailto:\S+@|https:", to) for to in reports):
         text = f"there must be one record at {name}, with rua=, or no reports on TLS are sent"
         yield advice(text, publish_line(facts, facts.record("TLSRPT"), "put in its place"))
 
@@ -15353,7 +15362,10 @@ def _check_postmaster(facts: Facts) -> Iterator[Finding]:
         user = next(iter(domains.each[domain].users), "USER")
         text = f"there is no postmaster@{domain}, to whom others write if something is wrong"
         path = f"{facts.config.config_dir}/domains/{domain}/aliases"
-        yield advice(text, f"echo 'postmaster: {user}' | sudo tee -a {path}")
+        import shlex  # only here
+
+        line, path = shlex.quote(f"postmaster: {user}"), shlex.quote(path)
+        yield advice(text, f"echo {line} | sudo tee -a {path}")
     except ChasquidError:
         return  # the check of files says it
 
@@ -15380,20 +15392,22 @@ DOMAIN_CHECKS = (
 
 
 def diagnose(
-    facts: Facts, domains: Iterable[str], on_done: Callable[[str], object] = lambda name: None
+    facts: Facts,
+    domains: Sequence[str] | None = None,
+    on_done: Callable[[Check], object] = lambda check: None,
 ) -> list[Finding]:
-    """Run all checks, and return what they say, in the order of the table.
+    """Run all checks, and return what they say, in the order of the tables.
 
-    `domains` are those to check, in A-labels; `on_done` hears the name of each check that has
-    ended, in any thread. A check that finds nothing has one finding that says so.
+    `domains` are those to check, in A-labels, or None for all; `on_done` hears of each check
+    that has ended, in any thread. A check that finds nothing has one finding that says so.
     """
-    each = [facts._replace(domain=domain) for domain in domains]
     jobs = [(check, facts) for check in HOST_CHECKS]
-    jobs += [(check, of_domain) for of_domain in each for check in DOMAIN_CHECKS]
+    for domain in facts.domains if domains is None else domains:
+        jobs += [(check, facts._replace(domain=domain)) for check in DOMAIN_CHECKS]
 
     def run(check: Check, facts: Facts) -> list[Finding]:
         found = _run(check, facts)
-        on_done(check.name)
+        on_done(check)
         return found
 
     found = in_parallel([functools.partial(run, *job) for job in jobs])
@@ -15411,7 +15425,16 @@ def _run(check: Check, facts: Facts) -> list[Finding]:
         text = f"the check itself has failed: {type(error).__name__}: {error}"
         found = [not_known(text, "report it to the authors of chasquid")]
     found = found or [Finding("", Level.OK)]
-    return [finding._replace(check=check.name, domain=facts.domain) for finding in found]
+    return [
+        Finding(
+            check.name,
+            finding.level,
+            printable(finding.text, _FINDING_LIMIT),
+            "\n".join(printable(line, _FIX_LIMIT) for line in finding.fix.split("\n")),
+            domain=facts.domain,
+        )
+        for finding in found  # what others have written may be in it
+    ]
 
 
 def to_mend(findings: Iterable[Finding]) -> list[Finding]:
@@ -15442,6 +15465,7 @@ def watch(
 
 
 _WATCH_PAUSES = (5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 300.0)  # seconds; the last is kept
+_FINDING_LIMIT, _FIX_LIMIT = 1000, 2000  # characters, the latter of a line
 _LEVEL_TEXT = {Level.MEND: "must be mended", Level.ADVICE: "advice", Level.UNKNOWN: "unknown"}
 
 
@@ -15533,21 +15557,24 @@ class _Survey:
         self._port = config.outgoing_smtp_port
         self._tell = tell
 
+    def _say(self, text: str, indent: str = "") -> None:
+        self._tell(indent + printable(text, 1000))  # servers may say anything
+
     async def of(self, domain: str) -> bool:
         """See `check_servers`."""
         ascii = domain_to_ascii(domain)
         exchangers = await self._names.mail_exchangers(ascii)
         policy = await self._sts.policy(ascii)
         if policy is not None:
-            self._tell(f"MTA-STS: {policy.mode}, for {', '.join(policy.mx) or 'no server'}")
+            self._say(f"MTA-STS: {policy.mode}, for {', '.join(policy.mx) or 'no server'}")
         else:
             said = f": {self._remarks.texts[-1]}" if self._remarks.texts else ""
-            self._tell(f"MTA-STS: none{said}")
+            self._say(f"MTA-STS: none{said}")
         levels = [level for pair in exchangers for level in await self._look_at(domain, *pair)]
         if levels:  # the first server that talks to us gets the mail
-            self._tell(f"mail to {domain} would go there with {levels[0]}")
+            self._say(f"mail to {domain} would go there with {levels[0]}")
         else:
-            self._tell(f"no server of {domain} would get mail from here")
+            self._say(f"no server of {domain} would get mail from here")
         return bool(levels)
 
     async def _look_at(self, domain: str, preference: int, host: str) -> list[str]:
@@ -15556,21 +15583,22 @@ class _Survey:
             requirement = await self._policies.requirement(domain, host, self._port, by_mx=True)
             ips = await self._names.addresses(host)
         except (TemporaryFailure, ValueError) as error:
-            self._tell(f"MX {preference} {host}: not to be used: {error}")
+            self._say(f"MX {preference} {host}: not to be used: {error}")
             return []
         least = f"at least {requirement.level} ({requirement.why})" if requirement.why else "any"
-        self._tell(f"MX {preference} {host}: {least}" + ("" if ips else "; it has no address"))
+        self._say(f"MX {preference} {host}: {least}" + ("" if ips else "; it has no address"))
         levels = []
         for ip in ips:
             self._remarks.texts.clear()
             try:
                 level, tls = await self._courier.probe(host, ip, requirement)
             except (TemporaryFailure, PermanentFailure, Disconnected, TLSFailed, Expired) as error:
-                self._tell(f"  {ip}: {error}")
+                self._say(f"{ip}: {error}", indent="  ")
                 continue
             level = "DANE" if requirement.tlsa else level
             beside = "; ".join(dict.fromkeys(self._remarks.texts))
-            self._tell(f"  {ip}: {level}, {tls or 'no TLS'}" + (f"; {beside}" if beside else ""))
+            beside = f"; {beside}" if beside else ""
+            self._say(f"{ip}: {level}, {tls or 'no TLS'}{beside}", indent="  ")
             levels.append(level)
         return levels
 
@@ -18620,9 +18648,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     config = _load(arguments)
 
     def examine() -> Sequence[Finding]:
-        examined = examine_files(config, ())
-        names = [domain_to_ascii(name) for name in examined.domains.each]
-        return diagnose(facts_of(examined, RealWorld(config)), names)
+        return diagnose(facts_of(examine_files(config, ()), RealWorld(config)))
 
     daemon = Daemon(config, examine=examine)
     if os.geteuid() == 0 and sys.stderr.isatty():
@@ -18683,22 +18709,22 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def _diagnose(arguments: argparse.Namespace) -> list[Finding]:
     """Check everything, with progress on a terminal."""
-    facts = facts_of(_examine(arguments), RealWorld(_load(arguments)))
-    names = [domain_to_ascii(name) for name in facts.examined.domains.each]
-    if arguments.domain:
-        wanted = domain_to_ascii(_parse_domain_name(arguments.domain))
-        if wanted not in names:
-            raise ChasquidError(f"{arguments.domain} is no domain of this server")
-        names = [wanted]
-    done = itertools.count(1)
+    examined = _examine(arguments)
+    facts = facts_of(examined, RealWorld(examined.config))
+    wanted = domain_to_ascii(_parse_domain_name(arguments.domain)) if arguments.domain else ""
+    if wanted and wanted not in facts.domains:
+        raise ChasquidError(f"{arguments.domain} is no domain of this server")
+    domains = [wanted] if wanted else facts.domains
+    left = itertools.count(len(HOST_CHECKS) + len(domains) * len(DOMAIN_CHECKS) - 1, -1)
     shown = sys.stderr.isatty() and not arguments.json
 
-    def on_done(name: str) -> None:
-        number = next(done)
+    def on_done(check: Check) -> None:
+        number = next(left)
         if shown:
-            print(f"\r\033[K{number} done: {name}", end="", file=sys.stderr, flush=True)
+            text = f"\r\033[K{number} left; seen: {check.help}"
+            print(text, end="", file=sys.stderr, flush=True)
 
-    findings = diagnose(facts, names, on_done)
+    findings = diagnose(facts, domains, on_done)
     if shown:
         print("\r\033[K", end="", file=sys.stderr, flush=True)
     return findings

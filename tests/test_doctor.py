@@ -173,7 +173,7 @@ class Setup:
         problems: list[chasquid.ConfigError] = []
         config = chasquid.load_config(str(self.config_dir), "", problems)
         facts = chasquid.facts_of(chasquid.examine_files(config, problems), self)
-        return chasquid.diagnose(facts, [DOMAIN])
+        return chasquid.diagnose(facts)
 
     def ill(self) -> list[Finding]:
         return [finding for finding in self.diagnose() if finding.level is not Level.OK]
@@ -663,6 +663,14 @@ GOOD = {
         dns_is(DOMAIN, "MX", "10 front.example.net."),
         dns_is("front.example.net", "A", OTHER_IP),
     ),
+    "a small host in front, over a tunnel": and_also(
+        smarthost,
+        behind_nat,
+        settings(trusted_relay=OTHER_IP),
+        dns_is(HOST, "A", "10.8.0.2"),
+        dns_is(DOMAIN, "MX", "10 front.example.net."),
+        dns_is("front.example.net", "A", OTHER_IP),
+    ),
     "NAT, with a forwarded port": and_also(
         behind_nat, lambda s: s.elsewhere.update({(IP, 25): f"220 {HOST} ESMTP"}),
         attribute("sessions", ["smtp 5.45.77.77"]),
@@ -721,6 +729,14 @@ def test_the_lines_of_an_advice_stand_below_each_other(setup: Setup) -> None:
         '       smarthost_user: "USER"',
         f'       smarthost_password_file: "{setup.config_dir}/smarthost-password"',
     ]
+
+
+def test_what_others_have_written_cannot_act_on_a_terminal(setup: Setup) -> None:
+    dns_is(*SPF_NAME, "v=spf1 ip4:5.45.200.7 \033[2J\r\n -all")(setup)
+    setup.elsewhere["127.0.0.1", 25] = "220 \033]0;evil\a"
+    lines = "\n".join(chasquid.report(setup.diagnose()))
+    assert "evil" in lines and "[2J" in lines
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", lines)
 
 
 def test_the_report_has_what_is_well_in_one_line(setup: Setup) -> None:
