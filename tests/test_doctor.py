@@ -190,7 +190,7 @@ class Setup:
             self.aliases.pop(name, None)
             self.dns[name, kind] = (value,)
             self.dns.pop((f"{name}.{DOMAIN}", kind), None)
-        elif fix.startswith("sudo certbot"):
+        elif fix.startswith("sudo certbot") or "acme: true" in fix:
             self.renew()
             self.tls_problem = ""
         elif fix.startswith("sudo systemctl"):
@@ -597,6 +597,8 @@ ROWS = [
                  dns_is(DOMAIN, "MX", f"10 mx.{DOMAIN}."), dns_is(f"mx.{DOMAIN}", "A", IP)),
         "mta-sts", MEND, "no certificate is for mx.example.com",
         dns_is(DOMAIN, "MX", f"10 {HOST}.")),
+    Row("MTA-STS with an old id", sts(chasquid.sts_policy_text([HOST])), "mta-sts", ADVICE,
+        "is that of an older policy"),
     Row("MTA-STS without an id", sts(POLICY, "v=STSv1; id=2026-11-27"), "mta-sts", MEND,
         "with a valid id", sts(POLICY)),
     Row("TLSRPT without an address", dns_is(f"_smtp._tls.{DOMAIN}", "TXT", "v=TLSRPTv1; rua="),
@@ -700,6 +702,14 @@ def test_what_domain_records_advises_is_well(setup: Setup) -> None:
             elif record.purpose == purpose:
                 setup.dns[record.name, record.kind] = (record.value,)
     assert told(setup.ill()) == []
+
+
+def test_where_certificates_are_fetched_the_log_says_why_none_has_come(setup: Setup) -> None:
+    setup.settings["acme"] = True
+    expired_certificate(setup)
+    without_certificate(setup)
+    [finding] = setup.ill()
+    assert "journalctl" in finding.fix
 
 
 def test_a_check_that_breaks_is_unknown_and_the_others_go_on(setup: Setup) -> None:
