@@ -19823,16 +19823,14 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     """Print everything that is wrong with the configuration, and what is doubtful."""
-    examined = _examine(arguments)
-    config, domains, certificates, wrong, doubtful = examined
-    warnings = certificates.warnings(time.time(), [domain_to_ascii(config.hostname)])
-    doubtful = (*doubtful, *warnings)
+    config, domains, certificates, wrong, doubtful = _examine(arguments)
+    warnings = [*certificates.warnings(time.time(), [domain_to_ascii(config.hostname)])]
     if not certificates.loaded:
         top = f"{config.config_dir}/certs/NAME/"
-        doubtful = (*doubtful, f"no certificate in {top}: TLS is off, and nobody can log in")
+        warnings.append(f"no certificate in {top}: TLS is off, and nobody can log in")
     for text in wrong:
         print(text)
-    for text in doubtful:
+    for text in (*doubtful, *warnings):
         print(f"warning: {text}")
     if not wrong:
         served = ", ".join(domains.each) or "no domain"
