@@ -43,6 +43,8 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     CONTROL        the lock on data_dir; the sockets for commands, and for mail of this host
     DAEMON         the wiring diagram, reload, the end
     SENDMAIL       mail from programs of this host, with a server or without
+    UPKEEP         versions of the program side by side; backup and restore
+    IMPORT         users, aliases and Maildirs of another server
     PUBLISHING     the DNS records that a domain needs
     PROBES         how a set-up is looked at: DNS, ports, the machine
     HOST CHECKS    whether files, server, ports and line are as mail needs them
@@ -65,7 +67,8 @@ The way of a message, and what each room hands to the next:
         | MAIL: reverse-path           SPF, TLS POLICY
         | RCPT: final recipients       ALIASES, USERS, HOOKS
         | DATA: header and body        DKIM, DMARC; or a signature; HOOKS
-      ITEMS                            envelope and message, a file in new: then 250
+      QUEUE                            a few mailboxes here: delivered at once, then 250
+      ITEMS                            all else: envelope and message, a file in new, then 250
         | an item                      STORAGE makes it durable
       QUEUE                            attempts and pauses, results written down
         | a delivery                   a copy for each route
@@ -105,6 +108,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Container,
     Coroutine,
     Generator,
     Iterable,
@@ -112,13 +116,38 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar, overload
 
+TYPE_CHECKING = False  # typing is for those who check types: loading it would slow each start
 if TYPE_CHECKING:
     import argparse
     import subprocess
     from email.message import EmailMessage
     from email.message import Message as ParsedMessage
+    from tarfile import TarFile, TarInfo
+    from typing import IO, Any, NamedTuple, NoReturn, Protocol, TypeVar, overload
+
+    T = TypeVar("T")
+else:
+    Any = Protocol = object
+
+    class _NamedTupleType(type):
+        """Makes of a class statement what typing.NamedTuple does, without its checks of types."""
+
+        def __new__(cls, name, bases, body):
+            if not bases:
+                return super().__new__(cls, name, bases, body)
+            fields = body.get("__annotations__", {})
+            defaults = [body.pop(field) for field in fields if field in body]
+            made = collections.namedtuple(
+                name, fields, defaults=defaults, module=body["__module__"]
+            )
+            for key, value in body.items():
+                setattr(made, key, value)
+            return made
+
+    class NamedTuple(metaclass=_NamedTupleType):
+        """The base of values: tuples whose items have names, defaults and methods."""
+
 
 __version__ = "0.1.0"
 __all__ = [
@@ -136,8 +165,6 @@ __all__ = [
     "load_config",
     "main",
 ]
-
-T = TypeVar("T")
 
 # ======================================================================================
 # ROOM: ERRORS
@@ -186,8 +213,8 @@ class PermanentFailure(ChasquidError):
 
 
 def new_id() -> str:
-    """Return 13 letters and digits, random enough (65 bits) to be never given twice."""
-    return base64.b32encode(os.urandom(10)).decode("ascii").lower()[:13]
+    """Return 16 hexadecimal digits, random enough to be never given twice."""
+    return os.urandom(8).hex()
 
 
 def load_modules(names: Iterable[str]) -> None:
@@ -210,13 +237,8 @@ def load_modules(names: Iterable[str]) -> None:
 class Clock:
     """Wall time for what people read, monotonic time for what waits; both in seconds."""
 
-    def time(self) -> float:
-        """Return seconds since 1970."""
-        return time.time()
-
-    def monotonic(self) -> float:
-        """Return seconds on a clock that nobody sets."""
-        return time.monotonic()
+    monotonic = staticmethod(time.monotonic)  # on a clock that nobody sets
+    time = staticmethod(time.time)  # since 1970
 
 
 def reason(error: BaseException) -> str:
@@ -237,6 +259,7 @@ def reason(error: BaseException) -> str:
 # ======================================================================================
 
 LOCAL_PART_LIMIT = 64  # octets; RFC 5321, 4.5.3.1.1
+_DOMAINS_KNOWN = 1000  # whose other form is remembered: a message names the same ones again
 _ASCII_USER = re.compile(r"[!-~]+")
 ASCII_DOMAIN = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
@@ -250,6 +273,7 @@ def split_address(address: str) -> tuple[str, str]:
     return (local, domain) if at else (address, "")
 
 
+@functools.lru_cache(_DOMAINS_KNOWN)
 def domain_to_unicode(domain: str) -> str:
     """Return `domain` in lower case and with its A-labels turned into U-labels.
 
@@ -268,6 +292,7 @@ def domain_to_unicode(domain: str) -> str:
         raise ValueError(f"{printable(domain, 80)} is no valid domain name: {error}") from error
 
 
+@functools.lru_cache(_DOMAINS_KNOWN)
 def domain_to_ascii(domain: str) -> str:
     """Return `domain` with its U-labels turned into A-labels. Raises ValueError."""
     if domain.isascii():
@@ -335,7 +360,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def rfc5322_date(seconds: float) -> str:
     """Return a date-time in UTC as RFC 5322, 3.3 writes it."""
-    t = time.gmtime(seconds)
+    return _date_text(int(seconds))
+
+
+@functools.lru_cache(8)  # many messages come within a second
+def _date_text(second: int) -> str:
+    t = time.gmtime(second)
     clock = f"{t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02} +0000"
     return f"{_DAYS[t.tm_wday]}, {t.tm_mday} {_MONTHS[t.tm_mon - 1]} {t.tm_year} {clock}"
 
@@ -1261,13 +1291,19 @@ class Dialogue:
         self.sender = ""  # of the last transaction, with "<" and ">"
         self.recipients: list[str] = []
         self.outcome = ""  # of the last transaction, or why the last command was refused
-        self.lines: list[str] = []
+        self._said: list[tuple[str, object]] = []
 
-    def add(self, who: str, text: str) -> None:
+    def add(self, who: str, said: object) -> None:
         """Note a line of `who`, "C" or "S" ("*" for a remark), unless there are enough already."""
         self.client_spoke = self.client_spoke or who == "C"
-        if len(self.lines) < self._limit:
-            self.lines.append(f"{who}: {printable(text, _DIALOGUE_LINE)}")
+        if len(self._said) < self._limit:
+            short = said[: _DIALOGUE_LINE + 1] if isinstance(said, str) else said
+            self._said.append((who, short))
+
+    @property
+    def lines(self) -> list[str]:
+        """The lines, made printable only now: most are never looked at."""
+        return [f"{who}: {printable(str(said), _DIALOGUE_LINE)}" for who, said in list(self._said)]
 
 
 class LogEvent(NamedTuple):
@@ -1278,27 +1314,27 @@ class LogEvent(NamedTuple):
     """
 
     name: str
-    fields: tuple[tuple[str, str], ...]  # as it is passed, and as it is written
+    fields: Mapping[str, str]  # as it is passed, and as it is written
     mail: bool
     help: str
 
 
 def _event(name: str, fields: str, help: str, mail: bool = True) -> LogEvent:
-    pairs = tuple((field, field.rstrip("_")) for field in fields.split())
-    return LogEvent(name, pairs, mail, help)
+    return LogEvent(name, {field: field.rstrip("_") for field in fields.split()}, mail, help)
 
 
-# A value without blanks, quotes and backslashes stands bare; `_value` quotes any other.
-_BARE = re.compile(r"[!#-\[\]-~]+")
+# A value without blanks, quotes and backslashes stands bare; `_quoted` has any other.
 _VALUE_LIMIT = 1500  # characters
+_BARE = re.compile(rf"[!#-\[\]-~]{{1,{_VALUE_LIMIT}}}")
 _LOGGED_FIELD = re.compile(r'([a-z][a-z-]*)=(?:"((?:[^"\\]|\\.)*)"|(\S*))(?: |$)')
 
 
 def _addresses(value: object) -> str:
     """Return one address, or several, as they stand in a field."""
-    found = [value] if isinstance(value, str) else value
-    assert isinstance(found, Iterable)
-    return ",".join(f"<{address}>" for address in found)
+    if isinstance(value, str):
+        return f"<{value}>"
+    assert isinstance(value, Iterable)
+    return ",".join([f"<{address}>" for address in value])
 
 
 def addresses_in(value: str) -> list[str]:
@@ -1306,10 +1342,8 @@ def addresses_in(value: str) -> list[str]:
     return [part.strip("<>") for part in value.split(",")]
 
 
-def _value(value: object) -> str:
-    text = value if type(value) is str else str(value)
-    if _BARE.fullmatch(text) and len(text) <= _VALUE_LIMIT:
-        return text
+def _quoted(text: str) -> str:
+    """Return a value that is not bare."""
     text = printable(text, _VALUE_LIMIT)
     if re.search(r'[\s"\\]', text) or not text:
         return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
@@ -1421,7 +1455,7 @@ class Metrics:
     LIMITS = Metric(
         "limits", "Refusals because of a limit.", ("limit",), _each("connections", "rate")
     )
-    MESSAGES = Metric("messages", "Messages accepted into the queue.", ("state",), _each("queued"))
+    MESSAGES = Metric("messages", "Messages accepted.", ("state",), _each("queued"))
     DELIVERIES = Metric(
         "deliveries", "Attempts, for each recipient.", ("route", "result"),
         tuple(itertools.product(
@@ -1471,16 +1505,19 @@ class Log:
         `from_` and `to` are addresses, one or several. Raises TypeError for a field that the
         event has not.
         """
-        parts = [f"event={event.name}"]
-        for key, name in event.fields:
-            value = values.pop(key, None)
-            if name in ("from", "to") and value is not None:
+        line = f"event={event.name}"
+        for key, name in event.fields.items():
+            if key not in values:
+                continue
+            value = values[key]
+            if value is not None and name in ("from", "to"):
                 value = _addresses(value)
             if value is not None and value != "":
-                parts.append(f"{name}={_value(value)}")
-        if values:
-            raise TypeError(f"{event.name} has no {', '.join(values)}")
-        (self._mail_log if event.mail else self._log).write(" ".join(parts))
+                text = value if type(value) is str else str(value)
+                line += f" {name}={text if _BARE.fullmatch(text) else _quoted(text)}"
+        if not values.keys() <= event.fields.keys():
+            raise TypeError(f"{event.name} has no {', '.join(values.keys() - event.fields.keys())}")
+        (self._mail_log if event.mail else self._log).write(line)
 
     def info(self, source: str, text: str) -> None:
         """Write something to know to the server log; `source` names the part that says it."""
@@ -1508,8 +1545,9 @@ class Log:
 
     def count(self, metric: Metric, *values: str) -> None:
         """Add one to a metric, with the values of its labels."""
-        assert len(values) == len(metric.labels), metric.name
-        self.counters[metric.name, *values] += 1
+        key = (metric.name, *values)
+        assert key in self.counters or len(values) == len(metric.labels), metric.name
+        self.counters[key] += 1
 
     def reopen(self) -> None:
         """Open both logs anew, as after a rotation. Raises ConfigError."""
@@ -1552,6 +1590,7 @@ PROGRAM_OUTPUT_LIMIT = 64 * 1024  # octets kept of what a program prints
 _IN_MEMORY = 1024 * 1024  # octets of a program's input that are not written to a disk
 _SYSTEMD_VARIABLES = {"LISTEN_FDNAMES", "LISTEN_FDS", "LISTEN_PID", "NOTIFY_SOCKET"}
 _STALE_TIMERS = 64  # so few are not worth a new heap
+_ROUNDS = 4  # steps of a task in one turn, at most
 
 
 class Workers:
@@ -1689,7 +1728,8 @@ class _Deadline:
     def __enter__(self) -> None:
         task = self._loop.current
         self._outer = task.deadline
-        task.deadline = min(task.deadline, self._when)
+        if self._when < task.deadline:
+            task.deadline = self._when
 
     def __exit__(self, *_: object) -> None:
         self._loop.current.deadline = self._outer
@@ -1842,10 +1882,13 @@ class Loop:
                 self._drain_wakeups()
             else:
                 self._dispatch(key.fd, key.data, mask)
-        while self._posted:
-            self._posted.popleft()()
-        for _ in range(len(self._ready)):
-            self._step(*self._ready.popleft())
+        for _ in range(_ROUNDS):  # what one task wakes goes on before the selector is asked
+            while self._posted:
+                self._posted.popleft()()
+            for _ in range(len(self._ready)):
+                self._step(*self._ready.popleft())
+            if not self._ready:
+                break
 
     def _until_timer(self) -> float | None:
         if not self._timers:
@@ -2021,6 +2064,9 @@ async def together(loop: Loop, waits: Sequence[Coroutine[Any, Any, Any]]) -> Non
     What one of them raises is raised here when all have ended. Where the wait itself is
     cut short, they are cancelled.
     """
+    if len(waits) == 1:
+        await waits[0]
+        return
     errors = []
 
     async def guarded(wait: Coroutine[Any, Any, Any]) -> None:
@@ -2835,14 +2881,21 @@ class Stream:
                 self.tls.unwrap()  # it need not be answered
 
     async def _fill(self) -> None:
+        """Send what was written, then wait for more input. Raises Disconnected, Expired."""
+        answered = bool(self._out)
         await self.flush()
+        if answered and not (self.tls is not None and self.tls.pending()):
+            # who gets an answer has not said more yet, most often
+            self._streak = 0
+            await self._loop.readable(self._socket.fileno())
+        else:
+            await self.be_fair()
         data = await self._receive()
         if not data:
             raise Disconnected("the other side closed the connection")
         self._in += data
 
     async def _receive(self) -> bytes:
-        await self.be_fair()
         while True:
             try:
                 return self._socket.recv(CHUNK)
@@ -3417,6 +3470,10 @@ def _dns_backend(loop: Loop) -> Any:
 # Whether a user exists must not show in how long an answer takes: every check of a
 # password computes one scrypt with the costs that this domain uses. That blocks for tens
 # of milliseconds, so it belongs into a worker thread.
+#
+# Programs log in for each message. So a login that has succeeded is known for a while
+# (`Logins`): as a hash under a key that is made at the start and never on a disk, until the
+# users change. One that has failed never is.
 # ======================================================================================
 
 
@@ -3652,6 +3709,64 @@ class Accounts:
         return Scrypt(*usual, os.urandom(16), os.urandom(usual[3]))
 
 
+_LOGINS_KNOWN = 10_000  # at most
+
+
+class Logins:
+    """Logins that have succeeded lately, and those that are being checked."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._key = os.urandom(32)
+        self._known: dict[bytes, tuple[float, str]] = {}  # until when, and the address
+        self._checks: dict[bytes, Event] = {}  # that are under way, with their ends
+
+    def forget(self) -> None:
+        """Forget them all, also what comes of the checks under way: the users have changed."""
+        self._known = {}
+
+    async def find(
+        self, login: str, password: bytes, check: Callable[[], Awaitable[tuple[str | None, float]]]
+    ) -> str | None:
+        """Return the address of a login, as it is known or as `check` says, else None.
+
+        `check` also says for how many seconds a login that succeeds is good. It is not asked
+        by two who come with the same login at the same time.
+        """
+        digest = self._digest(login, password)
+        while digest in self._checks:
+            await self._checks[digest].wait()
+        known = self._known
+        until, address = known.get(digest, (0.0, ""))
+        if self._loop.clock.monotonic() < until:
+            return address
+        ended = self._checks[digest] = Event(self._loop)
+        try:
+            found, seconds = await check()
+        finally:
+            del self._checks[digest]
+            ended.set()
+        if found is not None:
+            self._remember(known, digest, found, seconds)
+        return found
+
+    def _remember(
+        self, known: dict[bytes, tuple[float, str]], digest: bytes, address: str, seconds: float
+    ) -> None:
+        now = self._loop.clock.monotonic()
+        for old in [old for old, (until, _) in known.items() if until <= now]:
+            del known[old]
+        if len(known) < _LOGINS_KNOWN:
+            known[digest] = now + seconds, address
+
+    def _digest(self, login: str, password: bytes) -> bytes:
+        import hashlib  # loads OpenSSL's hashes; only for logins
+
+        user = login.encode("utf-8", "surrogatepass")
+        said = len(user).to_bytes(4, "big") + user + password
+        return hashlib.blake2b(said, key=self._key, digest_size=32).digest()
+
+
 _DOVECOT_SECONDS = 20.0
 _DOVECOT_LINE_LIMIT = 8192
 _DOVECOT_PLACES = ("/run/dovecot", "/var/run/dovecot")
@@ -3773,6 +3888,7 @@ class Dovecot:
 # ======================================================================================
 
 ALIAS_DEPTH_LIMIT = 10
+_EXPANSIONS_KNOWN = 1000  # addresses whose expansion is remembered
 
 
 class DestinationKind(enum.StrEnum):
@@ -3950,7 +4066,7 @@ class ExternalLookups:
         self.unanswered.clear()
 
 
-_NOBODY = ExternalLookups()
+NOBODY = ExternalLookups()
 
 
 class AliasFinding(NamedTuple):
@@ -3997,6 +4113,7 @@ class Aliases:
         broken: Iterable[str] = (),
     ) -> None:
         self._broken = frozenset(broken)  # domains of ours whose files cannot be read
+        self._expansions: dict[str, tuple[list[Destination], list[str]]] = {}
         self._user_exists = user_exists
         self._separators = suffix_separators
         self._drops = drop_characters
@@ -4012,6 +4129,8 @@ class Aliases:
         self, lookups: ExternalLookups, address: str, unknown: list[str] | None = None
     ) -> list[Destination]:
         """As `expand`, asking `lookups` if that is needed. Raises also TemporaryFailure."""
+        if lookups is NOBODY:
+            return self._remembered(address, [] if unknown is None else unknown)
         lookups = lookups.fresh()
         while True:
             dead: list[str] = []
@@ -4025,6 +4144,18 @@ class Aliases:
                 if not lookups.unanswered:
                     raise
             await lookups.answer()
+
+    def _remembered(self, address: str, unknown: list[str]) -> list[Destination]:
+        """As `expand`, which says the same as long as the files do: then there is another of us."""
+        if address not in self._expansions:
+            dead: list[str] = []
+            found = self.expand(address, NOBODY, dead)
+            if len(self._expansions) >= _EXPANSIONS_KNOWN:
+                self._expansions.clear()
+            self._expansions[address] = found, dead
+        found, dead = self._expansions[address]
+        unknown += dead
+        return list(found)
 
     def _compared(self, name: str) -> str:
         """Return the normalised `name` of an alias as it is compared; its suffix stays."""
@@ -4054,7 +4185,7 @@ class Aliases:
         return user
 
     def expand(
-        self, address: str, lookups: ExternalLookups = _NOBODY, unknown: list[str] | None = None
+        self, address: str, lookups: ExternalLookups = NOBODY, unknown: list[str] | None = None
     ) -> list[Destination]:
         """Return the final recipients of `address`, each once.
 
@@ -4122,7 +4253,7 @@ class Aliases:
         return self._look_up(user, domain, lookups)[0] == name
 
     def _look_up(
-        self, user: str, domain: str, lookups: ExternalLookups = _NOBODY
+        self, user: str, domain: str, lookups: ExternalLookups = NOBODY
     ) -> tuple[str, tuple[Destination, ...]]:
         """Return the name that was found and its destinations; a user has no destinations.
 
@@ -4202,7 +4333,7 @@ class Aliases:
     def _dead_ends(self, alias: str, address: str, everybody: bool) -> Iterator[str]:
         unknown: list[str] = []
         try:
-            self.expand(address, _NOBODY, unknown)
+            self.expand(address, NOBODY, unknown)
         except AliasLoop as error:
             yield f"{alias}: {error}"
         except NoSuchUser as error:
@@ -4241,7 +4372,7 @@ HEADER_LIMIT = 256 * 1024  # octets of a header block
 
 # RFC 5322, 3.6.8: field-name = 1*ftext, printable ASCII but ":"; 4.5.8 lets white space
 # stand before the colon, and some programs put it there.
-_FIELD = re.compile(rb"(?:\A|\r\n)([!-9;-~]+)[ \t]*:")
+_FIELD = re.compile(rb"(([!-9;-~]+)[ \t]*:(?:[^\r]+|\r(?!\n)|\r\n(?=[ \t]))*(?:\r\n|\Z))")
 # The start of a line that is neither a field nor the continuation of one.
 _NO_FIELD = re.compile(rb"(?:\A(?=[ \t])|(?:\A|\r\n)(?![ \t]|[!-9;-~]+[ \t]*:|\Z))")
 
@@ -4276,16 +4407,14 @@ class Field(NamedTuple):
 
 def header_fields(block: bytes) -> list[Field]:
     """Return the fields of a header block. Raises ValueError with a bad line."""
-    lines = block.count(b"\r\n")
-    if lines - block.count(b"\r\n ") - block.count(b"\r\n\t") > _FIELD_LIMIT:
-        raise ValueError(f"more than {_FIELD_LIMIT} fields")
     bad = _NO_FIELD.search(block)
     if bad is not None:
         line = block[bad.end() : bad.end() + 200].partition(b"\r\n")[0]
         raise ValueError(printable(line.decode("utf-8", "replace"), 60))
-    found = [(match.start(1), match[1].decode("ascii").lower()) for match in _FIELD.finditer(block)]
-    ends = [*(start for start, _ in found), len(block)][1:]
-    return [Field(name, block[start:end]) for (start, name), end in zip(found, ends, strict=True)]
+    found = _FIELD.findall(block)
+    if len(found) > _FIELD_LIMIT:
+        raise ValueError(f"more than {_FIELD_LIMIT} fields")
+    return [Field(str(name, "ascii").lower(), raw) for raw, name in found]
 
 
 # RFC 5322, 3.2.4 and 3.2.2, without the structure of comments, which nest.
@@ -4322,6 +4451,10 @@ def without_comments(text: str, quoted: str | None = None) -> str:
 
 _ANGLE_ADDRESS = re.compile(r"[^<>]*<(?:@[^<>:]*:)?[^<>@]+@([^<>@]+)>\s*")
 _BARE_ADDRESS = re.compile(r"[^<>@]+@([^<>@]+)")
+# What most fields are, and can be read in one way only: "Name <local@domain>", "local@domain".
+_ORDINARY_FROM = re.compile(
+    rb"(?:[\w .'-]*<[\w.+=-]+@([\w-]+(?:\.[\w-]+)*)>| ?[\w.+=-]+@([\w-]+(?:\.[\w-]+)*))(?:\r\n)?"
+)
 _AFTER_AT = re.compile(r"@[\s\"'\[(<]*([\w.-]+)")
 AUTHORS_LIMIT = 10  # domains in From; above, the field is not read to its end
 
@@ -4348,6 +4481,9 @@ def author_domains(value: bytes) -> list[str]:
     From a field that is malformed, every domain that a reader might take for one is
     returned, but never more than one above AUTHORS_LIMIT. (RFC 5322, 3.6.2 and 3.4)
     """
+    ordinary = _ORDINARY_FROM.fullmatch(value)
+    if ordinary is not None:
+        return [domain_to_ascii(str(ordinary[1] or ordinary[2], "ascii"))]
     text = value.decode("utf-8", "replace")
     try:
         plain = without_comments(text, quoted='"')
@@ -4524,9 +4660,12 @@ def with_lf(chunks: Iterable[bytes]) -> Iterator[bytes]:
         yield held
 
 
+_FOLD = "\r\n\t"
+
+
 def fold(name: str, *parts: str) -> bytes:
     """Return a header field, each of `parts` on a line of its own but the first."""
-    return f"{name}: {(chr(13) + chr(10) + chr(9)).join(parts)}\r\n".encode()
+    return f"{name}: {_FOLD.join(parts)}\r\n".encode()
 
 
 TOKEN_TEXT = re.compile(r"[A-Za-z0-9!#$%&'*+^_`{|}~.-]+")
@@ -4575,7 +4714,7 @@ def hook_warnings(config_dir: str) -> Iterator[str]:
 
 def hook_path(config_dir: str, name: str) -> str:
     """Return the path of a hook, "" if it is not there or may not be run."""
-    path = os.path.join(config_dir, "hooks", name)
+    path = f"{config_dir}/hooks/{name}"
     return path if os.access(path, os.X_OK) and os.path.isfile(path) else ""
 
 
@@ -4586,6 +4725,10 @@ class Hooks:
         self._programs = programs
         self._log = log
         self._config_dir = config_dir
+
+    def has(self, name: str) -> bool:
+        """Tell whether there is a hook of this name now."""
+        return bool(hook_path(self._config_dir, name))
 
     async def alias_destinations(self, address: str) -> tuple[Destination, ...]:
         """Return what alias-resolve says of `address`. Raises TemporaryFailure."""
@@ -6948,6 +7091,8 @@ class Reply(NamedTuple):
     def encode(self) -> bytes:
         """Return the lines, none longer than RFC 5321, 4.5.3.1.5 allows."""
         status = f"{self.status} " if self.status else ""
+        if self.text.isprintable() and self.text.isascii() and len(self.text) < 400:  # most often
+            return f"{self.code} {status}{self.text}\r\n".encode()
         room = _REPLY_LINE_LIMIT - len(f"{self.code} {status}\r\n")
         texts = [_shortened(printable(line), room) for line in self.text.split("\n")]
         last = len(texts) - 1
@@ -6995,7 +7140,7 @@ def parse_command(line: bytes) -> tuple[str, str]:
             _refuse(500, "5.5.2", "the command is no valid UTF-8")
         # the name of a computer at home, which proves nothing, in whatever encoding
         text = line.decode(errors="replace")
-    if UNPRINTABLE.search(text.replace("\t", " ")):
+    if not text.isprintable() and UNPRINTABLE.search(text.replace("\t", " ")):
         _refuse(500, "5.5.2", "the command holds a control character")
     verb, _, argument = text.strip(" \t").partition(" ")
     # letters elsewhere may become ASCII in upper case: "\u017f" is "S" then
@@ -7104,6 +7249,7 @@ def local_part(content: str) -> str:
     return f'"{escaped}"'
 
 
+@functools.lru_cache(1000)  # a sender says the same ones again
 def _parse_domain(domain: str) -> str:
     literal = ADDRESS_LITERAL.fullmatch(domain)
     if literal is not None:
@@ -7636,6 +7782,7 @@ def _in_base64(text: str) -> str:
 PROGRAM_SECONDS = 30.0  # a delivery agent, a pipe
 HOST_LIMIT = 5  # mail exchangers tried in one attempt
 JUNK_FOLDER = ".Junk"
+STORED_TOGETHER = 16  # Maildirs that a message is written into at a time
 
 
 class Courier(Protocol):
@@ -7678,8 +7825,22 @@ class MaildirCourier:
     async def deliver(
         self, delivery: Delivery, destinations: Sequence[Destination]
     ) -> list[Result]:
-        """Store the message in the Maildir of each destination, or in its folder for junk."""
-        return [await self._deliver(delivery, destination.value) for destination in destinations]
+        """Store the message in the Maildir of each destination, or in its folder for junk.
+
+        What is stored together is synced together. Who is SENT has it durably.
+        """
+        results: dict[Destination, Result] = {}
+
+        async def store(destination: Destination) -> None:
+            results[destination] = await self._deliver(delivery, destination.value)
+
+        for start in range(0, len(destinations), STORED_TOGETHER):
+            some = destinations[start : start + STORED_TOGETHER]
+            if len(some) == 1:
+                await store(some[0])
+            else:
+                await together(self._loop, [store(destination) for destination in some])
+        return [results[destination] for destination in destinations]
 
     async def _deliver(self, delivery: Delivery, address: str) -> Result:
         user, domain = split_address(address)
@@ -7710,19 +7871,28 @@ class MaildirCourier:
         now = self._loop.clock.time()
         self._number += 1
         name = f"{int(now)}.M{int(now % 1 * 1e6)}P{os.getpid()}Q{self._number}.{self._host}"
+        if directory not in self._made:
+            await self._make(directory, delivery.junk)
+        try:
+            return await self._write(directory, name, delivery=delivery, address=address)
+        except FileNotFoundError:  # somebody has removed a Maildir that was there
+            await self._make(directory, delivery.junk)
+            return await self._write(directory, name, delivery=delivery, address=address)
+
+    async def _make(self, directory: str, junk: bool) -> None:
+        for part in ("tmp", "new", "cur"):
+            await self._loop.work(functools.partial(make_directory, f"{directory}/{part}"))
+        self._made.add(directory)
+        if junk:  # by which tools know a subfolder in Maildir++
+            marker = os.path.join(directory, "maildirfolder")
+            await self._loop.work(lambda: replace_durably(marker, b""))
+
+    async def _write(self, directory: str, name: str, delivery: Delivery, address: str) -> str:
         head = f"Return-Path: <{delivery.sender}>\nDelivered-To: {address}\n".encode()
-        temporary = os.path.join(directory, "tmp", name)
-        parts = [os.path.join(directory, part) for part in ("tmp", "new", "cur")]
-        if directory not in self._made or not all(map(os.path.isdir, parts)):
-            for part in parts:
-                await self._loop.work(functools.partial(make_directory, part))
-            self._made.add(directory)
-            if delivery.junk:  # by which tools know a subfolder in Maildir++
-                marker = os.path.join(directory, "maildirfolder")
-                await self._loop.work(lambda: replace_durably(marker, b""))
-        new = os.path.join(directory, "new", name)
+        temporary, new = f"{directory}/tmp/{name}", f"{directory}/new/{name}"
         if delivery.message.data is not None:
-            data = head + b"".join(with_lf(delivery.message.chunks()))
+            whole = delivery.message.prefix + delivery.message.data
+            data = head + whole.replace(b"\r\n", b"\n")
             path = f"{new},S={len(data)}"
             await self._disk.create(temporary, data, path)
         else:
@@ -8318,17 +8488,19 @@ class RouteKind(enum.StrEnum):
 class Route(NamedTuple):
     """Which courier takes a destination; destinations with the same key travel together.
 
-    `program`: the courier runs one, which may take as long as it likes.
+    `program`: the courier runs one, which may take as long as it likes. `durable`: what it says
+    is sent survives a power cut, and takes no longer than to write it.
     """
 
     courier: Courier
     key: tuple[RouteKind, *tuple[str, ...]]
     local: bool
     program: bool = False
+    durable: bool = False
 
 
 class Couriers:
-    """Chooses the courier of a destination."""
+    """Chooses the courier of a destination. The local one is `durable` if it is as in `Route`."""
 
     def __init__(
         self,
@@ -8337,7 +8509,9 @@ class Couriers:
         remote: Courier,
         is_local: Callable[[str], bool],
         smarthost: Smarthost | None = None,
+        durable: bool = False,
     ) -> None:
+        self._durable = durable
         self._local = local
         self._pipe = pipe
         self._remote = remote
@@ -8356,7 +8530,7 @@ class Couriers:
             return Route(self._remote, (RouteKind.VIA, *destination.via), False)
         if self._is_local(domain):
             agent = isinstance(self._local, AgentCourier)
-            return Route(self._local, (RouteKind.LOCAL,), True, agent)
+            return Route(self._local, (RouteKind.LOCAL,), True, agent, durable=self._durable)
         if smarthost is not None and attempts >= smarthost.after:
             return Route(smarthost.courier, (RouteKind.SMARTHOST,), False)
         return Route(self._remote, (RouteKind.MX, domain), False)
@@ -8938,12 +9112,13 @@ class Draft:
         self._loop = loop
         self._disk = disk
         self._directory = directory
-        self._path = os.path.join(directory, Place.TMP, self.id)
+        self._path = f"{directory}/{Place.TMP}/{self.id}"
         self._fd = -1
         self._pieces: list[bytes] = []
         self._held = 0  # octets in _pieces
         self._head = bytearray()
         self._header: bytes | None = None
+        self._fields: list[Field] | None = None  # of the header, once it was parsed
 
     async def add(self, piece: bytes) -> None:
         """Take the next octets of the message.
@@ -8966,6 +9141,12 @@ class Draft:
         assert self._header is not None
         return self._header
 
+    def fields(self) -> list[Field]:
+        """Return the fields of the complete header as it came. Raises ValueError."""
+        if self._fields is None:
+            self._fields = header_fields(self.complete())
+        return self._fields
+
     def body(self) -> Iterator[bytes]:
         """Yield what is stored after the header's empty line. Raises OSError."""
         skip = self._body_at
@@ -8985,14 +9166,23 @@ class Draft:
         self._pieces.append(piece)
         self._held += len(piece)
 
-    async def store(self, envelope: Envelope) -> Message:
-        """Write the rest and the envelope, and move it all into new. Raises OSError.
+    @property
+    def in_memory(self) -> bool:
+        """Whether all that has come is in memory, and no file."""
+        return self._fd < 0
+
+    def message(self, prefix: bytes) -> Message:
+        """Return the message that is `in_memory`, with the fields `prefix` in front."""
+        return Message(prefix, "", self.size, b"".join(self._pieces))
+
+    async def store(self, envelope: Envelope, journal: bytes = b"") -> Message:
+        """Write the rest, envelope and journal, and move it all into new. Raises OSError.
 
         When this returns, file and directory are synced.
         """
         data = b"".join(self._pieces)
-        target = os.path.join(self._directory, Place.NEW, f"{self.id},S={self.size}")
-        tail = data + envelope.to_line()
+        target = f"{self._directory}/{Place.NEW}/{self.id},S={self.size}"
+        tail = data + envelope.to_line() + journal
         if self._fd < 0:
             await self._disk.create(self._path, tail, target)
         else:
@@ -9042,7 +9232,7 @@ class Draft:
         if hostname is None:
             return header
         try:
-            fields = header_fields(header)
+            fields = self._fields = header_fields(header)
         except ValueError:
             return header  # it is refused later
         claims = [field for field in fields if field.name == "authentication-results"]
@@ -9333,9 +9523,16 @@ def _returned_content(item: Item, action: Action, utf8: bool) -> bytes:
 # that a newer version wrote are reported and left alone.
 #
 # - 250 means that file and directory are synced.
-# - A notification is in the queue before the failure that it reports is written down, and
-#   a file is removed only when nothing in it is owed any more. So after a crash a message
-#   may be delivered, or a failure reported, twice; never not at all.
+# - Mail for a few mailboxes here has no file here: it is written straight into them before its
+#   250, if the courier makes that durable (a Maildir), it is small, and nobody asked to hear of
+#   success. For one recipient as for several, a crash before all is synced leaves none, some or
+#   all of them with it, and a client without its 250, which sends it again; later, nothing is
+#   owed. If some cannot have it, it goes into new with a journal of who has it, in one write,
+#   and the rest is attempted from there; if that fails too, it is refused for now, and comes
+#   again. So after a crash or a refusal it may arrive twice; after a 250 it is never lost.
+# - A notification is in the queue, or delivered, before the failure that it reports is written
+#   down, and a file is removed only when nothing in it is owed any more. So after a crash a
+#   message may be delivered, or a failure reported, twice; never not at all.
 # - The null reverse-path gets no notifications (RFC 5321, 4.5.5).
 # - Mailboxes, each program and each destination have places of their own, so that nobody
 #   waits for somebody else's slow server or program.
@@ -9351,6 +9548,7 @@ _PIPE_SLOTS = 4  # runs of one command at a time; of the delivery agent, as many
 _LOCAL_BACKLOG = 64  # deliveries here that may wait before their senders are slowed down,
 _CATCH_UP_SECONDS = 2.0  # at most by this for each message
 _CATCH_UP_STEPS = 100
+_DIRECT_RECIPIENTS = 16  # who get a message before its 250; for more that would take too long
 _DISK_SECONDS = 2.0  # how long what was seen of the disk is good enough
 _DELAY_NOTICE_SECONDS = 4 * 3600.0  # after which a sender hears that it takes longer
 _DESTINATION_SLOTS = 5  # attempts at a time for one destination elsewhere
@@ -9529,14 +9727,21 @@ class Queue:
         return self._has_room
 
     async def accept(self, draft: Draft, envelope: Envelope, trace: Mapping[str, str]) -> Item:
-        """Store a message durably and start to deliver it. Raises QueueFull.
+        """Store a message durably and start to deliver it, or deliver it. Raises QueueFull.
 
         `trace` says where it came from: fields of `Events.QUEUED`.
         """
-        routes = self._local_routes(envelope)
+        routes = {
+            self._couriers.route(recipient.destination) for recipient in envelope.final_recipients
+        }
+        direct = draft.in_memory and self._is_direct(routes, envelope)
+        item = Item(envelope, draft.message(envelope.prefix) if direct else Message(b"", "", 0))
         try:
             self._check_programs(routes)
-            message = await draft.store(envelope)
+            sent = await self._deliver_directly(item) if direct else []
+            if len(sent) < len(item.recipients):
+                journal = item.journal_line(self._loop.clock.time()) if sent else b""
+                item.message = await draft.store(envelope, journal)
         except OSError as error:
             draft.discard()
             self._log.error("queue", f"a message cannot be stored: {reason(error)}")
@@ -9544,7 +9749,6 @@ class Queue:
         except BaseException:
             draft.discard()
             raise
-        item = Item(envelope, message)
         originals = dict.fromkeys(recipient.original for recipient in envelope.final_recipients)
         self._log.count(Metrics.MESSAGES, "queued")
         self._log.event(
@@ -9552,19 +9756,39 @@ class Queue:
             id=item.id,
             from_=envelope.sender,
             to=originals,
-            size=message.size,
+            size=item.message.size,
             **trace,
         )
-        self._start(item)
-        await self._let_deliveries_catch_up(routes)
+        for recipient in sent:
+            self._tell(item, recipient, RouteKind.LOCAL, envelope.sender)
+        if len(sent) == len(item.recipients):
+            draft.discard()
+            self._log.event(Events.DONE, id=item.id, attempts=1)
+        else:
+            self._start(item)
+            await self._let_deliveries_catch_up(routes)
         return item
 
-    def _local_routes(self, envelope: Envelope) -> set[Route]:
-        routes = {
-            self._couriers.route(final_recipient.destination)
-            for final_recipient in envelope.final_recipients
-        }
-        return {route for route in routes if route.local}
+    @staticmethod
+    def _is_direct(routes: Iterable[Route], envelope: Envelope) -> bool:
+        """Tell whether all recipients are a few mailboxes, and nobody is to hear of success."""
+        recipients = envelope.final_recipients
+        if len(recipients) > _DIRECT_RECIPIENTS or not all(route.durable for route in routes):
+            return False
+        return not any(recipient.dsn.wants(Notify.SUCCESS) for recipient in recipients)
+
+    async def _deliver_directly(self, item: Item) -> list[Recipient]:
+        """Deliver to mailboxes here, before the message is in the queue; return who has it."""
+        route = self._couriers.route(item.recipients[0].destination)
+        delivery = self._delivery(item, item.recipients, item.envelope.sender)
+        found = await self._results(item, route.courier, delivery)
+        sent = []
+        for recipient in item.recipients:
+            result = found[recipient.destination]
+            if result.state == State.SENT:  # any other is found out anew by the queue
+                recipient.result = result
+                sent.append(recipient)
+        return sent
 
     def _check_programs(self, routes: Iterable[Route]) -> None:
         """Raise QueueFull while half of the queue waits for a program that is asked for."""
@@ -9579,7 +9803,7 @@ class Queue:
         """
         most = min(_LOCAL_BACKLOG, self._settings.limit)
         for _ in range(_CATCH_UP_STEPS):
-            if all(self._under_way[route.key] < most for route in routes):
+            if all(self._under_way[route.key] < most for route in routes if route.local):
                 return
             await self._loop.sleep(_CATCH_UP_SECONDS / _CATCH_UP_STEPS)
 
@@ -9708,9 +9932,20 @@ class Queue:
 
     async def _deliver(self, item: Item, group: list[Recipient]) -> None:
         route = self._couriers.route(group[0].destination, item.attempts)
-        envelope = item.envelope
         sender = self._sender_for(item, group[0])
-        delivery = Delivery(
+        delivery = self._delivery(item, group, sender)
+        async with self._places(route):
+            found = await self._results(item, route.courier, delivery)
+        for recipient in group:
+            result = found[recipient.destination]
+            if sender != item.envelope.sender:  # who stands in for the sender would hear of it
+                result = result._replace(passed_on=False)
+            recipient.result = result
+            self._tell(item, recipient, route.key[0], sender)
+
+    def _delivery(self, item: Item, group: Sequence[Recipient], sender: str) -> Delivery:
+        envelope = item.envelope
+        return Delivery(
             item.id,
             sender,
             item.message,
@@ -9723,31 +9958,34 @@ class Queue:
             envid=envelope.envid,
             dsn_parameters=self._dsn_by_destination(group, sender == envelope.sender),
         )
-        destinations = list(dict.fromkeys(recipient.destination for recipient in group))
-        async with self._places(route):
-            try:
-                results = await route.courier.deliver(delivery, destinations)
-            except Exception as error:  # a fault of ours must not lose the message
-                self._log.crash(f"delivery of {item.id}", error)
-                failure = Result(State.DEFERRED, "4.3.0", "an internal error; the log has more")
-                results = [failure] * len(destinations)
-        found = dict(zip(destinations, results, strict=True))
-        for recipient in group:
-            result = found[recipient.destination]
-            if sender != envelope.sender:  # who stands in for the sender would hear of it
-                result = result._replace(passed_on=False)
-            recipient.result = result
-            self._log.count(Metrics.DELIVERIES, route.key[0], result.state)
-            self._log.event(
-                _RESULT_EVENTS[result.state],
-                id=item.id,
-                from_=sender,
-                to=recipient.destination.value,
-                route=route.key[0],
-                status=result.status,
-                text=result.text,
-            )
-            self._on_result(item, recipient)
+
+    async def _results(
+        self, item: Item, courier: Courier, delivery: Delivery
+    ) -> dict[Destination, Result]:
+        """Return what became of each destination of a delivery."""
+        destinations = list(delivery.dsn_parameters)
+        try:
+            results = await courier.deliver(delivery, destinations)
+        except Exception as error:  # a fault of ours must not lose the message
+            self._log.crash(f"delivery of {item.id}", error)
+            failure = Result(State.DEFERRED, "4.3.0", "an internal error; the log has more")
+            results = [failure] * len(destinations)
+        return dict(zip(destinations, results, strict=True))
+
+    def _tell(self, item: Item, recipient: Recipient, kind: RouteKind, sender: str) -> None:
+        """Count and log what became of a recipient, and pass it on."""
+        result = recipient.result
+        self._log.count(Metrics.DELIVERIES, kind, result.state)
+        self._log.event(
+            _RESULT_EVENTS[result.state],
+            id=item.id,
+            from_=sender,
+            to=recipient.destination.value,
+            route=kind,
+            status=result.status,
+            text=result.text,
+        )
+        self._on_result(item, recipient)
 
     @staticmethod
     def _dsn_by_destination(
@@ -10564,10 +10802,6 @@ class Hook(Protocol):
     ) -> Reply | None: ...
 
 
-async def _no_hook(session: Session, stage: str, argument: str, act: _Act) -> Reply | None:
-    return await act()
-
-
 class Session:
     """One connection, from the greeting to its end."""
 
@@ -10580,7 +10814,7 @@ class Session:
         port: Port,
         peer: str,
         user: str = "",
-        hook: Hook = _no_hook,
+        hook: Hook | None = None,
     ) -> None:
         self.id = new_id()
         self.peer = peer
@@ -10598,6 +10832,7 @@ class Session:
         self._hello = ""
         self._extended = False
         self._user = user  # who has logged in, as an address; or the host's user
+        self._client: ClientInfo | None = None  # all that, until it changes
         self._verb = ""
         self._closing = False
         self._errors = 0
@@ -10637,15 +10872,17 @@ class Session:
     @property
     def client(self) -> ClientInfo:
         """Who is at the other end, as far as is known now."""
-        return ClientInfo(
-            self.dialogue,
-            self.port,
-            peer=self.peer,
-            hello=self._hello,
-            extended=self._extended,
-            user=self._user,
-            tls=self.stream.tls_text,
-        )
+        if self._client is None:
+            self._client = ClientInfo(
+                self.dialogue,
+                self.port,
+                peer=self.peer,
+                hello=self._hello,
+                extended=self._extended,
+                user=self._user,
+                tls=self.stream.tls_text,
+            )
+        return self._client
 
     @property
     def phase(self) -> Phase:
@@ -10665,7 +10902,7 @@ class Session:
         """Raises Disconnected, TLSFailed, Expired; and what says that there are too many."""
         limits = self.context.limits
         with self.loop.deadline(CONNECTION_SECONDS), limits.connection(self.peer):
-            greeting = await self._hook(self, "connect", "", self._greet)
+            greeting = await self._staged("connect", "", self._greet)
             if greeting is not None:
                 self.say(greeting)
             while not self._closing:
@@ -10720,7 +10957,11 @@ class Session:
             raise Refused(Reply(501, "5.5.4", f"{verb} takes no argument"))
         if command.argument == "required" and not argument:
             raise Refused(Reply(501, "5.5.4", f"expected {command.help}"))
-        return await self._hook(self, verb, argument, lambda: command.action(self, argument))
+        return await self._staged(verb, argument, lambda: command.action(self, argument))
+
+    def _staged(self, stage: str, argument: str, act: _Act) -> Awaitable[Reply | None]:
+        """Return what `act` does at this stage, or what stands between us and the client."""
+        return act() if self._hook is None else self._hook(self, stage, argument, act)
 
     def _reply_to(self, error: Exception) -> Reply:
         """Return the reply that a failure becomes (RFC 5321, 4.2 and 4.3.2).
@@ -10785,7 +11026,7 @@ class Session:
     def say(self, reply: Reply) -> None:
         """Write a reply, which is sent with the next wait for input, and note it."""
         self._closing = self._closing or reply.close
-        self.dialogue.add("S", str(reply))
+        self.dialogue.add("S", reply)
         self.stream.write(reply.encode())
 
     async def discard_chunk(self, size: int) -> None:
@@ -10837,6 +11078,7 @@ class Session:
         self._reset()
         self._hello = name
         self._extended = extended
+        self._client = None
 
     async def _starttls(self, argument: str) -> None:
         if self.stream.tls is not None:
@@ -10854,6 +11096,7 @@ class Session:
         self._reset()
         self._hello = ""
         self._extended = False
+        self._client = None
 
     # --- AUTH ---
 
@@ -10900,6 +11143,7 @@ class Session:
         self.context.log.count(Metrics.LOGINS, "succeeded")
         self.event(Events.LOGIN, user=login.address)
         self._user = login.address
+        self._client = None
         return Reply(235, "2.7.0", "Authentication succeeded")
 
     # --- MAIL and RCPT ---
@@ -10937,7 +11181,7 @@ class Session:
 
     @staticmethod
     def _check_utf8(address: str, smtputf8: bool) -> None:
-        if not smtputf8 and not split_address(address)[0].isascii():
+        if not (smtputf8 or address.isascii() or split_address(address)[0].isascii()):
             text = "an internationalised address needs the parameter SMTPUTF8 of MAIL"
             raise Refused(Reply(553, "5.6.7", text))
 
@@ -11009,7 +11253,7 @@ class Session:
             if transaction.failure is not None:
                 raise transaction.failure
             accept = functools.partial(self._receiver.accept, self.client, transaction)
-            reply = await self._hook(self, "message", "", accept)
+            reply = await self._staged("message", "", accept)
             if reply is not None:
                 self.dialogue.outcome = reply.text
             return reply
@@ -11049,18 +11293,18 @@ class _Command(NamedTuple):
     """A row of the command table; `argument` is "none", "optional" or "required"."""
 
     action: Callable[[Session, str], Awaitable[Reply | None]]
-    phases: frozenset[Phase]
+    phases: tuple[Phase, ...]
     argument: str
     help: str
 
 
-_ANY = frozenset(Phase)
-_GREETED = frozenset((Phase.GREETED,))
-_NOT_IN_CHUNKS = _ANY - {Phase.CHUNKS}
+_ANY = tuple(Phase)
+_GREETED = (Phase.GREETED,)
+_NOT_IN_CHUNKS = (Phase.GREETED, Phase.MAIL, Phase.RECIPIENTS)
 _COMMANDS: dict[str, _Command] = {
     "HELO": _Command(Session._helo, _ANY, "required", "HELO host"),
     "EHLO": _Command(Session._ehlo, _ANY, "required", "EHLO host"),
-    "STARTTLS": _Command(Session._starttls, _NOT_IN_CHUNKS - {Phase.CONNECTED}, "none", "STARTTLS"),
+    "STARTTLS": _Command(Session._starttls, _NOT_IN_CHUNKS, "none", "STARTTLS"),
     "AUTH": _Command(Session._auth, _GREETED, "required", "AUTH PLAIN|LOGIN [initial response]"),
     "MAIL": _Command(
         Session._mail, _GREETED, "required",
@@ -11068,10 +11312,10 @@ _COMMANDS: dict[str, _Command] = {
         "[RET=FULL|HDRS] [ENVID=id]",
     ),
     "RCPT": _Command(
-        Session._rcpt, frozenset((Phase.MAIL, Phase.RECIPIENTS)), "required",
+        Session._rcpt, (Phase.MAIL, Phase.RECIPIENTS), "required",
         "RCPT TO:<address> [NOTIFY=NEVER|SUCCESS,FAILURE,DELAY] [ORCPT=type;address]",
     ),
-    "DATA": _Command(Session._data, frozenset((Phase.RECIPIENTS,)), "none", "DATA"),
+    "DATA": _Command(Session._data, (Phase.RECIPIENTS,), "none", "DATA"),
     "BDAT": _Command(Session._bdat, _ANY, "required", "BDAT octets [LAST]"),
     "RSET": _Command(Session._rset, _ANY, "none", "RSET"),
     "NOOP": _Command(Session._noop, _ANY, "optional", "NOOP"),
@@ -11102,10 +11346,12 @@ _COMMANDS: dict[str, _Command] = {
 _FROM_LIMIT = 8192  # octets of a From field
 _AUTH_SECONDS = 0.5  # a login that fails takes at least this long
 _PASSWORD_SLOTS = 2  # passwords checked at a time; each takes a processor
+_LOGIN_KNOWN_SECONDS = 600.0  # for which a login that succeeded is known: with our users,
+_DOVECOT_KNOWN_SECONDS = 60.0  # and with Dovecot's, of whose changes nobody tells us
 
 
 class MailReceiver:
-    """What the mail server does with mail. The daemon replaces `accounts` and `aliases`."""
+    """What the mail server does with mail."""
 
     def __init__(
         self,
@@ -11138,6 +11384,12 @@ class MailReceiver:
         self._levels = levels
         self._dovecot = dovecot
         self._password_slots = Slots(loop, _PASSWORD_SLOTS)
+        self._logins = Logins(loop)
+
+    def take_over(self, accounts: Accounts, aliases: Aliases) -> None:
+        """From now on, know these users and aliases."""
+        self.accounts, self.aliases = accounts, aliases
+        self._logins.forget()
 
     def extensions(self, client: ClientInfo) -> list[str]:
         """See `Receiver`. Logins need TLS (RFC 4954, 4; RFC 8314, 3.3)."""
@@ -11149,7 +11401,9 @@ class MailReceiver:
         """See `Receiver`. Raises RateExceeded, TemporaryFailure."""
         limits = self.limits
         limits.check_login(client.peer)
-        address = await self._find_user(client, login, password)
+        address = await self._logins.find(
+            login, password, lambda: self._find_user(client, login, password)
+        )
         if address is not None:
             limits.login_succeeded(address)
             return Login(address)
@@ -11157,8 +11411,10 @@ class MailReceiver:
         late = limits.login_failed(client.peer, name, self._may_know(name))
         return Login(None, max(_AUTH_SECONDS, late))
 
-    async def _find_user(self, client: ClientInfo, given: str, password: bytes) -> str | None:
-        """Return the address behind a login if `password` fits, else None.
+    async def _find_user(
+        self, client: ClientInfo, given: str, password: bytes
+    ) -> tuple[str | None, float]:
+        """Return the address behind a login if `password` fits, else None; and for how long.
 
         The users of the files come first, then Dovecot. Raises TemporaryFailure.
         """
@@ -11167,17 +11423,19 @@ class MailReceiver:
             self.limits.check_login(client.peer)  # others may have failed while we waited
             address = await self.loop.work(lambda: accounts.authenticate(login, password))
         if address is not None or self._dovecot is None:
-            return address
+            return address, _LOGIN_KNOWN_SECONDS
         try:
             address = normalize_address(login)
         except ValueError:
-            return None
+            return None, 0.0
         user, domain = split_address(address)
         full = "@" in given  # or the domain is the host's own, perhaps, served or not
         if accounts.exists(user, domain) or (full and not self.aliases.is_local(domain)):
-            return None  # of whom the files know, they have the last word
+            return None, 0.0  # of whom the files know, they have the last word
         name = address if full else given
-        return address if await self._dovecot.authenticate(name, password) else None
+        if not await self._dovecot.authenticate(name, password):
+            return None, 0.0
+        return address, _DOVECOT_KNOWN_SECONDS
 
     def _may_know(self, login: str) -> bool:
         """Tell whether there may be a user of that name: Dovecot is not asked."""
@@ -11324,23 +11582,25 @@ class MailReceiver:
         return Reply(250, "2.0.0", f"OK: queued as {draft.id}")
 
 
-def check_header(block: bytes, max_received: int, one_author: bool) -> list[Field]:
-    """Return the fields of a header block. Raises Refused if it is not sane.
+def check_header(
+    parse: Callable[[], list[Field]], max_received: int, one_author: bool
+) -> list[Field]:
+    """Return the fields of a header, as `parse` returns them. Raises Refused if it is not sane.
 
     That is a line which is no field (RFC 5322, 2.2), more than `max_received` hops (RFC 5321,
     6.3), or, if `one_author`, a second From field (RFC 5322, 3.6): which of them a reader shows
     is anybody's guess.
     """
     try:
-        fields = header_fields(block)
+        fields = parse()
     except ValueError as error:
         text = f"the header holds a line that is no field: {error}"
         raise Refused(Reply(554, "5.6.0", text)) from None
-    names = collections.Counter(field.name for field in fields)
-    if names["received"] > max_received:
+    names = [field.name for field in fields]
+    if names.count("received") > max_received:
         text = "Too many hops: the message may be in a loop"
         raise Refused(Reply(554, "5.4.6", text))
-    if names["from"] > 1 and one_author:
+    if names.count("from") > 1 and one_author:
         raise Refused(Reply(554, "5.6.0", "the header has more than one From field"))
     return fields
 
@@ -11359,7 +11619,7 @@ class _Judgement:
         self._dmarc = "none"
         config = receiver.config
         self._header = draft.complete()
-        self._fields = check_header(self._header, config.max_received_headers, not client.user)
+        self._fields = check_header(draft.fields, config.max_received_headers, not client.user)
 
     async def judge(self) -> tuple[Envelope, dict[str, str]]:
         """Return the envelope, and where the message came from, for the log. Raises Refused."""
@@ -11372,12 +11632,13 @@ class _Judgement:
         else:
             prefix, junk = await self._verify()
             prefix += received
-        added = await self._show_to_hook(prefix)
-        prefix = added + prefix
-        junk = junk or any(
-            field.name == "x-spam-flag" and field.value.strip().upper() == b"YES"
-            for field in header_fields(added)
-        )
+        if self._receiver.hooks.has("post-data"):
+            added = await self._show_to_hook(prefix)
+            prefix = added + prefix
+            junk = junk or any(
+                field.name == "x-spam-flag" and field.value.strip().upper() == b"YES"
+                for field in header_fields(added)
+            )
         required = [field.value.strip().lower() for field in fields if field.name == "tls-required"]
         envelope = Envelope(
             draft.id,
@@ -12226,11 +12487,12 @@ def listen(host: str, port: int, *, once: bool = False) -> list[socket.socket]:
     if type(port) is not int or not 0 <= port <= 65535:
         text = "the port must be a number from 0 to 65535"
         raise ChasquidError(f"{place} is no address to listen at: {text}")
+    name = host.encode() if host.isascii() else host  # for any str, Python loads its IDNA codec
     try:
         found: list[Any] = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            name or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-    except (OSError, UnicodeError) as error:
+    except (OSError, ValueError) as error:
         raise ChasquidError(f"{place} is no address to listen at: {reason(error)}") from error
     six = [entry for entry in found if entry[0] == socket.AF_INET6]
     if not host and six:
@@ -13606,9 +13868,11 @@ def ask_running_server(data_dir: str, command: str, argument: str) -> list[str] 
 
 
 def _program_address(data_dir: str) -> str:
-    if sys.platform == "linux":
-        return f"\0chasquid-{short_hash(os.path.abspath(data_dir))}"
-    return os.path.join(data_dir, "sendmail")
+    path = os.path.abspath(data_dir)
+    if sys.platform != "linux":
+        return os.path.join(path, "sendmail")
+    short = len(os.fsencode(path)) < _UNIX_PATH_LIMIT - len("\0chasquid:")
+    return f"\0chasquid:{path if short else short_hash(path)}"
 
 
 class ProgramSocket:
@@ -13720,14 +13984,22 @@ _DAY = 86400.0
 _EXAMINE_AFTER = 60.0  # seconds; the network may come up later than we do
 # Everything that is imported when it is first used; see `load_modules`.
 _LATE_MODULES = (
-    "base64", "difflib", "dns.asyncresolver", "dns.rcode", "encodings.ascii", "fcntl", "hashlib",
-    "hmac", "http.client", "idna", "idna.uts46data", "io", "ipaddress", "precis_i18n.profile",
-    "pwd", "resource", "shlex", "shutil", "subprocess", "tempfile", "unicodedata",
+    "base64", "difflib", "dns.asyncresolver", "dns.rcode", "encodings.ascii", "encodings.idna",
+    "fcntl", "hashlib", "hmac", "http.client", "idna", "idna.uts46data", "io", "ipaddress",
+    "precis_i18n.profile", "pwd", "resource", "shlex", "shutil", "subprocess", "tempfile",
+    "unicodedata",
     "calendar", "ctypes", "dns.query", "dns.resolver",  # for the daily check
 )  # fmt: skip
 DOMAIN_INFO_DIRECTORY = "domaininfo"  # below data_dir
 DOMAIN_FORGOTTEN = "what was seen of {} is forgotten"
 DOMAIN_UNKNOWN = "nothing was known of {}"
+
+
+def load_late_modules() -> None:
+    """Load what a server would import when it is first used. Raises ChasquidError."""
+    load_modules(_LATE_MODULES)
+    load_spf()
+    load_dkim()
 
 
 def random_fraction() -> float:
@@ -13867,7 +14139,7 @@ class Daemon:
     """One server: made from a configuration, run by `run`, ended by `stop`.
 
     Sockets are bound when it is made, so that their numbers are known. Unless it is to
-    `deliver`, it takes mail into the queue, and leaves that alone. Raises ConfigError.
+    `deliver`, it attempts nothing of what is in the queue. Raises ConfigError.
     """
 
     def __init__(
@@ -13946,15 +14218,18 @@ class Daemon:
         programs = Programs(loop, spawn)
         hooks = Hooks(programs, self.log, config.config_dir)
         self._dovecot = self._ask_dovecot()
+        self._hooks = hooks
         self._lookups = ExternalLookups(
             hooks.alias_destinations, self._dovecot.exists if self._dovecot else None
         )
+        local = self._local_courier(programs)
         couriers = Couriers(
-            self._local_courier(programs),
+            local,
             PipeCourier(programs),
             remote or self._smtp_courier(random),
             is_local=self._is_local,
             smarthost=None if remote else self._smarthost(),
+            durable=isinstance(local, MaildirCourier),
         )
         self.queue = Queue(
             loop,
@@ -14224,8 +14499,10 @@ class Daemon:
     async def _expand(self, address: str) -> list[Destination]:
         """Return the final recipients of `address`; the log names those that are nobody's."""
         unknown: list[str] = []
+        elsewhere = self._dovecot is not None or self._hooks.has("alias-resolve")
+        lookups = self._lookups if elsewhere else NOBODY
         try:
-            return await self._domains.aliases.expand_with(self._lookups, address, unknown)
+            return await self._domains.aliases.expand_with(lookups, address, unknown)
         except NoSuchUser as error:
             unknown += error.unknown
             raise
@@ -14308,8 +14585,8 @@ class Daemon:
         await self.loop.work(self._load_libraries)
         if self._acme is not None:
             tasks.append(self.loop.spawn(self._acme.run(), "ACME"))
-        self.log.event(Events.READY)
         on_ready()
+        self.log.event(Events.READY)
         notify_systemd("READY=1")
         await self._stopping.wait()
         notify_systemd("STOPPING=1")
@@ -14473,8 +14750,7 @@ class Daemon:
 
     def _take_over(self, domains: Domains, certificates: Certificates) -> None:
         self._domains, self._certificates = domains, certificates
-        self._receiver.accounts = domains.accounts
-        self._receiver.aliases = domains.aliases
+        self._receiver.take_over(domains.accounts, domains.aliases)
         self._signer.keys, self._signer.broken = domains.keys, domains.broken
         if certificates.default is not None:
             self._context.tls_context = certificates.default
@@ -14537,10 +14813,14 @@ class _Requests:
             "queue-bounce": self._queue_bounce,
             "domaininfo-remove": self._domaininfo_remove,
             "reload": self._reload,
+            "version": self._version,
             "sessions": self._sessions,
         }
 
-    async def _sessions(self, _: str) -> list[str]:
+    async def _version(self, about: str) -> list[str]:
+        return [__version__]
+
+    async def _sessions(self, about: str) -> list[str]:
         """Return port and peer of each recent session, the last one last."""
         return [f"{dialogue.port} {dialogue.peer}" for dialogue in self._daemon.log.dialogues]
 
@@ -14609,7 +14889,8 @@ def notify_systemd(state: str) -> None:
 #
 # - The message is completed, then said to the server in SMTP, by the socket of CONTROL. So
 #   it goes the way of all mail, and a 250 means the same.
-# - Without a server, one lives for this message alone, and takes it into the queue.
+# - Without a server, one lives for this message alone: what is for mailboxes here is
+#   delivered, and all else is in the queue then.
 # - A message goes to all its recipients or to none, and the exit status says which.
 #
 # The options are those of Postfix's and Exim's sendmail, as far as programs use them.
@@ -14883,9 +15164,13 @@ def hand_over(connected: socket.socket, letter: Letter) -> str:
             dialogue.reply()
             dialogue.say(b"EHLO localhost\r\n")
             said = ""
-            for start in range(0, len(letter.recipients), RECIPIENT_LIMIT):
-                some = letter.recipients[start : start + RECIPIENT_LIMIT]
-                said = _send_one(dialogue, letter._replace(recipients=some))
+            try:
+                for start in range(0, len(letter.recipients), RECIPIENT_LIMIT):
+                    some = letter.recipients[start : start + RECIPIENT_LIMIT]
+                    said = _send_one(dialogue, letter._replace(recipients=some))
+            finally:
+                with contextlib.suppress(OSError, NotSent):  # what counts is said already
+                    dialogue.say(b"QUIT\r\n")
             return said
     except OSError as error:
         raise NotNow(f"the server cannot be reached: {reason(error)}") from error
@@ -14930,14 +15215,17 @@ def _put_into_queue(config: Config, letter: Letter) -> str:
 
     So the message is judged, signed and written as any other. Raises ChasquidError.
     """
+    load_late_modules()  # whom we become may not be able to read them
     _become_owner(config.data_dir)
     for place in Place:
         make_directory(os.path.join(config.data_dir, "queue", place))
     os.environ.pop("NOTIFY_SOCKET", None)  # of whoever calls us
-    closed = config._replace(
-        smtp_address=(), submission_address=(), submission_over_tls_address=(),
-        monitoring_address="", log_path=os.devnull,
-    )  # fmt: skip
+    nowhere: dict[str, Any] = {
+        key: type(value)()
+        for key, value in config._asdict().items()
+        if key.endswith("_address") and key != "lmtp_address"
+    }
+    closed = config._replace(log_path=os.devnull, acme=False, **nowhere)
     daemon = Daemon(closed, deliver=False)
     outcome: list[str | ChasquidError] = []
 
@@ -14961,18 +15249,999 @@ def _put_into_queue(config: Config, letter: Letter) -> str:
 
 def _become_owner(data_dir: str) -> None:
     """As root, become the server's user, or it could not read what we write. Raises NotSent."""
+    import pwd  # only here
+
     try:
         owner = os.stat(data_dir)
     except OSError as error:
         text = f"no server is running, and there is no queue: {reason(error)}"
         raise NotSent(text, os.EX_TEMPFAIL) from None
     if os.geteuid() == 0 and owner.st_uid:
-        os.setgroups([owner.st_gid])
+        try:
+            os.initgroups(pwd.getpwuid(owner.st_uid).pw_name, owner.st_gid)
+        except KeyError:
+            os.setgroups([owner.st_gid])
         os.setgid(owner.st_gid)
         os.setuid(owner.st_uid)
     elif os.geteuid() != owner.st_uid:
         text = "no server is running, and only root and its user can reach the queue"
         raise NotSent(text, os.EX_TEMPFAIL)
+
+
+# ======================================================================================
+# ROOM: UPKEEP
+#
+# What the owner does to a whole server from outside: another version of the program, a copy of
+# all that it needs, and a server made from such a copy.
+#
+# - Versions lie side by side, each under its version and a hash of its octets, and a link says
+#   which one runs. So going back is a rename, as is going on.
+# - A new version must find this configuration right before anything is changed, and must
+#   answer on its control socket; else the link goes back.
+# - A backup is a tar of regular files and directories: config/… and data/…, and mail/… if that
+#   is wanted; first `chasquid.json`, which says what it is, and last `complete`, without which
+#   it was cut short. It is taken while the server runs: what is in the queue is a file that
+#   only grows, and one that goes away meanwhile was delivered.
+# - What comes out of a backup replaces nothing that is there.
+#
+# The mailboxes are the directories that `maildir` can mean. What users and aliases of another
+# server become belongs to IMPORT.
+# ======================================================================================
+
+_UP_SECONDS = 30.0  # in which a new version must answer
+_RESTART_SECONDS = 90.0  # of which the old one may take 30 to end
+_CHECK_SECONDS = 60.0
+
+
+class ProgramPlaces(NamedTuple):
+    """Where the versions of the program are, and the link that says which one runs."""
+
+    library: str = "/usr/local/lib/chasquid"
+    link: str = "/usr/local/bin/chasquid"
+
+
+USUAL_PLACES = ProgramPlaces()
+
+
+def archive_version(path: str) -> str:
+    """Return the version of the archive at `path`. Raises ChasquidError if it is none of ours."""
+    import zipfile  # only here
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if match := re.fullmatch(r"chasquid-([\w.+]+)\.dist-info/METADATA", name):
+                    return match[1]
+    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+        text = f"{path}: expected an archive of chasquid, such as chasquid.pyz"
+        raise ChasquidError(f"{text}: {reason(error)}") from error
+    raise ChasquidError(f"{path}: expected an archive of chasquid; this is another one")
+
+
+def install_archive(archive: str, places: ProgramPlaces = USUAL_PLACES) -> str:
+    """Copy an archive to library/chasquid-VERSION-HASH8.pyz, durably; return that path.
+
+    If it is there, it is left alone; the link is not touched. Raises ChasquidError.
+    """
+    import hashlib  # only here
+
+    version, data = archive_version(archive), read_file(archive)
+    name = f"chasquid-{version}-{hashlib.sha256(data).hexdigest()[:8]}.pyz"
+    path = os.path.join(places.library, name)
+    try:
+        if read_file(path, missing=b"") != data:
+            make_directory(places.library, 0o755)
+            os.chmod(places.library, 0o755)
+            replace_durably(path, data, 0o755)
+    except OSError as error:
+        raise ChasquidError(f"{path} cannot be written: {reason(error)}; run it as root") from error
+    return path
+
+
+def point_link(link: str, target: str) -> None:
+    """Have `link` point to `target`, whatever it was before, in one step. Raises ChasquidError."""
+    temporary = os.path.join(os.path.dirname(link), f".{new_id()}.tmp")
+    try:
+        make_directory(os.path.dirname(link), 0o755)
+        os.symlink(target, temporary)
+        move_synced(temporary, link)
+    except OSError as error:
+        discard_names(temporary)
+        raise ChasquidError(f"{link} cannot be made: {reason(error)}; run it as root") from error
+
+
+class Service(Protocol):
+    """What starts and ends the server."""
+
+    def is_active(self) -> bool:
+        """Tell whether it has started the server."""
+
+    def restart(self) -> None:
+        """End the server and start it anew. Raises ChasquidError."""
+
+
+class SystemdService:
+    """The unit chasquid.service."""
+
+    _UNIT = "chasquid.service"
+
+    def is_active(self) -> bool:
+        """See `Service`."""
+        return self._ask("is-active", "--quiet") == 0
+
+    def restart(self) -> None:
+        """See `Service`."""
+        self._ask("reset-failed")
+        if self._ask("restart") != 0:
+            text = "the server does not start; its log says why: journalctl -u chasquid -n 20"
+            raise ChasquidError(text)
+
+    def _ask(self, *words: str) -> int:
+        """Return the exit status of systemctl, -1 if it takes too long. Raises ChasquidError."""
+        import subprocess  # only here
+
+        command = ["systemctl", *words, self._UNIT]
+        try:
+            done = subprocess.run(command, capture_output=True, timeout=_RESTART_SECONDS)
+        except subprocess.TimeoutExpired:
+            return -1
+        except OSError as error:
+            raise ChasquidError(f"systemctl cannot be run: {reason(error)}") from error
+        return done.returncode
+
+
+def running_version(data_dir: str) -> str | None:
+    """Return the version of the running server, None if none is running.
+
+    It is "an older version" if it cannot say, "a server" if we may not ask.
+    """
+    try:
+        answer = ask_running_server(data_dir, "version", "")
+    except ChasquidError as error:
+        return "an older version" if "not understood" in str(error) else "a server"
+    return None if answer is None else answer[0]
+
+
+class Upgrade:
+    """Puts another version in the place of the one that runs, and goes back if it does not run.
+
+    `service` is None if nothing that we know starts the server; `check` are the words by which
+    an archive checks the configuration.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        check: Sequence[str],
+        service: Service | None,
+        *,
+        places: ProgramPlaces = USUAL_PLACES,
+        running: Callable[[str], str | None] = running_version,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._data_dir = config.data_dir
+        self._check = check
+        self._service = service
+        self._places = places
+        self._running = running
+        self._sleep = sleep
+
+    def run(self, archive: str) -> Iterator[str]:
+        """Do it, and yield a line for each step that is done. Raises ChasquidError."""
+        self._have_checked(archive)
+        yield "the new version finds the configuration right"
+        before = self._installed()
+        after = install_archive(archive, self._places)
+        version = archive_version(after)
+        if before == after and os.path.islink(self._places.link):
+            yield f"{after} is installed already"
+            return
+        point_link(self._places.link, after)
+        yield f"{self._places.link} is {after} now"
+        if self._service is not None and self._service.is_active():
+            self._restart(version, before)
+            yield f"the server runs as version {version}"
+        else:
+            yield from self._what_is_left(before)
+
+    def _have_checked(self, archive: str) -> None:
+        """Have the archive itself check the configuration. Raises ChasquidError."""
+        import subprocess  # only here
+
+        archive_version(archive)
+        command = [sys.executable, os.path.abspath(archive), *self._check]
+        try:
+            done = subprocess.run(command, capture_output=True, timeout=_CHECK_SECONDS)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise ChasquidError(f"{archive} cannot be run: {reason(error)}") from error
+        if done.returncode:
+            lines = (done.stdout + done.stderr).decode("utf-8", "replace").strip().splitlines()
+            said = "\n  ".join(printable(line) for line in lines[-20:])
+            raise ChasquidError(f"nothing was changed: {archive} says\n  {said}")
+
+    def _installed(self) -> str:
+        """Return what the link points to, "" if there is none; a plain file becomes a version."""
+        link = self._places.link
+        if os.path.islink(link) or not os.path.exists(link):
+            return os.path.realpath(link) if os.path.exists(link) else ""
+        return install_archive(link, self._places)
+
+    def _restart(self, version: str, before: str) -> None:
+        """Raises ChasquidError when the old version is back."""
+        assert self._service is not None
+        try:
+            self._service.restart()
+            self._wait_until_up(version)
+        except ChasquidError as error:
+            if not before:
+                raise
+            point_link(self._places.link, before)
+            self._service.restart()
+            self._wait_until_up("")
+            raise ChasquidError(f"{error}\nThe old version, {before}, runs again") from error
+
+    def _wait_until_up(self, version: str) -> None:
+        """Wait until a server answers that is of this version, if one is named."""
+        found = None
+        for _ in range(int(_UP_SECONDS / 0.5)):
+            found = self._running(self._data_dir)
+            if found is not None and found in (version or found, "a server"):
+                return
+            self._sleep(0.5)
+        if found is None:
+            raise ChasquidError(f"the server does not answer within {_UP_SECONDS:g} seconds")
+        text = f"version {version} was to run, but the server is {found}"
+        raise ChasquidError(f"{text}: does its unit start {self._places.link}?")
+
+    def _what_is_left(self, before: str) -> Iterator[str]:
+        running = self._running(self._data_dir)
+        if running is None:
+            yield "no server is running; the new version runs when it is started"
+        else:
+            yield f"the server that runs is still {running}: end it, and start it anew"
+        if before:
+            yield f"to go back: ln -sfn {before} {self._places.link}"
+
+
+# --- backup ---
+
+_BACKUP_VERSION = 1
+_NOT_KEPT = ("lock", "control", "sendmail", "journal", "queue/tmp")  # below data_dir
+
+
+def _maildir_pattern(config: Config) -> tuple[str, str]:
+    """Return the directory that all Maildirs are in, and the pattern (of glob) of each."""
+    import glob  # only here
+
+    template = config.maildir.replace("%data_dir%", config.data_dir)
+    top = os.path.dirname(template.partition("%to")[0])
+    return top, re.sub(r"%to(_user|_domain)?%", "*", glob.escape(template))
+
+
+def _below(top: str, name: str, leave: Container[str], follow: bool) -> Iterator[tuple[str, str]]:
+    """Yield the directory `top` and all in it, each with its name in the backup.
+
+    Of a Maildir and of the queue, new comes before cur: what moves meanwhile is seen.
+    With `follow`, links are what they point to; a directory within itself is left out.
+    """
+    pending: list[tuple[str, str, tuple[str, ...]]] = [(top, name, (os.path.realpath(top),))]
+    while pending:
+        path, shown, above = pending.pop()
+        yield path, shown
+        try:
+            entries = sorted(os.listdir(path), reverse=True)
+        except FileNotFoundError:
+            continue
+        inner = []
+        for entry in entries:
+            within, real = os.path.join(path, entry), os.path.realpath(os.path.join(path, entry))
+            if within in leave or (os.path.islink(within) and not follow):
+                continue
+            if not os.path.isdir(within):
+                yield within, f"{shown}/{entry}"
+            elif real not in above:
+                inner.append((within, f"{shown}/{entry}", (*above, real)))
+        pending += reversed(inner)
+
+
+class _BackupWriter:
+    """Writes the members of a backup, and counts them by the first part of their names."""
+
+    def __init__(self, tar: TarFile) -> None:
+        self._tar = tar
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def note(self, name: str, text: str) -> None:
+        """Write a member of ours."""
+        import io
+        import tarfile
+
+        info, data = tarfile.TarInfo(name), text.encode()
+        info.size, info.mode, info.mtime = len(data), 0o600, int(time.time())
+        self._tar.addfile(info, io.BytesIO(data))
+
+    def add(self, path: str, name: str) -> None:
+        """Write a directory or a regular file, if it is still there. Raises OSError."""
+        import glob
+
+        try:
+            if os.path.isdir(path):
+                self._tar.addfile(self._tar.gettarinfo(path, name))
+            elif stat.S_ISREG(os.stat(path).st_mode):
+                with open(path, "rb") as file:
+                    self._tar.addfile(self._tar.gettarinfo(arcname=name, fileobj=file), file)
+                    self.counts[name.partition("/")[0]] += 1
+        except FileNotFoundError:
+            # a message of a Maildir that was looked at has another name now
+            base = path.partition(":2,")[0]
+            for again in glob.glob(f"{glob.escape(base)}:2,*") if ":2," in path else ():
+                if again != path:
+                    self.add(again, os.path.join(os.path.dirname(name), os.path.basename(again)))
+
+
+def _kept_files(config: Config, leave: Sequence[str], mail: bool) -> Iterator[tuple[str, str]]:
+    """Yield what belongs into a backup, each with its name there."""
+    import glob
+
+    top, pattern = _maildir_pattern(config)
+    without = {os.path.join(config.data_dir, name) for name in _NOT_KEPT}
+    without |= {*leave, top, config.config_dir, config.data_dir}
+    yield from _below(config.config_dir, "config", without, follow=True)
+    yield from _below(config.data_dir, "data", without, follow=False)
+    for path in sorted(glob.glob(pattern)) if mail and top != config.data_dir else ():
+        if os.path.isdir(os.path.join(path, "cur")):
+            yield from _below(path, f"mail/{os.path.relpath(path, top)}", leave, follow=False)
+
+
+def write_backup(config: Config, stream: IO[bytes], leave: Sequence[str], mail: bool) -> str:
+    """Write a backup to `stream`, without the files `leave`; return what it holds, as a sentence.
+
+    With `mail`, the mailboxes too. Raises ChasquidError.
+    """
+    import tarfile  # only here
+
+    try:
+        with tarfile.open(
+            fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT, dereference=True
+        ) as tar:
+            writer = _BackupWriter(tar)
+            about = {"version": _BACKUP_VERSION, "program": __version__, "host": config.hostname}
+            writer.note("chasquid.json", json.dumps({**about, "time": time.time()}))
+            for path, name in _kept_files(config, leave, mail):
+                writer.add(path, name)
+            writer.note("complete", "")
+    except OSError as error:
+        text = f"the backup cannot be written: {reason(error)}"
+        hint = "; run it as root" if isinstance(error, PermissionError) else ""
+        raise ChasquidError(f"{text}{hint}") from error
+    counts = [f"{plural(writer.counts[part], 'file')} of {part}" for part in ("config", "data")]
+    counts.append(f"{plural(writer.counts['mail'], 'file')} of mail" if mail else "no mailboxes")
+    return ", ".join(counts)
+
+
+def back_up(config: Config, path: str, mail: bool) -> str:
+    """Write a backup to the file `path` (0600), whole or not at all; see `write_backup`.
+
+    Raises ChasquidError.
+    """
+    path = os.path.abspath(path)
+    temporary = os.path.join(os.path.dirname(path), f".{new_id()}.tmp")
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with open(fd, "wb") as file:
+                said = write_backup(config, file, [temporary, path], mail)
+                file.flush()
+                os.fsync(file.fileno())
+            move_synced(temporary, path)
+        except BaseException:
+            discard_names(temporary)
+            raise
+    except OSError as error:
+        raise ChasquidError(f"{path} cannot be written: {reason(error)}") from error
+    return f"{path}: {said}"
+
+
+class _BackupReader:
+    """Reads the members of a backup in their order; what is no backup raises ChasquidError."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def members(self) -> Iterator[tuple[str, TarInfo, IO[bytes] | None]]:
+        """Yield name, description and contents of each but the first and the last.
+
+        The contents are there until the next one is asked for. Raises ChasquidError.
+        """
+        import tarfile
+        import zlib
+
+        try:
+            with tarfile.open(self._path, "r|*") as tar:
+                names = (member for member in tar)
+                first = next(names, None)
+                if first is None or first.name != "chasquid.json":
+                    raise ChasquidError(f"{self._path}: expected a backup of chasquid")
+                file = tar.extractfile(first)
+                self._check_version(file.read(CHUNK) if file else b"")
+                for member in names:
+                    if member.name == "complete":
+                        return
+                    yield member.name, member, tar.extractfile(member) if member.isreg() else None
+        except (tarfile.TarError, EOFError, zlib.error) as error:
+            raise ChasquidError(f"{self._path} is no whole backup: {reason(error)}") from error
+        except OSError as error:
+            raise ChasquidError(f"{self._path} cannot be read: {reason(error)}") from error
+        raise ChasquidError(f"{self._path} is no whole backup: its end is missing")
+
+    def _check_version(self, data: bytes) -> None:
+        try:
+            version = int(json.loads(data)["version"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ChasquidError(f"{self._path}: expected a backup of chasquid") from error
+        if version > _BACKUP_VERSION:
+            raise ChasquidError(f"{self._path}: only a newer chasquid can read it")
+
+
+class _Restore:
+    """Makes files of the members of a backup, below the places of config, data and mail."""
+
+    def __init__(self, path: str, config: Config) -> None:
+        top, _ = _maildir_pattern(config)
+        self._path = path
+        self.places = {"config": config.config_dir, "data": config.data_dir, "mail": top}
+        self._made: list[str] = []
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.unknown: set[str] = set()  # owners whom this system does not have
+
+    def target(self, name: str, member: TarInfo) -> str:
+        """Return where a member belongs. Raises ChasquidError if it can be no part of a backup."""
+        first, *parts = name.split("/")
+        if first not in self.places or set(parts) & {"", ".", ".."} or "\0" in name:
+            raise ChasquidError(f"{self._path}: {printable(name, 200)!r} belongs to no backup")
+        if not member.isreg() and not member.isdir():
+            text = f"{printable(name, 200)} is neither a file nor a directory"
+            raise ChasquidError(f"{self._path}: {text}")
+        return os.path.join(self.places[first], *parts)
+
+    def check(self, name: str, member: TarInfo) -> None:
+        """Raises ChasquidError if a member would replace something."""
+        target = self.target(name, member)
+        if os.path.lexists(target) and not (member.isdir() and os.path.isdir(target)):
+            raise ChasquidError(f"{target} is there already; nothing was restored")
+
+    def make(self, name: str, member: TarInfo, contents: IO[bytes] | None) -> None:
+        """Make what a member describes, with its mode, owner and time. Raises OSError."""
+        target, mode = self.target(name, member), member.mode & 0o777
+        owner = self._owner(member) if os.geteuid() == 0 else None
+        if contents is None:
+            if not os.path.isdir(target):
+                make_directory(target)
+                self._made.append(target)
+                os.chmod(target, mode | 0o700)
+                if owner is not None:
+                    os.chown(target, *owner)
+            return
+        make_directory(os.path.dirname(target))
+        create_synced(target, iter(lambda: contents.read(CHUNK), b""), mode, owner)
+        self._made.append(target)
+        os.utime(target, (member.mtime, member.mtime))
+        self.counts[name.partition("/")[0]] += 1
+
+    def _owner(self, member: TarInfo) -> tuple[int, int]:
+        import grp
+        import pwd
+
+        try:
+            return pwd.getpwnam(member.uname).pw_uid, grp.getgrnam(member.gname).gr_gid
+        except KeyError:
+            self.unknown.add(f"{member.uname}:{member.gname}")
+            return os.geteuid(), os.getegid()
+
+    def undo(self) -> None:
+        """Take away what was made."""
+        for path in reversed(self._made):
+            with contextlib.suppress(OSError):
+                os.rmdir(path) if os.path.isdir(path) else os.unlink(path)
+
+
+def _config_in_backup(path: str, config_dir: str, overrides: str) -> Config:
+    """Return the configuration that a backup holds, as it will be in `config_dir`."""
+    import tempfile
+
+    for name, _, contents in _BackupReader(path).members():
+        if name == "config/chasquid.conf" and contents is not None:
+            with tempfile.TemporaryDirectory() as place:
+                with open(os.path.join(place, "chasquid.conf"), "wb") as file:
+                    file.write(contents.read(HEADER_LIMIT))
+                config = load_config(place, overrides)
+                data_dir = config.data_dir.replace(place, config_dir)  # it may be a relative path
+                return config._replace(config_dir=config_dir, data_dir=data_dir)
+    raise ChasquidError(f"{path}: it holds no chasquid.conf")
+
+
+def restore_backup(path: str, config_dir: str, overrides: str = "") -> list[str]:
+    """Make a configuration, data_dir and mailboxes from the backup at `path`.
+
+    Nothing that is there is replaced, and if it fails, what was made is taken away. The places
+    of data_dir and Maildirs are those of the chasquid.conf in it, and of `overrides`, text in
+    its format. Returns what was made, as lines. Raises ChasquidError.
+    """
+    config = _config_in_backup(path, os.path.abspath(config_dir), overrides)
+    restore = _Restore(path, config)
+    for name, member, _ in _BackupReader(path).members():
+        restore.check(name, member)
+    with contextlib.ExitStack() as held:
+        if os.path.isdir(config.data_dir):  # else no server can have it
+            lock = DataDirectory(config.data_dir)
+            lock.take()
+            held.callback(lock.release)
+        try:
+            for name, member, contents in _BackupReader(path).members():
+                restore.make(name, member, contents)
+            os.sync()
+        except BaseException as error:
+            restore.undo()
+            if isinstance(error, OSError):
+                raise ChasquidError(f"nothing was restored: {reason(error)}") from error
+            raise
+    lines = [
+        f"made {plural(restore.counts[part], 'file')} of {part} in {place}"
+        for part, place in restore.places.items()
+        if restore.counts[part]
+    ]
+    if restore.unknown:
+        names = ", ".join(sorted(restore.unknown))
+        lines.append(f"this system has no {names}: give the files to the user of the server")
+    return lines
+
+
+# ======================================================================================
+# ROOM: IMPORT
+#
+# What another server leaves behind: Postfix's aliases and mailboxes as ours, and Maildirs as
+# they are. It may be done again at any time: what is there is kept, and said so.
+#
+#     /etc/aliases           name: address, "|command args", /file, :include:/file
+#     virtual alias maps     user@domain address, …    @domain address    domain anything
+#     virtual mailbox maps   user@domain path/         a mailbox, without a password
+#     password files         user:hash:…               of a Dovecot passwd-file, or shadow
+#
+# - Every line that has no counterpart here is told of, with what to do.
+# - A command goes the way of a pipe alias, which must stand alone: among other recipients it
+#   gets an alias of its own, NAME-pipe. What needs a shell gets one.
+# - Hashes of other kinds cannot become ours: those users get a mailbox, and need a password.
+# - A message of a Maildir keeps its name, which says whether it is here already, its flags, and
+#   its time, by which IMAP knows when it came.
+#
+# What an alias means here belongs to ALIASES.
+# ======================================================================================
+
+
+class ImportReport:
+    """What was taken over, and what was not and why, as lines."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.left: list[str] = []
+
+
+class PostfixFiles(NamedTuple):
+    """Files of Postfix to read; "" for none. `domain` is that of names without one."""
+
+    domain: str
+    aliases: str = ""
+    virtual: str = ""
+    mailboxes: str = ""
+    passwords: str = ""
+
+
+_ALIAS_VALUE = re.compile(r'\s*(\|?"(?:[^"\\]|\\.)*"|[^,"]*)\s*(?:,|$)')
+_NEEDS_SHELL = re.compile(r"[^\w\s%+,./:=@-]")
+
+
+def _logical_lines(path: str) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a file with their numbers; one that begins with a blank goes on.
+
+    Raises ConfigError.
+    """
+    number, held = 0, ""
+    for at, line in enumerate(read_file(path).decode("utf-8", "replace").split("\n"), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        if line[0] in " \t" and held:
+            held += " " + line.strip()
+            continue
+        if held:
+            yield number, held
+        number, held = at, line.strip()
+    if held:
+        yield number, held
+
+
+def _unquoted(text: str) -> str:
+    """Return a value of /etc/aliases without its quotes."""
+    pipe = text.startswith('|"')
+    if pipe:
+        text = text[1:]
+    if len(text) > 1 and text.startswith('"') and text.endswith('"'):
+        text = re.sub(r"\\(.)", r"\1", text[1:-1])
+    return f"|{text}" if pipe else text
+
+
+def _alias_values(text: str) -> list[str]:
+    values: list[str] = []
+    place = 0
+    while place < len(text):
+        match = _ALIAS_VALUE.match(text, place)
+        if match is None or match.end() == place:
+            return [*values, text[place:].strip()]  # a quote is not closed
+        values.append(_unquoted(match[1].strip()))
+        place = match.end()
+    return [value for value in values if value]
+
+
+class _Converter:
+    """Makes aliases of ours of what Postfix's files say; collected by domain and name."""
+
+    def __init__(self, domain: str, report: ImportReport) -> None:
+        self._domain = domain
+        self._report = report
+        self.aliases: dict[str, dict[str, str]] = {}
+        self.users: dict[str, dict[str, Password]] = {}
+
+    def read_aliases(self, path: str) -> None:
+        """Read /etc/aliases (aliases(5)). Raises ConfigError."""
+        for number, line in _logical_lines(path):
+            match = re.fullmatch(r'("(?:[^"\\]|\\.)*"|[^:"]+):\s*(.*)', line)
+            if match is None:
+                self._leave(path, number, f"it is no alias: {line}")
+                continue
+            values = _alias_values(match[2])
+            self._add((path, number), self._domain, _unquoted(match[1].strip()), values)
+
+    def read_virtual(self, path: str) -> None:
+        """Read a virtual alias map (virtual(5)). Raises ConfigError."""
+        for number, line in _logical_lines(path):
+            key, *right = line.split(None, 1)
+            values = [value for value in re.split(r"[,\s]+", "".join(right)) if value]
+            if key.startswith(("/", "!/", "if ", "endif")):
+                self._leave(path, number, f"patterns have no counterpart: {key}")
+            elif "@" in key:
+                local, domain = split_address(key)
+                self._add((path, number), domain, local or "*", values)
+            elif "." in key:
+                self.aliases.setdefault(key.lower(), {})  # Postfix: the domain is a virtual one
+            else:
+                self._add((path, number), self._domain, key, values)
+
+    def read_mailboxes(self, path: str) -> None:
+        """Read a virtual mailbox map. Raises ConfigError."""
+        for number, line in _logical_lines(path):
+            address, *place = line.split()
+            local, domain = split_address(address)
+            if not local:
+                self._leave(path, number, f"{address} stands for a whole domain: write an alias")
+                continue
+            self._add_user((path, number), local, domain or self._domain, Denied())
+            where = place[0] if place else "…"
+            if where.endswith("/"):
+                full = f"{local}@{domain or self._domain}"
+                text = f"the mail of {full}: chasquid import maildir {full} …/{where}"
+                self._leave(path, number, text)
+            else:
+                self._leave(path, number, f"{where} is no Maildir; convert it first")
+
+    def read_passwords(self, path: str) -> None:
+        """Read a passwd-file of Dovecot, or shadow. Raises ConfigError."""
+        for number, line in _logical_lines(path):
+            name, _, rest = line.partition(":")
+            secret = rest.partition(":")[0]
+            local, domain = split_address(name)
+            if not local or secret.strip("!*") in ("", "x"):
+                continue  # one that nobody logs in as
+            plain = re.fullmatch(r"\{(?:PLAIN|CLEARTEXT)\}(.+)", secret, re.IGNORECASE)
+            password = new_password(plain[1].encode()) if plain else Denied()
+            full = f"{local}@{domain or self._domain}"
+            self._add_user((path, number), local, domain or self._domain, password)
+            if not plain:
+                text = f"its hash cannot be used here: chasquid user-add {full}"
+                self._leave(path, number, f"the password of {full}: {text}")
+
+    def _leave(self, path: str, number: int, text: str) -> None:
+        self._report.left.append(f"{path}:{number}: {printable(text, 300)}")
+
+    def _add_user(self, at: tuple[str, int], local: str, domain: str, password: Password) -> None:
+        try:
+            users = self.users.setdefault(domain_to_unicode(domain), {})
+            name = normalize_user(local)
+        except ValueError as error:
+            self._leave(*at, str(error))
+            return
+        if name not in users or isinstance(users[name], Denied):
+            users[name] = password
+
+    def _add(self, at: tuple[str, int], domain: str, name: str, values: Sequence[str]) -> None:
+        """Add an alias, as far as it has a counterpart."""
+        try:
+            domain = domain_to_unicode(domain)
+        except ValueError as error:
+            self._leave(*at, str(error))
+            return
+        found = list(dict.fromkeys(self._right_side(at, values)))
+        if not found:
+            self._leave(*at, f"{name} leads nowhere, and is left out")
+            return
+        if found == [f"{name}@{domain}"]:
+            return  # it stands for itself: in Postfix, an exception to a catch-all
+        table = self.aliases.setdefault(domain, {})
+        pipes = [value for value in found if value.startswith("|")]
+        if pipes and len(found) > 1:
+            for count, pipe in enumerate(pipes, 1):
+                own = f"{name}-pipe{count if count > 1 else ''}"
+                table[own] = pipe
+                found[found.index(pipe)] = f"{own}@{domain}"
+        table[name] = ", ".join(found)
+        try:
+            parse_aliases(f"{name}: {table[name]}".encode(), at[0], domain)
+        except ConfigError as error:
+            del table[name]
+            self._leave(*at, str(error).partition(": ")[2])
+
+    def _right_side(
+        self, at: tuple[str, int], values: Iterable[str], seen: tuple[str, ...] = ()
+    ) -> Iterator[str]:
+        """Yield what stands for `values` on the right side of an alias of ours."""
+        for value in values:
+            if value.startswith(":include:"):
+                yield from self._included(at, value.removeprefix(":include:").strip(), seen)
+            elif value.startswith("|"):
+                yield self._pipe(at, value[1:].strip())
+            elif value == "/dev/null":
+                yield "| /bin/true"
+            elif value.startswith(("/", "./")):
+                self._leave(*at, f"mail cannot go into the file {value}")
+            elif value.startswith(":"):
+                self._leave(*at, f"{value} has no counterpart")
+            else:
+                local, domain = split_address(value.removeprefix("\\"))
+                if domain.lower() in ("", "localhost", "localhost.localdomain"):
+                    domain = self._domain
+                yield f"{local or '*'}@{domain}"
+
+    def _included(self, at: tuple[str, int], path: str, seen: tuple[str, ...]) -> Iterator[str]:
+        """Yield what a file with more of the right side says now."""
+        if path in seen:
+            return
+        try:
+            lines = [line for _, line in _logical_lines(path)]
+        except ConfigError as error:
+            self._leave(*at, str(error))
+            return
+        self._leave(*at, f"what {path} says now is in the alias; later changes there are not")
+        for line in lines:
+            yield from self._right_side(at, _alias_values(line), (*seen, path))
+
+    def _pipe(self, at: tuple[str, int], command: str) -> str:
+        import shlex  # only for pipes
+
+        text = f"{command} runs as the server's user, not as another, and has 30 seconds"
+        self._leave(*at, text)
+        if _NEEDS_SHELL.search(command):
+            return f"| /bin/sh -c {shlex.quote(command)}"
+        return f"| {command}"
+
+
+def import_postfix(config: Config, files: PostfixFiles, dry_run: bool = False) -> ImportReport:
+    """Take over users and aliases of Postfix into the directories of their domains.
+
+    What is there of a name is kept. With `dry_run` nothing is written. Raises ConfigError,
+    ChasquidError.
+    """
+    report = ImportReport()
+    converter = _Converter(files.domain, report)
+    readers = (
+        (files.aliases, converter.read_aliases),
+        (files.virtual, converter.read_virtual),
+        (files.mailboxes, converter.read_mailboxes),
+        (files.passwords, converter.read_passwords),
+    )
+    for path, read in readers:
+        if path:
+            read(path)
+    known = domain_directories(config.config_dir, [])
+    for domain in sorted(converter.users.keys() | converter.aliases.keys()):
+        directory = known.get(domain) or os.path.join(config.config_dir, "domains", domain)
+        if domain not in known:
+            report.done.append(f"{domain}: a domain of this server")
+        users = _new_users(directory, converter.users.get(domain, {}), domain, report)
+        aliases = _new_aliases(directory, converter.aliases.get(domain, {}), domain, report)
+        if not dry_run:
+            _write_domain(directory, users, aliases)
+    return report
+
+
+def _new_users(
+    directory: str, found: Mapping[str, Password], domain: str, report: ImportReport
+) -> dict[str, Password]:
+    """Return those who are not in the users file yet."""
+    before = load_users(directory)
+    for name, password in found.items():
+        how = "" if isinstance(password, Scrypt) else ", without a password"
+        said = "kept as it was" if name in before else f"a user{how}"
+        report.done.append(f"{name}@{domain}: {said}")
+    return {name: password for name, password in found.items() if name not in before}
+
+
+def _new_aliases(
+    directory: str, found: Mapping[str, str], domain: str, report: ImportReport
+) -> dict[str, str]:
+    """Return the aliases that are not in the file yet."""
+    before = load_aliases(directory, domain)
+    fresh: dict[str, str] = {}
+    for name, right in found.items():
+        key = name if name == "*" else normalize_user(name)
+        if key not in before:
+            fresh[name] = right
+            report.done.append(f"{name}@{domain}: {right}")
+        elif before[key] != parse_destinations(right, domain):
+            report.left.append(f"{name}@{domain} is another alias here, and kept; not: {right}")
+        else:
+            report.done.append(f"{name}@{domain}: kept as it was")
+    return fresh
+
+
+def _write_domain(
+    directory: str, users: Mapping[str, Password], aliases: Mapping[str, str]
+) -> None:
+    """Add users and aliases to the files of a domain. Raises ChasquidError."""
+    path = os.path.join(directory, "users")
+    try:
+        make_directory(directory, 0o755)
+        if users:
+            replace_durably(path, format_users({**load_users(directory), **users}))
+        path = os.path.join(directory, "aliases")
+        if aliases:
+            before = read_file(path, missing=b"")
+            lines = "".join(f"{name}: {right}\n" for name, right in aliases.items())
+            end = b"" if before.endswith(b"\n") or not before else b"\n"
+            replace_durably(path, before + end + lines.encode(), 0o644)
+    except OSError as error:
+        raise ChasquidError(f"{path} cannot be written: {reason(error)}") from error
+
+
+# --- Maildirs ---
+
+
+@contextlib.contextmanager
+def _acting_as(owner: tuple[int, int]) -> Iterator[None]:
+    """As root, have what is written belong to `owner`, and reach no further than that user."""
+    if os.geteuid() != 0 or not owner[0]:
+        yield
+        return
+    os.setegid(owner[1])
+    os.seteuid(owner[0])
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
+def _owner_of_nearest(path: str) -> tuple[int, int]:
+    """Return user and group of the nearest directory above `path` that is there."""
+    while not os.path.isdir(path):
+        path = os.path.dirname(path)
+    status = os.stat(path)
+    return status.st_uid, status.st_gid
+
+
+class MaildirImport:
+    """Copies the messages of a Maildir, with its folders (Maildir++), into another one."""
+
+    def __init__(self, source: str, target: str) -> None:
+        self._source = source
+        self._target = target
+        self._owner = _owner_of_nearest(target)
+        self.copied = 0
+        self.known = 0
+        self.left: list[str] = []
+
+    def run(self) -> None:
+        """Copy what is not there yet; it may be broken off and done again. Raises ChasquidError."""
+        if not os.path.isdir(os.path.join(self._source, "cur")):
+            text = "expected a Maildir, with the directories cur and new in it"
+            raise ChasquidError(f"{self._source}: {text}")
+        try:
+            for name in ("", *sorted(os.listdir(self._source))):
+                folder = os.path.join(self._source, name)
+                if not name or os.path.isdir(os.path.join(folder, "cur")):
+                    if name and not name.startswith("."):
+                        self.left.append(f"{folder}: a folder that is no Maildir++; move it first")
+                    else:
+                        self._copy_folder(name)
+            self._copy_list("subscriptions")
+            os.sync()
+        except OSError as error:
+            hint = "; run it as root" if isinstance(error, PermissionError) else ""
+            raise ChasquidError(f"not all was copied: {reason(error)}{hint}") from error
+        if os.path.exists(os.path.join(self._source, "dovecot-uidlist")):
+            self.left.append("UIDs: mail programs fetch the folders anew")
+
+    def _copy_folder(self, name: str) -> None:
+        target = os.path.join(self._target, name) if name else self._target
+        with _acting_as(self._owner):
+            for place in ("tmp", "new", "cur"):
+                make_directory(os.path.join(target, place))
+            if name:
+                marker = os.path.join(target, "maildirfolder")
+                if not os.path.exists(marker):
+                    replace_durably(marker, b"")
+            names = (os.listdir(os.path.join(target, place)) for place in ("new", "cur"))
+            known = {entry.partition(":")[0] for entry in itertools.chain.from_iterable(names)}
+        self._copy_list(os.path.join(name, "dovecot-keywords"))
+        for place in ("new", "cur"):
+            folder = os.path.join(self._source, name, place)
+            for entry in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+                if entry.startswith("."):
+                    continue
+                if entry.partition(":")[0] in known:
+                    self.known += 1
+                elif self._copy(os.path.join(folder, entry), os.path.join(target, place, entry)):
+                    self.copied += 1
+            with _acting_as(self._owner):
+                sync_directory(os.path.join(target, place))
+
+    def _copy(self, source: str, target: str) -> bool:
+        """Copy a message with its time; false if it is none, or gone. Raises OSError."""
+        try:
+            fd = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ELOOP):
+                raise
+            return False
+        with open(fd, "rb") as file:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                return False
+            folder = os.path.dirname(os.path.dirname(target))
+            temporary = os.path.join(folder, "tmp", new_id())
+            with _acting_as(self._owner):
+                create_synced(temporary, iter(lambda: file.read(CHUNK), b""))
+                os.utime(temporary, ns=(status.st_atime_ns, status.st_mtime_ns))
+                os.rename(temporary, target)
+        return True
+
+    def _copy_list(self, name: str) -> None:
+        """Copy a file of Dovecot's that is small, unless there is one. Raises OSError."""
+        source, target = os.path.join(self._source, name), os.path.join(self._target, name)
+        if os.path.isfile(source) and not os.path.islink(source) and not os.path.exists(target):
+            data = read_file(source)
+            with _acting_as(self._owner):
+                replace_durably(target, data)
+
+
+def import_maildir(config: Config, address: str, source: str) -> MaildirImport:
+    """Copy the Maildir `source` into that of the user `address`; return what came of it.
+
+    Raises ChasquidError.
+    """
+    if config.mail_delivery_agent_bin or config.lmtp_address:
+        text = "another program stores the mail here, so only its own tools can add to it"
+        raise ChasquidError(f"{text} (with Dovecot: doveadm import)")
+    user, domain = split_address(address)
+    directory = domain_directories(config.config_dir, []).get(domain, "")
+    if not config.dovecot_auth and not (directory and user in load_users(directory)):
+        raise ChasquidError(f"there is no user {address}; first: chasquid user-add {address}")
+    try:
+        target = maildir_path(config.maildir.replace("%data_dir%", config.data_dir), address)
+    except ValueError as error:
+        raise ChasquidError(str(error)) from None
+    if os.path.realpath(target) == os.path.realpath(source):
+        raise ChasquidError(f"{source} is the Maildir of {address} already")
+    work = MaildirImport(source, target)
+    work.run()
+    return work
 
 
 # ======================================================================================
@@ -17785,7 +19054,8 @@ class _CaptureReceiver:
         assert isinstance(content, _Arrived)
         raw = content.octets()
         header = header_block(raw)
-        check_header(raw if header is None else header, self._max_received, not client.user)
+        block = raw if header is None else header
+        check_header(lambda: header_fields(block), self._max_received, not client.user)
         captured = Captured(
             new_id(),
             self._loop.clock.time(),
@@ -18059,12 +19329,17 @@ class CaptureServer:
         """What the server has noted down, a line each."""
         return list(self._log.lines)
 
-    @overload
-    def wait_for(self, what: int = 1, timeout: float | None = None) -> list[CapturedMessage]: ...
-    @overload
-    def wait_for(
-        self, what: Callable[[CapturedMessage], object], timeout: float | None = None
-    ) -> CapturedMessage: ...
+    if TYPE_CHECKING:
+
+        @overload
+        def wait_for(
+            self, what: int = 1, timeout: float | None = None
+        ) -> list[CapturedMessage]: ...
+        @overload
+        def wait_for(
+            self, what: Callable[[CapturedMessage], object], timeout: float | None = None
+        ) -> CapturedMessage: ...
+
     def wait_for(
         self, what: int | Callable[[CapturedMessage], object] = 1, timeout: float | None = None
     ) -> list[CapturedMessage] | CapturedMessage:
@@ -19751,8 +21026,9 @@ Ctrl-C ends, and all is forgotten.
 # What `capture` imports when it is first used; see `load_modules`.
 _CAPTURE_MODULES = (
     "dns.asyncresolver", "email.generator", "email.header", "email.message", "email.parser",
-    "email.policy", "fnmatch", "hashlib", "hmac", "html", "idna", "idna.uts46data", "ipaddress",
-    "precis_i18n.profile", "quopri", "shutil", "tempfile", "urllib.parse",
+    "email.policy", "encodings.idna", "fnmatch", "hashlib", "hmac", "html", "idna",
+    "idna.uts46data", "ipaddress", "precis_i18n.profile", "quopri", "shutil", "tempfile",
+    "urllib.parse",
 )  # fmt: skip
 
 
@@ -19797,8 +21073,12 @@ def run_daemon(daemon: Daemon, on_ready: Callable[[], object] = lambda: None) ->
         signal.signal(number, lambda *_: daemon.stop())
     signal.signal(signal.SIGHUP, lambda *_: daemon.reload())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
-    _return_memory_at_once()
-    daemon.run(on_ready)
+
+    def ready() -> None:
+        _return_memory_at_once()  # loads ctypes, which a client that waits need not wait for
+        on_ready()
+
+    daemon.run(ready)
 
 
 def _load(arguments: argparse.Namespace) -> Config:
@@ -20859,6 +22139,62 @@ def _arrival(queued: Mapping[str, str]) -> str:
     return sentence
 
 
+# --- upkeep ---
+
+
+def _upgrade(arguments: argparse.Namespace) -> int:
+    config = _load(arguments)
+    check = ["--config-dir", config.config_dir]
+    check += ["--config-overrides", arguments.config_overrides, "check"]
+    service = SystemdService() if os.path.isdir("/run/systemd/system") else None
+    for line in Upgrade(config, check, service).run(arguments.file):
+        print(line, flush=True)
+    return 0
+
+
+def _backup(arguments: argparse.Namespace) -> int:
+    if arguments.restore:
+        overrides = arguments.config_overrides
+        print("\n".join(restore_backup(arguments.file, arguments.config_dir, overrides)))
+    elif arguments.file == "-":
+        said = write_backup(_load(arguments), sys.stdout.buffer, [], arguments.mail)
+        print(said, file=sys.stderr)
+    else:
+        print(back_up(_load(arguments), arguments.file, arguments.mail))
+    return 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    config = _load(arguments)
+    if arguments.source == "maildir":
+        if len(arguments.what) != 2:
+            raise ChasquidError("expected: import maildir USER@DOMAIN DIR")
+        user, domain = _split_user(arguments.what[0])
+        work = import_maildir(config, f"{user}@{domain}", arguments.what[1])
+        print(f"{plural(work.copied, 'message')} copied, {work.known} were there already")
+        left = work.left
+    else:
+        domain = _parse_domain_name(arguments.domain or domain_of_host(config))
+        files = PostfixFiles(
+            domain,
+            aliases=arguments.aliases,
+            virtual=arguments.virtual,
+            mailboxes=arguments.mailboxes,
+            passwords=arguments.passwords,
+        )
+        if arguments.what or not any(files[1:]):
+            raise ChasquidError("expected --aliases, --virtual, --mailboxes or --passwords")
+        report = import_postfix(config, files, arguments.dry_run)
+        print("\n".join(report.done))
+        left = report.left
+    if left:
+        print("\nNot carried over, or changed:\n" + "\n".join(f"  {line}" for line in left))
+    if arguments.source == "postfix" and not arguments.dry_run:
+        _put_in_force(config, domain)
+        print("Now look at: chasquid check-userdb")
+    return 0
+
+
 def _version(arguments: argparse.Namespace) -> int:
     import importlib.metadata  # only here
 
@@ -21048,6 +22384,34 @@ _VERBS: dict[str, _Verb] = {
         (("what", {"metavar": "ID|ADDRESS"}),),
         "tell the story of a message, or of the last ones of an address",
     ),
+    "import": _Verb(
+        _import,
+        (
+            ("source", {"choices": ("postfix", "maildir")}),
+            ("what", {"nargs": "*", "metavar": "USER@DOMAIN DIR", "help": "for maildir"}),
+            ("--aliases", {"metavar": "FILE", "default": "", "help": "as /etc/aliases"}),
+            ("--virtual", {"metavar": "FILE", "default": "", "help": "a virtual alias map"}),
+            ("--mailboxes", {"metavar": "FILE", "default": "", "help": "a virtual mailbox map"}),
+            ("--passwords", {"metavar": "FILE", "default": "", "help": "of Dovecot, or shadow"}),
+            ("--domain", {"metavar": "DOMAIN", "help": "of names without one"}),
+            ("--dry-run", {"action": "store_true", "help": "write nothing"}),
+        ),
+        "take over users and aliases of Postfix, or a Maildir",
+    ),
+    "backup": _Verb(
+        _backup,
+        (
+            ("file", {"metavar": "FILE", "help": "a tar; - is standard output"}),
+            ("--mail", {"action": "store_true", "help": "the mailboxes too"}),
+            ("--restore", {"action": "store_true", "help": "make a server from FILE instead"}),
+        ),
+        "write configuration, keys, users and queue into a tar",
+    ),
+    "upgrade": _Verb(
+        _upgrade,
+        (("file", {"metavar": "FILE", "help": "the new chasquid.pyz"}),),
+        "install another version, start it, and go back if it does not come up",
+    ),
     "version": _Verb(_version, (), "show the version and what is bundled"),
 }
 
@@ -21117,6 +22481,25 @@ def _in_our_spelling(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return first, rest
 
 
+def _plain_serve(words: Sequence[str]) -> Any:
+    """Parse what starts the server, without argparse, which would take as long as the start.
+
+    The value is None for anything else, mistakes too.
+    """
+    try:
+        first, rest = _in_our_spelling(words)
+    except ValueError:
+        return None
+    options = dict(word.partition("=")[::2] for word in first)
+    if rest not in ([], ["serve"]) or "--version" in options:
+        return None
+    return types.SimpleNamespace(
+        verb="serve" if rest else None,
+        config_dir=options.get("--config-dir", _CONFIG_DIR),
+        config_overrides=options.get("--config-overrides", ""),
+    )
+
+
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     """Parse arguments. Raises SystemExit with status 2 after a word on what is wrong."""
     parser, subs = _argument_parser()
@@ -21156,10 +22539,10 @@ def _unknown(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
-    if argv is None:
-        by_link = os.path.basename(sys.argv[0]) == "sendmail"
-        argv = ["sendmail"] * by_link + sys.argv[1:]
-    arguments = _parse(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if argv is None and os.path.basename(sys.argv[0]) == "sendmail":
+        words = ["sendmail", *words]
+    arguments = _plain_serve(words) or _parse(words)
     config_dir = arguments.config_dir
     if arguments.verb is None:
         if not os.path.exists(os.path.join(config_dir, "chasquid.conf")):

@@ -279,7 +279,7 @@ def test_a_server_that_breaks_off_is_worth_a_second_try(tmp_path: Path):
 # --- the command ---
 
 
-def test_without_a_server_a_message_is_put_into_the_queue(
+def test_without_a_server_a_message_is_delivered_here_or_put_into_the_queue(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = CommandLine(tmp_path, capsys)
@@ -292,8 +292,10 @@ def test_without_a_server_a_message_is_put_into_the_queue(
     assert (ended.status, ended.out) == (os.EX_NOUSER, "")
     assert ended.err.startswith("sendmail: nobody@here.example: ")
     listed = command.run("queue", "list").out
-    assert "from <eva@there.example>" in listed and listed.endswith("2 messages\n")
+    assert "from <root@here.example>" in listed and listed.endswith("\n1 message\n")
     assert "0 attempts" in listed
+    [stored] = command.data_dir.glob("mail/here.example/ana/new/*")  # it needs no queue
+    assert stored.read_bytes().startswith(b"Return-Path: <eva@there.example>\n")
 
 
 def test_without_a_data_dir_a_message_cannot_be_kept(
