@@ -17928,7 +17928,7 @@ def report(findings: Iterable[Finding]) -> Iterator[str]:
 # Sending something there is a matter of SENDMAIL.
 # ======================================================================================
 
-_CHECK_SECONDS = 90.0
+_SURVEY_SECONDS = 90.0
 
 
 class _Remarks(Sink):
@@ -17957,7 +17957,7 @@ def check_servers(config: Config, domain: str, tell: Callable[[str], object]) ->
 
     with tempfile.TemporaryDirectory(prefix="chasquid-") as directory:
         return run_apart(
-            lambda loop: _Survey(loop, config, directory, tell).of(domain), _CHECK_SECONDS
+            lambda loop: _Survey(loop, config, directory, tell).of(domain), _SURVEY_SECONDS
         )
 
 
