@@ -138,6 +138,8 @@ def test_before_and_after_publishing(
         of_this_machine = {"imap", "clock", "disk", "memory", "certificates"}
         assert set(found) - of_this_machine == {"mx", "spf", "dkim", "dmarc"}
 
+        print(chasquid.command("doctor", check=False).stdout)
+
         nsd.stop()
         serve({**empty, DOMAIN: records(chasquid)}, "after")
         began = time.monotonic()
