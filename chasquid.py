@@ -47,6 +47,11 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     UPKEEP         versions of the program side by side; backup and restore
     IMPORT         users, aliases and Maildirs of another server
     PUBLISHING     the DNS records that a domain needs, shown or published
+    PROBES         how a set-up is looked at: DNS, ports, the machine
+    HOST CHECKS    whether files, server, ports and line are as mail needs them
+    DOMAIN CHECKS  whether the DNS of a domain is
+    DOCTOR         all checks at once, each finding with what to do
+    SMTP CHECK     how the servers of another domain look from here
     FAULTS         fault injection, by a script
     READER         what a person reads in a message: text, files, links, codes
     CAPTURE        a server that keeps what it is sent, for tests
@@ -1394,6 +1399,7 @@ class Events:
     )  # fmt: skip
     STOPPING = _event("stopping", "", "the server was told to end", mail=False)
     STOPPED = _event("stopped", "", "it has ended", mail=False)
+    FINDING = _event("finding", "check domain text fix", "what must be mended", mail=False)
 
     # The mail log: what clients did, then what became of messages.
     LOGIN = _event("login", "id peer port user", "a user has logged in")
@@ -3255,6 +3261,24 @@ class Names:
             self._forget(key)
 
 
+def load_dns() -> None:
+    """Load dnspython, without the parts that the host may have and we do not use."""
+    import dns._features  # 70 ms, and not before the first question
+
+    for feature in ("dnssec", "doh", "doq", "trio", "wmi"):
+        dns._features.force(feature, False)
+    dns._features.force("idna", True)
+
+
+def record_texts(rrset: Any) -> tuple[str, ...]:
+    """Return what is in a record set of dnspython's, or None, as `Answer` has it."""
+    if rrset is None:
+        return ()
+    if rrset.rdtype.name == "TXT":
+        return tuple(b"".join(record.strings).decode("latin-1") for record in rrset)
+    return tuple(record.to_text() for record in rrset)
+
+
 class DnsClient:
     """Asks name servers through dnspython, its sockets on our loop.
 
@@ -3297,7 +3321,7 @@ class DnsClient:
         authentic = self._is_authentic(found)
         canonical = str(found.canonical_name).rstrip(".").lower()
         return Answer(
-            True, self._records(found), found.chaining_result.minimum_ttl, authentic=authentic,
+            True, record_texts(found.rrset), found.chaining_result.minimum_ttl, authentic=authentic,
             canonical="" if canonical == name.rstrip(".").lower() else canonical,
         )  # fmt: skip
 
@@ -3328,20 +3352,9 @@ class DnsClient:
         trusted = self._trust_ad or server == "::1" or server.startswith("127.")
         return trusted and bool(found.response.flags & dns.flags.AD)
 
-    def _records(self, found: Any) -> tuple[str, ...]:
-        if found.rrset is None:
-            return ()
-        if found.rrset.rdtype.name == "TXT":
-            return tuple(b"".join(record.strings).decode("latin-1") for record in found.rrset)
-        return tuple(record.to_text() for record in found.rrset)
-
     def set_up(self) -> None:
         """Load dnspython and read which name servers there are. Raises TemporaryFailure."""
-        import dns._features  # 70 ms, and not before the first question
-
-        for feature in ("dnssec", "doh", "doq", "trio", "wmi"):
-            dns._features.force(feature, False)
-        dns._features.force("idna", True)
+        load_dns()
         import dns.rdata
 
         # or the code of a type would be loaded when it is first met, in anybody's answer
@@ -8367,6 +8380,17 @@ class SmtpCourier:
         finally:
             client.close()
 
+    async def probe(self, host: str, ip: str, requirement: TlsRequirement) -> tuple[str, str]:
+        """Connect as for a delivery, and say QUIT; return the level, and what TLS there is.
+
+        Raises what makes an attempt fail.
+        """
+        with self._loop.deadline(_CONNECT_SECONDS):
+            client, level = await self._open(_Server(host, ip, self._port, requirement))
+            text = client.tls_text
+            await client.quit()
+            return level, text
+
     async def _open(self, server: _Server) -> tuple[Client, str]:
         """Connect with as much security as the server has; return also the level reached.
 
@@ -12131,6 +12155,28 @@ class QueueLine(NamedTuple):
     recipients: tuple[tuple[str, str], ...]  # address, and what became of it
 
 
+class Level(enum.StrEnum):
+    """What follows from a finding."""
+
+    MEND = "mend"  # mail suffers from it
+    ADVICE = "advice"
+    UNKNOWN = "unknown"  # it could not be checked
+    OK = "ok"
+
+
+class Finding(NamedTuple):
+    """What a check of the set-up says: what is wrong and why it matters, and what to do.
+
+    `domain` is in A-labels; a finding without one is about the host.
+    """
+
+    check: str
+    level: Level
+    text: str = ""
+    fix: str = ""  # to be copied, if it can be
+    domain: str = ""
+
+
 class Status(NamedTuple):
     """What there is to show. Times are in seconds since 1970."""
 
@@ -12150,6 +12196,8 @@ class Status(NamedTuple):
     problems: tuple[str, ...] = ()
     certificates: tuple[CertificateLine, ...] = ()
     domains: tuple[DomainLine, ...] = ()
+    findings: tuple[Finding, ...] = ()  # of the last daily check of the set-up
+    checked: float = 0.0  # when that was
 
 
 class Monitor:
@@ -12263,11 +12311,27 @@ def metrics(status: Status, open_metrics: bool) -> str:
         "gauge",
         [((line.directory,), line.expires) for line in status.certificates],
     )
+    tell(
+        Metric("check_failed", "Whether something must be mended.", ("check", "domain")),
+        "gauge",
+        sorted(_failed(status.findings).items()),
+    )
+    tell(Metric("check_time_seconds", "When that was checked, since 1970."), "gauge",
+         [((), status.checked)])  # fmt: skip
     for name, kind, help, value in _process_metrics():
         tell(Metric(name, help), kind, [((), value)], prefix="")
     version = Metric("build_info", "The version of the server.", ("version", "python"))
     tell(version, "gauge", [((__version__, sys.version.split()[0]), 1)])
     return "\n".join(lines) + "\n" + ("# EOF\n" if open_metrics else "")
+
+
+def _failed(findings: Iterable[Finding]) -> dict[tuple[str, ...], float]:
+    """Return 1.0 for a check and a domain if something must be mended there, else 0.0."""
+    failed: dict[tuple[str, ...], float] = {}
+    for finding in findings:
+        key = finding.check, finding.domain
+        failed[key] = max(failed.get(key, 0.0), float(finding.level is Level.MEND))
+    return failed
 
 
 def _process_metrics() -> Iterator[tuple[str, str, str, float]]:
@@ -12347,6 +12411,8 @@ def page(status: Status) -> str:
             if status.certificates
             else ["<p>None: TLS is off, and nobody can log in.</p>"]
         ),
+        "<h2>Checks</h2>",
+        *_checks(status),
         "<h2>Server</h2>",
         f"<p>files last read {_clock_text(status.reloaded[0])}</p>",
         *(f"<p class=bad>{html_text(problem)}</p>" for problem in status.problems),
@@ -12379,6 +12445,22 @@ def _certificate(line: CertificateLine, now: float) -> str:
         f"<p><b>{html_text(line.directory)}</b> for {html_text(names)}, "
         f"<span class={kind}>{'expired on' if days < 0 else 'until'} {until}</span></p>"
     )
+
+
+def _checks(status: Status) -> Iterator[str]:
+    if not status.checked:
+        yield "<p>Not yet: once a day. <code>chasquid doctor</code> checks now.</p>"
+        return
+    counts = collections.Counter(finding.level for finding in status.findings)
+    summary = ", ".join(f"{counts[level]} {level}" for level in Level if counts[level])
+    yield f"<p>{_clock_text(status.checked)}: {html_text(summary)}</p>"
+    colours = {Level.MEND: "bad", Level.ADVICE: "wait", Level.UNKNOWN: "soft"}
+    for check, level, text, fix, domain in status.findings:
+        if level is not Level.OK:
+            name = html_text(f"{check} {domain}".strip())
+            how = f"<pre>{html_text(fix)}</pre>" if fix else ""
+            said = f"<b>{name}</b> {html_text(text)}"
+            yield f"<article><span class={colours[level]}>{said}</span>{how}</article>"
 
 
 def _tiles(status: Status) -> str:
@@ -14036,12 +14118,14 @@ _SHOWN_PROBLEMS = 20  # of a domain; the log gets them at each look
 _WORKER_COUNT = 8
 _STOP_SECONDS = 10.0
 _DAY = 86400.0
+_EXAMINE_AFTER = 60.0  # seconds; the network may come up later than we do
 # Everything that is imported when it is first used; see `load_modules`.
 _LATE_MODULES = (
     "base64", "difflib", "dns.asyncresolver", "dns.rcode", "encodings.ascii", "encodings.idna",
     "fcntl", "hashlib", "hmac", "http.client", "idna", "idna.uts46data", "io", "ipaddress",
     "precis_i18n.profile", "pwd", "resource", "shlex", "shutil", "subprocess", "tempfile",
     "unicodedata",
+    "calendar", "ctypes", "dns.query", "dns.resolver",  # for the daily check
 )  # fmt: skip
 DOMAIN_INFO_DIRECTORY = "domaininfo"  # below data_dir
 DOMAIN_FORGOTTEN = "what was seen of {} is forgotten"
@@ -14216,10 +14300,14 @@ class Daemon:
         on_result: Callable[[Item, Recipient], None] = lambda item, recipient: None,
         connect: Connect = connect,
         deliver: bool = True,
+        examine: Callable[[], Sequence[Finding]] | None = None,
     ) -> None:
         self.config = config
         self._connect = connect
         self._deliver = deliver
+        self._examine = examine  # once a day, in a worker thread
+        self._findings: tuple[Finding, ...] = ()
+        self._examined = 0.0
         with contextlib.ExitStack() as undo:  # if the start fails, nothing is left behind
             self._assemble(
                 undo,
@@ -14394,6 +14482,8 @@ class Daemon:
                 )
                 for name, domain in self._domains.each.items()
             ),
+            findings=self._findings,
+            checked=self._examined,
         )
 
     def _queue_settings(self) -> QueueSettings:
@@ -14648,6 +14738,7 @@ class Daemon:
             self.loop.spawn(self._reload_forever(), "reload"),
             self.loop.spawn(self._watch_certificates(), "certificates"),
             self.loop.spawn(self._sts.refresh_forever(), "MTA-STS policies"),
+            self.loop.spawn(self._examine_daily(), "daily check"),
         ]
         for port, host, number in self.addresses:
             self.log.event(Events.LISTENING, port=port.name, address=f"[{host}]:{number}")
@@ -14840,6 +14931,22 @@ class Daemon:
                 self.log.warning("certificates", warning)
             await self.loop.sleep(_DAY)
 
+    async def _examine_daily(self) -> None:
+        """Have the whole set-up checked each day, and warn of what must be mended."""
+        if self._examine is None:
+            return
+        await self.loop.sleep(_EXAMINE_AFTER)
+        while True:
+            try:
+                self._findings = tuple(await self.loop.work(self._examine))
+                self._examined = self.loop.clock.time()
+            except Exception as error:  # whatever it is, it must not end what comes tomorrow
+                self.log.crash("daily check", error)
+            for check, level, text, fix, domain in self._findings:
+                if level is Level.MEND:
+                    self.log.event(Events.FINDING, check=check, domain=domain, text=text, fix=fix)
+            await self.loop.sleep(_DAY)
+
     async def _mail_exchangers_of_ours(self) -> list[str]:
         """Return the names under which this host is the mail exchanger of a domain of ours.
 
@@ -14871,10 +14978,15 @@ class _Requests:
             "domaininfo-remove": self._domaininfo_remove,
             "reload": self._reload,
             "version": self._version,
+            "sessions": self._sessions,
         }
 
     async def _version(self, about: str) -> list[str]:
         return [__version__]
+
+    async def _sessions(self, about: str) -> list[str]:
+        """Return port and peer of each recent session, the last one last."""
+        return [f"{dialogue.port} {dialogue.peer}" for dialogue in self._daemon.log.dialogues]
 
     async def _reload(self, about: str) -> list[str]:
         """Return what is wrong with the files, as lines; none if all is in force."""
@@ -16986,6 +17098,1640 @@ def _publish_zone(
 
 
 # ======================================================================================
+# ROOM: PROBES
+#
+# How a set-up is looked at: questions to a resolver, or to the name servers of a domain
+# themselves; short dialogues with a port; the running server; what the machine says of itself.
+#
+# - Everything that a check asks of the world goes through one object, a `World`, so that a test
+#   can pass a table of what there is.
+# - A question blocks, for a few seconds at most; whoever has many asks them side by side.
+# - What cannot be found out is raised as a ChasquidError. It is never taken for an answer.
+#
+# What an answer means for mail belongs to DOCTOR.
+# ======================================================================================
+
+_PROBE_TRIES = (1.0, 2.0)  # seconds that a name server has, the first time and the second
+_TALK_SECONDS = 3.0
+_PROBES_AT_A_TIME = 12
+_NAME_SERVER_LIMIT = 6  # of a zone
+_ALIAS_LIMIT = 8  # CNAME records in a row
+
+
+class Talk(NamedTuple):
+    """What a port has said: the greeting, then a reply to each command, lines joined by LF.
+
+    `problem` says what is wrong with its certificate, and `certificates` is the chain in DER;
+    both are empty without TLS.
+    """
+
+    replies: tuple[str, ...]
+    problem: str = ""
+    certificates: tuple[bytes, ...] = ()
+
+
+class Machine(NamedTuple):
+    """What the machine says of itself. Sizes are in octets, 0 if they are not known."""
+
+    hosts: str  # the text of /etc/hosts
+    user: int  # the server's, which owns data_dir
+    groups: frozenset[int]  # of that user
+    disk: int  # what data_dir is on
+    free: int
+    memory: int  # available
+    synchronised: bool | None  # the clock, by a time service; None if that is not known
+
+
+class World(Protocol):
+    """All that a check asks of what is not in the configuration directory. It may block."""
+
+    def query(self, name: str, kind: str, server: str = "") -> Answer:
+        """Ask the resolver, or the name server at an address. Raises TemporaryFailure."""
+
+    def talk(
+        self, host: str, port: int, commands: Sequence[str] = (), name: str = "", tls: bool = False
+    ) -> Talk:
+        """Read the greeting of a port, and say the commands; after STARTTLS there is TLS.
+
+        `tls`: from the first octet. The certificate must be for `name`. Raises ChasquidError.
+        """
+
+    def fetch_policy(self, domain: str) -> bytes:
+        """Return the MTA-STS policy of a domain. Raises ChasquidError."""
+
+    def ask_server(self, command: str) -> list[str] | None:
+        """Ask the running server; None if there is none. Raises ChasquidError."""
+
+    def addresses(self) -> Sequence[str]:
+        """Return the public addresses that this host has itself; none behind NAT."""
+
+    def machine(self) -> Machine:
+        """Return what the machine says of itself."""
+
+    def now(self) -> float:
+        """Return the time, in seconds since 1970."""
+
+
+def run_apart(use: Callable[[Loop], Coroutine[Any, Any, T]], seconds: float) -> T:
+    """Run a coroutine on a loop of its own, in this thread. Raises Expired, and what it raises."""
+
+    def on_crash(name: str, error: BaseException) -> None:
+        raise error
+
+    async def within() -> T:
+        with loop.deadline(seconds):
+            return await use(loop)
+
+    workers = Workers(1)
+    loop = Loop(Clock(), workers, on_crash)
+    try:
+        return loop.run(within())
+    finally:
+        loop.close()
+        workers.close()
+
+
+def in_parallel(jobs: Sequence[Callable[[], T]]) -> list[T]:
+    """Call all jobs, several at a time in threads, and return their results in order.
+
+    A job must not raise anything.
+    """
+    results: dict[int, T] = {}
+    left = iter(enumerate(jobs))
+    lock = threading.Lock()
+
+    def work() -> None:
+        while True:
+            with lock:
+                number, job = next(left, (-1, None))
+            if job is None:
+                return
+            results[number] = job()
+
+    threads = [threading.Thread(target=work) for _ in jobs[:_PROBES_AT_A_TIME]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [results[number] for number in range(len(jobs))]
+
+
+class RealWorld:
+    """The `World` that there is; `dns_port` is that of name servers of domains."""
+
+    def __init__(self, config: Config, dns_port: int = 53) -> None:
+        load_dns()
+        self._config = config
+        self._dns_port = dns_port
+        self._context = {verify: client_tls_context(verify) for verify in (True, False)}
+
+    def now(self) -> float:
+        """See `World`."""
+        return time.time()
+
+    def addresses(self) -> Sequence[str]:
+        """See `World`."""
+        return public_addresses()
+
+    def ask_server(self, command: str) -> list[str] | None:
+        """See `World`."""
+        return ask_running_server(self._config.data_dir, command, "")
+
+    def query(self, name: str, kind: str, server: str = "") -> Answer:
+        """See `World`."""
+        import dns.exception
+
+        servers = [(server, self._dns_port)] if server else self._resolvers
+        asked = ", ".join(host for host, _ in servers)
+        for seconds, place in itertools.product(_PROBE_TRIES, servers):
+            try:
+                return self._exchange(place, name, kind, seconds=seconds, authority=bool(server))
+            except dns.exception.Timeout:
+                continue
+            except (OSError, EOFError) as error:
+                text = f"{place[0]} cannot be asked for {name} {kind}: {reason(error)}"
+                raise TemporaryFailure(text, "4.4.3") from None
+            except dns.exception.DNSException as error:
+                text = f"the answer of {place[0]} for {name} {kind} makes no sense: {reason(error)}"
+                raise TemporaryFailure(text, "4.4.3") from None
+        raise TemporaryFailure(f"{asked} did not answer for {name} {kind} in time", "4.4.3")
+
+    @functools.cached_property
+    def _resolvers(self) -> list[tuple[str, int]]:
+        import dns.resolver
+
+        if self._config.dns_server:
+            return [host_and_port(server, 53) for server in self._config.dns_server]
+        try:
+            return [(str(server), 53) for server in dns.resolver.Resolver().nameservers]
+        except dns.resolver.NoResolverConfiguration:
+            raise TemporaryFailure("no name server is known", "4.4.3") from None
+
+    def _exchange(
+        self, place: tuple[str, int], name: str, kind: str, seconds: float, authority: bool
+    ) -> Answer:
+        import dns.exception
+        import dns.flags
+        import dns.message
+        import dns.query
+        import dns.rcode
+
+        try:
+            question = dns.message.make_query(
+                name.rstrip(".") + ".", kind, use_edns=0, payload=1232
+            )
+        except dns.exception.DNSException:
+            return Answer(False, (), 0.0)  # no name that could be there
+        question.flags |= dns.flags.AD
+        if authority:
+            question.flags &= ~dns.flags.RD
+        response: Any
+        response, _ = dns.query.udp_with_fallback(
+            question, place[0], timeout=seconds, port=place[1], ignore_unexpected=True
+        )
+        code = response.rcode()
+        if code == dns.rcode.NXDOMAIN:
+            return Answer(False, (), 0.0)
+        if code != dns.rcode.NOERROR:
+            text = f"{place[0]} answers {dns.rcode.to_text(code)} for {name} {kind}"
+            raise TemporaryFailure(text, "4.4.3")
+        if authority and not response.flags & dns.flags.AA:
+            raise TemporaryFailure(f"{place[0]} is not in charge of {name}", "4.4.3")
+        chain = response.resolve_chaining()
+        canonical = str(chain.canonical_name).rstrip(".").lower()
+        trusted = self._config.dns_trust_ad or is_loopback(place[0])
+        return Answer(
+            True, record_texts(chain.answer), float(chain.minimum_ttl),
+            authentic=trusted and bool(response.flags & dns.flags.AD),
+            canonical="" if canonical == name.lower().rstrip(".") else canonical,
+        )  # fmt: skip
+
+    def talk(
+        self, host: str, port: int, commands: Sequence[str] = (), name: str = "", tls: bool = False
+    ) -> Talk:
+        """See `World`."""
+
+        async def converse(loop: Loop, verify: bool) -> Talk:
+            context = self._context[verify]
+            stream = await connect(loop, host, port)
+            try:
+                if tls:
+                    await stream.start_tls(context, False, name or host)
+                replies = [await _read_reply(stream)]
+                for command in commands:
+                    stream.write(command.encode() + b"\r\n")
+                    await stream.flush()
+                    replies.append(await _read_reply(stream))
+                    if command == "STARTTLS" and replies[-1].startswith("220"):
+                        await stream.start_tls(context, False, name or host)
+                return Talk(tuple(replies), certificates=tuple(stream.certificates))
+            finally:
+                stream.close()
+
+        try:
+            return run_apart(lambda loop: converse(loop, True), _TALK_SECONDS)
+        except Expired:
+            raise Disconnected(f"[{host}]:{port} did not answer in time") from None
+        except TLSFailed as error:
+            if not error.unverified:
+                raise
+            talk = run_apart(lambda loop: converse(loop, False), _TALK_SECONDS)
+            return talk._replace(problem=str(error))
+
+    def fetch_policy(self, domain: str) -> bytes:
+        """See `World`."""
+
+        async def ask(name: str, kind: str) -> Answer:
+            return self.query(name, kind)
+
+        async def fetch(loop: Loop) -> bytes:
+            return await HttpsPolicies(loop, Names(loop, ask), lambda: self._context[True]).fetch(
+                domain
+            )
+
+        return run_apart(fetch, 2 * _TALK_SECONDS)
+
+    def machine(self) -> Machine:
+        """See `World`."""
+        place = self._config.data_dir
+        while not os.path.exists(place):
+            place = os.path.dirname(place)
+        disk, owner = os.statvfs(place), os.stat(place)
+        return Machine(
+            read_file("/etc/hosts", b"").decode("utf-8", "replace"),
+            owner.st_uid,
+            _groups_of(owner.st_uid, owner.st_gid),
+            disk=disk.f_blocks * disk.f_frsize,
+            free=disk.f_bavail * disk.f_frsize,
+            memory=_available_memory(),
+            synchronised=_is_synchronised(),
+        )
+
+
+async def _read_reply(stream: Stream) -> str:
+    """Read a reply, of one line or of several (RFC 5321, 4.2.1)."""
+    lines = []
+    while True:
+        lines.append((await stream.read_line()).decode("utf-8", "replace"))
+        if not re.match(r"\d{3}-", lines[-1]):
+            return "\n".join(lines)
+
+
+def _groups_of(user: int, group: int) -> frozenset[int]:
+    import pwd  # only here
+
+    try:
+        return frozenset(os.getgrouplist(pwd.getpwuid(user).pw_name, group))
+    except KeyError:
+        return frozenset([group])
+
+
+def _available_memory() -> int:
+    """Return octets; see proc_meminfo(5)."""
+    match = re.search(rb"^MemAvailable: +(\d+) kB", read_file("/proc/meminfo", b""), re.MULTILINE)
+    return int(match[1]) * 1024 if match else 0
+
+
+def _is_synchronised() -> bool | None:
+    """Tell whether the kernel knows of a time service that keeps the clock; see adjtimex(2)."""
+    try:
+        import ctypes
+
+        state = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512))
+    except (ImportError, OSError, AttributeError):
+        return None
+    return None if state < 0 else state != 5  # TIME_ERROR
+
+
+class Unasked(ChasquidError):
+    """The DNS cannot be asked about a name at all; `fix` is what to do about that."""
+
+    def __init__(self, text: str, fix: str) -> None:
+        super().__init__(text)
+        self.fix = fix
+
+
+class Authority(NamedTuple):
+    """The name servers of a zone: addresses of those that answer, and what they say of it."""
+
+    zone: str
+    addresses: tuple[str, ...]
+    serials: tuple[tuple[str, str], ...]  # name, and the version of the zone that it has
+    silent: tuple[tuple[str, str], ...]  # name, and why it cannot be used
+
+
+class Zones:
+    """What the DNS says now. Names are A-labels, without the final dot.
+
+    What lies at or below a name of `own` is asked of its zone's own name servers, so that no
+    cache is in between; all else of the resolver. Each question is asked once.
+    """
+
+    def __init__(self, world: World, own: Iterable[str]) -> None:
+        self._world = world
+        self.own = sorted(set(own), key=lambda name: -name.count("."))
+        self._lock = threading.Lock()
+        self._known: dict[tuple[str, ...], tuple[threading.Lock, list[Any]]] = {}
+
+    def ask(self, name: str, kind: str, depth: int = 0) -> Answer:
+        """Follow aliases, too. Raises TemporaryFailure and Unasked."""
+        answer = self._answer(name.lower().rstrip(".") or ".", kind)
+        if answer.records or not answer.canonical or depth > _ALIAS_LIMIT:
+            return answer
+        return self.ask(answer.canonical, kind, depth + 1)._replace(canonical=answer.canonical)
+
+    def addresses(self, host: str) -> list[str]:
+        """Return the IPv4 and IPv6 addresses of a host. Raises as `ask` does."""
+        return [record for kind in ("A", "AAAA") for record in self.ask(host, kind).records]
+
+    def is_signed(self, zone: str) -> bool:
+        """Tell whether the zone above says that this one is signed. Raises TemporaryFailure."""
+        return bool(self._query(zone, "DS").records)
+
+    def authority(self, name: str) -> Authority:
+        """Return the name servers of the zone that a name is in. Raises Unasked."""
+        found = self._once(("authority", name), lambda: self._find_authority(name))
+        assert isinstance(found, Authority)
+        return found
+
+    def _answer(self, name: str, kind: str) -> Answer:
+        own = next((own for own in self.own if f".{name}".endswith(f".{own}")), None)
+        for address in self.authority(own).addresses if own else ():
+            with contextlib.suppress(TemporaryFailure):
+                return self._query(name, kind, address)
+        self._need_resolver()
+        return self._query(name, kind)
+
+    def _query(self, name: str, kind: str, server: str = "") -> Answer:
+        found = self._once(
+            ("query", name, kind, server), lambda: self._world.query(name, kind, server)
+        )
+        assert isinstance(found, Answer)
+        return found
+
+    @property
+    def resolver_works(self) -> bool:
+        """Whether it answers anything; that of a closed network may not know the root."""
+
+        def answers(name: str, kind: str) -> bool:
+            with contextlib.suppress(TemporaryFailure):
+                self._query(name, kind)
+                return True
+            return False
+
+        names = [(".", "SOA"), *((own, "NS") for own in self.own[-1:])]
+        return any(in_parallel([functools.partial(answers, *name) for name in names]))
+
+    def _need_resolver(self) -> None:
+        """Raises Unasked."""
+        if self.resolver_works:
+            return
+        text = "no name server answers here, and without DNS no mail is sent or checked"
+        raise Unasked(text, 'name one in chasquid.conf, as in: dns_server: "9.9.9.9"')
+
+    def _find_authority(self, name: str) -> Authority:
+        self._need_resolver()
+        zone, servers = self._delegation(name)
+
+        def probe(server: str) -> tuple[str, str, str]:
+            """Return the name, the address and the serial; or the name, "" and what is wrong."""
+            try:
+                for kind in ("A", "AAAA"):
+                    for address in self._query(server, kind).records[:1]:
+                        soa = self._query(zone, "SOA", address).records
+                        return server, address, (soa[0].split() + ["?"] * 3)[2] if soa else "?"
+                return server, "", "it has no address"
+            except TemporaryFailure as failure:
+                return server, "", str(failure)
+
+        found = in_parallel([functools.partial(probe, server) for server in servers])
+        return Authority(
+            zone,
+            tuple(address for _, address, _ in found if address),
+            tuple((server, serial) for server, address, serial in found if address),
+            silent=tuple((server, why) for server, address, why in found if not address),
+        )
+
+    def _delegation(self, name: str) -> tuple[str, list[str]]:
+        """Return the zone that `name` is in, and the names of its servers. Raises Unasked."""
+        exists, zone = True, name
+        try:
+            while True:
+                answer = self._query(zone, "NS")
+                exists = exists and (zone != name or answer.exists)
+                if (answer.records and not answer.canonical) or "." not in zone:
+                    break
+                zone = zone.partition(".")[2]
+        except TemporaryFailure as failure:
+            raise self._broken(zone, failure) from None
+        if "." not in zone and "." in name and not exists:
+            text = f"the domain {name} does not exist in the DNS; is it registered, or expired?"
+            raise Unasked(text, f"look for {name} at the company where you have registered it")
+        servers = sorted(record.rstrip(".").lower() for record in answer.records)
+        return zone, servers[:_NAME_SERVER_LIMIT]
+
+    def _broken(self, zone: str, failure: TemporaryFailure) -> Unasked:
+        """Say why a resolver gets no answer about a zone; RFC 4035, 5 if it is signed."""
+        text = f"nobody can look up {zone}, so no mail comes: {failure}"
+        with contextlib.suppress(TemporaryFailure):
+            if self.is_signed(zone):
+                text += "; it is signed (DNSSEC), and the signatures do not fit or have expired"
+                fix = f"sign {zone} anew at the DNS provider, or remove its DS record"
+                return Unasked(text, f"{fix} at the registrar")
+        return Unasked(text, f"see that the name servers of {zone} answer: dig +trace {zone} SOA")
+
+    def _once(self, key: tuple[str, ...], work: Callable[[], object]) -> object:
+        """Return what `work` returned or raised the first time."""
+        with self._lock:
+            lock, known = self._known.setdefault(key, (threading.Lock(), []))
+        with lock:
+            if not known:
+                try:
+                    known.append(work())
+                except ChasquidError as error:
+                    known.append(error)
+        if isinstance(known[0], ChasquidError):
+            raise known[0]
+        return known[0]
+
+
+# ======================================================================================
+# ROOM: HOST CHECKS
+#
+# Whether the host is as mail needs it: the files, the running server and its ports, the
+# machine, its line and its addresses.
+#
+# - A check is a function of `Facts` that yields findings; what it does not mention is well. The
+#   table of all checks stands last. They run side by side, so none may rest on another.
+# - One mistake, one finding: a check leaves to others what follows from their findings. While
+#   the server does not run, nothing is said of its ports.
+# - Whatever serves is well, and above all what the README and `domain_records` advise.
+# - What cannot be known from here is said to be unknown, never to be well.
+#
+# How the world is asked belongs to PROBES; what is in the files, to the rooms that read them.
+# ======================================================================================
+
+_EXPIRES_SOON = 14  # days
+_ELSEWHERE = ("gmail.com", "outlook.com")  # whose servers are there, and let anybody connect
+_BLOCK_LISTS = (("zen.spamhaus.org", "https://check.spamhaus.org/"),
+                ("bl.spamcop.net", "https://www.spamcop.net/bl.shtml"))  # fmt: skip
+_HOME_LINE = ("127.0.0.10", "127.0.0.11")  # of Spamhaus: an address that should not send mail
+_LITTLE_MEMORY = 64 * 1024 * 1024
+_CLOCK_TOLERANCE = 3 * 86400.0  # the root zone has a new version, with its date, each day
+SERVICE = "chasquid"  # the unit of systemd
+
+
+class Examined(NamedTuple):
+    """What is in the configuration directory, what is wrong with it, and what is doubtful."""
+
+    config: Config
+    domains: Domains
+    certificates: Certificates
+    wrong: tuple[str, ...]
+    doubtful: tuple[str, ...]
+
+
+def examine_files(config: Config, problems: Sequence[ConfigError]) -> Examined:
+    """Read all files; `problems` are those of chasquid.conf. Raises ConfigError."""
+    wrong = [str(problem) for problem in problems]
+    try:
+        smarthost_login(config)
+    except ConfigError as error:
+        wrong.append(str(error))
+    domains, certificates = load_domains(config), Certificates(config)
+    wrong += [*domains.problems, *certificates.problems]
+    doubtful = [*setting_warnings(config)]
+    for name, domain in domains.each.items():
+        for finding in domains.aliases.findings(name, domain.users, knows_everybody(config)):
+            (wrong if finding.wrong else doubtful).append(finding.text)
+        waiting = [key for key in domain.keys if key.name in domains.unseen]
+        doubtful += [f"{key.unseen_text}; see dkim-dns" for key in waiting]
+    if not domains.each and not domains.broken:
+        doubtful.append(f"no domain in {config.config_dir}/domains: all mail for here is refused")
+    return Examined(config, domains, certificates, wrong=tuple(wrong), doubtful=tuple(doubtful))
+
+
+def knows_everybody(config: Config) -> bool:
+    """Tell whether the files name all users: neither Dovecot nor a hook knows others."""
+    return not (config.dovecot_auth or hook_path(config.config_dir, "alias-resolve"))
+
+
+class Facts(NamedTuple):
+    """What a check may look at. Names are A-labels; `domain` is "" for a check of the host."""
+
+    examined: Examined
+    world: World
+    zones: Zones
+    host: str
+    domain: str = ""
+
+    @property
+    def config(self) -> Config:
+        """The configuration."""
+        return self.examined.config
+
+    @property
+    def domains(self) -> list[str]:
+        """The domains that others write to, also if their files have a mistake."""
+        found = self.examined.domains
+        names = published_domains(found.each, self.config.hostname)
+        return [domain_to_ascii(name) for name in (*names, *found.broken)]
+
+    @property
+    def sends_directly(self) -> bool:
+        """Whether mail goes from here to the servers of others, at least at first."""
+        return not self.config.smarthost or self.config.smarthost_after > 0
+
+    @property
+    def sending(self) -> list[str]:
+        """The public addresses that the DNS says this host has. Raises as `Zones.ask` does."""
+        return [ip for ip in self.zones.addresses(self.host) if is_public_address(ip)]
+
+    def is_here(self, addresses: Iterable[str]) -> bool:
+        """Tell whether one is ours, or of a host that passes mail on to us."""
+        import ipaddress  # only here
+
+        trusted = [ipaddress.ip_network(text, False) for text in self.config.trusted_relay]
+        ours = {*self.zones.addresses(self.host), *self.world.addresses()}
+        return any(
+            ip in ours or any(ipaddress.ip_address(ip) in network for network in trusted)
+            for ip in addresses
+        )
+
+    def texts(self, name: str, begin: str) -> list[str]:
+        """Return the TXT records of `name` that begin with a version, in any case."""
+        records = self.zones.ask(name, "TXT").records
+        return [text for text in records if re.match(rf"{begin}\s*(;|\s|$)", text, re.IGNORECASE)]
+
+    def record(self, purpose: str, name: str = "") -> DnsRecord:
+        """Return what `domain_records` says, for the domain or, with `name`, at this name."""
+        needs = needs_of(self.config, self.domain or self.host, (), self.world.addresses())
+        found = [record for record in domain_records(needs) if record.purpose == purpose]
+        return next((record for record in found if record.name == name), found[0])
+
+
+def facts_of(examined: Examined, world: World) -> Facts:
+    """Return what checks may look at, of the whole host."""
+    host = domain_to_ascii(examined.config.hostname)
+    facts = Facts(examined, world, Zones(world, [host]), host)
+    return facts._replace(zones=Zones(world, [host, *facts.domains]))
+
+
+def mend(text: str, fix: str) -> Finding:
+    """Return that mail suffers from something."""
+    return Finding("", Level.MEND, text, fix)
+
+
+def advice(text: str, fix: str) -> Finding:
+    """Return that something could be better."""
+    return Finding("", Level.ADVICE, text, fix)
+
+
+def not_known(text: str, fix: str = "") -> Finding:
+    """Return that something could not be checked."""
+    return Finding("", Level.UNKNOWN, text, fix)
+
+
+def publish_line(facts: Facts, record: DnsRecord, how: str = "publish") -> str:
+    """Say what to enter in a provider's form."""
+    [row] = record_table([record], facts.domain or facts.host.partition(".")[2])
+    return f"{how}: {row}"
+
+
+def _home_line(facts: Facts) -> str:
+    """Return how to send from a line that others take no mail from, with the lines to add."""
+    directory = facts.config.config_dir
+    return (
+        "send through a server that may, your provider's or a small one of yours; "
+        f'in {directory}/chasquid.conf:\nsmarthost: "HOST:587"\nsmarthost_user: "USER"\n'
+        f'smarthost_password_file: "{directory}/smarthost-password"'
+    )
+
+
+def _front_host(facts: Facts) -> str:
+    """Return how to receive on a line that nobody can connect to, or whose address changes."""
+    domains = list(facts.examined.domains.each) or ["DOMAIN"]
+    return (
+        "have a small host with a fixed address as MX, whose chasquid passes mail on; there:\n"
+        + "".join(f"domains/{name}/aliases: *: *@{name} via {facts.host}\n" for name in domains)
+        + f"and in {facts.config.config_dir}/chasquid.conf here:\n"
+        'trusted_relay: "ITS ADDRESS"\nsmarthost: "ITS NAME:587"'
+    )
+
+
+# --- the files ---
+
+
+def _check_files(facts: Facts) -> Iterator[Finding]:
+    fix = f"correct it, and see what this says: chasquid -C {facts.config.config_dir} check"
+    for text in facts.examined.wrong:
+        if os.strerror(errno.EACCES) in text and os.geteuid() != facts.world.machine().user:
+            yield not_known(text, "ask again as root: sudo chasquid doctor")
+        else:
+            yield mend(text, fix)
+    yield from (advice(text, fix) for text in facts.examined.doubtful)
+
+
+def _check_modes(facts: Facts) -> Iterator[Finding]:
+    import shlex  # only here
+
+    machine, closed = facts.world.machine(), {}
+    for path, is_secret in _needed_files(facts.config):
+        mode = os.stat(path).st_mode
+        if is_secret and mode & 0o004:
+            yield mend(
+                f"anybody on this host may read {path}", f"sudo chmod o= {shlex.quote(path)}"
+            )
+        elif mode & 0o002:
+            yield mend(
+                f"anybody on this host may change {path}", f"sudo chmod o-w {shlex.quote(path)}"
+            )
+        elif place := _closed_at(path, facts.config.config_dir, machine):
+            closed[path] = place
+    for place in dict.fromkeys(closed.values()):
+        if place not in closed:  # a directory, perhaps that of another program
+            there = shlex.quote(place)
+            fix = f"sudo chgrp -R {min(machine.groups)} {there} && sudo chmod -R g+rX {there}"
+            yield mend(f"the server (user {machine.user}) may not enter {place}", fix)
+    files = [path for path, place in closed.items() if place == path]
+    if files:
+        text = f"the server (user {machine.user}) may not read {', '.join(files)}"
+        yield mend(text, f"sudo chown {machine.user} {shlex.join(files)}")
+
+
+# Files that the server reads, below the configuration directory, and those that are secrets.
+_NEEDED = re.compile(r"chasquid\.conf|certs/.*/(fullchain\.pem|.*\.cer)|domains/.*/aliases")
+_SECRETS = re.compile(r"certs/.*/(privkey\.pem|.*\.key)|domains/.*/(users|dkim:.*\.pem)")
+
+
+def _needed_files(config: Config) -> Iterator[tuple[str, bool]]:
+    """Yield the files that the server reads, and whether they hold keys or passwords."""
+    for directory, _, files in os.walk(config.config_dir, followlinks=True):
+        for name in sorted(files):
+            path = os.path.join(directory, name)
+            below = os.path.relpath(path, config.config_dir)
+            is_secret = _SECRETS.fullmatch(below) is not None
+            if (is_secret or _NEEDED.fullmatch(below)) and os.path.exists(path):
+                yield path, is_secret
+    if config.smarthost_password_file and os.path.exists(config.smarthost_password_file):
+        yield config.smarthost_password_file, True
+
+
+def _closed_at(path: str, top: str, machine: Machine) -> str:
+    """Return what keeps the server's user from reading a file; "" if nothing does.
+
+    Below the configuration directory only that is looked at; a link out of it, all the way.
+    """
+    if machine.user == 0:
+        return ""
+    real, top = os.path.realpath(path), os.path.realpath(top)
+    places = [real]
+    while places[-1] not in (top, "/"):
+        places.append(os.path.dirname(places[-1]))
+    for place in reversed(places):
+        status = os.stat(place)
+        if status.st_uid == machine.user:
+            mode = status.st_mode >> 6
+        else:
+            mode = status.st_mode >> (3 if status.st_gid in machine.groups else 0)
+        if not mode & (4 if place == real else 1):
+            return place
+    return ""
+
+
+def _get_certificate(facts: Facts) -> str:
+    """Return how to get a certificate for the host."""
+    if facts.config.acme:
+        return f"the log says why none has come: sudo journalctl -u {SERVICE} --grep acme"
+    path = os.path.join(facts.config.config_dir, "chasquid.conf")
+    return (
+        "have it fetched, which accepts the terms of Let's Encrypt: "
+        f"echo 'acme: true' | sudo tee -a {path} && sudo systemctl restart {SERVICE}"
+    )
+
+
+def _check_certificates(facts: Facts) -> Iterator[Finding]:
+    certificates, host = facts.examined.certificates, facts.host
+    if not certificates.loaded:
+        if not certificates.problems:
+            text = "there is no certificate, so TLS is off, and nobody can log in"
+            yield mend(text, _get_certificate(facts))
+        return
+    for certificate in certificates.loaded.values():
+        if certificate.is_fetched and all(
+            certificates.is_proven(name, fetched=False) for name in certificate.names
+        ):
+            continue  # it is of no use any more
+        days = (certificate.expires - facts.world.now()) / 86400
+        what = f"the certificate in {'' if certificate.is_fetched else 'certs/'}"
+        what += certificate.directory
+        renew = _get_certificate(facts) if certificate.is_fetched else "sudo certbot renew"
+        if days < 0:
+            date = rfc5322_date(certificate.expires)
+            yield mend(f"{what} has expired, on {date}: nobody trusts it", renew)
+        elif days < _EXPIRES_SOON:
+            say = mend if days < 1 else advice  # those of short life are renewed late
+            yield say(f"{what} expires in {plural(int(days), 'day')}, and was not renewed", renew)
+    if not certificates.cover(host):
+        text = f"no certificate in certs is for {host}: mail programs refuse to log in"
+        yield mend(text, _get_certificate(facts))
+
+
+# --- the running server ---
+
+
+class _Port(NamedTuple):
+    """Where the server should be heard, on this host."""
+
+    name: str
+    host: str
+    number: int
+    by_systemd: bool
+
+
+def _ports(config: Config) -> Iterator[_Port]:
+    for name, standard, addresses in (
+        ("smtp", 25, config.smtp_address),
+        ("submission", 587, config.submission_address),
+        ("submission_tls", 465, config.submission_over_tls_address),
+    ):
+        for address in addresses[:1]:
+            systemd = address == "systemd"
+            host, number = ("", standard) if systemd else host_and_port(address, standard)
+            if host in ("", "0.0.0.0", "::", "localhost"):
+                host = "127.0.0.1"
+            yield _Port(name, host, number, systemd)
+
+
+def _check_server(facts: Facts) -> Iterator[Finding]:
+    if facts.world.ask_server("sessions") is None:
+        fix = f"sudo systemctl enable --now {SERVICE}"
+        yield mend("the server is not running: mail waits at the senders, and comes back", fix)
+
+
+def _runs(facts: Facts) -> bool:
+    """Tell whether the server runs, as far as we may know. If not, another check says it."""
+    try:
+        return facts.world.ask_server("sessions") is not None
+    except ChasquidError:
+        return True
+
+
+def _is_ours(facts: Facts, talk: Talk) -> bool:
+    return talk.replies[0].startswith(f"220 {facts.host} ")
+
+
+def _check_ports(facts: Facts) -> Iterator[Finding]:
+    if not _runs(facts):
+        return
+    if facts.config.haproxy_incoming:
+        text = "the ports are not tried: connections must come from HAProxy (haproxy_incoming)"
+        yield not_known(text, f"from elsewhere: openssl s_client -connect {facts.host}:465")
+        return
+    talks = [(port, finding, talk) for port in _ports(facts.config)
+             for finding, talk in [_try_port(facts, port)]]  # fmt: skip
+    yield from {finding.fix: finding for _, finding, _ in talks if finding is not None}.values()
+    certificates = facts.examined.certificates.loaded.values()
+    for port, _, talk in talks:
+        good = [found for found in certificates if found.covers(facts.host)]
+        if (
+            talk is not None
+            and talk.problem
+            and any(found.expires > facts.world.now() for found in good)
+        ):  # else the check of certificates says it
+            text = f"port {port.number}: {talk.problem}: mail programs warn of it, or refuse"
+            yield mend(text, _get_certificate(facts))
+            return
+
+
+def _try_port(facts: Facts, port: _Port) -> tuple[Finding | None, Talk | None]:
+    """Return what is wrong with a port, and what it said."""
+    unit = f"{SERVICE}-{port.name}.socket" if port.by_systemd else SERVICE
+    tls = port.name == "submission_tls"
+    has_tls = bool(facts.examined.certificates.loaded)
+    if tls and not has_tls:
+        return None, None
+    commands = () if tls else ("EHLO localhost", *(("STARTTLS",) if has_tls else ()))
+    try:
+        talk = facts.world.talk(port.host, port.number, commands, name=facts.host, tls=tls)
+    except ChasquidError as error:
+        text = f"port {port.number} ({port.name}) does not answer: {error}"
+        return mend(text, f"sudo systemctl enable --now {unit}"), None
+    if not _is_ours(facts, talk):
+        text = f"another program is at port {port.number}, and says {talk.replies[0]!r}"
+        fix = f"see which, and stop it: sudo ss -ltnp 'sport = :{port.number}'"
+        return mend(printable(text), fix), None
+    if commands and has_tls and not talk.replies[-1].startswith("220"):
+        text = f"port {port.number} offers no TLS, though there is a certificate"
+        return mend(text, f"sudo systemctl restart {SERVICE}"), None
+    return None, talk
+
+
+def _check_relay(facts: Facts) -> Iterator[Finding]:
+    """Try to have a stranger's mail sent on (RFC 5321, 7.9 on relays)."""
+    commands = ("EHLO [127.0.0.1]", "MAIL FROM:<>", "RCPT TO:<relay-test@example.net>", "RSET")
+    if facts.config.haproxy_incoming or not _runs(facts):
+        return
+    for port in _ports(facts.config):
+        if port.name != "smtp":
+            continue
+        try:
+            talk = facts.world.talk(port.host, port.number, commands)
+        except ChasquidError:
+            return  # the check of ports says it
+        if _is_ours(facts, talk) and talk.replies[3].startswith("2"):
+            text = "port 25 takes mail for anybody from anybody: this is an open relay"
+            yield mend(text, "stop it at once, and find what answers: sudo ss -ltnp 'sport = :25'")
+
+
+def _check_imap(facts: Facts) -> Iterator[Finding]:
+    for port, tls in ((993, True), (143, False)):
+        with contextlib.suppress(ChasquidError):
+            talk = facts.world.talk("127.0.0.1", port, name=facts.host, tls=tls)
+            if talk.replies[0].startswith("* OK"):
+                return
+    if not facts.config.lmtp_address.startswith("/") and facts.config.lmtp_address:
+        return  # the mailboxes are on another host
+    text = "no IMAP server answers at port 993 or 143, so no mail program can read the mail"
+    yield advice(text, "sudo apt install dovecot-imapd && sudo chasquid init ADDRESS")
+
+
+# --- the machine and its line ---
+
+
+def _check_clock(facts: Facts) -> Iterator[Finding]:
+    """Compare with the date in the serial number of the root zone (YYYYMMDDNN)."""
+    soa = " ".join(facts.zones.ask(".", "SOA").records)
+    match = re.search(r" (20\d\d)(\d\d)(\d\d)\d\d ", soa)
+    if match is not None:
+        with contextlib.suppress(ValueError):
+            import calendar  # only here
+
+            there = calendar.timegm((*map(int, match.groups()), 0, 0, 0))
+            if abs(facts.world.now() - there) > _CLOCK_TOLERANCE:
+                text = "the clock is wrong by days, so signatures and certificates fail"
+                yield mend(text, "sudo timedatectl set-ntp true")
+                return
+    if facts.world.machine().synchronised is False:
+        text = "no time service keeps the clock; when it is wrong, signatures fail"
+        yield advice(text, "sudo timedatectl set-ntp true")
+
+
+def _check_disk(facts: Facts) -> Iterator[Finding]:
+    machine, config = facts.world.machine(), facts.config
+    needed = min(config.min_free_disk_mb * 1024 * 1024, machine.disk // 10)
+    left = f"{machine.free // (1024 * 1024)} MB are free for {config.data_dir}"
+    fix = f"sudo du -xh --max-depth=2 {config.data_dir} | sort -h | tail, and make room"
+    if machine.free < needed:
+        yield mend(f"only {left}: all mail is refused for now", fix)
+    elif machine.free < 2 * needed:
+        yield advice(f"only {left}: soon all mail is refused", fix)
+
+
+def _check_memory(facts: Facts) -> Iterator[Finding]:
+    memory = facts.world.machine().memory
+    if 0 < memory < _LITTLE_MEMORY:
+        text = f"only {memory // (1024 * 1024)} MB of memory are available; a login takes 16 MB"
+        yield advice(text, "see what takes it: ps -eo rss,cmd --sort=-rss | head")
+
+
+def _check_name_servers(facts: Facts) -> Iterator[Finding]:
+    told: set[str] = set()
+    for name in reversed(facts.zones.own):
+        if any(f".{name}".endswith(f".{above}") for above in told):
+            continue
+        try:
+            authority = facts.zones.authority(name)
+        except Unasked as error:
+            yield mend(str(error), error.fix)
+            told.add(name)
+            if not facts.zones.resolver_works:
+                return
+            continue
+        if authority.zone not in told:
+            told.add(authority.zone)
+            yield from _of_name_servers(authority)
+
+
+def _of_name_servers(authority: Authority) -> Iterator[Finding]:
+    zone = authority.zone
+    if not authority.addresses:
+        why = "; ".join(why for _, why in authority.silent) or "none is known"
+        text = f"no name server of {zone} can be asked from here, so what follows may be old: {why}"
+        yield not_known(text, f"dig +trace {zone} SOA")
+        return
+    for server, why in authority.silent:
+        text = f"{server}, a name server of {zone}, is no help, which delays mail: {why}"
+        yield advice(text, "have its provider mend it, or take it out of the NS records")
+    if len({serial for _, serial in authority.serials}) > 1:
+        versions = ", ".join(f"{server} has {serial}" for server, serial in authority.serials)
+        text = f"the name servers of {zone} have different versions of it: {versions}"
+        yield advice(text, "wait some minutes, or have the provider mend the transfer")
+
+
+def _check_address(facts: Facts) -> Iterator[Finding]:
+    host, own, found = facts.host, facts.world.addresses(), facts.zones.addresses(facts.host)
+    if not found:
+        text = f"{host} has no address in the DNS, so nobody finds this host"
+        if re.search(rf"\s{re.escape(host)}(\s|$)", facts.world.machine().hosts):
+            text += "; it stands only in /etc/hosts, which nobody else reads"
+        yield mend(text, publish_line(facts, facts.record("address")))
+        return
+    for ip in found:
+        if not is_public_address(ip):
+            if facts.config.trusted_relay:
+                return  # the host in front may know another way here
+            text = f"{host} is {ip} in the DNS, an address that nobody can reach from outside"
+            known = [other for other in own if (":" in other) == (":" in ip)]
+            kind = "AAAA" if ":" in ip else "A"
+            fix = publish_line(facts, DnsRecord(host, kind, known[0] if known else "", "address"))
+            yield mend(text, fix if known else f"{fix}; if there is none: {_front_host(facts)}")
+            return
+    for ip in own:
+        kind = "AAAA" if ":" in ip else "A"
+        if ip in found or not facts.sends_directly and kind == "AAAA":
+            continue
+        others = ", ".join(other for other in found if (":" in other) == (":" in ip))
+        text = f"this host sends from {ip}, but the DNS says that {host} is {others or 'elsewhere'}"
+        fix = publish_line(facts, DnsRecord(host, kind, ip, "address"))
+        if others:
+            fix += f"; if the address changes by itself: {_front_host(facts)}"
+        yield mend(f"{text}: others refuse its mail", fix)
+
+
+def _check_ptr(facts: Facts) -> Iterator[Finding]:
+    import ipaddress  # only here
+
+    if not facts.sends_directly:
+        return
+    for ip in facts.sending:
+        answer = facts.zones.ask(ipaddress.ip_address(ip).reverse_pointer, "PTR")
+        names = [record.rstrip(".").lower() for record in answer.records]
+        fix = f"ask the provider of {ip}, or its web form, to set its PTR record to {facts.host}"
+        otherwise = f"{fix}; if it does not: {_home_line(facts)}"
+        confirmed = [name for name in names[:10] if ip in facts.zones.addresses(name)]
+        if not names:
+            yield mend(f"{ip} has no PTR record, so many servers refuse mail from it", otherwise)
+        elif not confirmed:
+            text = f"the PTR record of {ip} is {names[0]}, which is not {ip} in the DNS"
+            yield mend(f"{text}, so many servers refuse mail from it", otherwise)
+        elif facts.host not in confirmed:
+            text = f"the PTR record of {ip} is {names[0]}, which looks like a line of a household"
+            yield advice(text, fix)
+
+
+def _check_outward(facts: Facts) -> Iterator[Finding]:
+    config = facts.config
+    if config.smarthost:
+        host, port = host_and_port(config.smarthost, 25)
+        try:
+            ips = [host] if is_ip_address(host) else facts.zones.addresses(host)
+            if not ips:
+                raise Disconnected(f"{host} has no address")
+            facts.world.talk(ips[0], port, name=host, tls=port == 465)
+        except (Disconnected, TLSFailed, TemporaryFailure) as error:
+            text = f"the smarthost {config.smarthost} cannot be reached, so mail waits: {error}"
+            yield mend(text, "correct smarthost in chasquid.conf, or ask its provider")
+    if not facts.sends_directly:
+        return
+    places = [ip for domain in _ELSEWHERE for ip in _servers_of(facts, domain)]
+    failures = in_parallel([functools.partial(_failure, facts, ip) for ip in places])
+    if not places:
+        yield not_known(f"port 25 outward is not tried: {_ELSEWHERE[0]} is not in this DNS")
+    elif all(failures):
+        text = f"port 25 of other servers cannot be reached, so no mail leaves: {failures[0]}"
+        yield mend(text, f"ask the provider to open it, or {_home_line(facts)}")
+
+
+def _servers_of(facts: Facts, domain: str) -> Iterator[str]:
+    """Yield an address for each family that this host has; none if they cannot be looked up."""
+    kinds = ["A"] + ["AAAA"] * any(":" in ip for ip in facts.world.addresses())
+    with contextlib.suppress(TemporaryFailure):
+        for record in sorted(facts.zones.ask(domain, "MX").records)[:1]:
+            for kind in kinds:
+                yield from facts.zones.ask(record.split()[1], kind).records[:1]
+
+
+def _failure(facts: Facts, ip: str) -> str:
+    """Return why a server cannot be reached; "" if it can."""
+    try:
+        facts.world.talk(ip, facts.config.outgoing_smtp_port)
+    except Disconnected as error:
+        return str(error)
+    except ChasquidError:
+        pass  # whatever it says, somebody is there
+    return ""
+
+
+def _check_reachable(facts: Facts) -> Iterator[Finding]:
+    """What cannot be known from inside: whether others get through to port 25."""
+    ips = facts.sending
+    try:
+        sessions = facts.world.ask_server("sessions")
+    except ChasquidError:
+        return  # the check of the server says it
+    if sessions is None or not ips:
+        return
+    peers = [line.split()[-1] for line in sessions if line.startswith(f"{SMTP_PORT.name} ")]
+    if any(is_ip_address(peer) and is_public_address(peer) and peer not in ips for peer in peers):
+        return
+    if not facts.world.addresses():  # behind NAT; some routers let us in by our public address
+        try:
+            talk = facts.world.talk(ips[0], 25)
+        except ChasquidError:
+            text = "whether port 25 is forwarded to this host cannot be seen from here"
+            fix = "forward 25, 465, 587 and 993 in the router to this host; then, from elsewhere"
+            yield not_known(text, f"{fix}: nc {facts.host} 25")
+            return
+        if not _is_ours(facts, talk):
+            text = f"at {ips[0]}, port 25, another server answers: {talk.replies[0]!r}"
+            yield mend(printable(text), "forward port 25 in the router to this host")
+        return
+    text = "nobody from outside has come to port 25 yet, so it may be closed by a firewall"
+    yield not_known(text, f"from elsewhere, this must show 220 {facts.host}: nc {facts.host} 25")
+
+
+def _check_block_lists(facts: Facts) -> Iterator[Finding]:
+    """A list has three answers: listed, not listed, and that we may not ask (RFC 5782)."""
+    import ipaddress  # only here
+
+    ips = [ip for ip in facts.sending if ":" not in ip] if facts.sends_directly else []
+    for (zone, url), ip in itertools.product(_BLOCK_LISTS, ips):
+        name = ipaddress.ip_address(ip).reverse_pointer.replace("in-addr.arpa", zone)
+        try:
+            records = facts.zones.ask(name, "A").records
+        except TemporaryFailure as failure:
+            yield _may_not_ask(zone, str(failure))
+            continue
+        if any(record.startswith("127.255.255.") for record in records):
+            yield _may_not_ask(zone, f"it answers {records[0]}, which means that")
+        elif any(record in _HOME_LINE for record in records):
+            text = f"{ip} is listed as a line that should not send mail ({zone})"
+            yield mend(text, f"{url} says more; {_home_line(facts)}")
+        elif any(record.startswith("127.") for record in records):
+            text = f"{ip} is on the block list {zone} ({records[0]}), so its mail is refused"
+            yield mend(text, f"{url}: see why, mend it, and ask to be taken off")
+        elif records:
+            yield _may_not_ask(zone, f"the name server invents the answer {records[0]}")
+
+
+def _may_not_ask(zone: str, why: str) -> Finding:
+    text = f"{zone} does not answer us, as with public name servers: {why}"
+    return not_known(text, 'sudo apt install unbound; in chasquid.conf: dns_server: "127.0.0.1"')
+
+
+def _check_dane(facts: Facts) -> Iterator[Finding]:
+    """Compare TLSA records, if there are any, with what port 25 shows; RFC 7672."""
+    name = f"_25._tcp.{facts.host}"
+    tlsa = [record for record in map(parse_tlsa, facts.zones.ask(name, "TLSA").records) if record]
+    port = next(_ports(facts.config), None)
+    if not tlsa or port is None or not _runs(facts):
+        return
+    zone = facts.zones.authority(facts.host).zone
+    if not facts.zones.is_signed(zone):
+        text = f"there are TLSA records, but {zone} is not signed (DNSSEC), so nobody heeds them"
+        yield advice(text, f"have {zone} signed at the DNS provider, or remove them")
+        return
+    try:
+        talk = facts.world.talk(port.host, port.number, ("EHLO localhost", "STARTTLS"), facts.host)
+    except ChasquidError:
+        return  # the check of ports says it
+    chain = talk.certificates
+    if chain and not any(
+        record.matches(shown) for record in tlsa
+        for shown in (chain[:1] if record.usage == 3 else chain)
+    ):  # fmt: skip
+        import hashlib  # only here
+
+        digest = hashlib.sha256(public_key_info(chain[0])).hexdigest()
+        text = f"no TLSA record of {name} fits the certificate, so servers with DANE send nothing"
+        yield mend(text, f"publish: {name}.  TLSA  3 1 1 {digest}")
+
+
+class Check(NamedTuple):
+    """A row of a table of checks."""
+
+    name: str
+    help: str
+    function: Callable[[Facts], Iterable[Finding]]
+
+
+HOST_CHECKS = (
+    Check("files", "the configuration directory", _check_files),
+    Check("modes", "who may read keys and passwords", _check_modes),
+    Check("certificates", "names and ends", _check_certificates),
+    Check("server", "whether it runs", _check_server),
+    Check("ports", "what answers at 25, 587 and 465", _check_ports),
+    Check("relay", "whether strangers can send through us", _check_relay),
+    Check("imap", "whether mail can be read", _check_imap),
+    Check("clock", "time", _check_clock),
+    Check("disk", "room for mail", _check_disk),
+    Check("memory", "room for logins", _check_memory),
+    Check("name servers", "who answers for our names", _check_name_servers),
+    Check("address", "A and AAAA of the host", _check_address),
+    Check("ptr", "names of our addresses, and back", _check_ptr),
+    Check("outward", "port 25 of others, or the smarthost", _check_outward),
+    Check("reachable", "port 25 from outside", _check_reachable),
+    Check("block lists", "whether our addresses are on one", _check_block_lists),
+    Check("dane", "TLSA records and the certificate", _check_dane),
+)
+
+
+# ======================================================================================
+# ROOM: DOMAIN CHECKS
+#
+# Whether the DNS of a domain says what mail needs. It is held against `domain_records`, but any
+# other way that serves is well: another MX that leads here, an SPF record with other terms, any
+# policy of DMARC. What is optional there need not be there; if it is, it must be right.
+#
+# - The habits are those of HOST CHECKS. So a domain without an MX is not also told that "mx" in
+#   its SPF record lets nobody send.
+# - Forms of DNS providers make the same mistakes again and again: the domain doubled, quotes in
+#   the text, a text cut short. A record that is missing is looked for where they put it.
+# ======================================================================================
+
+_TAG = re.compile(r"(\w+)\s*=\s*([^;]*)")
+
+
+def _check_mx(facts: Facts) -> Iterator[Finding]:
+    """RFC 5321, 5.1: what leads here, by whatever name and preference, is well."""
+    domain, host, zones = facts.domain, facts.host, facts.zones
+    fix = publish_line(facts, facts.record("MX"))
+    names = [record.split()[-1].rstrip(".").lower() for record in zones.ask(domain, "MX").records]
+    if not names and not facts.is_here(zones.addresses(domain)):
+        yield mend(f"{domain} has no MX record, so its mail does not come here", fix)
+    if names == [""]:
+        yield mend(f"{domain} says that it takes no mail (null MX, RFC 7505)", fix)
+        return
+    ours = not names
+    for name in names:
+        if host != domain and name.endswith(f".{domain}.{domain}") or name == f"{host}.{domain}":
+            text = f"the MX record leads to {name}: the form has added the domain to the name"
+            yield mend(text, f"enter the host with a final dot: 10 {host}.")
+            return
+        if is_ip_address(name):
+            yield mend(f"the MX record is {name}, but it must be a name (RFC 5321, 5.1)", fix)
+            return
+        if zones.ask(name, "A").canonical:
+            text = f"the mail exchanger {name} is an alias (CNAME), which not all servers follow"
+            yield mend(
+                text, f"publish its addresses in place of the CNAME (RFC 2181, 10.3), or {fix}"
+            )
+            return
+        addresses = zones.addresses(name)
+        if not addresses and name != host:
+            yield mend(f"the mail exchanger {name} has no address", fix)
+            return
+        ours = ours or name == host or facts.is_here(addresses)
+    if not ours:
+        yield mend(f"mail for {domain} goes to {', '.join(names)}, not to this host", fix)
+
+
+def _check_spf(facts: Facts) -> Iterator[Finding]:
+    domain, wanted = facts.domain, facts.record("SPF", facts.domain)
+    texts = facts.texts(domain, "v=spf1")
+    if not texts:
+        why = "others cannot tell its mail from forgeries"
+        yield _absent(facts, wanted, why)
+        return
+    if len(texts) > 1:
+        text = f"{domain} has {len(texts)} SPF records, which makes all of them void"
+        fix = f"remove all but one (RFC 7208, 4.5), which may be: {wanted.value}"
+        yield mend(text, fix)
+        return
+    if re.search(r"\s\+?all\b", texts[0], re.IGNORECASE):
+        text = f"the SPF record of {domain} lets anybody send its mail: {texts[0]}"
+        yield mend(text, publish_line(facts, wanted, "put in its place"))
+        return
+    for ip in facts.sending if facts.sends_directly else ["127.0.0.1"]:
+        finding = _spf_finding(facts, ip, texts[0])
+        if finding is not None:
+            yield finding
+            return
+
+
+def _spf_finding(facts: Facts, ip: str, text: str) -> Finding | None:
+    domain = facts.domain
+    spf = _spf_of(facts, ip)
+    if spf.result == "temperror":
+        return not_known(f"the SPF record of {domain} leads to names that nobody could look up")
+    if spf.result == "permerror":
+        why = spf.explanation or "it is malformed, or needs more than ten look-ups"
+        wanted = facts.record("SPF", domain)
+        said = f"the SPF record of {domain} is void: {why}"
+        return mend(said, publish_line(facts, wanted, "put in its place"))
+    if facts.sends_directly and spf.result != "pass":
+        mended = re.sub(r"(?i)^v=spf1", f"v=spf1 a:{facts.host}", text)
+        fix = publish_line(facts, DnsRecord(domain, "TXT", mended, "SPF"), "change it to")
+        said = f"the SPF record of {domain} does not let this host send from {ip} ({spf.result})"
+        return mend(f"{said}: its mail is refused, or junk", fix)
+    return None
+
+
+def _spf_of(facts: Facts, ip: str) -> Spf:
+    """Evaluate the record, as if the MX record were as it should be, of which another tells."""
+    mx = facts.record("MX")
+
+    async def ask(name: str, kind: str) -> Answer:
+        answer = facts.zones.ask(name, kind)
+        if (name, kind) == (mx.name, "MX"):
+            return answer._replace(exists=True, records=(*answer.records, f"{mx.value}."))
+        return answer
+
+    sender = f"postmaster@{facts.domain}"
+    return run_apart(
+        lambda loop: check_spf(
+            Names(loop, ask), loop, ip=ip, sender=sender, hello=facts.host, host=facts.host
+        ),
+        30.0,
+    )
+
+
+def _absent(facts: Facts, record: DnsRecord, why: str) -> Finding:
+    """Say that a text is not there, and look for where it was put instead."""
+    begin = record.value.partition(";")[0].split()[0]
+    what = f"{record.purpose} record"
+    doubled = f"{record.name}.{facts.domain}"
+    if any('"' in text for text in facts.zones.ask(record.name, "TXT").records):
+        text = f"the {what} at {record.name} has quotes in its text, which counts as none"
+        return mend(f"{text}, so {why}", publish_line(facts, record, "enter it without quotes"))
+    if record.name != facts.domain and facts.texts(doubled, begin):
+        text = f"the {what} stands at {doubled}: the form adds the domain by itself"
+        return mend(f"{text}, so {why}", publish_line(facts, record, "enter the name without it"))
+    return mend(f"there is no {what} at {record.name}, so {why}", publish_line(facts, record))
+
+
+def _check_dkim(facts: Facts) -> Iterator[Finding]:
+    domain = domain_to_unicode(facts.domain)
+    keys = facts.examined.domains.keys.get(domain, ())
+    if not keys and domain in facts.examined.domains.each:
+        text = f"{domain} has no DKIM key, so its mail is not signed, and more often junk"
+        yield advice(text, f"sudo -u {SERVICE} chasquid dkim-keygen {domain}")
+    for key in keys:
+        record = DnsRecord(key.name, "TXT", key.record, "DKIM")
+        published = facts.zones.ask(key.name, "TXT").records
+        texts = [text for text in published if "p=" in text and not text.startswith('"')]
+        if not texts:
+            waits = key.name in facts.examined.domains.unseen
+            broken = "the signatures of its mail count as broken"
+            yield _absent(facts, record, "the key does not sign yet" if waits else broken)
+        elif len(texts) > 1:
+            text = f"there are {len(texts)} DKIM records at {key.name}, so no signature counts"
+            yield mend(text, publish_line(facts, record, "remove all but this one"))
+        else:
+            yield from _of_dkim_record(facts, record, texts[0])
+
+
+def _of_dkim_record(facts: Facts, record: DnsRecord, text: str) -> Iterator[Finding]:
+    """Compare the key that is published with that on disk; RFC 6376, 3.6.1."""
+    there, here = _tags(text), _tags(record.value)
+    key, ours = there.get("p", ""), here["p"]
+    fix = publish_line(facts, record, "put in its place")
+    broken = "so all signatures are broken"
+    if key == ours and there.get("k", "rsa") == here["k"]:
+        if "y" in there.get("t", "").split(":"):
+            said = f"the DKIM record at {record.name} says that it is a test (t=y): nobody heeds it"
+            yield advice(said, fix)
+    elif not key:
+        yield mend(f"the DKIM record at {record.name} revokes the key (p=), {broken}", fix)
+    elif ours.startswith(key):
+        yield mend(f"the DKIM record at {record.name} is cut short, {broken}", fix)
+    else:
+        yield mend(f"the DKIM record at {record.name} is of another key, {broken}", fix)
+
+
+def _tags(text: str) -> dict[str, str]:
+    """Return the tags of a record, without blanks in their values; RFC 6376, 3.2."""
+    return {key.lower(): re.sub(r"[\s\\]", "", value) for key, value in _TAG.findall(text)}
+
+
+def _check_dmarc(facts: Facts) -> Iterator[Finding]:
+    record = facts.record("DMARC")
+    texts = facts.texts(record.name, "v=DMARC1")
+    if not texts:
+        above = facts.domain.partition(".")[2]
+        while "." in above:  # RFC 9989: the record of a domain above covers this one
+            if facts.texts(f"_dmarc.{above}", "v=DMARC1"):
+                return
+            above = above.partition(".")[2]
+        yield _absent(facts, record, "large providers distrust its mail")
+    elif len(texts) > 1:
+        text = f"there are {len(texts)} DMARC records at {record.name}, so none of them counts"
+        yield mend(text, publish_line(facts, record, "remove all but one, which may be"))
+    else:
+        tags = _tags(texts[0])
+        if tags.get("p", "").lower() not in ("none", "quarantine", "reject") and not (
+            tags.get("rua") and "p" not in tags
+        ):
+            text = f"the DMARC record at {record.name} has no valid policy, so it is void"
+            yield mend(text, publish_line(facts, record, "put in its place"))
+
+
+def _check_mta_sts(facts: Facts) -> Iterator[Finding]:
+    """It need not be there; but if it is announced, it must be right (RFC 8461)."""
+    domain, name = facts.domain, f"_mta-sts.{facts.domain}"
+    texts = facts.texts(name, "v=STSv1")
+    if not texts:
+        return
+    ids = [_tags(text).get("id", "") for text in texts]
+    if len(ids) > 1 or not re.fullmatch(r"[A-Za-z0-9]{1,32}", ids[0]):
+        text = f"there must be one record at {name}, with a valid id, or the policy is ignored"
+        yield mend(text, f'have only: {name}.  TXT  "v=STSv1; id=1"')
+        return
+    place = f"https://mta-sts.{domain}/.well-known/mta-sts.txt"
+    try:
+        served = facts.world.fetch_policy(domain)
+        policy = parse_sts_policy(served, ids[0], facts.world.now())
+    except (ChasquidError, ValueError) as error:
+        text = f"the MTA-STS policy is announced, but cannot be had from {place}: {reason(error)}"
+        yield mend(text, f"serve it there, with a valid certificate, or remove {name}")
+        return
+    by_us = [sts_policy_text([facts.host], mode) for mode in ("enforce", "testing")]
+    id = sts_policy_id(served.decode("utf-8", "replace"))
+    if served.decode("utf-8", "replace") in by_us and ids[0] != id:
+        record = DnsRecord(name, "TXT", f"v=STSv1; id={id}", "MTA-STS")
+        text = f"the id at {name} is that of an older policy, so others keep to that"
+        yield advice(text, publish_line(facts, record, "put in its place"))
+    names = [record.split()[-1].rstrip(".").lower() for record in
+             facts.zones.ask(domain, "MX").records]  # fmt: skip
+    missing = [host for host in names if host and not policy.allows(host)]
+    if missing and policy.mode != "none":
+        text = f"the MTA-STS policy of {domain} does not name the mail exchanger {missing[0]}"
+        if policy.mode == "enforce":
+            yield mend(f"{text}, so nothing is sent there", f"add to {place}: mx: {missing[0]}")
+        else:
+            yield advice(text, f"add to {place}: mx: {missing[0]}")
+    certificates = facts.examined.certificates.loaded.values()
+    for name in names if policy.mode == "enforce" and certificates else ():
+        covered = any(certificate.covers(name) for certificate in certificates)
+        if name != facts.host and not covered and facts.is_here(facts.zones.addresses(name)):
+            text = f"no certificate is for {name}, but the MTA-STS policy demands one"
+            yield mend(text, f"sudo certbot certonly --standalone -d {facts.host} -d {name}")
+
+
+def _check_tlsrpt(facts: Facts) -> Iterator[Finding]:
+    """It need not be there; RFC 8460, 3."""
+    name = f"_smtp._tls.{facts.domain}"
+    texts = facts.texts(name, "v=TLSRPTv1")
+    reports = [_tags(text).get("rua", "") for text in texts]
+    if len(texts) > 1 or not all(re.match(r"mailto:\S+@|https:", to) for to in reports):
+        text = f"there must be one record at {name}, with rua=, or no reports on TLS are sent"
+        yield advice(text, publish_line(facts, facts.record("TLSRPT"), "put in its place"))
+
+
+def _check_postmaster(facts: Facts) -> Iterator[Finding]:
+    """RFC 5321, 4.5.1: it must be there, and is where others write to about mail."""
+    domain, domains = domain_to_unicode(facts.domain), facts.examined.domains
+    if domain not in domains.each or not knows_everybody(facts.config):
+        return
+    try:
+        domains.aliases.expand(f"postmaster@{domain}")
+    except NoSuchUser:
+        user = next(iter(domains.each[domain].users), "USER")
+        text = f"there is no postmaster@{domain}, to whom others write if something is wrong"
+        path = f"{facts.config.config_dir}/domains/{domain}/aliases"
+        import shlex  # only here
+
+        line, path = shlex.quote(f"postmaster: {user}"), shlex.quote(path)
+        yield advice(text, f"echo {line} | sudo tee -a {path}")
+    except ChasquidError:
+        return  # the check of files says it
+
+
+DOMAIN_CHECKS = (
+    Check("mx", "where mail for the domain goes", _check_mx),
+    Check("spf", "whether this host may send for the domain", _check_spf),
+    Check("dkim", "keys on disk and in the DNS", _check_dkim),
+    Check("dmarc", "the policy", _check_dmarc),
+    Check("mta-sts", "the policy, if there is one", _check_mta_sts),
+    Check("tlsrpt", "where reports go, if anywhere", _check_tlsrpt),
+    Check("postmaster", "whether it is there", _check_postmaster),
+)
+
+
+# ======================================================================================
+# ROOM: DOCTOR
+#
+# All checks, of the host and of its domains, run side by side, and told to a person.
+#
+# A check that breaks is one thing more that is unknown, and stops no other. Nothing here changes
+# anything: whoever reads a finding does what it says, and asks again.
+# ======================================================================================
+
+
+def diagnose(
+    facts: Facts,
+    domains: Sequence[str] | None = None,
+    on_done: Callable[[Check], object] = lambda check: None,
+) -> list[Finding]:
+    """Run all checks, and return what they say, in the order of the tables.
+
+    `domains` are those to check, in A-labels, or None for all; `on_done` hears of each check
+    that has ended, in any thread. A check that finds nothing has one finding that says so.
+    """
+    jobs = [(check, facts) for check in HOST_CHECKS]
+    for domain in facts.domains if domains is None else domains:
+        jobs += [(check, facts._replace(domain=domain)) for check in DOMAIN_CHECKS]
+
+    def run(check: Check, facts: Facts) -> list[Finding]:
+        found = _run(check, facts)
+        on_done(check)
+        return found
+
+    found = in_parallel([functools.partial(run, *job) for job in jobs])
+    return list(itertools.chain.from_iterable(found))
+
+
+def _run(check: Check, facts: Facts) -> list[Finding]:
+    try:
+        found = list(check.function(facts))
+    except Unasked:
+        return []  # the check of name servers says why
+    except ChasquidError as error:
+        found = [not_known(f"it could not be checked: {error}")]
+    except Exception as error:
+        text = f"the check itself has failed: {type(error).__name__}: {error}"
+        found = [not_known(text, "report it to the authors of chasquid")]
+    found = found or [Finding("", Level.OK)]
+    return [
+        Finding(
+            check.name,
+            finding.level,
+            printable(finding.text, _FINDING_LIMIT),
+            "\n".join(printable(line, _FIX_LIMIT) for line in finding.fix.split("\n")),
+            domain=facts.domain,
+        )
+        for finding in found  # what others have written may be in it
+    ]
+
+
+def to_mend(findings: Iterable[Finding]) -> list[Finding]:
+    """Return those without which mail suffers."""
+    return [finding for finding in findings if finding.level is Level.MEND]
+
+
+def watch(
+    diagnose: Callable[[], list[Finding]],
+    tell: Callable[[list[Finding]], object],
+    sleep: Callable[[float], object] = time.sleep,
+) -> list[Finding]:
+    """Diagnose until nothing must be mended, and return the last findings.
+
+    `tell` is called with the first findings, and whenever they have changed. Pauses, in
+    seconds, grow: what is entered at a DNS provider may take minutes to be there.
+    """
+    told: list[Finding] = []
+    for pause in itertools.chain(_WATCH_PAUSES, itertools.repeat(_WATCH_PAUSES[-1])):
+        findings = diagnose()
+        if findings != told:
+            tell(findings)
+        if not to_mend(findings):
+            break
+        told = findings
+        sleep(pause)
+    return findings
+
+
+_WATCH_PAUSES = (5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 300.0)  # seconds; the last is kept
+_FINDING_LIMIT, _FIX_LIMIT = 1000, 2000  # characters, the latter of a line
+_LEVEL_TEXT = {Level.MEND: "must be mended", Level.ADVICE: "advice", Level.UNKNOWN: "unknown"}
+
+
+def report(findings: Iterable[Finding]) -> Iterator[str]:
+    """Yield findings as lines for a person: what is well in one line, then the rest."""
+    findings = list(findings)
+    for domain in dict.fromkeys(finding.domain for finding in findings):
+        here = [finding for finding in findings if finding.domain == domain]
+        well = ", ".join(finding.check for finding in here if finding.level is Level.OK)
+        yield f"{domain or 'this host'}: {f'well are {well}' if well else 'nothing is well'}"
+        for check, level, text, fix, _ in here:
+            if level is not Level.OK:
+                yield f"  {_LEVEL_TEXT[level]}  {check}: {text}"
+                if fix:
+                    yield "    -> " + fix.replace("\n", "\n       ")
+
+
+# ======================================================================================
+# ROOM: SMTP CHECK
+#
+# How the servers of another domain look from here: what a delivery would find there, and how
+# safe its connection would be. It asks and connects as COURIERS does, by the same code, and then
+# says QUIT.
+#
+# Nothing is written down: what this sees is not remembered as the security level of a domain,
+# and a policy is not kept.
+#
+# Sending something there is a matter of SENDMAIL.
+# ======================================================================================
+
+_SURVEY_SECONDS = 90.0
+
+
+class _Remarks(Sink):
+    """A log that keeps the sentences which the courier says beside its result."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def write(self, text: str) -> None:
+        """See `Sink`."""
+        self.texts.append(parse_event(text)[1].get("text", ""))
+
+    def reopen(self) -> None:
+        """See `Sink`."""
+
+    def close(self) -> None:
+        """See `Sink`."""
+
+
+def check_servers(config: Config, domain: str, tell: Callable[[str], object]) -> bool:
+    """Look at the servers of `domain`, in Unicode, and tell of them line by line.
+
+    Returns whether mail could be delivered to one of them. Raises ChasquidError.
+    """
+    import tempfile  # only here
+
+    with tempfile.TemporaryDirectory(prefix="chasquid-") as directory:
+        return run_apart(
+            lambda loop: _Survey(loop, config, directory, tell).of(domain), _SURVEY_SECONDS
+        )
+
+
+class _Survey:
+    """The parts of a delivery, put together as DAEMON does, with nothing that lasts."""
+
+    def __init__(
+        self, loop: Loop, config: Config, directory: str, tell: Callable[[str], object]
+    ) -> None:
+        self._remarks = _Remarks()
+        log = Log(self._remarks, self._remarks)
+        context = functools.cache(lambda: client_tls_context(verify=True))
+        self._names = names = Names(
+            loop, DnsClient(loop, config.dns_server, config.dns_trust_ad).ask
+        )
+        fetch = HttpsPolicies(loop, names, context).fetch
+        self._sts = StsPolicies(loop, log, names, fetch=fetch, directory=directory)
+        levels = SecurityLevels(loop, log, os.path.join(config.data_dir, DOMAIN_INFO_DIRECTORY))
+        self._policies = TlsPolicies(names, levels, self._sts)
+        self._courier = SmtpCourier(
+            loop,
+            names,
+            log=log,
+            policies=self._policies,
+            hostname=domain_to_ascii(config.hostname),
+            port=config.outgoing_smtp_port,
+            random=random_fraction,
+        )
+        self._port = config.outgoing_smtp_port
+        self._tell = tell
+
+    def _say(self, text: str, indent: str = "") -> None:
+        self._tell(indent + printable(text, 1000))  # servers may say anything
+
+    async def of(self, domain: str) -> bool:
+        """See `check_servers`."""
+        ascii = domain_to_ascii(domain)
+        exchangers = await self._names.mail_exchangers(ascii)
+        policy = await self._sts.policy(ascii)
+        if policy is not None:
+            self._say(f"MTA-STS: {policy.mode}, for {', '.join(policy.mx) or 'no server'}")
+        else:
+            said = f": {self._remarks.texts[-1]}" if self._remarks.texts else ""
+            self._say(f"MTA-STS: none{said}")
+        levels = [level for pair in exchangers for level in await self._look_at(domain, *pair)]
+        if levels:  # the first server that talks to us gets the mail
+            self._say(f"mail to {domain} would go there with {levels[0]}")
+        else:
+            self._say(f"no server of {domain} would get mail from here")
+        return bool(levels)
+
+    async def _look_at(self, domain: str, preference: int, host: str) -> list[str]:
+        """Tell of one server; return the level that is reached at each of its addresses."""
+        try:
+            requirement = await self._policies.requirement(domain, host, self._port, by_mx=True)
+            ips = await self._names.addresses(host)
+        except (TemporaryFailure, ValueError) as error:
+            self._say(f"MX {preference} {host}: not to be used: {error}")
+            return []
+        least = f"at least {requirement.level} ({requirement.why})" if requirement.why else "any"
+        self._say(f"MX {preference} {host}: {least}" + ("" if ips else "; it has no address"))
+        levels = []
+        for ip in ips:
+            self._remarks.texts.clear()
+            try:
+                level, tls = await self._courier.probe(host, ip, requirement)
+            except (TemporaryFailure, PermanentFailure, Disconnected, TLSFailed, Expired) as error:
+                self._say(f"{ip}: {error}", indent="  ")
+                continue
+            level = "DANE" if requirement.tlsa else level
+            beside = "; ".join(dict.fromkeys(self._remarks.texts))
+            beside = f"; {beside}" if beside else ""
+            self._say(f"{ip}: {level}, {tls or 'no TLS'}{beside}", indent="  ")
+            levels.append(level)
+        return levels
+
+
+# ======================================================================================
 # ROOM: FAULTS
 #
 # Failures on purpose, for tests of what has to live with them: a script of rules, each
@@ -17800,7 +19546,7 @@ class ReadMessage:
         self.html = (html[0].text or "")[:_TEXT_LIMIT] if html else ""
         texts = [part.text for part in readable if part not in html]
         self.text = "\n".join(text for text in texts if text)[:_TEXT_LIMIT]
-        self._ids = {_unquoted(id) for id in CID.findall(self.html)}
+        self._ids = {_percent_decoded(id) for id in CID.findall(self.html)}
 
     def header(self, name: str) -> str:
         """Return the first header field of this name, on one line, or ""."""
@@ -17841,7 +19587,7 @@ class ReadMessage:
 CID = re.compile(r"cid:([^\s\"'<>()]{1,998})", re.IGNORECASE)  # RFC 2392
 
 
-def _unquoted(text: str) -> str:
+def _percent_decoded(text: str) -> str:
     from urllib.parse import unquote  # 5 ms; only who looks into a message needs it
 
     return unquote(text)
@@ -20792,7 +22538,12 @@ def _load(arguments: argparse.Namespace) -> Config:
 def _serve(arguments: argparse.Namespace) -> int:
     # whoever sees the ports open may ask for a reload, which would end us before it is minded
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
-    daemon = Daemon(_load(arguments))
+    config = _load(arguments)
+
+    def examine() -> Sequence[Finding]:
+        return diagnose(facts_of(examine_files(config, ()), RealWorld(config)))
+
+    daemon = Daemon(config, examine=examine)
     if os.geteuid() == 0 and sys.stderr.isatty():
         text = "running as root; a user of its own is safer, as the unit for systemd has it"
         print(f"chasquid: warning: {text}", file=sys.stderr)
@@ -20802,34 +22553,72 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     """Print everything that is wrong with the configuration, and what is doubtful."""
-    problems: list[ConfigError] = []
-    config = load_config(arguments.config_dir, arguments.config_overrides, problems)
-    with collected(problems):
-        smarthost_login(config)
-    domains, certificates = load_domains(config), Certificates(config)
-    wrong = [str(problem) for problem in problems]
-    wrong += [*domains.problems, *certificates.problems]
-    doubtful = [*setting_warnings(config)]
-    everybody = not (config.dovecot_auth or hook_path(config.config_dir, "alias-resolve"))
-    for name, domain in domains.each.items():
-        for finding in domains.aliases.findings(name, domain.users, everybody):
-            (wrong if finding.wrong else doubtful).append(finding.text)
-        doubtful += [f"{key.unseen_text}; see dkim-dns" for key in domain.keys
-                     if key.name in domains.unseen]  # fmt: skip
-    doubtful += certificates.warnings(time.time(), [domain_to_ascii(config.hostname)])
-    if not domains.each and not domains.broken:
-        doubtful.append(f"no domain in {config.config_dir}/domains: all mail for here is refused")
+    config, domains, certificates, wrong, doubtful = _examine(arguments)
+    warnings = [*certificates.warnings(time.time(), [domain_to_ascii(config.hostname)])]
     if not certificates.loaded:
         top = f"{config.config_dir}/certs/NAME/"
-        doubtful.append(f"no certificate in {top}: TLS is off, and nobody can log in")
+        warnings.append(f"no certificate in {top}: TLS is off, and nobody can log in")
     for text in wrong:
         print(text)
-    for text in doubtful:
+    for text in (*doubtful, *warnings):
         print(f"warning: {text}")
     if not wrong:
         served = ", ".join(domains.each) or "no domain"
         print(f"The configuration in {config.config_dir} can be used; it serves {served}.")
     return 1 if wrong else 0
+
+
+def _examine(arguments: argparse.Namespace) -> Examined:
+    problems: list[ConfigError] = []
+    config = load_config(arguments.config_dir, arguments.config_overrides, problems)
+    return examine_files(config, problems)
+
+
+# --- doctor ---
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    def tell(findings: list[Finding]) -> None:
+        count = len(to_mend(findings))
+        end = f"{plural(count, 'finding')} must be mended." if count else "Nothing must be mended."
+        print("\n".join([*report(findings), end]), flush=True)
+
+    def be_silent(findings: list[Finding]) -> None:
+        """For programs, which get only what holds at the end."""
+
+    if arguments.wait:
+        told = be_silent if arguments.json else tell
+        findings = watch(lambda: _diagnose(arguments), told)
+    else:
+        findings = _diagnose(arguments)
+    if arguments.json:
+        print(json.dumps([finding._asdict() for finding in findings], indent=2))
+    elif not arguments.wait:
+        tell(findings)
+    return 1 if to_mend(findings) else 0
+
+
+def _diagnose(arguments: argparse.Namespace) -> list[Finding]:
+    """Check everything, with progress on a terminal."""
+    examined = _examine(arguments)
+    facts = facts_of(examined, RealWorld(examined.config))
+    wanted = domain_to_ascii(_parse_domain_name(arguments.domain)) if arguments.domain else ""
+    if wanted and wanted not in facts.domains:
+        raise ChasquidError(f"{arguments.domain} is no domain of this server")
+    domains = [wanted] if wanted else facts.domains
+    left = itertools.count(len(HOST_CHECKS) + len(domains) * len(DOMAIN_CHECKS) - 1, -1)
+    shown = sys.stderr.isatty() and not arguments.json
+
+    def on_done(check: Check) -> None:
+        number = next(left)
+        if shown:
+            text = f"\r\033[K{number} left; seen: {check.help}"
+            print(text, end="", file=sys.stderr, flush=True)
+
+    findings = diagnose(facts, domains, on_done)
+    if shown:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    return findings
 
 
 # --- try ---
@@ -21260,7 +23049,7 @@ def _check_userdb(arguments: argparse.Namespace) -> int:
             raise ChasquidError(f"there is no domain {wanted}")
         names = [wanted]
         problems = _problems_of(wanted, config, problems)
-    everybody = not (config.dovecot_auth or hook_path(config.config_dir, "alias-resolve"))
+    everybody = knows_everybody(config)
     for problem in problems:
         print(f"chasquid: {problem}", file=sys.stderr)
     wrong = bool(problems)
@@ -21321,36 +23110,6 @@ def _domaininfo_remove(arguments: argparse.Namespace) -> int:
     return _change(config, "domaininfo-remove", domain, offline=offline, done=text)
 
 
-# --- sendmail ---
-
-
-def _sendmail(arguments: argparse.Namespace) -> int:
-    """Take a message from a program; the exit status is of sysexits.h."""
-    try:
-        options = parse_sendmail_options(arguments.words)
-        config = _load(arguments)
-        user, domain = _login_name(), domain_of_host(config)
-        letter = make_letter(sys.stdin.buffer.read(), options, user, domain)
-        said = send_letter(config, letter)
-    except ChasquidError as error:
-        print(f"sendmail: {error}", file=sys.stderr)
-        if isinstance(error, NotSent):
-            return error.status
-        return os.EX_CONFIG if isinstance(error, ConfigError) else os.EX_TEMPFAIL
-    if options.verbose:
-        print(said)
-    return 0
-
-
-def _login_name() -> str:
-    import pwd  # only here
-
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        return f"uid-{os.getuid()}"
-
-
 # --- DNS records ---
 
 
@@ -21403,8 +23162,79 @@ def _publish(arguments: argparse.Namespace, config: Config, records: Sequence[Dn
     return 1 if any(line.startswith("failed ") for line in lines) else 0
 
 
+# --- sendmail ---
+
+
+def _smtp_check(arguments: argparse.Namespace) -> int:
+    config = _load(arguments)
+    address = arguments.address if "@" in arguments.address else f"postmaster@{arguments.address}"
+    _, domain = _split_user(address)
+    if config.smarthost:
+        print(f"mail from here goes through {config.smarthost}; seen without it:")
+    reached = check_servers(config, domain, print)
+    if not arguments.send:
+        return 0 if reached else 1
+    return _send_test(config, address)
+
+
+def _send_test(config: Config, address: str) -> int:
+    """Send a test message from a user of ours, and tell its story as it happens."""
+    sender = f"postmaster@{domain_of_host(config)}"
+    text = (
+        f"From: <{address_to_ascii(sender)}>\r\nTo: <{address_to_ascii(address)}>\r\n"
+        "Subject: A test by chasquid\r\nAuto-Submitted: auto-generated\r\n\r\n"
+        f"Somebody at {config.hostname} tries whether mail from there arrives.\r\n"
+    )
+    said = send_letter(config, Letter(sender, (address,), text.encode()))
+    found = re.search(r"queued as (\w+)", said)
+    if found is None:
+        raise ChasquidError(f"the server has not put the message into the queue: {said}")
+    told, end = 0, time.monotonic() + _STORY_SECONDS
+    while True:
+        events = [event for event in _mail_events(config) if event.id == found[1]]
+        lines = list(_story(found[1], events, None))
+        for line in lines[told:]:
+            print(line, flush=True)
+        told = len(lines)
+        kinds = {event.fields["event"] for event in events}
+        if kinds & {Events.DONE.name, Events.NEXT_ATTEMPT.name} or time.monotonic() > end:
+            return 0 if Events.DELIVERED.name in kinds else 1
+        time.sleep(_STORY_PAUSE)
+
+
+_STORY_SECONDS, _STORY_PAUSE = 60.0, 0.5
+
+
+def _sendmail(arguments: argparse.Namespace) -> int:
+    """Take a message from a program; the exit status is of sysexits.h."""
+    try:
+        options = parse_sendmail_options(arguments.words)
+        config = _load(arguments)
+        user, domain = _login_name(), domain_of_host(config)
+        letter = make_letter(sys.stdin.buffer.read(), options, user, domain)
+        said = send_letter(config, letter)
+    except ChasquidError as error:
+        print(f"sendmail: {error}", file=sys.stderr)
+        if isinstance(error, NotSent):
+            return error.status
+        return os.EX_CONFIG if isinstance(error, ConfigError) else os.EX_TEMPFAIL
+    if options.verbose:
+        print(said)
+    return 0
+
+
+def _login_name() -> str:
+    import pwd  # only here
+
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return f"uid-{os.getuid()}"
+
+
 # --- DKIM ---
 
+_LOOK_UP_SECONDS = 60.0
 _DKIM_ALGORITHMS = ("rsa2048", "rsa3072", "rsa4096", "ed25519")
 
 
@@ -21521,20 +23351,14 @@ def _with_names(
         strings = re.findall(r'"([^"]*)"', arguments.txt)  # as dkim-dns and zone files have it
         return Answer(True, ("".join(strings) or arguments.txt,), 60.0)
 
-    def on_crash(name: str, error: BaseException) -> None:
-        raise error
+    servers: tuple[str, ...] = ()
+    if os.path.exists(os.path.join(arguments.config_dir, "chasquid.conf")):
+        servers = _load(arguments).dns_server
 
-    workers = Workers(1)
-    loop = Loop(Clock(), workers, on_crash)
-    try:
-        servers: tuple[str, ...] = ()
-        if os.path.exists(os.path.join(arguments.config_dir, "chasquid.conf")):
-            servers = _load(arguments).dns_server
-        names = Names(loop, tell if arguments.txt else DnsClient(loop, servers).ask)
-        return loop.run(use(names, loop))
-    finally:
-        loop.close()
-        workers.close()
+    async def with_names(loop: Loop) -> T:
+        return await use(Names(loop, tell if arguments.txt else DnsClient(loop, servers).ask), loop)
+
+    return run_apart(with_names, _LOOK_UP_SECONDS)
 
 
 def _queue_directory(config: Config) -> str:
@@ -22047,11 +23871,6 @@ _VERBS: dict[str, _Verb] = {
         (("--txt", {"metavar": "RECORD", "help": "the key's record, instead of the DNS"}),),
         "check the signatures of the message on standard input",
     ),
-    "sendmail": _Verb(
-        _sendmail,
-        (("words", {"nargs": "*", "metavar": "ARGUMENT"}),),
-        "take a message on standard input, as programs call sendmail: -t, -f, -i, -F, recipients",
-    ),
     "dns": _Verb(
         _dns,
         (
@@ -22074,6 +23893,28 @@ _VERBS: dict[str, _Verb] = {
             ("--dry-run", {"action": "store_true", "help": "say what would be published"}),
         ),
         "show the DNS records that domains need, or publish them",
+    ),
+    "doctor": _Verb(
+        _doctor,
+        (
+            ("domain", {"nargs": "?", "metavar": "DOMAIN", "help": "default: all"}),
+            ("--wait", {"action": "store_true", "help": "until nothing must be mended"}),
+            ("--json", {"action": "store_true", "help": "for programs"}),
+        ),
+        "check files, server, DNS and what else mail needs, and say how to mend it",
+    ),
+    "smtp-check": _Verb(
+        _smtp_check,
+        (
+            ("address", {"metavar": "DOMAIN|ADDRESS"}),
+            ("--send", {"action": "store_true", "help": "a test message, and tell its story"}),
+        ),
+        "show how the servers of another domain look from here, and how safe mail to them is",
+    ),
+    "sendmail": _Verb(
+        _sendmail,
+        (("words", {"nargs": "*", "metavar": "ARGUMENT"}),),
+        "take a message on standard input, as programs call sendmail: -t, -f, -i, -F, recipients",
     ),
     "check": _Verb(_check, (), "check the whole configuration, and show all mistakes at once"),
     "print-config": _Verb(
