@@ -10126,7 +10126,7 @@ _DIRECT_RECIPIENTS = 16  # who get a message before its 250; for more that would
 _DELAY_NOTICE_SECONDS = 4 * 3600.0  # after which a sender hears that it takes longer
 _DESTINATION_SLOTS = 5  # attempts at a time for one destination elsewhere
 _SLOTS = {RouteKind.LOCAL: _LOCAL_SLOTS, RouteKind.PIPE: _PIPE_SLOTS}
-_ELSEWHERE: RouteKey = ()  # the route of all that is not local
+_ANY_REMOTE: RouteKey = ()  # the route of all that is not local
 _READY = 4  # messages read for each place, so that another is at hand when one is free
 
 
@@ -10165,7 +10165,7 @@ class _Group(NamedTuple):
 
     @property
     def routes(self) -> tuple[RouteKey, ...]:
-        return (self.route.key,) if self.route.local else (self.route.key, _ELSEWHERE)
+        return (self.route.key,) if self.route.local else (self.route.key, _ANY_REMOTE)
 
 
 Sign = Callable[[bytes, Callable[[], Iterable[bytes]]], Awaitable[bytes]]
