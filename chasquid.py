@@ -13724,7 +13724,7 @@ def imap_login(
     """Log in over IMAP with TLS on this host; return "" if that works, else why not. Blocks."""
     import imaplib  # only here
 
-    end = time.monotonic() + seconds
+    end, refusals = time.monotonic() + seconds, 0
     secret = f"\0{address}\0{password}".encode()
     while True:
         try:
@@ -13733,12 +13733,16 @@ def imap_login(
             ) as imap:
                 imap.authenticate("PLAIN", lambda _: secret)
                 return ""
-        except ConnectionRefusedError as error:
-            if time.monotonic() > end:  # it may just have been started
+        except ConnectionRefusedError as error:  # it may just have been started
+            if time.monotonic() > end:
                 return reason(error)
-            time.sleep(0.2)
-        except (OSError, imaplib.IMAP4.error) as error:
+        except imaplib.IMAP4.error as error:  # Dovecot looks at its file once in a second
+            refusals += 1
+            if refusals > 1:
+                return reason(error)
+        except OSError as error:
             return reason(error)
+        time.sleep(1.1 if refusals else 0.1)
 
 
 # ======================================================================================
@@ -13766,8 +13770,11 @@ _UNITS = (*_SOCKETS, "chasquid.service")
 _RENEWAL_UNITS = ("chasquid-dovecot.path", "chasquid-dovecot.service")
 _SAMPLE_CERTIFICATE = b"/etc/chasquid/certs/mail.example.com"  # in the units
 _SMTP_PORTS = (25, 465, 587)
-_DOVECOT_CONF = "/etc/dovecot/dovecot.conf"
+_DOVECOT_DIRECTORY = "/etc/dovecot"
+_DOVECOT_CONF = f"{_DOVECOT_DIRECTORY}/dovecot.conf"
+_UCF_SUMS = "/var/lib/ucf/hashfile"
 _UNSEEN = "dkim-unseen"  # below data_dir
+_SERVER_STEP = "the running server"
 _OWNED_ALIASES = ("postmaster", "abuse", "root")  # RFC 2142, 5 and 4; and who gets cron's mail
 _PORT_LINES = "".join(
     f'{key}: ":{port}"\n'
@@ -13980,7 +13987,7 @@ class Setup:
         units = f"units of systemd in {_UNIT_DIRECTORY}"
         return [
             Step(units, self._has_units, lambda changes: self._make_units(changes, _UNITS)),
-            Step("the running server", self._is_up_to_date, self._start),
+            Step(_SERVER_STEP, self._is_up_to_date, self._start),
         ]
 
     def _unit_path(self, name: str) -> str:
@@ -14147,7 +14154,7 @@ class Setup:
 
     def reload(self) -> list[str]:
         """Have a running server read the files again; return what is wrong with them."""
-        if not self.made:
+        if not self.made or _SERVER_STEP in self.made:
             return []
         try:
             return ask_running_server(self._data_path(), "reload", "") or []
@@ -14214,19 +14221,26 @@ class Setup:
         return is_our_dovecot(text, self.dovecot_version)
 
     def _is_untouched_dovecot(self) -> bool:
-        import hashlib  # only here
+        """Tell whether each file of Dovecot's configuration is as the packages brought it."""
+        import glob  # both only here
+        import hashlib
 
-        query = ("dpkg-query", "-W", "-f", "${Conffiles}\n", "dovecot-core", "dovecot-imapd")
-        said = self._host.run(*query)
-        text = said.output.decode("utf-8", "replace")
-        sums = re.findall(r"^ (/etc/dovecot/\S+) ([0-9a-f]{32})$", text, re.MULTILINE)
-        if not sums or os.path.exists(self._host.path("/etc/dovecot/local.conf")):
-            return False
+        sums = self._sums_of_packages()
         return all(
-            hashlib.md5(read_file(self._host.path(path)), usedforsecurity=False).hexdigest()
-            == known
-            for path, known in sums
+            sums.get(path) == hashlib.md5(read_file(path), usedforsecurity=False).hexdigest()
+            for pattern in ("*.conf", "conf.d/*.conf", "conf.d/*.ext")
+            for path in glob.glob(os.path.join(self._host.path(_DOVECOT_DIRECTORY), pattern))
         )
+
+    def _sums_of_packages(self) -> dict[str, str]:
+        """Return the MD5 of the files that packages of Debian have brought; dpkg(1), ucf(1)."""
+        query = ("dpkg-query", "-W", "-f", "${Conffiles}\\n", "dovecot-core", "dovecot-imapd")
+        text = self._host.run(*query).output.decode("utf-8", "replace")
+        sums = dict(re.findall(r"^ (/\S+) ([0-9a-f]{32})$", text, re.MULTILINE))
+        text = read_file(self._host.path(_UCF_SUMS), missing=b"").decode("utf-8", "replace")
+        for known, path in re.findall(r"^([0-9a-f]{32})  (/\S+)$", text, re.MULTILINE):
+            sums[path] = known
+        return {self._host.path(path): known for path, known in sums.items()}
 
     def _dovecot_steps(self) -> list[Step]:
         conf, users = _DOVECOT_CONF, dovecot_users_path(self.config_dir)

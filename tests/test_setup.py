@@ -184,6 +184,13 @@ def with_dovecot(host, version="2.3.19.1 (9b53102964)"):
     conf.parent.mkdir()
     conf.write_text("!include conf.d/*.conf\n")
     known = hashlib.md5(conf.read_bytes()).hexdigest()
+    part_name = "/etc/dovecot/conf.d/10-mail.conf"
+    part = Path(host.path(part_name))
+    part.parent.mkdir()
+    part.write_text("# mail\n")
+    sums = Path(host.path("/var/lib/ucf/hashfile"))
+    sums.parent.mkdir(parents=True)
+    sums.write_text(f"{hashlib.md5(part.read_bytes()).hexdigest()}  {part_name}\n")
     text = f" /etc/default/dovecot {'0' * 32}\n /etc/dovecot/dovecot.conf {known}\n"
     host.answers["dovecot --version"] = chasquid.Outcome(0, f"{version}\n".encode(), b"")
     host.answers["dpkg-query"] = chasquid.Outcome(0, text.encode(), b"")
@@ -511,11 +518,13 @@ def test_a_user_more_is_known_to_dovecot(host):
     assert made == ["user ben@example.com", host.path("/etc/chasquid/dovecot/users")]
 
 
-def test_a_configuration_of_dovecot_that_somebody_changed_is_kept(host):
+@pytest.mark.parametrize("name", ["dovecot.conf", "conf.d/10-mail.conf", "local.conf"])
+def test_a_configuration_of_dovecot_that_somebody_changed_is_kept(host, name):
     conf = with_dovecot(host)
-    conf.write_text("protocols = imap\n")
+    conf.parent.joinpath(name).write_text("protocols = imap\n")
+    before = conf.read_text()
     ran = init(host)
-    assert conf.read_text() == "protocols = imap\n"
+    assert conf.read_text() == before
     assert not os.path.exists(host.path("/etc/chasquid/dovecot"))
     assert any("move /etc/dovecot/dovecot.conf away" in note for note in ran.setup.notes())
     conf.unlink()
