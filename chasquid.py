@@ -155,7 +155,7 @@ class ChasquidError(Exception):
 class ConfigError(ChasquidError):
     """Something in the configuration directory is not as it must be.
 
-    `path` and `line` (0 where there is none) say where; the text says what was expected.
+    `path` and `line` (0 if there is none) say where; the text says what was expected.
     """
 
     def __init__(self, path: str, line: int, text: str) -> None:
@@ -240,7 +240,7 @@ _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct",
 
 
 def split_address(address: str) -> tuple[str, str]:
-    """Return local-part and domain; the domain is "" where there is no "@"."""
+    """Return local-part and domain; the domain is "" if there is no "@"."""
     local, at, domain = address.rpartition("@")
     return (local, domain) if at else (address, "")
 
@@ -361,7 +361,7 @@ def is_ip_address(text: str) -> bool:
 def host_and_port(text: str, default_port: int) -> tuple[str, int]:
     """Split "host", "host:port", "[::1]:port" or ":port". Raises ValueError.
 
-    The host is "" where none is named. A bare IPv6 address needs no brackets.
+    The host is "" if none is named. A bare IPv6 address needs no brackets.
     """
     match = re.fullmatch(r"\[([0-9A-Fa-f:.%\w]+)\](?::(\d+))?|([^:\[\]]*)(?::(\d+))?", text)
     if match is None:
@@ -1256,7 +1256,7 @@ class LogEvent(NamedTuple):
     """A kind of line in a log: its name, its fields in their order, and what it tells.
 
     Those of `mail` go to the mail log, others to the server log. A field that is a word of
-    Python's has "_" behind it where it is passed.
+    Python's has "_" behind it when it is passed.
     """
 
     name: str
@@ -2208,7 +2208,7 @@ class Programs:
         return process.wait()
 
     async def _poll_exit_status(self, process: subprocess.Popen[bytes]) -> int:
-        """Look now and then, where there are no process descriptors (macOS)."""
+        """Look now and then, if there are no process descriptors (macOS)."""
         pause = 0.002
         while (status := process.poll()) is None:
             await self._loop.sleep(pause)
@@ -2311,7 +2311,7 @@ def create_synced(
 ) -> None:
     """Create `path`, which must not exist, and sync its data; its name is not synced yet.
 
-    Nothing is left behind where that fails. Raises OSError.
+    Nothing is left behind if that fails. Raises OSError.
     """
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
@@ -2452,7 +2452,7 @@ class _Batch:
         self.commits: list[_Commit] = []
         self.removals: dict[str, OSError | None] = {}
         self.done = Event(loop)
-        self.failure: OSError | None = None  # where the batch was not even begun
+        self.failure: OSError | None = None  # if the batch was not even begun
         self._unwritten: list[_Commit] = []
 
     def add(self, commit: _Commit) -> None:
@@ -2522,7 +2522,7 @@ class Disk:
     async def create(self, temporary: str, data: bytes, path: str) -> None:
         """Make a file with `data` durable under the name `path`, by way of `temporary`.
 
-        Neither name is left where that fails.
+        Neither name is left if that fails.
         """
         await self._commit(_Commit(-1, data, temporary, path))
 
@@ -2622,7 +2622,7 @@ class BareNewline(ChasquidError):
 
 
 class TLSFailed(ChasquidError):
-    """The TLS handshake failed; `unverified` is true where only the certificate was bad."""
+    """The TLS handshake failed; `unverified` is true if only the certificate was bad."""
 
     def __init__(self, text: str, unverified: bool = False) -> None:
         super().__init__(text)
@@ -2693,7 +2693,7 @@ class Stream:
     async def be_fair(self) -> None:
         """Give the other tasks a turn now and then, however much is there to be read.
 
-        Also send what was written where it becomes much. Raises Disconnected, Expired.
+        Also send what was written when it becomes much. Raises Disconnected, Expired.
         """
         if len(self._out) >= CHUNK:
             await self.flush()
@@ -2711,7 +2711,7 @@ class Stream:
         self._out += data
 
     async def send(self, data: bytes) -> None:
-        """Write `data`, waiting where the other side is slow. Raises Disconnected, Expired."""
+        """Write `data`, waiting if the other side is slow. Raises Disconnected, Expired."""
         self._out += data
         if len(self._out) >= CHUNK:
             await self.flush()
@@ -2771,7 +2771,7 @@ class Stream:
         """The chain that the other side has shown, its own first, in DER."""
         inner = getattr(self.tls, "_sslobj", None)  # public only from Python 3.13 on
         chain = inner.get_unverified_chain() if inner is not None else None
-        return [one.public_bytes(_DER) for one in chain or ()]
+        return [link.public_bytes(_DER) for link in chain or ()]
 
     @property
     def tls_text(self) -> str:
@@ -2845,7 +2845,7 @@ _PROXY_2 = b"\r\n\r\n\0\r\nQUIT\n"
 async def proxied_peer(loop: Loop, raw: socket.socket) -> str:
     """Read the PROXY header (versions 1 and 2) that a proxy puts before all else.
 
-    Return the address of the client, or "" where the proxy speaks for itself. What comes
+    Return the address of the client, or "" if the proxy speaks for itself. What comes
     after the header is left in the socket. Raises Disconnected, Expired.
     """
     with loop.deadline(_PROXY_SECONDS):
@@ -2929,7 +2929,7 @@ def send_at_once(connected: socket.socket) -> None:
 
 
 def acknowledge_at_once(connected: socket.socket) -> None:
-    """Have the system acknowledge what came, where it can be told to.
+    """Have the system acknowledge what came, if it can be told to.
 
     A client whose handshake ends with its own message would wait for that before it sends
     its first command: 40 ms.
@@ -2940,7 +2940,7 @@ def acknowledge_at_once(connected: socket.socket) -> None:
 
 
 async def connect(loop: Loop, host: str, port: int) -> Stream:
-    """Connect to an IP address and port, or to a socket where `host` is a path.
+    """Connect to an IP address and port, or to a socket if `host` is a path.
 
     Raises Disconnected with what the system said, Expired.
     """
@@ -3049,7 +3049,7 @@ class Answer(NamedTuple):
 
     A record is in presentation form; TXT is its strings joined, an octet a character.
     `authentic`: a server that we trust in this has checked the signatures (DNSSEC).
-    `canonical` is the name at the end of the aliases, where there are any.
+    `canonical` is the name at the end of the aliases, if there are any.
     """
 
     exists: bool
@@ -3221,7 +3221,7 @@ class DnsClient:
         )  # fmt: skip
 
     async def _resolve(self, name: str, kind: str) -> Any:
-        """Ask, and where a server does not understand EDNS, ask without (RFC 6891, 7)."""
+        """Ask, and if a server does not understand EDNS, ask without (RFC 6891, 7)."""
         import dns.rcode
         import dns.resolver
 
@@ -3251,8 +3251,8 @@ class DnsClient:
         if found.rrset is None:
             return ()
         if found.rrset.rdtype.name == "TXT":
-            return tuple(b"".join(one.strings).decode("latin-1") for one in found.rrset)
-        return tuple(one.to_text() for one in found.rrset)
+            return tuple(b"".join(record.strings).decode("latin-1") for record in found.rrset)
+        return tuple(record.to_text() for record in found.rrset)
 
     def set_up(self) -> None:
         """Load dnspython and read which name servers there are. Raises TemporaryFailure."""
@@ -3462,7 +3462,7 @@ def _composed(password: bytes) -> bytes:
 
 
 def check_password(known: Password, password: bytes) -> bool:
-    """Tell whether `password` is the one behind `known`. Blocks where it is a hash."""
+    """Tell whether `password` is the one behind `known`. Blocks if it is a hash."""
     # as it came too: a hash of another tool may be of that form
     forms = dict.fromkeys((_composed(password), password))
     return any(_is_password(known, form) for form in forms)
@@ -3641,9 +3641,9 @@ class Accounts:
     @staticmethod
     def _usual_costs(users: Mapping[str, Password]) -> Scrypt | None:
         costs = collections.Counter(
-            (one.log_n, one.r, one.p, one.key_length)
-            for one in users.values()
-            if isinstance(one, Scrypt)
+            (known.log_n, known.r, known.p, known.key_length)
+            for known in users.values()
+            if isinstance(known, Scrypt)
         )
         if not costs:
             return None
@@ -3663,7 +3663,7 @@ _DOVECOT_SOCKETS = {
 class Dovecot:
     """Asks Dovecot who exists and whose password is right, over its auth protocol, 1.1.
 
-    `userdb` and `client` are the paths of its sockets; where one is "", it is looked for
+    `userdb` and `client` are the paths of its sockets; if one is "", it is looked for
     where Dovecot usually has it. See "Authentication Protocol" in Dovecot's manual.
     """
 
@@ -4333,7 +4333,7 @@ def author_addresses(value: bytes) -> list[str]:
     except ValueError:
         return [text.strip()]
     found = []
-    for part in filter(None, (one.strip() for one in parts)):
+    for part in filter(None, (text.strip() for text in parts)):
         match = re.fullmatch(r"[^<>\\]*<([^<>]*)>", part)
         if match is None and re.search(r"[<>\\]", part):
             return [text.strip()]  # who knows whom a reader would see in it
@@ -4547,14 +4547,14 @@ def field_comment(text: str) -> str:
 # ======================================================================================
 # ROOM: HOOKS
 #
-# The operator's own programs, in config_dir/hooks; each is used where it is there and may
+# The operator's own programs, in config_dir/hooks; each is used if it is there and may
 # be run, from one message to the next.
 #
 #     alias-resolve ADDRESS   prints what the right side of an alias would be, or nothing
 #     post-data               reads a message before it is accepted; see `Hooks.post_data`
 #
 # A program that fails, or takes too long, is a temporary failure, and its last line goes
-# to who is waiting. What it prints is taken only where it is what it should be.
+# to who is waiting. What it prints is taken only if it is what it should be.
 # ======================================================================================
 
 _ALIAS_HOOK_SECONDS = 5.0
@@ -4661,9 +4661,9 @@ class Hooks:
     def _last_line(*printed: bytes) -> str:
         """Return the last line of the first of `printed` that has any."""
         for text in printed:
-            lines = [one.strip() for one in text.decode("utf-8", "replace").split("\n")]
+            lines = [line.strip() for line in text.decode("utf-8", "replace").split("\n")]
             if any(lines):
-                return printable([one for one in lines if one][-1], 200)
+                return printable([line for line in lines if line][-1], 200)
         return ""
 
     def _fields(self, path: str, output: bytes) -> bytes:
@@ -5151,7 +5151,7 @@ def _integer(content: bytes) -> int:
 
 
 def _elements(der: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield tag and content of the elements in `der`; stop where it is cut short."""
+    """Yield tag and content of the elements in `der`; stop if it is cut short."""
     while len(der) >= 2:
         tag, length, start = der[0], der[1], 2
         if length & 0x80:
@@ -5463,7 +5463,7 @@ async def check_spf(names: Names, loop: Loop, ip: str, sender: str, hello: str, 
 
 def _octets_of_spf(answers: _SpfAnswers) -> int:
     known = [answer for answer in answers.values() if isinstance(answer, Answer)]
-    return sum(len(text) for one in known for text in one.records if _SPF_VERSION.match(text))
+    return sum(len(text) for answer in known for text in answer.records if _SPF_VERSION.match(text))
 
 
 def _has_spf(answer: Answer | TemporaryFailure) -> bool:
@@ -5474,7 +5474,7 @@ def _has_spf(answer: Answer | TemporaryFailure) -> bool:
 
 
 def _run_spf(query: Any) -> tuple[str, str]:
-    """Run pyspf once; its result counts where nothing is missing.
+    """Run pyspf once; its result counts if nothing is missing.
 
     It makes a result of all that is wrong with a record: what it raises is a fault of ours.
     """
@@ -5562,7 +5562,7 @@ _CLOCK_SLOP = 300.0  # seconds by which clocks may differ
 class Signature(NamedTuple):
     """What became of a DKIM signature: a result of RFC 8601, 2.7.1, and why.
 
-    `domain`, `selector` and `b` (its first characters, RFC 6008) are "" where the
+    `domain`, `selector` and `b` (its first characters, RFC 6008) are "" if the
     signature does not say them in a form that can be repeated.
     """
 
@@ -5700,7 +5700,7 @@ async def verify_signatures(
     """Return what becomes of each DKIM signature that `choose_signatures` takes, from the top.
 
     `body` returns the octets after the header's empty line; it is called in a worker
-    thread, where a signature makes that necessary, and may raise OSError.
+    thread, if a signature makes that necessary, and may raise OSError.
     """
     found, _ = choose_signatures(fields, authors)
     results: list[Signature] = []
@@ -5725,10 +5725,9 @@ async def verify_signatures(
             await together(loop, [prepare(n, found[n]) for n in range(len(results))])
     except Expired:
         late = "the name servers took too long"
-        results = [
-            one if n in claims or one.reason else one._replace(result="temperror", reason=late)
-            for n, one in enumerate(results)
-        ]
+        for n, result in enumerate(results):
+            if n not in claims and not result.reason:
+                results[n] = result._replace(result="temperror", reason=late)
     if claims:
         checked = await loop.work(lambda: _check_claims(list(claims.values()), fields, body(), now))
         for place, signature in zip(claims, checked, strict=True):
@@ -5911,11 +5910,11 @@ def _check_claims(
     now: float,
 ) -> list[Signature]:  # fmt: skip
     """Hash the body once for all signatures, then check each. Computes; for a worker."""
-    hashes = {relaxed: BodyHash(relaxed) for relaxed in {one.relaxed_body for one, _ in claims}}
+    hashes = {claim.relaxed_body: BodyHash(claim.relaxed_body) for claim, _ in claims}
     for piece in body:
-        for one in hashes.values():
-            one.feed(piece)
-    digests = {relaxed: (one.digest(), one.length) for relaxed, one in hashes.items()}
+        for hashed in hashes.values():
+            hashed.feed(piece)
+    digests = {form: (hashed.digest(), hashed.length) for form, hashed in hashes.items()}
     results = []
     for claim, key in claims:
         digest, length = digests[claim.relaxed_body]
@@ -5972,7 +5971,7 @@ def _is_valid(claim: _Claim, record: bytes, fields: Sequence[Field]) -> bool:
     name, _, value = claim.field.raw.partition(b":")
     return bool(
         verifier.verify_sig(
-            tags, [one.encode() for one in claim.names], (name, value),
+            tags, [name.encode() for name in claim.names], (name, value),
             lambda name, timeout=0: record,
         )
     )  # fmt: skip
@@ -5980,7 +5979,7 @@ def _is_valid(claim: _Claim, record: bytes, fields: Sequence[Field]) -> bool:
 
 # --- signing ---
 
-# What is signed where it is there, and, for the first group, signed once more than it is
+# What is signed if it is there, and, for the first group, signed once more than it is
 # there, so that none can be added (RFC 6376, 5.4 and 8.15). Lists add to the second group.
 _SIGNED_AND_CLOSED = (
     "from", "to", "cc", "subject", "date", "message-id", "reply-to", "in-reply-to", "references",
@@ -6086,7 +6085,7 @@ class Signer:
 def sign(keys: Sequence[DkimKey], header: bytes, body: Iterable[bytes], now: float) -> bytes:
     """Return a DKIM-Signature field for each key. Computes; for a worker thread.
 
-    Raises ValueError if the header is malformed, OSError where `body` does.
+    Raises ValueError if the header is malformed, OSError if `body` does.
     """
     fields = header_fields(header)
     hashed = BodyHash(relaxed=True)
@@ -6101,7 +6100,7 @@ def _sign_with(key: DkimKey, fields: Sequence[Field], digest: bytes, now: float)
     algorithm = b"ed25519-sha256" if isinstance(key.key, Ed25519Key) else b"rsa-sha256"
     signer = dkim.DKIM(signature_algorithm=algorithm)
     signer.hasher = dkim.HASH_ALGORITHMS[algorithm]
-    signer.headers = [[one.raw.partition(b":")[0].rstrip(), one.value] for one in fields]
+    signer.headers = [[field.raw.partition(b":")[0].rstrip(), field.value] for field in fields]
     names = [name.encode() for name in _names_to_sign(fields)]
     tags = [
         (b"v", b"1"),
@@ -6167,7 +6166,7 @@ _DMARC_WALK = 8  # names asked on the way up; RFC 9989
 class Dmarc(NamedTuple):
     """A result of DMARC for the From domain `domain`, and what its owner asks for.
 
-    `policy` is "none", "quarantine" or "reject", and of interest where the result is "fail".
+    `policy` is "none", "quarantine" or "reject", and of interest if the result is "fail".
     """
 
     result: str
@@ -6219,7 +6218,7 @@ async def _check_author(
     policy = await _policy(names, author, author in records, record)
     doubtful = False
     for domain, result, mode in [(spf.domain, spf.result, record.get("aspf"))] + [
-        (one.domain, one.result, record.get("adkim")) for one in signatures
+        (signature.domain, signature.result, record.get("adkim")) for signature in signatures
     ]:
         if result not in ("pass", "temperror"):
             continue
@@ -6309,9 +6308,14 @@ def authentication_results(
     parts = [f"spf={spf.result}"]
     if spf.domain:
         parts[0] += f" smtp.mailfrom={who}" if spf.identity == "mailfrom" else f" smtp.helo={who}"
-    for one in signatures:
-        text = f"dkim={one.result}" + (f" ({field_comment(one.reason)})" if one.reason else "")
-        values = {"header.d": one.domain, "header.s": one.selector, "header.b": one.b}
+    for signature in signatures:
+        why = f" ({field_comment(signature.reason)})" if signature.reason else ""
+        text = f"dkim={signature.result}{why}"
+        values = {
+            "header.d": signature.domain,
+            "header.s": signature.selector,
+            "header.b": signature.b,
+        }
         parts.append(text + "".join(f" {k}={field_value(v)}" for k, v in values.items() if v))
     if not signatures:
         parts.append("dkim=none")
@@ -6340,7 +6344,7 @@ def authentication_results(
 #       incoming_sec_level: TLS_CLIENT          or PLAIN
 #       outgoing_sec_level: TLS_SECURE          or TLS_INSECURE, PLAIN
 #
-# - What cannot be found out now (a name server that fails, where the domain is signed) is
+# - What cannot be found out now (a name server that fails, if the domain is signed) is
 #   no reason to be content with less: it is a temporary failure.
 #
 # The room says what must be; COURIERS and RECEPTION see to it that it is.
@@ -6470,7 +6474,7 @@ def domain_info_text(domain: str, info: DomainInfo) -> bytes:
 
 
 def read_domain_info(path: str) -> DomainInfo:
-    """Read a file of domaininfo; nothing was seen where there is none. Raises ConfigError."""
+    """Read a file of domaininfo; nothing was seen if there is none. Raises ConfigError."""
     values = {}
     for entry in parse_text_format(read_file(path, missing=b""), path):
         if entry.key in ("incoming_sec_level", "outgoing_sec_level"):
@@ -6628,7 +6632,7 @@ class StsPolicies:
         return policy
 
     async def _announced(self, domain: str) -> str:
-        """Return the id in the TXT record (3.1), or "" where none can be had."""
+        """Return the id in the TXT record (3.1), or "" if none can be had."""
         try:
             answer = await self._names.query(f"_mta-sts.{domain}", "TXT")
         except TemporaryFailure:
@@ -6638,7 +6642,7 @@ class StsPolicies:
         return str(ids[0]) if len(texts) == 1 and ids else ""
 
     async def _renew(self, domain: str, id: str) -> None:
-        """Fetch a policy, once for all who wait for it; the old one stays where that fails."""
+        """Fetch a policy, once for all who wait for it; the old one stays if that fails."""
         if self._loop.clock.monotonic() < self._not_before.get(domain, 0.0):
             return
         if domain not in self._under_way:
@@ -7020,7 +7024,7 @@ def local_part_content(local: str) -> str:
 
 
 def local_part(content: str) -> str:
-    """Return the local-part that says `content`: quoted where it is no Dot-string."""
+    """Return the local-part that says `content`: quoted if it is no Dot-string."""
     if _DOT_STRING.fullmatch(content) and "" not in content.split("."):
         return content
     escaped = content.replace("\\", "\\\\").replace('"', '\\"')
@@ -7182,7 +7186,7 @@ def parse_reply_line(line: bytes) -> tuple[int, bool, str]:
 
 
 def parse_status(code: int, text: str) -> tuple[str, str]:
-    """Split the enhanced code off the text of a reply; where it has none, make it X.0.0."""
+    """Split the enhanced code off the text of a reply; if it has none, make it X.0.0."""
     match = re.match(r"([245]\.\d{1,3}\.\d{1,3})(?:\s+|$)", text)
     if match is not None and int(match[1][0]) == code // 100:
         return match[1], text[match.end() :]
@@ -10019,10 +10023,11 @@ class Limits:
         """Tell whether `peer` is a host of the operator that passes mail on to us."""
         if not self._config.trusted_relay or not is_ip_address(peer):
             return False
-        import ipaddress  # only where it is set
+        import ipaddress  # only if it is set
 
         address = ipaddress.ip_address(peer)
-        return any(address in ipaddress.ip_network(one) for one in self._config.trusted_relay)
+        networks = map(ipaddress.ip_network, self._config.trusted_relay)
+        return any(address in network for network in networks)
 
     @contextlib.contextmanager
     def connection(self, peer: str) -> Iterator[None]:
@@ -11560,7 +11565,7 @@ def http_response(
 
 
 def without_body(response: bytes) -> bytes:
-    """Return what answers HEAD where `response` answers GET."""
+    """Return what answers HEAD if `response` answers GET."""
     return response.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
 
 
@@ -11781,7 +11786,7 @@ def metrics(status: Status, open_metrics: bool) -> str:
     tell(
         Metric("certificate_expiry_seconds", "When a certificate expires, since 1970.", ("name",)),
         "gauge",
-        [((one.directory,), one.expires) for one in status.certificates],
+        [((line.directory,), line.expires) for line in status.certificates],
     )
     for name, kind, help, value in _process_metrics():
         tell(Metric(name, help), kind, [((), value)], prefix="")
@@ -11863,14 +11868,14 @@ def page(status: Status) -> str:
         *(map(_domain, status.domains) if status.domains else ["<p>None.</p>"]),
         "<h2>Certificates</h2>",
         *(
-            (_certificate(one, status.now) for one in status.certificates)
+            (_certificate(line, status.now) for line in status.certificates)
             if status.certificates
             else ["<p>None: TLS is off, and nobody can log in.</p>"]
         ),
         "<h2>Server</h2>",
         f"<p>files last read {_clock_text(status.reloaded[0])}</p>",
         *(f"<p class=bad>{html_text(problem)}</p>" for problem in status.problems),
-        *(f"<p>listening for {html_text(one)}</p>" for one in status.listening),
+        *(f"<p>listening for {html_text(place)}</p>" for place in status.listening),
         f"<details><summary>Configuration</summary><pre>{html_text(status.config)}</pre></details>",
         "<p class=soft><a href=metrics>metrics</a> · <a href=health>health</a></p></html>",
     ]
@@ -12131,7 +12136,7 @@ class Certificates:
                 self.loaded[name] = certificate
                 for host in certificate.names | {name.lower()}:
                     self._contexts.setdefault(host, certificate.context)
-        first = next((one.context for one in self.loaded.values()), None)
+        first = next((certificate.context for certificate in self.loaded.values()), None)
         self.default = self._find(domain_to_ascii(config.hostname)) or first
 
     def _load(self, name: str, directory: str) -> Certificate | None:
@@ -12155,16 +12160,20 @@ class Certificates:
 
     def warnings(self, now: float, hosts: Iterable[str]) -> Iterator[str]:
         """Yield what will not work, or soon no more, for clients that ask for `hosts`."""
-        for one in self.loaded.values():
-            days = (one.expires - now) / 86400.0
-            what = f"the certificate in certs/{one.directory}"
+        for certificate in self.loaded.values():
+            days = (certificate.expires - now) / 86400.0
+            what = f"the certificate in certs/{certificate.directory}"
             if days < 0:
-                yield f"{what} has expired, on {rfc5322_date(one.expires)}: renew it"
+                yield f"{what} has expired, on {rfc5322_date(certificate.expires)}: renew it"
             elif days < _EXPIRY_DAYS:
                 yield f"{what} expires in {plural(int(days), 'day')}: renew it"
         for host in hosts:
-            if self.loaded and not any(one.covers(host) for one in self.loaded.values()):
+            if self.loaded and not self.cover(host):
                 yield f"no certificate in certs is for {host}"
+
+    def cover(self, host: str) -> bool:
+        """Tell whether one of them is for `host`."""
+        return any(certificate.covers(host) for certificate in self.loaded.values())
 
     def _find(self, host: str) -> ssl.SSLContext | None:
         wildcard = "*." + host.partition(".")[2]
@@ -12605,7 +12614,7 @@ class Daemon:
     ) -> None:
         self.config = config
         self._connect = connect
-        with contextlib.ExitStack() as undo:  # where the start fails, nothing is left behind
+        with contextlib.ExitStack() as undo:  # if the start fails, nothing is left behind
             self._assemble(
                 undo,
                 clock or Clock(),
@@ -12752,8 +12761,8 @@ class Daemon:
             reloaded=self._reloaded,
             problems=tuple(self.problems),
             certificates=tuple(
-                CertificateLine(one.directory, tuple(sorted(one.names)), one.expires)
-                for one in self._certificates.loaded.values()
+                CertificateLine(name, tuple(sorted(certificate.names)), certificate.expires)
+                for name, certificate in self._certificates.loaded.items()
             ),
             domains=tuple(
                 DomainLine(name, len(domain.users), tuple(key.selector for key in domain.keys))
@@ -13141,7 +13150,7 @@ class Daemon:
     async def _mail_exchangers_of_ours(self) -> list[str]:
         """Return the names under which this host is the mail exchanger of a domain of ours.
 
-        Which of several that is, is not known; so they count only where none has a certificate.
+        Which of several that is, is not known; so they count only if none has a certificate.
         """
         names: list[str] = []
         for domain in self._domains.each:
@@ -13151,11 +13160,7 @@ class Daemon:
                 continue
             hosts = [record.split(" ")[-1].rstrip(".").lower() for record in answer.records]
             hosts = [host for host in hosts if host]
-            covered = [
-                host
-                for host in hosts
-                if any(one.covers(host) for one in self._certificates.loaded.values())
-            ]
+            covered = any(map(self._certificates.cover, hosts))
             names += [] if covered else hosts[:1]
         return names
 
@@ -14515,7 +14520,7 @@ class Fault(NamedTuple):
 
     @property
     def always_ends_it(self) -> bool:
-        """Whether nothing that comes after this rule could act where it matches."""
+        """Whether nothing that comes after this rule could act on what it matches."""
         return not (self.nth or self.times or self.per_second)
 
 
@@ -14530,7 +14535,7 @@ class _Rule:
     __slots__ = ("_matches", "_recent", "acted", "effect", "seen")
 
     def __init__(self, effect: Effect) -> None:
-        import fnmatch  # only where there are rules
+        import fnmatch  # only if there are rules
 
         self.effect = effect
         self.seen = 0
@@ -14547,7 +14552,8 @@ class _Rule:
         fault = self.effect.fault
         if fault.stage != stage:
             return False
-        if stage in _ADDRESSED_STAGES and not any(self._matches(one.lower()) for one in addresses):
+        matching = (self._matches(address.lower()) for address in addresses)
+        if stage in _ADDRESSED_STAGES and not any(matching):
             return False
         self.seen += 1
         if fault.per_second:
@@ -14569,7 +14575,7 @@ class Script:
     """The rules of one server, which any thread may change.
 
     `stages` are those that come up there, and `handshake` is the one with the TLS
-    handshake, "" where there is none. With `magic`, recipients may name a failure.
+    handshake, "" if there is none. With `magic`, recipients may name a failure.
     """
 
     def __init__(
@@ -14659,7 +14665,8 @@ class Script:
                     rule.acted += 1
                     found = rule.effect
         if found is None and self._magic and stage in ("RCPT", "message"):
-            found = next(filter(None, (_magic_effect(stage, one) for one in addresses)), None)
+            effects = (_magic_effect(stage, address) for address in addresses)
+            found = next(filter(None, effects), None)
         return found
 
     def _check(self, fault: Fault) -> Reply | None:
@@ -14681,9 +14688,9 @@ class Script:
             )
         if min(fault.nth, fault.times, fault.per_second, fault.drop_after) < 0:
             raise FaultError("a rule counts from 1: expected no number below")
-        if sum(1 for one in (fault.nth, fault.times, fault.per_second) if one) > 1:
+        if sum(1 for number in (fault.nth, fault.times, fault.per_second) if number) > 1:
             raise FaultError("expected one of nth, times and per_second")
-        if not all(0 <= one <= _LONGEST for one in (fault.delay, fault.drip)):
+        if not all(0 <= seconds <= _LONGEST for seconds in (fault.delay, fault.drip)):
             raise FaultError(f"expected a time of 0 to {_LONGEST:g} seconds")
         instead = bool(fault.reply) + fault.drop + fault.hang + bool(fault.drop_after)
         if instead > 1:
@@ -14725,7 +14732,7 @@ def _check_kinds(rule: Mapping[str, Any]) -> None:
         wanted = (int, float) if kind is float else kind
         right = isinstance(value, wanted) and (kind is bool or not isinstance(value, bool))
         if kind is tuple:
-            right = right and all(isinstance(one, str) for one in value)
+            right = right and all(isinstance(text, str) for text in value)
         if not right:
             raise FaultError(f"{name} of a rule: expected {_RULE_VALUES[kind]}")
 
@@ -15030,7 +15037,7 @@ class Captured:
         self.port = port
         self.hello = hello
         self.tls = tls  # version and cipher, "" without TLS
-        self.login = login  # "" where nobody logged in
+        self.login = login  # "" if nobody logged in
         self.smtputf8 = smtputf8
         self._dialogue = dialogue
         self._message: Any = None
@@ -15106,12 +15113,12 @@ class MessageDetails:
 
     @property
     def text(self) -> str:
-        """What a reader sees: the plain text, or that of the HTML where there is none."""
+        """What a reader sees: the plain text, or that of the HTML if there is none."""
         return self._content("plain") or text_of_html(self.html)
 
     @property
     def html(self) -> str:
-        """The HTML, "" where there is none."""
+        """The HTML, "" if there is none."""
         return self._content("html")
 
     def links(self, pattern: str = "") -> list[str]:
@@ -15138,8 +15145,8 @@ class MessageDetails:
         group, if it has one).
         """
         text = self.text if pattern else _URL.sub(" ", self.text)
-        for one in (pattern,) if pattern else _CODES:
-            match = re.search(one, text)
+        for expression in (pattern,) if pattern else _CODES:
+            match = re.search(expression, text)
             if match is not None:
                 code = match[1] if match.re.groups else match[0]
                 return code if pattern else re.sub(r"\D", "", code)
@@ -15251,7 +15258,7 @@ def links_in(html: str, text: str) -> list[str]:
     found = ["".join(groups) for groups in _HREF.findall(html)]
     links = [entities.unescape(_HUGE_REFERENCE.sub("\ufffd", link)).strip() for link in found]
     links += [_without_punctuation(link) for link in _URL.findall(text)]
-    wanted = (one for one in links if one.lower().startswith(("http://", "https://", "mailto:")))
+    wanted = (link for link in links if link.lower().startswith(("http://", "https://", "mailto:")))
     return list(dict.fromkeys(wanted))
 
 
@@ -15361,11 +15368,11 @@ class Mailbox:
 def _first(
     condition: Callable[[CapturedMessage], object], seen: list[Captured]
 ) -> CapturedMessage | None:
-    return next((one.message for one in seen if condition(one.message)), None)
+    return next((captured.message for captured in seen if condition(captured.message)), None)
 
 
 def _at_least(count: int, seen: list[Captured]) -> list[CapturedMessage] | None:
-    return [one.message for one in seen] if len(seen) >= count else None
+    return [captured.message for captured in seen] if len(seen) >= count else None
 
 
 class _Lines(Sink):
@@ -15555,7 +15562,7 @@ class Releaser:
     """Sends captured messages on, to the real server at `address` ("host:port").
 
     With a `login`, user and password, only over TLS with a valid certificate; without one,
-    TLS is used where it is offered.
+    TLS is used if it is offered.
     """
 
     def __init__(
@@ -15734,7 +15741,7 @@ class CaptureServer:
     @property
     def transcripts(self) -> list[str]:
         """The last 1000 sessions: lines that begin with "C: " or "S: "."""
-        return ["\n".join(list(one.lines)) for one in list(self.server_log.dialogues)]
+        return ["\n".join(list(dialogue.lines)) for dialogue in list(self.server_log.dialogues)]
 
     @property
     def log(self) -> list[str]:
@@ -15753,7 +15760,7 @@ class CaptureServer:
         """Wait for a number of messages, or for one that `what` is true of.
 
         Returns all messages as soon as there are so many, or that one. Raises NotArrived
-        after `timeout` seconds with what did arrive, and ChasquidError where the server is
+        after `timeout` seconds with what did arrive, and ChasquidError if the server is
         stopped, so that nothing more can.
         """
         seconds = self._timeout if timeout is None else timeout
@@ -15815,10 +15822,11 @@ class CaptureServer:
             wanted = plural(what, "message")  # type: ignore[arg-type]
         seen = self.mailbox.all()
         lines = [f"{how} for {wanted}; arrived: {plural(len(seen), 'message')}"]
-        for number, one in enumerate(seen[-_SHOWN:], max(1, len(seen) - _SHOWN + 1)):
-            subject = printable(str(one.message.get("Subject", "")), 100)
+        for number, captured in enumerate(seen[-_SHOWN:], max(1, len(seen) - _SHOWN + 1)):
+            subject = printable(str(captured.message.get("Subject", "")), 100)
             lines.append(
-                f"  {number}. from <{one.mail_from}> to {', '.join(one.rcpt_tos)}: {subject!r}"
+                f"  {number}. from <{captured.mail_from}> "
+                f"to {', '.join(captured.rcpt_tos)}: {subject!r}"
             )
         transcripts = self.transcripts[-3:]
         lines += ["the last sessions:"] if transcripts else ["nobody has connected"]
@@ -15881,7 +15889,7 @@ class _CaptureRun:
         self._server = server
         self._sessions: dict[Session, Task] = {}
         self._others: list[socket.socket] = []
-        with contextlib.ExitStack() as undo:  # where the start fails, nothing is left behind
+        with contextlib.ExitStack() as undo:  # if the start fails, nothing is left behind
             self._listener, self._port_kind = server.make_listener()
             undo.callback(self._listener.close)
             self.port: int = self._listener.getsockname()[1]
@@ -16115,7 +16123,7 @@ def _pytest_fixtures() -> Any:
 
 
 pytest_plugin = _PytestPlugin()
-# for "pytest -p chasquid", where the module is not installed but can be imported
+# for "pytest -p chasquid", if the module is not installed but can be imported
 pytest_addoption = pytest_plugin.pytest_addoption
 pytest_configure = pytest_plugin.pytest_configure
 pytest_runtest_makereport = pytest_plugin.pytest_runtest_makereport
@@ -16182,7 +16190,7 @@ class _Part(NamedTuple):
     content_id: str
     disposition: str
     data: bytes
-    text: str | None  # where it is part of what there is to read
+    text: str | None  # if it is part of what there is to read
 
 
 class _Content:
@@ -16264,29 +16272,29 @@ def _parse_content(raw: bytes) -> _Content:
     parts: list[_Part] = []
     rest = [message]
     while rest and len(parts) < _PART_LIMIT:
-        one = rest.pop()
-        if one.is_multipart() and one.get_content_maintype() == "multipart":
-            rest += reversed(one.get_payload())  # type: ignore[arg-type]
+        part = rest.pop()
+        if part.is_multipart() and part.get_content_maintype() == "multipart":
+            rest += reversed(part.get_payload())  # type: ignore[arg-type]
         else:
-            parts.append(_read_part(len(parts) + 1, one))
+            parts.append(_read_part(len(parts) + 1, part))
     return _Content(headers, parts)
 
 
-def _read_part(number: int, one: ParsedMessage) -> _Part:
+def _read_part(number: int, part: ParsedMessage) -> _Part:
     for name in ("Content-Type", "Content-Disposition"):
-        value = str(one.get(name, ""))
+        value = str(part.get(name, ""))
         if len(value) > _PARAMETERS_LIMIT or value.count(";") > _PARAMETER_LIMIT:
-            del one[name]  # to read it takes a time that grows with its square
-    kind = one.get_content_type()
+            del part[name]  # to read it takes a time that grows with its square
+    kind = part.get_content_type()
     if kind.startswith("multipart/"):  # it says so, but has no parts
         kind = "text/plain"
-    filename = printable(_header_text(one.get_filename("")), 255)
-    disposition = printable(one.get_content_disposition() or "", 40)
-    content_id = _header_text(one.get("Content-ID", "")).strip().strip("<>")
-    data = _payload(one)
+    filename = printable(_header_text(part.get_filename("")), 255)
+    disposition = printable(part.get_content_disposition() or "", 40)
+    content_id = _header_text(part.get("Content-ID", "")).strip().strip("<>")
+    data = _payload(part)
     text = None
     if kind in ("text/plain", "text/html") and disposition != "attachment" and not filename:
-        text = _decoded(data, one.get_content_charset("utf-8"))
+        text = _decoded(data, part.get_content_charset("utf-8"))
     return _Part(
         number,
         printable(kind, 100),
@@ -16298,10 +16306,10 @@ def _read_part(number: int, one: ParsedMessage) -> _Part:
     )
 
 
-def _payload(one: ParsedMessage) -> bytes:
-    if one.is_multipart():  # a message within a message
-        return b"\r\n".join(inner.as_bytes() for inner in one.get_payload())  # type: ignore[union-attr]
-    data = one.get_payload(decode=True)
+def _payload(part: ParsedMessage) -> bytes:
+    if part.is_multipart():  # a message within a message
+        return b"\r\n".join(inner.as_bytes() for inner in part.get_payload())  # type: ignore[union-attr]
+    data = part.get_payload(decode=True)
     return data if isinstance(data, bytes) else b""
 
 
@@ -16516,7 +16524,7 @@ class Inbox:
             await stream.flush()
 
     async def _guarded(self, answer: Awaitable[bytes]) -> bytes:
-        """Return what is answered; where that fails, an answer that says so."""
+        """Return what is answered; if that fails, an answer that says so."""
         try:
             return await answer
         except HttpRefused as refused:
@@ -17394,7 +17402,7 @@ chasquid {version}: a mail server in one file. Three ways to begin:
   {program} capture                    a server for tests, which shows all mail
   {program} --help                     all commands
 
-Without a command, the server starts where DIR (now {config_dir})
+Without a command, the server starts if DIR (now {config_dir})
 holds a chasquid.conf.
 """
 
@@ -17645,7 +17653,7 @@ class _TryOut:
 
 
 def _free_port(wanted: int) -> int:
-    """Return `wanted`, or where that is taken, a port of the system's choice."""
+    """Return `wanted`, or if that is taken, a port of the system's choice."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as raw:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -17798,10 +17806,10 @@ def _capture_users(
         raise ChasquidError("expected one of --login and --any-login")
     if arguments.any_login:
         return lambda user, password: True
-    for one in arguments.login:
-        if not re.fullmatch(r"[^:]+:.+", one):
-            raise ChasquidError(f"--login: expected USER:PASSWORD, found {printable(one, 100)!r}")
-    users = dict(one.partition(":")[::2] for one in arguments.login)
+    for login in arguments.login:
+        if not re.fullmatch(r"[^:]+:.+", login):
+            raise ChasquidError(f"--login: expected USER:PASSWORD, found {printable(login, 100)!r}")
+    users = dict(login.partition(":")[::2] for login in arguments.login)
     return users or None
 
 
@@ -18145,10 +18153,11 @@ def _dkim_verify(arguments: argparse.Namespace) -> int:
     ))  # fmt: skip
     if not found:
         raise ChasquidError("the message has no DKIM-Signature")
-    for one in found:
-        why = f": {one.reason}" if one.reason else ""
-        print(f"{one.result}  {one.domain or '?'}, selector {one.selector or '?'}{why}")
-    return 0 if any(one.result == "pass" for one in found) else 1
+    for signature in found:
+        why = f": {signature.reason}" if signature.reason else ""
+        domain, selector = signature.domain or "?", signature.selector or "?"
+        print(f"{signature.result}  {domain}, selector {selector}{why}")
+    return 0 if any(signature.result == "pass" for signature in found) else 1
 
 
 def _with_names(
@@ -18207,7 +18216,7 @@ def _queue_list(config: Config, arguments: argparse.Namespace) -> int:
 
 
 def _is_wanted(item: Item, arguments: argparse.Namespace) -> bool:
-    """Tell whether a message is one of --sender and --domain, where they are given."""
+    """Tell whether a message is one of --sender and --domain, if they are given."""
     sender, domain = arguments.sender, arguments.domain
     if sender is not None and item.envelope.sender.lower() != sender.strip("<>").lower():
         return False
@@ -18265,7 +18274,7 @@ def _change(
     offline: Callable[[], None],
     done: Sequence[str] = ("done; no server is running",),
 ) -> int:
-    """Have the running server do it; where none is running, do it to the files."""
+    """Have the running server do it; if none is running, do it to the files."""
     lines: Sequence[str] | None = ask_running_server(config.data_dir, command, argument)
     if lines is None:
         lock = DataDirectory(config.data_dir)
@@ -18416,7 +18425,7 @@ def _log_lines(config: Config) -> Iterator[str]:
         text = f"the mail log goes to {path}; set mail_log_path to a file, or to <syslog>"
         raise ChasquidError(text)
     else:
-        for name in (f"{path}.1", path):  # the one before the last rotation, where it is there
+        for name in (f"{path}.1", path):  # the one before the last rotation, if it is there
             if name == path or os.path.exists(name):
                 yield from read_file(name, missing=b"").decode("utf-8", "replace").splitlines()
 

@@ -109,10 +109,10 @@ RIGHTS = st.lists(DESTINATIONS, min_size=1, max_size=3).map(tuple) | st.sampled_
 
 def written(destinations: tuple[chasquid.Destination, ...]) -> str:
     return ", ".join(
-        f"| {one.value}"
-        if one.kind == "pipe"
-        else one.value + (f" via {'/'.join(one.via)}" if one.via else "")
-        for one in destinations
+        f"| {destination.value}"
+        if destination.kind == "pipe"
+        else destination.value + (f" via {'/'.join(destination.via)}" if destination.via else "")
+        for destination in destinations
     )
 
 
@@ -274,7 +274,7 @@ def test_what_is_wrong_with_aliases_is_found():
     )
     users = ["b", "hidden", "kept", "h.2", "free"]
     table = aliases(text, users=" ".join(users))
-    assert [tuple(one) for one in table.findings(HERE, users, everybody=True)] == [
+    assert [tuple(finding) for finding in table.findings(HERE, users, everybody=True)] == [
         ("dead@here.example leads to nobody: there is no user or alias gone@here.example", True),
         ("some@here.example: there is no user or alias gone@here.example; the others get its mail",
          True),
@@ -307,7 +307,10 @@ def test_what_is_wrong_with_a_catch_all_is_found(text, finding):
 def test_whom_others_may_know_is_not_reported():
     table = aliases("dead: gone\nsome: gone, b\nl1: l1x\nl1x: l1\n*: gone", users="b")
     found = list(table.findings(HERE, ["b"], everybody=False))
-    assert [one.text.partition(":")[0] for one in found] == ["l1@here.example", "l1x@here.example"]
+    assert [each.text.partition(":")[0] for each in found] == [
+        "l1@here.example",
+        "l1x@here.example",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -332,7 +332,7 @@ def test_the_size_limit() -> None:
         smtp.mail("a@a.example")
         smtp.rcpt("b@b.example")
         assert smtp.data(exact)[0] == 250
-        assert [len(one.raw) for one in server.messages] == [1000]
+        assert [len(message.raw) for message in server.messages] == [1000]
 
 
 def test_a_large_message() -> None:
@@ -406,7 +406,10 @@ def test_only_the_last_are_kept_where_that_is_asked_for() -> None:
     with CaptureServer(keep=2) as server:
         for name in "abc":
             send(server, SMALL, f"{name}@b.example")
-        assert [one.rcpt_tos for one in server.messages] == [["b@b.example"], ["c@b.example"]]
+        assert [message.rcpt_tos for message in server.messages] == [
+            ["b@b.example"],
+            ["c@b.example"],
+        ]
         server.reset()
         assert server.messages == [] and server.transcripts == [] and server.log == []
 
@@ -685,7 +688,7 @@ def test_a_field_that_the_parser_fails_on_is_there_as_it_came() -> None:
 
 def test_faults_may_be_mappings_and_nothing_else() -> None:
     rules = [Fault("MAIL", reply="450"), {"stage": "rcpt", "reply": 451}]
-    assert [one["stage"] for one in CaptureServer(faults=rules).script.describe()] == [
+    assert [rule["stage"] for rule in CaptureServer(faults=rules).script.describe()] == [
         "MAIL",
         "RCPT",
     ]

@@ -34,7 +34,7 @@ import chasquid
 def program(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
     """Run the module as a program."""
     options = {"capture_output": True, "text": True, "timeout": SECONDS, **options}
-    words = [sys.executable, str(MODULE), *(str(one) for one in arguments)]
+    words = [sys.executable, str(MODULE), *(str(argument) for argument in arguments)]
     return subprocess.run(words, **options)  # type: ignore[call-overload, no-any-return]
 
 
@@ -825,7 +825,7 @@ def test_the_queue_is_listed_for_programs_and_by_sender_and_domain(
     def listed(*more: str) -> list[str]:
         assert chasquid.main([*command, *more]) == 0
         found = json.loads(capsys.readouterr().out)
-        return sorted(one["recipients"][0]["recipient"] for one in found)
+        return sorted(entry["recipients"][0]["recipient"] for entry in found)
 
     assert listed() == ["eva@there.example", "ida@far.example"]
     assert listed("--domain", "far.example") == ["ida@far.example"]

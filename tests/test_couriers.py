@@ -53,7 +53,7 @@ def deliver(
 
 
 def states(results: Sequence[Result]) -> list[tuple[str, str]]:
-    return [(one.state, one.status) for one in results]
+    return [(result.state, result.status) for result in results]
 
 
 # --- Maildir ---
@@ -79,7 +79,7 @@ class Maildirs:
         )  # fmt: skip
 
     def deliver(self, *addresses: str, load: Delivery | None = None) -> list[Result]:
-        destinations = [address(one) for one in addresses]
+        destinations = [address(each) for each in addresses]
         return deliver(self.courier, destinations, load, self.clock)
 
     def files(self) -> list[Path]:
@@ -90,7 +90,7 @@ def test_a_maildir_has_its_three_directories_and_the_message_in_new(tmp_path: Pa
     place = Maildirs(tmp_path)
     (result,) = place.deliver("ana@here.example")
     maildir = tmp_path / "here.example" / "ana"
-    assert sorted(one.name for one in maildir.iterdir()) == ["cur", "new", "tmp"]
+    assert sorted(folder.name for folder in maildir.iterdir()) == ["cur", "new", "tmp"]
     (path,) = place.files()
     assert path.parent == maildir / "new"
     assert result == Result(State.SENT, "2.0.0", f"stored as {path}")
@@ -135,7 +135,7 @@ def test_mail_in_a_maildir_is_for_its_owner_alone(tmp_path: Path) -> None:
 def test_messages_of_the_same_moment_have_different_names(tmp_path: Path) -> None:
     place = Maildirs(tmp_path)
     results = place.deliver(*["ana@here.example"] * 20)
-    assert [one.state for one in results] == [State.SENT] * 20
+    assert [result.state for result in results] == [State.SENT] * 20
     assert len(place.files()) == 20
 
 
@@ -216,7 +216,7 @@ def test_a_message_is_written_in_tmp_before_it_is_seen_in_new(tmp_path: Path) ->
             somebody,
         )  # fmt: skip
 
-    assert [one.state for one in deliver(make, [address("ana@here.example")])] == [State.SENT]
+    assert [result.state for result in deliver(make, [address("ana@here.example")])] == [State.SENT]
     assert disks[0].notes == [("writes", "tmp", 0), ("stored", "new", 1)]
 
 
@@ -410,8 +410,8 @@ def test_each_recipient_has_a_run_of_its_own() -> None:
     script = 'test "$RECIPIENT" = ana@here.example'
     destinations = [address("ben@here.example"), *ANA]
     results = deliver(agent("/bin/sh", "-c", script, spawn=spawn), destinations)
-    assert [one.state for one in results] == [State.FAILED, State.SENT]
-    assert [one["SENDER"] for one in spawn.env] == ["eva@there.example"] * 2
+    assert [result.state for result in results] == [State.FAILED, State.SENT]
+    assert [environment["SENDER"] for environment in spawn.env] == ["eva@there.example"] * 2
 
 
 def test_a_program_inherits_our_environment_without_what_systemd_says(
@@ -660,20 +660,20 @@ def test_a_connection_that_drops_defers_at_each_stage(tmp_path: Path, stage: int
     places = [0, *(place for reply in replies[:5] for place in (reply, reply + 1))][:9]
     script = "\n".join(whole[: places[stage]]) + "\n* close"
     results, peer = attempt(tmp_path, script)
-    assert [one.state for one in results] == [State.DEFERRED]
+    assert [result.state for result in results] == [State.DEFERRED]
 
 
 def test_a_connection_that_drops_before_the_last_reply_defers(tmp_path: Path) -> None:
     script = GREETING + ENVELOPE + "C: DATA\nS: 354 go on\nC.\n* close"
     results, peer = attempt(tmp_path, script)
-    assert [one.state for one in results] == [State.DEFERRED]
+    assert [result.state for result in results] == [State.DEFERRED]
     assert len(peer.messages) == 1
 
 
 def test_a_connection_that_drops_after_the_last_reply_has_delivered(tmp_path: Path) -> None:
     script = GREETING + ENVELOPE + "C: DATA\nS: 354 go on\nC.\nS: 250 got it\n* close"
     results, _ = attempt(tmp_path, script)
-    assert [one.state for one in results] == [State.SENT]
+    assert [result.state for result in results] == [State.SENT]
 
 
 @pytest.mark.parametrize(
@@ -700,14 +700,14 @@ def test_a_reply_line_that_never_ends_defers(tmp_path: Path) -> None:
 def test_a_message_that_was_not_asked_for_is_not_taken_as_sent(tmp_path: Path, reply: str) -> None:
     script = GREETING + ENVELOPE + f"C: DATA\nS: {reply}\n* close"
     results, _ = attempt(tmp_path, script)
-    assert [one.state for one in results] == [State.DEFERRED]
+    assert [result.state for result in results] == [State.DEFERRED]
 
 
 @pytest.mark.parametrize("reply", ["354 go on", "334 go on", "150 soon"])
 def test_only_a_2xx_at_the_end_means_that_it_was_sent(tmp_path: Path, reply: str) -> None:
     script = GREETING + ENVELOPE + f"C: DATA\nS: 354 go on\nC.\nS: {reply}\n* close"
     results, _ = attempt(tmp_path, script)
-    assert [one.state for one in results] == [State.DEFERRED]
+    assert [result.state for result in results] == [State.DEFERRED]
 
 
 def test_each_recipient_has_its_own_result(tmp_path: Path) -> None:
@@ -740,7 +740,7 @@ def test_more_than_a_hundred_recipients_go_in_several_transactions(tmp_path: Pat
     results, peer = attempt(
         tmp_path, script(range(100)), script(range(100, 130)), destinations=destinations
     )
-    assert [one.state for one in results] == [State.SENT] * 130
+    assert [result.state for result in results] == [State.SENT] * 130
     assert len(peer.messages) == 2
 
 
@@ -759,7 +759,7 @@ def hosts_asked(smtp: Smtp) -> list[str]:
 
 def zone_of(*records: str, domain: str = "there.example") -> dict[tuple[str, str], Any]:
     """Return a zone with these MX; the hosts have addresses where nobody listens."""
-    hosts = [one.split()[1].rstrip(".") for one in records]
+    hosts = [record.split()[1].rstrip(".") for record in records]
     return {(domain, "MX"): records, **{(host, "A"): ("127.0.0.1",) for host in hosts}}
 
 
@@ -772,7 +772,7 @@ def deaf_port() -> int:
 
 def test_servers_are_tried_in_the_order_of_preference(tmp_path: Path, deaf_port: int) -> None:
     smtp = Smtp(tmp_path, deaf_port, zone_of("30 c.example.", "10 a.example.", "20 b.example."))
-    assert [one.state for one in smtp.deliver()] == [State.DEFERRED]
+    assert [result.state for result in smtp.deliver()] == [State.DEFERRED]
     assert hosts_asked(smtp) == ["a.example", "b.example", "c.example"]
 
 
@@ -798,14 +798,14 @@ def test_at_most_five_servers_are_tried(tmp_path: Path, deaf_port: int) -> None:
 def test_the_next_server_is_tried_where_one_is_down(tmp_path: Path) -> None:
     zone = zone_of("10 a.example.", "20 b.example.")
     results, _ = attempt(tmp_path, "* close", GREETING + ENVELOPE + CONTENT, zone=zone)
-    assert [one.state for one in results] == [State.SENT]
+    assert [result.state for result in results] == [State.SENT]
     assert results[0].remote_mta.startswith("b.example ")
 
 
 def test_a_server_that_will_not_have_us_does_not_decide_for_the_others(tmp_path: Path) -> None:
     zone = zone_of("10 a.example.", "20 b.example.")
     results, _ = attempt(tmp_path, "S: 554 no", GREETING + ENVELOPE + CONTENT, zone=zone)
-    assert [one.state for one in results] == [State.SENT]
+    assert [result.state for result in results] == [State.SENT]
 
 
 def test_one_server_that_may_work_later_defers_it_all(tmp_path: Path) -> None:
@@ -829,7 +829,7 @@ def test_a_server_without_an_address_is_passed_over(tmp_path: Path) -> None:
         ("mx.example", "A"): ("127.0.0.1",),
     }
     results, _ = attempt(tmp_path, GREETING + ENVELOPE + CONTENT, zone=zone)
-    assert [one.state for one in results] == [State.SENT]
+    assert [result.state for result in results] == [State.SENT]
 
 
 def test_a_domain_without_mx_is_its_own_server(tmp_path: Path) -> None:
@@ -863,13 +863,13 @@ def test_a_domain_without_a_server(
 def test_a_null_mx_that_stands_there_twice_is_no_server(tmp_path: Path) -> None:
     zone = {("there.example", "MX"): ("0 .", "10 .")}
     results = Smtp(tmp_path, 1, zone).deliver()
-    assert [one.state for one in results] != [State.SENT]
+    assert [result.state for result in results] != [State.SENT]
 
 
 def test_only_servers_nearer_than_we_are_get_mail_of_ours_to_forward(tmp_path: Path) -> None:
     zone = zone_of("10 near.example.", f"20 {HOST}.", "20 like.example.", "30 far.example.")
     results, _ = attempt(tmp_path, "* close", zone=zone)
-    assert [one.state for one in results] == [State.DEFERRED]
+    assert [result.state for result in results] == [State.DEFERRED]
     assert results[0].remote_mta.startswith("near.example ")
 
 
@@ -884,7 +884,7 @@ def test_an_address_literal_is_a_server(tmp_path: Path) -> None:
     results, _ = attempt(
         tmp_path, script + CONTENT, destinations=[address("eva@[127.0.0.1]")], zone={}
     )
-    assert [one.state for one in results] == [State.SENT]
+    assert [result.state for result in results] == [State.SENT]
 
 
 def test_via_names_the_servers_and_no_mx_is_asked(tmp_path: Path, deaf_port: int) -> None:
@@ -892,7 +892,7 @@ def test_via_names_the_servers_and_no_mx_is_asked(tmp_path: Path, deaf_port: int
         smtp = Smtp(tmp_path, peer.port, {("relay.example", "A"): ("127.0.0.1",)})
         via = (f"127.0.0.1:{deaf_port}", "relay.example")
         results = smtp.deliver([address("eva@there.example", *via)])
-    assert [one.state for one in results] == [State.SENT]
+    assert [result.state for result in results] == [State.SENT]
     assert ("there.example", "MX") not in smtp.zone.asked
 
 
@@ -915,7 +915,7 @@ def test_an_international_domain_does_not(tmp_path: Path) -> None:
         tmp_path, script, destinations=[address("eva@bücher.example")], zone=zone,
         load=delivery(sender="eva@bücher.example", smtputf8=True),
     )  # fmt: skip
-    assert [one.state for one in results] == [State.SENT]
+    assert [result.state for result in results] == [State.SENT]
 
 
 def test_an_international_header_needs_smtputf8(tmp_path: Path) -> None:
@@ -937,7 +937,7 @@ PLAIN = f"""
 def test_a_certificate_that_is_not_valid_still_encrypts(tmp_path: Path) -> None:
     first = STARTTLS + "S: 220 go on\n* TLS\n* close"
     results, peer = attempt(tmp_path, first, STARTTLS + SECURE + ENVELOPE + CONTENT)
-    assert [one.state for one in results] == [State.SENT]
+    assert [result.state for result in results] == [State.SENT]
     assert "the certificate is not valid" in (tmp_path / "server.log").read_text()
 
 
@@ -946,7 +946,7 @@ def test_a_valid_certificate_is_taken_at_once(
 ) -> None:
     trust(monkeypatch, tmp_path, "mx.there.example")
     results, _ = attempt(tmp_path, STARTTLS + SECURE + ENVELOPE + CONTENT)
-    assert [one.state for one in results] == [State.SENT]
+    assert [result.state for result in results] == [State.SENT]
 
 
 @pytest.mark.parametrize(
@@ -955,14 +955,14 @@ def test_a_valid_certificate_is_taken_at_once(
 )
 def test_where_tls_fails_the_message_goes_in_the_clear(tmp_path: Path, failure: str) -> None:
     results, _ = attempt(tmp_path, STARTTLS + failure, PLAIN + ENVELOPE + CONTENT)
-    assert [one.state for one in results] == [State.SENT]
+    assert [result.state for result in results] == [State.SENT]
 
 
 def test_what_a_server_says_in_the_clear_behind_starttls_is_not_believed(tmp_path: Path) -> None:
     injected = SECURE.replace("S: 220 go on", "S= 220 go on\\r\\n250-evil\\r\\n250 AUTH\\r\\n")
     first = STARTTLS + "S: 220 go on\n* TLS\n* close"
     results, _ = attempt(tmp_path, first, STARTTLS + injected + ENVELOPE + CONTENT)
-    assert [one.state for one in results] == [State.SENT]
+    assert [result.state for result in results] == [State.SENT]
 
 
 # --- LMTP ---
@@ -1048,7 +1048,7 @@ def test_lmtp_that_is_down_defers(tmp_path: Path, deaf_port: int) -> None:
 def test_lmtp_that_does_not_work_defers(script: str) -> None:
     with Peer(script) as peer:
         results = deliver(lmtp(f"127.0.0.1:{peer.port}"), BOTH)
-    assert [one.state for one in results] == [State.DEFERRED] * 2
+    assert [result.state for result in results] == [State.DEFERRED] * 2
 
 
 def test_lmtp_that_stops_between_its_replies_is_believed_in_none() -> None:
@@ -1080,10 +1080,10 @@ def test_each_destination_has_its_courier() -> None:
             Destination("pipe", "x"),
         )
     }
-    assert [(one.courier, one.local) for one in routes.values()] == [
+    assert [(route.courier, route.local) for route in routes.values()] == [
         (local, True), (remote, False), (remote, False), (piped, True)
     ]  # fmt: skip
-    assert len({one.key for one in routes.values()}) == 4
+    assert len({route.key for route in routes.values()}) == 4
 
 
 def test_those_who_share_a_way_travel_together() -> None:

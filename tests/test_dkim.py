@@ -203,7 +203,7 @@ def verdicts(
         )
 
     found = run(main, clock=FakeClock(now), workers=Inline())
-    assert {one.result for one in found} <= RESULTS
+    assert {signature.result for signature in found} <= RESULTS
     return found
 
 
@@ -322,7 +322,7 @@ def test_the_simple_forms_allow_no_change(change: tuple[str, str]) -> None:
 def test_the_relaxed_forms_allow_changes_of_white_space(change: tuple[str, str]) -> None:
     found = verdicts(with_crlf(BOTH_ALGORITHMS.replace(*change)), THEIR_KEYS)
     # a change of a signature's own field is one of white space as well
-    assert "pass" in [one.result for one in found], found
+    assert "pass" in [signature.result for signature in found], found
 
 
 # --- what passes --------------------------------------------------------------------------------
@@ -441,7 +441,7 @@ def test_one_of_several_signatures_says_nothing_of_the_others() -> None:
         (KEY_NAME, "TXT"): [key_record()],
         ("sel._domainkey.else.example", "TXT"): [key_record(ED25519)],
     }
-    assert [one.result for one in verdicts(message, table)] == ["pass", "permerror", "pass"]
+    assert [verdict.result for verdict in verdicts(message, table)] == ["pass", "permerror", "pass"]
 
 
 def test_only_the_first_five_signatures_are_looked_at() -> None:
@@ -450,8 +450,8 @@ def test_only_the_first_five_signatures_are_looked_at() -> None:
         message = signed(message, s=f"s{number}")
     zone = Zone({(f"s{number}._domainkey.{DOMAIN}", "TXT"): [key_record()] for number in range(50)})
     found = verdicts(message, names=lambda loop: chasquid.Names(loop, zone.ask))
-    assert [one.selector for one in found] == ["s49", "s48", "s47", "s46", "s45"]
-    assert [one.result for one in found] == ["pass"] * 5
+    assert [signature.selector for signature in found] == ["s49", "s48", "s47", "s46", "s45"]
+    assert [signature.result for signature in found] == ["pass"] * 5
     assert len(zone.asked) == 5
 
 
@@ -473,7 +473,7 @@ def test_the_body_is_read_once_and_not_at_all_where_no_signature_can_pass() -> N
 
     both = signed(signed(c="simple/simple"))
     found = run(lambda loop: main(loop, both), clock=FakeClock(NOW), workers=Inline())
-    assert [one.result for one in found] == ["pass", "pass"]
+    assert [signature.result for signature in found] == ["pass", "pass"]
     assert reads == [1]
     run(lambda loop: main(loop, signed(s="gone")), clock=FakeClock(NOW), workers=Inline())
     assert reads == [1]
@@ -634,9 +634,13 @@ def handy_primes() -> list[int]:
     """Primes that are one above a divisor of SMOOTH, so that RSA is quick with any of them."""
     divisors = [1]
     for prime, power in SMOOTH_FACTORS.items():
-        divisors = [one * prime**n for one in divisors for n in range(power + 1)]
-    candidates = (one + 1 for one in sorted(divisors) if one > 1 << 16)
-    return [one for one in candidates if all(pow(b, one - 1, one) == 1 for b in (2, 3, 5, 7, 11))]
+        divisors = [divisor * prime**n for divisor in divisors for n in range(power + 1)]
+    candidates = (divisor + 1 for divisor in sorted(divisors) if divisor > 1 << 16)
+    return [
+        candidate
+        for candidate in candidates
+        if all(pow(b, candidate - 1, candidate) == 1 for b in (2, 3, 5, 7, 11))
+    ]
 
 
 SMOOTH_FACTORS = {2: 8, 3: 4, 5: 2, 7: 1, 11: 1, 13: 1, 17: 1, 19: 1, 23: 1}
@@ -806,7 +810,7 @@ class Silent:
 def test_name_servers_that_take_too_long_are_a_temporary_failure() -> None:
     message = signed(signed(signed(s="late"), v="7"))
     found = verdicts(message, names=lambda loop: Silent(loop, {KEY_NAME: key_record()}))
-    assert [one.result for one in found] == ["pass", "neutral", "temperror"]
+    assert [signature.result for signature in found] == ["pass", "neutral", "temperror"]
     assert found[2].reason == "the name servers took too long"
     assert found[2].selector == "late"
 
@@ -832,9 +836,12 @@ def test_signatures_of_the_authors_domain_are_checked_before_those_of_forwarders
     authors = [f"mail.{DOMAIN}"]
     chosen, some_left_out = chasquid.choose_signatures(fields, authors)
     assert len(chosen) == 5
-    assert len([one for one in chosen if f"d={DOMAIN};".encode() in one.value]) == checked
+    assert (
+        len([signature for signature in chosen if f"d={DOMAIN};".encode() in signature.value])
+        == checked
+    )
     assert some_left_out == left_out
-    assert [one for one in fields if any(one is other for other in chosen)] == chosen
+    assert [field for field in fields if any(field is other for other in chosen)] == chosen
 
 
 @pytest.mark.parametrize(("own", "folder"), [(1, ""), (6, ""), (7, "Junk")])
@@ -1126,7 +1133,7 @@ def test_each_signature_has_a_result_with_domain_selector_and_beginning() -> Non
         chasquid.Signature("neutral", "the field is malformed"),
     ))  # fmt: skip
     assert server == HOST
-    assert [one for one in results if one[0] == "dkim"] == [
+    assert [result for result in results if result[0] == "dkim"] == [
         ("dkim", "pass", {"header.d": "a.example", "header.s": "one", "header.b": "ab/+c=d1"}),
         ("dkim", "permerror", {"header.d": "b.example", "header.s": "two", "header.b": "12345678"}),
         ("dkim", "neutral", {}),
@@ -1135,7 +1142,7 @@ def test_each_signature_has_a_result_with_domain_selector_and_beginning() -> Non
 
 def test_without_a_signature_there_is_one_result_that_says_so() -> None:
     _, results = parsed_results(results_field())
-    assert [one for one in results if one[0] == "dkim"] == [("dkim", "none", {})]
+    assert [result for result in results if result[0] == "dkim"] == [("dkim", "none", {})]
 
 
 @searched
@@ -1146,7 +1153,10 @@ def test_the_results_of_any_signature_can_be_read(data: st.DataObject) -> None:
         chasquid.Signature("fail", reason, "a.example", "s", "AAAA/+=="),
         chasquid.Signature("pass"),
     ))  # fmt: skip
-    assert [one[:2] for one in results if one[0] == "dkim"] == [("dkim", "fail"), ("dkim", "pass")]
+    assert [result[:2] for result in results if result[0] == "dkim"] == [
+        ("dkim", "fail"),
+        ("dkim", "pass"),
+    ]
     assert results[1][2]["header.b"] == "AAAA/+=="
 
 
@@ -1163,7 +1173,7 @@ def test_the_results_of_a_damaged_signature_can_be_read(data: st.DataObject) -> 
 
     (found,) = run(main, clock=FakeClock(NOW), workers=Inline())
     _, results = parsed_results(results_field(found))
-    assert [one[1] for one in results if one[0] == "dkim"] == [found.result]
+    assert [result[1] for result in results if result[0] == "dkim"] == [found.result]
 
 
 def test_a_long_name_does_not_make_a_line_too_long() -> None:
@@ -1200,7 +1210,7 @@ def tags_of(field: bytes) -> dict[str, str]:
 def test_each_key_makes_a_signature_and_both_sides_find_it_good() -> None:
     made = keys(rsa(), ED25519)
     message = ours(made)
-    assert [one.result for one in verdicts(message, zone_of_keys(made))] == ["pass", "pass"]
+    assert [verdict.result for verdict in verdicts(message, zone_of_keys(made))] == ["pass", "pass"]
     for place in range(2):
         assert chasquid._dkim().DKIM(message).verify(idx=place, dnsfunc=lookup(made))
 
@@ -1286,7 +1296,7 @@ HEADERS = {
 def test_any_message_can_be_signed(header: str, body: str) -> None:
     made = keys(rsa(), ED25519)
     message = ours(made, HEADERS[header] + b"\r\n" + BODIES[body])
-    assert [one.result for one in verdicts(message, zone_of_keys(made))] == ["pass", "pass"]
+    assert [verdict.result for verdict in verdicts(message, zone_of_keys(made))] == ["pass", "pass"]
     if "before" not in header and body != "large":  # dkimpy reads no such field
         for place in range(2):
             assert chasquid._dkim().DKIM(message).verify(idx=place, dnsfunc=lookup(made))
@@ -1506,7 +1516,10 @@ def signing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Signing]:
 
 def assert_signed(message: bytes, by_dkimpy: bool = True) -> None:
     found = verdicts(message, zone_of_keys(OUR_KEYS), now=time.time())
-    assert [(one.result, one.selector) for one in found] == [("pass", "k0"), ("pass", "k1")]
+    assert [(signature.result, signature.selector) for signature in found] == [
+        ("pass", "k0"),
+        ("pass", "k1"),
+    ]
     for place in range(2 if by_dkimpy else 0):
         assert chasquid._dkim().DKIM(message).verify(idx=place, dnsfunc=lookup(OUR_KEYS))
 
@@ -1552,7 +1565,7 @@ def test_a_signature_that_is_there_already_is_kept_below_ours(signing: Signing) 
     message = signing.sent(SENT_MESSAGES["a signature already"][0])
     assert field_names(message)[:4] == ["dkim-signature"] * 2 + ["received", "dkim-signature"]
     found = verdicts(message, zone_of_keys(OUR_KEYS), now=time.time())
-    assert [one.result for one in found] == ["pass", "pass", "neutral"]
+    assert [signature.result for signature in found] == ["pass", "pass", "neutral"]
 
 
 def test_date_and_message_id_that_we_add_are_signed_and_received_is_not(signing: Signing) -> None:
@@ -1564,7 +1577,9 @@ def test_date_and_message_id_that_we_add_are_signed_and_received_is_not(signing:
     made = zone_of_keys(OUR_KEYS)
     for name in (b"Date", b"Message-ID", b"From"):
         changed = re.sub(rb"\r\n" + name + rb": .*?\r\n", b"\r\n" + name + b": x\r\n", message)
-        assert [one.result for one in verdicts(changed, made, now=time.time())] == ["fail"] * 2
+        assert [verdict.result for verdict in verdicts(changed, made, now=time.time())] == [
+            "fail"
+        ] * 2
     assert_signed(re.sub(rb"\r\nReceived: (.*?\r\n\t)*.*?\r\n", b"\r\nReceived: x\r\n", message))
 
 
@@ -1590,7 +1605,7 @@ def test_no_field_is_added_that_a_signature_of_the_message_names(
     ]  # fmt: skip
     keys = {**zone_of_keys(OUR_KEYS), (KEY_NAME, "TXT"): [key_record()]}
     found = verdicts(message, keys, now=time.time())
-    assert [one.result for one in found] == ["pass"] * 3
+    assert [signature.result for signature in found] == ["pass"] * 3
 
 
 def test_the_domain_of_mail_from_decides_whose_keys_sign(signing: Signing) -> None:
@@ -1609,7 +1624,9 @@ def test_what_comes_from_elsewhere_is_not_signed(signing: Signing) -> None:
         assert wire.ask("DATA").startswith("354 ")
         wire.send(FULL + b"Subject: not signed\r\n\r\nHello\r\n.\r\n")
         assert wire.reply().startswith("250 ")
-    (message,) = (one for one in signing.server.mail("ana") if b"Subject: not signed" in one)
+    (message,) = (
+        letter for letter in signing.server.mail("ana") if b"Subject: not signed" in letter
+    )
     assert b"DKIM-Signature" not in message
     assert b"dkim=none" in message
 
@@ -1618,7 +1635,7 @@ def test_what_stays_here_is_signed_as_well(signing: Signing) -> None:
     assert (
         signing.send(FULL + b"Subject: stays\r\n\r\nHello\r\n", to="ana@here.example")[:3] == "250"
     )
-    (message,) = (one for one in signing.server.mail("ana") if b"Subject: stays" in one)
+    (message,) = (letter for letter in signing.server.mail("ana") if b"Subject: stays" in letter)
     assert chasquid._dkim().verify(message, dnsfunc=lookup(OUR_KEYS))
 
 
@@ -1626,7 +1643,7 @@ def test_a_notification_is_signed_for_the_domain_above_our_host(signing: Signing
     assert signing.send(FULL + b"\r\nHello\r\n", to="nobody@there.example").startswith("250 ")
 
     def notification() -> bytes:
-        return next((one for one in signing.server.mail("ana") if b"5.1.1" in one), b"")
+        return next((letter for letter in signing.server.mail("ana") if b"5.1.1" in letter), b"")
 
     message = wait_for(notification, "the notification")
     assert email.message_from_bytes(message).get_content_type() == "multipart/report"
@@ -1743,7 +1760,7 @@ def test_no_field_that_a_signature_of_others_names_is_added(
     message = signed(message, h=signed_by_others, d="there.example")
     with Signing(tmp_path) as signing:
         sent = signing.sent(message)
-    fields = [one.name for one in chasquid.header_fields(split(sent)[0])]
+    fields = [field.name for field in chasquid.header_fields(split(sent)[0])]
     assert [one for one in ("Date", "Message-ID") if one.lower() in fields and one.encode()
             not in there + b"".join([b"Date" for _ in there[:1]])] == added  # fmt: skip
     found = verdicts(sent, {(KEY_NAME, "TXT"): [key_record()]})
@@ -1774,7 +1791,8 @@ def test_what_comes_from_elsewhere_is_verified(tmp_path: Path) -> None:
             text = re.sub(r"\n(?=[ \t])", "\r\n", field)
             host, results = parsed_results(f"Authentication-Results: {text}\r\n".encode())
             assert host == HOST
-            assert [(one[1], one[2]["header.s"]) for one in results if one[0] == "dkim"] == [
+            judged = [verdict for verdict in results if verdict[0] == "dkim"]
+            assert [(verdict[1], verdict[2]["header.s"]) for verdict in judged] == [
                 (result, "ed"), (result, "sel")
             ]  # fmt: skip
 
@@ -1800,7 +1818,7 @@ def zone_line(text: str) -> tuple[str, list[str]]:
     )
     ((name, node),) = zone.nodes.items()
     (rdata,) = node.rdatasets[0]
-    return str(name), [one.decode() for one in rdata.strings]
+    return str(name), [string.decode() for string in rdata.strings]
 
 
 @pytest.mark.parametrize("algorithm", ["rsa2048", "ed25519"])
@@ -1815,7 +1833,7 @@ def test_a_new_key_is_written_and_its_record_shown(commands: CommandLine, algori
     name, strings = zone_line(ended.out)
     assert name == "mail._domainkey.here.example."
     assert "".join(strings) == key.record
-    assert all(len(one) <= 255 for one in strings)
+    assert all(len(string) <= 255 for string in strings)
     shown = commands.run("dkim-dns", "here.example")
     assert shown == (0, ended.out, "")  # the record alone is on standard output
 

@@ -124,7 +124,7 @@ def test_a_failure_is_raised_anew_to_each_asker():
                 await names.query("a.example", "A")
             errors.append(caught.value)
         assert len(set(map(id, errors))) == 3
-        depths = [len(list(traceback.walk_tb(one.__traceback__))) for one in errors]
+        depths = [len(list(traceback.walk_tb(error.__traceback__))) for error in errors]
         assert depths[1] == depths[2]
 
     run(main, FakeClock())
@@ -364,7 +364,7 @@ class NameServer:
                 if error.errno != errno.EADDRINUSE:
                     raise
         self._tcp.listen()
-        self._threads = [threading.Thread(target=one) for one in (self._datagrams, self._streams)]
+        self._threads = [threading.Thread(target=each) for each in (self._datagrams, self._streams)]
         for thread in self._threads:
             thread.start()
 
@@ -547,7 +547,7 @@ def test_the_second_server_is_asked_where_the_first_cannot_say(rcode):
         "a.example", "A", answering(rcode=rcode), answering("a.example. 300 A 192.0.2.1")
     )
     assert found == Answer(True, ("192.0.2.1",), 300)
-    assert [len(one) for one in seen] == [1, 1]
+    assert [len(each) for each in seen] == [1, 1]
 
 
 def test_the_second_server_is_asked_where_the_first_is_silent():

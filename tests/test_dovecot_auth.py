@@ -129,7 +129,7 @@ class Directory:
 
     def __init__(self, directory: Path, userdb: Any = "", client: Any = "") -> None:
         self._place = directory
-        self._paths = [str(getattr(one, "path", one)) for one in (userdb, client)]
+        self._paths = [str(getattr(each, "path", each)) for each in (userdb, client)]
 
     def dovecot(self, loop: Any, clock: chasquid.Clock | None = None) -> chasquid.Dovecot:
         return chasquid.Dovecot(loop, record(self._place, clock), *self._paths)

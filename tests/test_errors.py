@@ -12,7 +12,7 @@ import chasquid
 def test_ids_are_thirteen_letters_and_digits_and_never_the_same():
     ids = {chasquid.new_id() for _ in range(5000)}
     assert len(ids) == 5000
-    assert all(re.fullmatch("[a-z2-7]{13}", one) for one in ids)
+    assert all(re.fullmatch("[a-z2-7]{13}", ident) for ident in ids)
 
 
 def test_a_config_error_names_file_and_line():

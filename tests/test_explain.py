@@ -116,7 +116,9 @@ def test_of_what_waits_the_reason_and_the_next_attempt_are_told(
 ) -> None:
     server = serve(remote=Far({EVA: [LATER]}))
     id = send(server, ANA, EVA, BEN)
-    wait_for(lambda: "event=next-attempt" in server.mail_log, "the first attempts")
+    wait_for(  # it is in the log a moment before it is in the file
+        lambda: "next attempt in" in teller.story(id, server.config_dir), "the first attempts"
+    )
     lines = teller.story(id, server.config_dir).splitlines()
     assert any(f"For {EVA}: not yet delivered. mx.there.example says" in line for line in lines)
     assert re.fullmatch(r"  It is in the queue, next attempt in (1m.*|\d+s):", lines[-3])

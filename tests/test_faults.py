@@ -98,7 +98,7 @@ def test_a_reply_may_be_a_number_and_an_extension_a_word() -> None:
     rules = script()
     rules.add(Fault("RCPT", reply=451))  # type: ignore[arg-type]
     rules.add(Fault("EHLO", without="SIZE"))  # type: ignore[arg-type]
-    assert [one.get("reply") or one["without"] for one in rules.describe()] == ["451", ["SIZE"]]
+    assert [rule.get("reply") or rule["without"] for rule in rules.describe()] == ["451", ["SIZE"]]
 
 
 def test_a_stage_that_never_comes_up_is_refused() -> None:
@@ -145,7 +145,7 @@ def test_a_rule_behind_one_that_takes_all_its_turns_is_refused(later: dict[str, 
 
 def replies(rules: chasquid.Script, stage: str, count: int, *addresses: str) -> list[int]:
     found = [rules.effect(stage, addresses) for _ in range(count)]
-    return [one.reply.code if one and one.reply else 0 for one in found]
+    return [each.reply.code if each and each.reply else 0 for each in found]
 
 
 def test_rules_count_what_matches_whether_or_not_they_act() -> None:
@@ -154,7 +154,11 @@ def test_rules_count_what_matches_whether_or_not_they_act() -> None:
     rules.add(Fault("RCPT", reply="452", nth=4))
     rules.add(Fault("RCPT", reply="450", times=3))
     assert replies(rules, "RCPT", 7, "a@b.example") == [451, 451, 450, 452, 450, 450, 0]
-    assert [(one["matched"], one["acted"]) for one in rules.describe()] == [(7, 2), (7, 1), (7, 3)]
+    assert [(rule["matched"], rule["acted"]) for rule in rules.describe()] == [
+        (7, 2),
+        (7, 1),
+        (7, 3),
+    ]
     rules.rewind()
     assert replies(rules, "RCPT", 3, "a@b.example") == [451, 451, 450]
     rules.clear()
@@ -315,7 +319,7 @@ def test_each_stage_fails_as_it_is_told_to(stage: str) -> None:
         good = code_at(server, stage)
         assert time.monotonic() - began >= 0.05
         assert 200 <= good < 400 and code_at(server, stage) == good
-        assert [one["acted"] for one in server.script.describe()] == [1, 1, 1, 1]
+        assert [rule["acted"] for rule in server.script.describe()] == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("stage", ["connect", "EHLO", "MAIL", "RCPT", "DATA", "message"])
@@ -489,7 +493,7 @@ def test_reset_keeps_the_rules_of_the_start_and_lets_them_count_anew() -> None:
             with pytest.raises(smtplib.SMTPRecipientsRefused):
                 send(server)
             server.reset()
-            assert [one["stage"] for one in server.script.describe()] == ["RCPT"]
+            assert [rule["stage"] for rule in server.script.describe()] == ["RCPT"]
 
 
 def test_nobody_hears_anything_from_a_server_that_hangs() -> None:

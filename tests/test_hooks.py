@@ -507,9 +507,9 @@ def test_twenty_messages_at_once_do_not_wait_for_each_other(serve: Serve) -> Non
         assert wire.reply().startswith(expected)
         wire.close()
     assert time.monotonic() - began < 20 * 0.3 * 0.7
-    found = [email.message_from_bytes(one) for one in server.mail("ana")]
+    found = [email.message_from_bytes(letter) for letter in server.mail("ana")]
     assert len(found) == 16
-    assert all(one["X-Number"] == one["Subject"] for one in found)
+    assert all(each["X-Number"] == each["Subject"] for each in found)
 
 
 def test_a_server_that_stops_does_not_leave_a_hook_behind(serve: Serve, tmp_path: Path) -> None:
@@ -631,7 +631,7 @@ def test_the_hook_adds_to_what_the_file_says_and_wins_over_users(serve: Serve) -
         loop = server.daemon.loop
 
         async def ask() -> None:
-            done.append([one.value for one in await server.daemon.resolve(address)])
+            done.append([each.value for each in await server.daemon.resolve(address)])
 
         loop.post(lambda: loop.spawn(ask(), "resolve"))
         return set(wait_for(lambda: done, "an answer")[0])

@@ -180,7 +180,7 @@ Content-Disposition: attachment; filename="../..\\\\ev\\"il\xc3\xbc.svg"
 def test_a_list_is_newest_first_and_searched(inbox: Running) -> None:
     ids = [inbox.add(LETTER % (word, word)) for word in (b"apple", b"pear")]
     found = inbox.get("messages")
-    assert [one["id"] for one in found["messages"]] == ids[::-1]
+    assert [each["id"] for each in found["messages"]] == ids[::-1]
     assert found["messages"][0]["received"] == "2023-11-14T22:13:20.250Z"
     assert inbox.get("messages?limit=1&start=1")["messages"][0]["subject"] == "apple"
     for query, count in (

@@ -170,7 +170,7 @@ def test_the_names_of_our_own_certificate_are_its_hosts(pair):
 
 
 def made_by_openssl(directory, *extensions: str) -> bytes:
-    arguments = [part for one in extensions for part in ("-addext", one)]
+    arguments = [part for extension in extensions for part in ("-addext", extension)]
     openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
             "-keyout", str(directory / "k"), "-out", str(directory / "c"), "-days", "2",
             "-subj", "/CN=cn.example", *arguments)  # fmt: skip

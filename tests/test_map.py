@@ -124,7 +124,7 @@ class ModuleLevel(ast.NodeVisitor):
         pass  # its body has a scope of its own
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
-        defaults = [one for one in node.args.kw_defaults if one is not None]
+        defaults = [default for default in node.args.kw_defaults if default is not None]
         for child in (*node.decorator_list, *node.args.defaults, *defaults):
             self.visit(child)
 

@@ -165,7 +165,7 @@ def test_the_fields_make_up_the_header_again(parts):
     fields = chasquid.header_fields(b"".join(raw))
     assert [field.raw for field in fields] == raw
     assert [field.name for field in fields] == [name.lower() for name, _, _ in parts]
-    assert [field.value for field in fields] == [one.partition(b":")[2] for one in raw]
+    assert [field.value for field in fields] == [each.partition(b":")[2] for each in raw]
 
 
 @searched

@@ -71,7 +71,7 @@ class Far:
         self, delivery: Delivery, destinations: Sequence[Destination]
     ) -> list[Result]:
         self.came.append((delivery, b"".join(delivery.message.chunks()), list(destinations)))
-        return [self._next(one.value) for one in destinations]
+        return [self._next(destination.value) for destination in destinations]
 
     def _next(self, name: str) -> Result:
         results = self.plan.get(name)
@@ -96,7 +96,8 @@ class Report(NamedTuple):
     def outcome(self) -> list[tuple[str, str]]:
         """The recipients and what was done, as in ("ben@here.example", "delivered")."""
         return [
-            (one["Final-Recipient"].partition("; ")[2], one["Action"]) for one in self.recipients
+            (recipient["Final-Recipient"].partition("; ")[2], recipient["Action"])
+            for recipient in self.recipients
         ]
 
 
@@ -310,7 +311,7 @@ def test_a_wish_means_what_it_says_and_without_one_what_is_usual(
     notify: tuple[str, ...], wanted: set[str]
 ) -> None:
     dsn = DsnParameters(notify)
-    assert {one for one in ("SUCCESS", "FAILURE", "DELAY") if dsn.wants(one)} == wanted
+    assert {event for event in ("SUCCESS", "FAILURE", "DELAY") if dsn.wants(event)} == wanted
 
 
 # --- where it is kept ---
@@ -327,8 +328,8 @@ def send(
         if sender == ANA:
             assert login(wire).startswith("235 ")
         assert wire.ask(f"MAIL FROM:<{sender}> {parameters}".strip()).startswith("250 ")
-        for one in recipients:
-            name, _, dsn = one.partition(" ")
+        for recipient in recipients:
+            name, _, dsn = recipient.partition(" ")
             assert wire.ask(f"RCPT TO:<{name}> {dsn}".strip()).startswith("250 ")
         assert wire.ask("DATA").startswith("354 ")
         wire.send(data + b".\r\n")
@@ -403,9 +404,11 @@ def test_a_file_from_before_there_were_wishes_is_read(tmp_path: Path) -> None:
         50,
         False,
     )
-    assert [one.state for one in item.recipients] == [State.SENT, State.DEFERRED]
-    assert [one.dsn for one in item.recipients] == [DsnParameters(), DsnParameters()]
-    assert not any(one.reported or one.result.passed_on for one in item.recipients)
+    assert [recipient.state for recipient in item.recipients] == [State.SENT, State.DEFERRED]
+    assert [recipient.dsn for recipient in item.recipients] == [DsnParameters(), DsnParameters()]
+    assert not any(
+        recipient.reported or recipient.result.passed_on for recipient in item.recipients
+    )
     assert (item.envelope.ret, item.envelope.envid) == ("", "")
 
 
@@ -478,7 +481,7 @@ def test_a_server_with_the_extension_is_told_what_was_asked_for(tmp_path: Path) 
         C.
         """,
     )
-    assert [(one.state, one.passed_on) for one in results] == [(State.SENT, True)] * 2
+    assert [(result.state, result.passed_on) for result in results] == [(State.SENT, True)] * 2
 
 
 WITHOUT_DSN = """
@@ -500,7 +503,7 @@ def test_a_server_without_the_extension_is_told_nothing(tmp_path: Path) -> None:
         ["8BITMIME"],
         WITHOUT_DSN,
     )
-    assert [(one.state, one.passed_on) for one in results] == [(State.SENT, False)] * 2
+    assert [(result.state, result.passed_on) for result in results] == [(State.SENT, False)] * 2
 
 
 def test_where_nothing_was_asked_for_a_server_with_the_extension_is_told_nothing(
@@ -567,7 +570,7 @@ def test_over_lmtp_nothing_is_passed_on_even_to_a_server_that_has_the_extension(
             return await courier.deliver(load, [TO_EVA, TO_EVE])
 
         results = run(main)
-    assert [(one.state, one.passed_on) for one in results] == [(State.SENT, False)] * 2
+    assert [(result.state, result.passed_on) for result in results] == [(State.SENT, False)] * 2
 
 
 # --- what the sender hears ---
@@ -761,7 +764,9 @@ def test_each_destination_of_an_alias_is_reported_for_the_address_that_was_writt
     assert outcomes(found) == sorted([
         (BEN, "delivered"), (EVA, "relayed"), ("eve@there.example", "failed")
     ])  # fmt: skip
-    originals = {one["Original-Recipient"] for report in found for one in report.recipients}
+    originals = {
+        recipient["Original-Recipient"] for report in found for recipient in report.recipients
+    }
     assert originals == {"rfc822; everybody@old.example"}
 
 
@@ -811,9 +816,9 @@ def test_who_is_named_directly_and_by_an_alias_loses_no_wish(serve: Serve) -> No
     send(server, ANA, "team@here.example NOTIFY=SUCCESS,FAILURE", EVA)
     wait_for(lambda: not server.queued(), "the queue to become empty")
     dsn_parameters = [
-        delivery.dsn_parameters[one]
+        delivery.dsn_parameters[destination]
         for delivery, _, destinations in far.came
-        for one in destinations
+        for destination in destinations
     ]
     assert any(dsn.wants("SUCCESS") for dsn in dsn_parameters)
 
@@ -1084,7 +1089,7 @@ def crash_everywhere(
 
 def distinct(found: Sequence[Report], pair: tuple[str, str]) -> int:
     """Count the reports that say this; one that was handed over twice counts once."""
-    return len({one.header["Message-ID"] for one in found if pair in one.outcome})
+    return len({each.header["Message-ID"] for each in found if pair in each.outcome})
 
 
 def test_wherever_a_crash_comes_success_is_reported_once_or_twice(tmp_path: Path) -> None:

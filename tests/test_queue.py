@@ -131,11 +131,13 @@ class Bench:
         await draft.add(data)
         draft.complete()
         final_recipients = []
-        for one in destinations:
-            if isinstance(one, str):
-                one = address(one)
+        for destination in destinations:
+            if isinstance(destination, str):
+                destination = address(destination)
             final_recipients.append(
-                one if isinstance(one, FinalRecipient) else FinalRecipient(one, one.value)
+                destination
+                if isinstance(destination, FinalRecipient)
+                else FinalRecipient(destination, destination.value)
             )
         envelope = Envelope(
             draft.id, sender, tuple(final_recipients), self.clock.time(), prefix, smtputf8,
@@ -408,7 +410,7 @@ def test_a_message_whose_text_looks_like_a_journal_is_a_message(tmp_path: Path) 
         item = await bench.accept("0@here.example", data=data)
         await bench.quiet()
         found = chasquid.read_item(str(bench.path(item)))
-        assert [one.state for one in found.recipients] == [State.DEFERRED]
+        assert [recipient.state for recipient in found.recipients] == [State.DEFERRED]
 
     on_bench(tmp_path, test)
 
@@ -473,7 +475,7 @@ def test_garbage_behind_the_envelope_loses_nothing(before: bytes, behind: bytes)
         journal = before + journal_line(State.SENT, State.DEFERRED) + behind
         Path(path).write_bytes(item_file("0@here.example", "1@here.example", journal=journal))
         item = chasquid.read_item(path)
-    assert [one.state for one in item.recipients] == [State.SENT, State.DEFERRED]
+    assert [recipient.state for recipient in item.recipients] == [State.SENT, State.DEFERRED]
 
 
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -535,7 +537,7 @@ def test_a_journal_is_read_as_it_was_written(
     assert line.startswith(b"\n") and line.endswith(b"\n") and line.count(b"\n") == 2
     read.apply(line)
     assert (read.attempts, read.next_attempt) == (attempts, next_attempt)
-    assert [one.result for one in read.recipients] == [one.result for one in written.recipients]
+    assert [each.result for each in read.recipients] == [each.result for each in written.recipients]
 
 
 def test_a_queue_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
@@ -859,8 +861,10 @@ def report(
 
     async def test(bench: Bench) -> None:
         default = {
-            one if isinstance(one, str) else one.destination.value: [State.FAILED]
-            for one in destinations
+            destination if isinstance(destination, str) else destination.destination.value: [
+                State.FAILED
+            ]
+            for destination in destinations
         }
         bench.remote.plan = plan or default
         await bench.accept(*destinations, sender=sender, data=data, smtputf8=smtputf8)
@@ -1001,7 +1005,7 @@ def test_several_failures_of_an_attempt_share_a_notification(tmp_path: Path) -> 
         plan={names[0]: [State.FAILED], names[1]: [State.SENT], names[2]: [State.FAILED]},
     )
     _, *recipients = cast("list[EmailMessage]", parts(parsed)[1].get_payload())
-    assert [one["Final-Recipient"] for one in recipients] == [
+    assert [recipient["Final-Recipient"] for recipient in recipients] == [
         f"rfc822; {names[0]}", f"rfc822; {names[2]}"
     ]  # fmt: skip
 
@@ -1035,7 +1039,7 @@ def test_an_8bit_part_is_never_inside_one_that_is_7bit(tmp_path: Path, body: byt
         tmp_path, "a@there.example", plan={"a@there.example": [State.FAILED]},
         data=b"Subject: x\r\n\r\n" + body,
     )  # fmt: skip
-    encodings = [one["Content-Transfer-Encoding"] for one in parts(parsed)]
+    encodings = [part["Content-Transfer-Encoding"] for part in parts(parsed)]
     whole = "8bit" if "8bit" in encodings else "7bit"
     assert parsed["Content-Transfer-Encoding"] == whole == ("7bit" if body.isascii() else "8bit")
     assert encodings[0] == "7bit"
@@ -1635,7 +1639,7 @@ def test_a_file_of_version_0_is_read() -> None:
         accepted.id, "", (FinalRecipient(address("ben@here.example"), "ben@here.example"),),
         1700016400.0, b"Received: by us\r\n",
     )  # fmt: skip
-    assert [one.state for one in accepted.recipients] == [State.PENDING]
+    assert [recipient.state for recipient in accepted.recipients] == [State.PENDING]
 
     expected = (
         FinalRecipient(
@@ -1658,7 +1662,7 @@ def test_a_file_of_version_0_is_read() -> None:
         ret="HDRS", envid="QQ+20314",
     )  # fmt: skip
     assert (attempted.attempts, attempted.next_attempt, attempted.waited) == (2, 1700016730.0, 100)
-    assert [(one.state, one.reported) for one in attempted.recipients] == [
+    assert [(recipient.state, recipient.reported) for recipient in attempted.recipients] == [
         (State.SENT, True), (State.DEFERRED, False), (State.FAILED, True),
         (State.DEFERRED, False), (State.DEFERRED, False),
     ]  # fmt: skip

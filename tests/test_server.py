@@ -105,7 +105,7 @@ def test_a_dialogue_goes_the_same_when_it_is_split_at_any_octet(serve: Serve) ->
         assert codes(wire) == CODES
         wire.close()
     assert len(server.mail("ana")) == len(server.mail("ben")) == len(DIALOGUE)
-    assert all(one.endswith(b"Subject: x\n\n.\nBye\n") for one in server.mail("ana"))
+    assert all(letter.endswith(b"Subject: x\n\n.\nBye\n") for letter in server.mail("ana"))
 
 
 def test_a_message_arrives_as_it_was_sent_however_it_is_cut(serve: Serve) -> None:
@@ -119,7 +119,7 @@ def test_a_message_arrives_as_it_was_sent_however_it_is_cut(serve: Serve) -> Non
         chunked=st.booleans(),
     )
     def check(lines: list[bytes], sizes: list[int], chunked: bool) -> None:
-        content = b"Subject: x\r\n\r\n" + b"".join(one + b"\r\n" for one in lines)
+        content = b"Subject: x\r\n\r\n" + b"".join(text_line + b"\r\n" for text_line in lines)
         shutil.rmtree(server.maildir("ana"), ignore_errors=True)
         with greeted(server) as wire:
             assert wire.ask("MAIL FROM:<>").startswith("250 ")
@@ -194,9 +194,9 @@ def test_a_queue_that_fills_up_meanwhile_is_said_at_data(serve: Serve) -> None:
     aliases = {"here.example": "out: eva@there.example\n"}
     server = serve(max_queue_items=1, aliases=aliases, remote=FakeCourier())
     with greeted(server) as late, greeted(server) as wire:
-        for one in (late, wire):
-            assert one.ask("MAIL FROM:<>").startswith("250 ")
-            assert one.ask("RCPT TO:<out@here.example>").startswith("250 ")
+        for each in (late, wire):
+            assert each.ask("MAIL FROM:<>").startswith("250 ")
+            assert each.ask("RCPT TO:<out@here.example>").startswith("250 ")
         assert wire.ask("DATA").startswith("354 ")
         wire.send(b"Subject: x\r\n\r\n.\r\n")
         assert wire.reply().startswith("250 ")

@@ -133,7 +133,7 @@ def test_all_recipients_go_in_one_transaction_whatever_their_domain() -> None:
     """ + CONTENT  # fmt: skip
     destinations = [address(EVA), address("max@else.example"), address("ida@bücher.example")]
     results, _ = attempt(script, destinations=destinations)
-    assert [one.state for one in results] == [State.SENT] * 3
+    assert [result.state for result in results] == [State.SENT] * 3
 
 
 def test_more_recipients_than_a_transaction_may_have_go_in_several() -> None:
@@ -144,7 +144,7 @@ def test_more_recipients_than_a_transaction_may_have_go_in_several() -> None:
     script = STARTTLS + EXTENSIONS + WELCOME + transfer(100) + transfer(20) + "C: QUIT\nS: 221 bye"
     destinations = [address(f"n{number}@there.example") for number in range(120)]
     results, peer = attempt(script, destinations=destinations)
-    assert [one.state for one in results] == [State.SENT] * 120
+    assert [result.state for result in results] == [State.SENT] * 120
     assert len(peer.messages) == 2
 
 
@@ -154,7 +154,7 @@ def test_what_was_sent_stays_sent_where_a_later_transaction_breaks() -> None:
     script = STARTTLS + EXTENSIONS + WELCOME + first + "C: MAIL FROM:<…\n* close"
     destinations = [address(f"n{number}@there.example") for number in range(101)]
     results, _ = attempt(script, destinations=destinations)
-    assert [one.state for one in results] == [State.SENT] * 100 + [State.DEFERRED]
+    assert [result.state for result in results] == [State.SENT] * 100 + [State.DEFERRED]
 
 
 def test_what_the_message_needs_is_said() -> None:
@@ -372,7 +372,7 @@ def test_recipients_that_are_refused_fail_and_the_others_are_served() -> None:
     """ + CONTENT  # fmt: skip
     destinations = [address(f"{name}@there.example") for name in ("eva", "eve", "max")]
     results, _ = attempt(script, destinations=destinations)
-    assert [(one.state, one.status) for one in results] == [
+    assert [(result.state, result.status) for result in results] == [
         (State.FAILED, "5.1.1"), (State.DEFERRED, "4.2.1"), (State.SENT, "2.0.0")
     ]  # fmt: skip
     assert "who is that?" in results[0].text
@@ -392,7 +392,7 @@ def test_552_is_temporary_once_a_recipient_was_accepted() -> None:
     """ + CONTENT  # fmt: skip
     destinations = [address(f"{name}@there.example") for name in ("eva", "eve", "max")]
     results, _ = attempt(script, destinations=destinations)
-    assert [(one.state, one.status) for one in results] == [
+    assert [(result.state, result.status) for result in results] == [
         (State.FAILED, "5.2.2"), (State.SENT, "2.0.0"), (State.DEFERRED, "4.5.3")
     ]  # fmt: skip
 

@@ -251,7 +251,7 @@ def test_an_address_that_was_parsed_is_parsed_to_itself(local, domain):
 def test_needless_backslashes_make_no_other_address(local, domain):
     """RFC 5321, 4.1.2: quoted pairs are another spelling of the same local-part."""
     content = re.sub(r"\\(.)", r"\1", local[1:-1])
-    spelled = '"' + "".join(f"\\{one}" if one.isascii() else one for one in content) + '"'
+    spelled = '"' + "".join(f"\\{char}" if char.isascii() else char for char in content) + '"'
     assert chasquid.parse_address(f"{spelled}@{domain}") == chasquid.parse_address(
         f"{local}@{domain}"
     )

@@ -707,7 +707,7 @@ def test_forged_results_go_and_all_else_stays(serve: Serve, count: int) -> None:
     server = serve()
     kept = [b"From: eva@there.example", *OTHERS.values(), b"To: ana@here.example"]
     forged = list(FORGED.values())
-    mixed = [*forged, *(one for pair in zip(kept, forged, strict=False) for one in pair)]
+    mixed = [*forged, *(each for pair in zip(kept, forged, strict=False) for each in pair)]
     mixed += kept[len(forged) :] + forged
     body = (BODY + b"\r\n") * count
     data = b"\r\n".join(mixed) + b"\r\n\r\n" + body

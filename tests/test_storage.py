@@ -25,7 +25,7 @@ def test_directories_are_made_with_those_above_them(tmp_path):
     path = tmp_path / "a" / "b" / "c"
     chasquid.make_directory(str(path))
     assert path.is_dir()
-    assert [mode_of(one) for one in (path, path.parent, path.parent.parent)] == [0o700] * 3
+    assert [mode_of(each) for each in (path, path.parent, path.parent.parent)] == [0o700] * 3
     chasquid.make_directory(str(path))  # once more is no error
 
 

@@ -151,7 +151,7 @@ def test_printable_text_is_one_line_that_any_log_can_hold(text):
     safe = chasquid.printable(text)
     safe.encode()
     assert len(safe.splitlines()) <= 1
-    assert not any(ord(one) < 32 or 127 <= ord(one) < 160 for one in safe)
+    assert not any(ord(char) < 32 or 127 <= ord(char) < 160 for char in safe)
 
 
 def test_printable_text_is_cut_at_its_limit():

@@ -55,7 +55,7 @@ users: { key: "nobody" value: { denied: {} } }
 
 
 def octal(data: bytes) -> str:
-    return "".join(f"\\{one:03o}" for one in data)
+    return "".join(f"\\{char:03o}" for char in data)
 
 
 def test_a_file_of_the_go_server_is_read():
@@ -129,7 +129,7 @@ def test_what_is_written_is_read_back(users):
     except chasquid.ConfigError as error:
         # Costs that no OpenSSL would compute are refused.
         assert "scrypt" in str(error) or "keyLen" in str(error)
-        assert any(isinstance(one, Scrypt) for one in users.values())
+        assert any(isinstance(user, Scrypt) for user in users.values())
 
 
 SCRYPT = 'scrypt: { logN: 14 r: 8 p: 1 keyLen: 32 salt: "s" encrypted: "e" }'

@@ -49,7 +49,7 @@ def send(server: WorldServer, recipient: str = EVA, subject: str = "hello") -> s
 
 
 def subjects(server: WorldServer, address: str) -> list[str]:
-    return [str(one["Subject"]) for one in server.mailbox(address)]
+    return [str(letter["Subject"]) for letter in server.mailbox(address)]
 
 
 def state(server: WorldServer) -> str:
@@ -184,7 +184,7 @@ def test_mail_that_is_junk_is_in_its_folder(
     send(here)
     world.settle()
     assert there.mailbox(EVA) == []
-    assert [one["Subject"] for one in there.mailbox(EVA, folder="Junk")] == ["hello"]
+    assert [letter["Subject"] for letter in there.mailbox(EVA, folder="Junk")] == ["hello"]
 
 
 def test_a_mailbox_holds_what_was_read_too_and_in_order(
@@ -207,7 +207,7 @@ def test_what_is_submitted_may_be_text_or_octets(
     here.submit(ANA, EVA, b"Subject: octets\r\n\r\nx\r\n")
     world.settle()
     assert sorted(subjects(there, EVA)) == ["octets", "text"]
-    first = next(one for one in there.mailbox(EVA) if one["Subject"] == "text")
+    first = next(letter for letter in there.mailbox(EVA) if letter["Subject"] == "text")
     assert first.get_payload(decode=True) == ".\nüber\n".encode()
 
 

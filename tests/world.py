@@ -472,7 +472,8 @@ class WorldServer:
 
         def states(item: Item) -> tuple[tuple[str, str], ...]:
             return tuple(
-                (destination_text(one.destination), recipient_text(one)) for one in item.recipients
+                (destination_text(recipient.destination), recipient_text(recipient))
+                for recipient in item.recipients
             )
 
         return sorted(self.on_loop(look), key=lambda one: one.received)
@@ -834,16 +835,16 @@ class MailWorld:
         while True:
             asked = [server.ask(server.activity) for server in self.servers]
             seen = [wait() for wait in asked]
-            due = min((one.next_due for one in seen), default=float("inf"))
-            rests = due > self.clock.monotonic() and not any(one.sessions for one in seen)
-            begun = [one.begun for one in seen]
+            due = min((each.next_due for each in seen), default=float("inf"))
+            rests = due > self.clock.monotonic() and not any(each.sessions for each in seen)
+            begun = [each.begun for each in seen]
             if rests and before == begun:
                 return due
             before = begun if rests else []
             if rests:
                 continue
             if time.monotonic() > end:
-                count = sum(one.sessions for one in seen)
+                count = sum(each.sessions for each in seen)
                 text = f"the servers did not come to rest within {self._patience:g} seconds"
                 text += f", with {plural(count, 'session')} open"
                 raise ChasquidError(f"{text}:\n{self.report()}")
@@ -941,8 +942,8 @@ def _settings_text(directory: str, settings: Mapping[str, Any]) -> str:
         "reload_every": "24h",
     }
     for key, value in {**ours, **settings}.items():
-        for one in value if isinstance(value, (list, tuple)) else (value,):
-            text = str(one).lower() if isinstance(one, (bool, int)) else quote(str(one))
+        for each in value if isinstance(value, (list, tuple)) else (value,):
+            text = str(each).lower() if isinstance(each, (bool, int)) else quote(str(each))
             lines.append(f"{key}: {text}")
     return "\n".join(lines) + "\n"
 

@@ -335,7 +335,7 @@ def compare(tests: int, rounds: int) -> None:
             if taken := times.get((kind, name)):
                 own = times[kind, "chasquid"]
                 ratios = [theirs / ours for theirs, ours in zip(taken, own, strict=True)]
-                shown = spread([one * factor for one in taken], unit)
+                shown = spread([each * factor for each in taken], unit)
                 ratio = "" if name == "chasquid" else f"   {spread(ratios, 'times')}"
                 print(f"  {name or 'without a server':16} {shown:32}{ratio}")
 

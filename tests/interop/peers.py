@@ -946,10 +946,10 @@ class Prometheus(Peer):
         with urllib.request.urlopen(url, timeout=20) as response:
             found = json.load(response)["data"]["result"]
         return {
-            tuple(sorted(f"{name}={value}" for name, value in one["metric"].items())): float(
-                one["value"][1]
+            tuple(sorted(f"{name}={value}" for name, value in each["metric"].items())): float(
+                each["value"][1]
             )
-            for one in found
+            for each in found
         }
 
 

@@ -146,7 +146,7 @@ class Chasquid(Peer):
         lines = self.command("queue", "list").stdout.splitlines()
         files = [path for part in ("new", "cur") for path in self._queue_files(part)]
         ids = [path.name.partition(",")[0] for path in files]
-        return [one for one in ids if any(one in line for line in lines)]
+        return [ident for ident in ids if any(ident in line for line in lines)]
 
     def _queue_files(self, part: str) -> list[Path]:
         return sorted((self.data_dir / "queue" / part).glob("*"))

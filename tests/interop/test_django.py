@@ -146,7 +146,7 @@ def django(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = f"{DJANGO.name}-{DJANGO.version}"
     wanted = (f"{root}/django/", f"{root}/tests/")
     with tarfile.open(cache / DJANGO.file) as archive:
-        members = [one for one in archive if one.name.startswith(wanted)]
+        members = [member for member in archive if member.name.startswith(wanted)]
         archive.extractall(directory, members, filter="data")
     stand_in = directory / "stand-in/aiosmtpd"
     stand_in.mkdir(parents=True)
@@ -158,7 +158,7 @@ def django(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_tests(django: Path, *labels: str, fault: str = "") -> Outcome:
     """Run tests of Django in a process of their own."""
     source = django / f"{DJANGO.name}-{DJANGO.version}"
-    path = [django / "stand-in", HERE, source, *(fetched() / one.file for one in NEEDED)]
+    path = [django / "stand-in", HERE, source, *(fetched() / each.file for each in NEEDED)]
     report = django / "report"
     report.write_text("")
     environment = {

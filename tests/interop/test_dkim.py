@@ -317,8 +317,8 @@ class TestWhatOthersSign:
             ):
                 client.sendmail(DORA, [ANA], changed)
         arrived = chasquid.wait_for_letters(ANA, 4)
-        for one in arrived:
-            assert "dkim=fail" in one["Authentication-Results"]
+        for each in arrived:
+            assert "dkim=fail" in each["Authentication-Results"]
 
     def test_a_signature_survives_being_sent_on(self, start, names, place, postfix):
         aliases = {"here.example": "far: dora@dest.example\n"}

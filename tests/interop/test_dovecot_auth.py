@@ -69,7 +69,7 @@ def subjects_over_imap(dovecot, user, password):
         imap.select("INBOX")
         _, [found] = imap.search(None, "ALL")
         read = [
-            imap.fetch(one.decode(), "(BODY[HEADER.FIELDS (SUBJECT)])") for one in found.split()
+            imap.fetch(each.decode(), "(BODY[HEADER.FIELDS (SUBJECT)])") for each in found.split()
         ]
         return [data[0][1].decode().strip().removeprefix("Subject: ") for _, data in read]
 

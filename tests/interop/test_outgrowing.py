@@ -195,7 +195,7 @@ class TestASecondaryMailExchanger:
     def test_a_trusted_relay_passes_the_sender_on_as_it_was(self, primary, secondary):
         self.send(primary, "straight")
         self.send(secondary, "round about")
-        arrived = {one["Subject"]: one for one in primary.wait_for_letters(ANA, 2)}
+        arrived = {letter["Subject"]: letter for letter in primary.wait_for_letters(ANA, 2)}
         straight, round_about = arrived["straight"], arrived["round about"]
         assert straight["Return-Path"] == f"<{STRANGER}>"
         assert straight["Received-SPF"].startswith("pass")

@@ -164,7 +164,7 @@ def test_a_server_goes_on_when_its_archive_is_replaced(
                 client.sendmail(DORA, [BOB], forged.as_bytes())
             assert refused.value.smtp_code == 550 and b"DMARC" in refused.value.smtp_error
         passed = here.wait_for_letters(BOB, 2)
-        assert any("spf=pass" in str(one["Authentication-Results"]) for one in passed)
+        assert any("spf=pass" in str(each["Authentication-Results"]) for each in passed)
 
         # the operator
         for path, said in (("/", b"here.example"), ("/metrics", b"chasquid_messages_total")):
