@@ -13411,7 +13411,9 @@ def is_public_address(address: str) -> bool:
 # What is to be changed is not known here.
 # ======================================================================================
 
+SERVER_USER = "chasquid"  # the user of the system that the server runs as
 _CHANGE_SECONDS = 180.0  # for a program
+_UNIT_DIRECTORY = "/etc/systemd/system"
 
 
 class Host:
@@ -13569,6 +13571,38 @@ class Step(NamedTuple):
     make: Callable[[Changes], None]
 
 
+class Systemd:
+    """The units of a host."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def are(self, state: str, *units: str) -> bool:
+        """Tell whether all are "active", or all "enabled"."""
+        said = self._host.run("systemctl", f"is-{state}", *units)
+        return said.output.decode("utf-8", "replace").split() == [state] * len(units)
+
+    def has(self, *names: str) -> bool:
+        """Tell whether all are there as files of the operator."""
+        return all(os.path.exists(self._path(name)) for name in names)
+
+    def add(self, changes: Changes, units: Mapping[str, bytes]) -> None:
+        """Write those that are not there. Raises OSError, ChasquidError."""
+        changes.later("systemctl", "daemon-reload")  # runs when the files are gone again
+        for name, data in units.items():
+            if not self.has(name):
+                changes.write(self._path(name), data)
+        changes.run("systemctl", "daemon-reload")
+
+    def enable(self, changes: Changes, *units: str) -> None:
+        """Start units, now and with the system. Raises ChasquidError."""
+        undo = ("systemctl", "disable", "--now", *units)
+        changes.run("systemctl", "enable", "--now", *units, undo=undo)
+
+    def _path(self, name: str) -> str:
+        return self._host.path(os.path.join(_UNIT_DIRECTORY, name))
+
+
 # ======================================================================================
 # ROOM: IMAP
 #
@@ -13586,6 +13620,10 @@ class Step(NamedTuple):
 # and is handed on to the files in it (setgid), since the server's user could not give it.
 # ======================================================================================
 
+DOVECOT_CONF = "/etc/dovecot/dovecot.conf"
+_UCF_SUMS = "/var/lib/ucf/hashfile"
+_RENEWAL_UNITS = ("chasquid-dovecot.path", "chasquid-dovecot.service")
+_SAMPLE_CERTIFICATE = b"/etc/chasquid/certs/mail.example.com"  # in the first of them
 _DOVECOT_MARK = '# Made by "chasquid init" for Dovecot '
 IMAPS_PORT = 993
 _IMAP_SECONDS = 10.0
@@ -13670,11 +13708,6 @@ def dovecot_configuration(version: str, config: Config, certificate: str) -> str
     )
 
 
-def is_our_dovecot(text: str, version: str) -> bool:
-    """Tell whether `text` is a dovecot.conf that was made here, for this version."""
-    return _DOVECOT_MARK + version[:3] in text
-
-
 def dovecot_users_path(config_dir: str) -> str:
     """Return where the file of Dovecot's users is."""
     return os.path.join(config_dir, "dovecot", "users")
@@ -13750,6 +13783,119 @@ def imap_login(
         time.sleep(1.1 if refusals else 0.1)
 
 
+class DovecotSetup:
+    """What there is of Dovecot on a host, and the steps that make its configuration.
+
+    Only a configuration that is missing, ours, or as Debian brought it is touched (`is_ours`).
+    `version` is "" without Dovecot.
+    """
+
+    def __init__(self, host: Host, config_dir: str) -> None:
+        self._host = host
+        self._systemd = Systemd(host)
+        self._config_dir = config_dir
+        self._conf = host.path(DOVECOT_CONF)
+        said = host.run("dovecot", "--version")
+        self.version = said.output.decode("ascii", "replace").partition(" ")[0].strip()
+        self.is_ours = self.version.startswith(("2.3", "2.4")) and (
+            not self._text() or _DOVECOT_MARK in self._text() or self._is_untouched()
+        )
+
+    def steps(
+        self, config: Callable[[], Config], certificate: Callable[[], str], made: Sequence[str]
+    ) -> list[Step]:
+        """Return the steps; `made` is what the whole run has made when they are asked."""
+        return [
+            Step(dovecot_users_path(self._config_dir), self._has_users, self._make_users),
+            Step(
+                DOVECOT_CONF,
+                lambda: self._has_conf(certificate()),
+                lambda changes: self._make_conf(changes, config(), certificate()),
+            ),
+            Step(
+                "units that tell Dovecot of a new certificate",
+                lambda: self._systemd.has(*_RENEWAL_UNITS),
+                lambda changes: self._make_renewal(changes, certificate()),
+            ),
+            Step(
+                "the running Dovecot",
+                lambda: DOVECOT_CONF not in made and self._systemd.are("active", "dovecot.service"),
+                self._start,
+            ),
+        ]
+
+    def without_hash(self) -> list[str]:
+        """Return the users whose hash Dovecot cannot read. Raises ConfigError."""
+        return dovecot_users(domain_directories(self._config_dir, []))[1]
+
+    def _text(self) -> str:
+        return read_file(self._conf, missing=b"").decode("utf-8", "replace")
+
+    def _is_untouched(self) -> bool:
+        """Tell whether each file of Dovecot's configuration is as the packages brought it."""
+        import glob  # both only here
+        import hashlib
+
+        sums = self._sums_of_packages()
+        return all(
+            sums.get(path) == hashlib.md5(read_file(path), usedforsecurity=False).hexdigest()
+            for pattern in ("*.conf", "conf.d/*.conf", "conf.d/*.ext")
+            for path in glob.glob(os.path.join(os.path.dirname(self._conf), pattern))
+        )
+
+    def _sums_of_packages(self) -> dict[str, str]:
+        """Return the MD5 of the files that packages of Debian have brought; dpkg(1), ucf(1)."""
+        query = ("dpkg-query", "-W", "-f", "${Conffiles}\\n", "dovecot-core", "dovecot-imapd")
+        text = self._host.run(*query).output.decode("utf-8", "replace")
+        sums = dict(re.findall(r"^ (/\S+) ([0-9a-f]{32})$", text, re.MULTILINE))
+        text = read_file(self._host.path(_UCF_SUMS), missing=b"").decode("utf-8", "replace")
+        for known, path in re.findall(r"^([0-9a-f]{32})  (/\S+)$", text, re.MULTILINE):
+            sums[path] = known
+        return {self._host.path(path): known for path, known in sums.items()}
+
+    def _has_users(self) -> bool:
+        path = dovecot_users_path(self._config_dir)
+        wanted, _ = dovecot_users(domain_directories(self._config_dir, []))
+        return os.path.exists(path) and read_file(path) == wanted
+
+    def _make_users(self, changes: Changes) -> None:
+        server, dovecot = self._host.ids(SERVER_USER), self._host.ids("dovecot")
+        if server is None or dovecot is None:
+            raise ChasquidError("Dovecot is installed, but there is no user dovecot")
+        path, owner = dovecot_users_path(self._config_dir), (server[0], dovecot[1])
+        changes.directory(os.path.dirname(path), 0o2750, owner)
+        data, _ = dovecot_users(domain_directories(self._config_dir, []))
+        changes.write(path, data, 0o640, owner)
+
+    def _has_conf(self, certificate: str) -> bool:
+        text = self._text()
+        return _DOVECOT_MARK + self.version[:3] in text and f"{certificate}/privkey.pem" in text
+
+    def _make_conf(self, changes: Changes, config: Config, certificate: str) -> None:
+        original = f"{self._conf}.orig"
+        if self._text() and not (os.path.exists(original) or _DOVECOT_MARK in self._text()):
+            changes.write(original, read_file(self._conf))
+        changes.later("systemctl", "try-restart", "dovecot.service")  # with the old one again
+        text = dovecot_configuration(self.version, config, certificate)
+        changes.write(self._conf, text.encode())
+        changes.run("doveconf", "-n")
+
+    def _make_renewal(self, changes: Changes, certificate: str) -> None:
+        units = {name: self._host.template(f"systemd/{name}") for name in _RENEWAL_UNITS}
+        units = {
+            name: data.replace(_SAMPLE_CERTIFICATE, os.fsencode(certificate))
+            for name, data in units.items()
+        }
+        self._systemd.add(changes, units)
+        self._systemd.enable(changes, _RENEWAL_UNITS[0])
+
+    def _start(self, changes: Changes) -> None:
+        service = "dovecot.service"
+        if not self._systemd.are("enabled", service):
+            self._systemd.enable(changes, service)
+        changes.run("systemctl", "restart", service)
+
+
 # ======================================================================================
 # ROOM: SETUP
 #
@@ -13766,18 +13912,11 @@ def imap_login(
 # ======================================================================================
 
 _SYSTEM_CONFIG_DIR = "/etc/chasquid"
-_SYSTEM_USER = "chasquid"
 _PROGRAM_LINK = "/usr/local/bin/chasquid"
 _PROGRAM_DIRECTORY = "/usr/local/lib/chasquid"
-_UNIT_DIRECTORY = "/etc/systemd/system"
 _SOCKETS = ("chasquid-smtp.socket", "chasquid-submission.socket", "chasquid-submission_tls.socket")
 _UNITS = (*_SOCKETS, "chasquid.service")
-_RENEWAL_UNITS = ("chasquid-dovecot.path", "chasquid-dovecot.service")
-_SAMPLE_CERTIFICATE = b"/etc/chasquid/certs/mail.example.com"  # in the units
 _SMTP_PORTS = (25, 465, 587)
-_DOVECOT_DIRECTORY = "/etc/dovecot"
-_DOVECOT_CONF = f"{_DOVECOT_DIRECTORY}/dovecot.conf"
-_UCF_SUMS = "/var/lib/ucf/hashfile"
 _UNSEEN = "dkim-unseen"  # below data_dir
 _SERVER_STEP = "the running server"
 _OWNED_ALIASES = ("postmaster", "abuse", "root")  # RFC 2142, 5 and 4; and who gets cron's mail
@@ -13840,8 +13979,8 @@ class Setup:
         self.made: list[str] = []
         self.new_password = ""
         self.hostname = self._choose_hostname()
-        self.dovecot_version = self._find_dovecot() if self.is_system else ""
-        self.dovecot_is_ours = bool(self.dovecot_version) and self._may_configure_dovecot()
+        self._systemd = Systemd(host)
+        self.dovecot = DovecotSetup(host, self.config_dir) if self.is_system else None
 
     # --- what is there, and what it will be called ---
 
@@ -13875,7 +14014,7 @@ class Setup:
 
     def _owner(self) -> tuple[int, int] | None:
         """Return whose the server's files are; None for whoever runs this."""
-        return self._host.ids(_SYSTEM_USER) if self.is_system else None
+        return self._host.ids(SERVER_USER) if self.is_system else None
 
     def _roots_for_server(self) -> tuple[int, int] | None:
         """Return the owner of files that the server reads, and cannot change."""
@@ -13918,7 +14057,7 @@ class Setup:
             self._key_step("RSA 2048", "rsa2048", "r", RsaKey),
             self._key_step("Ed25519", "ed25519", "e", Ed25519Key),
             Step(f"certificate for {host}", self._has_certificate, self._make_certificate),
-            *(self._dovecot_steps() if self.dovecot_is_ours else []),
+            *self._dovecot_steps(),
             *(self._service_steps() if self.is_system else []),
         ]
 
@@ -13937,7 +14076,7 @@ class Setup:
     def _system_steps(self) -> list[Step]:
         data_dir = self.config().data_dir
         return [
-            Step(f"user {_SYSTEM_USER} of the system", self._has_owner, self._make_owner),
+            Step(f"user {SERVER_USER} of the system", self._has_owner, self._make_owner),
             Step(_PROGRAM_LINK, self._has_program, self._install_program),
             self._directory_step(self.config_dir, 0o755, lambda: None),
             self._directory_step(self.config_dir + "/domains", 0o755, self._owner),
@@ -13955,12 +14094,12 @@ class Setup:
         )
 
     def _has_owner(self) -> bool:
-        return self._host.ids(_SYSTEM_USER) is not None
+        return self._host.ids(SERVER_USER) is not None
 
     def _make_owner(self, changes: Changes) -> None:
         options = ("--system", "--user-group", "--home-dir", Config("").data_dir)
-        shell = ("--shell", "/usr/sbin/nologin", _SYSTEM_USER)
-        changes.run("useradd", *options, *shell, undo=("userdel", _SYSTEM_USER))
+        shell = ("--shell", "/usr/sbin/nologin", SERVER_USER)
+        changes.run("useradd", *options, *shell, undo=("userdel", SERVER_USER))
         if not self._has_owner():
             raise ChasquidError("useradd has made no user")
 
@@ -13989,51 +14128,38 @@ class Setup:
         changes.link(_PROGRAM_LINK, os.path.join(_PROGRAM_DIRECTORY, name))
 
     def _service_steps(self) -> list[Step]:
-        units = f"units of systemd in {_UNIT_DIRECTORY}"
         return [
-            Step(units, self._has_units, lambda changes: self._make_units(changes, _UNITS)),
+            Step("units of systemd", lambda: self._systemd.has(*_UNITS), self._make_units),
             Step(_SERVER_STEP, self._is_up_to_date, self._start),
         ]
 
-    def _unit_path(self, name: str) -> str:
-        return self._host.path(os.path.join(_UNIT_DIRECTORY, name))
-
-    def _has_units(self) -> bool:
-        return all(os.path.exists(self._unit_path(name)) for name in _UNITS)
-
-    def _make_units(self, changes: Changes, names: Sequence[str]) -> None:
-        changes.later("systemctl", "daemon-reload")  # runs after the units are gone
-        for name in names:
-            if not os.path.exists(self._unit_path(name)):
-                changes.write(self._unit_path(name), self._unit(name))
-        changes.run("systemctl", "daemon-reload")
-
-    def _unit(self, name: str) -> bytes:
-        data = self._host.template(f"systemd/{name}")
+    def _make_units(self, changes: Changes) -> None:
+        units = {name: self._host.template(f"systemd/{name}") for name in _UNITS}
         if not os.path.exists(self._host.path("/usr/bin/python3")):
-            data = data.replace(b"/usr/bin/python3", os.fsencode(sys.executable))
-        return data.replace(_SAMPLE_CERTIFICATE, os.fsencode(self.certificate))
-
-    def _all_are(self, state: str, *units: str) -> bool:
-        """Tell whether all are "active", or all "enabled"."""
-        said = self._host.run("systemctl", f"is-{state}", *units)
-        return said.output.decode("utf-8", "replace").split() == [state] * len(units)
+            python = os.fsencode(sys.executable)
+            units = {
+                name: unit.replace(b"/usr/bin/python3", python) for name, unit in units.items()
+            }
+        self._systemd.add(changes, units)
 
     def _is_running(self) -> bool:
-        return self._all_are("active", *_UNITS)
+        return self._systemd.are("active", *_UNITS)
 
     def _is_up_to_date(self) -> bool:
         """Tell whether the server runs, with what it reads only at its start."""
         changed = any(what.startswith(("units ", self._conf, "key ")) for what in self.made)
-        return self._is_running() and self._all_are("enabled", *_UNITS) and not changed
+        return self._is_running() and self._systemd.are("enabled", *_UNITS) and not changed
 
     def _start(self, changes: Changes) -> None:
         if self._is_running():
             changes.run("systemctl", "restart", "chasquid.service")
-            return
-        changes.run(
-            "systemctl", "enable", "--now", *_UNITS, undo=("systemctl", "disable", "--now", *_UNITS)
-        )
+        else:
+            self._systemd.enable(changes, *_UNITS)
+
+    def _dovecot_steps(self) -> list[Step]:
+        if self.dovecot is None or not self.dovecot.is_ours:
+            return []
+        return self.dovecot.steps(self.config, lambda: self.certificate, self.made)
 
     # --- the configuration directory ---
 
@@ -14166,6 +14292,16 @@ class Setup:
         except ChasquidError as error:
             return [str(error)]
 
+    def try_imap(self, log_in: Callable[[str, str], str] = imap_login) -> str:
+        """Log in over IMAP, if the password is known; return a sentence, or ""."""
+        address, password = self._request.address, self.new_password or self._request.password
+        if not (self.dovecot and self.dovecot.is_ours and password):
+            return ""
+        why = log_in(address, password)
+        if why:
+            return f"IMAP: {address} cannot log in: {why}; 'journalctl -u dovecot' may say more."
+        return f"IMAP: {address} can log in with the password, on port {IMAPS_PORT}."
+
     @property
     def program(self) -> str:
         """How a person calls the program from now on."""
@@ -14176,7 +14312,7 @@ class Setup:
 
     def notes(self) -> Iterator[str]:
         """Yield what is still to be done on this host, a sentence each."""
-        config, address = self.config(), self._request.address
+        config = self.config()
         if not self.is_system:
             yield (
                 f"Start the server with '{self.program} serve'; its ports are below 1024, for "
@@ -14192,118 +14328,23 @@ class Setup:
                 f"If {config.smarthost} wants a login, add smarthost_user and "
                 f"smarthost_password_file to {self._conf}."
             )
-        if self.dovecot_version and not self.dovecot_is_ours:
-            yield (
-                "Dovecot has a configuration of its own, which is kept. For one that fits, move "
-                f"{_DOVECOT_CONF} away, and give this command again."
-            )
-        elif self.is_system and not self.dovecot_version:
+        if self.dovecot:
+            yield from self._imap_notes(self.dovecot)
+
+    def _imap_notes(self, dovecot: DovecotSetup) -> Iterator[str]:
+        if not dovecot.version:
             yield (
                 "To read mail over IMAP: 'apt install dovecot-imapd', then "
-                f"'{self.program} init {address}' once more."
+                f"'{self.program} init {self._request.address}' once more."
             )
-        if self.dovecot_is_ours:
-            for user in dovecot_users(domain_directories(self.config_dir, []))[1]:
+        elif not dovecot.is_ours:
+            yield (
+                "Dovecot has a configuration of its own, which is kept. For one that fits, move "
+                f"{DOVECOT_CONF} away, and give this command again."
+            )
+        else:
+            for user in dovecot.without_hash():
                 yield f"IMAP: {user} needs a new password for it: '{self.program} user-add {user}'."
-
-    # --- Dovecot ---
-
-    def _find_dovecot(self) -> str:
-        """Return its version, such as "2.3.19"; "" if it is not there."""
-        said = self._host.run("dovecot", "--version")
-        return said.output.decode("ascii", "replace").partition(" ")[0].strip()
-
-    def _may_configure_dovecot(self) -> bool:
-        """Tell whether Dovecot's configuration is missing, ours, or as Debian brought it."""
-        if not self.dovecot_version.startswith(("2.3", "2.4")):
-            return False
-        if not os.path.exists(self._host.path(_DOVECOT_CONF)) or self._is_our_dovecot():
-            return True
-        return self._is_untouched_dovecot()
-
-    def _is_our_dovecot(self) -> bool:
-        text = read_file(self._host.path(_DOVECOT_CONF), missing=b"").decode("utf-8", "replace")
-        return is_our_dovecot(text, self.dovecot_version)
-
-    def _is_untouched_dovecot(self) -> bool:
-        """Tell whether each file of Dovecot's configuration is as the packages brought it."""
-        import glob  # both only here
-        import hashlib
-
-        sums = self._sums_of_packages()
-        return all(
-            sums.get(path) == hashlib.md5(read_file(path), usedforsecurity=False).hexdigest()
-            for pattern in ("*.conf", "conf.d/*.conf", "conf.d/*.ext")
-            for path in glob.glob(os.path.join(self._host.path(_DOVECOT_DIRECTORY), pattern))
-        )
-
-    def _sums_of_packages(self) -> dict[str, str]:
-        """Return the MD5 of the files that packages of Debian have brought; dpkg(1), ucf(1)."""
-        query = ("dpkg-query", "-W", "-f", "${Conffiles}\\n", "dovecot-core", "dovecot-imapd")
-        text = self._host.run(*query).output.decode("utf-8", "replace")
-        sums = dict(re.findall(r"^ (/\S+) ([0-9a-f]{32})$", text, re.MULTILINE))
-        text = read_file(self._host.path(_UCF_SUMS), missing=b"").decode("utf-8", "replace")
-        for known, path in re.findall(r"^([0-9a-f]{32})  (/\S+)$", text, re.MULTILINE):
-            sums[path] = known
-        return {self._host.path(path): known for path, known in sums.items()}
-
-    def _dovecot_steps(self) -> list[Step]:
-        conf, users = _DOVECOT_CONF, dovecot_users_path(self.config_dir)
-        return [
-            Step(users, self._has_dovecot_users, self._make_dovecot_users),
-            Step(conf, self._is_our_dovecot, self._make_dovecot_conf),
-            Step("units that tell Dovecot of a new certificate",
-                 lambda: os.path.exists(self._unit_path(_RENEWAL_UNITS[0])), self._make_renewal),
-            Step("the running Dovecot",
-                 lambda: conf not in self.made and self._all_are("active", "dovecot.service"),
-                 self._start_dovecot),
-        ]  # fmt: skip
-
-    def _has_dovecot_users(self) -> bool:
-        path = dovecot_users_path(self.config_dir)
-        wanted, _ = dovecot_users(domain_directories(self.config_dir, []))
-        return os.path.exists(path) and read_file(path) == wanted
-
-    def _make_dovecot_users(self, changes: Changes) -> None:
-        owner, dovecot = self._owner(), self._host.ids("dovecot")
-        if owner is None or dovecot is None:
-            raise ChasquidError("Dovecot is installed, but there is no user dovecot")
-        path = dovecot_users_path(self.config_dir)
-        changes.directory(os.path.dirname(path), 0o2750, (owner[0], dovecot[1]))
-        data, _ = dovecot_users(domain_directories(self.config_dir, []))
-        changes.write(path, data, 0o640, (owner[0], dovecot[1]))
-
-    def _make_dovecot_conf(self, changes: Changes) -> None:
-        conf = self._host.path(_DOVECOT_CONF)
-        text = dovecot_configuration(self.dovecot_version, self.config(), self.certificate)
-        if os.path.exists(conf) and not os.path.exists(f"{conf}.orig"):
-            changes.write(f"{conf}.orig", read_file(conf))
-        changes.later("systemctl", "try-restart", "dovecot.service")  # with the old one again
-        changes.write(conf, text.encode())
-        changes.run("doveconf", "-n")
-
-    def _make_renewal(self, changes: Changes) -> None:
-        self._make_units(changes, _RENEWAL_UNITS)
-        enable = ("systemctl", "enable", "--now", _RENEWAL_UNITS[0])
-        changes.run(*enable, undo=("systemctl", "disable", "--now", _RENEWAL_UNITS[0]))
-
-    def try_imap(self, log_in: Callable[[str, str], str] = imap_login) -> str:
-        """Log in over IMAP, if the password is known; return a sentence, or ""."""
-        address, password = self._request.address, self.new_password or self._request.password
-        if not (self.dovecot_is_ours and password):
-            return ""
-        why = log_in(address, password)
-        if why:
-            return f"IMAP: {address} cannot log in: {why}; 'journalctl -u dovecot' may say more."
-        return f"IMAP: {address} can log in with the password, on port {IMAPS_PORT}."
-
-    def _start_dovecot(self, changes: Changes) -> None:
-        service = "dovecot.service"
-        if not self._all_are("enabled", service):
-            changes.run(
-                "systemctl", "enable", service, undo=("systemctl", "disable", "--now", service)
-            )
-        changes.run("systemctl", "restart", "dovecot.service")
 
 
 def carry_out(

@@ -123,9 +123,7 @@ def test_a_configuration_is_of_the_version(version, maildir, key):
     assert maildir in text and key in text
     assert "/etc/chasquid/dovecot/users\n" in text
     assert text.count("{") == text.count("}")
-    assert chasquid.is_our_dovecot(text, version)
-    assert not chasquid.is_our_dovecot(text, "2.5")
-    assert not chasquid.is_our_dovecot("protocols = imap\n", version)
+    assert f'# Made by "chasquid init" for Dovecot {version[:3]};' in text
     if version.startswith("2.4"):
         assert text.startswith("dovecot_config_version = ")
 
