@@ -13612,8 +13612,9 @@ class Systemd:
 # - There is one password. Dovecot's file follows from the users files alone, each hash written
 #   as crypt(3) writes the same scrypt, so it can be made anew at any time; whatever changes
 #   users calls `write_dovecot_users`.
-# - A hash whose salt crypt(3) cannot write (one of an earlier version, or of chasquid in Go)
-#   is left out, and whoever asked hears of it: that user needs a new password once.
+# - If crypt(3) cannot write the salt of a hash (one of an earlier version, or of chasquid in
+#   Go), the user gets mail, and cannot log in to Dovecot before a new password is set; whoever
+#   asked hears of it.
 # - Dovecot 2.3 and 2.4 have different names for the same settings.
 #
 # The directory dovecot in config_dir says that Dovecot is to be served. Its group is Dovecot's,
@@ -13625,6 +13626,8 @@ _UCF_SUMS = "/var/lib/ucf/hashfile"
 _RENEWAL_UNITS = ("chasquid-dovecot.path", "chasquid-dovecot.service")
 _SAMPLE_CERTIFICATE = b"/etc/chasquid/certs/mail.example.com"  # in the first of them
 _DOVECOT_MARK = '# Made by "chasquid init" for Dovecot '
+# A hash that no password has: its key is all zero.
+_NO_PASSWORD = "{CRYPT}$7$C6..../....none$" + "." * 43
 IMAPS_PORT = 993
 _IMAP_SECONDS = 10.0
 
@@ -13714,22 +13717,21 @@ def dovecot_users_path(config_dir: str) -> str:
 
 
 def dovecot_users(domains: Mapping[str, str]) -> tuple[bytes, list[str]]:
-    """Return Dovecot's file for the users of `domains` (name, directory), and who is left out.
+    """Return Dovecot's file for the users of `domains` (name, directory).
 
     A line is that of a passwd-file: the address, the hash, six fields that are empty, and for
-    an address in A-labels the one that it stands for. Raises ConfigError.
+    an address in A-labels the one that it stands for. Also returns who has a password that
+    cannot be written so. Raises ConfigError.
     """
     lines, without = [], []
     for domain, directory in sorted(domains.items()):
         for user, password in sorted(load_users(directory).items()):
-            known = _dovecot_hash(password)
-            address = f"{user}@{domain}"
-            if known:
-                lines.append(f"{address}:{known}::::::\n")
-                if (ascii_address := address_to_ascii(address)) != address:
-                    lines.append(f"{ascii_address}:{known}::::::user={address}\n")
-            elif not isinstance(password, Denied):
+            address, known = f"{user}@{domain}", _dovecot_hash(password)
+            if known == _NO_PASSWORD and not isinstance(password, Denied):
                 without.append(address)
+            lines.append(f"{address}:{known}::::::\n")
+            if (ascii_address := address_to_ascii(address)) != address:
+                lines.append(f"{ascii_address}:{known}::::::user={address}\n")
     return "".join(lines).encode(), without
 
 
@@ -13737,11 +13739,11 @@ def _dovecot_hash(password: Password) -> str:
     if isinstance(password, Plain):
         return "{PLAIN.b64}" + base64.b64encode(password.password).decode("ascii")
     known = crypt_hash(password) if isinstance(password, Scrypt) else ""
-    return "{CRYPT}" + known if known else ""
+    return "{CRYPT}" + known if known else _NO_PASSWORD
 
 
 def write_dovecot_users(config_dir: str) -> list[str]:
-    """Write Dovecot's file anew, if it is to be served; return the addresses left out.
+    """Write Dovecot's file anew, if it is to be served; return who cannot log in there.
 
     Raises ChasquidError.
     """
@@ -14262,7 +14264,7 @@ class Setup:
             changes.write(self._data_path(_UNSEEN, mark), b"", 0o600, self._owner())
             changes.write(path, key.to_pem().encode(), 0o600, self._owner())
 
-        what = f"DKIM key {selector} ({kind}) of {self._request.domain}"
+        what = f"{kind} key for DKIM of {self._request.domain}"
         return Step(what, lambda: any(isinstance(key.key, type_) for key in self.dkim_keys()), make)
 
     def _has_certificate(self) -> bool:

@@ -58,6 +58,8 @@ def test_a_hash_that_crypt_cannot_write_is_none(changed):
 
 
 def test_the_file_follows_when_users_are_added_and_removed(shell):
+    shell.run("user-remove", "ana@here.example")
+    assert lines(shell) == []
     shell.run("user-add", "ben@here.example", "--password", "a good one")
     [ben] = lines(shell)
     address, known, *rest = ben.split(":")
@@ -68,8 +70,6 @@ def test_the_file_follows_when_users_are_added_and_removed(shell):
     assert stat.S_IMODE(mode) == 0o640
     shell.run("user-add", "ben@here.example", "--password", "another one")
     assert lines(shell) != [ben] and len(lines(shell)) == 1
-    shell.run("user-remove", "ben@here.example")
-    assert lines(shell) == []
 
 
 def test_without_its_directory_there_is_no_file(tmp_path, capsys):
@@ -83,8 +83,13 @@ def test_who_has_no_hash_that_dovecot_could_read_is_told(shell):
     users = {"old": binary, "out": chasquid.Denied(), "plain": chasquid.Plain(b"a:b\n")}
     shell.write("domains/here.example/users", chasquid.format_users(users).decode())
     assert chasquid.write_dovecot_users(str(shell.config_dir)) == ["old@here.example"]
+    old, out, plain = lines(shell)
     secret = base64.b64encode(b"a:b\n").decode()
-    assert lines(shell) == [f"plain@here.example:{{PLAIN.b64}}{secret}::::::"]
+    assert plain == f"plain@here.example:{{PLAIN.b64}}{secret}::::::"
+    nobody = "{CRYPT}$7$C6..../....none$" + "." * 43  # they get mail, and cannot log in
+    assert (old, out) == (f"old@here.example:{nobody}::::::", f"out@here.example:{nobody}::::::")
+    made = crypt("", nobody.removeprefix("{CRYPT}"))
+    assert made != nobody.removeprefix("{CRYPT}")
 
 
 def test_an_internationalised_address_has_both_forms(shell):

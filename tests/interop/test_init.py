@@ -125,6 +125,11 @@ def test_from_an_archive_to_a_mail_that_was_read(fresh: Fresh) -> None:
     fresh.root("sudo -u chasquid chasquid user-remove ana@example.com", True)
     assert not fresh.read("quite new")
 
+    # one who never logs in has a mailbox for Dovecot too
+    fresh.root("sudo -u chasquid chasquid user-add info@example.com --receive-only", True)
+    found = fresh.root("doveadm user info@example.com", True).text
+    assert "maildir:/var/lib/chasquid/mail/example.com/info" in found
+
     # a new certificate is noticed by Dovecot
     serial = "openssl s_client -connect 127.0.0.1:993 </dev/null 2>/dev/null | openssl x509 -serial"
     old = fresh.root(serial, True).text
