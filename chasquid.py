@@ -38,6 +38,8 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     HTTP           requests and responses, for pages and programs
     MONITORING     the status page, the metrics
     LISTENERS      sockets of our own or systemd's, accepting, certificates by name
+    WEB            challenges, MTA-STS policies and autoconfig over HTTP and HTTPS
+    ACME           certificates from an authority, and their renewal (RFC 8555)
     CONTROL        the lock on data_dir, and the socket for commands to the running server
     DAEMON         the wiring diagram, reload, the end
     PUBLISHING     the DNS records that a domain needs
@@ -715,6 +717,13 @@ def _monitoring_address(value: Value) -> str:
     return _listen_address(value) if _text(value) else ""
 
 
+def _acme_url(value: Value) -> str:
+    text = _text(value)
+    if not re.fullmatch(r"https://[^\s/?#]+(/[!-~]*)?", text):
+        raise _WrongValue('expected an address that begins with "https://"')
+    return text
+
+
 def _name_server(value: Value) -> str:
     text = _text(value)
     if not is_ip_address(_split(text, 53)[0]):
@@ -1032,6 +1041,12 @@ class Config(NamedTuple):
         "How often to look whether users, aliases, DKIM keys or certificates have changed.")
     monitoring_address: str = _key(_monitoring_address, "",
         'Where to serve the page and the metrics over HTTP: "systemd", "host:port" or ":port".')
+    acme: bool = _key(_flag, False,
+        "Whether certificates are fetched by ACME; true accepts the terms of the authority.")
+    acme_url: str = _key(_acme_url, "https://acme-v02.api.letsencrypt.org/directory",
+        "The directory of that authority, as it tells it; by default Let's Encrypt.")
+    web_address: tuple[str, ...] = _repeated(_listen_address, (),
+        'Where to serve ACME, MTA-STS and autoconfig, HTTP and HTTPS on one port, likewise.')
     dovecot_auth: bool = _key(_flag, False,
         "Whether Dovecot is asked too who has a mailbox and whose password is right.")
     dovecot_userdb_path: str = _key(_path, "",
@@ -4689,12 +4704,12 @@ class Hooks:
 #
 # Keys and certificates, from arithmetic alone, so that no compiled package and no openssl
 # is needed: DER and PEM (X.690, RFC 7468), RSA and Ed25519 keys as DKIM uses them, what
-# DANE reads in a certificate, and a self-signed certificate for trying things out.
+# DANE reads in a certificate, requests for certificates, and self-signed ones.
 #
 # - RSA: keys are made and read here; signatures are dkimpy's business.
 # - Ed25519 (RFC 8032): keys and signatures, in a millisecond or two each.
-# - The self-signed certificate is X.509 version 3 (RFC 5280), on the curve P-256 (SEC 2,
-#   2.4.2), signed with ECDSA and SHA-256 (FIPS 186-5).
+# - P-256 (SEC 2, 2.4.2): keys, and signatures by ECDSA with SHA-256 (FIPS 186-5), for requests
+#   to an authority and for certificates, X.509 version 3 (RFC 5280).
 #
 # The arithmetic does not run in constant time: who can measure this process to the
 # microsecond, on this machine, may learn about its keys.
@@ -5010,11 +5025,22 @@ def public_key_info(certificate: bytes) -> bytes:
 
     Raises ValueError.
     """
+    return _der(*_certificate_parts(certificate)[5])
+
+
+def is_self_signed(pem: bytes) -> bool:
+    """Tell whether the first certificate in `pem` names itself as its issuer. Raises ValueError."""
+    parts = _certificate_parts(_first_certificate(pem))
+    return parts[2] == parts[4]
+
+
+def _certificate_parts(certificate: bytes) -> list[tuple[int, bytes]]:
+    """Return serial number, signature, issuer, validity, subject, public key, and what follows."""
     body = next(_elements(_only(certificate, 0x30)), (0, b""))[1]
     parts = [part for part in _elements(body) if part[0] != 0xA0]  # [0]: the version
     if len(parts) < 6:
         raise ValueError("the certificate is cut short")
-    return _der(*parts[5])  # after serial number, signature, issuer, validity and subject
+    return parts
 
 
 _P = 0xFFFFFFFF00000001000000000000000000000000FFFFFFFFFFFFFFFFFFFFFFFF
@@ -5029,7 +5055,77 @@ _SIGNATURE_OID = "1.2.840.10045.4.3.2"
 _COMMON_NAME_OID = "2.5.4.3"
 _ALTERNATIVE_NAMES_OID = "2.5.29.17"
 _CONSTRAINTS_OID = "2.5.29.19"
+_EXTENSION_REQUEST_OID = "1.2.840.113549.1.9.14"
+_ACME_IDENTIFIER_OID = "1.3.6.1.5.5.7.1.31"
+_TRUE = b"\x01\x01\xff"  # as BOOLEAN
 _CERTIFICATE_SECONDS = 10 * 365 * 86400
+
+
+class EcKey(NamedTuple):
+    """A private key on the curve P-256; `x` and `y` are the public point."""
+
+    secret: int
+    x: int
+    y: int
+
+    @property
+    def public(self) -> bytes:
+        """The SubjectPublicKeyInfo in DER; RFC 5480, 2."""
+        algorithm = _der(0x30, _oid(_KEY_OID), _oid(_CURVE_OID))
+        return _der(0x30, algorithm, self._point())
+
+    def sign(self, data: bytes) -> tuple[int, int]:
+        """Return r and s of a signature with SHA-256; FIPS 186-5, 6.4."""
+        import hashlib  # loads OpenSSL's hashes; only for signatures
+
+        digest = int.from_bytes(hashlib.sha256(data).digest(), "big")
+        while True:
+            nonce = _random_below(_N)
+            r = _multiply(nonce, _G)[0] % _N
+            s = pow(nonce, -1, _N) * (digest + r * self.secret) % _N
+            if r and s:
+                return r, s
+
+    def to_pem(self) -> str:
+        """Return the key as ECPrivateKey; RFC 5915, 3."""
+        secret = _der(0x04, self.secret.to_bytes(32, "big"))
+        curve, point = _der(0xA0, _oid(_CURVE_OID)), _der(0xA1, self._point())
+        return _pem("EC PRIVATE KEY", _der(0x30, _der_integer(1), secret, curve, point))
+
+    def _point(self) -> bytes:
+        """The public point as a BIT STRING, uncompressed; SEC 1, 2.3.3."""
+        return _der(0x03, b"\0\x04", self.x.to_bytes(32, "big"), self.y.to_bytes(32, "big"))
+
+    def signed(self, body: bytes) -> bytes:
+        """Return `body`, in DER, with its algorithm and signature; RFC 5280, 4.1.1."""
+        signature = _der(0x30, *map(_der_integer, self.sign(body)))
+        return _der(0x30, body, _ecdsa_algorithm(), _der(0x03, b"\0", signature))
+
+
+def new_ec_key() -> EcKey:
+    """Return a fresh key."""
+    return _ec_key(_random_below(_N))
+
+
+def parse_ec_key(pem: bytes, path: str) -> EcKey:
+    """Return the key that `EcKey.to_pem` wrote; `path` is for the message of the ConfigError."""
+    match = re.search(rb"-----BEGIN EC PRIVATE KEY-----(.*?)-----END", pem, re.DOTALL)
+    try:
+        _, (_, secret), *rest = _elements(_only(base64.b64decode(match[1] if match else b""), 0x30))
+        number = int.from_bytes(secret, "big")
+        if len(secret) != 32 or not 0 < number < _N or (0xA0, _oid(_CURVE_OID)) not in rest:
+            raise ValueError
+    except ValueError:
+        raise ConfigError(path, 0, "expected an EC PRIVATE KEY on the curve P-256") from None
+    return _ec_key(number)
+
+
+def _ec_key(secret: int) -> EcKey:
+    return EcKey(secret, *_multiply(secret, _G))
+
+
+def _ecdsa_algorithm() -> bytes:
+    return _der(0x30, _oid(_SIGNATURE_OID))
 
 
 def self_signed_certificate(names: Sequence[str], now: float) -> tuple[str, str]:
@@ -5037,35 +5133,42 @@ def self_signed_certificate(names: Sequence[str], now: float) -> tuple[str, str]
 
     It is valid for ten years from a day before `now`, seconds since 1970.
     """
-    secret = _random_below(_N)
-    x, y = _multiply(secret, _G)
-    public = b"\x04" + x.to_bytes(32, "big") + y.to_bytes(32, "big")
-    algorithm = _der(0x30, _oid(_SIGNATURE_OID))
+    return _self_signed(names, now, _no_authority())
+
+
+def challenge_certificate(name: str, digest: bytes, now: float) -> tuple[str, str]:
+    """Return what answers the challenge tls-alpn-01 for `name`, and its key, both as PEM.
+
+    `digest` is the SHA-256 of the key authorization; RFC 8737, 3.
+    """
+    value = _der(0x04, _der(0x04, digest))
+    return _self_signed([name], now, _der(0x30, _oid(_ACME_IDENTIFIER_OID), _TRUE, value))
+
+
+def certificate_request(key: EcKey, name: str) -> bytes:
+    """Return a PKCS#10 request of a certificate for the host `name`, in DER; RFC 2986, 4."""
+    extensions = _der(0x31, _der(0x30, _alternative_names([name])))
+    attributes = _der(0xA0, _der(0x30, _oid(_EXTENSION_REQUEST_OID), extensions))
+    return key.signed(_der(0x30, _der_integer(0), _der(0x30), key.public, attributes))
+
+
+def _self_signed(names: Sequence[str], now: float, extension: bytes) -> tuple[str, str]:
+    key = new_ec_key()
     common_name = _der(0x30, _oid(_COMMON_NAME_OID), _der(0x0C, names[0].encode()))
     name = _der(0x30, _der(0x31, common_name))
     validity = _der(0x30, _der_time(now - 86400), _der_time(now + _CERTIFICATE_SECONDS))
-    key_kind = _der(0x30, _oid(_KEY_OID), _oid(_CURVE_OID))
-    extensions = _der(0x30, _alternative_names(names), _no_authority())
     body = _der(
         0x30,
         _der(0xA0, _der_integer(2)),
         _der_integer(_random_below(1 << 127)),
-        algorithm,
+        _ecdsa_algorithm(),
         name,
         validity,
         name,
-        _der(0x30, key_kind, _der(0x03, b"\0", public)),
-        _der(0xA3, extensions),
+        key.public,
+        _der(0xA3, _der(0x30, _alternative_names(names), extension)),
     )
-    certificate = _der(0x30, body, algorithm, _der(0x03, b"\0", _sign(secret, body)))
-    key = _der(
-        0x30,
-        _der_integer(1),
-        _der(0x04, secret.to_bytes(32, "big")),
-        _der(0xA0, _oid(_CURVE_OID)),
-        _der(0xA1, _der(0x03, b"\0", public)),
-    )
-    return _pem("CERTIFICATE", certificate), _pem("EC PRIVATE KEY", key)
+    return _pem("CERTIFICATE", key.signed(body)), key.to_pem()
 
 
 def certificate_names(pem: bytes) -> set[str]:
@@ -5109,6 +5212,14 @@ def is_self_signed(pem: bytes) -> bool:
 def certificate_expiry(pem: bytes) -> float:
     """Return when the first certificate in `pem` expires, in seconds since 1970.
 
+    Raises ValueError if that cannot be read.
+    """
+    return certificate_validity(pem)[1]
+
+
+def certificate_validity(pem: bytes) -> tuple[float, float]:
+    """Return from when to when the first certificate in `pem` is valid, in seconds since 1970.
+
     Raises ValueError if that cannot be read. RFC 5280, 4.1.2.5: validity is the first SEQUENCE
     of two times (UTCTime or GeneralizedTime) in the TBSCertificate.
     """
@@ -5117,7 +5228,7 @@ def certificate_expiry(pem: bytes) -> float:
     for tag, content in _elements(body):
         times = [(kind, text) for kind, text in _elements(content) if kind in (0x17, 0x18)]
         if tag == 0x30 and len(times) == 2:
-            return _moment(*times[1])
+            return _moment(*times[0]), _moment(*times[1])
     raise ValueError("the certificate says no time of its end")
 
 
@@ -5205,7 +5316,7 @@ def _alternative_names(names: Sequence[str]) -> bytes:
 
 def _no_authority() -> bytes:
     """The critical extension basicConstraints, with cA left at false."""
-    return _der(0x30, _oid(_CONSTRAINTS_OID), _der(0x01, b"\xff"), _der(0x04, _der(0x30)))
+    return _der(0x30, _oid(_CONSTRAINTS_OID), _TRUE, _der(0x04, _der(0x30)))
 
 
 def _pem(kind: str, der: bytes) -> str:
@@ -5217,19 +5328,6 @@ def _pem(kind: str, der: bytes) -> str:
 def _random_below(limit: int) -> int:
     """Return a random number from 1 to `limit` - 1."""
     return int.from_bytes(os.urandom(48), "big") % (limit - 1) + 1
-
-
-def _sign(secret: int, data: bytes) -> bytes:
-    """Return an ECDSA signature; FIPS 186-5, 6.4."""
-    import hashlib  # loads OpenSSL's hashes; only for a new certificate
-
-    digest = int.from_bytes(hashlib.sha256(data).digest(), "big")
-    while True:
-        nonce = _random_below(_N)
-        r = _multiply(nonce, _G)[0] % _N
-        s = pow(nonce, -1, _N) * (digest + r * secret) % _N
-        if r and s:
-            return _der(0x30, _der_integer(r), _der_integer(s))
 
 
 # Points are (x, y, z) with x/z² and y/z³ for the usual x and y, so that only the last step
@@ -12017,6 +12115,7 @@ def recipient_text(recipient: Recipient) -> str:
 
 _ACCEPT_PAUSE = 1.0  # when there are no descriptors left
 _BACKLOG = 1024
+_FETCHED = "acme/certs"  # below data_dir; where ACME puts certificates
 _EXPIRY_DAYS = 14  # before its end, that of a certificate is warned of
 _SPARE_DESCRIPTORS = 300  # a message that comes in, a delivery, a name look-up: one each
 
@@ -12104,12 +12203,22 @@ def _listen_at(place: str, entry: Any, both_families: bool) -> socket.socket:
 
 
 class Certificate(NamedTuple):
-    """A certificate of config_dir/certs: its directory, its names, when it expires (since 1970)."""
+    """A certificate: its directory, its names, when it expires (since 1970).
+
+    `directory` is the name of one in config_dir/certs, or that of one of data_dir/acme/certs
+    with "acme/certs/" before it. `proven` is false if it is its own issuer.
+    """
 
     directory: str
     names: frozenset[str]
     expires: float
     context: ssl.SSLContext
+    proven: bool = True
+
+    @property
+    def is_fetched(self) -> bool:
+        """Whether it came by ACME, and is renewed without anybody's doing."""
+        return self.directory.startswith(f"{_FETCHED}/")
 
     def covers(self, host: str) -> bool:
         """Tell whether it is for `host`, perhaps by a wildcard (RFC 6125, 6.4.3)."""
@@ -12117,42 +12226,53 @@ class Certificate(NamedTuple):
 
 
 class Certificates:
-    """The certificates of config_dir/certs, one directory each, chosen by SNI (RFC 6066).
+    """The certificates that there are, one directory each, chosen by SNI (RFC 6066).
 
-    Each is loaded by itself. One that cannot be used is among the `problems`, and stays as it
-    was in `before`, if it was there.
+    Those of config_dir/certs win over those that ACME has fetched, and a self-signed one loses
+    to any other. Each is loaded by itself. One that cannot be used is among the `problems`, and
+    stays as it was in `before`, if it was there.
     """
 
     def __init__(self, config: Config, before: Certificates | None = None) -> None:
         self.problems: list[str] = []
         self.loaded: dict[str, Certificate] = {}
         self._contexts: dict[str, ssl.SSLContext] = {}
-        top = os.path.join(config.config_dir, "certs")
-        for name in sorted(os.listdir(top)) if os.path.isdir(top) else []:
-            certificate = self._load(name, os.path.join(top, name))
-            if certificate is None and before is not None:
-                certificate = before.loaded.get(name)
-            if certificate is not None:
-                self.loaded[name] = certificate
-                for host in certificate.names | {name.lower()}:
-                    self._contexts.setdefault(host, certificate.context)
+        self._load_below(config.config_dir, "certs", before)
+        self._load_below(config.data_dir, _FETCHED, before)
+        for certificate in sorted(self.loaded.values(), key=lambda found: not found.proven):
+            for host in certificate.names | {os.path.basename(certificate.directory).lower()}:
+                self._contexts.setdefault(host, certificate.context)
         first = next((certificate.context for certificate in self.loaded.values()), None)
         self.default = self._find(domain_to_ascii(config.hostname)) or first
 
+    def _load_below(self, base: str, top: str, before: Certificates | None) -> None:
+        directory = os.path.join(base, top)
+        for name in sorted(os.listdir(directory)) if os.path.isdir(directory) else []:
+            known = name if top != _FETCHED else f"{top}/{name}"
+            certificate = self._load(known, os.path.join(directory, name))
+            if certificate is None and before is not None:
+                certificate = before.loaded.get(known)
+            if certificate is not None:
+                self.loaded[known] = certificate
+
     def _load(self, name: str, directory: str) -> Certificate | None:
         """Load one; None, and a problem, if it cannot be used."""
-        chain, key = (os.path.join(directory, file) for file in ("fullchain.pem", "privkey.pem"))
-        missing = [path for path in (chain, key) if not os.path.exists(path)]
-        if len(missing) == 1:
-            self.problems.append(f"{missing[0]} is missing, so the directory is left out")
-        if missing:
-            return None
         try:
+            chain, key = _certificate_files(directory)
+            missing = [path for path in (chain, key) if not os.path.exists(path)]
+            if len(missing) == 1:
+                self.problems.append(f"{missing[0]} is missing, so the directory is left out")
+            if missing:
+                return None
             context = server_tls_context(chain, key)
             pem = read_file(chain)
             context.sni_callback = self._choose
             return Certificate(
-                name, frozenset(certificate_names(pem)), certificate_expiry(pem), context
+                name,
+                frozenset(certificate_names(pem)),
+                certificate_expiry(pem),
+                context,
+                proven=not is_self_signed(pem),
             )
         except (ConfigError, ValueError) as error:
             self.problems.append(str(error))
@@ -12161,15 +12281,34 @@ class Certificates:
     def warnings(self, now: float, hosts: Iterable[str]) -> Iterator[str]:
         """Yield what will not work, or soon no more, for clients that ask for `hosts`."""
         for certificate in self.loaded.values():
+            if certificate.is_fetched and all(
+                self.is_proven(name, fetched=False) for name in certificate.names
+            ):
+                continue
             days = (certificate.expires - now) / 86400.0
-            what = f"the certificate in certs/{certificate.directory}"
+            what, remedy = f"the certificate in certs/{certificate.directory}", "renew it"
+            if certificate.is_fetched:
+                what = f"the certificate in {certificate.directory}"
+                remedy = "the log says why; remove it if it is of no use"
             if days < 0:
-                yield f"{what} has expired, on {rfc5322_date(certificate.expires)}: renew it"
+                yield f"{what} has expired, on {rfc5322_date(certificate.expires)}: {remedy}"
             elif days < _EXPIRY_DAYS:
-                yield f"{what} expires in {plural(int(days), 'day')}: renew it"
+                yield f"{what} expires in {plural(int(days), 'day')}: {remedy}"
         for host in hosts:
             if self.loaded and not self.cover(host):
                 yield f"no certificate in certs is for {host}"
+
+    def is_proven(self, host: str, fetched: bool = True) -> bool:
+        """Tell whether there is one for `host` that an authority has issued.
+
+        Without `fetched`, those of ACME do not count.
+        """
+        return any(
+            certificate.proven
+            and certificate.covers(host)
+            and (fetched or not certificate.is_fetched)
+            for certificate in self.loaded.values()
+        )
 
     def cover(self, host: str) -> bool:
         """Tell whether one of them is for `host`."""
@@ -12185,11 +12324,33 @@ class Certificates:
             tls.context = found
 
 
+def _certificate_files(directory: str) -> tuple[str, str]:
+    """Return where the chain and the key are: as certbot names them, or acme.sh.
+
+    acme.sh has fullchain.cer, and one key, NAME.key. Raises ConfigError for what cannot be
+    looked into: a link that leads nowhere, or to where only root may go.
+    """
+    chain, key = (os.path.join(directory, file) for file in ("fullchain.pem", "privkey.pem"))
+    if os.path.isdir(directory) or os.path.islink(directory):
+        try:
+            files = os.listdir(directory)
+            for path in (chain, key):
+                if os.path.basename(path) in files:
+                    os.stat(path)  # it may be a link too
+        except OSError as error:
+            text = f"the certificate cannot be read: {error.strerror}"
+            raise ConfigError(error.filename or directory, 0, text) from error
+        keys = [name for name in files if name.endswith(".key")]
+        if "fullchain.cer" in files and "fullchain.pem" not in files and len(keys) == 1:
+            chain, key = (os.path.join(directory, name) for name in ("fullchain.cer", keys[0]))
+    return chain, key
+
+
 class Listeners:
     """The listening sockets, ours or systemd's. Raises ConfigError.
 
     systemd passes its sockets with names ("FileDescriptorName=" in the socket unit): smtp,
-    submission, submission_tls, monitoring; see sd_listen_fds(3).
+    submission, submission_tls, monitoring, web; see sd_listen_fds(3).
     """
 
     def __init__(self, config: Config, loop: Loop) -> None:
@@ -12210,6 +12371,13 @@ class Listeners:
                     self.sockets += [(port, raw) for raw in inherited.get(name, [])]
                 else:
                     self.sockets += [(port, raw) for raw in self._bind(address, config, key)]
+        self.web: list[socket.socket] = []
+        # with ACME, port 80 as systemd passes it serves even if nothing else does
+        for address in config.web_address or (("systemd",) if config.acme else ()):
+            if address == "systemd":
+                self.web += inherited.get("web", [])
+            else:
+                self.web += self._bind(address, config, "web_address")
         self.monitoring: list[socket.socket] = []
         address = config.monitoring_address
         if address == "systemd":
@@ -12223,7 +12391,7 @@ class Listeners:
 
     def close(self) -> None:
         """Close all sockets; connections that were accepted stay."""
-        for raw in [*self.monitoring, *(raw for _, raw in self.sockets)]:
+        for raw in [*self.web, *self.monitoring, *(raw for _, raw in self.sockets)]:
             if raw.fileno() >= 0:
                 self._loop.forget(raw.fileno())
                 raw.close()
@@ -12248,6 +12416,938 @@ class Listeners:
         except ChasquidError as error:
             path = os.path.join(config.config_dir, "chasquid.conf")
             raise ConfigError(path, 0, f"{key}: {error}") from error
+
+
+# ======================================================================================
+# ROOM: WEB
+#
+# The few pages that a mail server owes to the world, over HTTP and HTTPS on the same ports
+# (`web_address`): the first octet of a connection tells which it is.
+#
+# - What an authority asks for before it issues a certificate (`Challenges`): HTTP-01 (RFC
+#   8555, 8.3) and TLS-ALPN-01 (RFC 8737).
+# - The MTA-STS policy of a domain of ours, at mta-sts.DOMAIN (RFC 8461, 3.2).
+# - How a mail program is set up for a domain: Thunderbird's autoconfig, and Outlook's
+#   autodiscover. Both say the same: this host, IMAP on 993, submission on 465 and 587.
+# - All else is not found. There are no files, so no path leads to one.
+#
+# Anybody may come: a client has a few connections at a time, and each has ten seconds. What it
+# sent comes back only as text in XML, and only if it is an address of a domain of ours.
+# ======================================================================================
+
+_CHALLENGE_PATH = "/.well-known/acme-challenge/"
+_WEB_CONNECTIONS = 100  # at a time; they share the spare descriptors
+_WEB_CONNECTIONS_EACH = 10  # of one client
+_WEB_BODY_LIMIT = 10 * 1024  # octets
+_TLS_HANDSHAKE = 0x16  # the first octet of a TLS connection; RFC 8446, 5.1
+_TLS_RECORD_LIMIT = 5 + 16384  # octets
+_STS_MAX_AGE = 604_800  # seconds; RFC 8461, 3.2 suggests weeks
+_ACME_PROTOCOL = "acme-tls/1"  # RFC 8737, 4
+
+
+class Challenges:
+    """What shows an authority that a name is ours, as long as it may ask.
+
+    `tokens` holds key authorizations by token (HTTP-01).
+    """
+
+    def __init__(self) -> None:
+        self.tokens: dict[str, str] = {}
+        self._contexts: dict[str, ssl.SSLContext] = {}
+
+    def add(self, name: str, context: ssl.SSLContext) -> None:
+        """Have TLS done with `context` for an authority that asks for `name` (TLS-ALPN-01)."""
+        context.set_alpn_protocols([_ACME_PROTOCOL])
+        context.sni_callback = self._choose
+        self._contexts[name] = context
+
+    def remove(self, name: str) -> None:
+        """Forget what `add` was told."""
+        del self._contexts[name]
+
+    @property
+    def context(self) -> ssl.SSLContext | None:
+        """What begins TLS with an authority; the name that it asks for decides then."""
+        return next(iter(self._contexts.values()), None)
+
+    def _choose(self, tls: Any, host: str | None, context: ssl.SSLContext) -> int | None:
+        chosen = self._contexts.get((host or "").lower())
+        if chosen is None:
+            return int(ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME)
+        tls.context = chosen
+        return None
+
+
+class WebSite(NamedTuple):
+    """What is served: the host, its domains, and their policy, all in A-labels."""
+
+    hostname: str = ""
+    domains: frozenset[str] = frozenset()
+    sts_policy: str = ""
+
+
+def sts_policy_text(hosts: Sequence[str], mode: str = "enforce") -> str:
+    """Return the MTA-STS policy of a domain whose mail exchangers are `hosts`; RFC 8461, 3.2."""
+    mx = "".join(f"mx: {host}\n" for host in hosts)
+    return f"version: STSv1\nmode: {mode}\n{mx}max_age: {_STS_MAX_AGE}\n"
+
+
+def sts_policy_id(policy: str) -> str:
+    """Return the id under which the TXT record announces `policy`; RFC 8461, 3.1."""
+    return short_hash(policy)
+
+
+class Web:
+    """Answers HTTP and HTTPS requests, one a connection.
+
+    `site` says what is served now; `context` is what TLS is done with, None if there is no
+    certificate.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        log: Log,
+        challenges: Challenges,
+        site: Callable[[], WebSite] = WebSite,
+        context: Callable[[], ssl.SSLContext | None] = lambda: None,
+    ) -> None:
+        self._loop = loop
+        self._log = log
+        self._challenges = challenges
+        self._site = site
+        self._context = context
+        self._open: collections.Counter[str] = collections.Counter()
+
+    async def serve(self, listener: socket.socket) -> None:
+        """Answer what comes to a listening socket, until the task is cancelled."""
+        async for raw, peer in connections(self._loop, self._log, "web", listener):
+            client = clean_peer(str(peer[0])) if peer else "local"
+            if (
+                self._open[client] >= _WEB_CONNECTIONS_EACH
+                or self._open.total() >= _WEB_CONNECTIONS
+            ):
+                raw.close()
+                continue
+            self._open[client] += 1
+            self._loop.spawn(self._answer(raw, client), "web request")
+
+    async def _answer(self, raw: socket.socket, client: str) -> None:
+        stream = Stream(self._loop, raw)
+        try:
+            with self._loop.deadline(HTTP_SECONDS):
+                if await self._begin(stream, raw):
+                    stream.write(await self._respond(stream))
+                    await stream.flush()
+        except (Disconnected, Expired, LineTooLong, BareNewline, TLSFailed, ValueError):
+            pass  # whoever asked is gone, or speaks something else
+        except Exception as error:
+            self._log.crash("web", error)
+        finally:
+            self._open -= collections.Counter([client])
+            await stream.finish()
+
+    async def _begin(self, stream: Stream, raw: socket.socket) -> bool:
+        """Start TLS if the client does; tell whether a request follows."""
+        first = await peek_at_hello(self._loop, raw)
+        if not first.startswith(bytes([_TLS_HANDSHAKE])):
+            return True
+        is_challenge = offers_acme_protocol(first)
+        context = self._challenges.context if is_challenge else self._context()
+        if context is None:
+            raise TLSFailed("there is no certificate")
+        await stream.start_tls(context, server_side=True)
+        return not is_challenge  # RFC 8737, 3: nothing is sent but the certificate
+
+    async def _respond(self, stream: Stream) -> bytes:
+        request = await read_request(stream)
+        try:
+            body = await read_body(stream, request, _WEB_BODY_LIMIT)
+        except HttpRefused as error:
+            return http_response(error.status, "text/plain", f"{error}\n")
+        return self.respond(request, body)
+
+    def respond(self, request: HttpRequest, body: bytes = b"") -> bytes:
+        """Return the response to a request."""
+        status, kind, text = 404, "text/plain", "there is nothing here\n"
+        if request.method in ("GET", "HEAD"):
+            found = self._page(request)
+        else:
+            found = self._autodiscover(request, body) if request.method == "POST" else None
+        if found is not None:
+            status, (kind, text) = 200, found
+        response = http_response(status, kind, text)
+        return response if request.method != "HEAD" else without_body(response)
+
+    def _page(self, request: HttpRequest) -> tuple[str, str] | None:
+        """Return kind and text of what a GET asks for; None if there is no such page."""
+        token = request.path.removeprefix(_CHALLENGE_PATH)
+        if token != request.path:
+            text = self._challenges.tokens.get(token)
+            return None if text is None else ("application/octet-stream", text)
+        site = self._site()
+        kind, domain = _split_host(request)
+        if domain not in site.domains:
+            return None
+        if (kind, request.path) == ("mta-sts", "/.well-known/mta-sts.txt") and site.sts_policy:
+            return "text/plain", site.sts_policy
+        if request.path in _AUTOCONFIG_PATHS[kind]:
+            return "text/xml; charset=utf-8", autoconfig_text(domain, site.hostname)
+        return None
+
+    def _autodiscover(self, request: HttpRequest, body: bytes) -> tuple[str, str] | None:
+        """Answer Outlook, which sends an address in XML (MS-OXDSCLI, 2.2.3)."""
+        if request.path.lower() != "/autodiscover/autodiscover.xml":
+            return None
+        text = body.decode("utf-8", "replace")
+        match = re.search(r"<EMailAddress>\s*([^<>\s]{3,320})\s*</EMailAddress>", text)
+        address = _xml_decoded(match[1]) if match else ""
+        site = self._site()
+        try:
+            if domain_to_ascii(split_address(address)[1]) not in site.domains:
+                return None
+        except ValueError:
+            return None
+        return "text/xml; charset=utf-8", autodiscover_text(address, site.hostname)
+
+
+async def peek_at_hello(loop: Loop, raw: socket.socket) -> bytes:
+    """Return what a client sends first, and leave it in the socket.
+
+    Of TLS it is the whole first record (RFC 8446, 5.1). Raises Disconnected, Expired.
+    """
+    while True:
+        await loop.readable(raw.fileno())
+        try:
+            seen = raw.recv(_TLS_RECORD_LIMIT, socket.MSG_PEEK)
+        except BlockingIOError:
+            continue
+        except OSError as error:
+            raise Disconnected(f"the connection broke: {reason(error)}") from error
+        if not seen:
+            raise Disconnected("the other side closed the connection")
+        if seen[0] != _TLS_HANDSHAKE or (
+            len(seen) >= min(5 + int.from_bytes(seen[3:5], "big"), _TLS_RECORD_LIMIT)
+        ):
+            return seen
+        await loop.sleep(0.01)  # what was peeked at would wake us at once
+
+
+def offers_acme_protocol(hello: bytes) -> bool:
+    """Tell whether a ClientHello offers "acme-tls/1" (RFC 7301, 3.1): so does an authority alone.
+
+    It is searched for, not parsed: who has the name elsewhere in it gets an answer of no use.
+    """
+    return bytes([len(_ACME_PROTOCOL)]) + _ACME_PROTOCOL.encode() in hello
+
+
+# Where Thunderbird looks, on autoconfig.DOMAIN and on DOMAIN itself.
+_AUTOCONFIG_PATHS = {
+    "autoconfig": ("/mail/config-v1.1.xml", "/.well-known/autoconfig/mail/config-v1.1.xml"),
+    "": ("/.well-known/autoconfig/mail/config-v1.1.xml",),
+    "mta-sts": (),
+}
+
+
+def _split_host(request: HttpRequest) -> tuple[str, str]:
+    """Return which of a domain's names was asked, and the domain."""
+    try:
+        host = host_name(request.headers.get("host", "")).rstrip(".")
+    except ValueError:
+        return "", ""
+    for kind in filter(None, _AUTOCONFIG_PATHS):
+        if host.startswith(f"{kind}."):
+            return kind, host.removeprefix(f"{kind}.")
+    return "", host
+
+
+def _xml_decoded(text: str) -> str:
+    """Return `text` without the entities that every XML has."""
+    for name, mark in (("lt", "<"), ("gt", ">"), ("quot", '"'), ("apos", "'"), ("amp", "&")):
+        text = text.replace(f"&{name};", mark)
+    return text
+
+
+# Each with its port, the words of Thunderbird for its kind and its security, those of Outlook.
+_MAIL_SERVICES = (
+    ("incoming", "imap", 993, "SSL", "IMAP", "SSL"),
+    ("outgoing", "smtp", 465, "SSL", "SMTP", "SSL"),
+    ("outgoing", "smtp", 587, "STARTTLS", "SMTP", "TLS"),
+)
+
+
+def autoconfig_text(domain: str, host: str) -> str:
+    """Return how Thunderbird sets itself up for `domain` (config-v1.1.xml)."""
+    domain, host = html_text(domain), html_text(host)
+    servers = "".join(
+        f'<{way}Server type="{kind}"><hostname>{host}</hostname><port>{port}</port>'
+        f"<socketType>{security}</socketType><authentication>password-cleartext</authentication>"
+        f"<username>%EMAILADDRESS%</username></{way}Server>\n"
+        for way, kind, port, security, _, _ in _MAIL_SERVICES
+    )
+    return (
+        f'<?xml version="1.0" encoding="UTF-8"?>\n<clientConfig version="1.1">\n'
+        f'<emailProvider id="{domain}"><domain>{domain}</domain>'
+        f"<displayName>{domain}</displayName><displayShortName>{domain}</displayShortName>\n"
+        f"{servers}</emailProvider>\n</clientConfig>\n"
+    )
+
+
+def autodiscover_text(address: str, host: str) -> str:
+    """Return how Outlook sets itself up for `address` (MS-OXDSCLI, 2.2.4)."""
+    login, host = html_text(address), html_text(host)
+    protocols = "".join(
+        f"<Protocol><Type>{kind}</Type><Server>{host}</Server><Port>{port}</Port>"
+        f"<LoginName>{login}</LoginName><SPA>off</SPA><SSL>on</SSL>"
+        f"<Encryption>{security}</Encryption><AuthRequired>on</AuthRequired></Protocol>\n"
+        for _, _, port, _, kind, security in _MAIL_SERVICES[:2]
+    )
+    schema = "http://schemas.microsoft.com/exchange/autodiscover"
+    return (
+        f'<?xml version="1.0" encoding="utf-8"?>\n'
+        f'<Autodiscover xmlns="{schema}/responseschema/2006">\n'
+        f'<Response xmlns="{schema}/outlook/responseschema/2006a">\n'
+        f"<Account><AccountType>email</AccountType><Action>settings</Action>\n"
+        f"{protocols}</Account></Response></Autodiscover>\n"
+    )
+
+
+# ======================================================================================
+# ROOM: ACME
+#
+# Certificates from an authority that issues them to programs (RFC 8555), such as Let's
+# Encrypt, and their renewal.
+#
+# - Each name has a certificate of its own, so that one that fails keeps no other waiting:
+#   data_dir/acme/certs/NAME/{fullchain,privkey}.pem. The account's key is in
+#   data_dir/acme/account.pem. A renewal keeps the key, so that a TLSA record goes on to fit.
+# - It is renewed from 30 days before its end, or in the last third of its life if that is
+#   shorter. A failure is warned of from the first on, with what the authority said. The next
+#   attempt is after five minutes, then twice as long each time, up to a day; later if the
+#   authority asks for it.
+# - A name is asked for only if the DNS has it lead here. Two challenges can show that: HTTP-01
+#   on port 80 and TLS-ALPN-01 on port 443. If one fails, the other is tried at once. Without a
+#   web listener, port 80 is listened on as long as an order runs, and for challenges alone.
+# - Requests block, so each is a job for a worker thread; what waits in between is a task.
+#
+# Which names there are, and what becomes of a new certificate, is for DAEMON to say.
+# ======================================================================================
+
+_ACME_CALL_SECONDS = 10.0  # for each step of a request
+_ACME_ANSWER_LIMIT = 256 * 1024  # octets
+_ACME_ORDER_SECONDS = 300.0  # for an order, or for a challenge
+_ACME_POLL_SECONDS = (0.1, 3.0, 60.0)  # at least, if the authority does not say, at most
+_ACME_NONCE_TRIES = 10
+_ACME_PAUSES = (300.0, 86400.0)  # after a failure: the first, and the longest of our own
+_HOST_PAUSE = 3600.0  # the longest as long as the host's own name is not in the DNS
+_ACME_LONGEST_PAUSE = 7 * 86400.0  # that an authority is followed in
+_RENEWAL_SECONDS = 30 * 86400.0  # before the end
+_ROUND_SECONDS = 86400.0  # from one look at all certificates to the next, at most
+HTTP_01, TLS_ALPN_01 = "http-01", "tls-alpn-01"
+
+
+class AcmeFailed(ChasquidError):
+    """An authority did not do what it was asked for.
+
+    `kind` is the last part of its error's type (RFC 8555, 6.7), or ""; `pause` the seconds
+    after which it is to be asked again, 0 if it did not say.
+    """
+
+    def __init__(self, text: str, kind: str = "", pause: float = 0.0) -> None:
+        super().__init__(text)
+        self.kind = kind
+        self.pause = pause
+
+
+class AcmeAnswer(NamedTuple):
+    """The response of an authority; names of headers are in lower case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    def document(self) -> dict[str, Any]:
+        """Return the JSON object in it. Raises AcmeFailed."""
+        try:
+            value = json.loads(self.body)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise AcmeFailed("the authority answers with what is no JSON object")
+        return value
+
+    def pause(self, now: float) -> float:
+        """Return the seconds that Retry-After asks for (RFC 9110, 10.2.3), or -1."""
+        from email.utils import mktime_tz, parsedate_tz  # http.client has loaded it
+
+        value = self.headers.get("retry-after", "")
+        if re.fullmatch(r"[0-9]{1,9}", value):
+            return float(value)
+        date = parsedate_tz(value)
+        return max(0.0, mktime_tz(date) - now) if date else -1.0
+
+
+AcmeCall = Callable[[str, str, bytes], AcmeAnswer]  # method, URL, body; blocks
+
+
+def acme_caller() -> AcmeCall:
+    """Return what sends a request to an authority, whose certificate the system must know."""
+    import http.client  # 22 ms, and only if certificates are fetched
+    from urllib.parse import urlsplit
+
+    context = client_tls_context(verify=True)
+
+    def connection_to(scheme: str, host: str, port: int | None) -> http.client.HTTPConnection:
+        if scheme == "https":
+            return http.client.HTTPSConnection(
+                host, port, timeout=_ACME_CALL_SECONDS, context=context
+            )
+        if scheme == "http" and is_loopback(host):  # only tests have such an authority
+            return http.client.HTTPConnection(host, port, timeout=_ACME_CALL_SECONDS)
+        raise ValueError("expected an address that begins with https://")
+
+    def call(method: str, url: str, body: bytes) -> AcmeAnswer:
+        headers = {"User-Agent": f"chasquid/{__version__}"}
+        if body:
+            headers["Content-Type"] = "application/jose+json"
+        try:
+            place = urlsplit(url)
+            target = (place.path or "/") + (f"?{place.query}" if place.query else "")
+            connection = connection_to(place.scheme, place.hostname or "", place.port)
+            with contextlib.closing(connection):
+                connection.request(method, target, body or None, headers)
+                response = connection.getresponse()
+                data = response.read(_ACME_ANSWER_LIMIT)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise AcmeFailed(f"{printable(url, 200)} cannot be asked: {reason(error)}") from error
+        fields = {name.lower(): value for name, value in response.getheaders()}
+        return AcmeAnswer(response.status, fields, data)
+
+    return call
+
+
+def acme_terms(url: str, call: AcmeCall | None = None) -> str:
+    """Return where the terms of the authority are whose directory is `url`; "" if it has none.
+
+    Blocks. Raises ChasquidError.
+    """
+    document = _unless_error((call or acme_caller())("GET", url, b""), time.time()).document()
+    meta = document.get("meta")
+    terms = meta.get("termsOfService") if isinstance(meta, dict) else None
+    return printable(terms) if isinstance(terms, str) else ""
+
+
+def _unless_error(answer: AcmeAnswer, now: float) -> AcmeAnswer:
+    """Return an answer that is no error; raise AcmeFailed for one that is (RFC 7807)."""
+    if answer.status < 300:
+        return answer
+    try:
+        problem = answer.document()
+    except AcmeFailed:
+        problem = {}
+    pause = max(0.0, answer.pause(now))
+    raise _failure_of(problem, f"status {answer.status}", pause)
+
+
+def _failure_of(problem: object, otherwise: str, pause: float = 0.0) -> AcmeFailed:
+    """Return what a problem document says as an error; RFC 8555, 6.7."""
+    fields = problem if isinstance(problem, dict) else {}
+    kind = str(fields.get("type", "")).rpartition(":")[2]
+    text = str(fields.get("detail", "")) or otherwise
+    return AcmeFailed(f"the authority says: {printable(text, 300)}", printable(kind, 40), pause)
+
+
+def _text_in(document: Mapping[str, Any], key: str) -> str:
+    value = document.get(key)
+    if not isinstance(value, str):
+        raise AcmeFailed(f"the authority's answer has no {key!r}")
+    return value
+
+
+def _list_in(document: Mapping[str, Any], key: str) -> list[Any]:
+    value = document.get(key)
+    if not isinstance(value, list):
+        raise AcmeFailed(f"the authority's answer has no list {key!r}")
+    return value
+
+
+def _base64url(data: bytes) -> str:
+    """RFC 7515, 2."""
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
+
+
+def _json_octets(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _public_jwk(key: EcKey) -> dict[str, str]:
+    """Return the public key, its members in the order of RFC 7638, 3.2."""
+    x, y = (_base64url(number.to_bytes(32, "big")) for number in (key.x, key.y))
+    return {"crv": "P-256", "kty": "EC", "x": x, "y": y}
+
+
+def key_thumbprint(key: EcKey) -> str:
+    """Return what stands for an account's key in a key authorization; RFC 8555, 8.1."""
+    import hashlib  # loads OpenSSL's hashes; only for challenges
+
+    return _base64url(hashlib.sha256(_json_octets(_public_jwk(key))).digest())
+
+
+def signed_request(key: EcKey, header: Mapping[str, object], payload: object) -> bytes:
+    """Return a request signed with ES256 (RFC 7515, 7.2.2; RFC 7518, 3.4).
+
+    The payload is empty if it is None, as RFC 8555, 6.3 wants it.
+    """
+    protected = _base64url(_json_octets({"alg": "ES256", **header}))
+    body = "" if payload is None else _base64url(_json_octets(payload))
+    r, s = key.sign(f"{protected}.{body}".encode())
+    signature = _base64url(r.to_bytes(32, "big") + s.to_bytes(32, "big"))
+    return _json_octets({"protected": protected, "payload": body, "signature": signature})
+
+
+class AcmeClient:
+    """Speaks to one authority for one account; raises AcmeFailed, Expired, OSError."""
+
+    def __init__(
+        self, loop: Loop, call: AcmeCall, url: str, key: EcKey, challenges: Challenges
+    ) -> None:
+        self._loop = loop
+        self._call = call
+        self._url = url
+        self._key = key
+        self._challenges = challenges
+        self._directory: dict[str, Any] = {}
+        self._nonce = ""
+        self._account = ""
+
+    async def certificate(self, name: str, key: EcKey, kind: str) -> bytes:
+        """Return a chain for `name` in PEM, having met a challenge of this kind.
+
+        The failure of a challenge has the kind "challenge".
+        """
+        await self._open()
+        with self._loop.deadline(_ACME_ORDER_SECONDS):
+            identifiers = {"identifiers": [{"type": "dns", "value": name}]}
+            answer = await self._post(_text_in(self._directory, "newOrder"), identifiers)
+            place, order = answer.headers.get("location", ""), answer.document()
+            for url in _list_in(order, "authorizations"):
+                await self._authorize(name, str(url), kind)
+            request = await self._loop.work(lambda: certificate_request(key, name))
+            finalization = {"csr": _base64url(request)}
+            await self._post(_text_in(order, "finalize"), finalization)
+            order = await self._settled(place, "pending", "ready", "processing")
+            if order.get("status") != "valid":
+                raise _failure_of(order.get("error"), "the order has failed")
+            return (await self._post(_text_in(order, "certificate"), None)).body
+
+    async def _open(self) -> None:
+        """Have an account; the same key has the same one (RFC 8555, 7.3.1)."""
+        if self._account:
+            return
+        answer = await self._loop.work(lambda: self._call("GET", self._url, b""))
+        self._directory = _unless_error(answer, self._loop.clock.time()).document()
+        url = _text_in(self._directory, "newAccount")
+        answer = await self._post(url, {"termsOfServiceAgreed": True})
+        self._account = _text_in(answer.headers, "location")
+
+    async def _authorize(self, name: str, url: str, kind: str) -> None:
+        """Show that `name` is ours; RFC 8555, 7.5."""
+        authorization = (await self._post(url, None)).document()
+        if authorization.get("status") == "valid":
+            return
+        offered = {
+            challenge.get("type"): challenge
+            for challenge in _list_in(authorization, "challenges")
+            if isinstance(challenge, dict)
+        }
+        if kind not in offered:
+            raise AcmeFailed(f"the authority offers no challenge {kind} for {name}", "challenge")
+        token = _text_in(offered[kind], "token")
+        async with self._answering(kind, name, token):
+            await self._post(_text_in(offered[kind], "url"), {})
+            authorization = await self._settled(url, "pending")
+        if authorization.get("status") != "valid":
+            failures = [
+                challenge.get("error")
+                for challenge in _list_in(authorization, "challenges")
+                if isinstance(challenge, dict) and challenge.get("error")
+            ]
+            failure = _failure_of(failures[0] if failures else None, "the challenge has failed")
+            raise AcmeFailed(f"{failure} ({kind})", "challenge")
+
+    @contextlib.asynccontextmanager
+    async def _answering(self, kind: str, name: str, token: str) -> AsyncIterator[None]:
+        """Have the web listener answer the challenge meanwhile; RFC 8555, 8.3, RFC 8737, 3."""
+        authorization = f"{token}.{key_thumbprint(self._key)}"
+        if kind == HTTP_01:
+            self._challenges.tokens[token] = authorization
+            try:
+                yield
+            finally:
+                del self._challenges.tokens[token]
+            return
+        now = self._loop.clock.time()
+        context = await self._loop.work(lambda: _challenge_context(name, authorization, now))
+        self._challenges.add(name, context)
+        try:
+            yield
+        finally:
+            self._challenges.remove(name)
+
+    async def _settled(self, url: str, *waiting: str) -> dict[str, Any]:
+        """Return an order or an authorization when its status is none of `waiting`."""
+        least, usual, most = _ACME_POLL_SECONDS
+        while True:
+            answer = await self._post(url, None)
+            document = answer.document()
+            if document.get("status") not in waiting:
+                return document
+            pause = answer.pause(self._loop.clock.time())
+            await self._loop.sleep(usual if pause < 0 else min(max(pause, least), most))
+
+    async def _post(self, url: str, payload: object) -> AcmeAnswer:
+        """Send a signed request, anew with another nonce if this one was too old (6.5)."""
+        for _ in range(_ACME_NONCE_TRIES):
+            header = {"nonce": await self._next_nonce(), "url": url}
+            answer = await self._loop.work(functools.partial(self._send, header, payload))
+            self._nonce = answer.headers.get("replay-nonce", "")
+            try:
+                return _unless_error(answer, self._loop.clock.time())
+            except AcmeFailed as error:
+                if error.kind != "badNonce":
+                    raise
+        raise AcmeFailed("the authority takes none of its own nonces")
+
+    def _send(self, header: Mapping[str, object], payload: object) -> AcmeAnswer:
+        who = {"kid": self._account} if self._account else {"jwk": _public_jwk(self._key)}
+        return self._call(
+            "POST", str(header["url"]), signed_request(self._key, {**header, **who}, payload)
+        )
+
+    async def _next_nonce(self) -> str:
+        if not self._nonce:
+            url = _text_in(self._directory, "newNonce")
+            answer = await self._loop.work(lambda: self._call("HEAD", url, b""))
+            self._nonce = _text_in(
+                _unless_error(answer, self._loop.clock.time()).headers, "replay-nonce"
+            )
+        nonce, self._nonce = self._nonce, ""
+        return nonce
+
+
+def _challenge_context(name: str, authorization: str, now: float) -> ssl.SSLContext:
+    """Return what answers TLS-ALPN-01. The module ssl reads certificates from files alone."""
+    import hashlib
+    import tempfile
+
+    digest = hashlib.sha256(authorization.encode()).digest()
+    chain, key = challenge_certificate(name, digest, now)
+    with tempfile.TemporaryDirectory() as directory:
+        path = os.path.join(directory, "both.pem")
+        create_synced(path, [chain.encode(), key.encode()])
+        return server_tls_context(path, path)
+
+
+# --- the files ---
+
+
+def acme_account_key(directory: str) -> EcKey:
+    """Return the account's key; it is made if there is none. Raises ConfigError, OSError."""
+    path = os.path.join(directory, "account.pem")
+    pem = read_file(path, missing=b"")
+    if pem:
+        return parse_ec_key(pem, path)
+    key = new_ec_key()
+    make_directory(directory)
+    replace_durably(path, key.to_pem().encode())
+    return key
+
+
+class FetchedCertificate(NamedTuple):
+    """The directory of one name."""
+
+    directory: str
+
+    @property
+    def chain(self) -> str:
+        """Its path."""
+        return os.path.join(self.directory, "fullchain.pem")
+
+    @property
+    def private_key(self) -> str:
+        """Its path."""
+        return os.path.join(self.directory, "privkey.pem")
+
+    def renewal(self) -> tuple[float, float]:
+        """Return from when it is to be renewed, and when it ends; (0, 0) if there is none."""
+        try:
+            pem = read_file(self.chain, missing=b"")
+            began, ends = certificate_validity(pem)
+            if is_self_signed(pem):
+                return 0.0, 0.0
+            server_tls_context(self.chain, self.private_key)
+        except (ConfigError, ValueError):  # it cannot be used
+            return 0.0, 0.0
+        return ends - min(_RENEWAL_SECONDS, (ends - began) / 3), ends
+
+    def key(self) -> EcKey:
+        """Return the key that it has, or a new one. Raises ConfigError."""
+        pem = read_file(self.private_key, missing=b"")
+        try:
+            return parse_ec_key(pem, self.private_key)
+        except ConfigError:
+            return new_ec_key()
+
+    def store(self, name: str, key: EcKey, chain: bytes) -> None:
+        """Keep what was issued, if it fits: the key first. Raises AcmeFailed, OSError."""
+        if name not in certificate_names(chain):
+            raise AcmeFailed(f"the authority has issued a certificate that is not for {name}")
+        make_directory(self.directory)
+        temporary = f"{self.chain}.{new_id()}"
+        try:
+            create_synced(temporary, [chain, b"\n", key.to_pem().encode()])
+            server_tls_context(temporary, temporary)
+        finally:
+            discard_names(temporary)
+        replace_durably(self.private_key, key.to_pem().encode())
+        replace_durably(self.chain, chain)
+
+
+# --- the certificates of this host ---
+
+
+class _Progress:
+    """How far a name has come: failures in a row, and not before when it is tried again."""
+
+    __slots__ = ("failures", "not_before", "problem", "unresolved")
+
+    def __init__(self, not_before: float = 0.0) -> None:
+        self.failures = 0
+        self.not_before = not_before
+        self.problem = ""
+        self.unresolved = False
+
+
+def _listen_for_challenges(port: int = 80) -> list[socket.socket]:
+    try:
+        return listen("", port)
+    except ChasquidError as error:
+        text = "the authority must reach port 80; enable chasquid-web.socket, or set web_address"
+        raise ChasquidError(f"{error}; {text}") from error
+
+
+class AcmeSettings(NamedTuple):
+    """What DAEMON decides: whom to ask, where the files are, and what this host is.
+
+    `ports` are those of the web listener; if there are none, `open_port` gives sockets for the
+    time of an order.
+    """
+
+    url: str
+    directory: str
+    hostname: str
+    ports: frozenset[int]
+    open_port: Callable[[], list[socket.socket]] = _listen_for_challenges
+
+
+class Acme:
+    """Has a certificate for each name, and renews it in time.
+
+    `wanted` says which names there are, that of this host among them; `renewed` is called when
+    there is a new certificate.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        log: Log,
+        ask: Ask,
+        settings: AcmeSettings,
+        challenges: Challenges,
+        wanted: Callable[[], Iterable[str]],
+        renewed: Callable[[], Awaitable[object]],
+        caller: Callable[[], AcmeCall] = acme_caller,
+    ) -> None:
+        self._loop = loop
+        self._log = log
+        self._ask = ask
+        self._names = Names(loop, ask)
+        self._settings = settings
+        self._challenges = challenges
+        self._wanted = wanted
+        self._renewed = renewed
+        self._caller = caller
+        self._client: AcmeClient | None = None
+        self._progress: dict[str, _Progress] = {}
+        self._look_now = Event(loop)
+        self._looking = False
+        kinds = [HTTP_01, TLS_ALPN_01] if settings.ports else [HTTP_01]
+        if 443 in settings.ports and 80 not in settings.ports:
+            kinds.reverse()
+        self._kinds = kinds
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong with names that need a certificate, as sentences."""
+        return [progress.problem for progress in self._progress.values() if progress.problem]
+
+    def look(self) -> None:
+        """Look at all names soon: there may be new ones, or the DNS may have them lead here."""
+        if not self._looking:
+            for progress in self._progress.values():
+                if progress.unresolved:
+                    progress.not_before = 0.0
+        self._look_now.set()
+
+    async def run(self) -> None:
+        """Fetch and renew until the task is cancelled."""
+        while True:
+            pause = _ACME_PAUSES[0]
+            try:
+                pause = await self.round()
+            except Exception as error:  # or nothing would ever be renewed again
+                self._log.crash("acme", error)
+            with contextlib.suppress(Expired), self._loop.deadline(pause):
+                await self._look_now.wait()
+            self._look_now.clear()
+
+    async def round(self) -> float:
+        """Fetch what is due; return the seconds until something will be."""
+        self._client = None  # what is known of the authority may be old, and so may the DNS
+        self._names = Names(self._loop, self._ask)
+        nearest = _ROUND_SECONDS
+        self._looking = True
+        try:
+            wanted = list(dict.fromkeys(self._wanted()))
+            self._progress = {name: self._progress.get(name) or _Progress() for name in wanted}
+            for name in wanted:
+                due = await self._attempt_if_due(name)
+                nearest = min(nearest, due - self._loop.clock.time())
+        finally:
+            self._looking = False
+        return max(nearest, 1.0)
+
+    async def _attempt_if_due(self, name: str) -> float:
+        """Return when there is something to do for `name`, which may be what has failed now."""
+        files = FetchedCertificate(os.path.join(self._settings.directory, "certs", name))
+        ends = 0.0
+        try:
+            due, ends = await self._loop.work(files.renewal)
+            due = max(due, self._progress[name].not_before)
+            if due > self._loop.clock.time():
+                return due
+            unresolved = await self._unresolved(name)
+            if unresolved and not ends:
+                return self._skip(name, unresolved)
+            if unresolved:
+                raise AcmeFailed(unresolved)
+            await self._fetch(name, files)
+            due, ends = await self._loop.work(files.renewal)
+        except (ChasquidError, OSError) as error:
+            return self._fail(name, ends, error)
+        until = rfc5322_date(ends)
+        self._log.info("acme", f"a certificate for {name} has come; it is valid until {until}")
+        now = self._loop.clock.time()
+        due = due if due > now else now + _ROUND_SECONDS  # whatever the authority means by that
+        self._progress[name] = _Progress(due)
+        return due
+
+    async def _unresolved(self, name: str) -> str:
+        """Say why `name` cannot be shown to be ours, as far as the DNS tells; "" if it can."""
+        host = self._settings.hostname
+        try:
+            ours = set(await self._names.addresses(host))
+            found = set(await self._names.addresses(name))
+        except TemporaryFailure as error:
+            return "" if name == host else str(error)  # what the authority finds counts
+        if not found:
+            return f"the DNS has no address of {name}"
+        strange = found - ours
+        if strange:
+            return f"the DNS has {name} lead to {', '.join(sorted(strange))}, which is not {host}"
+        return ""
+
+    def _skip(self, name: str, why: str) -> float:
+        """Wait for a name to lead here: only the host itself must have a certificate."""
+        is_host = name == self._settings.hostname
+        due = self._pause(name, longest=_HOST_PAUSE if is_host else _ACME_PAUSES[1])
+        text = f"no certificate for {name} yet: {why}"
+        self._progress[name].unresolved = True
+        self._progress[name].problem = text if is_host else ""
+        tell = self._log.warning if is_host else self._log.info
+        tell("acme", f"{text}; {self._next(due)}")
+        return due
+
+    def _fail(self, name: str, ends: float, error: Exception) -> float:
+        due = self._pause(name, asked=error.pause if isinstance(error, AcmeFailed) else 0.0)
+        text = f"no certificate for {name}"
+        if ends:
+            left = ends - self._loop.clock.time()
+            when = f"expires in {duration_text(left)}" if left > 0 else "has expired"
+            text = f"the certificate for {name} {when} and could not be renewed"
+        text = f"{text}: {reason(error)}"
+        self._progress[name].problem = text
+        self._log.warning("acme", f"{text}; {self._next(due)}")
+        return due
+
+    def _pause(self, name: str, asked: float = 0.0, longest: float = _ACME_PAUSES[1]) -> float:
+        """Return when `name` is tried again; `asked` is what the authority has asked for."""
+        progress = self._progress[name]
+        pause = min(_ACME_PAUSES[0] * 2 ** min(progress.failures, 20), longest)
+        progress.failures += 1
+        progress.unresolved = False
+        pause = max(pause, min(asked, _ACME_LONGEST_PAUSE))
+        progress.not_before = self._loop.clock.time() + pause
+        return progress.not_before
+
+    def _next(self, due: float) -> str:
+        return f"next attempt in {duration_text(due - self._loop.clock.time())}"
+
+    async def _fetch(self, name: str, files: FetchedCertificate) -> None:
+        """Have a certificate issued and keep it; by one challenge, or else by the other."""
+        if self._client is None:
+            self._client = await self._new_client()
+        key = await self._loop.work(files.key)
+        failures: list[AcmeFailed] = []
+        async with self._reachable():
+            for kind in list(self._kinds):
+                try:
+                    chain = await self._client.certificate(name, key, kind)
+                    break
+                except Expired:
+                    text = f"it took more than {duration_text(_ACME_ORDER_SECONDS)}"
+                    raise AcmeFailed(text) from None
+                except AcmeFailed as error:
+                    if error.kind != "challenge":
+                        raise
+                    failures.append(error)
+            else:
+                raise AcmeFailed("; ".join(map(str, failures)))
+        self._kinds.sort(key=lambda other: other != kind)  # what has worked comes first
+        await self._loop.work(lambda: files.store(name, key, chain))
+        await self._renewed()
+
+    async def _new_client(self) -> AcmeClient:
+        directory = self._settings.directory
+        call, key = await self._loop.work(lambda: (self._caller(), acme_account_key(directory)))
+        return AcmeClient(
+            self._loop, call, self._settings.url, key=key, challenges=self._challenges
+        )
+
+    @contextlib.asynccontextmanager
+    async def _reachable(self) -> AsyncIterator[None]:
+        """See to it that somebody listens while an order runs."""
+        sockets = [] if self._settings.ports else self._settings.open_port()
+        web = Web(self._loop, self._log, self._challenges)
+        tasks = [self._loop.spawn(web.serve(raw), "challenges") for raw in sockets]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            for raw in sockets:
+                self._loop.forget(raw.fileno())
+                raw.close()
 
 
 # ======================================================================================
@@ -12721,6 +13821,13 @@ class Daemon:
         self._monitor = Monitor(
             loop, self.log, config.hostname, status=self._status, stop=self._stop_from_inside
         )
+        challenges = Challenges()
+        self._web = Web(
+            loop, self.log, challenges, self._web_site, context=lambda: self._context.tls_context
+        )
+        self._acme = (
+            self._fetch_certificates(ask or client.ask, challenges) if config.acme else None
+        )
         self._control = Control(loop, self.log, config.data_dir, _Requests(self).table)
         undo.callback(self._control.close)
         self._control.open()
@@ -12759,7 +13866,7 @@ class Daemon:
                 (now - item.envelope.received for item in self.queue.items.values()), default=0.0
             ),
             reloaded=self._reloaded,
-            problems=tuple(self.problems),
+            problems=(*self.problems, *(self._acme.problems if self._acme else ())),
             certificates=tuple(
                 CertificateLine(name, tuple(sorted(certificate.names)), certificate.expires)
                 for name, certificate in self._certificates.loaded.items()
@@ -12893,6 +14000,36 @@ class Daemon:
         directory = os.path.join(self.config.data_dir, "sts-cache")
         return StsPolicies(self.loop, self.log, self._names_out, fetch=fetch, directory=directory)
 
+    def _web_site(self) -> WebSite:
+        mode = "enforce" if self._certificates.is_proven(self._hostname) else "testing"
+        domains = frozenset(map(domain_to_ascii, self._domains.each))
+        return WebSite(self._hostname, domains, sts_policy_text([self._hostname], mode))
+
+    def _fetch_certificates(self, ask: Ask, challenges: Challenges) -> Acme:
+        ports = frozenset(raw.getsockname()[1] for raw in self._listeners.web)
+        directory = os.path.join(self.config.data_dir, "acme")
+        settings = AcmeSettings(self.config.acme_url, directory, self._hostname, ports)
+        return Acme(
+            self.loop,
+            self.log,
+            ask,
+            settings,
+            challenges=challenges,
+            wanted=self._names_without_certificate,
+            renewed=self.read_again,
+        )
+
+    def _names_without_certificate(self) -> Iterator[str]:
+        """Yield the names of this host for which config_dir/certs has nothing."""
+        names = [self._hostname]
+        for domain, found in self._domains.each.items() if self._listeners.web else ():
+            if found.users or domain != self._own_domain:
+                ascii = domain_to_ascii(domain)
+                names += [f"mta-sts.{ascii}", f"autoconfig.{ascii}"]
+        for name in names:
+            if not self._certificates.is_proven(name, fetched=False):
+                yield name
+
     async def _sign_notification(self, header: bytes, body: Callable[[], Iterable[bytes]]) -> bytes:
         """Sign with the keys of our host; better unsigned than never."""
         try:
@@ -12922,7 +14059,8 @@ class Daemon:
         self._report_problems()
         if certificates.default is None:
             top = os.path.join(config.config_dir, "certs")
-            text = f"no certificate in {top}/NAME/: TLS is off, and nobody can log in"
+            when = " until one is fetched" if config.acme else ""
+            text = f"no certificate in {top}/NAME/: TLS is off, and nobody can log in{when}"
             log.warning("daemon", text)
         else:
             log.info("daemon", f"certificates: {', '.join(certificates.loaded)}")
@@ -12946,6 +14084,9 @@ class Daemon:
         for raw in self._listeners.monitoring:
             host, port = raw.getsockname()[:2]
             log.info("daemon", f"monitoring at http://{host}:{port}/")
+        for raw in self._listeners.web:
+            host, port = raw.getsockname()[:2]
+            log.info("daemon", f"web pages at [{host}]:{port}, HTTP and HTTPS")
 
     def _report_keys(self) -> None:
         for domain, keys in sorted(self._domains.keys.items()):
@@ -12969,6 +14110,7 @@ class Daemon:
             self.loop.spawn(self._accept_monitoring(raw), "monitoring")
             for raw in self._listeners.monitoring
         ]
+        tasks += [self.loop.spawn(self._web.serve(raw), "web") for raw in self._listeners.web]
         tasks += [
             self.loop.spawn(self._control.serve(), "control"),
             self.loop.spawn(self._reload_forever(), "reload"),
@@ -12978,6 +14120,8 @@ class Daemon:
         for port, host, number in self.addresses:
             self.log.event(Events.LISTENING, port=port.name, address=f"[{host}]:{number}")
         await self.loop.work(self._load_libraries)
+        if self._acme is not None:
+            tasks.append(self.loop.spawn(self._acme.run(), "ACME"))
         self.log.event(Events.READY)
         on_ready()
         notify_systemd("READY=1")
@@ -13125,6 +14269,8 @@ class Daemon:
                 self.log.error("daemon", text)
                 return [reason(error)]
             self._take_over(domains, certificates)
+        if self._acme is not None:
+            self._acme.look()
         return self.problems
 
     def _take_over(self, domains: Domains, certificates: Certificates) -> None:

@@ -216,6 +216,37 @@ def test_a_certificate_of_which_half_is_missing_is_left_out(tmp_path: Path) -> N
         assert login_to(server, "ana@here.example", "secret").startswith("235 ")
 
 
+def test_the_directory_of_acme_sh_works_by_a_link(tmp_path: Path) -> None:
+    server = Server(tmp_path, certificates=())
+    directory = tmp_path / ".acme.sh" / f"{HOST}_ecc"
+    chain, key = certificate(HOST)
+    directory.mkdir(parents=True)
+    for name, text in (("fullchain.cer", chain), (f"{HOST}.key", key), (f"{HOST}.conf", "x")):
+        (directory / name).write_text(text)
+    (server.config_dir / "certs").mkdir()
+    (server.config_dir / "certs" / HOST).symlink_to(directory)
+    with server:
+        assert certificate_of(server) == chain
+        renewed, key = certificate(HOST, "new.example")
+        (directory / "fullchain.cer").write_text(renewed)
+        (directory / f"{HOST}.key").write_text(key)
+        reload(server)
+        assert certificate_of(server) == renewed
+
+
+@pytest.mark.parametrize("link", ["directory", "file"])
+def test_a_link_that_leads_nowhere_is_told_of(tmp_path: Path, link: str) -> None:
+    server = Server(tmp_path)
+    place = server.config_dir / "certs" / "gone.example"
+    if link == "file":
+        place.mkdir()
+        place /= "privkey.pem"
+    place.symlink_to(tmp_path / "nowhere")
+    with server:
+        assert f"{place}: the certificate cannot be read: No such file" in server.log
+        assert certificate_of(server) == certificate(HOST)[0]
+
+
 @pytest.mark.parametrize(
     ("days", "said"),
     [(-1, "has expired, on "), (5, "expires in 4 days: renew it"), (20, "")],

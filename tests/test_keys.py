@@ -84,6 +84,65 @@ def test_every_signature_of_many_is_right(tmp_path):
         openssl("verify", "-CAfile", str(path), "-check_ss_sig", str(path))
 
 
+# --- keys on P-256, and requests for certificates ---
+
+
+def test_an_ec_key_is_read_back_as_it_was_written():
+    for key in (chasquid.new_ec_key(), chasquid._ec_key(1), chasquid._ec_key(chasquid._N - 1)):
+        assert chasquid.parse_ec_key(key.to_pem().encode(), "key.pem") == key
+
+
+@pytest.mark.parametrize(
+    "pem",
+    [
+        b"",
+        b"rubbish",
+        b"-----BEGIN EC PRIVATE KEY-----\n!\n-----END EC PRIVATE KEY-----",
+        b"-----BEGIN EC PRIVATE KEY-----\nMAA=\n-----END EC PRIVATE KEY-----",
+        chasquid._ec_key(1)._replace(secret=0).to_pem().encode(),
+        chasquid._ec_key(1)._replace(secret=chasquid._N).to_pem().encode(),
+        chasquid.Ed25519Key(bytes(32)).to_pem().encode(),
+    ],
+)
+def test_what_is_no_ec_key_is_told_of(pem):
+    with pytest.raises(chasquid.ConfigError, match=r"^key.pem: expected an EC PRIVATE KEY on "):
+        chasquid.parse_ec_key(pem, "key.pem")
+
+
+@needs_openssl
+def test_openssl_reads_an_ec_key(tmp_path):
+    key = chasquid.new_ec_key()
+    (tmp_path / "key.pem").write_text(key.to_pem())
+    openssl("ec", "-in", str(tmp_path / "key.pem"), "-check", "-noout")
+    public = openssl("ec", "-in", str(tmp_path / "key.pem"), "-pubout")
+    assert public == chasquid._pem("PUBLIC KEY", key.public)
+
+
+@needs_openssl
+def test_openssl_finds_a_request_good(tmp_path):
+    path = tmp_path / "request"
+    path.write_bytes(chasquid.certificate_request(chasquid.new_ec_key(), "ñandú.example"))
+    text = openssl("req", "-inform", "DER", "-in", str(path), "-noout", "-verify", "-text")
+    assert "DNS:xn--and-6ma2c.example\n" in text
+    assert "ecdsa-with-SHA256" in text
+
+
+@needs_openssl
+def test_openssl_reads_the_answer_to_a_challenge(tmp_path):
+    chain, _ = chasquid.challenge_certificate("a.example", b"\xab" * 32, time.time())
+    (tmp_path / "cert.pem").write_text(chain)
+    text = openssl("asn1parse", "-in", str(tmp_path / "cert.pem"))
+    extension = text.partition("1.3.6.1.5.5.7.1.31")[2]
+    assert re.search(r"\A\n.*BOOLEAN +:255\n.*OCTET STRING .*:0420(AB){32}\n", extension)
+
+
+def test_who_has_issued_a_certificate_can_be_told():
+    chain, _ = chasquid.self_signed_certificate(["a.example"], time.time())
+    assert chasquid.is_self_signed(chain.encode())
+    with pytest.raises(ValueError):
+        chasquid.is_self_signed(b"")
+
+
 def told_of(certificate: str, *what: str) -> dict[str, str]:
     """What openssl says in lines of the form name=value."""
     done = subprocess.run(

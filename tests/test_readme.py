@@ -22,6 +22,7 @@ WITHOUT_VALUE = {
     "mail_delivery_agent_args": "none",
     "dns_server": "none",
     "trusted_relay": "none",
+    "web_address": "none",
 }
 
 

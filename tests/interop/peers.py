@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import socketserver
+import ssl
 import subprocess
 import threading
 import urllib.parse
@@ -1022,3 +1023,55 @@ class Haproxy(Peer):
 
     def start(self) -> None:
         self._run([self._haproxy, "-db", "-f", self.directory / "haproxy.cfg"], *self.ports)
+
+
+class Pebble(Peer):
+    """Let's Encrypt's small ACME server for tests; it validates at ports of its own.
+
+    `http_port` and `tls_port` are where it looks for answers to challenges. Half of all nonces
+    are refused. `issued_for` is how long its certificates are valid, in seconds.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        names: NameServer,
+        http_port: int,
+        tls_port: int,
+        issued_for: int = 90 * 86400,
+    ) -> None:
+        super().__init__(directory)
+        self.port, self._management = free_port(), free_port()
+        self.url = f"https://localhost:{self.port}/dir"
+        self.certificate = make_certificate(directory / "own", "localhost").fullchain
+        self._names = names
+        settings = {
+            "listenAddress": f"{LOOPBACK}:{self.port}",
+            "managementListenAddress": f"{LOOPBACK}:{self._management}",
+            "certificate": str(self.certificate),
+            "privateKey": str(self.certificate.parent / "privkey.pem"),
+            "httpPort": http_port,
+            "tlsPort": tls_port,
+            "ocspResponderURL": "",
+            "externalAccountBindingRequired": False,
+            "certificateValidityPeriod": issued_for,
+        }
+        (directory / "pebble.json").write_text(json.dumps({"pebble": settings}))
+
+    def start(self) -> None:
+        command = [program("pebble"), "-config", self.directory / "pebble.json"]
+        surroundings = {
+            **os.environ,
+            "PEBBLE_VA_NOSLEEP": "1",
+            "PEBBLE_WFE_NONCEREJECT": "50",
+            "PEBBLE_AUTHZREUSE": "0",
+        }
+        dns = ["-dnsserver", self._names.address]
+        self._run([*command, *dns], self.port, self._management, env=surroundings)
+
+    def root(self) -> str:
+        """Return the certificate that all of its own lead to."""
+        context = ssl.create_default_context(cafile=str(self.certificate))
+        url = f"https://localhost:{self._management}/roots/0"
+        with urllib.request.urlopen(url, timeout=20, context=context) as answer:
+            return str(answer.read().decode())
