@@ -5198,17 +5198,6 @@ def _first_certificate(pem: bytes) -> bytes:
         return b""
 
 
-def is_self_signed(pem: bytes) -> bool:
-    """Tell whether the issuer of the first certificate in `pem` is its subject; RFC 5280, 4.1.2.
-
-    They are the SEQUENCEs before and after that of the two times.
-    """
-    whole = next((content for _, content in _elements(_first_certificate(pem))), b"")
-    body = next((content for _, content in _elements(whole)), b"")
-    sequences = [content for tag, content in _elements(body) if tag == 0x30]
-    return len(sequences) > 3 and sequences[1] == sequences[3]
-
-
 def certificate_expiry(pem: bytes) -> float:
     """Return when the first certificate in `pem` expires, in seconds since 1970.
 
@@ -12115,7 +12104,7 @@ def recipient_text(recipient: Recipient) -> str:
 
 _ACCEPT_PAUSE = 1.0  # when there are no descriptors left
 _BACKLOG = 1024
-_FETCHED = "acme/certs"  # below data_dir; where ACME puts certificates
+FETCHED_CERTIFICATES = "acme/certs"  # below data_dir; where ACME puts certificates
 _EXPIRY_DAYS = 14  # before its end, that of a certificate is warned of
 _SPARE_DESCRIPTORS = 300  # a message that comes in, a delivery, a name look-up: one each
 
@@ -12218,7 +12207,7 @@ class Certificate(NamedTuple):
     @property
     def is_fetched(self) -> bool:
         """Whether it came by ACME, and is renewed without anybody's doing."""
-        return self.directory.startswith(f"{_FETCHED}/")
+        return self.directory.startswith(f"{FETCHED_CERTIFICATES}/")
 
     def covers(self, host: str) -> bool:
         """Tell whether it is for `host`, perhaps by a wildcard (RFC 6125, 6.4.3)."""
@@ -12238,7 +12227,7 @@ class Certificates:
         self.loaded: dict[str, Certificate] = {}
         self._contexts: dict[str, ssl.SSLContext] = {}
         self._load_below(config.config_dir, "certs", before)
-        self._load_below(config.data_dir, _FETCHED, before)
+        self._load_below(config.data_dir, FETCHED_CERTIFICATES, before)
         for certificate in sorted(self.loaded.values(), key=lambda found: not found.proven):
             for host in certificate.names | {os.path.basename(certificate.directory).lower()}:
                 self._contexts.setdefault(host, certificate.context)
@@ -12248,7 +12237,7 @@ class Certificates:
     def _load_below(self, base: str, top: str, before: Certificates | None) -> None:
         directory = os.path.join(base, top)
         for name in sorted(os.listdir(directory)) if os.path.isdir(directory) else []:
-            known = name if top != _FETCHED else f"{top}/{name}"
+            known = name if top != FETCHED_CERTIFICATES else f"{top}/{name}"
             certificate = self._load(known, os.path.join(directory, name))
             if certificate is None and before is not None:
                 certificate = before.loaded.get(known)
@@ -14732,12 +14721,15 @@ class Systemd:
         """Tell whether all are there as files of the operator."""
         return all(os.path.exists(self._path(name)) for name in names)
 
+    def text(self, name: str) -> str:
+        """Return the file of the operator, or "" without one. Raises ConfigError."""
+        return read_file(self._path(name), missing=b"").decode("utf-8", "replace")
+
     def add(self, changes: Changes, units: Mapping[str, bytes]) -> None:
-        """Write those that are not there. Raises OSError, ChasquidError."""
+        """Write units, in place of what is there. Raises OSError, ChasquidError."""
         changes.later("systemctl", "daemon-reload")  # runs when the files are gone again
         for name, data in units.items():
-            if not self.has(name):
-                changes.write(self._path(name), data)
+            changes.write(self._path(name), data)
         changes.run("systemctl", "daemon-reload")
 
     def enable(self, changes: Changes, *units: str) -> None:
@@ -14962,7 +14954,7 @@ class DovecotSetup:
             ),
             Step(
                 "units that tell Dovecot of a new certificate",
-                lambda: self._systemd.has(*_RENEWAL_UNITS),
+                lambda: f"={certificate()}/" in self._systemd.text(_RENEWAL_UNITS[0]),
                 lambda changes: self._make_renewal(changes, certificate()),
             ),
             Step(
@@ -15036,6 +15028,7 @@ class DovecotSetup:
         }
         self._systemd.add(changes, units)
         self._systemd.enable(changes, _RENEWAL_UNITS[0])
+        changes.run("systemctl", "restart", _RENEWAL_UNITS[0])
 
     def _start(self, changes: Changes) -> None:
         service = "dovecot.service"
@@ -15063,8 +15056,16 @@ _SYSTEM_CONFIG_DIR = "/etc/chasquid"
 _PROGRAM_LINK = "/usr/local/bin/chasquid"
 _PROGRAM_DIRECTORY = "/usr/local/lib/chasquid"
 _SOCKETS = ("chasquid-smtp.socket", "chasquid-submission.socket", "chasquid-submission_tls.socket")
-_UNITS = (*_SOCKETS, "chasquid.service")
-_SMTP_PORTS = (25, 465, 587)
+_WEB_SOCKET = "chasquid-web.socket"
+_SERVICE = "chasquid.service"
+_PORTS = {
+    "chasquid-smtp.socket": (25,), "chasquid-submission.socket": (587,),
+    "chasquid-submission_tls.socket": (465,), _WEB_SOCKET: (80, 443),
+}  # fmt: skip
+_WHO_HAS_IT = (
+    "which 'ss -ltnp' names (for port 25, Debian may have installed Exim: 'apt purge exim4-base';"
+    " for port 80, leave out --acme-agree); stop it, and begin again"
+)
 _UNSEEN = "dkim-unseen"  # below data_dir
 _SERVER_STEP = "the running server"
 _OWNED_ALIASES = ("postmaster", "abuse", "root")  # RFC 2142, 5 and 4; and who gets cron's mail
@@ -15171,8 +15172,18 @@ class Setup:
 
     @property
     def certificate(self) -> str:
-        """The directory of the host's certificate."""
-        return os.path.join(self.config_dir, "certs", domain_to_ascii(self.hostname))
+        """The directory of the host's certificate, which is there or will be.
+
+        One that was put into certs wins, but for one that was made here if ACME is on.
+        """
+        config, host = self.config(), domain_to_ascii(self.hostname)
+        by_acme = config.acme or self._request.acme
+        for known in Certificates(config).loaded.values():
+            if known.covers(host) and not known.is_fetched and (known.proven or not by_acme):
+                return os.path.join(self.config_dir, "certs", known.directory)
+        if by_acme:
+            return self._data_path(FETCHED_CERTIFICATES, host)
+        return os.path.join(self.config_dir, "certs", host)
 
     def dkim_keys(self) -> tuple[DkimKey, ...]:
         """Return the domain's DKIM keys. Raises ConfigError."""
@@ -15181,9 +15192,11 @@ class Setup:
 
     def needs(self) -> DnsNeeds:
         """Return what decides on the records that the domain needs. Raises ConfigError."""
+        config, host = self.config(), domain_to_ascii(self.hostname)
         return DnsNeeds(
-            domain_to_ascii(self._request.domain), domain_to_ascii(self.hostname),
-            self._host.addresses(), self.dkim_keys(), smarthost=self.config().smarthost,
+            domain_to_ascii(self._request.domain), host, self._host.addresses(), self.dkim_keys(),
+            smarthost=config.smarthost,
+            sts_id=sts_policy_id(sts_policy_text([host])) if config.web_address else "",
         )  # fmt: skip
 
     # --- the steps ---
@@ -15210,14 +15223,10 @@ class Setup:
         ]
 
     def _look_for_ports(self) -> None:
-        if self._is_running():
-            return
-        for port in _SMTP_PORTS:
-            if not self._host.port_is_free(port):
-                raise ChasquidError(
-                    f"port {port} is taken by another program, which 'ss -ltnp' names (Debian may "
-                    "have installed Exim: 'apt purge exim4-base'); stop it, and begin again"
-                )
+        for unit in self._units():
+            for port in () if self._systemd.are("active", unit) else _PORTS.get(unit, ()):
+                if not self._host.port_is_free(port):
+                    raise ChasquidError(f"port {port} is taken by another program, {_WHO_HAS_IT}")
 
     # --- the system ---
 
@@ -15277,12 +15286,18 @@ class Setup:
 
     def _service_steps(self) -> list[Step]:
         return [
-            Step("units of systemd", lambda: self._systemd.has(*_UNITS), self._make_units),
+            Step("units of systemd", lambda: self._systemd.has(*self._units()), self._make_units),
             Step(_SERVER_STEP, self._is_up_to_date, self._start),
         ]
 
+    def _units(self) -> list[str]:
+        """Return what is to run: the socket of the web listener too, if that is served by it."""
+        with_web = self._request.acme or "systemd" in self.config().web_address
+        return [*_SOCKETS, *((_WEB_SOCKET,) if with_web else ()), _SERVICE]
+
     def _make_units(self, changes: Changes) -> None:
-        units = {name: self._host.template(f"systemd/{name}") for name in _UNITS}
+        names = [name for name in self._units() if not self._systemd.has(name)]
+        units = {name: self._host.template(f"systemd/{name}") for name in names}
         if not os.path.exists(self._host.path("/usr/bin/python3")):
             python = os.fsencode(sys.executable)
             units = {
@@ -15290,19 +15305,27 @@ class Setup:
             }
         self._systemd.add(changes, units)
 
-    def _is_running(self) -> bool:
-        return self._systemd.are("active", *_UNITS)
+    def _stopped(self) -> list[str]:
+        """Return the units that do not run, or would not after the next boot."""
+        return [
+            unit
+            for unit in self._units()
+            if not (self._systemd.are("active", unit) and self._systemd.are("enabled", unit))
+        ]
 
     def _is_up_to_date(self) -> bool:
         """Tell whether the server runs, with what it reads only at its start."""
         changed = any(what.startswith(("units ", self._conf, "key ")) for what in self.made)
-        return self._is_running() and self._systemd.are("enabled", *_UNITS) and not changed
+        return not changed and not self._stopped()
 
     def _start(self, changes: Changes) -> None:
-        if self._is_running():
-            changes.run("systemctl", "restart", "chasquid.service")
-        else:
-            self._systemd.enable(changes, *_UNITS)
+        stopped = self._stopped()
+        if stopped and _SERVICE not in stopped:  # no socket can be opened for it while it runs
+            changes.run("systemctl", "stop", _SERVICE, undo=("systemctl", "start", _SERVICE))
+        if stopped:
+            self._systemd.enable(changes, *stopped)
+        if _SERVICE not in stopped:
+            changes.run("systemctl", "restart", _SERVICE)
 
     def _dovecot_steps(self) -> list[Step]:
         if self.dovecot is None or not self.dovecot.is_ours:
@@ -15332,18 +15355,20 @@ class Setup:
         request = self._request
         if request.smarthost:
             yield "smarthost", request.smarthost
-        if request.acme and "acme" not in Config._fields:
-            raise ChasquidError("this version cannot fetch certificates; leave out --acme-agree")
-        if request.acme:
-            yield "acme", True
         if request.acme and request.acme_url:
             yield "acme_url", request.acme_url
+        if request.acme:
+            yield "acme", True
+        if request.acme and self.is_system:
+            yield "web_address", "systemd"
 
     def _setting_step(self, key: str, value: str | bool) -> Step:
         text = f"{key}: {str(value).lower() if isinstance(value, bool) else quote(value)}"
 
         def is_done() -> bool:
             known = getattr(self.config(), key)
+            if isinstance(known, tuple):
+                return bool(known)
             if known != value and key in changed_keys(self.config()):
                 raise ConfigError(self._conf, 0, f"{key} is {known!r}; change it there")
             return bool(known == value)
@@ -15414,17 +15439,19 @@ class Setup:
         return Step(what, lambda: any(isinstance(key.key, type_) for key in self.dkim_keys()), make)
 
     def _has_certificate(self) -> bool:
-        loaded = Certificates(self.config()).loaded.values()
-        host = domain_to_ascii(self.hostname)
-        return any(known.covers(host) for known in loaded) or os.path.lexists(self.certificate)
+        return os.path.lexists(self.certificate)
 
     def _make_certificate(self, changes: Changes) -> None:
         """Make one that nobody trusts, so that TLS and logins work until there is another."""
         chain, key = self_signed_certificate([domain_to_ascii(self.hostname)], self._now)
-        owner = self._roots_for_server()
-        changes.directory(self.certificate, 0o750, owner)
-        changes.write(os.path.join(self.certificate, "privkey.pem"), key.encode(), 0o640, owner)
-        changes.write(os.path.join(self.certificate, "fullchain.pem"), chain.encode(), 0o644, owner)
+        directory, mode, owner = self.certificate, 0o640, self._roots_for_server()
+        if directory.startswith(self._data_path("")):  # the server will replace it
+            mode, owner = 0o600, self._owner()
+            for above in ("", "acme", FETCHED_CERTIFICATES):
+                changes.directory(self._data_path(above).rstrip("/"), 0o700, owner)
+        changes.directory(directory, 0o750, owner)
+        changes.write(os.path.join(directory, "privkey.pem"), key.encode(), mode, owner)
+        changes.write(os.path.join(directory, "fullchain.pem"), chain.encode(), 0o644, owner)
 
     def _is_self_signed(self) -> bool:
         """Tell whether the host's certificate is still the one that was made here."""
@@ -15466,10 +15493,16 @@ class Setup:
                 f"Start the server with '{self.program} serve'; its ports are below 1024, for "
                 "which it needs root, or 'sysctl net.ipv4.ip_unprivileged_port_start=25'."
             )
-        if self._is_self_signed():
+        if self._is_self_signed() and config.acme:
             yield (
-                "The certificate is one that nobody else trusts. Put another in its place "
-                f"({self.certificate}/fullchain.pem and privkey.pem)."
+                f"A certificate for {self.hostname} is fetched once its address is in the DNS and "
+                "port 80 can be reached from outside. Until then it has one that nobody trusts."
+            )
+        elif self._is_self_signed():
+            yield (
+                "The certificate is one that nobody else trusts. With '--acme-agree' the server "
+                "fetches one from Let's Encrypt, whose terms you accept so; or put another one "
+                f"in its place ({self.certificate})."
             )
         if config.smarthost and not config.smarthost_user:
             yield (
@@ -15478,6 +15511,11 @@ class Setup:
             )
         if self.dovecot:
             yield from self._imap_notes(self.dovecot)
+
+    @property
+    def ports(self) -> str:
+        """The ports that others must reach, for a person."""
+        return f"25, 465, 587{', 80, 443' if self.config().acme else ''} and {IMAPS_PORT}"
 
     def _imap_notes(self, dovecot: DovecotSetup) -> Iterator[str]:
         if not dovecot.version:
@@ -15620,10 +15658,9 @@ def remaining_notes(setup: Setup, needs: DnsNeeds, seen: Seen) -> Iterator[str]:
     for address in seen.nameless:
         yield f"Ask whoever provides {address} for its PTR record: {needs.host}"
     if not needs.addresses:
-        ports = ", ".join(map(str, _SMTP_PORTS))
         yield (
-            f"This host has no public address. Behind a router, forward the ports {ports} and "
-            f"{IMAPS_PORT} to it; on a home line, port 25 to the outside is often closed, and "
+            f"This host has no public address. Behind a router, forward the ports {setup.ports} "
+            "to it; on a home line, port 25 to the outside is often closed, and "
             "mail leaves through a smarthost (--smarthost HOST:PORT)."
         )
     yield from setup.notes()
@@ -18749,6 +18786,8 @@ def _init(arguments: argparse.Namespace) -> int:
     needs = setup.needs()
     imap = setup.try_imap()
     notes = [*setup.reload(), *filter(None, [imap])]
+    if arguments.acme_agree or arguments.acme:
+        notes += _terms(setup.config(), arguments)
     seen = _with_names(arguments, lambda names, loop: look_records_up(names, loop, needs))
     records = remaining_records(needs, seen)
     notes += remaining_notes(setup, needs, seen)
@@ -18768,6 +18807,17 @@ def _init(arguments: argparse.Namespace) -> int:
         records = []
     print("\n".join(remaining_text(records, notes, needs.domain, doctor)), file=out)
     return 0
+
+
+def _terms(config: Config, arguments: argparse.Namespace) -> Iterator[str]:
+    """Yield where the terms of the authority are."""
+    try:
+        terms = acme_terms(arguments.acme or config.acme_url)
+    except ChasquidError as error:
+        yield f"The authority for certificates cannot be asked for its terms: {error}"
+    else:
+        agreed = "which you have accepted" if config.acme else "accept them with --acme-agree"
+        yield f"The terms of the authority for certificates, {agreed}: {terms or 'none'}"
 
 
 # --- try ---

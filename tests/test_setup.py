@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from support import DOWN, Zone, issue, run_command
+from support import DOWN, Zone, issue, run_command, write_certificate
 from support import run as run_on_loop
 
 import chasquid
@@ -99,6 +99,10 @@ class FakeHost(chasquid.Host):
             self.enabled -= set(argv)
             self.running -= set(argv)
         elif argv[:2] == ("systemctl", "restart"):
+            self.running |= set(argv[2:])
+        elif argv[:2] == ("systemctl", "stop"):
+            self.running -= set(argv[2:])
+        elif argv[:2] == ("systemctl", "start"):
             self.running |= set(argv[2:])
 
     def ids(self, user):
@@ -575,6 +579,93 @@ def test_the_login_over_imap_is_tried_with_the_password(host):
     assert "cannot log in: no" in setup.try_imap(log_in)
     assert init(host).setup.try_imap(log_in) == ""  # nobody knows the password any more
     assert len(tried) == 2
+
+
+# --- certificates by ACME ---
+
+FETCHED = "/var/lib/chasquid/acme/certs/mail.example.com"
+
+
+def test_with_the_agreement_the_server_fetches_certificates(host):
+    with_dovecot(host)
+    ran = init(host, acme=True, acme_url="https://ca.example/directory")
+    config = chasquid.load_config(host.path("/etc/chasquid"))
+    assert (config.acme, config.acme_url) == (True, "https://ca.example/directory")
+    assert config.web_address == ("systemd",)
+    assert "chasquid-web.socket" in host.running & host.enabled
+    # one that nobody trusts is where the other will be, and the server may replace it
+    assert ran.setup.certificate == host.path(FETCHED)
+    for path in ("/var/lib/chasquid/acme", "/var/lib/chasquid/acme/certs", FETCHED):
+        assert host.owners[path] == IDS
+    assert host.owners[f"{FETCHED}/privkey.pem"] == IDS
+    assert mode_of(host, f"{FETCHED}/privkey.pem") == 0o600
+    assert f"ssl_key = <{host.path(FETCHED)}/privkey.pem\n" in dovecot_conf(host)
+    assert os.listdir(host.path("/etc/chasquid/certs")) == []
+    assert {record.purpose for record in chasquid.domain_records(ran.setup.needs())} > {"MTA-STS"}
+    assert any("port 80 can be reached" in note for note in ran.setup.notes())
+    assert init(host, acme=True, acme_url="https://ca.example/directory").made == []
+    assert init(host).made == []
+
+
+def dovecot_conf(host):
+    return Path(host.path("/etc/dovecot/dovecot.conf")).read_text()
+
+
+def test_the_agreement_may_come_later(host):
+    with_dovecot(host)
+    before = init(host)
+    assert any("--acme-agree" in note for note in before.setup.notes())
+    number = len(host.log)
+    made = init(host, acme=True).made
+    assert made == [
+        "key acme: true",
+        'key web_address: "systemd"',
+        "certificate for mail.example.com",
+        "/etc/dovecot/dovecot.conf",
+        "units that tell Dovecot of a new certificate",
+        "the running Dovecot",
+        "units of systemd",
+        "the running server",
+    ]
+    assert host.log[number:][-3:] == [
+        "systemctl stop chasquid.service",
+        "systemctl enable --now chasquid-web.socket",
+        "systemctl restart chasquid.service",
+    ]
+    assert f"<{host.path(FETCHED)}/" in dovecot_conf(host)
+    unit = Path(host.path("/etc/systemd/system/chasquid-dovecot.path")).read_text()
+    assert f"PathChanged={host.path(FETCHED)}/fullchain.pem\n" in unit
+    assert init(host).made == []
+
+
+def test_a_certificate_of_ones_own_is_used_beside_acme(host, tmp_path):
+    setup = init(host).setup
+    (tmp_path / "ca").mkdir()
+    issued = issue(tmp_path / "ca", "mail.example.com", issue(tmp_path / "ca", "authority"))
+    Path(setup.certificate, "fullchain.pem").write_text(issued.chain)
+    Path(setup.certificate, "privkey.pem").write_text(issued.key)
+    ran = init(host, acme=True)
+    assert ran.setup.certificate == setup.certificate
+    assert not os.path.exists(host.path(FETCHED))
+
+
+def test_a_web_server_on_port_80_stands_in_the_way_of_the_web_listener_alone(host):
+    host.taken = {80}
+    with pytest.raises(chasquid.ChasquidError, match="port 80 is taken"):
+        init(host, acme=True)
+    assert init(host).made
+
+
+def test_a_certificate_for_the_host_under_another_name_is_used(host):
+    directory = Path(host.path("/etc/chasquid/certs/all"))
+    write_certificate(directory, "*.example.com")
+    ran = init(host)
+    assert ran.setup.certificate == str(directory)
+    assert [what for state, what in ran.told if state == "kept"] == [
+        str(directory.parent.parent),
+        str(directory.parent),
+        "certificate for mail.example.com",
+    ]
 
 
 # --- without systemd, or not as root ---
