@@ -14924,10 +14924,10 @@ def imap_login(
 
 
 class DovecotSetup:
-    """What there is of Dovecot on a host, and the steps that make its configuration.
+    """What there is of Dovecot on a host, and the steps that make its users and configuration.
 
-    Only a configuration that is missing, ours, or as Debian brought it is touched (`is_ours`).
-    `version` is "" without Dovecot.
+    Only a configuration that is missing, ours, or as Debian brought it is touched (`is_ours`);
+    the file of users is there for any. `version` is "" without Dovecot.
     """
 
     def __init__(self, host: Host, config_dir: str) -> None:
@@ -14945,8 +14945,13 @@ class DovecotSetup:
         self, config: Callable[[], Config], certificate: Callable[[], str], made: Sequence[str]
     ) -> list[Step]:
         """Return the steps; `made` is what the whole run has made when they are asked."""
+        if not self.version:
+            return []
+        users = Step(dovecot_users_path(self._config_dir), self._has_users, self._make_users)
+        if not self.is_ours:
+            return [users]
         return [
-            Step(dovecot_users_path(self._config_dir), self._has_users, self._make_users),
+            users,
             Step(
                 DOVECOT_CONF,
                 lambda: self._has_conf(certificate()),
@@ -15328,7 +15333,7 @@ class Setup:
             changes.run("systemctl", "restart", _SERVICE)
 
     def _dovecot_steps(self) -> list[Step]:
-        if self.dovecot is None or not self.dovecot.is_ours:
+        if self.dovecot is None:
             return []
         return self.dovecot.steps(self.config, lambda: self.certificate, self.made)
 
@@ -15526,11 +15531,11 @@ class Setup:
         elif not dovecot.is_ours:
             yield (
                 "Dovecot has a configuration of its own, which is kept. For one that fits, move "
-                f"{DOVECOT_CONF} away, and give this command again."
+                f"{DOVECOT_CONF} away, and give this command again; or have yours use the users "
+                f"and passwords in {dovecot_users_path(self.config_dir)}."
             )
-        else:
-            for user in dovecot.without_hash():
-                yield f"IMAP: {user} needs a new password for it: '{self.program} user-add {user}'."
+        for user in dovecot.without_hash() if dovecot.version else ():
+            yield f"IMAP: {user} needs a new password for it: '{self.program} user-add {user}'."
 
 
 def carry_out(
