@@ -123,12 +123,14 @@ def test_from_an_archive_to_a_mail_that_was_read(fresh: Fresh) -> None:
     other = fresh.root(f"python3 {ARCHIVE} init ben@example.com", True).text
     assert "IMAP: ben@example.com can log in" in other, other
     fresh.root("sudo -u chasquid chasquid user-remove ana@example.com", True)
-    assert not fresh.read("quite new")
+    # Dovecot looks at its file once in a second
+    wait_for(lambda: not fresh.read("quite new"), "the end of ana's password")
 
     # one who never logs in has a mailbox for Dovecot too
     fresh.root("sudo -u chasquid chasquid user-add info@example.com --receive-only", True)
-    found = fresh.root("doveadm user info@example.com", True).text
-    assert "maildir:/var/lib/chasquid/mail/example.com/info" in found
+    place = "maildir:/var/lib/chasquid/mail/example.com/info"
+    look = "doveadm user info@example.com"
+    wait_for(lambda: place in fresh.root(look).text, "the mailbox of info")
 
     # a new certificate is noticed by Dovecot
     serial = "openssl s_client -connect 127.0.0.1:993 </dev/null 2>/dev/null | openssl x509 -serial"
@@ -139,6 +141,18 @@ def test_from_an_archive_to_a_mail_that_was_read(fresh: Fresh) -> None:
     fresh.root(f"cd {place} && {request} {names} -keyout privkey.pem -out new 2>/dev/null", True)
     fresh.root(f"cd {place} && mv new fullchain.pem", True)
     wait_for(lambda: fresh.root(serial, True).text != old, "the new certificate")
+
+    # an authority that cannot be reached yet: all is ready for it, and mail works
+    text = fresh.init("--acme-agree", "--acme", "https://127.0.0.1:1/directory")
+    assert "authority for certificates cannot be asked for its terms" in text
+    assert "IMAP: ana@example.com can log in" in text
+    assert {"80", "443"} <= set(re.findall(r":(\d+) ", fresh.root("ss -Hltn", True).text))
+    fresh.send(password_in(text), "third")
+    show = "openssl s_client -connect 127.0.0.1:993 </dev/null 2>/dev/null | openssl x509"
+    kept = "cat /var/lib/chasquid/acme/certs/mail.example.com/fullchain.pem"
+    assert fresh.root(show, True).text == fresh.root(kept, True).text
+    acme = ("--acme-agree", "--acme", "https://127.0.0.1:1/directory")
+    assert states(fresh.init(*acme)) == {"kept"}
 
 
 def test_a_server_that_does_not_start_leaves_nothing_behind(fresh: Fresh) -> None:
