@@ -13,12 +13,13 @@ The work has four steps, and this file tells them in this order.
    checked each time they are read. Nothing that is fetched is ever run here: modules are
    taken out of wheels and source distributions as plain files.
 2. *Take.* Of each package come the modules that a mail server needs, a few lines of
-   METADATA (so that `importlib.metadata` can name it) and its licence. Three of the
+   METADATA (so that `importlib.metadata` can name it) and its licence. Some of the
    modules are altered; each alteration says why, there and in the archive.
 3. *Compile.* An archive cannot keep bytecode from one start to the next, so bytecode goes
-   in: one tree for each version of CPython, named by its cache tag (`cpython-311/`). The
-   source stays at the root for any other. Only an interpreter can write its own
-   bytecode, so the trees are those of the interpreters found on this machine.
+   in: a tree that is named by the cache tag of its interpreter (`cpython-311/`). The
+   source stays at the root, with what only a reader needs, and for any other Python. Only
+   an interpreter can write its own bytecode: there is one tree, for the interpreter that
+   runs this, or one for each version that is found on this machine (`--all-pythons`).
 4. *Write.* The same input gives the same bytes: sorted names, one date
    (SOURCE_DATE_EPOCH, else 1980), fixed permissions.
 
@@ -104,19 +105,18 @@ PACKAGES = (
         # record type that is missing here is still read, as opaque bytes.
         """
         dns/*.py
-        !dns/dnssec.py !dns/dnssecalgs/* !dns/quic/_[!_]*
-        !dns/_trio_backend.py !dns/_asyncio_backend.py !dns/win32util.py
-        !dns/zone* !dns/btree* !dns/versioned.py !dns/namedict.py !dns/grange.py
-        !dns/e164.py !dns/tsigkeyring.py
+        !dns/dnssec* !dns/quic/_[!_]*
+        !dns/_trio_backend.py !dns/_asyncio_backend.py !dns/win32util.py !dns/_no_ssl.py
+        !dns/zone* !dns/btree* !dns/node.py !dns/versioned.py !dns/namedict.py
+        !dns/grange.py !dns/serial.py !dns/e164.py !dns/tsigkeyring.py
         !dns/rdtypes/*/* !dns/rdtypes/base64base.py !dns/rdtypes/euibase.py
-        dns/rdtypes/*/__init__.py !dns/rdtypes/CH/*
+        !dns/rdtypes/dnskeybase.py !dns/rdtypes/dsbase.py !dns/rdtypes/rrsigbase.py
+        !dns/rdtypes/svcbbase.py dns/rdtypes/*/__init__.py !dns/rdtypes/CH/*
         dns/rdtypes/IN/A.py dns/rdtypes/IN/AAAA.py dns/rdtypes/IN/SRV.py
-        dns/rdtypes/IN/HTTPS.py dns/rdtypes/IN/SVCB.py
         dns/rdtypes/ANY/CNAME.py dns/rdtypes/ANY/DNAME.py dns/rdtypes/ANY/NS.py
         dns/rdtypes/ANY/MX.py dns/rdtypes/ANY/TXT.py dns/rdtypes/ANY/SPF.py
         dns/rdtypes/ANY/PTR.py dns/rdtypes/ANY/SOA.py dns/rdtypes/ANY/TLSA.py
-        dns/rdtypes/ANY/CAA.py dns/rdtypes/ANY/DS.py dns/rdtypes/ANY/DNSKEY.py
-        dns/rdtypes/ANY/RRSIG.py dns/rdtypes/ANY/OPT.py dns/rdtypes/ANY/TSIG.py
+        dns/rdtypes/ANY/CAA.py dns/rdtypes/ANY/OPT.py dns/rdtypes/ANY/TSIG.py
         """,
         "licenses/LICENSE",
     ),
@@ -146,7 +146,7 @@ PACKAGES = (
         "3.20",
         "idna-3.20-py3-none-any.whl",
         "ab7ae7122974553370f0bdb919e1a960b2cd1bc1ef0276416d896db81c14582c",
-        "idna/*.py !idna/__main__.py !idna/cli.py",
+        "idna/*.py !idna/__main__.py !idna/cli.py !idna/codec.py !idna/compat.py",
         "licenses/LICENSE.md",
     ),
     Package(
@@ -154,7 +154,7 @@ PACKAGES = (
         "1.1.2",
         "precis_i18n-1.1.2-py3-none-any.whl",
         "8e6cce33bdd8cb6289b9e85cdd7be74c30a1111cadb9d759492349c8c10b0840",
-        "precis_i18n/*.py",
+        "precis_i18n/*.py !precis_i18n/codec.py",
         "licenses/LICENSE.txt",
     ),
 )
@@ -174,9 +174,10 @@ ALTERED = {
     ),
 }
 
+_ISC = b"# Copyright (C) Dnspython Contributors, see LICENSE for text of ISC license\n"
 REPLACED = {
-    "dns/_features.py": b'''\
-# Copyright (C) Dnspython Contributors, see LICENSE for text of ISC license
+    "dns/_features.py": _ISC
+    + b'''\
 # Replaced for chasquid.pyz: idna is in the archive, and whatever else dnspython could make
 # use of (trio, httpx, aioquic, cryptography) is left alone even where the host has it.
 
@@ -191,6 +192,31 @@ def have(feature: str) -> bool:
 def force(feature: str, enabled: bool) -> None:
     """Force the status of *feature* to be *enabled*."""
     _known[feature] = enabled
+''',
+    # What is imported at every start, and called by nobody here, is a stub.
+    "dns/_ddr.py": _ISC
+    + b"# Replaced for chasquid.pyz: designated resolvers are not discovered.\n",
+    "dns/transaction.py": _ISC
+    + b'''\
+# Replaced for chasquid.pyz: zones are neither kept nor transferred.
+
+
+class TransactionManager:
+    """Named by functions that transfer zones."""
+
+
+class Transaction:
+    """The same."""
+''',
+    "dns/xfr.py": _ISC
+    + b'''\
+# Replaced for chasquid.pyz: zones are neither kept nor transferred.
+
+import dns.exception
+
+
+class TransferError(dns.exception.DNSException):
+    """Another name for it is made in dns.query."""
 ''',
 }
 
@@ -452,12 +478,33 @@ print(sys.implementation.cache_tag, importlib.util.MAGIC_NUMBER.hex(), sys.versi
 
 # Flag 1 means: checked by hash, but never; the loader then opens no source. -I and -S keep
 # the environment out, so that asserts, which dkimpy relies on, are always compiled in.
+# What only a reader needs stays in the source: bytecode has no docstrings (dnspython's
+# exceptions excepted, whose messages they are), no annotations of functions, and, by
+# COMPILE_OPTIONS, no columns for the carets in a traceback. Line numbers are there, and
+# PYTHONPATH=chasquid.pyz reads the source, for help() and for who imports the module.
+COMPILE_OPTIONS = ("-X", "no_debug_ranges")
 COMPILER = """\
-import base64, importlib.util, json, marshal, sys
+import ast, base64, importlib.util, json, marshal, sys
+functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+def strip(node, documented):
+    if isinstance(node, documented) and ast.get_docstring(node, False):
+        node.body[0].value.value = ""
+    if isinstance(node, functions):
+        node.returns = None
+    if isinstance(node, ast.arg):
+        node.annotation = None
+
 done = {}
 for name, text in json.load(sys.stdin).items():
     source = base64.b64decode(text)
-    code = compile(source, "chasquid.pyz/" + name, "exec", dont_inherit=True)
+    tree = ast.parse(source)
+    documented = (ast.Module, *functions)
+    if not name.startswith("dns/"):
+        documented += (ast.ClassDef,)
+    for node in ast.walk(tree):
+        strip(node, documented)
+    code = compile(tree, "chasquid.pyz/" + name, "exec", dont_inherit=True)
     head = importlib.util.MAGIC_NUMBER + b"\\1\\0\\0\\0" + importlib.util.source_hash(source)
     done[name + "c"] = base64.b64encode(head + marshal.dumps(code)).decode()
 json.dump(done, sys.stdout)
@@ -473,9 +520,9 @@ class Interpreter(NamedTuple):
     version: str
 
 
-def run_python(path: str, script: str, text: str = "") -> str:
+def run_python(path: str, script: str, text: str = "", options: Sequence[str] = ()) -> str:
     """What a script prints that is given `text`, with no environment or site in its way."""
-    command = [path, "-I", "-S", "-W", "ignore", "-c", script]
+    command = [path, "-I", "-S", "-W", "ignore", *options, "-c", script]
     try:
         done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=600)
     except OSError as error:
@@ -536,7 +583,8 @@ def bytecode(python: Interpreter, files: Files) -> Files:
         for name, data in files.items()
         if name.endswith(".py")
     }
-    compiled: dict[str, str] = json.loads(run_python(python.path, COMPILER, json.dumps(sources)))
+    output = run_python(python.path, COMPILER, json.dumps(sources), COMPILE_OPTIONS)
+    compiled: dict[str, str] = json.loads(output)
     return {f"{python.tag}/{name}": base64.b64decode(text) for name, text in compiled.items()}
 
 
@@ -562,14 +610,34 @@ if sys.flags.optimize:
     )
     sys.exit(1)
 
+import gc
 from importlib.util import MAGIC_NUMBER
+from zipimport import zipimporter
 
 TREES = {TREES}
-if TREES.get(sys.implementation.cache_tag) == MAGIC_NUMBER.hex():
-    sys.path.insert(0, sys.path[0] + "/" + sys.implementation.cache_tag)
+TREE = sys.path[0] + "/" + sys.implementation.cache_tag
 
+
+# A zipimporter reads and unpacks each module twice, the first time to learn its file's name.
+class Tree(zipimporter):
+    def __init__(self, path):
+        if not path.startswith(TREE):
+            raise ImportError(path)
+        zipimporter.__init__(self, path)
+
+    def get_filename(self, name):
+        path = self.archive + "/" + self.prefix + name.rpartition(".")[2]
+        return path + ("/__init__.pyc" if self.is_package(name) else ".pyc")
+
+
+if TREES.get(sys.implementation.cache_tag) == MAGIC_NUMBER.hex():
+    sys.path_hooks.insert(0, Tree)
+    sys.path.insert(0, TREE)
+
+gc.disable()  # nothing of what is loaded is garbage
 import chasquid
 
+gc.enable()
 sys.exit(chasquid.main())
 """
 
@@ -654,7 +722,10 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
         "--pythons",
         metavar="LIST",
         help="interpreters to compile with, such as"
-        " python3.11,python3.13 (default: each version found on this machine)",
+        " python3.11,python3.13 (default: the one that runs this)",
+    )
+    which.add_argument(
+        "--all-pythons", action="store_true", help="compile with each version on this machine"
     )
     which.add_argument(
         "--no-bytecode", action="store_true", help="source only: smaller, and slower to start"
@@ -668,10 +739,11 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         if asked.no_bytecode:
             pythons = []
-        elif asked.pythons is not None:
-            pythons = named([name.strip() for name in asked.pythons.split(",") if name.strip()])
-        else:
+        elif asked.all_pythons:
             pythons = at_hand()
+        else:
+            names = asked.pythons or sys.executable
+            pythons = named([name.strip() for name in names.split(",") if name.strip()])
         print(build(asked.output, asked.cache.resolve(), pythons))
     except Unable as sentence:
         print(f"build_zipapp: {sentence}", file=sys.stderr)

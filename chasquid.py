@@ -109,13 +109,37 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar, overload
 
+TYPE_CHECKING = False  # typing is for those who check types: loading it would slow each start
 if TYPE_CHECKING:
     import argparse
     import subprocess
     from email.message import EmailMessage
     from email.message import Message as ParsedMessage
+    from typing import IO, Any, NamedTuple, NoReturn, Protocol, TypeVar, overload
+
+    T = TypeVar("T")
+else:
+    Any = Protocol = object
+
+    class _NamedTupleType(type):
+        """Makes of a class statement what typing.NamedTuple does, without its checks of types."""
+
+        def __new__(cls, name, bases, body):
+            if not bases:
+                return super().__new__(cls, name, bases, body)
+            fields = body.get("__annotations__", {})
+            defaults = [body.pop(field) for field in fields if field in body]
+            made = collections.namedtuple(
+                name, fields, defaults=defaults, module=body["__module__"]
+            )
+            for key, value in body.items():
+                setattr(made, key, value)
+            return made
+
+    class NamedTuple(metaclass=_NamedTupleType):
+        """The base of values: tuples whose items have names, defaults and methods."""
+
 
 __version__ = "0.1.0"
 __all__ = [
@@ -133,8 +157,6 @@ __all__ = [
     "load_config",
     "main",
 ]
-
-T = TypeVar("T")
 
 # ======================================================================================
 # ROOM: ERRORS
@@ -12151,11 +12173,12 @@ def listen(host: str, port: int, *, once: bool = False) -> list[socket.socket]:
     if type(port) is not int or not 0 <= port <= 65535:
         text = "the port must be a number from 0 to 65535"
         raise ChasquidError(f"{place} is no address to listen at: {text}")
+    name = host.encode() if host.isascii() else host  # for any str, Python loads its IDNA codec
     try:
         found: list[Any] = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            name or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-    except (OSError, UnicodeError) as error:
+    except (OSError, ValueError) as error:
         raise ChasquidError(f"{place} is no address to listen at: {reason(error)}") from error
     six = [entry for entry in found if entry[0] == socket.AF_INET6]
     if not host and six:
@@ -13540,9 +13563,9 @@ _STOP_SECONDS = 10.0
 _DAY = 86400.0
 # Everything that is imported when it is first used; see `load_modules`.
 _LATE_MODULES = (
-    "base64", "difflib", "dns.asyncresolver", "dns.rcode", "encodings.ascii", "fcntl", "hashlib",
-    "hmac", "http.client", "idna", "idna.uts46data", "io", "ipaddress", "precis_i18n.profile",
-    "resource", "shlex", "shutil", "subprocess", "tempfile", "unicodedata",
+    "base64", "difflib", "dns.asyncresolver", "dns.rcode", "encodings.ascii", "encodings.idna",
+    "fcntl", "hashlib", "hmac", "http.client", "idna", "idna.uts46data", "io", "ipaddress",
+    "precis_i18n.profile", "resource", "shlex", "shutil", "subprocess", "tempfile", "unicodedata",
 )  # fmt: skip
 DOMAIN_INFO_DIRECTORY = "domaininfo"  # below data_dir
 DOMAIN_FORGOTTEN = "what was seen of {} is forgotten"
@@ -14111,8 +14134,8 @@ class Daemon:
         await self.loop.work(self._load_libraries)
         if self._acme is not None:
             tasks.append(self.loop.spawn(self._acme.run(), "ACME"))
-        self.log.event(Events.READY)
         on_ready()
+        self.log.event(Events.READY)
         notify_systemd("READY=1")
         await self._stopping.wait()
         notify_systemd("STOPPING=1")
@@ -16979,12 +17002,17 @@ class CaptureServer:
         """What the server has noted down, a line each."""
         return list(self._log.lines)
 
-    @overload
-    def wait_for(self, what: int = 1, timeout: float | None = None) -> list[CapturedMessage]: ...
-    @overload
-    def wait_for(
-        self, what: Callable[[CapturedMessage], object], timeout: float | None = None
-    ) -> CapturedMessage: ...
+    if TYPE_CHECKING:
+
+        @overload
+        def wait_for(
+            self, what: int = 1, timeout: float | None = None
+        ) -> list[CapturedMessage]: ...
+        @overload
+        def wait_for(
+            self, what: Callable[[CapturedMessage], object], timeout: float | None = None
+        ) -> CapturedMessage: ...
+
     def wait_for(
         self, what: int | Callable[[CapturedMessage], object] = 1, timeout: float | None = None
     ) -> list[CapturedMessage] | CapturedMessage:
@@ -18671,8 +18699,9 @@ Ctrl-C ends, and all is forgotten.
 # What `capture` imports when it is first used; see `load_modules`.
 _CAPTURE_MODULES = (
     "dns.asyncresolver", "email.generator", "email.header", "email.message", "email.parser",
-    "email.policy", "fnmatch", "hashlib", "hmac", "html", "idna", "idna.uts46data", "ipaddress",
-    "precis_i18n.profile", "quopri", "shutil", "tempfile", "urllib.parse",
+    "email.policy", "encodings.idna", "fnmatch", "hashlib", "hmac", "html", "idna",
+    "idna.uts46data", "ipaddress", "precis_i18n.profile", "quopri", "shutil", "tempfile",
+    "urllib.parse",
 )  # fmt: skip
 
 
@@ -18717,8 +18746,12 @@ def run_daemon(daemon: Daemon, on_ready: Callable[[], object] = lambda: None) ->
         signal.signal(number, lambda *_: daemon.stop())
     signal.signal(signal.SIGHUP, lambda *_: daemon.reload())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
-    _return_memory_at_once()
-    daemon.run(on_ready)
+
+    def ready() -> None:
+        _return_memory_at_once()  # loads ctypes, which a client that waits need not wait for
+        on_ready()
+
+    daemon.run(ready)
 
 
 def _load(arguments: argparse.Namespace) -> Config:
@@ -19988,6 +20021,25 @@ def _in_our_spelling(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return first, rest
 
 
+def _plain_serve(words: Sequence[str]) -> Any:
+    """Parse what starts the server, without argparse, which would take as long as the start.
+
+    The value is None for anything else, mistakes too.
+    """
+    try:
+        first, rest = _in_our_spelling(words)
+    except ValueError:
+        return None
+    options = dict(word.partition("=")[::2] for word in first)
+    if rest not in ([], ["serve"]) or "--version" in options:
+        return None
+    return types.SimpleNamespace(
+        verb="serve" if rest else None,
+        config_dir=options.get("--config-dir", _CONFIG_DIR),
+        config_overrides=options.get("--config-overrides", ""),
+    )
+
+
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     """Parse arguments. Raises SystemExit with status 2 after a word on what is wrong."""
     parser, subs = _argument_parser()
@@ -20025,7 +20077,8 @@ def _unknown(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
-    arguments = _parse(sys.argv[1:] if argv is None else argv)
+    words = sys.argv[1:] if argv is None else argv
+    arguments = _plain_serve(words) or _parse(words)
     config_dir = arguments.config_dir
     if arguments.verb is None:
         if not os.path.exists(os.path.join(config_dir, "chasquid.conf")):

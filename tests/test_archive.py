@@ -9,11 +9,14 @@ nor the real packages. Those that look at the real ones take them from `.cache/`
 from __future__ import annotations
 
 import ast
+import builtins
+import gc
 import hashlib
 import importlib.metadata
 import importlib.util
 import io
 import json
+import marshal
 import os
 import shutil
 import subprocess
@@ -21,7 +24,9 @@ import sys
 import tarfile
 import types
 import zipfile
+import zipimport
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -284,6 +289,32 @@ def test_bytecode_is_never_checked_against_a_source(tmp_path: Path) -> None:
     )
 
 
+def test_bytecode_holds_what_runs_and_not_what_is_read() -> None:
+    source = b'''"""Module."""
+from __future__ import annotations
+class Value:
+    """A class."""
+    size: int = 3
+    def grow(self, by: int) -> int:
+        """A method."""
+        def inner(): "Only this."
+        return self.size + by + (inner() or missing)
+'''
+    for name, described in (("a.py", ""), ("dns/a.py", "A class.")):
+        (data,) = builder.bytecode(builder.probed(sys.executable), {name: source}).values()
+        space: dict[str, Any] = {"__name__": "a"}
+        exec(marshal.loads(data[16:]), space)
+        value = space["Value"]
+        assert (space["__doc__"], value.__doc__, value.grow.__doc__) == ("", described, "")
+        assert value.__annotations__ == {"size": "int"}
+        assert value.grow.__annotations__ == {}
+        with pytest.raises(NameError) as error:
+            value().grow(1)
+        assert error.traceback[-1].lineno + 1 == 9  # pytest counts from 0
+        columns = {place[2:] for place in value.grow.__code__.co_positions()}
+        assert columns == {(None, None)}
+
+
 def test_what_is_no_python_is_refused(tmp_path: Path) -> None:
     with pytest.raises(builder.Unable, match="does not run"):
         builder.named([str(tmp_path / "python3.99")])
@@ -313,6 +344,7 @@ def run_main(source: str, **seen: object) -> tuple[int, str]:
             "flags": types.SimpleNamespace(optimize=0),
             "implementation": sys.implementation,
             "path": ["chasquid.pyz"],
+            "path_hooks": [],
             "stderr": said,
             "exit": sys.exit,
             **seen,
@@ -320,10 +352,14 @@ def run_main(source: str, **seen: object) -> tuple[int, str]:
     )
     modules = {
         "sys": fake,
+        "gc": gc,
         "importlib.util": importlib.util,
+        "zipimport": zipimport,
         "chasquid": types.SimpleNamespace(main=lambda: fake.path[0]),
     }
-    names = {"__builtins__": {"__import__": lambda name, *_: modules[name], "tuple": tuple}}
+    known = {"__import__": lambda name, *_: modules[name], "tuple": tuple}
+    known["__build_class__"] = builtins.__build_class__
+    names = {"__builtins__": known, "__name__": "__main__"}
     with pytest.raises(SystemExit) as stop:
         exec(compile(source, "__main__.py", "exec"), names)
     return stop.value.code, said.getvalue()
@@ -432,7 +468,6 @@ def test_what_is_in_the_archive(built: Path, entries: dict[str, bytes]) -> None:
         *(package.dist_info for package in builder.PACKAGES),
     }
     assert built.read_bytes().startswith(b"#!/usr/bin/env python3\n")
-    assert built.stat().st_size < 1_500_000
 
 
 def test_every_package_brings_its_terms(entries: dict[str, bytes]) -> None:
@@ -479,7 +514,7 @@ def test_no_module_warns_when_it_is_compiled(entries: dict[str, bytes]) -> None:
 
 def test_whatever_dnspython_imports_is_there(entries: dict[str, bytes]) -> None:
     """Imports that are left open are those of features that are off, or of Windows."""
-    is_open = {"dns._asyncio_backend", "dns._trio_backend", "dns.win32util"}
+    is_open = {"dns._asyncio_backend", "dns._no_ssl", "dns._trio_backend", "dns.win32util"}
     for name, data in entries.items():
         if not name.startswith("dns/") or name == "dns/quic/__init__.py":
             continue
@@ -504,6 +539,10 @@ def test_it_runs_on_the_archive_alone(built: Path) -> None:
     assert said["arguments"] == ["hello", "--world"]
     assert {Path(path).suffix for path in said["files"].values()} == {".pyc"}
     assert all(path.startswith(tree) for path in said["files"].values())
+    with zipfile.ZipFile(built) as archive:
+        assert {path.removeprefix(f"{built}/") for path in said["files"].values()} <= set(
+            archive.namelist()
+        )
     assert said["tlsa"] == "TLSA"
     assert said["idna"] is True
     assert said["versions"] == {
@@ -512,6 +551,28 @@ def test_it_runs_on_the_archive_alone(built: Path) -> None:
     }
     unwelcome = {"asyncio", "trio", "httpx", "httpx2", "aioquic", "aiodns", "cryptography"}
     assert not unwelcome & set(said["modules"])
+
+
+READ = """\
+import collections, runpy, sys, zlib
+inflate, read = zlib.decompress, collections.Counter()
+def counted(data, *rest):
+    read[data] += 1
+    return inflate(data, *rest)
+zlib.decompress = counted
+try:
+    runpy.run_path(sys.argv[1], run_name="__main__")
+except SystemExit:
+    print("", len(read), sum(read.values()) - len(read))
+"""
+
+
+def test_a_module_is_read_once(built: Path) -> None:
+    done = run(sys.executable, "-I", "-S", "-c", READ, built)
+    assert done.returncode == 0, done.stderr
+    count, again = done.stdout.split()[-2:]
+    assert int(count) > 50
+    assert int(again) <= 1  # __main__, which is not of the tree
 
 
 def test_what_the_host_has_is_left_alone(built: Path, tmp_path: Path) -> None:
@@ -554,26 +615,69 @@ def test_an_answer_of_any_kind_can_be_read(built: Path, tmp_path: Path) -> None:
     assert done.stdout == "read\n", done.stderr
 
 
-def test_the_server_tells_its_version(cache: Path, tmp_path: Path) -> None:
-    if "\ndef main(" not in (HERE / "chasquid.py").read_text(encoding="utf-8"):
-        pytest.skip("chasquid.py has no main() yet")
-    output = tmp_path / "chasquid.pyz"
-    done = run(
-        sys.executable,
-        HERE / "build_zipapp.py",
-        "--cache",
-        cache,
-        "--output",
-        output,
-        "--pythons",
-        sys.executable,
-    )
+@pytest.fixture(scope="module")
+def server(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The archive as it is built without options."""
+    path = tmp_path_factory.mktemp("server") / "chasquid.pyz"
+    done = run(sys.executable, HERE / "build_zipapp.py", "--cache", cache, "--output", path)
     assert done.returncode == 0, done.stderr
-    done = run(sys.executable, "-I", "-S", output, "version")
+    assert done.stdout.endswith(f" bytes, bytecode of CPython {sys.version.split()[0]}\n")
+    return path
+
+
+def test_the_server_tells_its_version(server: Path) -> None:
+    done = run(sys.executable, "-I", "-S", server, "version")
     assert done.returncode == 0, done.stderr
     for package in builder.PACKAGES:
         assert package.name in done.stdout
         assert package.version in done.stdout
+
+
+def test_the_archive_is_small(server: Path) -> None:
+    assert server.stat().st_size <= 1_200_000
+
+
+LOAD_ALL = """\
+import sys; sys.path.insert(0, sys.argv[1])
+import chasquid, contextlib
+chasquid.load_modules([*chasquid._LATE_MODULES, *chasquid._CAPTURE_MODULES])
+chasquid.load_modules(sys.argv[2:])
+chasquid.load_dkim()
+chasquid.load_spf()
+chasquid.DnsClient(None, ["127.0.0.1"]).set_up()
+chasquid.domain_to_ascii("bücher.example")
+chasquid.normalize_user("É")
+print(*[module.__file__ for module in sys.modules.values() if getattr(module, "__file__", None)])
+"""
+
+# Loaded by what some message of the DNS may be.
+ON_DEMAND = ["dns.update"]
+
+
+def test_each_module_of_the_packages_is_one_that_the_server_loads(server: Path) -> None:
+    """Whatever else is in them is left out by `take`, or is a stub of REPLACED."""
+    done = run(sys.executable, "-I", "-S", "-c", LOAD_ALL, server, *ON_DEMAND)
+    assert done.returncode == 0, done.stderr
+    loaded = {path.removeprefix(f"{server}/") for path in done.stdout.split()}
+    with zipfile.ZipFile(server) as archive:
+        modules = {name for name in archive.namelist() if name.endswith(".py")}
+    assert modules - loaded == {"__main__.py"}
+
+
+def test_all_pythons_of_the_machine(cache: Path, tmp_path: Path) -> None:
+    """This one, and what stands in the search path, if it is a Python that runs."""
+    broken = tmp_path / "bin" / "python3.12"
+    broken.parent.mkdir()
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    script = checkout(tmp_path / "checkout")
+    path = {"PATH": str(broken.parent), "PYENV_ROOT": str(tmp_path)}
+    done = run(
+        sys.executable, script, "--cache", cache, "--all-pythons", env={**os.environ, **path}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f" bytes, bytecode of CPython {sys.version.split()[0]}\n")
+    assert done.stderr == (f"build_zipapp: skipped {broken}, no working CPython 3.11 or later\n")
 
 
 def test_pip_installs_the_same_packages() -> None:

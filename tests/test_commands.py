@@ -831,3 +831,28 @@ def test_the_queue_is_listed_for_programs_and_by_sender_and_domain(
     assert listed("--domain", "far.example") == ["ida@far.example"]
     assert listed("--sender", "nobody@x.example") == []
     assert len(listed("--sender", "ana@here.example")) == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "serve",
+        "--config-dir DIR serve",
+        "serve -C DIR",
+        "-config_dir=DIR --config-overrides x:1 -v",
+        "--config-dir A --config-dir= serve",
+    ],
+)
+def test_a_plain_start_is_parsed_as_any_other(words: str) -> None:
+    plain, full = chasquid._plain_serve(words.split()), chasquid._parse(words.split())
+    assert plain is not None
+    assert vars(plain).items() <= vars(full).items()
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--help", "serve --help", "serve x", "srve", "try", "--version serve", "-C", "--unknown"],
+)
+def test_whatever_else_is_parsed_in_full(words: str) -> None:
+    assert chasquid._plain_serve(words.split()) is None

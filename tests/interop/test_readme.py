@@ -187,7 +187,29 @@ def a_second_host(reader: Reader) -> None:
     reader.sh("mkdir -p /srv/mx2/certs/mx2.example.com /srv/mx2/domains/old.example")
 
 
+def certbot_keeps_what_it_fetched(reader: Reader) -> None:
+    """Let live/NAME hold links into archive/NAME, with certbot's modes, and no copy be there."""
+    reader.root(KEPT_BY_CERTBOT, True)
+
+
+KEPT_BY_CERTBOT = """\
+set -e
+cd /etc/letsencrypt
+mkdir -p archive/mail.example.com
+for name in fullchain privkey; do
+    mv live/mail.example.com/$name.pem archive/mail.example.com/${name}1.pem
+    ln -s ../../archive/mail.example.com/${name}1.pem live/mail.example.com/$name.pem
+done
+chmod 700 live archive
+chmod 755 live/mail.example.com archive/mail.example.com
+chmod 644 archive/mail.example.com/fullchain1.pem
+chmod 600 archive/mail.example.com/privkey1.pem
+rm -r /etc/chasquid/certs/mail.example.com
+"""
+
+
 BEFORE: dict[str, Look] = {
+    "sudo chgrp chasquid /etc/letsencrypt": certbot_keeps_what_it_fetched,
     "sudo -u chasquid chasquid domaininfo-remove ": a_level_is_known,
     "sudo -u chasquid chasquid queue list ": a_message_waits,
     "sudo rsync ": a_second_host,
@@ -245,6 +267,22 @@ def it_is_forgotten(reader: Reader, done: Done) -> None:
 
 def it_is_a_hash(reader: Reader, done: Done) -> None:
     assert re.search(r"^[0-9a-f]{64}\b", done.text, re.MULTILINE)
+
+
+def the_web_listener_answers(reader: Reader, done: Done) -> None:
+    for scheme in ("http", "https"):
+        place = f"{scheme}://mail.example.com/.well-known/mta-sts.txt"
+        policy = reader.sh(f"curl -sS -H 'Host: mta-sts.example.com' {place}")
+        assert "mode: enforce\nmx: mail.example.com\n" in policy
+    assert "no certificate for mta-sts.example.com yet" in reader.sh("journalctl -u chasquid")
+
+
+def the_link_is_followed(reader: Reader, done: Done) -> None:
+    assert "can be used" in reader.sh("sudo -u chasquid chasquid check")
+    reader.sh("systemctl restart chasquid")
+    log = reader.sh("journalctl -u chasquid --since -1min")
+    assert log.count("certificates: mail.example.com") and "cannot be read" not in log
+    reader.sh("curl -sS https://mail.example.com/")
 
 
 def ana_can_read(reader: Reader, done: Done) -> None:
@@ -305,6 +343,8 @@ AFTER: dict[str, Check] = {
     "sudo cat ": the_signature_is_good,
     "sudo install -m 755 chasquid.pyz ": it_runs_again,
     "sudo -u chasquid chasquid domaininfo-remove ": it_is_forgotten,
+    "sudo systemctl stop chasquid\n": the_web_listener_answers,
+    "sudo chgrp chasquid /etc/letsencrypt": the_link_is_followed,
     "sudo openssl x509 ": it_is_a_hash,
     "sudo apt install dovecot-imapd": ana_can_read,
     "sudo install -o chasquid -m 600 /dev/null ": it_uses_the_smarthost,
@@ -375,6 +415,7 @@ NOT_RUN: dict[str, tuple[str, Callable[[Reader, Block], None]]] = {
 # Blocks that are no commands, and are put where the text around them says.
 TEXTS: dict[str, Callable[[Reader, str], None]] = {
     "mail.example.com.        A ": lambda reader, text: reader.publish(text),
+    "acme: ": lambda reader, text: reader.configure(text),
     "smarthost: ": lambda reader, text: reader.configure(text),
 }
 
