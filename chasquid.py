@@ -62,7 +62,8 @@ The way of a message, and what each room hands to the next:
         | MAIL: reverse-path           SPF, TLS POLICY
         | RCPT: final recipients       ALIASES, USERS, HOOKS
         | DATA: header and body        DKIM, DMARC; or a signature; HOOKS
-      ITEMS                            envelope and message, a file in new: then 250
+      QUEUE                            a few mailboxes here: delivered at once, then 250
+      ITEMS                            all else: envelope and message, a file in new, then 250
         | an item                      STORAGE makes it durable
       QUEUE                            attempts and pauses, results written down
         | a delivery                   a copy for each route
@@ -205,8 +206,8 @@ class PermanentFailure(ChasquidError):
 
 
 def new_id() -> str:
-    """Return 13 letters and digits, random enough (65 bits) to be never given twice."""
-    return base64.b32encode(os.urandom(10)).decode("ascii").lower()[:13]
+    """Return 16 hexadecimal digits, random enough to be never given twice."""
+    return os.urandom(8).hex()
 
 
 def load_modules(names: Iterable[str]) -> None:
@@ -229,13 +230,8 @@ def load_modules(names: Iterable[str]) -> None:
 class Clock:
     """Wall time for what people read, monotonic time for what waits; both in seconds."""
 
-    def time(self) -> float:
-        """Return seconds since 1970."""
-        return time.time()
-
-    def monotonic(self) -> float:
-        """Return seconds on a clock that nobody sets."""
-        return time.monotonic()
+    monotonic = staticmethod(time.monotonic)  # on a clock that nobody sets
+    time = staticmethod(time.time)  # since 1970
 
 
 def reason(error: BaseException) -> str:
@@ -256,6 +252,7 @@ def reason(error: BaseException) -> str:
 # ======================================================================================
 
 LOCAL_PART_LIMIT = 64  # octets; RFC 5321, 4.5.3.1.1
+_DOMAINS_KNOWN = 1000  # whose other form is remembered: a message names the same ones again
 _ASCII_USER = re.compile(r"[!-~]+")
 ASCII_DOMAIN = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
@@ -269,6 +266,7 @@ def split_address(address: str) -> tuple[str, str]:
     return (local, domain) if at else (address, "")
 
 
+@functools.lru_cache(_DOMAINS_KNOWN)
 def domain_to_unicode(domain: str) -> str:
     """Return `domain` in lower case and with its A-labels turned into U-labels.
 
@@ -287,6 +285,7 @@ def domain_to_unicode(domain: str) -> str:
         raise ValueError(f"{printable(domain, 80)} is no valid domain name: {error}") from error
 
 
+@functools.lru_cache(_DOMAINS_KNOWN)
 def domain_to_ascii(domain: str) -> str:
     """Return `domain` with its U-labels turned into A-labels. Raises ValueError."""
     if domain.isascii():
@@ -354,7 +353,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def rfc5322_date(seconds: float) -> str:
     """Return a date-time in UTC as RFC 5322, 3.3 writes it."""
-    t = time.gmtime(seconds)
+    return _date_text(int(seconds))
+
+
+@functools.lru_cache(8)  # many messages come within a second
+def _date_text(second: int) -> str:
+    t = time.gmtime(second)
     clock = f"{t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02} +0000"
     return f"{_DAYS[t.tm_wday]}, {t.tm_mday} {_MONTHS[t.tm_mon - 1]} {t.tm_year} {clock}"
 
@@ -1280,13 +1284,19 @@ class Dialogue:
         self.sender = ""  # of the last transaction, with "<" and ">"
         self.recipients: list[str] = []
         self.outcome = ""  # of the last transaction, or why the last command was refused
-        self.lines: list[str] = []
+        self._said: list[tuple[str, object]] = []
 
-    def add(self, who: str, text: str) -> None:
+    def add(self, who: str, said: object) -> None:
         """Note a line of `who`, "C" or "S" ("*" for a remark), unless there are enough already."""
         self.client_spoke = self.client_spoke or who == "C"
-        if len(self.lines) < self._limit:
-            self.lines.append(f"{who}: {printable(text, _DIALOGUE_LINE)}")
+        if len(self._said) < self._limit:
+            short = said[: _DIALOGUE_LINE + 1] if isinstance(said, str) else said
+            self._said.append((who, short))
+
+    @property
+    def lines(self) -> list[str]:
+        """The lines, made printable only now: most are never looked at."""
+        return [f"{who}: {printable(str(said), _DIALOGUE_LINE)}" for who, said in list(self._said)]
 
 
 class LogEvent(NamedTuple):
@@ -1297,27 +1307,27 @@ class LogEvent(NamedTuple):
     """
 
     name: str
-    fields: tuple[tuple[str, str], ...]  # as it is passed, and as it is written
+    fields: Mapping[str, str]  # as it is passed, and as it is written
     mail: bool
     help: str
 
 
 def _event(name: str, fields: str, help: str, mail: bool = True) -> LogEvent:
-    pairs = tuple((field, field.rstrip("_")) for field in fields.split())
-    return LogEvent(name, pairs, mail, help)
+    return LogEvent(name, {field: field.rstrip("_") for field in fields.split()}, mail, help)
 
 
-# A value without blanks, quotes and backslashes stands bare; `_value` quotes any other.
-_BARE = re.compile(r"[!#-\[\]-~]+")
+# A value without blanks, quotes and backslashes stands bare; `_quoted` has any other.
 _VALUE_LIMIT = 1500  # characters
+_BARE = re.compile(rf"[!#-\[\]-~]{{1,{_VALUE_LIMIT}}}")
 _LOGGED_FIELD = re.compile(r'([a-z][a-z-]*)=(?:"((?:[^"\\]|\\.)*)"|(\S*))(?: |$)')
 
 
 def _addresses(value: object) -> str:
     """Return one address, or several, as they stand in a field."""
-    found = [value] if isinstance(value, str) else value
-    assert isinstance(found, Iterable)
-    return ",".join(f"<{address}>" for address in found)
+    if isinstance(value, str):
+        return f"<{value}>"
+    assert isinstance(value, Iterable)
+    return ",".join([f"<{address}>" for address in value])
 
 
 def addresses_in(value: str) -> list[str]:
@@ -1325,10 +1335,8 @@ def addresses_in(value: str) -> list[str]:
     return [part.strip("<>") for part in value.split(",")]
 
 
-def _value(value: object) -> str:
-    text = value if type(value) is str else str(value)
-    if _BARE.fullmatch(text) and len(text) <= _VALUE_LIMIT:
-        return text
+def _quoted(text: str) -> str:
+    """Return a value that is not bare."""
     text = printable(text, _VALUE_LIMIT)
     if re.search(r'[\s"\\]', text) or not text:
         return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
@@ -1438,7 +1446,7 @@ class Metrics:
     LIMITS = Metric(
         "limits", "Refusals because of a limit.", ("limit",), _each("connections", "rate")
     )
-    MESSAGES = Metric("messages", "Messages accepted into the queue.", ("state",), _each("queued"))
+    MESSAGES = Metric("messages", "Messages accepted.", ("state",), _each("queued"))
     DELIVERIES = Metric(
         "deliveries", "Attempts, for each recipient.", ("route", "result"),
         tuple(itertools.product(
@@ -1488,16 +1496,19 @@ class Log:
         `from_` and `to` are addresses, one or several. Raises TypeError for a field that the
         event has not.
         """
-        parts = [f"event={event.name}"]
-        for key, name in event.fields:
-            value = values.pop(key, None)
-            if name in ("from", "to") and value is not None:
+        line = f"event={event.name}"
+        for key, name in event.fields.items():
+            if key not in values:
+                continue
+            value = values[key]
+            if value is not None and name in ("from", "to"):
                 value = _addresses(value)
             if value is not None and value != "":
-                parts.append(f"{name}={_value(value)}")
-        if values:
-            raise TypeError(f"{event.name} has no {', '.join(values)}")
-        (self._mail_log if event.mail else self._log).write(" ".join(parts))
+                text = value if type(value) is str else str(value)
+                line += f" {name}={text if _BARE.fullmatch(text) else _quoted(text)}"
+        if not values.keys() <= event.fields.keys():
+            raise TypeError(f"{event.name} has no {', '.join(values.keys() - event.fields.keys())}")
+        (self._mail_log if event.mail else self._log).write(line)
 
     def info(self, source: str, text: str) -> None:
         """Write something to know to the server log; `source` names the part that says it."""
@@ -1525,8 +1536,9 @@ class Log:
 
     def count(self, metric: Metric, *values: str) -> None:
         """Add one to a metric, with the values of its labels."""
-        assert len(values) == len(metric.labels), metric.name
-        self.counters[metric.name, *values] += 1
+        key = (metric.name, *values)
+        assert key in self.counters or len(values) == len(metric.labels), metric.name
+        self.counters[key] += 1
 
     def reopen(self) -> None:
         """Open both logs anew, as after a rotation. Raises ConfigError."""
@@ -1569,6 +1581,7 @@ PROGRAM_OUTPUT_LIMIT = 64 * 1024  # octets kept of what a program prints
 _IN_MEMORY = 1024 * 1024  # octets of a program's input that are not written to a disk
 _SYSTEMD_VARIABLES = {"LISTEN_FDNAMES", "LISTEN_FDS", "LISTEN_PID", "NOTIFY_SOCKET"}
 _STALE_TIMERS = 64  # so few are not worth a new heap
+_ROUNDS = 4  # steps of a task in one turn, at most
 
 
 class Workers:
@@ -1706,7 +1719,8 @@ class _Deadline:
     def __enter__(self) -> None:
         task = self._loop.current
         self._outer = task.deadline
-        task.deadline = min(task.deadline, self._when)
+        if self._when < task.deadline:
+            task.deadline = self._when
 
     def __exit__(self, *_: object) -> None:
         self._loop.current.deadline = self._outer
@@ -1859,10 +1873,13 @@ class Loop:
                 self._drain_wakeups()
             else:
                 self._dispatch(key.fd, key.data, mask)
-        while self._posted:
-            self._posted.popleft()()
-        for _ in range(len(self._ready)):
-            self._step(*self._ready.popleft())
+        for _ in range(_ROUNDS):  # what one task wakes goes on before the selector is asked
+            while self._posted:
+                self._posted.popleft()()
+            for _ in range(len(self._ready)):
+                self._step(*self._ready.popleft())
+            if not self._ready:
+                break
 
     def _until_timer(self) -> float | None:
         if not self._timers:
@@ -2038,6 +2055,9 @@ async def together(loop: Loop, waits: Sequence[Coroutine[Any, Any, Any]]) -> Non
     What one of them raises is raised here when all have ended. Where the wait itself is
     cut short, they are cancelled.
     """
+    if len(waits) == 1:
+        await waits[0]
+        return
     errors = []
 
     async def guarded(wait: Coroutine[Any, Any, Any]) -> None:
@@ -2852,14 +2872,21 @@ class Stream:
                 self.tls.unwrap()  # it need not be answered
 
     async def _fill(self) -> None:
+        """Send what was written, then wait for more input. Raises Disconnected, Expired."""
+        answered = bool(self._out)
         await self.flush()
+        if answered and not (self.tls is not None and self.tls.pending()):
+            # who gets an answer has not said more yet, most often
+            self._streak = 0
+            await self._loop.readable(self._socket.fileno())
+        else:
+            await self.be_fair()
         data = await self._receive()
         if not data:
             raise Disconnected("the other side closed the connection")
         self._in += data
 
     async def _receive(self) -> bytes:
-        await self.be_fair()
         while True:
             try:
                 return self._socket.recv(CHUNK)
@@ -3427,6 +3454,10 @@ def _dns_backend(loop: Loop) -> Any:
 # Whether a user exists must not show in how long an answer takes: every check of a
 # password computes one scrypt with the costs that this domain uses. That blocks for tens
 # of milliseconds, so it belongs into a worker thread.
+#
+# Programs log in for each message. So a login that has succeeded is known for a while
+# (`Logins`): as a hash under a key that is made at the start and never on a disk, until the
+# users change. One that has failed never is.
 # ======================================================================================
 
 
@@ -3688,6 +3719,64 @@ class Accounts:
         return Scrypt(*usual, os.urandom(16), os.urandom(usual[3]))
 
 
+_LOGINS_KNOWN = 10_000  # at most
+
+
+class Logins:
+    """Logins that have succeeded lately, and those that are being checked."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._key = os.urandom(32)
+        self._known: dict[bytes, tuple[float, str]] = {}  # until when, and the address
+        self._checks: dict[bytes, Event] = {}  # that are under way, with their ends
+
+    def forget(self) -> None:
+        """Forget them all, also what comes of the checks under way: the users have changed."""
+        self._known = {}
+
+    async def find(
+        self, login: str, password: bytes, check: Callable[[], Awaitable[tuple[str | None, float]]]
+    ) -> str | None:
+        """Return the address of a login, as it is known or as `check` says, else None.
+
+        `check` also says for how many seconds a login that succeeds is good. It is not asked
+        by two who come with the same login at the same time.
+        """
+        digest = self._digest(login, password)
+        while digest in self._checks:
+            await self._checks[digest].wait()
+        known = self._known
+        until, address = known.get(digest, (0.0, ""))
+        if self._loop.clock.monotonic() < until:
+            return address
+        ended = self._checks[digest] = Event(self._loop)
+        try:
+            found, seconds = await check()
+        finally:
+            del self._checks[digest]
+            ended.set()
+        if found is not None:
+            self._remember(known, digest, found, seconds)
+        return found
+
+    def _remember(
+        self, known: dict[bytes, tuple[float, str]], digest: bytes, address: str, seconds: float
+    ) -> None:
+        now = self._loop.clock.monotonic()
+        for old in [old for old, (until, _) in known.items() if until <= now]:
+            del known[old]
+        if len(known) < _LOGINS_KNOWN:
+            known[digest] = now + seconds, address
+
+    def _digest(self, login: str, password: bytes) -> bytes:
+        import hashlib  # loads OpenSSL's hashes; only for logins
+
+        user = login.encode("utf-8", "surrogatepass")
+        said = len(user).to_bytes(4, "big") + user + password
+        return hashlib.blake2b(said, key=self._key, digest_size=32).digest()
+
+
 _DOVECOT_SECONDS = 20.0
 _DOVECOT_LINE_LIMIT = 8192
 _DOVECOT_PLACES = ("/run/dovecot", "/var/run/dovecot")
@@ -3809,6 +3898,7 @@ class Dovecot:
 # ======================================================================================
 
 ALIAS_DEPTH_LIMIT = 10
+_EXPANSIONS_KNOWN = 1000  # addresses whose expansion is remembered
 
 
 class DestinationKind(enum.StrEnum):
@@ -3986,7 +4076,7 @@ class ExternalLookups:
         self.unanswered.clear()
 
 
-_NOBODY = ExternalLookups()
+NOBODY = ExternalLookups()
 
 
 class AliasFinding(NamedTuple):
@@ -4033,6 +4123,7 @@ class Aliases:
         broken: Iterable[str] = (),
     ) -> None:
         self._broken = frozenset(broken)  # domains of ours whose files cannot be read
+        self._expansions: dict[str, tuple[list[Destination], list[str]]] = {}
         self._user_exists = user_exists
         self._separators = suffix_separators
         self._drops = drop_characters
@@ -4048,6 +4139,8 @@ class Aliases:
         self, lookups: ExternalLookups, address: str, unknown: list[str] | None = None
     ) -> list[Destination]:
         """As `expand`, asking `lookups` if that is needed. Raises also TemporaryFailure."""
+        if lookups is NOBODY:
+            return self._remembered(address, [] if unknown is None else unknown)
         lookups = lookups.fresh()
         while True:
             dead: list[str] = []
@@ -4061,6 +4154,18 @@ class Aliases:
                 if not lookups.unanswered:
                     raise
             await lookups.answer()
+
+    def _remembered(self, address: str, unknown: list[str]) -> list[Destination]:
+        """As `expand`, which says the same as long as the files do: then there is another of us."""
+        if address not in self._expansions:
+            dead: list[str] = []
+            found = self.expand(address, NOBODY, dead)
+            if len(self._expansions) >= _EXPANSIONS_KNOWN:
+                self._expansions.clear()
+            self._expansions[address] = found, dead
+        found, dead = self._expansions[address]
+        unknown += dead
+        return list(found)
 
     def _compared(self, name: str) -> str:
         """Return the normalised `name` of an alias as it is compared; its suffix stays."""
@@ -4090,7 +4195,7 @@ class Aliases:
         return user
 
     def expand(
-        self, address: str, lookups: ExternalLookups = _NOBODY, unknown: list[str] | None = None
+        self, address: str, lookups: ExternalLookups = NOBODY, unknown: list[str] | None = None
     ) -> list[Destination]:
         """Return the final recipients of `address`, each once.
 
@@ -4158,7 +4263,7 @@ class Aliases:
         return self._look_up(user, domain, lookups)[0] == name
 
     def _look_up(
-        self, user: str, domain: str, lookups: ExternalLookups = _NOBODY
+        self, user: str, domain: str, lookups: ExternalLookups = NOBODY
     ) -> tuple[str, tuple[Destination, ...]]:
         """Return the name that was found and its destinations; a user has no destinations.
 
@@ -4238,7 +4343,7 @@ class Aliases:
     def _dead_ends(self, alias: str, address: str, everybody: bool) -> Iterator[str]:
         unknown: list[str] = []
         try:
-            self.expand(address, _NOBODY, unknown)
+            self.expand(address, NOBODY, unknown)
         except AliasLoop as error:
             yield f"{alias}: {error}"
         except NoSuchUser as error:
@@ -4277,7 +4382,7 @@ HEADER_LIMIT = 256 * 1024  # octets of a header block
 
 # RFC 5322, 3.6.8: field-name = 1*ftext, printable ASCII but ":"; 4.5.8 lets white space
 # stand before the colon, and some programs put it there.
-_FIELD = re.compile(rb"(?:\A|\r\n)([!-9;-~]+)[ \t]*:")
+_FIELD = re.compile(rb"(([!-9;-~]+)[ \t]*:(?:[^\r]+|\r(?!\n)|\r\n(?=[ \t]))*(?:\r\n|\Z))")
 # The start of a line that is neither a field nor the continuation of one.
 _NO_FIELD = re.compile(rb"(?:\A(?=[ \t])|(?:\A|\r\n)(?![ \t]|[!-9;-~]+[ \t]*:|\Z))")
 
@@ -4312,16 +4417,14 @@ class Field(NamedTuple):
 
 def header_fields(block: bytes) -> list[Field]:
     """Return the fields of a header block. Raises ValueError with a bad line."""
-    lines = block.count(b"\r\n")
-    if lines - block.count(b"\r\n ") - block.count(b"\r\n\t") > _FIELD_LIMIT:
-        raise ValueError(f"more than {_FIELD_LIMIT} fields")
     bad = _NO_FIELD.search(block)
     if bad is not None:
         line = block[bad.end() : bad.end() + 200].partition(b"\r\n")[0]
         raise ValueError(printable(line.decode("utf-8", "replace"), 60))
-    found = [(match.start(1), match[1].decode("ascii").lower()) for match in _FIELD.finditer(block)]
-    ends = [*(start for start, _ in found), len(block)][1:]
-    return [Field(name, block[start:end]) for (start, name), end in zip(found, ends, strict=True)]
+    found = _FIELD.findall(block)
+    if len(found) > _FIELD_LIMIT:
+        raise ValueError(f"more than {_FIELD_LIMIT} fields")
+    return [Field(str(name, "ascii").lower(), raw) for raw, name in found]
 
 
 # RFC 5322, 3.2.4 and 3.2.2, without the structure of comments, which nest.
@@ -4358,6 +4461,10 @@ def without_comments(text: str, quoted: str | None = None) -> str:
 
 _ANGLE_ADDRESS = re.compile(r"[^<>]*<(?:@[^<>:]*:)?[^<>@]+@([^<>@]+)>\s*")
 _BARE_ADDRESS = re.compile(r"[^<>@]+@([^<>@]+)")
+# What most fields are, and can be read in one way only: "Name <local@domain>", "local@domain".
+_ORDINARY_FROM = re.compile(
+    rb"(?:[\w .'-]*<[\w.+=-]+@([\w-]+(?:\.[\w-]+)*)>| ?[\w.+=-]+@([\w-]+(?:\.[\w-]+)*))(?:\r\n)?"
+)
 _AFTER_AT = re.compile(r"@[\s\"'\[(<]*([\w.-]+)")
 AUTHORS_LIMIT = 10  # domains in From; above, the field is not read to its end
 
@@ -4384,6 +4491,9 @@ def author_domains(value: bytes) -> list[str]:
     From a field that is malformed, every domain that a reader might take for one is
     returned, but never more than one above AUTHORS_LIMIT. (RFC 5322, 3.6.2 and 3.4)
     """
+    ordinary = _ORDINARY_FROM.fullmatch(value)
+    if ordinary is not None:
+        return [domain_to_ascii(str(ordinary[1] or ordinary[2], "ascii"))]
     text = value.decode("utf-8", "replace")
     try:
         plain = without_comments(text, quoted='"')
@@ -4560,9 +4670,12 @@ def with_lf(chunks: Iterable[bytes]) -> Iterator[bytes]:
         yield held
 
 
+_FOLD = "\r\n\t"
+
+
 def fold(name: str, *parts: str) -> bytes:
     """Return a header field, each of `parts` on a line of its own but the first."""
-    return f"{name}: {(chr(13) + chr(10) + chr(9)).join(parts)}\r\n".encode()
+    return f"{name}: {_FOLD.join(parts)}\r\n".encode()
 
 
 TOKEN_TEXT = re.compile(r"[A-Za-z0-9!#$%&'*+^_`{|}~.-]+")
@@ -4611,7 +4724,7 @@ def hook_warnings(config_dir: str) -> Iterator[str]:
 
 def hook_path(config_dir: str, name: str) -> str:
     """Return the path of a hook, "" if it is not there or may not be run."""
-    path = os.path.join(config_dir, "hooks", name)
+    path = f"{config_dir}/hooks/{name}"
     return path if os.access(path, os.X_OK) and os.path.isfile(path) else ""
 
 
@@ -4622,6 +4735,10 @@ class Hooks:
         self._programs = programs
         self._log = log
         self._config_dir = config_dir
+
+    def has(self, name: str) -> bool:
+        """Tell whether there is a hook of this name now."""
+        return bool(hook_path(self._config_dir, name))
 
     async def alias_destinations(self, address: str) -> tuple[Destination, ...]:
         """Return what alias-resolve says of `address`. Raises TemporaryFailure."""
@@ -6984,6 +7101,8 @@ class Reply(NamedTuple):
     def encode(self) -> bytes:
         """Return the lines, none longer than RFC 5321, 4.5.3.1.5 allows."""
         status = f"{self.status} " if self.status else ""
+        if self.text.isprintable() and self.text.isascii() and len(self.text) < 400:  # most often
+            return f"{self.code} {status}{self.text}\r\n".encode()
         room = _REPLY_LINE_LIMIT - len(f"{self.code} {status}\r\n")
         texts = [_shortened(printable(line), room) for line in self.text.split("\n")]
         last = len(texts) - 1
@@ -7031,7 +7150,7 @@ def parse_command(line: bytes) -> tuple[str, str]:
             _refuse(500, "5.5.2", "the command is no valid UTF-8")
         # the name of a computer at home, which proves nothing, in whatever encoding
         text = line.decode(errors="replace")
-    if UNPRINTABLE.search(text.replace("\t", " ")):
+    if not text.isprintable() and UNPRINTABLE.search(text.replace("\t", " ")):
         _refuse(500, "5.5.2", "the command holds a control character")
     verb, _, argument = text.strip(" \t").partition(" ")
     # letters elsewhere may become ASCII in upper case: "\u017f" is "S" then
@@ -7140,6 +7259,7 @@ def local_part(content: str) -> str:
     return f'"{escaped}"'
 
 
+@functools.lru_cache(1000)  # a sender says the same ones again
 def _parse_domain(domain: str) -> str:
     literal = ADDRESS_LITERAL.fullmatch(domain)
     if literal is not None:
@@ -7672,6 +7792,7 @@ def _in_base64(text: str) -> str:
 PROGRAM_SECONDS = 30.0  # a delivery agent, a pipe
 HOST_LIMIT = 5  # mail exchangers tried in one attempt
 JUNK_FOLDER = ".Junk"
+STORED_TOGETHER = 16  # Maildirs that a message is written into at a time
 
 
 class Courier(Protocol):
@@ -7714,8 +7835,22 @@ class MaildirCourier:
     async def deliver(
         self, delivery: Delivery, destinations: Sequence[Destination]
     ) -> list[Result]:
-        """Store the message in the Maildir of each destination, or in its folder for junk."""
-        return [await self._deliver(delivery, destination.value) for destination in destinations]
+        """Store the message in the Maildir of each destination, or in its folder for junk.
+
+        What is stored together is synced together. Who is SENT has it durably.
+        """
+        results: dict[Destination, Result] = {}
+
+        async def store(destination: Destination) -> None:
+            results[destination] = await self._deliver(delivery, destination.value)
+
+        for start in range(0, len(destinations), STORED_TOGETHER):
+            some = destinations[start : start + STORED_TOGETHER]
+            if len(some) == 1:
+                await store(some[0])
+            else:
+                await together(self._loop, [store(destination) for destination in some])
+        return [results[destination] for destination in destinations]
 
     async def _deliver(self, delivery: Delivery, address: str) -> Result:
         user, domain = split_address(address)
@@ -7746,19 +7881,28 @@ class MaildirCourier:
         now = self._loop.clock.time()
         self._number += 1
         name = f"{int(now)}.M{int(now % 1 * 1e6)}P{os.getpid()}Q{self._number}.{self._host}"
+        if directory not in self._made:
+            await self._make(directory, delivery.junk)
+        try:
+            return await self._write(directory, name, delivery=delivery, address=address)
+        except FileNotFoundError:  # somebody has removed a Maildir that was there
+            await self._make(directory, delivery.junk)
+            return await self._write(directory, name, delivery=delivery, address=address)
+
+    async def _make(self, directory: str, junk: bool) -> None:
+        for part in ("tmp", "new", "cur"):
+            await self._loop.work(functools.partial(make_directory, f"{directory}/{part}"))
+        self._made.add(directory)
+        if junk:  # by which tools know a subfolder in Maildir++
+            marker = os.path.join(directory, "maildirfolder")
+            await self._loop.work(lambda: replace_durably(marker, b""))
+
+    async def _write(self, directory: str, name: str, delivery: Delivery, address: str) -> str:
         head = f"Return-Path: <{delivery.sender}>\nDelivered-To: {address}\n".encode()
-        temporary = os.path.join(directory, "tmp", name)
-        parts = [os.path.join(directory, part) for part in ("tmp", "new", "cur")]
-        if directory not in self._made or not all(map(os.path.isdir, parts)):
-            for part in parts:
-                await self._loop.work(functools.partial(make_directory, part))
-            self._made.add(directory)
-            if delivery.junk:  # by which tools know a subfolder in Maildir++
-                marker = os.path.join(directory, "maildirfolder")
-                await self._loop.work(lambda: replace_durably(marker, b""))
-        new = os.path.join(directory, "new", name)
+        temporary, new = f"{directory}/tmp/{name}", f"{directory}/new/{name}"
         if delivery.message.data is not None:
-            data = head + b"".join(with_lf(delivery.message.chunks()))
+            whole = delivery.message.prefix + delivery.message.data
+            data = head + whole.replace(b"\r\n", b"\n")
             path = f"{new},S={len(data)}"
             await self._disk.create(temporary, data, path)
         else:
@@ -8343,17 +8487,19 @@ class RouteKind(enum.StrEnum):
 class Route(NamedTuple):
     """Which courier takes a destination; destinations with the same key travel together.
 
-    `program`: the courier runs one, which may take as long as it likes.
+    `program`: the courier runs one, which may take as long as it likes. `durable`: what it says
+    is sent survives a power cut, and takes no longer than to write it.
     """
 
     courier: Courier
     key: tuple[RouteKind, *tuple[str, ...]]
     local: bool
     program: bool = False
+    durable: bool = False
 
 
 class Couriers:
-    """Chooses the courier of a destination."""
+    """Chooses the courier of a destination. The local one is `durable` if it is as in `Route`."""
 
     def __init__(
         self,
@@ -8362,7 +8508,9 @@ class Couriers:
         remote: Courier,
         is_local: Callable[[str], bool],
         smarthost: Smarthost | None = None,
+        durable: bool = False,
     ) -> None:
+        self._durable = durable
         self._local = local
         self._pipe = pipe
         self._remote = remote
@@ -8381,7 +8529,7 @@ class Couriers:
             return Route(self._remote, (RouteKind.VIA, *destination.via), False)
         if self._is_local(domain):
             agent = isinstance(self._local, AgentCourier)
-            return Route(self._local, (RouteKind.LOCAL,), True, agent)
+            return Route(self._local, (RouteKind.LOCAL,), True, agent, durable=self._durable)
         if smarthost is not None and attempts >= smarthost.after:
             return Route(smarthost.courier, (RouteKind.SMARTHOST,), False)
         return Route(self._remote, (RouteKind.MX, domain), False)
@@ -8963,12 +9111,13 @@ class Draft:
         self._loop = loop
         self._disk = disk
         self._directory = directory
-        self._path = os.path.join(directory, Place.TMP, self.id)
+        self._path = f"{directory}/{Place.TMP}/{self.id}"
         self._fd = -1
         self._pieces: list[bytes] = []
         self._held = 0  # octets in _pieces
         self._head = bytearray()
         self._header: bytes | None = None
+        self._fields: list[Field] | None = None  # of the header, once it was parsed
 
     async def add(self, piece: bytes) -> None:
         """Take the next octets of the message.
@@ -8991,6 +9140,12 @@ class Draft:
         assert self._header is not None
         return self._header
 
+    def fields(self) -> list[Field]:
+        """Return the fields of the complete header as it came. Raises ValueError."""
+        if self._fields is None:
+            self._fields = header_fields(self.complete())
+        return self._fields
+
     def body(self) -> Iterator[bytes]:
         """Yield what is stored after the header's empty line. Raises OSError."""
         skip = self._body_at
@@ -9010,14 +9165,23 @@ class Draft:
         self._pieces.append(piece)
         self._held += len(piece)
 
-    async def store(self, envelope: Envelope) -> Message:
-        """Write the rest and the envelope, and move it all into new. Raises OSError.
+    @property
+    def in_memory(self) -> bool:
+        """Whether all that has come is in memory, and no file."""
+        return self._fd < 0
+
+    def message(self, prefix: bytes) -> Message:
+        """Return the message that is `in_memory`, with the fields `prefix` in front."""
+        return Message(prefix, "", self.size, b"".join(self._pieces))
+
+    async def store(self, envelope: Envelope, journal: bytes = b"") -> Message:
+        """Write the rest, envelope and journal, and move it all into new. Raises OSError.
 
         When this returns, file and directory are synced.
         """
         data = b"".join(self._pieces)
-        target = os.path.join(self._directory, Place.NEW, f"{self.id},S={self.size}")
-        tail = data + envelope.to_line()
+        target = f"{self._directory}/{Place.NEW}/{self.id},S={self.size}"
+        tail = data + envelope.to_line() + journal
         if self._fd < 0:
             await self._disk.create(self._path, tail, target)
         else:
@@ -9067,7 +9231,7 @@ class Draft:
         if hostname is None:
             return header
         try:
-            fields = header_fields(header)
+            fields = self._fields = header_fields(header)
         except ValueError:
             return header  # it is refused later
         claims = [field for field in fields if field.name == "authentication-results"]
@@ -9358,9 +9522,16 @@ def _returned_content(item: Item, action: Action, utf8: bool) -> bytes:
 # that a newer version wrote are reported and left alone.
 #
 # - 250 means that file and directory are synced.
-# - A notification is in the queue before the failure that it reports is written down, and
-#   a file is removed only when nothing in it is owed any more. So after a crash a message
-#   may be delivered, or a failure reported, twice; never not at all.
+# - Mail for a few mailboxes here has no file here: it is written straight into them before its
+#   250, if the courier makes that durable (a Maildir), it is small, and nobody asked to hear of
+#   success. For one recipient as for several, a crash before all is synced leaves none, some or
+#   all of them with it, and a client without its 250, which sends it again; later, nothing is
+#   owed. If some cannot have it, it goes into new with a journal of who has it, in one write,
+#   and the rest is attempted from there; if that fails too, it is refused for now, and comes
+#   again. So after a crash or a refusal it may arrive twice; after a 250 it is never lost.
+# - A notification is in the queue, or delivered, before the failure that it reports is written
+#   down, and a file is removed only when nothing in it is owed any more. So after a crash a
+#   message may be delivered, or a failure reported, twice; never not at all.
 # - The null reverse-path gets no notifications (RFC 5321, 4.5.5).
 # - Mailboxes, each program and each destination have places of their own, so that nobody
 #   waits for somebody else's slow server or program.
@@ -9376,6 +9547,7 @@ _PIPE_SLOTS = 4  # runs of one command at a time; of the delivery agent, as many
 _LOCAL_BACKLOG = 64  # deliveries here that may wait before their senders are slowed down,
 _CATCH_UP_SECONDS = 2.0  # at most by this for each message
 _CATCH_UP_STEPS = 100
+_DIRECT_RECIPIENTS = 16  # who get a message before its 250; for more that would take too long
 _DISK_SECONDS = 2.0  # how long what was seen of the disk is good enough
 _DELAY_NOTICE_SECONDS = 4 * 3600.0  # after which a sender hears that it takes longer
 _DESTINATION_SLOTS = 5  # attempts at a time for one destination elsewhere
@@ -9554,14 +9726,21 @@ class Queue:
         return self._has_room
 
     async def accept(self, draft: Draft, envelope: Envelope, trace: Mapping[str, str]) -> Item:
-        """Store a message durably and start to deliver it. Raises QueueFull.
+        """Store a message durably and start to deliver it, or deliver it. Raises QueueFull.
 
         `trace` says where it came from: fields of `Events.QUEUED`.
         """
-        routes = self._local_routes(envelope)
+        routes = {
+            self._couriers.route(recipient.destination) for recipient in envelope.final_recipients
+        }
+        direct = draft.in_memory and self._is_direct(routes, envelope)
+        item = Item(envelope, draft.message(envelope.prefix) if direct else Message(b"", "", 0))
         try:
             self._check_programs(routes)
-            message = await draft.store(envelope)
+            sent = await self._deliver_directly(item) if direct else []
+            if len(sent) < len(item.recipients):
+                journal = item.journal_line(self._loop.clock.time()) if sent else b""
+                item.message = await draft.store(envelope, journal)
         except OSError as error:
             draft.discard()
             self._log.error("queue", f"a message cannot be stored: {reason(error)}")
@@ -9569,7 +9748,6 @@ class Queue:
         except BaseException:
             draft.discard()
             raise
-        item = Item(envelope, message)
         originals = dict.fromkeys(recipient.original for recipient in envelope.final_recipients)
         self._log.count(Metrics.MESSAGES, "queued")
         self._log.event(
@@ -9577,19 +9755,39 @@ class Queue:
             id=item.id,
             from_=envelope.sender,
             to=originals,
-            size=message.size,
+            size=item.message.size,
             **trace,
         )
-        self._start(item)
-        await self._let_deliveries_catch_up(routes)
+        for recipient in sent:
+            self._tell(item, recipient, RouteKind.LOCAL, envelope.sender)
+        if len(sent) == len(item.recipients):
+            draft.discard()
+            self._log.event(Events.DONE, id=item.id, attempts=1)
+        else:
+            self._start(item)
+            await self._let_deliveries_catch_up(routes)
         return item
 
-    def _local_routes(self, envelope: Envelope) -> set[Route]:
-        routes = {
-            self._couriers.route(final_recipient.destination)
-            for final_recipient in envelope.final_recipients
-        }
-        return {route for route in routes if route.local}
+    @staticmethod
+    def _is_direct(routes: Iterable[Route], envelope: Envelope) -> bool:
+        """Tell whether all recipients are a few mailboxes, and nobody is to hear of success."""
+        recipients = envelope.final_recipients
+        if len(recipients) > _DIRECT_RECIPIENTS or not all(route.durable for route in routes):
+            return False
+        return not any(recipient.dsn.wants(Notify.SUCCESS) for recipient in recipients)
+
+    async def _deliver_directly(self, item: Item) -> list[Recipient]:
+        """Deliver to mailboxes here, before the message is in the queue; return who has it."""
+        route = self._couriers.route(item.recipients[0].destination)
+        delivery = self._delivery(item, item.recipients, item.envelope.sender)
+        found = await self._results(item, route.courier, delivery)
+        sent = []
+        for recipient in item.recipients:
+            result = found[recipient.destination]
+            if result.state == State.SENT:  # any other is found out anew by the queue
+                recipient.result = result
+                sent.append(recipient)
+        return sent
 
     def _check_programs(self, routes: Iterable[Route]) -> None:
         """Raise QueueFull while half of the queue waits for a program that is asked for."""
@@ -9604,7 +9802,7 @@ class Queue:
         """
         most = min(_LOCAL_BACKLOG, self._settings.limit)
         for _ in range(_CATCH_UP_STEPS):
-            if all(self._under_way[route.key] < most for route in routes):
+            if all(self._under_way[route.key] < most for route in routes if route.local):
                 return
             await self._loop.sleep(_CATCH_UP_SECONDS / _CATCH_UP_STEPS)
 
@@ -9733,9 +9931,20 @@ class Queue:
 
     async def _deliver(self, item: Item, group: list[Recipient]) -> None:
         route = self._couriers.route(group[0].destination, item.attempts)
-        envelope = item.envelope
         sender = self._sender_for(item, group[0])
-        delivery = Delivery(
+        delivery = self._delivery(item, group, sender)
+        async with self._places(route):
+            found = await self._results(item, route.courier, delivery)
+        for recipient in group:
+            result = found[recipient.destination]
+            if sender != item.envelope.sender:  # who stands in for the sender would hear of it
+                result = result._replace(passed_on=False)
+            recipient.result = result
+            self._tell(item, recipient, route.key[0], sender)
+
+    def _delivery(self, item: Item, group: Sequence[Recipient], sender: str) -> Delivery:
+        envelope = item.envelope
+        return Delivery(
             item.id,
             sender,
             item.message,
@@ -9748,31 +9957,34 @@ class Queue:
             envid=envelope.envid,
             dsn_parameters=self._dsn_by_destination(group, sender == envelope.sender),
         )
-        destinations = list(dict.fromkeys(recipient.destination for recipient in group))
-        async with self._places(route):
-            try:
-                results = await route.courier.deliver(delivery, destinations)
-            except Exception as error:  # a fault of ours must not lose the message
-                self._log.crash(f"delivery of {item.id}", error)
-                failure = Result(State.DEFERRED, "4.3.0", "an internal error; the log has more")
-                results = [failure] * len(destinations)
-        found = dict(zip(destinations, results, strict=True))
-        for recipient in group:
-            result = found[recipient.destination]
-            if sender != envelope.sender:  # who stands in for the sender would hear of it
-                result = result._replace(passed_on=False)
-            recipient.result = result
-            self._log.count(Metrics.DELIVERIES, route.key[0], result.state)
-            self._log.event(
-                _RESULT_EVENTS[result.state],
-                id=item.id,
-                from_=sender,
-                to=recipient.destination.value,
-                route=route.key[0],
-                status=result.status,
-                text=result.text,
-            )
-            self._on_result(item, recipient)
+
+    async def _results(
+        self, item: Item, courier: Courier, delivery: Delivery
+    ) -> dict[Destination, Result]:
+        """Return what became of each destination of a delivery."""
+        destinations = list(delivery.dsn_parameters)
+        try:
+            results = await courier.deliver(delivery, destinations)
+        except Exception as error:  # a fault of ours must not lose the message
+            self._log.crash(f"delivery of {item.id}", error)
+            failure = Result(State.DEFERRED, "4.3.0", "an internal error; the log has more")
+            results = [failure] * len(destinations)
+        return dict(zip(destinations, results, strict=True))
+
+    def _tell(self, item: Item, recipient: Recipient, kind: RouteKind, sender: str) -> None:
+        """Count and log what became of a recipient, and pass it on."""
+        result = recipient.result
+        self._log.count(Metrics.DELIVERIES, kind, result.state)
+        self._log.event(
+            _RESULT_EVENTS[result.state],
+            id=item.id,
+            from_=sender,
+            to=recipient.destination.value,
+            route=kind,
+            status=result.status,
+            text=result.text,
+        )
+        self._on_result(item, recipient)
 
     @staticmethod
     def _dsn_by_destination(
@@ -10576,10 +10788,6 @@ class Hook(Protocol):
     ) -> Reply | None: ...
 
 
-async def _no_hook(session: Session, stage: str, argument: str, act: _Act) -> Reply | None:
-    return await act()
-
-
 class Session:
     """One connection, from the greeting to its end."""
 
@@ -10591,7 +10799,7 @@ class Session:
         *,
         port: Port,
         peer: str,
-        hook: Hook = _no_hook,
+        hook: Hook | None = None,
     ) -> None:
         self.id = new_id()
         self.peer = peer
@@ -10609,6 +10817,7 @@ class Session:
         self._hello = ""
         self._extended = False
         self._user = ""  # who has logged in, as an address
+        self._client: ClientInfo | None = None  # all that, until it changes
         self._verb = ""
         self._closing = False
         self._errors = 0
@@ -10648,15 +10857,17 @@ class Session:
     @property
     def client(self) -> ClientInfo:
         """Who is at the other end, as far as is known now."""
-        return ClientInfo(
-            self.dialogue,
-            self.port,
-            peer=self.peer,
-            hello=self._hello,
-            extended=self._extended,
-            user=self._user,
-            tls=self.stream.tls_text,
-        )
+        if self._client is None:
+            self._client = ClientInfo(
+                self.dialogue,
+                self.port,
+                peer=self.peer,
+                hello=self._hello,
+                extended=self._extended,
+                user=self._user,
+                tls=self.stream.tls_text,
+            )
+        return self._client
 
     @property
     def phase(self) -> Phase:
@@ -10676,7 +10887,7 @@ class Session:
         """Raises Disconnected, TLSFailed, Expired; and what says that there are too many."""
         limits = self.context.limits
         with self.loop.deadline(CONNECTION_SECONDS), limits.connection(self.peer):
-            greeting = await self._hook(self, "connect", "", self._greet)
+            greeting = await self._staged("connect", "", self._greet)
             if greeting is not None:
                 self.say(greeting)
             while not self._closing:
@@ -10731,7 +10942,11 @@ class Session:
             raise Refused(Reply(501, "5.5.4", f"{verb} takes no argument"))
         if command.argument == "required" and not argument:
             raise Refused(Reply(501, "5.5.4", f"expected {command.help}"))
-        return await self._hook(self, verb, argument, lambda: command.action(self, argument))
+        return await self._staged(verb, argument, lambda: command.action(self, argument))
+
+    def _staged(self, stage: str, argument: str, act: _Act) -> Awaitable[Reply | None]:
+        """Return what `act` does at this stage, or what stands between us and the client."""
+        return act() if self._hook is None else self._hook(self, stage, argument, act)
 
     def _reply_to(self, error: Exception) -> Reply:
         """Return the reply that a failure becomes (RFC 5321, 4.2 and 4.3.2).
@@ -10796,7 +11011,7 @@ class Session:
     def say(self, reply: Reply) -> None:
         """Write a reply, which is sent with the next wait for input, and note it."""
         self._closing = self._closing or reply.close
-        self.dialogue.add("S", str(reply))
+        self.dialogue.add("S", reply)
         self.stream.write(reply.encode())
 
     async def discard_chunk(self, size: int) -> None:
@@ -10848,6 +11063,7 @@ class Session:
         self._reset()
         self._hello = name
         self._extended = extended
+        self._client = None
 
     async def _starttls(self, argument: str) -> None:
         if self.stream.tls is not None:
@@ -10865,6 +11081,7 @@ class Session:
         self._reset()
         self._hello = ""
         self._extended = False
+        self._client = None
 
     # --- AUTH ---
 
@@ -10911,6 +11128,7 @@ class Session:
         self.context.log.count(Metrics.LOGINS, "succeeded")
         self.event(Events.LOGIN, user=login.address)
         self._user = login.address
+        self._client = None
         return Reply(235, "2.7.0", "Authentication succeeded")
 
     # --- MAIL and RCPT ---
@@ -10948,7 +11166,7 @@ class Session:
 
     @staticmethod
     def _check_utf8(address: str, smtputf8: bool) -> None:
-        if not smtputf8 and not split_address(address)[0].isascii():
+        if not (smtputf8 or address.isascii() or split_address(address)[0].isascii()):
             text = "an internationalised address needs the parameter SMTPUTF8 of MAIL"
             raise Refused(Reply(553, "5.6.7", text))
 
@@ -11020,7 +11238,7 @@ class Session:
             if transaction.failure is not None:
                 raise transaction.failure
             accept = functools.partial(self._receiver.accept, self.client, transaction)
-            reply = await self._hook(self, "message", "", accept)
+            reply = await self._staged("message", "", accept)
             if reply is not None:
                 self.dialogue.outcome = reply.text
             return reply
@@ -11060,18 +11278,18 @@ class _Command(NamedTuple):
     """A row of the command table; `argument` is "none", "optional" or "required"."""
 
     action: Callable[[Session, str], Awaitable[Reply | None]]
-    phases: frozenset[Phase]
+    phases: tuple[Phase, ...]
     argument: str
     help: str
 
 
-_ANY = frozenset(Phase)
-_GREETED = frozenset((Phase.GREETED,))
-_NOT_IN_CHUNKS = _ANY - {Phase.CHUNKS}
+_ANY = tuple(Phase)
+_GREETED = (Phase.GREETED,)
+_NOT_IN_CHUNKS = (Phase.GREETED, Phase.MAIL, Phase.RECIPIENTS)
 _COMMANDS: dict[str, _Command] = {
     "HELO": _Command(Session._helo, _ANY, "required", "HELO host"),
     "EHLO": _Command(Session._ehlo, _ANY, "required", "EHLO host"),
-    "STARTTLS": _Command(Session._starttls, _NOT_IN_CHUNKS - {Phase.CONNECTED}, "none", "STARTTLS"),
+    "STARTTLS": _Command(Session._starttls, _NOT_IN_CHUNKS, "none", "STARTTLS"),
     "AUTH": _Command(Session._auth, _GREETED, "required", "AUTH PLAIN|LOGIN [initial response]"),
     "MAIL": _Command(
         Session._mail, _GREETED, "required",
@@ -11079,10 +11297,10 @@ _COMMANDS: dict[str, _Command] = {
         "[RET=FULL|HDRS] [ENVID=id]",
     ),
     "RCPT": _Command(
-        Session._rcpt, frozenset((Phase.MAIL, Phase.RECIPIENTS)), "required",
+        Session._rcpt, (Phase.MAIL, Phase.RECIPIENTS), "required",
         "RCPT TO:<address> [NOTIFY=NEVER|SUCCESS,FAILURE,DELAY] [ORCPT=type;address]",
     ),
-    "DATA": _Command(Session._data, frozenset((Phase.RECIPIENTS,)), "none", "DATA"),
+    "DATA": _Command(Session._data, (Phase.RECIPIENTS,), "none", "DATA"),
     "BDAT": _Command(Session._bdat, _ANY, "required", "BDAT octets [LAST]"),
     "RSET": _Command(Session._rset, _ANY, "none", "RSET"),
     "NOOP": _Command(Session._noop, _ANY, "optional", "NOOP"),
@@ -11111,10 +11329,12 @@ _COMMANDS: dict[str, _Command] = {
 _FROM_LIMIT = 8192  # octets of a From field
 _AUTH_SECONDS = 0.5  # a login that fails takes at least this long
 _PASSWORD_SLOTS = 2  # passwords checked at a time; each takes a processor
+_LOGIN_KNOWN_SECONDS = 600.0  # for which a login that succeeded is known: with our users,
+_DOVECOT_KNOWN_SECONDS = 60.0  # and with Dovecot's, of whose changes nobody tells us
 
 
 class MailReceiver:
-    """What the mail server does with mail. The daemon replaces `accounts` and `aliases`."""
+    """What the mail server does with mail."""
 
     def __init__(
         self,
@@ -11147,6 +11367,12 @@ class MailReceiver:
         self._levels = levels
         self._dovecot = dovecot
         self._password_slots = Slots(loop, _PASSWORD_SLOTS)
+        self._logins = Logins(loop)
+
+    def take_over(self, accounts: Accounts, aliases: Aliases) -> None:
+        """From now on, know these users and aliases."""
+        self.accounts, self.aliases = accounts, aliases
+        self._logins.forget()
 
     def extensions(self, client: ClientInfo) -> list[str]:
         """See `Receiver`. Logins need TLS (RFC 4954, 4; RFC 8314, 3.3)."""
@@ -11158,7 +11384,9 @@ class MailReceiver:
         """See `Receiver`. Raises RateExceeded, TemporaryFailure."""
         limits = self.limits
         limits.check_login(client.peer)
-        address = await self._find_user(client, login, password)
+        address = await self._logins.find(
+            login, password, lambda: self._find_user(client, login, password)
+        )
         if address is not None:
             limits.login_succeeded(address)
             return Login(address)
@@ -11166,8 +11394,10 @@ class MailReceiver:
         late = limits.login_failed(client.peer, name, self._may_know(name))
         return Login(None, max(_AUTH_SECONDS, late))
 
-    async def _find_user(self, client: ClientInfo, given: str, password: bytes) -> str | None:
-        """Return the address behind a login if `password` fits, else None.
+    async def _find_user(
+        self, client: ClientInfo, given: str, password: bytes
+    ) -> tuple[str | None, float]:
+        """Return the address behind a login if `password` fits, else None; and for how long.
 
         The users of the files come first, then Dovecot. Raises TemporaryFailure.
         """
@@ -11176,17 +11406,19 @@ class MailReceiver:
             self.limits.check_login(client.peer)  # others may have failed while we waited
             address = await self.loop.work(lambda: accounts.authenticate(login, password))
         if address is not None or self._dovecot is None:
-            return address
+            return address, _LOGIN_KNOWN_SECONDS
         try:
             address = normalize_address(login)
         except ValueError:
-            return None
+            return None, 0.0
         user, domain = split_address(address)
         full = "@" in given  # or the domain is the host's own, perhaps, served or not
         if accounts.exists(user, domain) or (full and not self.aliases.is_local(domain)):
-            return None  # of whom the files know, they have the last word
+            return None, 0.0  # of whom the files know, they have the last word
         name = address if full else given
-        return address if await self._dovecot.authenticate(name, password) else None
+        if not await self._dovecot.authenticate(name, password):
+            return None, 0.0
+        return address, _DOVECOT_KNOWN_SECONDS
 
     def _may_know(self, login: str) -> bool:
         """Tell whether there may be a user of that name: Dovecot is not asked."""
@@ -11331,23 +11563,25 @@ class MailReceiver:
         return Reply(250, "2.0.0", f"OK: queued as {draft.id}")
 
 
-def check_header(block: bytes, max_received: int, one_author: bool) -> list[Field]:
-    """Return the fields of a header block. Raises Refused if it is not sane.
+def check_header(
+    parse: Callable[[], list[Field]], max_received: int, one_author: bool
+) -> list[Field]:
+    """Return the fields of a header, as `parse` returns them. Raises Refused if it is not sane.
 
     That is a line which is no field (RFC 5322, 2.2), more than `max_received` hops (RFC 5321,
     6.3), or, if `one_author`, a second From field (RFC 5322, 3.6): which of them a reader shows
     is anybody's guess.
     """
     try:
-        fields = header_fields(block)
+        fields = parse()
     except ValueError as error:
         text = f"the header holds a line that is no field: {error}"
         raise Refused(Reply(554, "5.6.0", text)) from None
-    names = collections.Counter(field.name for field in fields)
-    if names["received"] > max_received:
+    names = [field.name for field in fields]
+    if names.count("received") > max_received:
         text = "Too many hops: the message may be in a loop"
         raise Refused(Reply(554, "5.4.6", text))
-    if names["from"] > 1 and one_author:
+    if names.count("from") > 1 and one_author:
         raise Refused(Reply(554, "5.6.0", "the header has more than one From field"))
     return fields
 
@@ -11366,7 +11600,7 @@ class _Judgement:
         self._dmarc = "none"
         config = receiver.config
         self._header = draft.complete()
-        self._fields = check_header(self._header, config.max_received_headers, not client.user)
+        self._fields = check_header(draft.fields, config.max_received_headers, not client.user)
 
     async def judge(self) -> tuple[Envelope, dict[str, str]]:
         """Return the envelope, and where the message came from, for the log. Raises Refused."""
@@ -11379,12 +11613,13 @@ class _Judgement:
         else:
             prefix, junk = await self._verify()
             prefix += received
-        added = await self._show_to_hook(prefix)
-        prefix = added + prefix
-        junk = junk or any(
-            field.name == "x-spam-flag" and field.value.strip().upper() == b"YES"
-            for field in header_fields(added)
-        )
+        if self._receiver.hooks.has("post-data"):
+            added = await self._show_to_hook(prefix)
+            prefix = added + prefix
+            junk = junk or any(
+                field.name == "x-spam-flag" and field.value.strip().upper() == b"YES"
+                for field in header_fields(added)
+            )
         required = [field.value.strip().lower() for field in fields if field.name == "tls-required"]
         envelope = Envelope(
             draft.id,
@@ -13781,15 +14016,18 @@ class Daemon:
         programs = Programs(loop, spawn)
         hooks = Hooks(programs, self.log, config.config_dir)
         self._dovecot = self._ask_dovecot()
+        self._hooks = hooks
         self._lookups = ExternalLookups(
             hooks.alias_destinations, self._dovecot.exists if self._dovecot else None
         )
+        local = self._local_courier(programs)
         couriers = Couriers(
-            self._local_courier(programs),
+            local,
             PipeCourier(programs),
             remote or self._smtp_courier(random),
             is_local=self._is_local,
             smarthost=None if remote else self._smarthost(),
+            durable=isinstance(local, MaildirCourier),
         )
         self.queue = Queue(
             loop,
@@ -14055,8 +14293,10 @@ class Daemon:
     async def _expand(self, address: str) -> list[Destination]:
         """Return the final recipients of `address`; the log names those that are nobody's."""
         unknown: list[str] = []
+        elsewhere = self._dovecot is not None or self._hooks.has("alias-resolve")
+        lookups = self._lookups if elsewhere else NOBODY
         try:
-            return await self._domains.aliases.expand_with(self._lookups, address, unknown)
+            return await self._domains.aliases.expand_with(lookups, address, unknown)
         except NoSuchUser as error:
             unknown += error.unknown
             raise
@@ -14287,8 +14527,7 @@ class Daemon:
 
     def _take_over(self, domains: Domains, certificates: Certificates) -> None:
         self._domains, self._certificates = domains, certificates
-        self._receiver.accounts = domains.accounts
-        self._receiver.aliases = domains.aliases
+        self._receiver.take_over(domains.accounts, domains.aliases)
         self._signer.keys, self._signer.broken = domains.keys, domains.broken
         if certificates.default is not None:
             self._context.tls_context = certificates.default
@@ -16728,7 +16967,8 @@ class _CaptureReceiver:
         assert isinstance(content, _Arrived)
         raw = content.octets()
         header = header_block(raw)
-        check_header(raw if header is None else header, self._max_received, not client.user)
+        block = raw if header is None else header
+        check_header(lambda: header_fields(block), self._max_received, not client.user)
         captured = Captured(
             new_id(),
             self._loop.clock.time(),

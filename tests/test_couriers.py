@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -94,6 +95,50 @@ def test_a_maildir_has_its_three_directories_and_the_message_in_new(tmp_path: Pa
     (path,) = place.files()
     assert path.parent == maildir / "new"
     assert result == Result(State.SENT, "2.0.0", f"stored as {path}")
+
+
+class Crowded(chasquid.Disk):
+    """Counts the files that are on their way to the disk at a time."""
+
+    under_way = most = 0
+
+    async def create(self, temporary: str, data: bytes, path: str) -> None:
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+        await super().create(temporary, data, path)
+        self.under_way -= 1
+
+
+def test_a_message_for_many_is_synced_for_sixteen_at_a_time(tmp_path: Path) -> None:
+    names = [*(f"u{number}@here.example" for number in range(20)), "nobody@here.example"]
+
+    async def use(loop: chasquid.Loop) -> None:
+        disk = Crowded(loop)
+        courier = chasquid.MaildirCourier(
+            loop, disk, "%data_dir%/%to_user%", str(tmp_path), HOST, somebody
+        )
+        for _ in range(2):  # at first the directories are made, one by one
+            disk.most = 0
+            results = await courier.deliver(delivery(), [address(name) for name in names])
+            assert [result.state for result in results] == [State.SENT] * 20 + [State.FAILED]
+            for name, result in zip(names[:20], results, strict=False):
+                path = Path(result.text.removeprefix("stored as "))
+                assert f"Delivered-To: {name}\n" in path.read_text()
+        assert disk.most == 16
+
+    run(use)
+
+
+def test_a_maildir_that_was_removed_is_made_again(tmp_path: Path) -> None:
+    async def twice(loop: chasquid.Loop) -> None:
+        courier = Maildirs(tmp_path).courier(loop)
+        for part in ("new", "cur", "tmp", "."):
+            for _ in range(2):
+                (result,) = await courier.deliver(delivery(), [address("ana@here.example")])
+                assert result.state == State.SENT
+            shutil.rmtree(tmp_path / "here.example" / "ana" / part, ignore_errors=True)
+
+    run(twice)
 
 
 def test_lines_in_a_maildir_end_with_lf_below_return_path_and_delivered_to(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ import time
 import chasquid
 
 
-def test_ids_are_thirteen_letters_and_digits_and_never_the_same():
+def test_ids_are_sixteen_digits_and_never_the_same():
     ids = {chasquid.new_id() for _ in range(5000)}
     assert len(ids) == 5000
-    assert all(re.fullmatch("[a-z2-7]{13}", ident) for ident in ids)
+    assert all(re.fullmatch("[0-9a-f]{16}", ident) for ident in ids)
 
 
 def test_a_config_error_names_file_and_line():

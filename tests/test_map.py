@@ -362,6 +362,7 @@ LARGE_ROOMS = {
     "LOOP": 800,  # one kernel: tasks, timers, workers and children share its state
     "COURIERS": 800,  # five couriers that share results, and the choice of a server
     "ITEMS": 750,  # a format and the table of its fields stand together
+    "QUEUE": 800,  # from the 250 to the report, with what a crash leaves at each step
     "SESSION": 950,  # the command table, and an action for each row of it
     "DAEMON": 900,  # the wiring diagram, and the files that are read again
     "CAPTURE": 1100,  # the fixture: what a test sees of a message, and of a server

@@ -323,6 +323,18 @@ def test_no_junk_between_addresses_hides_them_all(domains, junk, place):
     assert chasquid.author_domains((text[:place] + junk + text[place:]).encode())
 
 
+ATOM = st.text(st.sampled_from("aB0-_.+'= @<>"), max_size=8)
+
+
+@searched
+@given(ATOM, ATOM, ATOM, st.sampled_from(["", " ", "\r\n"]))
+def test_an_ordinary_from_field_says_what_it_says_beside_a_comment(name, local, domain, end):
+    # with a comment the field is read in the long way
+    for value in (f" {name} <{local}@{domain}>{end}", f" {local}@{domain}{end}"):
+        plain = chasquid.author_domains(value.encode())
+        assert plain == chasquid.author_domains(b" ()" + value.encode())
+
+
 LONG = 256 * 1024
 
 

@@ -338,7 +338,7 @@ def test_the_page_shows_what_waits_and_why(serve: Serve) -> None:
     wait_for(lambda: server.queued("cur"), "the first attempt")
     page = ask(server).body
     (file,) = server.queued("cur")
-    assert f"<code>{file[4:17]}</code> from &lt;ana@here.example&gt;" in page
+    assert f"<code>{file[4:20]}</code> from &lt;ana@here.example&gt;" in page
     assert "<b>eva@there.example</b>" in page
     assert f"<span class=wait>deferred</span>: mx.there.example says 450 {ESCAPED}" in page
     assert re.search(r"next attempt in 1m|next attempt in \d+s", page)
@@ -489,7 +489,7 @@ class Tags(html.parser.HTMLParser):
 def status(text: str) -> Status:
     """Return a status in which everything that may come from outside is `text`."""
     dialogue = chasquid.Dialogue(text, text, 1.0)
-    dialogue.lines = [text]
+    dialogue.add("C", text)
     line = QueueLine(text, text, text, text, ((text, text),))
     counters = {("commands", text): 1, ("messages", "queued"): 2}
     return Status(text, 9.0, 1.0, 1, (text,), (line,), 200, counters, (dialogue,), text)

@@ -101,8 +101,10 @@ class Bench:
         self.local, self.remote, self.pipe = Script(), Script(), Script()
         self.results: list[tuple[str, str]] = []
         couriers = chasquid.Couriers(
-            self.local, self.pipe, options.get("remote", self.remote), self.is_local
-        )
+            options.get("local", lambda loop: self.local)(loop), self.pipe,
+            options.get("remote", self.remote), self.is_local,
+            durable=options.get("durable", False),
+        )  # fmt: skip
         settings = chasquid.QueueSettings(
             str(self.directory), HOST, GIVE_UP, options.get("limit", 200), "+"
         )
@@ -1260,6 +1262,8 @@ class QueueMachine(RuleBasedStateMachine):
     failed with a notification that is itself on the disk or was handed over.
     """
 
+    durable = False  # the courier of the mailboxes here
+
     def __init__(self) -> None:
         super().__init__()
         self._home = Path(tempfile.mkdtemp(dir=_SHORT_LIVED))
@@ -1297,7 +1301,9 @@ class QueueMachine(RuleBasedStateMachine):
         bench.queue = chasquid.Queue(
             bench.loop, chasquid.Disk(bench.loop), record(self._directory, self.clock),
             chasquid.QueueSettings(str(bench.directory), HOST, GIVE_UP, 1000, "+"),
-            chasquid.Couriers(Courier(), Courier(), Courier(), bench.is_local),
+            chasquid.Couriers(
+                Courier(), Courier(), Courier(), bench.is_local, durable=self.durable
+            ),
             itself, bench.is_local, lambda: 0.5, unsigned,
         )  # fmt: skip
 
@@ -1478,6 +1484,225 @@ _SHORT_LIVED = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 TestQueueMachine = QueueMachine.TestCase
 TestQueueMachine.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+
+
+class DirectMachine(QueueMachine):
+    """The same with mailboxes into which mail is written before it is accepted."""
+
+    durable = True
+
+
+TestDirectMachine = DirectMachine.TestCase
+TestDirectMachine.settings = TestQueueMachine.settings
+
+
+# --- straight into the mailboxes ---
+
+BOTH = ("ana@here.example", "ben@here.example")
+CAROL, DORA = "carol@here.example", "dora@here.example"
+
+
+def lines(bench: Bench, id: str) -> list[str]:
+    """Return the events of a message, with their recipients."""
+    found = [chasquid.parse_event(line)[1] for line in bench.mail_log.splitlines()]
+    return [
+        f"{fields['event']} {fields.get('to', '')}".strip() for fields in found
+        if fields["id"] == id
+    ]  # fmt: skip
+
+
+def test_what_is_for_mailboxes_here_is_delivered_when_it_is_accepted(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        item = await bench.accept(*BOTH)
+        assert bench.files() == [] and not bench.queue.items
+        assert [called for _, called in bench.local.messages] == [list(BOTH)]
+        assert bench.local.contents == [b"Received: by us\r\n" + MESSAGE]
+        assert bench.results == [(name, State.SENT) for name in BOTH]
+        assert lines(bench, item.id) == [
+            "queued <ana@here.example>,<ben@here.example>", "delivered <ana@here.example>",
+            "delivered <ben@here.example>", "done",
+        ]  # fmt: skip
+        assert f"event=done id={item.id} attempts=1" in bench.mail_log
+        await bench.quiet()
+        assert len(bench.local.messages) == 1
+
+    on_bench(tmp_path, test, durable=True)
+
+
+def test_who_meets_in_one_mailbox_gets_it_once(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        ben = address("ben@here.example")
+        item = await bench.accept(FinalRecipient(ben, "a@here.example"), FinalRecipient(ben, "b@x"))
+        assert [called for _, called in bench.local.messages] == [["ben@here.example"]]
+        assert bench.files() == []
+        assert lines(bench, item.id)[1:] == ["delivered <ben@here.example>"] * 2 + ["done"]
+
+    on_bench(tmp_path, test, durable=True)
+
+
+SUCCESS = FinalRecipient(address(DORA), DORA, DsnParameters((Notify.SUCCESS,)))
+
+
+@pytest.mark.parametrize(
+    ("recipients", "size"),
+    [
+        ([f"u{number}@here.example" for number in range(17)], 100),
+        (["ana@here.example", "eva@there.example"], 100),
+        (["ana@here.example", Destination("pipe", "cat")], 100),
+        (["ana@here.example", Destination("address", "x@here.example", ("mx",))], 100),
+        (["ana@here.example", SUCCESS], 100),
+        (["ana@here.example"], 70_000),
+    ],
+)
+def test_all_else_goes_into_the_queue_first(
+    tmp_path: Path, recipients: list[Any], size: int
+) -> None:
+    async def test(bench: Bench) -> None:
+        for courier in (bench.local, bench.remote, bench.pipe):
+            courier.hold.append(chasquid.Event(bench.loop))
+        item = await bench.accept(*recipients, data=MESSAGE + b"x" * size)
+        assert bench.files() == [f"new/{item.id}"]
+        assert len(bench.journal(item)) == 1
+        for courier in (bench.local, bench.remote, bench.pipe):
+            courier.hold[0].set()
+        await bench.quiet()
+        assert len(bench.results) >= len(recipients)  # with the report of a success
+
+    on_bench(tmp_path, test, durable=True)
+
+
+def test_sixteen_mailboxes_are_few_enough(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        await bench.accept(*[f"u{number}@here.example" for number in range(16)])
+        assert len(bench.results) == 16 and bench.files() == []
+
+    on_bench(tmp_path, test, durable=True)
+
+
+@pytest.mark.parametrize("state", [State.DEFERRED, State.FAILED])
+def test_who_cannot_have_it_now_stays_in_the_queue_and_nobody_else(
+    tmp_path: Path, state: str
+) -> None:
+    snapshot = tmp_path / "crash"
+
+    async def test(bench: Bench) -> None:
+        bench.local.plan = {CAROL: [state, State.SENT]}
+        item = await bench.accept("ana@here.example", CAROL, "ben@here.example")
+        shutil.copytree(tmp_path / "queue", snapshot / "queue")
+        assert bench.files() == [f"new/{item.id}"]
+        envelope, journal = bench.journal(item)
+        assert [row["recipient"] for row in journal["results"]] == [0, 2]
+        assert {row["state"] for row in journal["results"]} == {State.SENT}
+        await bench.quiet()
+        assert bench.files() == []
+        assert [called for _, called in bench.local.messages[1:]] == [[CAROL]]
+        assert lines(bench, item.id) == [
+            f"queued <ana@here.example>,<{CAROL}>,<ben@here.example>",
+            "delivered <ana@here.example>", "delivered <ben@here.example>",
+            f"delivered <{CAROL}>", "done",
+        ]  # fmt: skip
+
+    on_bench(tmp_path, test, durable=True)
+
+    async def after(bench: Bench) -> None:  # a crash right after the 250
+        await bench.quiet()
+        assert [called for _, called in bench.local.messages] == [[CAROL]]
+        assert bench.files() == []
+
+    on_bench(snapshot, after, durable=True)
+
+
+def test_a_fault_of_the_courier_leaves_it_to_the_queue(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        bench.local.fault = ValueError("a bug")
+        item = await bench.accept("ana@here.example")
+        assert bench.files() == [f"new/{item.id}"]
+        bench.local.fault = None
+        await bench.quiet()
+        assert bench.files() == [] and len(bench.local.messages) == 1
+        assert "a bug" in bench.log
+
+    on_bench(tmp_path, test, durable=True)
+
+
+def test_what_can_be_neither_delivered_nor_stored_is_refused(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        bench.local.plan = {"ana@here.example": [State.DEFERRED]}
+        (bench.directory / "new").rmdir()
+        with pytest.raises(chasquid.QueueFull):
+            await bench.accept(*BOTH)
+        assert not bench.queue.items and bench.results == []
+        assert "event=queued" not in bench.mail_log and "event=delivered" not in bench.mail_log
+
+    on_bench(tmp_path, test, durable=True)
+
+
+class Unsteady(chasquid.Disk):
+    """Keeps a copy of the disk before and after each file; the writes in `broken` fail."""
+
+    def __init__(self, loop: chasquid.Loop, directory: Path, broken: Sequence[int]) -> None:
+        super().__init__(loop)
+        self._directory = directory
+        self._broken = broken
+        self._count = itertools.count()
+        self._copies = directory.parent / "copies"
+
+    async def create(self, temporary: str, data: bytes, path: str) -> None:
+        number = next(self._count)
+        shutil.copytree(self._directory, self._copies / f"{number}-before")
+        if number in self._broken:
+            raise OSError(errno.ENOSPC, "no space left")
+        await super().create(temporary, data, path)
+        shutil.copytree(self._directory, self._copies / f"{number}-after")
+
+
+@pytest.mark.parametrize("names", [(DORA,), (*BOTH, DORA)])
+@pytest.mark.parametrize("broken", [(), (0,), (1,), (0, 2), (0, 1, 2)])
+def test_a_crash_at_any_time_loses_nothing_that_was_accepted(
+    tmp_path: Path, names: tuple[str, ...], broken: Sequence[int]
+) -> None:
+    disk_dir = tmp_path / "disk"
+    disk_dir.mkdir()
+
+    async def known(user: str, domain: str) -> bool:
+        return True
+
+    def courier(directory: Path, broken: Sequence[int]) -> Callable[[Any], chasquid.MaildirCourier]:
+        return lambda loop: chasquid.MaildirCourier(
+            loop, Unsteady(loop, directory, broken),
+            "%data_dir%/mail/%to_user%", data_dir=str(directory), hostname=HOST, user_exists=known,
+        )  # fmt: skip
+
+    def holders(directory: Path) -> list[str]:
+        found = []
+        for path in directory.glob("mail/*/new/*"):
+            assert path.read_bytes().endswith(b"\n\nIt works.\n")
+            found.append(f"{path.parts[-3]}@here.example")
+        return sorted(found)
+
+    async def accept(bench: Bench) -> None:
+        await bench.accept(*names)
+        shutil.copytree(disk_dir, tmp_path / "accepted")  # from here on it is owed
+        await bench.quiet()
+
+    clock = FakeClock()
+    on_bench(disk_dir, accept, clock, local=courier(disk_dir, broken), durable=True)
+    still = len(names) - len(holders(disk_dir))  # who waits for the next attempt
+    assert still <= len(broken)
+    for copy in [*(tmp_path / "copies").iterdir(), tmp_path / "accepted"]:
+
+        async def recover(bench: Bench) -> None:
+            await bench.advance(100.0)
+
+        shutil.rmtree(tmp_path / "life", ignore_errors=True)
+        (tmp_path / "life").mkdir()
+        shutil.move(copy, tmp_path / "life" / "disk")
+        again = tmp_path / "life" / "disk"
+        on_bench(again, recover, FakeClock(clock.now), local=courier(again, ()), durable=True)
+        if copy.name == "accepted":
+            assert holders(again) == sorted(names)  # each once
+        assert set(holders(again)) <= set(names)
+        assert files(again / "queue") == []
 
 
 # --- files that are not as they must be ---

@@ -162,7 +162,7 @@ def test_the_examples_of_the_fixture_run(tmp_path):
 def test_the_table_of_events_is_that_of_the_module():
     rows = re.findall(r"^\| `([a-z-]+)` \| ([a-z ]*) \| (.+) \|$", README, re.MULTILINE)
     events = {
-        (event.name, " ".join(name for _, name in event.fields), event.help)
+        (event.name, " ".join(name for name in event.fields.values()), event.help)
         for event in chasquid.Events.BY_NAME.values()
         if event not in (chasquid.Events.FAULT, chasquid.Events.CAPTURED)  # of test servers
     }

@@ -334,11 +334,14 @@ def test_received_is_ascii_where_the_client_did_not_ask_for_smtputf8(serve: Serv
 def test_a_message_that_cannot_be_stored_is_not_accepted(serve: Serve, place: str) -> None:
     server = serve()
     directory = server.data_dir / "queue" / place
+    mailboxes = server.data_dir / "mail"
     with greeted(server) as wire:
         directory.rmdir()
-        directory.write_bytes(b"")
+        for path in (directory, mailboxes):
+            path.write_bytes(b"")
         assert send(wire, b"Subject: x\r\n\r\n").startswith("451 4.3.1 ")
-        directory.unlink()
+        for path in (directory, mailboxes):
+            path.unlink()
         directory.mkdir()
         assert server.queued() == []
         assert send(wire, b"Subject: x\r\n\r\n").startswith("250 ")

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import threading
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import searched
+from support import FakeClock, Serve, greeted, logged_in, login, run, searched, users_file, wait_for
 
 import chasquid
 
@@ -306,3 +308,144 @@ def test_an_unknown_user_costs_as_much_however_the_password_is_spelled(monkeypat
         known = len(costs)
         accounts.authenticate("bob@d.example", typed)
         assert len(costs) == 2 * known
+
+
+# --- Logins that are known ------------------------------------------------------------------
+
+
+class Checks:
+    """Checks passwords, slowly; `seen` are those that were asked for."""
+
+    def __init__(self, loop: Any, seconds: float = 60.0) -> None:
+        self.loop = loop
+        self.logins = chasquid.Logins(loop)
+        self.seconds = seconds
+        self.passwords = {"ana@x": b"secret"}
+        self.seen: list[tuple[str, bytes]] = []
+
+    async def log_in(self, login: str, password: bytes) -> str | None:
+        async def check() -> tuple[str | None, float]:
+            right = self.passwords.get(login) == password
+            self.seen.append((login, password))
+            await self.loop.turn()
+            return (login if right else None), self.seconds
+
+        return await self.logins.find(login, password, check)
+
+
+def with_checks(use: Any) -> None:
+    clock = FakeClock()
+    run(lambda loop: use(Checks(loop), clock), clock)
+
+
+def test_a_login_that_succeeded_is_known_for_its_time():
+    async def use(checks: Checks, clock: FakeClock) -> None:
+        for _ in range(3):
+            assert await checks.log_in("ana@x", b"secret") == "ana@x"
+        assert len(checks.seen) == 1
+        clock.advance(59.9)
+        assert await checks.log_in("ana@x", b"secret") == "ana@x"
+        assert len(checks.seen) == 1
+        clock.advance(0.1)
+        assert await checks.log_in("ana@x", b"secret") == "ana@x"
+        assert len(checks.seen) == 2
+
+    with_checks(use)
+
+
+def test_neither_a_failure_nor_another_password_or_user_is_known():
+    async def use(checks: Checks, clock: FakeClock) -> None:
+        assert await checks.log_in("ana@x", b"secret") == "ana@x"
+        for user, password in (
+            ("ana@x", b"secre"), ("ana@x", b"secret "), ("ana@x", b""), ("ana@", b"xsecret"),
+            ("ana@xs", b"ecret"), ("Ana@x", b"secret"), ("", b"ana@xsecret"), ("\ud800", b"secret"),
+        ):  # fmt: skip
+            assert await checks.log_in(user, password) is None
+            assert await checks.log_in(user, password) is None
+        assert len(checks.seen) == 17
+
+    with_checks(use)
+
+
+def test_what_is_known_is_forgotten_when_the_users_change_also_what_is_being_checked():
+    async def use(checks: Checks, clock: FakeClock) -> None:
+        assert await checks.log_in("ana@x", b"secret") == "ana@x"
+        checks.logins.forget()
+        task = checks.loop.spawn(checks.log_in("ana@x", b"secret"), "login")
+        await checks.loop.turn()
+        assert len(checks.seen) == 2
+        checks.passwords["ana@x"] = b"new"
+        checks.logins.forget()
+        assert await task.join() == "ana@x"
+        assert await checks.log_in("ana@x", b"secret") is None
+
+    with_checks(use)
+
+
+@pytest.mark.parametrize(("password", "count"), [(b"secret", 1), (b"wrong", 5)])
+def test_the_same_login_at_the_same_time_is_checked_once_at_a_time(password, count):
+    async def use(checks: Checks, clock: FakeClock) -> None:
+        tasks = [checks.loop.spawn(checks.log_in("ana@x", password), "login") for _ in range(5)]
+        await checks.loop.turn()
+        assert len(checks.seen) == 1
+        found = {await task.join() for task in tasks}
+        assert found == {"ana@x" if password == b"secret" else None}
+        assert len(checks.seen) == count
+
+    with_checks(use)
+
+
+def test_a_check_that_breaks_is_not_known_and_holds_up_nobody():
+    async def use(checks: Checks, clock: FakeClock) -> None:
+        async def broken() -> tuple[str | None, float]:
+            await checks.loop.turn()
+            raise chasquid.TemporaryFailure("no answer")
+
+        with pytest.raises(chasquid.TemporaryFailure):
+            await checks.logins.find("ana@x", b"secret", broken)
+        assert await checks.log_in("ana@x", b"secret") == "ana@x"
+
+    with_checks(use)
+
+
+def test_what_is_remembered_is_bounded_and_holds_no_password():
+    async def use(checks: Checks, clock: FakeClock) -> None:
+        for number in range(10_050):
+            checks.passwords[f"u{number}@x"] = b"my secret"
+            assert await checks.log_in(f"u{number}@x", b"my secret")
+        known = checks.logins._known
+        assert len(known) == 10_000
+        assert not any(b"my secret" in digest for digest in known)
+        clock.advance(61.0)
+        assert await checks.log_in("ana@x", b"secret") == "ana@x"
+        assert len(known) == 1
+
+    with_checks(use)
+
+
+def test_a_server_computes_one_scrypt_for_many_logins_of_a_user(serve: Serve) -> None:
+    seen = []
+
+    def profile(frame: Any, event: str, function: Any) -> None:
+        if event == "c_call" and function is hashlib.scrypt:
+            seen.append(function)
+
+    threading.setprofile(profile)  # of the workers, which start when they are first needed
+    try:
+        server = serve()
+        for _ in range(3):
+            logged_in(server).close()
+    finally:
+        threading.setprofile(None)
+    assert len(seen) == 1
+
+
+def test_a_password_that_was_changed_counts_at_once(serve: Serve) -> None:
+    server = serve()
+    logged_in(server).close()
+    server.write("domains/here.example/users", users_file({"ana": "another", "ben": "secret"}))
+    server.daemon.reload()
+    wait_for(lambda: "event=reloaded" in server.log, "the reload")
+    with greeted(server, "submission over TLS") as wire:
+        assert login(wire).startswith("535 ")
+        assert login(wire, password="another").startswith("235 ")

@@ -15,10 +15,13 @@ import argparse
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as pytest has it
 
 from tests.interop.peers import MailboxPeer, NameServer, Postfix
 from tests.interop.server import Chasquid
@@ -46,7 +49,7 @@ def deliver(maildir: Path, port: int, address: str, count: int, size: int) -> fl
 
     start = time.perf_counter()
     send(port, address, count, size)
-    wait_for(f"{count} messages in {maildir}", arrived, SECONDS)
+    wait_for(arrived, f"{count} messages in {maildir}", SECONDS)
     return time.perf_counter() - start
 
 

@@ -19,11 +19,12 @@ from .tools import letter, need_root, subjects, unavailable
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "20"))
 
 
-def begin_letter(client: smtplib.SMTP, recipient: str = "ana@here.example") -> None:
+def begin_letter(client: smtplib.SMTP, *recipients: str) -> None:
     """Go as far as the 354."""
     client.ehlo()
     assert client.docmd("MAIL FROM:<carl@client.example>")[0] == 250
-    assert client.docmd(f"RCPT TO:<{recipient}>")[0] == 250
+    for recipient in recipients or ("ana@here.example",):
+        assert client.docmd(f"RCPT TO:<{recipient}>")[0] == 250
     assert client.docmd("DATA")[0] == 354
 
 
@@ -41,10 +42,11 @@ def send_letter(
 
 
 class TestKill:
-    def test_after_250_nothing_is_lost(self, chasquid):
+    @pytest.mark.parametrize("octets", [1000, 100_000], ids=["straight", "by way of the queue"])
+    def test_after_250_nothing_is_lost(self, chasquid, octets):
         for number in range(ROUNDS):
             with chasquid.smtp() as client:
-                assert send_letter(client, f"round {number:02}")[0] == 250
+                assert send_letter(client, f"round {number:02}", octets=octets)[0] == 250
                 time.sleep(number % 4 * 0.002)  # so that each step of a delivery is hit
                 chasquid.kill()
                 client.close()
@@ -58,7 +60,7 @@ class TestKill:
         for number in range(max(1, ROUNDS // 4)):
             clients = [smtplib.SMTP("127.0.0.1", chasquid.smtp_port, timeout=20) for _ in range(4)]
             for client in clients:
-                begin_letter(client)
+                begin_letter(client, "ana@here.example", "bob@here.example")
             for index, client in enumerate(clients):
                 client.send(f"Subject: {number}-{index}\r\n\r\nHello.\r\n.\r\n")
             assert clients[0].getreply()[0] == 250
@@ -74,10 +76,11 @@ class TestKill:
                     client.close()
             clients[0].close()
             chasquid.start()
-        wait_for(
-            lambda: accepted <= set(subjects(chasquid.letters("ana@here.example"))),
-            "all accepted letters",
-        )
+        for name in ("ana@here.example", "bob@here.example"):
+            wait_for(
+                lambda name=name: accepted <= set(subjects(chasquid.letters(name))),
+                "all accepted letters",
+            )
 
     def test_while_waiting_for_another_server_nothing_is_lost(self, start, names):
         names.records["dest.example"] = {"MX": ["10 mx.dest.example."]}

@@ -161,7 +161,7 @@ class Reader(Machine):
 
     def waiting(self) -> list[str]:
         """Return the ids of what is in the queue."""
-        return re.findall(r"^[a-z2-7]{13}\b", self.sh("chasquid queue list"), re.MULTILINE)
+        return re.findall(r"^[0-9a-f]{16}\b", self.sh("chasquid queue list"), re.MULTILINE)
 
 
 Look = Callable[[Reader], None]
@@ -371,7 +371,7 @@ def waiting_id(reader: Reader) -> str:
 
 def logged_id(reader: Reader) -> str:
     log = reader.sh("journalctl -u chasquid")
-    return re.findall(r"event=queued id=([a-z2-7]{13}) from=<ana@example.com>", log)[-1]
+    return re.findall(r"event=queued id=([0-9a-f]{16}) from=<ana@example.com>", log)[-1]
 
 
 PLACEHOLDERS: dict[str, tuple[str, Callable[[Reader], str]]] = {
