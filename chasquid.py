@@ -24,6 +24,7 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     KEYS           DER and PEM, RSA and Ed25519, certificates
     SPF            whether a client may send for a domain (RFC 7208)
     DKIM           signatures: verifying those of others, making ours (RFC 6376)
+    KEY WATCH      keys that sign once their record has been seen in the DNS
     DMARC          the policy of the author's domain (RFC 9989), results as header fields
     TLS POLICY     DANE, MTA-STS, security levels
     SMTP SYNTAX    replies, commands, parameters, transparency; no input or output
@@ -42,7 +43,7 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     ACME           certificates from an authority, and their renewal (RFC 8555)
     CONTROL        the lock on data_dir, and the socket for commands to the running server
     DAEMON         the wiring diagram, reload, the end
-    PUBLISHING     the DNS records that a domain needs
+    PUBLISHING     the DNS records that a domain needs, shown or published
     CHANGES        what a command changes on this system, and how it is taken back
     IMAP           Dovecot's configuration and users, from ours
     SETUP          what a domain needs on this host, made by one command
@@ -103,6 +104,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Collection,
     Coroutine,
     Generator,
     Iterable,
@@ -1383,6 +1385,10 @@ class Events:
     LISTENING = _event("listening", "port address", "connections are taken here", mail=False)
     READY = _event("ready", "", "all is loaded; systemd hears of it too", mail=False)
     RELOADED = _event("reloaded", "problems", "the files were read again", mail=False)
+    KEY_SEEN = _event(
+        "key-seen", "domain selector", "a DKIM key signs from now on: its record is there",
+        mail=False,
+    )  # fmt: skip
     STOPPING = _event("stopping", "", "the server was told to end", mail=False)
     STOPPED = _event("stopped", "", "it has ended", mail=False)
 
@@ -2432,6 +2438,13 @@ def create_durably(temporary: str, chunks: Iterable[bytes], path: Callable[[int]
         discard_names(temporary, name)
         raise
     return name
+
+
+def remove_durably(path: str) -> None:
+    """Remove `path`, if it is there, so that a crash does not bring it back. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    sync_directory(os.path.dirname(path))
 
 
 def append_synced(path: str, data: bytes) -> None:
@@ -5774,6 +5787,7 @@ async def load_library(loop: Loop, library: functools._lru_cache_wrapper[Any]) -
 # - Five signatures are looked at, those of the author's domain before those of forwarders.
 # - dkimpy lets slip kinds of errors that it does not mean to; those are results. What is wrong
 #   here is raised.
+# - A key whose record has not been seen yet (KEY WATCH) does not sign.
 #
 # The room knows nothing of the session, and not what follows from a result.
 # ======================================================================================
@@ -6238,6 +6252,11 @@ class DkimKey(NamedTuple):
         kind = "ed25519" if isinstance(self.key, Ed25519Key) else "rsa"
         return f"v=DKIM1; k={kind}; p={base64.b64encode(self.key.public).decode('ascii')}"
 
+    @property
+    def unseen_text(self) -> str:
+        """What is told of a key whose record has not been seen yet."""
+        return f"the key {self.selector} of {self.domain} signs once {self.name} is in the DNS"
+
 
 def load_dkim_keys(
     directory: str, domain: str, problems: list[ConfigError] | None = None
@@ -6270,23 +6289,45 @@ def is_selector(text: str) -> bool:
         return False
 
 
+def publishes(key: DkimKey, record: str) -> bool:
+    """Tell whether a TXT record says the public key of `key`, as a verifier would read it."""
+    algorithm = b"ed25519-sha256" if isinstance(key.key, Ed25519Key) else b"rsa-sha256"
+    try:
+        found = _key_of_record(record, {b"a": algorithm, b"d": key.domain.encode()})
+    except _Unacceptable:
+        return False
+    return found.record == key.record.encode()
+
+
 class Signer:
-    """Signs what our users send; `keys` are by domain, in Unicode, and may be replaced."""
+    """Signs what our users send; `keys` are by domain, in Unicode, and may be replaced.
+
+    `unseen` are the names of the records of keys that must not sign yet.
+    """
 
     def __init__(self, loop: Loop, log: Log, keys: Mapping[str, Sequence[DkimKey]]) -> None:
         self._loop = loop
         self._log = log
         self.keys = keys
         self.broken: frozenset[str] = frozenset()  # domains whose keys cannot be read
+        self.unseen: frozenset[str] = frozenset()
+
+    def waiting(self, domain: str) -> tuple[DkimKey, ...]:
+        """Return the keys of `domain` that do not sign yet."""
+        return tuple(key for key in self.keys.get(domain, ()) if key.name in self.unseen)
+
+    def signing(self, domain: str) -> tuple[DkimKey, ...]:
+        """Return the keys of `domain` that sign."""
+        return tuple(key for key in self.keys.get(domain, ()) if key.name not in self.unseen)
 
     async def sign(self, domain: str, header: bytes, body: Callable[[], Iterable[bytes]]) -> bytes:
-        """Return a field for each key of `domain`; b"" if it has none.
+        """Return a field for each key of `domain` that signs; b"" if there is none.
 
         `header` is all that will stand above the body. Raises TemporaryFailure.
         """
         if domain in self.broken:
             raise broken_domain(domain)
-        keys = self.keys.get(domain, ())
+        keys = self.signing(domain)
         if not keys:
             return b""
         now = self._loop.clock.time()
@@ -6303,7 +6344,7 @@ class Signer:
     ) -> bytes:
         """As `sign`, with the keys of `host`, or of the nearest domain above it that has some."""
         domain = host
-        while domain and not self.keys.get(domain):
+        while domain and not self.signing(domain):
             domain = domain.partition(".")[2]
         return await self.sign(domain, header, body)
 
@@ -6371,6 +6412,93 @@ def _rsa_for_dkimpy(key: RsaKey) -> dict[str, int]:
         "exponent2", "coefficient",
     )  # fmt: skip
     return dict(zip(names, key, strict=True))
+
+
+# ======================================================================================
+# ROOM: KEY WATCH
+#
+# A signature is worse than none as long as nobody can look its key up. So a new key may have a
+# marker, an empty file in data_dir/dkim-unseen that is named as its DNS record, and signs only
+# once that record has been seen in the DNS.
+#
+# - A marker is there before its key is, so that the server never reads a key without it.
+# - It goes for good when the record was seen: that a record cannot be found later is no reason
+#   to send unsigned mail. A key that never had a marker signs.
+# - What counts is what a verifier would read in the record, not how it is spelt.
+# ======================================================================================
+
+UNSEEN_DIRECTORY = "dkim-unseen"  # below data_dir; the markers
+_LOOK_PAUSES = (60.0, 3600.0)  # seconds between looks for records: the first, and the longest
+
+
+def mark_unseen(data_dir: str, name: str) -> None:
+    """Have the key whose record is `name` not sign before the record was seen.
+
+    To be called before the key is written. Raises OSError.
+    """
+    directory = os.path.join(data_dir, UNSEEN_DIRECTORY)
+    make_directory(directory)
+    replace_durably(os.path.join(directory, name), b"")
+
+
+def unseen_keys(data_dir: str) -> frozenset[str]:
+    """Return the names of the records that have not been seen yet. Raises OSError."""
+    try:
+        return frozenset(os.listdir(os.path.join(data_dir, UNSEEN_DIRECTORY)))
+    except FileNotFoundError:
+        return frozenset()
+
+
+class KeyWatch:
+    """Looks for the records of keys that do not sign yet, and lets those sign that have one."""
+
+    def __init__(self, loop: Loop, log: Log, ask: Ask, *, signer: Signer, data_dir: str) -> None:
+        self._loop = loop
+        self._log = log
+        self._ask = ask
+        self._signer = signer
+        self._directory = os.path.join(data_dir, UNSEEN_DIRECTORY)
+        self._now = Event(loop)
+
+    def look_now(self) -> None:
+        """Have the records looked for at once: something may have changed."""
+        self._now.set()
+
+    async def run(self) -> None:
+        """Look again and again, at growing intervals, until the task is cancelled."""
+        pause, longest = _LOOK_PAUSES
+        while True:
+            self._now.clear()
+            await self.look()
+            try:
+                with self._loop.deadline(pause):
+                    await self._now.wait()
+                pause = _LOOK_PAUSES[0]
+            except Expired:
+                pause = min(2 * pause, longest)
+
+    async def look(self) -> None:
+        """Look for each record once."""
+        # a cache for this look alone: that a record was not there is true for a moment only
+        names = Names(self._loop, self._ask)
+        for domain in self._signer.keys:
+            for key in self._signer.waiting(domain):
+                with contextlib.suppress(TemporaryFailure):
+                    records = (await names.query(key.name, "TXT")).records
+                    # RFC 6376, 3.6.2.2: with several it is open which one counts
+                    if len(records) == 1 and publishes(key, records[0]):
+                        await self._release(key)
+
+    async def _release(self, key: DkimKey) -> None:
+        marker = os.path.join(self._directory, key.name)
+        try:
+            await self._loop.work(lambda: remove_durably(marker))
+        except OSError as error:
+            text = f"{marker} cannot be removed, so the key does not sign: {reason(error)}"
+            self._log.error("dkim", text)
+        else:
+            self._signer.unseen -= {key.name}
+            self._log.event(Events.KEY_SEEN, domain=key.domain, selector=key.selector)
 
 
 # ======================================================================================
@@ -11983,11 +12111,15 @@ class CertificateLine(NamedTuple):
 
 
 class DomainLine(NamedTuple):
-    """A domain, for people: how many users it has, and the selectors of its DKIM keys."""
+    """A domain, for people: how many users it has, and the selectors of its DKIM keys.
+
+    Those in `waiting` do not sign yet: their records have not been seen in the DNS.
+    """
 
     name: str
     users: int
     selectors: tuple[str, ...]
+    waiting: tuple[str, ...] = ()
 
 
 class QueueLine(NamedTuple):
@@ -12233,6 +12365,9 @@ def _clock_text(moment: float) -> str:
 def _domain(line: DomainLine) -> str:
     keys = ", ".join(line.selectors)
     signed = f"signed with {html_text(keys)}" if keys else "<span class=wait>not signed</span>"
+    if line.waiting:
+        waiting = html_text(", ".join(line.waiting))
+        signed += f", <span class=wait>the DNS record of {waiting} is not there yet</span>"
     return f"<p><b>{html_text(line.name)}</b> {plural(line.users, 'user')}, {signed}</p>"
 
 
@@ -13862,6 +13997,7 @@ class Domains(NamedTuple):
     each: Mapping[str, Domain]
     broken: frozenset[str]
     problems: tuple[str, ...]
+    unseen: frozenset[str] = frozenset()  # keys that do not sign yet, by the names of their records
 
 
 def load_domains(config: Config, before: Mapping[str, Domain] | None = None) -> Domains:
@@ -13897,7 +14033,14 @@ def load_domains(config: Config, before: Mapping[str, Domain] | None = None) -> 
         broken=broken,
     )
     keys = {name: domain.keys for name, domain in each.items()}
-    return Domains(accounts, aliases, keys, each=each, broken=broken, problems=tuple(problems))
+    unseen: frozenset[str] = frozenset()
+    try:
+        unseen = unseen_keys(config.data_dir)  # after the keys: a marker is there before its key
+    except OSError as error:
+        problems.append(f"{config.data_dir}/{UNSEEN_DIRECTORY}: {error.strerror}; all keys sign")
+    return Domains(
+        accounts, aliases, keys, each=each, broken=broken, problems=tuple(problems), unseen=unseen
+    )
 
 
 def _load_domain(name: str, path: str, known: Domain | None) -> tuple[Domain | None, list[str]]:
@@ -14008,7 +14151,10 @@ class Daemon:
         # strangers' questions must not keep our own mail waiting
         self._names_out = Names(loop, ask or client.ask)
         self._signer = Signer(loop, self.log, self._domains.keys)
-        self._signer.broken = self._domains.broken
+        self._signer.broken, self._signer.unseen = self._domains.broken, self._domains.unseen
+        self._key_watch = KeyWatch(
+            loop, self.log, ask or client.ask, signer=self._signer, data_dir=config.data_dir
+        )
         self.levels = SecurityLevels(
             loop, self.log, os.path.join(config.data_dir, DOMAIN_INFO_DIRECTORY)
         )
@@ -14122,7 +14268,12 @@ class Daemon:
                 for name, certificate in self._certificates.loaded.items()
             ),
             domains=tuple(
-                DomainLine(name, len(domain.users), tuple(key.selector for key in domain.keys))
+                DomainLine(
+                    name,
+                    len(domain.users),
+                    tuple(key.selector for key in self._signer.signing(name)),
+                    tuple(key.selector for key in self._signer.waiting(name)),
+                )
                 for name, domain in self._domains.each.items()
             ),
         )
@@ -14342,12 +14493,14 @@ class Daemon:
 
     def _report_keys(self) -> None:
         for domain, keys in sorted(self._domains.keys.items()):
-            if keys:
-                selectors = ", ".join(key.selector for key in keys)
+            if signing := self._signer.signing(domain):
+                selectors = ", ".join(key.selector for key in signing)
                 self.log.info("daemon", f"mail of {domain} is signed with {selectors}")
-            else:
+            elif not keys:
                 text = f"mail of {domain} leaves unsigned: it has no DKIM key; see dkim-keygen"
                 self.log.info("daemon", text)
+            for key in self._signer.waiting(domain):
+                self.log.info("daemon", key.unseen_text)
 
     # --- running ---
 
@@ -14372,6 +14525,7 @@ class Daemon:
         for port, host, number in self.addresses:
             self.log.event(Events.LISTENING, port=port.name, address=f"[{host}]:{number}")
         await self.loop.work(self._load_libraries)
+        tasks.append(self.loop.spawn(self._key_watch.run(), "records of DKIM keys"))
         if self._acme is not None:
             tasks.append(self.loop.spawn(self._acme.run(), "ACME"))
         on_ready()
@@ -14529,6 +14683,8 @@ class Daemon:
         self._domains, self._certificates = domains, certificates
         self._receiver.take_over(domains.accounts, domains.aliases)
         self._signer.keys, self._signer.broken = domains.keys, domains.broken
+        self._signer.unseen = domains.unseen
+        self._key_watch.look_now()
         if certificates.default is not None:
             self._context.tls_context = certificates.default
         self._reloaded = (self.loop.clock.time(), not self.problems)
@@ -14636,8 +14792,8 @@ def notify_systemd(state: str) -> None:
 # ======================================================================================
 # ROOM: PUBLISHING
 #
-# The records of the DNS that a domain of ours needs, and the forms in which a person or
-# another program takes them: a table for a web form, a zone file.
+# The records of the DNS that a domain of ours needs, and how they get there: as a table for a
+# web form, as a zone file, or by DNS update (RFC 2136) with a key (TSIG, RFC 8945).
 #
 # - There is one list of what is needed (`domain_records`), whoever asks: what a set-up
 #   shows, what is published, and what is checked cannot differ.
@@ -14645,7 +14801,13 @@ def notify_systemd(state: str) -> None:
 #   again gives the same; of the host's own addresses only those are known that it has
 #   itself, and behind NAT there are none.
 #
-# Whether records are in the DNS, and whether other ones serve as well, is not known here.
+# - An update changes only what is ours. A record is ours if we made it, which a file in data_dir
+#   remembers; what others made stays, and is told of if it stands in the way. The zone is asked
+#   first, at its primary server, and each change holds only if nothing else has changed there
+#   since (prerequisites, RFC 2136, 2.4).
+#
+# Whether records have been seen in the DNS, and whether other ones serve as well, is not known
+# here. Everything that asks or sends blocks.
 # ======================================================================================
 
 _TXT_STRING = 255  # octets of a string in a TXT record; RFC 1035, 3.3.14
@@ -14668,13 +14830,16 @@ class DnsRecord(NamedTuple):
     optional: bool = False
 
     @property
-    def zone_line(self) -> str:
-        """The record as a zone file has it, long texts in several strings; RFC 1035, 5.1."""
-        value = self.value or _ADDRESS_TO_FILL_IN[self.kind]
+    def zone_value(self) -> str:
+        """The value as a zone file has it, long texts in several strings; RFC 1035, 5.1."""
         if self.kind == "TXT":
-            value = _quoted_strings(self.value)
-        elif self.kind in ("MX", "SRV", "CNAME"):
-            value += "."
+            return _quoted_strings(self.value)
+        return self.value + ("." if self.kind in ("MX", "SRV", "CNAME") else "")
+
+    @property
+    def zone_line(self) -> str:
+        """The record as a zone file has it."""
+        value = self.zone_value or _ADDRESS_TO_FILL_IN[self.kind]
         comment = "" if self.value else "; "
         return f"{comment}{self.name}.\tIN {self.kind}\t{value}"
 
@@ -14700,6 +14865,26 @@ class DnsNeeds(NamedTuple):
     keys: Sequence[DkimKey]
     smarthost: str = ""
     sts_id: str = ""
+
+
+def published_domains(each: Mapping[str, Domain], hostname: str) -> list[str]:
+    """Return those of our domains that need records, which is all that others write to.
+
+    A domain that is the host itself and has no users is for mail of its own programs.
+    """
+    host = domain_to_unicode(hostname)
+    return [name for name, domain in each.items() if domain.users or name != host]
+
+
+def needs_of(
+    config: Config, domain: str, keys: Sequence[DkimKey], addresses: Sequence[str]
+) -> DnsNeeds:
+    """Return what decides on the records of a domain (in Unicode) with this configuration."""
+    host = domain_to_ascii(config.hostname)
+    sts_id = sts_policy_id(sts_policy_text([host])) if config.web_address else ""
+    return DnsNeeds(
+        domain_to_ascii(domain), host, addresses, keys, smarthost=config.smarthost, sts_id=sts_id
+    )
 
 
 def domain_records(needs: DnsNeeds) -> list[DnsRecord]:
@@ -14791,6 +14976,506 @@ def is_public_address(address: str) -> bool:
     import ipaddress  # only here
 
     return ipaddress.ip_address(address.partition("%")[0]).is_global
+
+
+# --- publishing by DNS update ---
+
+_EXCHANGE_SECONDS = 10.0  # for one question, or one change
+_CHANGE_ATTEMPTS = 3  # if somebody else changes the same records meanwhile
+_PUBLISHED_FILE = "published.json"  # below data_dir
+_TSIG_ALGORITHMS = ("hmac-sha1", "hmac-sha224", "hmac-sha256", "hmac-sha384", "hmac-sha512")
+# What is searched in a key's file. BIND has `key "name" { algorithm …; secret "…"; };`, Knot the
+# same in YAML; lines of a server and a zone may stand beside it, as comments too.
+_KEY_PATTERNS = {
+    "name": r'(?m)(?:^|[{;])\s*(?:key\s+|(?:-\s*)?id:\s*)"?([^\s"{};]+)',
+    "algorithm": r'(?m)(?:^|[{;])\s*algorithm:?\s+"?([\w.-]+)',
+    "secret": r'(?m)(?:^|[{;])\s*secret:?\s+"?([A-Za-z0-9+/=]+)',
+    "server": r'(?m)^\W*server:?[ \t]+"?([^\s";]*[.:][^\s";]*)"?;?\s*$',
+    "zone": r'(?m)^\W*zone:?[ \t]+"?([^\s";]*\.[^\s";]*)"?;?\s*$',
+}
+# What a name server says when it does not do it, by the codes of RFC 2136, 2.2, and RFC 8945, 3.
+_REFUSALS = {
+    "REFUSED": "does not let the key {key} see or change {zone}: allow it there (update-policy or"
+               " allow-update in BIND, an acl in Knot)",
+    "NOTAUTH": "does not serve the zone {zone}: name the server that does by a line"
+               " 'server ADDRESS' in the file of the key",
+    "NOTIMP": "takes no changes by DNS update: enter the records by hand, see dns show",
+    "SERVFAIL": "failed at that; its own log says why",
+    "BADKEY": "does not know the key {key}, or not for {zone}: it must have it by this name, with"
+              " this algorithm, and let it change the zone",
+    "BADSIG": "knows another secret for the key {key}",
+    "BADTIME": "has another time than this host: set the clocks of both",
+}  # fmt: skip
+
+
+class TsigKey(NamedTuple):
+    """A key with which a name server takes changes (RFC 8945); `secret` is in base64.
+
+    `server` ("host" or "host:port") is whom to send them to, for zones that it serves, and
+    `zone` the zone that they are for; both may be "", and are then asked of the DNS.
+    """
+
+    name: str
+    algorithm: str
+    secret: str
+    server: str = ""
+    zone: str = ""
+
+
+def read_tsig_key(path: str) -> TsigKey:
+    """Read a key as tsig-keygen of BIND and `keymgr -t` of Knot write it. Raises ConfigError."""
+    text = read_file(path).decode("utf-8", "replace")
+    found = {field: re.findall(pattern, text) for field, pattern in _KEY_PATTERNS.items()}
+    for field in ("name", "algorithm", "secret"):
+        if len(found[field]) != 1:
+            form = 'key "name" { algorithm hmac-sha256; secret "…"; };'
+            raise ConfigError(path, 0, f"expected one key, as {form}")
+    key = TsigKey(**{field: words[0] if words else "" for field, words in found.items()})
+    try:
+        base64.b64decode(key.secret, validate=True)
+        host_and_port(key.server, 53)
+    except ValueError as error:
+        raise ConfigError(path, 0, f"the secret or the server is malformed: {error}") from None
+    if key.algorithm.lower() not in _TSIG_ALGORITHMS:
+        text = f"expected one of the algorithms {', '.join(_TSIG_ALGORITHMS)}"
+        raise ConfigError(path, 0, f"{text}, found {key.algorithm}")
+    return key._replace(zone=key.zone.rstrip(".").lower())
+
+
+Resolve = Callable[[str, str], Sequence[str]]
+"""Returns the records that a name has of a kind, as text. Raises ChasquidError if unknown."""
+
+Exchange = Callable[[Any, str, int], Any]
+"""Sends a DNS message to an address and port, and returns the answer. As `exchange_by_tcp`."""
+
+
+def blocking_resolver(servers: Sequence[str]) -> Resolve:
+    """Return what asks `servers` ("ip" or "ip:port"), or without any those of the system."""
+    import dns.exception
+    import dns.nameserver
+    import dns.resolver
+
+    def resolve(name: str, kind: str) -> Sequence[str]:
+        try:
+            resolver = dns.resolver.Resolver(configure=not servers)
+            if servers:
+                places = [host_and_port(server, 53) for server in servers]
+                resolver.nameservers = [dns.nameserver.Do53Nameserver(*place) for place in places]
+            found = resolver.resolve(
+                f"{name}.", kind, raise_on_no_answer=False, search=False, lifetime=DNS_SECONDS
+            )
+        except dns.resolver.NXDOMAIN:
+            return []
+        except dns.exception.DNSException as error:
+            raise TemporaryFailure(f"no name server could answer for {name} {kind}") from error
+        if kind == "SOA" and found.canonical_name != found.qname:
+            return []  # that of another name's zone
+        return [rdata.to_text() for rdata in found.rrset or ()]
+
+    return resolve
+
+
+def exchange_by_tcp(message: Any, host: str, port: int) -> Any:
+    """Return the answer to a message of dnspython's. Raises OSError and DNSException."""
+    import dns.query
+
+    return dns.query.tcp(message, host, timeout=_EXCHANGE_SECONDS, port=port)
+
+
+class _Refusal(ChasquidError):
+    """What a name server does not do; `code` is one of RFC 2136 or RFC 8945."""
+
+    def __init__(self, text: str, code: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class _Zone:
+    """A zone at a name server, where it is changed. Answers are believed only if they are signed.
+
+    `serves` is false if the server has this name inside another zone, None if it is not
+    authoritative for it. If the server does not know our key, it is asked without: so what is
+    there can be seen, and `refusal` counts only if something is to be changed. Raises
+    ChasquidError.
+    """
+
+    def __init__(
+        self, name: str, host: str, port: int, *, key: TsigKey, exchange: Exchange
+    ) -> None:
+        self.name = name
+        self._place = host, port
+        self._key = key
+        self._exchange = exchange
+        self.refusal: _Refusal | None = None
+        try:
+            self.serves = self._serves()
+        except _Refusal as refusal:
+            if refusal.code != "BADKEY":
+                raise
+            self.refusal = refusal
+            self.serves = self._serves()
+
+    def _serves(self) -> bool | None:
+        import dns.flags
+
+        try:
+            answer = self._ask(self.name, "SOA")
+        except _Refusal as refusal:
+            if refusal.code in ("REFUSED", "NOTAUTH", "SERVFAIL") and self.refusal is None:
+                return None
+            raise self.refusal or refusal from None
+        if not answer.flags & dns.flags.AA:
+            return None
+        return any(rrset.rdtype.name == "SOA" for rrset in answer.answer)
+
+    def read(self, name: str, kind: str) -> Any:
+        """Return what `name` has of `kind` as dnspython's RRset, or its CNAME, or None.
+
+        What a wildcard says of it is not there: that would be gone with the first record.
+        """
+        found = self._rrset(name, kind)
+        if found is not None and name != self.name:
+            other = self._rrset(f"{new_id()}.{name.partition('.')[2]}", kind)
+            if other is not None and set(other) == set(found):
+                return None
+        return found
+
+    def _rrset(self, name: str, kind: str) -> Any:
+        import dns.name
+
+        owner = dns.name.from_text(name)
+        for rrset in self._ask(name, kind).answer:
+            if rrset.name == owner and rrset.rdtype.name in (kind, "CNAME"):
+                return rrset
+        return None
+
+    def _ask(self, name: str, kind: str) -> Any:
+        import dns.message
+
+        return self.send(dns.message.make_query(f"{name}.", kind, flags=0))
+
+    def send(self, message: Any) -> Any:
+        """Sign a message and return the answer. Raises ChasquidError, as _Refusal by its code."""
+        import dns.exception
+        import dns.rcode
+        import dns.tsig
+
+        if self.refusal is None:
+            message.use_tsig(dns.tsig.Key(self._key.name, self._key.secret, self._key.algorithm))
+        try:
+            answer = self._exchange(message, *self._place)
+        except dns.tsig.PeerBadKey:
+            raise self._refused("BADKEY") from None
+        except (dns.tsig.PeerBadSignature, dns.tsig.BadSignature):
+            raise self._refused("BADSIG") from None
+        except (dns.tsig.PeerBadTime, dns.tsig.BadTime):
+            raise self._refused("BADTIME") from None
+        except (OSError, EOFError, dns.exception.DNSException) as error:
+            text = f"the name server {self._text} cannot be asked: {reason(error)}"
+            raise TemporaryFailure(text) from error
+        code = dns.rcode.to_text(answer.rcode())
+        if code not in ("NOERROR", "NXDOMAIN"):
+            raise self._refused(code)
+        if not answer.had_tsig and self.refusal is None:
+            raise ChasquidError(f"the answer of the name server {self._text} is not signed")
+        return answer
+
+    @property
+    def _text(self) -> str:
+        host, port = self._place
+        return host if port == 53 else f"[{host}]:{port}"
+
+    def _refused(self, code: str) -> _Refusal:
+        why = _REFUSALS.get(code, "answers {code}")
+        said = why.format(key=self._key.name, zone=self.name, code=code)
+        return _Refusal(f"the name server {self._text} {said} ({code})", code)
+
+
+_Wanted = dict[tuple[str, str], list[str]]  # the values for each name and type
+
+
+class _Change(NamedTuple):
+    """What is to be done about the records of one name and type, and why not, if it is left.
+
+    `found` is an RRset of dnspython's, or None; values are as in `DnsRecord`.
+    """
+
+    name: str
+    kind: str
+    verb: str  # "made", "changed", "kept" or "failed"
+    found: Any
+    add: tuple[str, ...] = ()
+    remove: tuple[str, ...] = ()
+    why: str = ""
+
+    def line(self, dry_run: bool) -> str:
+        """Say it, for people."""
+        verb = self.verb
+        if dry_run:
+            verb = {"made": "would make", "changed": "would change"}.get(verb, verb)
+        return f"{verb} {self.name} {self.kind}" + (f": {self.why}" if self.why else "")
+
+
+def _rdata(kind: str, value: str) -> Any:
+    import dns.rdata
+
+    return dns.rdata.from_text("IN", kind, DnsRecord("", kind, value, "").zone_value)
+
+
+def _record_value(rdata: Any) -> str:
+    """Return a record of dnspython's as `DnsRecord` has it."""
+    if rdata.rdtype.name == "TXT":
+        return b"".join(rdata.strings).decode("latin-1")
+    return str(rdata.to_text()).rstrip(".").lower()
+
+
+def _essence(value: str) -> str:
+    """Return a value without what makes no difference in lists of tags (DKIM, DMARC)."""
+    return re.sub(r"\s*;\s*", ";", value.strip()).rstrip(";")
+
+
+def _competes(value: str, wanted: Sequence[str]) -> bool:
+    """Tell whether a text is of the same sort as one that is wanted, such as "v=spf1 …"."""
+    sorts = {_essence(text).partition(" ")[0].partition(";")[0].lower() for text in wanted}
+    return _essence(value).partition(" ")[0].partition(";")[0].lower() in sorts
+
+
+def _decide(
+    name: str, kind: str, wanted: Sequence[str], *, found: Any, ours: Collection[str]
+) -> _Change:
+    """Compare what is wanted with what is found. What is neither wanted nor `ours` decides."""
+    values = [] if found is None else [_record_value(rdata) for rdata in found]
+    if found is not None and found.rdtype.name != kind:
+        there = ", ".join(f"{found.rdtype.name} {value}" for value in values)
+        return _Change(name, kind, "kept", found, why=f"there is {there}, not made by chasquid")
+    if not wanted and not values:
+        why = "this host does not know its public address: name it with --address"
+        return _Change(name, kind, "failed", found, why=why)
+    if kind == "TXT":
+        values = [value for value in values if _competes(value, wanted)]
+    known = {_essence(value) for value in values}
+    needed = {_essence(value) for value in wanted}
+    missing = tuple(value for value in wanted if _essence(value) not in known)
+    others = [value for value in values if _essence(value) not in needed]
+    strange = [value for value in others if value not in ours]
+    if strange and missing:
+        why = f"there is {', '.join(strange)}, not made by chasquid; wanted {', '.join(missing)}"
+        return _Change(name, kind, "kept", found, why=why)
+    if strange or not wanted or not (missing or others):
+        return _Change(name, kind, "kept", found)
+    verb = "changed" if others else "made"
+    return _Change(name, kind, verb, found, add=missing, remove=tuple(others))
+
+
+class _Published:
+    """What we have published, in data_dir: {"version": 1, "records": {"NAME TYPE": [values]}}."""
+
+    def __init__(self, data_dir: str) -> None:
+        self._path = os.path.join(data_dir, _PUBLISHED_FILE)
+        try:
+            known = json.loads(read_file(self._path, b'{"version": 1, "records": {}}'))
+            self._records = {str(key): set(values) for key, values in known["records"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            text = "it is damaged; without it, what was published before counts as made by others"
+            raise ConfigError(self._path, 0, text) from error
+
+    def values(self, name: str, kind: str) -> set[str]:
+        """Return the values that we made."""
+        return self._records.get(f"{name} {kind}", set())
+
+    def note(self, changes: Iterable[_Change]) -> None:
+        """Remember what was made, durably; also what of ours is gone. Raises ChasquidError."""
+        before = dict(self._records)
+        for change in changes:
+            there = {_record_value(rdata) for rdata in change.found or ()}
+            left = self.values(change.name, change.kind) & there - set(change.remove)
+            self._records[f"{change.name} {change.kind}"] = left | set(change.add)
+        self._records = {key: values for key, values in self._records.items() if values}
+        if self._records == before:
+            return
+        records = {key: sorted(values) for key, values in self._records.items()}
+        text = json.dumps({"version": 1, "records": records}, indent=1, sort_keys=True)
+        try:
+            make_directory(os.path.dirname(self._path))
+            replace_durably(self._path, f"{text}\n".encode())
+        except OSError as error:
+            raise ChasquidError(f"{self._path} cannot be written: {reason(error)}") from error
+
+
+class _Publisher:
+    """Publishes records with a key; `resolve` finds the zones and their primary servers."""
+
+    def __init__(self, key: TsigKey, resolve: Resolve, exchange: Exchange) -> None:
+        self._key = key
+        self._resolve = functools.cache(resolve)
+        self._exchange = exchange
+        self._open = functools.cache(self._find)
+        self._unknown: dict[str, TemporaryFailure] = {}
+
+    def zone_of(self, name: str) -> _Zone:
+        """Return the zone that `name` is in, at its primary server. Raises ChasquidError."""
+        branch = ".".join(name.split(".")[-2:])
+        if branch in self._unknown:  # or each name would be waited for as long as the first
+            raise self._unknown[branch]
+        try:
+            return self._search(name)
+        except TemporaryFailure as failure:
+            self._unknown[branch] = failure
+            raise
+
+    def _search(self, name: str) -> _Zone:
+        labels = name.split(".")
+        above = [".".join(labels[start:]) for start in range(len(labels) - 1)]  # below the TLD
+        if self._key.zone in above:
+            above = [self._key.zone]
+        for place in above if self._key.server else ():
+            zone = self._open(place, self._key.server)
+            if zone.serves:
+                return zone
+            if zone.serves is None:  # it is not for this server
+                break
+        for place in above:
+            if soa := self._resolve(place, "SOA"):
+                return self._at_primary(place, soa[0].partition(" ")[0].rstrip("."))
+        raise ChasquidError(f"no zone is found that {name} is in; is the domain registered?")
+
+    def _at_primary(self, name: str, host: str) -> _Zone:
+        zone = self._open(name, host)
+        if not zone.serves:
+            why = _REFUSALS["NOTAUTH"].format(zone=name)
+            raise ChasquidError(f"the name server {host} {why} (NOTAUTH)")
+        return zone
+
+    def _find(self, name: str, server: str) -> _Zone:
+        """Ask a name server for a zone, at the first of its addresses that answers."""
+        host, port = host_and_port(server, 53)
+        addresses: Sequence[str] = [host]
+        if not is_ip_address(host):
+            addresses = [*self._resolve(host, "A"), *self._resolve(host, "AAAA")]
+        failure = ChasquidError(f"the name server {host} has no address")
+        for address in addresses:
+            try:
+                return _Zone(name, address, port, key=self._key, exchange=self._exchange)
+            except TemporaryFailure as error:
+                failure = error
+        raise failure
+
+
+def _compare(zone: _Zone, wanted: _Wanted, published: _Published) -> list[_Change]:
+    """Return what is to be done about each name and type of a zone. Raises ChasquidError."""
+    changes = []
+    for (name, kind), values in wanted.items():
+        values = [_record_value(_rdata(kind, value)) for value in values]
+        found = zone.read(name, kind)
+        if kind == "CNAME" and found is None:  # beside which nothing may stand; RFC 2181, 10.1
+            others = (zone.read(name, other) for other in ("A", "AAAA", "MX", "TXT"))
+            found = next((rrset for rrset in others if rrset is not None), None)
+        ours = published.values(name, kind)
+        changes.append(_decide(name, kind, values, found=found, ours=ours))
+    return _without_dangling(changes)
+
+
+def _without_dangling(changes: Sequence[_Change]) -> list[_Change]:
+    """Leave out an MX to a host without an address, for which BIND refuses all of an update."""
+    unknown = {change.name for change in changes if change.verb == "failed"}
+    return [
+        change._replace(verb="failed", add=(), remove=(), why="its host has no address yet")
+        if change.kind == "MX" and any(value.split()[1] in unknown for value in change.add)
+        else change
+        for change in changes
+    ]
+
+
+def _send(zone: _Zone, changes: Sequence[_Change]) -> bool:
+    """Make changes, all or none; False if what was found is no longer there (RFC 2136, 2.4)."""
+    import dns.name
+    import dns.update
+
+    update = dns.update.UpdateMessage(f"{zone.name}.")
+    for change in changes:
+        name = dns.name.from_text(change.name)
+        if change.found is not None:
+            update.present(name, *change.found)
+        else:
+            update.absent(name, None if change.kind == "CNAME" else change.kind)
+        for rdata in change.found or ():
+            if _record_value(rdata) in change.remove:
+                update.delete(name, rdata)
+        ttl = _ZONE_TTL if change.found is None else change.found.ttl
+        for value in change.add:
+            update.add(name, ttl, _rdata(change.kind, value))
+    try:
+        return int(zone.send(update).rcode()) == 0
+    except _Refusal as refusal:
+        if refusal.code in ("YXDOMAIN", "YXRRSET", "NXRRSET"):
+            return False
+        raise
+
+
+def reconciled(records: Sequence[DnsRecord]) -> list[DnsRecord]:
+    """Leave out what says otherwise of the same, as the host of one domain is itself another.
+
+    Two SPF records make both void (RFC 7208, 4.5); what is needed goes before what is optional.
+    """
+    kept: dict[tuple[str, str, str], DnsRecord] = {}
+    for record in sorted(records, key=lambda record: record.optional):
+        value = "" if record.kind == "TXT" else record.value
+        kept.setdefault((record.name, record.purpose, value), record)
+    return [record for record in dict.fromkeys(records) if record in kept.values()]
+
+
+def publish(
+    records: Sequence[DnsRecord],
+    key: TsigKey,
+    data_dir: str,
+    *,
+    resolve: Resolve,
+    exchange: Exchange = exchange_by_tcp,
+    dry_run: bool = False,
+) -> list[str]:
+    """Publish records by DNS update (RFC 2136); return a line for each name and type.
+
+    A line begins with "made", "changed", "kept" or "failed", or, if nothing is to be changed,
+    "would make" and "would change". Blocks. Raises ChasquidError if nothing could be done at all.
+    """
+    lines: list[str] = []
+    failures: list[tuple[str, ChasquidError]] = []
+    publisher, published = _Publisher(key, resolve, exchange), _Published(data_dir)
+    zones: dict[_Zone, _Wanted] = {}
+    for record in reconciled(records):
+        try:
+            wanted = zones.setdefault(publisher.zone_of(record.name), {})
+            values = wanted.setdefault((record.name, record.kind), [])
+            values += [record.value] if record.value else []
+        except ChasquidError as error:
+            failures.append((f"{record.name} {record.kind}", error))
+    for zone, wanted in zones.items():
+        try:
+            changes = _publish_zone(zone, wanted, published, dry_run)
+            lines += [change.line(dry_run) for change in changes]
+        except ChasquidError as error:
+            failures.append((zone.name, error))
+    if failures and not lines:
+        raise failures[0][1]
+    return lines + [f"failed {what}: {error}" for what, error in failures]
+
+
+def _publish_zone(
+    zone: _Zone, wanted: _Wanted, published: _Published, dry_run: bool
+) -> list[_Change]:
+    """Compare, change what differs, and remember it. Raises ChasquidError."""
+    for _ in range(_CHANGE_ATTEMPTS):
+        changes = _compare(zone, wanted, published)
+        needed = [change for change in changes if change.verb in ("made", "changed")]
+        if needed and zone.refusal is not None:
+            raise zone.refusal
+        if dry_run:
+            return changes
+        if not needed or _send(zone, needed):
+            published.note(changes)
+            return changes
+    text = "somebody else is changing it all the time; try again later"
+    raise ChasquidError(f"the zone {zone.name} cannot be changed: {text}")
 
 
 # ======================================================================================
@@ -19023,6 +19708,8 @@ def _check(arguments: argparse.Namespace) -> int:
     for name, domain in domains.each.items():
         for finding in domains.aliases.findings(name, domain.users, everybody):
             (wrong if finding.wrong else doubtful).append(finding.text)
+        doubtful += [f"{key.unseen_text}; see dkim-dns" for key in domain.keys
+                     if key.name in domains.unseen]  # fmt: skip
     doubtful += certificates.warnings(time.time(), [domain_to_ascii(config.hostname)])
     if not domains.each and not domains.broken:
         doubtful.append(f"no domain in {config.config_dir}/domains: all mail for here is refused")
@@ -19566,6 +20253,58 @@ def _domaininfo_remove(arguments: argparse.Namespace) -> int:
 
     text = [DOMAIN_FORGOTTEN.format(domain)]
     return _change(config, "domaininfo-remove", domain, offline=offline, done=text)
+
+
+# --- DNS records ---
+
+
+def _dns(arguments: argparse.Namespace) -> int:
+    config = _load(arguments)
+    if not all(map(is_ip_address, arguments.address)):
+        raise ChasquidError(f"expected IP addresses, found {' '.join(arguments.address)}")
+    each = _records_of_ours(arguments, config)
+    records = [record for domain in each.values() for record in domain]
+    if arguments.action == "publish":
+        return _publish(arguments, config, records)
+    if arguments.zone:
+        print(zone_file(reconciled(records)), end="")
+        return 0
+    for domain, found in each.items():
+        for title, optional in (("needs", False), ("may have", True)):
+            lines = record_table([row for row in found if row.optional == optional], domain)
+            print("\n".join([f"{domain} {title}:", *(f"  {line}" for line in lines), ""]))
+    return 0
+
+
+def _records_of_ours(arguments: argparse.Namespace, config: Config) -> dict[str, list[DnsRecord]]:
+    """Return the records of each domain that is meant; names are A-labels."""
+    domains = load_domains(config)
+    names = published_domains(domains.each, config.hostname)
+    if arguments.domain:
+        names = [_parse_domain_name(arguments.domain)]
+    elif domains.broken:
+        raise ChasquidError(domains.problems[0])
+    if not domains.each.keys() >= set(names):
+        broken = names[0] in domains.broken
+        why = domains.problems[0] if broken else f"{names[0]} is not served here"
+        raise ChasquidError(why)
+    addresses = arguments.address or public_addresses()
+    needs = [needs_of(config, name, domains.each[name].keys, addresses) for name in names]
+    return {need.domain: domain_records(need) for need in needs}
+
+
+def _publish(arguments: argparse.Namespace, config: Config, records: Sequence[DnsRecord]) -> int:
+    if not arguments.dns_key:
+        raise ChasquidError("expected --dns-key FILE, with the key that the name server knows")
+    lines = publish(
+        records, read_tsig_key(arguments.dns_key), config.data_dir,
+        resolve=blocking_resolver(config.dns_server), dry_run=arguments.dry_run,
+    )  # fmt: skip
+    print("\n".join(lines))
+    if not arguments.dry_run:  # whoever waits for the record of a key looks again
+        with contextlib.suppress(ChasquidError):
+            ask_running_server(config.data_dir, "reload", "")
+    return 1 if any(line.startswith("failed ") for line in lines) else 0
 
 
 # --- DKIM ---
@@ -20169,6 +20908,29 @@ _VERBS: dict[str, _Verb] = {
         _dkim_verify,
         (("--txt", {"metavar": "RECORD", "help": "the key's record, instead of the DNS"}),),
         "check the signatures of the message on standard input",
+    ),
+    "dns": _Verb(
+        _dns,
+        (
+            ("action", {"choices": ("show", "publish")}),
+            ("domain", {"nargs": "?", "metavar": "DOMAIN", "help": "default: all domains"}),
+            (
+                "--address",
+                {
+                    "action": "append",
+                    "default": [],
+                    "metavar": "IP",
+                    "help": "of this host, if it is behind NAT; may be repeated",
+                },
+            ),
+            ("--zone", {"action": "store_true", "help": "show a part of a zone file"}),
+            (
+                "--dns-key",
+                {"metavar": "FILE", "help": "a key for DNS updates (TSIG), as of tsig-keygen"},
+            ),
+            ("--dry-run", {"action": "store_true", "help": "say what would be published"}),
+        ),
+        "show the DNS records that domains need, or publish them",
     ),
     "check": _Verb(_check, (), "check the whole configuration, and show all mistakes at once"),
     "print-config": _Verb(

@@ -45,6 +45,7 @@ __version__ = "7.8.9"
 def main():
     import importlib.metadata, json, os, sys
     import dkim, dns.asyncresolver, dns.name, dns.resolver, dns.update, idna, precis_i18n, spf
+    import dns.query, dns.tsig
     os.chdir("/")  # what is loaded from here on is found all the same
     import idna.uts46data
     names = "chasquid dnspython dkimpy pyspf idna precis-i18n".split()
