@@ -16018,7 +16018,6 @@ _WHO_HAS_IT = (
     "which 'ss -ltnp' names (for port 25, Debian may have installed Exim: 'apt purge exim4-base';"
     " for port 80, leave out --acme-agree); stop it, and begin again"
 )
-_UNSEEN = "dkim-unseen"  # below data_dir
 _SERVER_STEP = "the running server"
 _OWNED_ALIASES = ("postmaster", "abuse", "root")  # RFC 2142, 5 and 4; and who gets cron's mail
 _PORT_LINES = "".join(
@@ -16046,6 +16045,7 @@ class SetupRequest(NamedTuple):
     password: str = ""
     acme: bool = False
     acme_url: str = ""
+    no_acme: bool = False
 
     @property
     def address(self) -> str:
@@ -16144,12 +16144,8 @@ class Setup:
 
     def needs(self) -> DnsNeeds:
         """Return what decides on the records that the domain needs. Raises ConfigError."""
-        config, host = self.config(), domain_to_ascii(self.hostname)
-        return DnsNeeds(
-            domain_to_ascii(self._request.domain), host, self._host.addresses(), self.dkim_keys(),
-            smarthost=config.smarthost,
-            sts_id=sts_policy_id(sts_policy_text([host])) if config.web_address else "",
-        )  # fmt: skip
+        addresses = self._host.addresses()
+        return needs_of(self.config(), self._request.domain, self.dkim_keys(), addresses)
 
     # --- the steps ---
 
@@ -16383,8 +16379,8 @@ class Setup:
                 raise ChasquidError(f"{path} exists, and is of another kind")
             mark = DkimKey(domain_to_ascii(domain), selector, key).name
             changes.directory(self._data_path(), 0o700, self._owner())
-            changes.directory(self._data_path(_UNSEEN), 0o700, self._owner())
-            changes.write(self._data_path(_UNSEEN, mark), b"", 0o600, self._owner())
+            changes.directory(self._data_path(UNSEEN_DIRECTORY), 0o700, self._owner())
+            changes.write(self._data_path(UNSEEN_DIRECTORY, mark), b"", 0o600, self._owner())
             changes.write(path, key.to_pem().encode(), 0o600, self._owner())
 
         what = f"{kind} key for DKIM of {self._request.domain}"
@@ -16451,11 +16447,13 @@ class Setup:
                 "port 80 can be reached from outside. Until then it has one that nobody trusts."
             )
         elif self._is_self_signed():
-            yield (
-                "The certificate is one that nobody else trusts. With '--acme-agree' the server "
-                "fetches one from Let's Encrypt, whose terms you accept so; or put another one "
-                f"in its place ({self.certificate})."
-            )
+            way = "put another in its place"
+            if not self._request.no_acme:
+                way += (
+                    ", or give '--acme-agree' to have the server fetch one from Let's Encrypt "
+                    "(you accept its terms by that)"
+                )
+            yield f"Nobody else trusts the certificate in {self.certificate}: {way}."
         if config.smarthost and not config.smarthost_user:
             yield (
                 f"If {config.smarthost} wants a login, add smarthost_user and "
@@ -16537,6 +16535,14 @@ class Seen(NamedTuple):
     nameless: tuple[str, ...] = ()
     other_policy: bool = False
     failure: str = ""
+
+    def with_published(self, records: Iterable[DnsRecord], lines: Iterable[str]) -> Seen:
+        """Return the same with what `publish` says that it has made or changed."""
+        made = {
+            tuple(line.split()[1:3]) for line in lines if line.startswith(("made ", "changed "))
+        }
+        there = {record for record in records if (record.name, record.kind) in made}
+        return self._replace(there=self.there | there)
 
 
 async def look_records_up(names: Names, loop: Loop, needs: DnsNeeds) -> Seen:
@@ -19735,7 +19741,7 @@ def _init(arguments: argparse.Namespace) -> int:
     request = SetupRequest(
         user, domain, arguments.config_dir, host=arguments.host or "",
         smarthost=arguments.smarthost or "", password=arguments.password or "",
-        acme=arguments.acme_agree, acme_url=arguments.acme or "",
+        acme=arguments.acme_agree, acme_url=arguments.acme or "", no_acme=arguments.no_acme,
     )  # fmt: skip
     setup = Setup(host, request, time.time())
     out = sys.stderr if arguments.zone or arguments.json else sys.stdout
@@ -19753,16 +19759,26 @@ def _init(arguments: argparse.Namespace) -> int:
     notes = [*setup.reload(), *filter(None, [imap])]
     if arguments.acme_agree or arguments.acme:
         notes += _terms(setup.config(), arguments)
+    published = _published_by_init(arguments, setup.config(), domain_records(needs))
+    for line in published:
+        print(line, file=out)
     seen = _with_names(arguments, lambda names, loop: look_records_up(names, loop, needs))
+    seen = seen.with_published(domain_records(needs), published)
     records = remaining_records(needs, seen)
     notes += remaining_notes(setup, needs, seen)
     doctor = f"{setup.program} doctor --wait"
     if arguments.json:
-        print(json.dumps({
-            "address": request.address, "password": setup.new_password, "host": needs.host,
-            "steps": steps, "records": [record._asdict() for record in records],
-            "notes": notes, "then": doctor,
-        }, indent=2))  # fmt: skip
+        told = {
+            "address": request.address,
+            "password": setup.new_password,
+            "host": needs.host,
+            "steps": steps,
+            "published": published,
+            "records": [record._asdict() for record in records],
+            "notes": notes,
+            "then": doctor,
+        }
+        print(json.dumps(told, indent=2))
         return 0
     if setup.new_password:
         text = f"The password of {request.address} is  {setup.new_password}"
@@ -19772,6 +19788,18 @@ def _init(arguments: argparse.Namespace) -> int:
         records = []
     print("\n".join(remaining_text(records, notes, needs.domain, doctor)), file=out)
     return 0
+
+
+def _published_by_init(
+    arguments: argparse.Namespace, config: Config, records: Sequence[DnsRecord]
+) -> list[str]:
+    """Publish what can be, if there is a key for it; what is made on this host stays anyway."""
+    if not arguments.dns_key:
+        return []
+    try:
+        return _published(arguments, config, records)
+    except ChasquidError as error:
+        return [f"failed to publish: {error}"]
 
 
 def _terms(config: Config, arguments: argparse.Namespace) -> Iterator[str]:
@@ -20296,15 +20324,23 @@ def _records_of_ours(arguments: argparse.Namespace, config: Config) -> dict[str,
 def _publish(arguments: argparse.Namespace, config: Config, records: Sequence[DnsRecord]) -> int:
     if not arguments.dns_key:
         raise ChasquidError("expected --dns-key FILE, with the key that the name server knows")
+    lines = _published(arguments, config, records)
+    print("\n".join(lines))
+    return 1 if any(line.startswith("failed ") for line in lines) else 0
+
+
+def _published(
+    arguments: argparse.Namespace, config: Config, records: Sequence[DnsRecord]
+) -> list[str]:
+    """Publish records with the key that the arguments name. Raises ChasquidError."""
     lines = publish(
         records, read_tsig_key(arguments.dns_key), config.data_dir,
         resolve=blocking_resolver(config.dns_server), dry_run=arguments.dry_run,
     )  # fmt: skip
-    print("\n".join(lines))
     if not arguments.dry_run:  # whoever waits for the record of a key looks again
         with contextlib.suppress(ChasquidError):
             ask_running_server(config.data_dir, "reload", "")
-    return 1 if any(line.startswith("failed ") for line in lines) else 0
+    return lines
 
 
 # --- DKIM ---
@@ -20788,6 +20824,11 @@ _VERBS: dict[str, _Verb] = {
                 },
             ),
             ("--acme", {"metavar": "URL", "help": "of who issues it (default: Let's Encrypt)"}),
+            (
+                "--dns-key",
+                {"metavar": "FILE", "help": "publish the records with it, as 'dns publish' does"},
+            ),
+            ("--no-acme", {"action": "store_true", "help": "do not speak of such certificates"}),
             ("--zone", {"action": "store_true", "help": "show the records as a zone file"}),
             ("--dry-run", {"action": "store_true", "help": "only say what would be made"}),
             ("--json", {"action": "store_true", "help": "for programs"}),

@@ -776,6 +776,17 @@ def test_a_resolver_that_fails_is_told_of_and_all_is_shown(host):
     assert "could not be asked (the name servers are down)" in note
 
 
+def test_what_was_published_just_now_is_not_left(host):
+    setup = init(host).setup
+    needs, there = seen(setup, {})
+    records = chasquid.domain_records(needs)
+    lines = ["made example.com MX 10 mail.example.com", "changed example.com TXT v=spf1 mx ~all"]
+    lines += ["kept _dmarc.example.com TXT: not made by chasquid", "failed x: refused"]
+    left = chasquid.remaining_records(needs, there.with_published(records, lines))
+    purposes = {record.purpose for record in left if not record.optional}
+    assert purposes == {"address", "DKIM", "DMARC"}
+
+
 def test_behind_nat_the_ports_are_named(host):
     host.public = []
     setup = init(host).setup
@@ -799,12 +810,12 @@ def test_the_text_has_optional_records_apart(host):
 
 def test_the_certificate_that_nobody_trusts_is_told_of_until_there_is_another(host, tmp_path):
     setup = init(host).setup
-    assert any("nobody else trusts" in note for note in setup.notes())
+    assert any("Nobody else trusts" in note for note in setup.notes())
     (tmp_path / "ca").mkdir()
     authority = issue(tmp_path / "ca", "authority")
     issued = issue(tmp_path / "ca", "mail.example.com", authority)
     Path(setup.certificate, "fullchain.pem").write_text(issued.chain)
-    assert not any("nobody else trusts" in note for note in setup.notes())
+    assert not any("Nobody else trusts" in note for note in setup.notes())
 
 
 # --- the command ---
@@ -832,6 +843,16 @@ def test_the_command_for_programs(tmp_path, capsys):
     assert told["address"] == ANA and len(told["password"]) == 19
     assert {"MX", "SPF", "DKIM", "DMARC"} <= {record["purpose"] for record in told["records"]}
     assert "made" in done.err
+    assert told["published"] == []
+
+
+def test_a_key_for_the_dns_that_is_none_spoils_nothing(tmp_path, capsys):
+    (tmp_path / "key").write_text("nonsense")
+    there = tmp_path / "mine"
+    done = run_command(capsys, there, "init", ANA, "--dns-key", str(tmp_path / "key"))
+    assert done.status == 0
+    assert "failed to publish: " in done.out and "expected one key" in done.out
+    assert "_dmarc" in done.out
 
 
 def test_the_command_shows_a_zone_file_alone_on_standard_output(tmp_path, capsys):
