@@ -48,9 +48,10 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     IMAP           Dovecot's configuration and users, from ours
     SETUP          what a domain needs on this host, made by one command
     FAULTS         fault injection, by a script
+    READER         what a person reads in a message: text, files, links, codes
     CAPTURE        a server that keeps what it is sent, for tests
     PYTEST         fixtures with such servers
-    INBOX          what was captured, over HTTP: a page and JSON
+    CAPTURE API    what was captured, over HTTP: Mailpit's interface, and a page
     COMMANDS       the command line
 
 The way of a message, and what each room hands to the next:
@@ -118,7 +119,6 @@ if TYPE_CHECKING:
     import argparse
     import subprocess
     from email.message import EmailMessage
-    from email.message import Message as ParsedMessage
     from typing import IO, Any, NamedTuple, NoReturn, Protocol, TypeVar, overload
 
     T = TypeVar("T")
@@ -157,6 +157,7 @@ __all__ = [
     "FaultError",
     "NotArrived",
     "NotFound",
+    "Unexpected",
     "load_config",
     "main",
 ]
@@ -11938,7 +11939,8 @@ _HTTP_LINE_LIMIT = 8192  # octets
 _HTTP_LINES_LIMIT = 100
 _HTTP_SINGLE = frozenset(("host", "content-length", "transfer-encoding", "origin"))
 _HTTP_REASONS = {
-    200: "OK", 201: "Created", 400: "Bad Request", 403: "Forbidden", 404: "Not Found",
+    200: "OK", 201: "Created", 303: "See Other", 400: "Bad Request", 401: "Unauthorized",
+    403: "Forbidden", 404: "Not Found",
     405: "Method Not Allowed", 408: "Request Timeout", 411: "Length Required",
     413: "Content Too Large", 415: "Unsupported Media Type", 421: "Misdirected Request",
     500: "Internal Server Error", 501: "Not Implemented", 502: "Bad Gateway",
@@ -16685,7 +16687,11 @@ class Fault(NamedTuple):
     connection is dropped (`drop`), or dropped once so many octets of the message have come
     (`drop_after`, at DATA); no answer at all (`hang`); a `certificate` of
     `CERTIFICATE_FAULTS`; extensions that EHLO does not offer (`without`). With `per_second`
-    the rule acts only on what comes beyond so many a second, with 421 where no reply is given.
+    the rule acts only on what comes beyond so many a second, with 421 where no reply is given;
+    with `probability`, in so many percent of the cases.
+
+    A `reply` of 2xx or 3xx is given for what has been done, "\\n" in it begins a further line,
+    and at "connect" it is the greeting; `raw` are octets that are sent instead of a reply.
     """
 
     stage: str
@@ -16701,11 +16707,13 @@ class Fault(NamedTuple):
     certificate: str = ""
     without: tuple[str, ...] = ()
     per_second: int = 0
+    probability: int = 100
+    raw: str = ""
 
     @property
     def always_ends_it(self) -> bool:
         """Whether nothing that comes after this rule could act on what it matches."""
-        return not (self.nth or self.times or self.per_second)
+        return not (self.nth or self.times or self.per_second) and self.probability == 100
 
 
 class Effect(NamedTuple):
@@ -16763,8 +16771,15 @@ class Script:
     """
 
     def __init__(
-        self, clock: Clock, stages: Sequence[str], handshake: str, magic: bool = True
+        self,
+        clock: Clock,
+        stages: Sequence[str],
+        handshake: str,
+        magic: bool = True,
+        random: Callable[[], float] = random_fraction,
     ) -> None:
+        self.on_command: Callable[[str, str], str | None] | None = None
+        self._random = random
         self._clock = clock
         self._stages = stages
         self._handshake = handshake
@@ -16846,6 +16861,9 @@ class Script:
             now = self._clock.monotonic()
             for rule in self._rules.values():
                 if rule.applies(stage, addresses, now) and found is None:
+                    chance = rule.effect.fault.probability
+                    if chance < 100 and self._random() * 100 >= chance:
+                        continue
                     rule.acted += 1
                     found = rule.effect
         if found is None and self._magic and stage in ("RCPT", "message"):
@@ -16872,13 +16890,15 @@ class Script:
             )
         if min(fault.nth, fault.times, fault.per_second, fault.drop_after) < 0:
             raise FaultError("a rule counts from 1: expected no number below")
+        if not 1 <= fault.probability <= 100:
+            raise FaultError("probability: expected a number of percent from 1 to 100")
         if sum(1 for number in (fault.nth, fault.times, fault.per_second) if number) > 1:
             raise FaultError("expected one of nth, times and per_second")
         if not all(0 <= seconds <= _LONGEST for seconds in (fault.delay, fault.drip)):
             raise FaultError(f"expected a time of 0 to {_LONGEST:g} seconds")
-        instead = bool(fault.reply) + fault.drop + fault.hang + bool(fault.drop_after)
-        if instead > 1:
-            raise FaultError("expected one of reply, drop, drop_after and hang")
+        instead = (fault.reply, fault.raw, fault.drop, fault.hang, fault.drop_after)
+        if sum(map(bool, instead)) > 1:
+            raise FaultError("expected one of reply, raw, drop, drop_after and hang")
         self._check_place(fault)
         return _reply_of(fault)
 
@@ -16945,23 +16965,34 @@ def _reply_of(fault: Fault) -> Reply | None:
         if fault.per_second:
             text = f"more than {fault.per_second} a second; try again later"
             return Reply(421, "4.7.0", text, close=True)
-        if not _differences(fault).keys() - {"stage", "address", "nth", "times"}:
+        if not _differences(fault).keys() - {"stage", "address", "nth", "times", "probability"}:
             raise FaultError("the rule does nothing: give it a reply, a delay, a drop, …")
         return None
+    reply = parse_scripted(fault.reply)
+    ends = fault.stage == "connect" and reply.is_error
+    return reply._replace(close=reply.close or ends)
+
+
+def parse_scripted(text: str) -> Reply:
+    """Return the reply that a test wrote, as "451 4.2.1 busy" or "550". Raises FaultError.
+
+    "\\n" begins a further line. Without an enhanced code, that of a refusal is X.0.0.
+    """
     match = re.fullmatch(
-        r"([45][0-9]{2})(?: ([45]\.[0-9]{1,3}\.[0-9]{1,3}))?(?: (.+))?", fault.reply
+        r"([2-5][0-9]{2})(?: ([245]\.[0-9]{1,3}\.[0-9]{1,3}))?(?: (.+))?", text, re.DOTALL
     )
     if match is None:
         raise FaultError(
-            f"expected a reply that refuses, like '451' or '550 5.1.1 no such user'; "
-            f"found {printable(fault.reply, 80)!r}"
+            f"expected a reply, like '451' or '550 5.1.1 no such user'; "
+            f"found {printable(text, 80)!r}"
         )
-    if match[2] and match[2][0] != match[1][0]:
-        raise FaultError(f"{match[1]} and {match[2]} do not fit: both begin with 4, or both with 5")
-    code = int(match[1])
-    status = match[2] or f"{match[1][0]}.0.0"
-    text = match[3] or "a failure on purpose"
-    return Reply(code, status, text, close=code in (421, 521) or fault.stage == "connect")
+    code, status, words = match.groups()
+    if status and status[0] != code[0]:
+        raise FaultError(f"{code} and {status} do not fit: both begin with the same digit")
+    if code[0] in "45":
+        status = status or f"{code[0]}.0.0"
+    usual = "a failure on purpose" if code[0] in "45" else "OK"
+    return Reply(int(code), status or "", words or usual, close=code in ("421", "521"))
 
 
 # The last part of the local part, after a "+":
@@ -17001,6 +17032,10 @@ class Dropped(Disconnected):
 
     def __init__(self) -> None:
         super().__init__("the connection was dropped on purpose")
+
+
+class _Answered(Exception):
+    """The client has its answer; nothing more is to be said."""
 
 
 class FaultyStream(Stream):
@@ -17078,9 +17113,16 @@ class FaultInjection:
             self._without = frozenset()
         elif name == "MAIL":
             self._stream.drop_after = 0  # it was about the message before
-        scripted = None
-        if name in STAGES and (stage != "BDAT" or session.phase is Phase.RECIPIENTS):
-            scripted = await self._inject(session, name, self._addresses(session, stage, argument))
+        scripted = self._asked(stage, argument)
+        if scripted is None and name in STAGES and self._is_begun(session, stage):
+            addresses = self._addresses(session, stage, argument)
+            try:
+                scripted = await self._inject(session, name, addresses)
+            except _Answered:
+                return None
+        if scripted is not None and not scripted.is_error and stage not in ("DATA", "STARTTLS"):
+            reply = await act()
+            return reply if reply is None or reply.is_error else scripted
         if scripted is not None and stage not in ("connect", "BDAT"):
             session.say(scripted)  # what is not returned is no error of the client
             return None
@@ -17102,8 +17144,22 @@ class FaultInjection:
             return scripted
         return self._offered(reply) if stage == "EHLO" and reply is not None else reply
 
+    def _asked(self, stage: str, argument: str) -> Reply | None:
+        """Return what the test's own function answers. Raises FaultError."""
+        ask = self._script.on_command
+        text = ask(stage, argument) if ask and stage not in ("connect", "message") else None
+        return None if text is None else parse_scripted(str(text))
+
+    @staticmethod
+    def _is_begun(session: Session, stage: str) -> bool:
+        """Whether this is the place of its stage: of a message in chunks, the first."""
+        return stage != "BDAT" or session.phase is Phase.RECIPIENTS
+
     async def _inject(self, session: Session, stage: str, addresses: Sequence[str]) -> Reply | None:
-        """Have happen what the script has for this place; return its reply. Raises Dropped."""
+        """Have happen what the script has for this place; return its reply.
+
+        Raises Dropped, _Answered.
+        """
         effect = self._script.effect(stage, addresses)
         if effect is None:
             return None
@@ -17120,6 +17176,10 @@ class FaultInjection:
         self._stream.drip = fault.drip
         self._stream.drop_after = fault.drop_after
         self._without |= frozenset(fault.without)
+        if fault.raw:
+            session.dialogue.add("S", fault.raw)
+            self._stream.write(fault.raw.encode("utf-8", "surrogateescape"))
+            raise _Answered
         return reply
 
     async def _spoil_handshake(self, session: Session, certificate: str) -> None:
@@ -17162,6 +17222,520 @@ class FaultInjection:
 
 
 # ======================================================================================
+# ROOM: READER
+#
+# What a person reads in a message: its header fields, text, HTML and attached files, and the
+# links and codes in them. There is one reader, for Python, for the page and for programs.
+#
+# - Whatever a message is made of, something comes of it, in a time that grows with its
+#   length alone. Nothing here is refused; who may send such a message is not known here.
+# - Practice deviates from the standards, and what mail programs make sense of, this does
+#   too: labels of charsets as browsers know them, encoded words where none may stand, file
+#   names as raw octets, multipart messages without parts.
+# - The octets of an attached file, or of an attached message, are those that were sent.
+# ======================================================================================
+
+_PART_LIMIT = 1000  # parts of a message that are looked into
+_DEPTH_LIMIT = 30  # of parts within parts
+_PARAMETERS_LIMIT = 16 * 1024  # octets of a field that holds them
+_TEXT_LIMIT = 2 * 1024 * 1024  # characters of a text that are shown
+_META_LIMIT = 2048  # octets of HTML in which its charset is looked for
+
+# Labels as mail uses them, and the codec that practice means: WHATWG Encoding Standard, 4.2.
+_CODECS = {
+    label: codec
+    for codec, labels in {
+        "cp1252": "iso-8859-1 iso8859-1 iso88591 iso_8859-1 latin1 latin-1 l1 windows-1252 ibm819",
+        "cp1254": "iso-8859-9 iso8859-9 iso88599 iso_8859-9 latin5 l5 windows-1254",
+        "cp874": "iso-8859-11 iso8859-11 tis-620 windows-874 dos-874",
+        "iso8859_8": "iso-8859-8-i iso-8859-8-e logical visual csiso88598i csiso88598e",
+        "gb18030": "gb2312 gb_2312 gb_2312-80 gbk chinese csgb2312 x-gbk cp936 euc-cn",
+        "cp932": "shift_jis shift-jis sjis ms_kanji csshiftjis windows-31j x-sjis",
+        "cp949": "euc-kr korean ks_c_5601-1987 ks_c_5601-1989 ksc5601 ksc_5601 windows-949",
+        "big5hkscs": "big5 big5-hkscs cn-big5 csbig5 x-x-big5",
+        "euc_jp": "x-euc-jp cseucpkdfmtjapanese",
+        "koi8_r": "koi koi8",
+        "koi8_u": "koi8-ru",
+        "mac_roman": "macintosh mac csmacintosh x-mac-roman",
+        "mac_cyrillic": "x-mac-cyrillic x-mac-ukrainian",
+        "utf_7": "unicode-1-1-utf-7",
+        "utf_8": "utf-8 utf8 unicode-1-1-utf-8 x-unicode20utf8",
+    }.items()
+    for label in labels.split()
+}
+_GUESSED = {"", "us-ascii", "ascii", "ansi_x3.4-1968", "unknown-8bit", "x-unknown", "default"}
+_NO_CHARSETS = {"idna", "punycode", "unicode_escape", "raw_unicode_escape", "undefined"}
+
+
+def decode_text(data: bytes, label: str) -> str:
+    """Return the text of `data` in a charset, by the label that mail gives it.
+
+    Without a label, or with one that nobody knows or that says ASCII, it is UTF-8 if it can be,
+    else windows-1252.
+    """
+    label = label.strip(" \t\"'").lower()
+    codec = _CODECS.get(label) or _CODECS.get(label.replace("_", "-")) or label
+    if label not in _GUESSED:
+        for name in (codec, codec.removeprefix("x-")):
+            try:
+                if name.replace("-", "_") not in _NO_CHARSETS:
+                    text = data.decode(name, "replace")
+                    return text.encode("utf-8", "replace").decode()  # without surrogates
+            except (LookupError, ValueError):
+                pass
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return data.decode("cp1252", "replace")
+
+
+# --- header fields ---
+
+# RFC 2047, 2, with a language (RFC 2231, 5); within it also blanks and raw octets
+_ENCODED_WORD = re.compile(r"=\?([^?*\s]{1,60})(?:\*[^?\s]{0,60})?\?([BbQq])\?([^?]*)\?=")
+_QUOTED_OCTET = re.compile(rb"=([0-9A-Fa-f]{2})")
+
+
+def _raw_text(value: bytes) -> str:
+    """Return a field's octets on one line, raw ones as UTF-8 if they can be (RFC 6532)."""
+    return decode_text(value.replace(b"\r", b"").replace(b"\n", b""), "")
+
+
+def decode_words(text: str) -> str:
+    """Return a text with its encoded words decoded; RFC 2047, 6.
+
+    Blanks between two of them go, and the octets of two in one charset are joined, since a
+    character may be split among them.
+    """
+    if "=?" not in text:
+        return text
+    pieces: list[str] = []
+    octets, charset, end = b"", "", 0
+    for match in _ENCODED_WORD.finditer(text):
+        between, label = text[end : match.start()], match[1].lower()
+        if between.strip() or not end:
+            pieces += [decode_text(octets, charset) if octets else "", between]
+            octets = b""
+        elif label != charset:
+            pieces.append(decode_text(octets, charset))
+            octets = b""
+        octets += _decode_word(match[2], match[3])
+        charset, end = label, match.end()
+    if octets:
+        pieces.append(decode_text(octets, charset))
+    return "".join(pieces) + text[end:]
+
+
+def _decode_word(encoding: str, text: str) -> bytes:
+    data = text.encode("utf-8", "replace")
+    if encoding in "Bb":
+        return decode_base64(data)
+    octets = data.replace(b"_", b" ")
+    return _QUOTED_OCTET.sub(lambda found: bytes([int(found[1], 16)]), octets)
+
+
+def decode_base64(data: bytes) -> bytes:
+    """Return what base64 says, whatever else stands between; RFC 2045, 6.8."""
+    blocks = (re.sub(rb"[^A-Za-z0-9+/]", b"", block) for block in data.split(b"="))
+    return b"".join(
+        base64.b64decode(block[:-1] if len(block) % 4 == 1 else block + b"=" * (-len(block) % 4))
+        for block in blocks
+    )
+
+
+def _header_text(value: bytes) -> str:
+    """Return a field as people read it: on one line, its encoded words decoded."""
+    return UNPRINTABLE.sub(" ", decode_words(_raw_text(value))).strip()
+
+
+_END_OF_HEADER = re.compile(rb"\r?\n\r?\n")
+_START_OF_FIELD = re.compile(rb"\r?\n(?![ \t])")
+
+
+def _split_header(raw: bytes) -> tuple[list[tuple[str, bytes]], bytes]:
+    """Return the fields in front, with their values, and the body. A line that is none is left out.
+
+    A message whose first line is no field has no header.
+    """
+    first = raw[:1000].partition(b"\n")[0]
+    if not re.match(rb"[!-9;-~]+[ \t]*:", first):
+        return [], raw[2:] if raw.startswith(b"\r\n") else raw.removeprefix(b"\n")
+    end = _END_OF_HEADER.search(raw)
+    block, body = (raw[: end.start()], raw[end.end() :]) if end else (raw, b"")
+    fields = []
+    for line in _START_OF_FIELD.split(block):
+        name, colon, value = line.partition(b":")
+        if colon and name.strip():
+            fields.append((printable(name.decode("latin-1").strip(), 200), value.strip(b" \t")))
+    return fields, body
+
+
+class _Structured(NamedTuple):
+    """A field such as Content-Type: its value in lower case, and its parameters."""
+
+    value: str
+    parameters: Mapping[str, str]
+
+
+# a quoted string, or whatever stands up to the next semicolon
+_FIELD_PARAMETER = re.compile(
+    r";\s*([^\s=;\"]{1,100})\s*=\s*(\"(?:[^\"\\]|\\.)*\"|[^;]*)", re.DOTALL
+)
+_EXTENDED = re.compile(r"([^*]+)(?:\*(\d{1,3}))?(\*)?")  # RFC 2231, 7
+
+
+def _parse_structured(field: bytes) -> _Structured:
+    """Take a field apart; RFC 2045, 5.1, and RFC 2231, also if it is not quite like that."""
+    text = _raw_text(field[:_PARAMETERS_LIMIT])
+    with contextlib.suppress(ValueError):
+        text = without_comments(text) if "(" in text else text
+    plain: dict[str, str] = {}
+    extended: dict[str, list[tuple[int, bool, str]]] = {}
+    for name, value in _FIELD_PARAMETER.findall(text):
+        value = value.strip()
+        if value.startswith('"'):
+            value = re.sub(r"\\(.)", r"\1", value.strip('"'))
+        match = _EXTENDED.fullmatch(name.lower())
+        if match is None or not (match[2] or match[3]):
+            plain.setdefault(name.lower(), decode_words(value))
+        else:
+            section = (int(match[2] or 0), bool(match[3]), value)
+            extended.setdefault(match[1], []).append(section)
+    joined = {name: _join_sections(sections) for name, sections in extended.items()}
+    return _Structured(text.partition(";")[0].strip().lower(), {**plain, **joined})
+
+
+def _join_sections(sections: list[tuple[int, bool, str]]) -> str:
+    """Return the value of an extended or continued parameter; RFC 2231, 3 and 4."""
+    from urllib.parse import unquote_to_bytes  # 5 ms; only for such names
+
+    octets, charset = b"", ""
+    for number, encoded, value in sorted(sections):
+        if encoded and number == 0 and value.count("'") >= 2:
+            charset, _, value = value.split("'", 2)
+        octets += unquote_to_bytes(value) if encoded else value.encode()
+    return decode_text(octets, charset)
+
+
+# --- parts ---
+
+
+class Part(NamedTuple):
+    """A part of a message that has no parts of its own; an attached message is one.
+
+    `data` are its octets, without their transfer encoding. `text` is None if it is a file
+    rather than something to read.
+    """
+
+    number: int  # from 1
+    content_type: str
+    filename: str
+    content_id: str
+    disposition: str
+    data: bytes
+    text: str | None
+
+    @property
+    def title(self) -> str:
+        """The name of the file, or one made up."""
+        return self.filename or f"part-{self.number}"
+
+
+class ReadMessage:
+    """A message as it is read. Texts have LF; `html` and `text` are "" if there is none.
+
+    `parts` are those that have no parts of their own, in the order of the message.
+    """
+
+    def __init__(self, raw: bytes) -> None:
+        fields, body = _split_header(raw)
+        self.headers = [(name, _header_text(value)) for name, value in fields]
+        self.parts = list(_read_parts(fields, body))
+        readable = [part for part in self.parts if part.text is not None]
+        html = [part for part in readable if part.content_type == "text/html"]
+        self.html = (html[0].text or "")[:_TEXT_LIMIT] if html else ""
+        texts = [part.text for part in readable if part not in html]
+        self.text = "\n".join(text for text in texts if text)[:_TEXT_LIMIT]
+        self._ids = {_unquoted(id) for id in CID.findall(self.html)}
+
+    def header(self, name: str) -> str:
+        """Return the first header field of this name, on one line, or ""."""
+        found = (value for key, value in self.headers if key.lower() == name.lower())
+        return printable(next(found, ""), 1000)
+
+    def addresses(self, name: str) -> list[tuple[str, str]]:
+        """Return name and address of each mailbox in the fields of this name."""
+        from email.utils import getaddresses  # only who looks into a message needs it
+
+        values = [value for key, value in self.headers if key.lower() == name.lower()]
+        return [(who, address) for who, address in getaddresses(values) if address or who]
+
+    def is_inline(self, part: Part) -> bool:
+        """Tell whether the HTML shows a part, as an image of its own."""
+        return bool(part.content_id) and part.content_id in self._ids
+
+    @property
+    def attachments(self) -> list[Part]:
+        """What is neither text to be read nor an image within it."""
+        return [part for part in self.parts if part.text is None and not self.is_inline(part)]
+
+    @property
+    def inlines(self) -> list[Part]:
+        """The images that the HTML shows."""
+        return [part for part in self.parts if part.text is None and self.is_inline(part)]
+
+    @property
+    def shown_text(self) -> str:
+        """The plain text, or that of the HTML if there is none."""
+        return self.text if self.text.strip() else text_of_html(self.html)
+
+    def links(self) -> list[str]:
+        """Return the links to web pages, and of mail, in HTML and text, each once."""
+        return links_in(self.html, self.text)
+
+
+CID = re.compile(r"cid:([^\s\"'<>()]{1,998})", re.IGNORECASE)  # RFC 2392
+
+
+def _unquoted(text: str) -> str:
+    from urllib.parse import unquote  # 5 ms; only who looks into a message needs it
+
+    return unquote(text)
+
+
+def _read_parts(fields: list[tuple[str, bytes]], body: bytes) -> Iterator[Part]:
+    """Yield the parts that have none themselves, in their order."""
+    rest = [(fields, body, 0)]
+    number = 0
+    while rest and number < _PART_LIMIT:
+        fields, body, depth = rest.pop()
+        named = {name.lower(): value for name, value in reversed(fields)}
+        kind = _parse_structured(named.get("content-type", b""))
+        inner = []
+        if kind.value.startswith("multipart/") and depth < _DEPTH_LIMIT:
+            inner = _split_parts(body, kind.parameters.get("boundary", ""))
+        if inner:
+            rest += [(*_split_header(part), depth + 1) for part in reversed(inner)]
+        else:
+            number += 1
+            yield _read_part(number, kind, named, body)
+
+
+def _split_parts(body: bytes, boundary: str) -> list[bytes]:
+    """Return the octets between the lines of a boundary; RFC 2046, 5.1.1."""
+    if not boundary:
+        return []
+    line = re.escape(boundary.encode("utf-8", "replace"))
+    delimiter = re.compile(rb"(?:\A|\r?\n)--" + line + rb"(--)?[ \t]*(?=\r?\n|\Z)")
+    parts, start = [], -1
+    for match in delimiter.finditer(body):
+        if start >= 0:
+            parts.append(_after_newline(body[start : match.start()]))
+        start = match.end()
+        if match[1] or len(parts) >= _PART_LIMIT:
+            return parts
+    if start >= 0:  # the end is missing
+        parts.append(_after_newline(body[start:]))
+    return parts
+
+
+def _after_newline(part: bytes) -> bytes:
+    return part[2:] if part.startswith(b"\r\n") else part.removeprefix(b"\n")
+
+
+def _read_part(number: int, kind: _Structured, fields: Mapping[str, bytes], body: bytes) -> Part:
+    content_type = kind.value if re.fullmatch(r"[^\s/]+/[^\s/]+", kind.value) else "text/plain"
+    if content_type.startswith("multipart/"):  # it says so, but has no parts
+        content_type = "text/plain"
+    disposition = _parse_structured(fields.get("content-disposition", b""))
+    filename = disposition.parameters.get("filename") or kind.parameters.get("name", "")
+    data = _decode_body(body, _parse_structured(fields.get("content-transfer-encoding", b"")).value)
+    text = None
+    is_text = content_type in ("text/plain", "text/html")
+    if is_text and disposition.value != "attachment" and not filename:
+        text = _text_of(data, content_type, kind.parameters)
+    return Part(
+        number,
+        printable(content_type, 100),
+        filename=printable(filename, 255),
+        content_id=_header_text(fields.get("content-id", b"")).strip("<> "),
+        disposition=printable(disposition.value, 40),
+        data=data,
+        text=text,
+    )
+
+
+def _decode_body(body: bytes, encoding: str) -> bytes:
+    if encoding == "base64":
+        return decode_base64(body)
+    if encoding == "quoted-printable":
+        return binascii.a2b_qp(body)
+    return body
+
+
+_META_CHARSET = re.compile(rb"<meta[^>]{1,300}?charset\s*=\s*[\"']?\s*([\w.:-]{1,40})", re.I)
+
+
+def _text_of(data: bytes, content_type: str, parameters: Mapping[str, str]) -> str:
+    charset = parameters.get("charset", "")
+    if content_type == "text/html" and charset.lower() in _GUESSED:
+        found = _META_CHARSET.search(data[:_META_LIMIT])
+        charset = found[1].decode("ascii") if found else charset
+    text = decode_text(data, charset).removeprefix("\ufeff")
+    text = text.replace("\r\n", "\n").replace("\0", "\ufffd")
+    if parameters.get("format", "").lower() == "flowed":
+        text = _without_flow(text, parameters.get("delsp", "").lower() == "yes")
+    return text
+
+
+def _without_flow(text: str, delete_space: bool) -> str:
+    """Return a text in which lines that flow are joined; RFC 3676, 4."""
+    lines: list[str] = []
+    flows, quotes = False, 0
+    for line in text.split("\n"):
+        content = line.lstrip(">")
+        depth = len(line) - len(content)
+        content = content.removeprefix(" ")
+        if flows and depth == quotes and content != "-- ":
+            lines[-1] += content
+        else:
+            lines.append(f"{'>' * depth} {content}" if depth else content)
+        flows, quotes = content.endswith(" ") and content != "-- ", depth
+        if flows and delete_space:
+            lines[-1] = lines[-1][:-1]
+    return "\n".join(lines)
+
+
+# --- HTML, links and codes ---
+
+# a character reference that names no character; html.unescape fails on the longest of them
+_HUGE_REFERENCE = re.compile(r"&#(?:\d{8,}|[xX][0-9A-Fa-f]{7,});?")
+_HREF = re.compile(
+    r"href\s*=\s*(?:\"([^\"]{1,2000})\"|'([^']{1,2000})'|([^\s>\"']{1,2000}))", re.IGNORECASE
+)
+_URL = re.compile(r"https?://[^\s<>\"']{1,2000}", re.IGNORECASE)
+_BRACKETED_URL = re.compile(r"<\s*((?:https?://|mailto:)[^<>\"']{1,2000})>", re.IGNORECASE)
+_INLINE_TAGS = frozenset(
+    ("a", "abbr", "b", "code", "em", "font", "i", "mark", "s", "small", "span", "strong", "sub",
+     "sup", "tt", "u", "wbr")
+)  # fmt: skip
+
+
+def _unescape(html: str) -> str:
+    from html import unescape  # 3 ms; only who looks into a message needs it
+
+    return unescape(_HUGE_REFERENCE.sub("\ufffd", html))
+
+
+def _without_html_comments(html: str) -> str:
+    first, *rest = html.split("<!--")
+    return first + "".join(piece.partition("-->")[2] for piece in rest)
+
+
+def text_of_html(html: str) -> str:
+    """Return the text of `html`, roughly, in a time that grows with its length alone.
+
+    The cells of a row of a table stand beside each other.
+    """
+    first, *pieces = _without_html_comments(html).split("<")
+    words, skipped = [first], ""
+    for piece in pieces:
+        tag, closed, text = piece.partition(">")
+        name = tag.split(None, 1)[0].lower() if tag.strip() else ""
+        if skipped:
+            skipped = "" if name == f"/{skipped}" else skipped
+        elif name in ("script", "style", "title"):
+            skipped = name
+        if skipped or not closed:
+            continue
+        if name in ("td", "th", "/td", "/th"):
+            words += [" " if name[0] != "/" else "", text if text.strip() else ""]
+        else:
+            words += ["" if name.strip("/") in _INLINE_TAGS else "\n", text]
+    return _unescape("".join(words)).strip()
+
+
+def _without_punctuation(link: str) -> str:
+    """Return `link` without what ends the sentence around it."""
+    while link and link[-1] in ".,;:!?)]}":
+        opening = {")": "(", "]": "[", "}": "{"}.get(link[-1])
+        if opening is not None and link.count(opening) >= link.count(link[-1]):
+            break
+        link = link[:-1]
+    return link
+
+
+def links_in(html: str, text: str) -> list[str]:
+    """Return the links in the HTML and the text of a message, each once.
+
+    In a text, one in angle brackets may go over several lines; RFC 3986, appendix C.
+    """
+    found = ["".join(groups) for groups in _HREF.findall(_without_html_comments(html))]
+    links = [_unescape(link).strip() for link in found]
+    text = _BRACKETED_URL.sub(lambda match: f"<{''.join(match[1].split())}>", text)
+    links += [_without_punctuation(link) for link in _URL.findall(text)]
+    wanted = (link for link in links if link.lower().startswith(("http://", "https://", "mailto:")))
+    return list(dict.fromkeys(wanted))
+
+
+_NUMBER = r"(?:(?<=\b[A-Z]-)|(?<![\w.,/:#=&+-]))(%s)(?![\w/-]|[.,:]\d)"
+_ANY_DIGITS = _NUMBER % "\\d(?:[ \xa0\u202f-]?\\d){3,9}"
+_SIX_DIGITS = _NUMBER % "\\d{3}[ \xa0\u202f-]?\\d{3}"
+_CELL_DIGITS = _NUMBER % "\\d(?: \\d){3,9}"  # a digit in each cell of a table
+_CODE_WORD = r"\b(?:\w*code|pin|otp|token|\w*passwor[dt])\b"
+_CODES = (
+    rf"(?i){_CODE_WORD}(?:(?!\n\s*\n|©)\D){{0,60}}?{_ANY_DIGITS}",
+    rf"(?i){_ANY_DIGITS}(?:(?!\n\s*\n|©)\D){{0,40}}?{_CODE_WORD}",
+    _SIX_DIGITS,
+    _CELL_DIGITS,
+)
+
+
+def code_in(text: str, pattern: str = "") -> str | None:
+    """Return the one-time code in a text, without spaces or hyphens; None if there is none.
+
+    That is a number of four to ten digits after a word like "code", else before one, else
+    one of six digits; or what `pattern`, a regular expression, finds (its first group, if it
+    has one).
+    """
+    searched = text if pattern else _URL.sub(" ", text)
+    for expression in (pattern,) if pattern else _CODES:
+        match = re.search(expression, searched)
+        if match is not None:
+            code = match[1] if match.re.groups else match[0]
+            return code if pattern else re.sub(r"\D", "", code)
+    return None
+
+
+# What mail programs do not show, or not all of them, as caniemail.com has it.
+_HTML_WARNINGS = (
+    (r"<script\b", "scripts never run in mail"),
+    (r"<form\b|<input\b", "forms do not work in most mail programs"),
+    (r"<(?:iframe|object|embed)\b", "embedded documents are not shown"),
+    (r"<(?:video|audio)\b", "video and audio play in Apple Mail alone"),
+    (r"<link\b[^>]{0,500}stylesheet", "style sheets elsewhere are not loaded; put styles inline"),
+    (r"<svg\b|\.svg[\"'?)]", "Gmail and Outlook do not show SVG images"),
+    (r"\.webp[\"'?)]", "Outlook for Windows does not show WebP images"),
+    (r"src\s*=\s*[\"']?data:", "Gmail and Outlook do not show images in data: addresses"),
+    (r"display\s*:\s*(?:flex|grid|inline-flex)", "Outlook for Windows lays out with tables alone"),
+    (r"position\s*:\s*(?:absolute|fixed|sticky)", "position is taken out by Gmail and Outlook"),
+    (r"background(?:-image)?\s*:[^;\"']{0,200}url\(", "Outlook shows no background images"),
+    (r"@font-face", "web fonts are loaded by Apple Mail alone; name a common font behind them"),
+    (r"<img\b(?![^>]{0,2000}\balt\s*=)", "an image has no alt text, which is all that many see"),
+)
+_CLIPPED = 102 * 1024  # octets, above which Gmail cuts
+
+
+def html_warnings(html: str) -> list[str]:
+    """Return what some mail programs will not show of HTML, as sentences."""
+    html = _without_html_comments(html)
+    found = [text for pattern, text in _HTML_WARNINGS if re.search(pattern, html, re.IGNORECASE)]
+    if len(html.encode("utf-8", "replace")) > _CLIPPED:
+        found.append("Gmail cuts a message that has more than 102 kB of HTML")
+    return found
+
+
+# ======================================================================================
 # ROOM: CAPTURE
 #
 # A real server that keeps what it is sent instead of delivering it, for tests of whatever
@@ -17196,17 +17770,16 @@ class NotArrived(ChasquidError, AssertionError):
     """What a test waited for did not come; the text shows what did."""
 
 
+class Unexpected(ChasquidError, AssertionError):
+    """Something came where nothing was to come; the text shows it."""
+
+
 class NotFound(ChasquidError, AssertionError):
     """A message has no such link or code; the text shows what it has."""
 
 
 class Captured:
     """A message as it came in: its envelope, its octets, and what was said."""
-
-    __slots__ = (
-        "_dialogue", "_message", "hello", "id", "login", "mail_from", "peer", "port", "raw",
-        "rcpt_tos", "received", "smtputf8", "tls",
-    )  # fmt: skip
 
     def __init__(
         self, id: str, received: float, mail_from: str, rcpt_tos: Sequence[str], raw: bytes, *,
@@ -17230,6 +17803,11 @@ class Captured:
     def transcript(self) -> str:
         """The session up to now: lines that begin with "C: " or "S: "."""
         return "\n".join(list(self._dialogue.lines))
+
+    @functools.cached_property
+    def content(self) -> ReadMessage:
+        """The message as a person reads it, read when it is first asked for."""
+        return ReadMessage(self.raw)
 
     @property
     def message(self) -> CapturedMessage:
@@ -17296,25 +17874,31 @@ class MessageDetails:
         return self.captured.transcript
 
     @property
+    def content(self) -> ReadMessage:
+        """The message as a person reads it: header, text, HTML, attachments."""
+        return self.captured.content
+
+    @property
     def text(self) -> str:
         """What a reader sees: the plain text, or that of the HTML if there is none."""
-        return self._content("plain") or text_of_html(self.html)
+        return self.content.shown_text
 
     @property
     def html(self) -> str:
         """The HTML, "" if there is none."""
-        return self._content("html")
+        return self.content.html
 
     def links(self, pattern: str = "") -> list[str]:
         """Return the addresses of web pages in text and HTML, each once, in their order.
 
         With `pattern`, a regular expression, only those in which it is found.
         """
-        links = links_in(self.html, self._content("plain"))
-        return [link for link in links if link[:4].lower() == "http" and re.search(pattern, link)]
+        links = [link for link in self.content.links() if link[:4].lower() == "http"]
+        return [link for link in links if re.search(pattern, link)]
 
     def link(self, pattern: str = "") -> str:
         """Return the first of `links`. Raises NotFound."""
+        __tracebackhide__ = True
         links = self.links(pattern)
         if not links:
             there = ", ".join(self.links()) or "none"
@@ -17322,39 +17906,15 @@ class MessageDetails:
         return links[0]
 
     def code(self, pattern: str = "") -> str:
-        """Return the one-time code in the text, without spaces or hyphens. Raises NotFound.
+        """Return the one-time code in the text (see `code_in`). Raises NotFound."""
+        __tracebackhide__ = True
+        code = code_in(self.text, pattern)
+        if code is None:
+            wanted = f"fits {pattern!r}" if pattern else "looks like one"
+            text = printable(self.text, 500)
+            raise NotFound(f"no code in the message {wanted}; its text is: {text!r}")
+        return code
 
-        That is a number of four to ten digits after a word like "code", else before one, else
-        one of six digits; or what `pattern`, a regular expression, finds in the text (its first
-        group, if it has one).
-        """
-        text = self.text if pattern else _URL.sub(" ", self.text)
-        for expression in (pattern,) if pattern else _CODES:
-            match = re.search(expression, text)
-            if match is not None:
-                code = match[1] if match.re.groups else match[0]
-                return code if pattern else re.sub(r"\D", "", code)
-        wanted = f"fits {pattern!r}" if pattern else "looks like one"
-        raise NotFound(f"no code in the message {wanted}; its text is: {printable(text, 500)!r}")
-
-    def _content(self, kind: str) -> str:
-        message: Any = self
-        part = message.get_body((kind,))
-        try:
-            return "" if part is None else str(part.get_content())
-        except (LookupError, ValueError):  # a charset that nobody knows
-            return str(part.get_payload(decode=True).decode("utf-8", "replace"))
-
-
-_NUMBER = r"(?:(?<=\b[A-Z]-)|(?<![\w.,/:#=&+-]))(%s)(?![\w/-]|[.,:]\d)"
-_ANY_DIGITS = _NUMBER % "\\d(?:[ \xa0\u202f-]?\\d){3,9}"
-_SIX_DIGITS = _NUMBER % "\\d{3}[ \xa0\u202f-]?\\d{3}"
-_CODE_WORD = r"\b(?:\w*code|pin|otp|token|\w*passwor[dt])\b"
-_CODES = (
-    rf"(?i){_CODE_WORD}(?:(?!\n\s*\n|©)\D){{0,60}}?{_ANY_DIGITS}",
-    rf"(?i){_ANY_DIGITS}(?:(?!\n\s*\n|©)\D){{0,40}}?{_CODE_WORD}",
-    _SIX_DIGITS,
-)
 
 if TYPE_CHECKING:
 
@@ -17393,59 +17953,6 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# a character reference that names no character; html.unescape fails on the longest of them
-_HUGE_REFERENCE = re.compile(r"&#(?:\d{8,}|[xX][0-9A-Fa-f]{7,});?")
-_HREF = re.compile(
-    r"href\s*=\s*(?:\"([^\"]{1,2000})\"|'([^']{1,2000})'|([^\s>\"']{1,2000}))", re.IGNORECASE
-)
-_URL = re.compile(r"https?://[^\s<>\"']{1,2000}", re.IGNORECASE)
-
-
-_INLINE_TAGS = frozenset(
-    ("a", "abbr", "b", "code", "em", "font", "i", "mark", "s", "small", "span", "strong", "sub",
-     "sup", "tt", "u", "wbr")
-)  # fmt: skip
-
-
-def text_of_html(html: str) -> str:
-    """Return the text of `html`, roughly, in a time that grows with its length alone."""
-    import html as entities  # 3 ms; only who looks into a message needs it
-
-    first, *pieces = html.split("<")
-    words, skipped = [first], ""
-    for piece in pieces:
-        tag, closed, text = piece.partition(">")
-        name = tag.split(None, 1)[0].lower() if tag.strip() else ""
-        if skipped:
-            skipped = "" if name == f"/{skipped}" else skipped
-        elif name in ("script", "style", "title"):
-            skipped = name
-        if not skipped and closed:
-            words += ["" if name.strip("/") in _INLINE_TAGS else "\n", text]
-    return entities.unescape(_HUGE_REFERENCE.sub("\ufffd", "".join(words))).strip()
-
-
-def _without_punctuation(link: str) -> str:
-    """Return `link` without what ends the sentence around it."""
-    while link and link[-1] in ".,;:!?)]}":
-        opening = {")": "(", "]": "[", "}": "{"}.get(link[-1])
-        if opening is not None and link.count(opening) >= link.count(link[-1]):
-            break
-        link = link[:-1]
-    return link
-
-
-def links_in(html: str, text: str) -> list[str]:
-    """Return the links in the HTML and the text of a message, each once."""
-    import html as entities
-
-    found = ["".join(groups) for groups in _HREF.findall(html)]
-    links = [entities.unescape(_HUGE_REFERENCE.sub("\ufffd", link)).strip() for link in found]
-    links += [_without_punctuation(link) for link in _URL.findall(text)]
-    wanted = (link for link in links if link.lower().startswith(("http://", "https://", "mailto:")))
-    return list(dict.fromkeys(wanted))
-
-
 class Mailbox:
     """What a server has captured, oldest first. Any thread may use it.
 
@@ -17472,6 +17979,11 @@ class Mailbox:
                 oldest = self._messages.pop(next(iter(self._messages)))
                 self._octets -= len(oldest.raw)
         self._tell()
+
+    def limit(self, keep: int, keep_octets: int) -> None:
+        """Keep no more than so much from the next message on."""
+        with self._changed:
+            self._keep, self._keep_octets = keep or sys.maxsize, keep_octets or sys.maxsize
 
     def all(self) -> list[Captured]:
         """Return what is kept, the oldest first."""
@@ -17579,6 +18091,9 @@ class CaptureSettings(NamedTuple):
     """How a server that captures behaves. `size_limit` is in octets, `name` what it calls itself.
 
     Of `keep` messages or `keep_octets` of them, whichever is less, the oldest go (0: all stay).
+    `tls_context` replaces the certificate made for tests, and with `client_ca`, the path of a PEM
+    file, clients need a certificate of that authority. `path` is of a Unix socket to listen at
+    instead of a port. `lenient` takes messages whose header is none.
 
     `tls` is "off", "starttls" or "implicit". `users` are names and passwords, or tells
     whether a password is right; None is {"user": "password"}.
@@ -17593,6 +18108,19 @@ class CaptureSettings(NamedTuple):
     size_limit: int = CAPTURE_SIZE
     keep: int = 0
     keep_octets: int = 0
+    tls_context: ssl.SSLContext | None = None
+    client_ca: str = ""
+    path: str = ""
+    lenient: bool = False
+
+    @property
+    def port(self) -> Port:
+        """What a session knows of the port that it came by."""
+        return Port("smtp", self.login_required, self.tls == "implicit")
+
+
+_FIXED_SETTINGS = ("tls", "tls_context", "client_ca", "path", "name")  # while a server runs
+Command = collections.namedtuple("Command", "verb argument reply")
 
 
 class _Arrived:
@@ -17616,12 +18144,14 @@ class _Arrived:
 class _CaptureReceiver:
     """The receiver of a server that captures: every sender and recipient is known."""
 
-    def __init__(self, loop: Loop, log: Log, settings: CaptureSettings, mailbox: Mailbox) -> None:
+    def __init__(self, loop: Loop, server: CaptureServer) -> None:
         self._loop = loop
-        self._log = log
-        self._settings = settings
-        self._mailbox = mailbox
-        self._max_received = Config("", settings.name).max_received_headers
+        self._server = server
+        self._max_received = Config("", "localhost").max_received_headers
+
+    @property
+    def _settings(self) -> CaptureSettings:
+        return self._server.settings
 
     def extensions(self, client: ClientInfo) -> list[str]:
         login = client.tls or self._settings.login_in_the_clear
@@ -17659,7 +18189,8 @@ class _CaptureReceiver:
         raw = content.octets()
         header = header_block(raw)
         block = raw if header is None else header
-        check_header(lambda: header_fields(block), self._max_received, not client.user)
+        if not self._settings.lenient:
+            check_header(lambda: header_fields(block), self._max_received, not client.user)
         captured = Captured(
             new_id(),
             self._loop.clock.time(),
@@ -17674,15 +18205,18 @@ class _CaptureReceiver:
             smtputf8=transaction.smtputf8,
             dialogue=client.dialogue,
         )
-        self._log.event(
+        answer = self._server.ask_about(captured)
+        if answer is not None and answer.is_error:
+            raise Refused(answer)
+        self._server.server_log.event(
             Events.CAPTURED,
             id=captured.id,
             peer=client.peer,
             port=client.port.name,
             from_=captured.mail_from,
         )
-        self._mailbox.add(captured)
-        return Reply(250, "2.0.0", f"OK: queued as {captured.id}")
+        self._server.mailbox.add(captured)
+        return answer or Reply(250, "2.0.0", f"OK: queued as {captured.id}")
 
 
 _MAKING_CERTIFICATES = threading.Lock()
@@ -17782,6 +18316,14 @@ class Releaser:
         return "; ".join(told)
 
 
+def _check_names(settings: Mapping[str, Any]) -> None:
+    """Raise ChasquidError if there is no such setting."""
+    unknown = sorted(set(settings) - set(CaptureSettings._fields))
+    if unknown:
+        known = ", ".join(("host", "port", "faults", "magic", "timeout", *CaptureSettings._fields))
+        raise ChasquidError(f"there is no setting {unknown[0]!r}; there are {known}")
+
+
 class CaptureServer:
     """A real SMTP server for tests: it takes mail in, and shows it.
 
@@ -17804,12 +18346,9 @@ class CaptureServer:
         timeout: float = 5.0,
         **settings: Any,
     ) -> None:
-        unknown = sorted(set(settings) - set(CaptureSettings._fields))
-        if unknown:
-            known = ", ".join(
-                ("host", "port", "faults", "magic", "timeout", *CaptureSettings._fields)
-            )
-            raise ChasquidError(f"there is no setting {unknown[0]!r}; there are {known}")
+        _check_names(settings)
+        if settings.get("tls_context") is not None:
+            settings.setdefault("tls", "starttls")
         self.settings = CaptureSettings(**settings)
         self.hostname = host
         self._wanted_port = port
@@ -17823,6 +18362,7 @@ class CaptureServer:
         self._faults = (faults,) if isinstance(faults, (Fault, str, Mapping)) else tuple(faults)
         self.script = Script(Clock(), stages, handshake, magic)
         self._add_faults()
+        self._on_message: Callable[[CapturedMessage], str | None] | None = None
         self._run: _CaptureRun | None = None
         self._was_started = False
         self._changing = threading.Lock()
@@ -17833,6 +18373,14 @@ class CaptureServer:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    async def __aenter__(self) -> CaptureServer:
+        return self.start()
+
+    async def __aexit__(self, *_: object) -> None:
+        import asyncio
+
+        await asyncio.to_thread(self.stop)
 
     def __repr__(self) -> str:
         state = f"at {self.hostname}:{self._run.port}" if self._run else "stopped"
@@ -17871,9 +18419,25 @@ class CaptureServer:
         return self.run.port
 
     @property
-    def address(self) -> tuple[str, int]:
-        """Host and port, as `socket` and others want them."""
-        return self.hostname, self.port
+    def address(self) -> Any:
+        """Host and port, as `socket` and others want them; of a Unix socket its path."""
+        return self.settings.path or (self.hostname, self.port)
+
+    def configure(self, **changes: Any) -> None:
+        """Change settings while the server runs, for sessions from now on. Raises ChasquidError."""
+        fixed = sorted(set(changes) & set(_FIXED_SETTINGS))
+        if fixed:
+            raise ChasquidError(f"{fixed[0]} is decided when the server is made")
+        _check_names(changes)
+        before, self.settings = self.settings, self.settings._replace(**changes)
+        try:
+            self._check_settings()
+        except ChasquidError:
+            self.settings = before
+            raise
+        self.mailbox.limit(self.settings.keep, self.settings.keep_octets)
+        if self._run is not None:
+            self._run.take_settings(self.settings)
 
     @property
     def run(self) -> _CaptureRun:
@@ -17933,6 +18497,51 @@ class CaptureServer:
         """What the server has noted down, a line each."""
         return list(self._log.lines)
 
+    @property
+    def commands(self) -> list[Command]:
+        """What clients said, in its order: verb, argument, and the last reply to it."""
+        found: list[Command] = []
+        for transcript in self.transcripts:
+            for line in transcript.split("\n"):
+                if line.startswith("C: "):
+                    verb, _, argument = line[3:].partition(" ")
+                    found.append(Command(verb, argument, ""))
+                elif line.startswith("S: ") and found:
+                    found[-1] = found[-1]._replace(reply=line[3:])
+        return found
+
+    def inbox(self, address: str) -> list[CapturedMessage]:
+        """Return the messages with this recipient, oldest first."""
+        wanted = address.lower()
+        return [message for message in self.messages if wanted in map(str.lower, message.rcpt_tos)]
+
+    # --- a test's own functions ---
+
+    def on_message(self, call: Callable[[CapturedMessage], str | None]) -> Any:
+        """Have `call` asked about each message before the reply to it; return it.
+
+        It may return a reply: one that refuses ("451 4.3.0 busy") means that the message is
+        not kept. It is called in the server's thread.
+        """
+        self._on_message = call
+        return call
+
+    def on_command(self, call: Callable[[str, str], str | None]) -> Any:
+        """Have `call` asked about each command, its verb and argument; return it.
+
+        It may return a reply, which means the same as that of a `Fault`. It is called in the
+        server's thread.
+        """
+        self.script.on_command = call
+        return call
+
+    def ask_about(self, captured: Captured) -> Reply | None:
+        """Return what the test's own function answers to a message. Raises FaultError."""
+        text = self._on_message(captured.message) if self._on_message else None
+        return None if text is None else parse_scripted(str(text))
+
+    # --- waiting ---
+
     if TYPE_CHECKING:
 
         @overload
@@ -17953,20 +18562,65 @@ class CaptureServer:
         after `timeout` seconds with what did arrive, and ChasquidError if the server is
         stopped, so that nothing more can.
         """
+        __tracebackhide__ = True
+        look = self._look_for(what)
         seconds = self._timeout if timeout is None else timeout
-        if not callable(what) and (type(what) is not int or what < 1):
+        found: list[CapturedMessage] | CapturedMessage | None = look(self.mailbox.all())
+        if found is None and _is_in_event_loop():
+            text = "wait_for would block the event loop: say await server.arrived(…) instead"
+            raise ChasquidError(text)
+        found = self.mailbox.wait(look, seconds, self._is_over) if found is None else found
+        if found is None:
+            self._miss(what, seconds)
+        return found
+
+    async def arrived(
+        self, what: int | Callable[[CapturedMessage], object] = 1, timeout: float | None = None
+    ) -> Any:
+        """Wait as `wait_for` does, without holding up asyncio's event loop."""
+        import asyncio
+
+        __tracebackhide__ = True
+        look = self._look_for(what)
+        seconds = self._timeout if timeout is None else timeout
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+        def tell() -> None:
+            loop.call_soon_threadsafe(changed.set)
+
+        end = self.mailbox.watch(tell)
+        try:
+            async with asyncio.timeout(seconds):
+                while (found := look(self.mailbox.all())) is None and not self._is_over():
+                    await changed.wait()
+                    changed.clear()
+        except TimeoutError:
+            found = look(self.mailbox.all())
+        finally:
+            end()
+        if found is None:
+            self._miss(what, seconds)
+        return found
+
+    def expect_nothing(self, seconds: float = 0.5) -> None:
+        """Wait so long; raise Unexpected if a message comes, or had come since `reset`."""
+        __tracebackhide__ = True
+        if self.mailbox.wait(functools.partial(_at_least, 1), seconds, self._is_over):
+            raise Unexpected(self._not_arrived(1, "nothing was to arrive; looked"))
+
+    def _look_for(self, what: Any) -> Callable[[list[Captured]], Any]:
+        if callable(what):
+            return functools.partial(_first, what)
+        if type(what) is not int or what < 1:
             raise ChasquidError(
                 f"expected a number of messages from 1, or a condition; found {what!r}. "
-                "That nothing arrives cannot be waited for: look at messages"
+                "That nothing arrives is what expect_nothing() is for"
             )
+        return functools.partial(_at_least, what)
 
-        found: list[CapturedMessage] | CapturedMessage | None
-        if callable(what):
-            found = self.mailbox.wait(functools.partial(_first, what), seconds, self._is_over)
-        else:
-            found = self.mailbox.wait(functools.partial(_at_least, what), seconds, self._is_over)
-        if found is not None:
-            return found
+    def _miss(self, what: Any, seconds: float) -> NoReturn:
+        """Raise what says that something did not arrive."""
+        __tracebackhide__ = True
         if self._run is None:
             begin = "not started: call start(), or use it in a with block"
             state = "stopped" if self._was_started else begin
@@ -17979,7 +18633,8 @@ class CaptureServer:
         return self._run is None
 
     def reset(self) -> None:
-        """Forget messages and transcripts, and rules that were added since the start."""
+        """Forget messages and transcripts, and rules and functions added since the start."""
+        self._on_message = self.script.on_command = None
         self.mailbox.clear()
         self.server_log.dialogues.clear()
         self._log.lines.clear()
@@ -18048,6 +18703,10 @@ class CaptureServer:
             raise ChasquidError(
                 f'tls: expected "off", "starttls" or "implicit", found {settings.tls!r}'
             )
+        if settings.client_ca and settings.tls == "off":
+            raise ChasquidError('client_ca needs tls="starttls" or "implicit"')
+        if settings.tls_context is not None and settings.tls == "off":
+            raise ChasquidError('tls_context needs tls="starttls" or "implicit"')
         login = settings.tls != "off" or settings.login_in_the_clear
         if settings.login_required and not login:
             raise ChasquidError(
@@ -18064,12 +18723,56 @@ class CaptureServer:
         handshake = {"off": "", "starttls": "STARTTLS", "implicit": "connect"}[settings.tls]
         return [stage for stage in STAGES if stage not in without], handshake
 
-    def make_listener(self) -> tuple[socket.socket, Port]:
-        """Return a listening socket and what its port is. Raises ChasquidError."""
+    def make_listeners(self) -> list[socket.socket]:
+        """Return listening sockets, for a name those of all its addresses. Raises ChasquidError."""
+        if self.settings.path:
+            return [_listen_at_path(self.settings.path)]
+        host = self.hostname or "0.0.0.0"
+        if self._wanted_port:
+            with contextlib.suppress(ChasquidError):  # one of the families may be missing
+                return listen(host, self._wanted_port)
+        return listen(host, self._wanted_port, once=True)
+
+    def server_context(self) -> ssl.SSLContext | None:
+        """Return what TLS is done with; None without TLS. Raises ChasquidError."""
         settings = self.settings
-        port = Port("smtp", settings.login_required, settings.tls == "implicit")
-        [listener] = listen(self.hostname or "0.0.0.0", self._wanted_port, once=True)
-        return listener, port
+        if settings.tls == "off":
+            return None
+        context = settings.tls_context or tls_context_of("good")
+        if settings.client_ca:
+            if settings.tls_context is None:
+                path = _certificates()[1]["good"]
+                context = server_tls_context(path, path)  # the usual one is shared
+            try:
+                context.load_verify_locations(settings.client_ca)
+            except (OSError, ssl.SSLError) as error:
+                text = f"client_ca: {settings.client_ca} cannot be used: {reason(error)}"
+                raise ChasquidError(text) from error
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
+
+def _listen_at_path(path: str) -> socket.socket:
+    """Return a listening Unix socket; raises ChasquidError if its path is taken."""
+    raw = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        raw.bind(path)
+        raw.listen(128)
+    except OSError as error:
+        raw.close()
+        raise ChasquidError(f"cannot listen on {path}: {reason(error)}") from error
+    raw.setblocking(False)
+    return raw
+
+
+def _is_in_event_loop() -> bool:
+    """Tell whether asyncio runs in this thread."""
+    asyncio = sys.modules.get("asyncio")
+    if asyncio is None:
+        return False
+    with contextlib.suppress(RuntimeError):
+        return asyncio.get_running_loop() is not None
+    return False
 
 
 class _CaptureRun:
@@ -18080,9 +18783,10 @@ class _CaptureRun:
         self._sessions: dict[Session, Task] = {}
         self._others: list[socket.socket] = []
         with contextlib.ExitStack() as undo:  # if the start fails, nothing is left behind
-            self._listener, self._port_kind = server.make_listener()
-            undo.callback(self._listener.close)
-            self.port: int = self._listener.getsockname()[1]
+            tls_context = server.server_context()
+            self._listeners = server.make_listeners()
+            undo.callback(self._close_listeners)
+            self.port: int = 0 if server.settings.path else self._listeners[0].getsockname()[1]
             self._workers = Workers(_CAPTURE_WORKERS, f"chasquid-{self.port}-worker")
             self.loop = Loop(Clock(), self._workers, server.server_log.crash)
             undo.callback(self.loop.close)
@@ -18094,12 +18798,10 @@ class _CaptureRun:
                 Limits(self.loop.clock, Config("", settings.name)),
                 hostname=settings.name,
                 size_limit=settings.size_limit,
-                tls_context=tls_context_of("good") if settings.tls != "off" else None,
+                tls_context=tls_context,
                 dialogue_lines=_TRANSCRIPT_LINES,
             )
-            self._receiver = _CaptureReceiver(
-                self.loop, server.server_log, settings, server.mailbox
-            )
+            self._receiver = _CaptureReceiver(self.loop, server)
             self._stopping = Event(self.loop)
             self._thread = threading.Thread(
                 target=self._serve, name=f"chasquid-{self.port}", daemon=True
@@ -18113,6 +18815,16 @@ class _CaptureRun:
         self._thread.join(_JOIN_SECONDS)
         if self._thread.is_alive():
             raise ChasquidError(f"the server did not end within {_JOIN_SECONDS:g} s")
+
+    def take_settings(self, settings: CaptureSettings) -> None:
+        self._context.size_limit = settings.size_limit
+
+    def _close_listeners(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+        if self._server.settings.path:
+            with contextlib.suppress(OSError):
+                os.unlink(self._server.settings.path)
 
     def is_own_thread(self) -> bool:
         return threading.current_thread() is self._thread
@@ -18140,18 +18852,23 @@ class _CaptureRun:
         try:
             self.loop.run(self._main())
         finally:
-            for listener in (self._listener, *self._others):
+            for listener in self._others:
                 listener.close()
+            self._close_listeners()
             self.loop.close()
             self._workers.close()
 
     async def _main(self) -> None:
-        accept = self.loop.spawn(self._accept(), "listener")
+        accepting = [
+            self.loop.spawn(self._accept(listener), "listener") for listener in self._listeners
+        ]
         await self._stopping.wait()
-        accept.cancel()
-        await ended(accept)
-        self.loop.forget(self._listener.fileno())
-        self._listener.close()
+        for task in accepting:
+            task.cancel()
+            await ended(task)
+        for listener in self._listeners:
+            self.loop.forget(listener.fileno())
+        self._close_listeners()
         self._context.closing = True
         tasks = list(self._sessions.values())
         for task in tasks:
@@ -18163,18 +18880,17 @@ class _CaptureRun:
         except Expired:
             pass  # a client that does not go; its connection is closed with the loop
 
-    async def _accept(self) -> None:
-        async for raw, peer in connections(
-            self.loop, self._server.server_log, "smtp", self._listener
-        ):
-            send_at_once(raw)
+    async def _accept(self, listener: socket.socket) -> None:
+        async for raw, peer in connections(self.loop, self._server.server_log, "smtp", listener):
+            if raw.family != socket.AF_UNIX:
+                send_at_once(raw)
             stream = FaultyStream(self.loop, raw)
             session = Session(
                 self._context,
                 self._receiver,
                 stream,
-                port=self._port_kind,
-                peer=clean_peer(peer[0]),
+                port=self._server.settings.port,
+                peer=clean_peer(str(peer[0])) if peer else "local",
                 hook=FaultInjection(self._script, stream, tls_context_of),
             )
             self._sessions[session] = self.loop.spawn(self._hold(session), f"session {session.id}")
@@ -18320,48 +19036,48 @@ pytest_runtest_makereport = pytest_plugin.pytest_runtest_makereport
 
 
 # ======================================================================================
-# ROOM: INBOX
+# ROOM: CAPTURE API
 #
-# What a capturing server received, over HTTP: JSON for programs below /api/v1, and at /
-# a page for people.
+# What a capturing server received, over HTTP: at /api/v1 the interface of Mailpit, which test
+# tools speak, and at / a page for people. What Mailpit has not stands beside it: waiting,
+# events, faults, the dialogue, links and codes of a message.
 #
 # - Mail comes from anybody and may be hostile. The page makes text of it, never HTML. A
 #   mail's own HTML is a document apart, in a frame and under a policy that let it run no
 #   script, send no form and load nothing; whoever wants its remote images asks for them.
-# - Mail may be broken. What cannot be taken apart is shown whole (`_read_content`).
-# - Mail may be large. It is taken apart in a worker thread, by code that takes time in
-#   proportion to its size; of each message a `_Summary` is kept, for lists and searches.
-# - A page elsewhere can neither read nor delete: see HTTP.
+# - Mail may be large. It is read in a worker thread, and of each message a `_Summary` is
+#   kept, for lists and searches.
+# - The page is made here; its script only brings news and keys, and it works without.
+# - A page elsewhere can neither read nor delete: see HTTP. Beyond the loopback address
+#   whoever asks has to log in.
 #
-# How mail comes in, and how long it is kept, belongs to CAPTURE.
+# How mail comes in, and how long it is kept, belongs to CAPTURE; what a message says, to READER.
 # ======================================================================================
 
 Release = Callable[[Captured, Sequence[str]], Awaitable[str]]
 
-_INBOX_BODY_LIMIT = 256 * 1024  # octets of a request
-_INBOX_SEND_SECONDS = 30.0  # for each piece
-_INBOX_RELEASE_SECONDS = 120.0
-_INBOX_WAIT_SECONDS = 60.0  # the most that a client may wait
-_INBOX_ALIVE_SECONDS = 15.0  # between two signs of life of a stream of events
-_INBOX_LISTENERS = 100  # each holds a descriptor
-_INBOX_PAGE_LIMIT = 1000  # entries of a list
-_TEXT_LIMIT = 2 * 1024 * 1024  # characters of a text that are shown; /raw has all
+_API_BODY_LIMIT = 32 * 1024 * 1024  # octets of a request, which may be a message to send
+_API_SEND_SECONDS = 30.0  # for each piece
+_API_RELEASE_SECONDS = 120.0
+_API_WAIT_SECONDS = 60.0  # the most that a client may wait
+_API_ALIVE_SECONDS = 15.0  # between two signs of life of a stream of events
+_API_LISTENERS = 100  # each holds a descriptor
+_API_LIST_LIMIT = 1000  # entries of a list
 _SEARCHED_LIMIT = 64 * 1024  # characters of a text that are searched
-_PREVIEW_LIMIT = 140  # characters
+_SNIPPET_LIMIT = 250  # characters
 _LINK_LIMIT = 500
+_FORM_LIMIT = 16 * 1024  # octets of a form of the page
+_SOURCE_LIMIT = 1024 * 1024  # octets of a source that the page shows
 _INLINE_LIMIT = 16 * 1024 * 1024  # octets of images put into a page
-_KEPT_CONTENTS = 4  # messages that are kept taken apart …
+_KEPT_CONTENTS = 4  # messages that are kept as they were read …
 _KEPT_OCTETS = 64 * 1024 * 1024  # … of at most this size together
-_PARAMETERS_LIMIT = 4000  # characters of a Content-Type or Content-Disposition
-_PARAMETER_LIMIT = 50  # semicolons in it
-_PART_LIMIT = 1000  # parts of a message that are looked into
-_SLOW_CHARSETS = {"idna", "punycode"}  # Python's decoders take quadratic time
 _BASE_HEADERS = (
     ("Referrer-Policy", "no-referrer"),
     ("Cross-Origin-Resource-Policy", "same-origin"),
 )
 _JSON = "application/json"
-_OCTETS = "application/octet-stream"
+_HTML = "text/html; charset=utf-8"
+_TEXT = "text/plain; charset=utf-8"
 _FILE_POLICY = "sandbox; default-src 'none'; frame-ancestors 'none'"
 _SAFE_KINDS = {
     "application/gzip", "application/json", "application/msword", "application/pdf",
@@ -18369,220 +19085,13 @@ _SAFE_KINDS = {
     "audio/ogg", "audio/wav", "image/avif", "image/bmp", "image/gif", "image/jpeg", "image/png",
     "image/webp", "text/calendar", "text/csv", "text/plain", "video/mp4", "video/webm",
 }  # fmt: skip
-
-
-class _Part(NamedTuple):
-    """A part of a message that has no parts of its own."""
-
-    number: int  # from 1
-    content_type: str
-    filename: str
-    content_id: str
-    disposition: str
-    data: bytes
-    text: str | None  # if it is part of what there is to read
-
-
-class _Content:
-    """A message taken apart. Texts have LF."""
-
-    def __init__(self, headers: list[tuple[str, str]], parts: list[_Part]) -> None:
-        self.headers = headers
-        self.parts = parts
-        html = [
-            part for part in parts if part.text is not None and part.content_type == "text/html"
-        ]
-        self.html = (html[0].text or "")[:_TEXT_LIMIT] if html else ""
-        texts = [part.text for part in parts if part.text is not None and part not in html]
-        self.text = "\n".join(text for text in texts if text)[:_TEXT_LIMIT]
-        self.bodies = {part.number for part in parts if part.text is not None}
-        self.cids = {_unquote(cid) for cid in _CID.findall(self.html)}
-
-    def header(self, name: str) -> str:
-        """Return the first header of this name, on one line, or ""."""
-        found = (value for key, value in self.headers if key.lower() == name)
-        return printable(next(found, ""), 1000)
-
-    def is_inline(self, part: _Part) -> bool:
-        return bool(part.content_id) and part.content_id in self.cids
-
-    def attachments(self) -> list[_Part]:
-        """Return what is neither text to be read nor an image within it."""
-        found = (part for part in self.parts if part.number not in self.bodies)
-        return [part for part in found if not self.is_inline(part)]
-
-
-_CID = re.compile(r"cid:([^\s\"'<>()]{1,998})", re.IGNORECASE)
 _REMOTE = re.compile(
     r"(?:src|srcset|background|poster|data)\s*=\s*(?:[\"']\s*)?(?:https?:)?//"
     r"|url\(\s*(?:[\"']\s*)?(?:https?:)?//|@import",
     re.IGNORECASE,
 )
-# RFC 2047, 2 and 6.2. The package email would look for them in a time that grows with the
-# square of the text, and hold up everything meanwhile.
-_ENCODED_WORD = r"=\?[^?\s]{1,60}\?[BbQq]\?[^?\s]{0,1000}\?="
-_ENCODED_WORDS = re.compile(rf"{_ENCODED_WORD}(?:\s{{1,100}}{_ENCODED_WORD})*")
 # These act on a page from within its text, and some do so before any policy applies.
 _ACTING_TAGS = re.compile(r"<(?=(?:base|link|meta)\b)", re.IGNORECASE)
-
-
-def _unquote(text: str) -> str:
-    from urllib.parse import unquote  # 5 ms; only who looks into a message needs it
-
-    return unquote(text)
-
-
-def _read_content(raw: bytes) -> _Content:
-    """Take a message apart. Whatever it is made of, something comes of it."""
-    try:
-        return _parse_content(raw)
-    except Exception:  # the parser has limits of its own, and hostile mail finds them
-        text = raw[:_TEXT_LIMIT].decode("utf-8", "replace").replace("\r\n", "\n")
-        headers = []
-        for line in text.partition("\n\n")[0].split("\n")[:1000]:
-            name, colon, value = line.partition(":")
-            if colon and name and " " not in name and "\t" not in name:
-                headers.append((name, value.strip()))
-        return _Content(
-            headers,
-            [
-                _Part(
-                    1, "text/plain", filename="", content_id="", disposition="", data=raw, text=text
-                )
-            ],
-        )
-
-
-def _parse_content(raw: bytes) -> _Content:
-    from email.parser import BytesParser  # 25 ms; only who looks into a message needs it
-
-    # the older policy: it takes headers as they are, in a time that they cannot prolong
-    message = BytesParser().parsebytes(raw)
-    headers = [(printable(name, 200), _header_text(value)) for name, value in message.raw_items()]
-    parts: list[_Part] = []
-    rest = [message]
-    while rest and len(parts) < _PART_LIMIT:
-        part = rest.pop()
-        if part.is_multipart() and part.get_content_maintype() == "multipart":
-            rest += reversed(part.get_payload())  # type: ignore[arg-type]
-        else:
-            parts.append(_read_part(len(parts) + 1, part))
-    return _Content(headers, parts)
-
-
-def _read_part(number: int, part: ParsedMessage) -> _Part:
-    for name in ("Content-Type", "Content-Disposition"):
-        value = str(part.get(name, ""))
-        if len(value) > _PARAMETERS_LIMIT or value.count(";") > _PARAMETER_LIMIT:
-            del part[name]  # to read it takes a time that grows with its square
-    kind = part.get_content_type()
-    if kind.startswith("multipart/"):  # it says so, but has no parts
-        kind = "text/plain"
-    filename = printable(_header_text(part.get_filename("")), 255)
-    disposition = printable(part.get_content_disposition() or "", 40)
-    content_id = _header_text(part.get("Content-ID", "")).strip().strip("<>")
-    data = _payload(part)
-    text = None
-    if kind in ("text/plain", "text/html") and disposition != "attachment" and not filename:
-        text = _decoded(data, part.get_content_charset("utf-8"))
-    return _Part(
-        number,
-        printable(kind, 100),
-        filename=filename,
-        content_id=content_id,
-        disposition=disposition,
-        data=data,
-        text=text,
-    )
-
-
-def _payload(part: ParsedMessage) -> bytes:
-    if part.is_multipart():  # a message within a message
-        return b"\r\n".join(inner.as_bytes() for inner in part.get_payload())  # type: ignore[union-attr]
-    data = part.get_payload(decode=True)
-    return data if isinstance(data, bytes) else b""
-
-
-def _decoded(data: bytes, charset: str) -> str:
-    try:
-        if charset.lower() in _SLOW_CHARSETS:
-            raise LookupError
-        text = data.decode(charset, "replace")
-    except (LookupError, ValueError):
-        text = data.decode("utf-8", "replace")
-    text = text.encode("utf-8", "replace").decode("utf-8")  # some charsets make surrogates
-    return text.replace("\r\n", "\n").replace("\0", "\ufffd")
-
-
-def _header_text(value: object) -> str:
-    """Return a header unfolded, with its encoded words (RFC 2047) decoded."""
-    text = str(value).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    text = text.replace("\r", "").replace("\n", "")
-    if "=?" in text:
-        text = _ENCODED_WORDS.sub(_decode_words, text)
-    return UNPRINTABLE.sub(" ", text).strip()
-
-
-def _decode_words(match: re.Match[str]) -> str:
-    from email.header import decode_header, make_header
-
-    try:
-        return str(make_header(decode_header(match[0])))
-    except Exception:  # an unknown charset …: it stays as it is, then
-        return match[0]
-
-
-class _Summary:
-    """What lists and searches need to know of a message."""
-
-    __slots__ = ("entry", "fields")
-
-    def __init__(self, captured: Captured) -> None:
-        content = _read_content(captured.raw)
-        sender, subject = content.header("from"), content.header("subject")
-        to = ", ".join(filter(None, (content.header("to"), content.header("cc"))))
-        text = content.text[:_SEARCHED_LIMIT]
-        text = f"{text} {text_of_html(content.html[: 4 * _SEARCHED_LIMIT])}"[:_SEARCHED_LIMIT]
-        preview = content.text[:2000] if content.text.strip() else text[:2000]
-        self.entry: dict[str, Any] = {
-            "id": captured.id,
-            "received": iso_time(captured.received),
-            "received_seconds": captured.received,
-            "from": sender,
-            "to": to,
-            "mail_from": captured.mail_from,
-            "rcpt_tos": list(captured.rcpt_tos),
-            "subject": subject,
-            "preview": printable(" ".join(preview.split()), _PREVIEW_LIMIT),
-            "size": len(captured.raw),
-            "attachments": len(content.attachments()),
-            "tls": captured.tls,
-            "login": captured.login,
-        }
-        self.fields = {
-            "from": f"{captured.mail_from}\n{sender}".casefold(),
-            "to": "\n".join((*captured.rcpt_tos, to)).casefold(),
-            "subject": subject.casefold(),
-            "text": text.casefold(),
-        }
-
-    def matches(self, query: Sequence[tuple[str, str]]) -> bool:
-        """Tell whether each word of a query is found, in its field or in any."""
-        return all(
-            word in self.fields[field]
-            if field
-            else any(word in text for text in self.fields.values())
-            for field, word in query
-        )
-
-
-def _parse_query(text: str) -> list[tuple[str, str]]:
-    """Return the words of a search, each with its field or "".
-
-    A word may be in quotes; "from:", "to:" or "subject:" before it names the field.
-    """
-    found = re.findall(r"(?:(from|to|subject):)?(?:\"([^\"]*)\"|(\S+))", text.casefold()[:1000])
-    return [(field, quoted or word) for field, quoted, word in found if quoted or word]
 
 
 def iso_time(seconds: float) -> str:
@@ -18591,17 +19100,132 @@ def iso_time(seconds: float) -> str:
     return f"{whole}.{int(seconds % 1 * 1000):03}Z"
 
 
+def _people(pairs: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"Name": name, "Address": address} for name, address in pairs]
+
+
+class _Summary:
+    """What lists and searches need to know of a message."""
+
+    __slots__ = ("entry", "fields")
+
+    def __init__(self, captured: Captured, content: ReadMessage) -> None:
+        to, cc = content.addresses("to"), content.addresses("cc")
+        named = {address.lower() for _, address in (*to, *cc)}
+        hidden = [("", path) for path in captured.rcpt_tos if path.lower() not in named]
+        sender = (content.addresses("from") or [("", captured.mail_from)])[0]
+        text = f"{content.text} {text_of_html(content.html[: 4 * _SEARCHED_LIMIT])}"
+        text = text[:_SEARCHED_LIMIT]
+        self.entry: dict[str, Any] = {
+            "ID": captured.id,
+            "MessageID": content.header("message-id").strip("<> "),
+            "From": _people([sender])[0],
+            "To": _people(to),
+            "Cc": _people(cc),
+            "Bcc": _people(hidden),
+            "ReplyTo": _people(content.addresses("reply-to")),
+            "Subject": content.header("subject"),
+            "Created": iso_time(captured.received),
+            "Tags": [],
+            "Size": len(captured.raw),
+            "Attachments": len(content.attachments),
+            "Snippet": printable(" ".join(content.shown_text[:2000].split()), _SNIPPET_LIMIT),
+            "Username": captured.login,
+        }
+        fields = {
+            "from": [captured.mail_from, *sender],
+            "to": [*captured.rcpt_tos, *itertools.chain(*to)],
+            "cc": itertools.chain(*cc),
+            "bcc": itertools.chain(*hidden),
+            "reply-to": itertools.chain(*content.addresses("reply-to")),
+            "subject": [self.entry["Subject"]],
+            "message-id": [self.entry["MessageID"]],
+            "": [text],
+        }
+        self.fields = {name: "\n".join(texts).casefold() for name, texts in fields.items()}
+
+
+class _Seen(NamedTuple):
+    """A message that a search looks at."""
+
+    captured: Captured
+    summary: _Summary
+    read: bool
+
+    def says(self, field: str, word: str) -> bool:
+        """Tell whether a word is in a field, or in any if it is ""."""
+        fields = self.summary.fields
+        return word in fields[field] if field else any(word in text for text in fields.values())
+
+
+_Condition = Callable[[_Seen], bool]
+_WORD = re.compile(r"([-!]?)(?:([a-z-]+):)?(?:\"([^\"]*)\"|(\S+))")
+_SIZE_UNITS = {"": 1, "b": 1, "k": 1024, "kb": 1024, "m": 1024**2, "mb": 1024**2}
+
+
+def parse_search(text: str, zone: str = "") -> list[_Condition]:
+    """Return the conditions of a search in Mailpit's form, all of which must be met.
+
+    Words, "phrases", from:, to:, cc:, bcc:, reply-to:, subject:, message-id:, has:attachment,
+    is:read, is:unread, before: and after: a day in `zone`, larger: and smaller: (1024, 10KB, 2MB);
+    "-" or "!" before one means that it is not so. Raises HttpRefused.
+    """
+    found = []
+    for no, field, phrase, word in _WORD.findall(text.casefold()[:1000]):
+        condition = _condition(field, phrase or word, zone)
+        found.append((lambda seen, wanted=condition: not wanted(seen)) if no else condition)
+    return found
+
+
+def _condition(field: str, word: str, zone: str) -> _Condition:
+    if field in ("from", "to", "cc", "bcc", "reply-to", "subject", "message-id"):
+        return lambda seen: seen.says(field, word)
+    if field == "is" and word in ("read", "unread"):
+        return lambda seen: seen.read == (word == "read")
+    if field == "has" and word in ("attachment", "attachments"):
+        return lambda seen: seen.summary.entry["Attachments"] > 0
+    if field in ("before", "after"):
+        day = _day(word, zone)
+        return lambda seen: (seen.captured.received < day) == (field == "before")
+    if field in ("larger", "smaller"):
+        size = _size(word)
+        return lambda seen: (len(seen.captured.raw) > size) == (field == "larger")
+    if field == "tag":
+        return lambda seen: False
+    return lambda seen: seen.says("", f"{field}:{word}" if field else word)
+
+
+def _day(text: str, zone: str) -> float:
+    """Return the beginning of a day in seconds since 1970. Raises HttpRefused."""
+    import datetime  # only for such searches
+    import zoneinfo
+
+    try:
+        day = datetime.datetime.strptime(text.replace("/", "-"), "%Y-%m-%d")
+        known = zoneinfo.ZoneInfo(zone) if zone else datetime.UTC
+    except (ValueError, OSError, zoneinfo.ZoneInfoNotFoundError):
+        raise HttpRefused(400, f"expected a day such as 2026-01-31, found {text!r}") from None
+    return day.replace(tzinfo=known).timestamp()
+
+
+def _size(text: str) -> float:
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,3})?)([kmb]{0,2})", text)
+    if match is None or match[2] not in _SIZE_UNITS:
+        raise HttpRefused(400, f"expected a size such as 10KB or 2MB, found {text!r}")
+    return float(match[1]) * _SIZE_UNITS[match[2]]
+
+
 class _Contents:
-    """The messages last looked at, taken apart. Used by worker threads."""
+    """The messages last looked at, as they were read. Used by worker threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: dict[str, tuple[int, _Content]] = {}
+        self._kept: dict[str, tuple[int, ReadMessage]] = {}
 
-    def get(self, captured: Captured) -> _Content:
+    def get(self, captured: Captured) -> ReadMessage:
         with self._lock:
             found = self._kept.pop(captured.id, None)
-        size, content = found or (len(captured.raw), _read_content(captured.raw))
+        size, content = found or (len(captured.raw), ReadMessage(captured.raw))
         with self._lock:
             self._kept[captured.id] = size, content
             while len(self._kept) > 1 and (
@@ -18611,10 +19235,9 @@ class _Contents:
                 del self._kept[next(iter(self._kept))]
         return content
 
-    def forget(self, ids: Iterable[str] | None = None) -> None:
-        """Forget these messages, or all."""
+    def forget(self, ids: Iterable[str]) -> None:
         with self._lock:
-            for id in list(self._kept) if ids is None else ids:
+            for id in ids:
                 self._kept.pop(id, None)
 
 
@@ -18630,7 +19253,7 @@ class _Changes:
 
     async def __aenter__(self) -> _Changes:
         self._end = self._mailbox.watch(lambda: self._loop.post(self._something.set))
-        self._listener = self._loop.spawn(self._listen(), "inbox client")
+        self._listener = self._loop.spawn(self._listen(), "http client")
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -18658,11 +19281,11 @@ class _Changes:
 
 
 class Inbox:
-    """Shows a mailbox over HTTP, one request a connection.
+    """Shows what a server captured over HTTP, one request a connection.
 
-    `faults` are the rules that the interface shows and changes. `release` sends a message
-    on, or is None if that is not possible. `smtp` is where mail is to be sent, for
-    people ("smtp://127.0.0.1:1025"); `names` are names of this host besides "localhost".
+    `release` sends a message on, to `release_to`, or is None if that is not possible. `smtp` is
+    where mail is to be sent, for people ("smtp://127.0.0.1:1025"). With a `login`, user and
+    password, whoever asks has to give them (RFC 7617).
     """
 
     def __init__(
@@ -18671,20 +19294,29 @@ class Inbox:
         log: Log,
         mailbox: Mailbox,
         faults: Script,
-        release: Release | None,
+        *,
+        release: Release | None = None,
+        release_to: str = "",
         smtp: str = "",
-        names: Sequence[str] = (),
+        login: tuple[str, str] | None = None,
     ) -> None:
         self._loop = loop
         self._log = log
         self._mailbox = mailbox
         self._faults = faults
         self._release = release
+        self._release_to = release_to
         self._smtp = smtp
-        self._names = tuple(names)
+        self._login = login
         self._summaries: dict[str, _Summary] = {}
+        self._read: set[str] = set()
         self._contents = _Contents()
         self._listening = 0  # pages that are told of changes
+        self._deleted = 0
+        self._began = loop.clock.monotonic()
+        self._chaos: dict[str, str] = {}  # the rules behind Mailpit's chaos, by its names
+
+    # --- a request ---
 
     async def answer(self, stream: Stream) -> None:
         """Read one request, answer it, and close."""
@@ -18701,16 +19333,16 @@ class Inbox:
         except (Disconnected, Expired, LineTooLong, BareNewline, ValueError):
             pass
         except Exception as error:
-            self._log.crash("inbox", error)
+            self._log.crash("capture API", error)
         finally:
             await stream.finish()
 
     async def _send(self, stream: Stream, answer: bytes) -> None:
         for start in range(0, len(answer), CHUNK):
-            with self._loop.deadline(_INBOX_SEND_SECONDS):
+            with self._loop.deadline(_API_SEND_SECONDS):
                 stream.write(answer[start : start + CHUNK])
                 await stream.be_fair()
-        with self._loop.deadline(_INBOX_SEND_SECONDS):
+        with self._loop.deadline(_API_SEND_SECONDS):
             await stream.flush()
 
     async def _guarded(self, answer: Awaitable[bytes]) -> bytes:
@@ -18722,7 +19354,7 @@ class Inbox:
         except (Disconnected, Expired):
             raise
         except Exception as error:
-            self._log.crash("inbox", error)
+            self._log.crash("capture API", error)
             return _refusal(
                 HttpRefused(500, "something went wrong here; the server's log says what")
             )
@@ -18735,16 +19367,14 @@ class Inbox:
             self._check_host(request.headers.get("host", ""))
             method = "GET" if request.method == "HEAD" else request.method
             action, values = _route(method, request.path)
+            if action is not Inbox._alive:
+                self._check_login(request.headers.get("authorization", ""))
             if request.method == "HEAD" and action is Inbox._events:
                 raise HttpRefused(405, "it has no end, and so nothing to be looked at beforehand")
             private = method != "GET" or request.path.startswith("/api/")
             if private and is_from_a_foreign_page(request.headers):  # even the time tells it much
                 raise HttpRefused(403, "a web page from elsewhere may neither look nor change")
-            if method == "POST":
-                kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-                if kind != _JSON:
-                    raise HttpRefused(415, f"the Content-Type must be {_JSON}")
-            body = await read_body(stream, request, _INBOX_BODY_LIMIT)
+            body = await read_body(stream, request, _API_BODY_LIMIT)
         except HttpRefused as refused:
             return _refusal(refused)
         asked = _Asked(values, _parameters(request.query), body)
@@ -18753,125 +19383,134 @@ class Inbox:
     def _check_host(self, host: str) -> None:
         """Let through a name that no stranger's DNS could have given to our address.
 
-        A name without a dot, as containers have, is nobody's on the Internet.
+        A name without a dot, as containers have, is nobody's on the Internet. Raises HttpRefused.
         """
-        if is_our_name(host, *self._names):
+        if self._login is not None or is_our_name(host):  # a stranger's page has no password
             return
         with contextlib.suppress(ValueError):
             if re.fullmatch(r"[a-z0-9_-]+", host_name(host)):
                 return
-        raise HttpRefused(
-            421, f"this server has no name {printable(host, 100)!r}; ask localhost or an IP address"
-        )
+        shown = printable(host, 100)
+        raise HttpRefused(421, f"this server has no name {shown!r}; ask localhost or an IP address")
 
-    # --- for people ---
+    def _check_login(self, authorization: str) -> None:
+        """Raises HttpRefused if a login is needed, and this is none."""
+        if self._login is None:
+            return
+        import hmac
 
-    async def _page(self, asked: _Asked, stream: Stream) -> bytes:
-        nonce = new_id()
-        text = _INBOX_PAGE
-        for mark, value in (
-            ("{nonce}", nonce),
-            ("{style}", _INBOX_STYLE),
-            ("{script}", _INBOX_SCRIPT),
-            ("{release}", "yes" if self._release else ""),
-            ("{smtp}", html_text(self._smtp)),
-        ):
-            text = text.replace(mark, value)
-        policy = (
-            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
-            "connect-src 'self'; frame-src 'self'; img-src 'self' data:; "
-            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-        )
-        return http_response(
-            200, "text/html; charset=utf-8", text, policy=policy, headers=_BASE_HEADERS
-        )
-
-    async def _health(self, asked: _Asked, stream: Stream) -> bytes:
-        return http_response(200, "text/plain", "ok\n")
+        scheme, _, given = authorization.partition(" ")
+        wanted = base64.b64encode(":".join(self._login).encode())
+        if scheme.lower() != "basic" or not hmac.compare_digest(given.strip().encode(), wanted):
+            challenge = ("WWW-Authenticate", 'Basic realm="chasquid", charset="UTF-8"')
+            raise HttpRefused(401, "a login is needed", challenge)
 
     # --- messages ---
 
-    def _find(self, query: str) -> list[dict[str, Any]]:
-        """Return the entries that match, the newest first. Called in a worker."""
-        words = _parse_query(query)
+    def _find(self, conditions: Sequence[_Condition]) -> list[Captured]:
+        """Return the messages that meet all conditions, the newest first. Called in a worker."""
         found, known = [], {}
         for captured in reversed(self._mailbox.all()):
-            summary = self._summaries.get(captured.id) or _Summary(captured)
-            known[captured.id] = summary
-            if summary.matches(words):
-                found.append(summary.entry)
+            id = captured.id
+            known[id] = self._summaries.get(id) or _Summary(captured, self._contents.get(captured))
+            seen = _Seen(captured, known[id], id in self._read)
+            if all(condition(seen) for condition in conditions):
+                found.append(captured)
         self._summaries = known  # without what is gone
         return found
 
+    def _entry(self, captured: Captured) -> dict[str, Any]:
+        summary = self._summaries.get(captured.id)
+        if summary is None:
+            summary = _Summary(captured, self._contents.get(captured))
+        return {**summary.entry, "Read": captured.id in self._read}
+
+    def _unread(self) -> int:
+        return sum(1 for captured in self._mailbox.all() if captured.id not in self._read)
+
+    def _listed(self, found: Sequence[Captured], start: int, limit: int) -> dict[str, Any]:
+        unread = sum(1 for captured in found if captured.id not in self._read)
+        return {
+            "total": len(self._mailbox.all()),
+            "unread": self._unread(),
+            "messages_count": len(found),
+            "messages_unread": unread,
+            "start": start,
+            "tags": [],
+            "messages": [self._entry(captured) for captured in found[start : start + limit]],
+        }
+
     async def _list(self, asked: _Asked, stream: Stream) -> bytes:
         start = asked.number("start", 0, 10**9)
-        limit = asked.number("limit", 50, _INBOX_PAGE_LIMIT)
+        limit = asked.number("limit", 50, _API_LIST_LIMIT)
+        conditions = asked.search()
+        make = functools.partial(self._find, conditions)
+        return await self._loop.work(lambda: _json(self._listed(make(), start, limit)))
 
-        def make() -> bytes:
-            found = self._find(asked.query.get("query", ""))
-            shown = found[start : start + limit]
-            total = len(self._mailbox.all())
-            return _json(
-                {"total": total, "matching": len(found), "start": start, "messages": shown}
-            )
-
-        return await self._loop.work(make)
-
-    def _captured(self, asked: _Asked) -> Captured:
-        captured = self._mailbox.get(asked.values[0])
+    def _captured(self, id: str) -> Captured:
+        """Return a message by its id, or "latest". Raises HttpRefused."""
+        captured = self._mailbox.get(id)
+        if captured is None and id == "latest":
+            captured = next(reversed(self._mailbox.all()), None)
         if captured is None:
             raise HttpRefused(404, "there is no such message; it may have been deleted")
         return captured
 
     async def _show(self, asked: _Asked, stream: Stream) -> bytes:
-        captured = self._captured(asked)
+        captured = self._captured(asked.values[0])
+        self._read.add(captured.id)
         return await self._loop.work(lambda: _json(self._details(captured)))
 
     def _details(self, captured: Captured) -> dict[str, Any]:
         content = self._contents.get(captured)
-        summary = self._summaries.get(captured.id) or _Summary(captured)
+        entry = self._entry(captured)
+        for name in ("Created", "Snippet", "Read"):
+            del entry[name]
         return {
-            **summary.entry,
-            "peer": captured.peer,
-            "port": captured.port,
-            "hello": captured.hello,
-            "smtputf8": captured.smtputf8,
-            "headers": content.headers,
-            "text": content.text,
-            "html": content.html,
-            "remote": bool(_REMOTE.search(content.html)),
-            "parts": [
-                {
-                    "index": part.number,
-                    "content_type": part.content_type,
-                    "filename": part.filename,
-                    "size": len(part.data),
-                    "content_id": part.content_id,
-                    "disposition": part.disposition,
-                    "body": part.number in content.bodies,
-                    "inline": content.is_inline(part),
-                }
-                for part in content.parts
-            ],
-            "links": links_in(content.html, content.text)[:_LINK_LIMIT],
-            "transcript": captured.transcript,
+            **entry,
+            "Date": _date_of(content, captured.received),
+            "ReturnPath": captured.mail_from,
+            "ListUnsubscribe": _unsubscribing(content),
+            "Text": content.text,
+            "HTML": content.html,
+            "Attachments": [_file_entry(part) for part in content.attachments],
+            "Inline": [_file_entry(part) for part in content.inlines],
+            "Envelope": {"From": captured.mail_from, "To": list(captured.rcpt_tos)},
+            "Session": {"Peer": captured.peer, "Hello": captured.hello, "TLS": captured.tls},
+            "Links": content.links()[:_LINK_LIMIT],
+            "Code": code_in(content.shown_text) or "",
         }
 
+    async def _headers(self, asked: _Asked, stream: Stream) -> bytes:
+        captured = self._captured(asked.values[0])
+        content = await self._loop.work(lambda: self._contents.get(captured))
+        headers: dict[str, list[str]] = {}
+        for name, value in content.headers:
+            headers.setdefault(name, []).append(value)
+        return _json(headers)
+
+    async def _dialogue(self, asked: _Asked, stream: Stream) -> bytes:
+        return http_response(
+            200, _TEXT, self._captured(asked.values[0]).transcript, headers=_BASE_HEADERS
+        )
+
     async def _raw(self, asked: _Asked, stream: Stream) -> bytes:
-        captured = self._captured(asked)
-        return _file("message/rfc822", f"{captured.id}.eml", captured.raw)
+        captured = self._captured(asked.values[0])
+        inline = asked.query.get("dl", "0") in ("", "0")
+        return _file(_TEXT if inline else "message/rfc822", f"{captured.id}.eml", captured.raw)
 
     async def _part(self, asked: _Asked, stream: Stream) -> bytes:
-        captured = self._captured(asked)
+        captured = self._captured(asked.values[0])
         content = await self._loop.work(lambda: self._contents.get(captured))
         index = int(asked.values[1])
         if not 1 <= index <= len(content.parts):
-            raise HttpRefused(404, f'the message has no part {index}; see its "parts"')
+            raise HttpRefused(404, f"the message has no part {index}")
         part = content.parts[index - 1]
-        return _file(_safe_kind(part.content_type), part.filename or f"part-{index}", part.data)
+        kind = part.content_type if part.content_type in _SAFE_KINDS else "application/octet-stream"
+        return _file(kind, part.title, part.data)
 
     async def _html(self, asked: _Asked, stream: Stream) -> bytes:
-        captured = self._captured(asked)
+        captured = self._captured(asked.values[0])
         remote = asked.query.get("remote") == "1"
 
         def make() -> bytes:
@@ -18882,58 +19521,130 @@ class Inbox:
 
         return await self._loop.work(make)
 
-    async def _delete(self, asked: _Asked, stream: Stream) -> bytes:
-        captured = self._captured(asked)
-        self._contents.forget([captured.id])
-        return _json({"deleted": int(self._mailbox.remove(captured.id))})
+    async def _text(self, asked: _Asked, stream: Stream) -> bytes:
+        captured = self._captured(asked.values[0])
+        content = await self._loop.work(lambda: self._contents.get(captured))
+        return http_response(200, _TEXT, content.text, headers=_BASE_HEADERS)
 
-    async def _delete_all(self, asked: _Asked, stream: Stream) -> bytes:
-        count = len(self._mailbox.all())
-        self._contents.forget()
-        self._mailbox.clear()
-        return _json({"deleted": count})
+    def _remove(self, ids: Iterable[str]) -> None:
+        ids = list(ids)
+        self._contents.forget(ids)
+        self._read.difference_update(ids)
+        self._deleted += sum(self._mailbox.remove(id) for id in ids)
+
+    async def _delete(self, asked: _Asked, stream: Stream) -> bytes:
+        """Delete the messages that are named, or all; Mailpit's form."""
+        ids = asked.ids()
+        self._remove(ids or [captured.id for captured in self._mailbox.all()])
+        return _OK
+
+    async def _delete_found(self, asked: _Asked, stream: Stream) -> bytes:
+        conditions = asked.search()
+        if not conditions:
+            raise HttpRefused(400, "expected a query, of what is to be deleted")
+        found = await self._loop.work(lambda: self._find(conditions))
+        self._remove(captured.id for captured in found)
+        return _OK
+
+    async def _mark(self, asked: _Asked, stream: Stream) -> bytes:
+        ids = asked.ids() or [captured.id for captured in self._mailbox.all()]
+        if asked.json().get("Read", False):
+            self._read.update(ids)
+        else:
+            self._read.difference_update(ids)
+        return _OK
 
     async def _release_message(self, asked: _Asked, stream: Stream) -> bytes:
-        captured = self._captured(asked)
-        if self._release is None:
-            raise HttpRefused(501, "this server sends nothing on: it was started without a way to")
-        to = asked.json().get("to")
+        captured = self._captured(asked.values[0])
+        to = asked.json().get("To")
         if not isinstance(to, list) or not to or not all(map(_is_address, to)):
-            raise HttpRefused(400, 'expected {"to": ["user@domain", …]}')
+            raise HttpRefused(400, 'expected {"To": ["user@domain", …]}')
+        await self._release_to_others(captured, to)
+        return _OK
+
+    async def _release_to_others(self, captured: Captured, to: Sequence[str]) -> str:
+        """Send a message on; return what became of it. Raises HttpRefused."""
+        if self._release is None:
+            raise HttpRefused(400, "this server sends nothing on: it was started without --release")
         try:
-            with self._loop.deadline(_INBOX_RELEASE_SECONDS):
-                return _json({"released": await self._release(captured, to)})
+            with self._loop.deadline(_API_RELEASE_SECONDS):
+                return await self._release(captured, to)
         except Expired:
             raise HttpRefused(504, "the other server did not answer in time") from None
         except ChasquidError as error:
             raise HttpRefused(502, str(error)) from error
 
-    # --- waiting ---
+    async def _send_message(self, asked: _Asked, stream: Stream) -> bytes:
+        """Take in a message that is described in JSON, as if it had come by SMTP."""
+        described = asked.json()
+        now = self._loop.clock.time()
+        sender, to, raw = await self._loop.work(lambda: message_of_json(described, now))
+        dialogue = Dialogue("api", "", now)
+        captured = Captured(
+            new_id(), now, sender, rcpt_tos=to, raw=raw, peer="", port="api", hello="", tls="",
+            login="", smtputf8=not raw.isascii(), dialogue=dialogue,
+        )  # fmt: skip
+        self._mailbox.add(captured)
+        return _json({"ID": captured.id})
+
+    # --- the server ---
+
+    async def _alive(self, asked: _Asked, stream: Stream) -> bytes:
+        return _OK
+
+    async def _info(self, asked: _Asked, stream: Stream) -> bytes:
+        messages = self._mailbox.all()
+        size = sum(len(captured.raw) for captured in messages)
+        return _json({
+            "Version": f"chasquid {__version__}",
+            "LatestVersion": "",
+            "Database": "memory",
+            "DatabaseSize": size,
+            "Messages": len(messages),
+            "Unread": self._unread(),
+            "Tags": {},
+            "RuntimeStats": {
+                "Uptime": int(self._loop.clock.monotonic() - self._began),
+                "Memory": 0,
+                "MessagesDeleted": self._deleted,
+                "SMTPAccepted": len(messages) + self._deleted,
+                "SMTPAcceptedSize": size,
+                "SMTPRejected": 0,
+                "SMTPIgnored": 0,
+            },
+        })  # fmt: skip
+
+    async def _tags(self, asked: _Asked, stream: Stream) -> bytes:
+        return _json([])
+
+    async def _webui(self, asked: _Asked, stream: Stream) -> bytes:
+        return _json({
+            "Label": "",
+            "MessageRelay": {"Enabled": self._release is not None, "SMTPServer": self._release_to},
+            "SpamAssassin": False,
+            "ChaosEnabled": True,
+            "DuplicatesIgnored": False,
+        })  # fmt: skip
 
     async def _wait(self, asked: _Asked, stream: Stream) -> bytes:
         count = asked.number("count", 1, 10**6)
-        seconds = asked.seconds("timeout", 10.0, _INBOX_WAIT_SECONDS)
+        seconds = asked.seconds("timeout", 10.0, _API_WAIT_SECONDS)
         end = self._loop.clock.monotonic() + seconds
-        query = asked.query.get("query", "")
+        find = functools.partial(self._find, asked.search())
         async with _Changes(self._loop, self._mailbox, stream) as changes:
             while True:
-                found = await self._loop.work(lambda: self._find(query))
-                told = {"matching": len(found), "messages": found[:_INBOX_PAGE_LIMIT]}
+                found = await self._loop.work(find)
                 if len(found) >= count:
-                    return _json(told)
+                    return _json(self._listed(found, 0, _API_LIST_LIMIT))
                 if not await changes.next(end - self._loop.clock.monotonic()):
                     break
-        total = len(self._mailbox.all())
-        sentence = (
-            f"{len(found)} of {plural(count, 'message')} came within {seconds:g} s; "
-            f"{total} are there in all"
-        )
-        others = await self._loop.work(lambda: self._find(""))
-        return _json({"error": sentence, **told, "total": total, "arrived": others[:10]}, 408)
+        came = f"{len(found)} of {plural(count, 'message')} came within {seconds:g} s"
+        error = f"{came}; {len(self._mailbox.all())} are there in all"
+        return _json({"Error": error, **self._listed(found, 0, _API_LIST_LIMIT)}, 408)
 
     async def _events(self, asked: _Asked, stream: Stream) -> bytes:
         """Send an event at once and after each change; WHATWG HTML, 9.2."""
-        if self._listening >= _INBOX_LISTENERS:
+        if self._listening >= _API_LISTENERS:
             raise HttpRefused(503, "too many pages are open here already")
         self._listening += 1
         try:
@@ -18951,33 +19662,111 @@ class Inbox:
                 data = json.dumps({"total": len(self._mailbox.all())})
                 event = f"event: change\ndata: {data}\n\n" if changed else ": nothing new\n\n"
                 stream.write(event.encode())
-                with self._loop.deadline(_INBOX_SEND_SECONDS):
+                with self._loop.deadline(_API_SEND_SECONDS):
                     await stream.flush()
                 await self._loop.sleep(0.1)  # many changes at once are one event
-                changed = await changes.next(_INBOX_ALIVE_SECONDS)
+                changed = await changes.next(_API_ALIVE_SECONDS)
 
     # --- faults ---
+
+    async def _show_chaos(self, asked: _Asked, stream: Stream) -> bytes:
+        rules = {rule["id"]: rule for rule in self._faults.describe()}
+        return _json({name: _trigger(rules.get(self._chaos.get(name, ""))) for name in _TRIGGERS})
+
+    async def _set_chaos(self, asked: _Asked, stream: Stream) -> bytes:
+        """Replace the rules of Mailpit's chaos; a trigger that is not named is off."""
+        given = asked.json()
+        wanted = {name: _parse_trigger(name, given.get(name)) for name in _TRIGGERS}
+        for id in self._chaos.values():
+            self._faults.remove_rule(id)
+        self._chaos.clear()
+        for name, (code, probability) in wanted.items():
+            if probability:
+                with _told_as_refused():
+                    fault = Fault(_TRIGGERS[name], reply=str(code), probability=probability)
+                    self._chaos[name] = self._faults.add(fault)
+        return await self._show_chaos(asked, stream)
 
     async def _list_faults(self, asked: _Asked, stream: Stream) -> bytes:
         return _json({"faults": self._faults.describe()})
 
     async def _add_fault(self, asked: _Asked, stream: Stream) -> bytes:
-        try:
-            return _json({"id": self._faults.add_rule(asked.json())}, 201)
-        except ChasquidError as error:
-            if isinstance(error, HttpRefused):
-                raise
-            raise HttpRefused(400, str(error)) from error
+        rule = asked.json()
+        with _told_as_refused():
+            return _json({"id": self._faults.add_rule(rule)}, 201)
 
     async def _delete_fault(self, asked: _Asked, stream: Stream) -> bytes:
         if not self._faults.remove_rule(asked.values[0]):
             raise HttpRefused(404, "there is no such rule; it may have been deleted")
-        return _json({"deleted": 1})
+        return _OK
 
     async def _delete_faults(self, asked: _Asked, stream: Stream) -> bytes:
-        count = len(self._faults.describe())
         self._faults.clear()
-        return _json({"deleted": count})
+        return _OK
+
+    # --- the page ---
+
+    async def _page(self, asked: _Asked, stream: Stream) -> bytes:
+        """The list, and beside it the message that the path names."""
+        id = asked.values[0] if asked.values else ""
+        captured = self._captured(id) if id else None
+        if captured is not None:
+            self._read.add(captured.id)
+        conditions = asked.search()
+        return await self._loop.work(lambda: self._made_page(asked, captured, conditions))
+
+    def _made_page(
+        self, asked: _Asked, captured: Captured | None, conditions: Sequence[_Condition]
+    ) -> bytes:
+        nonce = new_id()
+        found = self._find(conditions)
+        start = asked.number("start", 0, 10**9)
+        entries = [self._entry(each) for each in found[start : start + _PAGE_ENTRIES]]
+        query = asked.query.get("query", "")
+        more = start + _PAGE_ENTRIES if len(found) > start + _PAGE_ENTRIES else 0
+        current = captured.id if captured else ""
+        body = page_list(entries, query, current=current, smtp=self._smtp, more=more)
+        if captured is not None:
+            content = self._contents.get(captured)
+            entry = self._entry(captured)
+            can_release = self._release is not None
+            body += page_message(captured, content, entry, asked, can_release=can_release)
+        unread = f"({count}) " if (count := self._unread()) else ""
+        text = _PAGE.format(
+            nonce=nonce, style=_PAGE_STYLE, script=_PAGE_SCRIPT, title=f"{unread}chasquid inbox",
+            kind="reading" if captured else "listing", total=len(self._mailbox.all()),
+            query=html_text(query), body=body,
+        )  # fmt: skip
+        policy = (
+            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
+            "connect-src 'self'; frame-src 'self'; img-src 'self' data:; "
+            "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+        )
+        headers = (
+            ("Referrer-Policy", "same-origin"),
+            *_BASE_HEADERS[1:],
+        )  # or a form has no Origin
+        return http_response(200, _HTML, text, policy=policy, headers=headers)
+
+    async def _page_delete(self, asked: _Asked, stream: Stream) -> bytes:
+        """Delete a message, and go to the one after it; or delete all."""
+        everything = [captured.id for captured in reversed(self._mailbox.all())]
+        if not asked.values:
+            self._remove(everything)
+            return _redirect("/")
+        id = self._captured(asked.values[0]).id
+        place = everything.index(id) if id in everything else 0
+        rest = [other for other in everything if other != id]
+        self._remove([id])
+        return _redirect(f"/message/{rest[min(place, len(rest) - 1)]}" if rest else "/")
+
+    async def _page_release(self, asked: _Asked, stream: Stream) -> bytes:
+        captured = self._captured(asked.values[0])
+        to = [each.strip() for each in asked.form().get("to", "").split(",") if each.strip()]
+        if not to or not all(map(_is_address, to)):
+            raise HttpRefused(400, "expected addresses, with commas between them")
+        said = await self._release_to_others(captured, to)
+        return http_response(200, _TEXT, f"{said}\n", headers=_BASE_HEADERS)
 
 
 class _Asked(NamedTuple):
@@ -18999,6 +19788,9 @@ class _Asked(NamedTuple):
             raise HttpRefused(400, f"{name} must be a number of seconds up to {most:g}")
         return min(float(text), most)
 
+    def search(self) -> list[_Condition]:
+        return parse_search(self.query.get("query", ""), self.query.get("tz", ""))
+
     def json(self) -> dict[str, Any]:
         try:
             value = json.loads(self.body)
@@ -19007,6 +19799,16 @@ class _Asked(NamedTuple):
         if not isinstance(value, dict):
             raise HttpRefused(400, "the body must be a JSON object")
         return value
+
+    def ids(self) -> list[str]:
+        """Return what Mailpit's clients name messages by; none means all."""
+        ids = self.json().get("IDs") or [] if self.body.strip() else []
+        if not isinstance(ids, list) or not all(isinstance(id, str) for id in ids):
+            raise HttpRefused(400, 'expected {"IDs": ["ID", …]}')
+        return ids
+
+    def form(self) -> dict[str, str]:
+        return _parameters(self.body[:_FORM_LIMIT].decode("utf-8", "replace"))
 
 
 def _parameters(query: str) -> dict[str, str]:
@@ -19018,15 +19820,29 @@ def _parameters(query: str) -> dict[str, str]:
         return {}
 
 
-def _json(value: Mapping[str, Any], status: int = 200) -> bytes:
-    text = json.dumps(value, indent=1) + "\n"
-    return http_response(status, _JSON, text, headers=_BASE_HEADERS)
+_OK = http_response(200, "text/plain", "ok", headers=_BASE_HEADERS)
+
+
+def _json(value: object, status: int = 200) -> bytes:
+    return http_response(status, _JSON, json.dumps(value) + "\n", headers=_BASE_HEADERS)
 
 
 def _refusal(refused: HttpRefused) -> bytes:
-    text = json.dumps({"error": str(refused)}, indent=1) + "\n"
     headers = (*_BASE_HEADERS, *refused.headers)
-    return http_response(refused.status, _JSON, text, headers=headers)
+    return http_response(refused.status, _TEXT, f"{refused}\n", headers=headers)
+
+
+def _redirect(path: str) -> bytes:
+    return http_response(303, _TEXT, "", headers=(("Location", path), *_BASE_HEADERS))
+
+
+@contextlib.contextmanager
+def _told_as_refused() -> Iterator[None]:
+    """Have a mistake in a rule answered as one of the request. Raises HttpRefused."""
+    try:
+        yield
+    except FaultError as error:
+        raise HttpRefused(400, str(error)) from error
 
 
 def _is_address(value: object) -> bool:
@@ -19035,9 +19851,113 @@ def _is_address(value: object) -> bool:
     return all(split_address(value)) and len(value) <= 500
 
 
-def _safe_kind(kind: str) -> str:
-    """Return a type that no browser runs, whatever a part says that it is."""
-    return kind if kind in _SAFE_KINDS else _OCTETS
+def _date_of(content: ReadMessage, received: float) -> str:
+    """Return the time in the Date field, else that of the arrival."""
+    from email.utils import parsedate_to_datetime
+
+    try:
+        return iso_time(parsedate_to_datetime(content.header("date")).timestamp())
+    except (ValueError, TypeError, OverflowError, IndexError):
+        return iso_time(received)
+
+
+def _unsubscribing(content: ReadMessage) -> dict[str, Any]:
+    """Return what List-Unsubscribe says; RFC 2369 and RFC 8058."""
+    header = content.header("list-unsubscribe")
+    return {
+        "Header": header,
+        "Links": re.findall(r"<\s*((?:https?|mailto):[^<>\s]{1,2000})\s*>", header),
+        "Errors": "",
+        "HeaderPost": content.header("list-unsubscribe-post"),
+    }
+
+
+def _file_entry(part: Part) -> dict[str, Any]:
+    import hashlib
+
+    sums = {name: hashlib.new(name, part.data).hexdigest() for name in ("md5", "sha1", "sha256")}
+    return {
+        "PartID": str(part.number),
+        "FileName": part.title,
+        "ContentType": part.content_type,
+        "ContentID": part.content_id,
+        "Size": len(part.data),
+        "Checksums": {name.upper(): value for name, value in sums.items()},
+    }
+
+
+_TRIGGERS = {"Authentication": "AUTH", "Recipient": "RCPT", "Sender": "MAIL"}
+
+
+def _trigger(rule: Mapping[str, Any] | None) -> dict[str, int]:
+    if rule is None:
+        return {"ErrorCode": 451, "Probability": 0}
+    return {"ErrorCode": int(rule["reply"]), "Probability": rule.get("probability", 100)}
+
+
+def _parse_trigger(name: str, given: object) -> tuple[int, int]:
+    """Return code and probability in percent. Raises HttpRefused."""
+    trigger = given if isinstance(given, dict) else {}
+    code, probability = trigger.get("ErrorCode", 451), trigger.get("Probability", 0)
+    if type(code) is not int or not 400 <= code <= 599:
+        raise HttpRefused(400, f"{name}: expected an ErrorCode from 400 to 599")
+    if type(probability) is not int or not 0 <= probability <= 100:
+        raise HttpRefused(400, f"{name}: expected a Probability from 0 to 100")
+    return code, probability
+
+
+def message_of_json(described: Mapping[str, Any], now: float) -> tuple[str, list[str], bytes]:
+    """Return sender, recipients and octets of a message described as Mailpit's clients do.
+
+    Raises HttpRefused.
+    """
+    from email.headerregistry import Address
+    from email.message import EmailMessage
+    from email.policy import SMTP
+
+    def people(name: str) -> list[tuple[str, str]]:
+        given = described.get(name) or []
+        found = [each if isinstance(each, dict) else {"Email": each} for each in given]
+        pairs = [(str(each.get("Name") or ""), str(each.get("Email") or "")) for each in found]
+        if not all(_is_address(address) for _, address in pairs):
+            raise HttpRefused(400, f"{name}: expected addresses")
+        return pairs
+
+    sender = described.get("From")
+    if not isinstance(sender, dict) or not _is_address(sender.get("Email")):
+        raise HttpRefused(400, 'From: expected {"Email": "user@domain", "Name": "…"}')
+    message = EmailMessage(policy=SMTP.clone(utf8=False))
+    try:
+        message["From"] = Address(str(sender.get("Name") or ""), addr_spec=sender["Email"])
+        for field, name in (("To", "To"), ("Cc", "Cc"), ("Reply-To", "ReplyTo")):
+            if pairs := people(name):
+                message[field] = [Address(who, addr_spec=address) for who, address in pairs]
+        message["Subject"] = str(described.get("Subject") or "")
+        message["Date"] = rfc5322_date(now)
+        message["Message-ID"] = f"<{new_id()}@localhost>"
+        for name, value in (described.get("Headers") or {}).items():
+            message[str(name)] = str(value)
+        message.set_content(str(described.get("Text") or ""))
+        if described.get("HTML"):
+            message.add_alternative(str(described["HTML"]), subtype="html")
+        for file in described.get("Attachments") or []:
+            kind = str(file.get("ContentType") or "application/octet-stream")
+            maintype, _, subtype = kind.partition("/")
+            cid = f"<{file['ContentID']}>" if file.get("ContentID") else None
+            data = base64.b64decode(file["Content"], validate=True)
+            message.add_attachment(
+                data, maintype=maintype, subtype=subtype,
+                filename=str(file.get("Filename") or "unnamed"), cid=cid,
+            )  # fmt: skip
+        raw = message.as_bytes()
+    except HttpRefused:
+        raise
+    except Exception as error:
+        raise HttpRefused(
+            400, f"no message comes of it: {printable(reason(error), 200)}"
+        ) from error
+    everybody = (*people("To"), *people("Cc"), *people("Bcc"))
+    return sender["Email"], [address for _, address in everybody], raw
 
 
 def _file(kind: str, name: str, data: bytes) -> bytes:
@@ -19047,7 +19967,8 @@ def _file(kind: str, name: str, data: bytes) -> bytes:
     name = re.split(r"[/\\]", name)[-1].replace('"', "'").replace("\n", " ").replace("\r", " ")
     name = UNPRINTABLE.sub(" ", name).strip(" .")[:150] or "unnamed"
     plain = "".join(c if c.isascii() and c not in "%;" else "_" for c in name)
-    said = f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='')}"  # RFC 6266
+    how = "inline" if kind == _TEXT else "attachment"
+    said = f"{how}; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='')}"  # RFC 6266
     headers = (("Content-Disposition", said), *_BASE_HEADERS)
     return http_response(200, kind, data, policy=_FILE_POLICY, headers=headers)
 
@@ -19061,7 +19982,7 @@ _FRAME_HEAD = (
 )
 
 
-def _framed(content: _Content, remote: bool) -> bytes:
+def _framed(content: ReadMessage, remote: bool) -> bytes:
     """Return the HTML of a mail as a document that can do nothing but be looked at.
 
     In the sandbox its origin is nobody's, and 'self' would stand for that: so the images
@@ -19080,7 +20001,9 @@ def _framed(content: _Content, remote: bool) -> bytes:
 
     def image(match: re.Match[str]) -> str:
         nonlocal left
-        part = by_id.get(_unquote(match[1]))
+        from urllib.parse import unquote
+
+        part = by_id.get(unquote(match[1]))
         if part is None or not re.fullmatch(r"image/[a-z0-9.+-]+", part.content_type):
             return match[0]
         left -= len(part.data)
@@ -19089,460 +20012,293 @@ def _framed(content: _Content, remote: bool) -> bytes:
         return f"data:{part.content_type};base64,{base64.b64encode(part.data).decode()}"
 
     headers = (*_BASE_HEADERS, ("X-DNS-Prefetch-Control", "off"))
-    text = _FRAME_HEAD + _CID.sub(image, html)
-    return http_response(200, "text/html; charset=utf-8", text, policy=policy, headers=headers)
+    text = _FRAME_HEAD + CID.sub(image, html)
+    return http_response(200, _HTML, text, policy=policy, headers=headers)
 
 
-_INBOX_PAGE = """<!doctype html>
+# --- what the page says ---
+
+_PAGE_ENTRIES = 50  # of the list
+_VIEWS = {"html": "HTML", "text": "Text", "headers": "Headers", "source": "Source",
+          "files": "Attachments", "checks": "Checks", "dialogue": "Dialogue"}  # fmt: skip
+
+
+def page_list(
+    entries: Sequence[Mapping[str, Any]], query: str, current: str, smtp: str, more: int
+) -> str:
+    """Return the list of messages as HTML; `more` is where the next part of it begins, or 0."""
+    from urllib.parse import urlencode
+
+    search = f"?{urlencode({'query': query})}" if query else ""
+    rows = "".join(_page_row(entry, current, search) for entry in entries)
+    if not entries:
+        text = (
+            "No message has these words."
+            if query
+            else f"Send some to <code>{html_text(smtp)}</code>."
+        )
+        rows = f"<li class=empty>{text}</li>"
+    link = urlencode({"query": query, "start": more})
+    tail = f'<a class=button href="/?{html_text(link)}">Older</a>' if more else ""
+    return f'<nav id=side aria-label="Messages"><ol id=list>{rows}</ol>{tail}</nav>'
+
+
+def _page_row(entry: Mapping[str, Any], current: str, search: str) -> str:
+    sender = entry["From"]["Name"] or entry["From"]["Address"] or "<>"
+    to = ", ".join(person["Address"] for key in ("To", "Cc", "Bcc") for person in entry[key])
+    classes = "" if entry["Read"] else " class=new"
+    here = ' aria-current="page"' if entry["ID"] == current else ""
+    files = f"<small>{plural(entry['Attachments'], 'file')}</small>" if entry["Attachments"] else ""
+    when = entry["Created"]
+    return (
+        f'<li{classes}><a href="/message/{entry["ID"]}{html_text(search)}"{here}>'
+        f"<span><b>{html_text(sender)}</b><time datetime={when}>{when[11:19]}</time></span>"
+        f"<span><strong>{html_text(entry['Subject'] or '(no subject)')}</strong>{files}</span>"
+        f"<span class=soft>to {html_text(to)} — {html_text(entry['Snippet'])}</span></a></li>"
+    )
+
+
+def page_message(
+    captured: Captured, content: ReadMessage, entry: Mapping[str, Any], asked: _Asked,
+    can_release: bool,
+) -> str:  # fmt: skip
+    """Return a message as HTML, in the view that was asked for."""
+    path = f"/message/{captured.id}"
+    views = [view for view in _VIEWS if (view != "html" or content.html)
+             and (view != "files" or content.attachments or content.inlines)]  # fmt: skip
+    view = asked.query.get("view", "")
+    view = view if view in views else ("html" if content.html else "text")
+    count = len(content.attachments) + len(content.inlines)
+    labels = {**_VIEWS, "files": f"{_VIEWS['files']} ({count})"}
+    tabs = "".join(
+        f'<a href="{path}?view={name}"{" aria-current=page" if name == view else ""}>'
+        f"{labels[name]}</a>"
+        for name in views
+    )
+    to = ", ".join(f"<{recipient}>" for recipient in captured.rcpt_tos)
+    how = captured.tls.split(" ")[0] or "without TLS"
+    who = f" as {captured.login}" if captured.login else ""
+    facts = {
+        "From": content.header("from"),
+        "To": content.header("to"),
+        "Cc": content.header("cc"),
+        "Envelope": f"<{captured.mail_from}> → {to}",
+        "Received": f"{entry['Created']} from {captured.peer or 'the API'} {how}{who}, "
+        f"{entry['Size']} octets",
+    }
+    shown = "".join(
+        f"<dt>{name}</dt><dd>{html_text(value)}</dd>" for name, value in facts.items() if value
+    )
+    addresses = html_text(", ".join(captured.rcpt_tos))
+    release = (
+        f'<form method=post action="{path}/release"><input name=to value="{addresses}" '
+        "aria-label=Recipients><button>Release</button></form>"
+    )
+    return (
+        f'<article id=view><div class=bar><a class=button id=back href="/">← Messages</a>'
+        f'<a class=button href="/api/v1/message/{captured.id}/raw?dl=1" download>Download</a>'
+        f'<form method=post action="{path}/delete"><button id=remove>Delete</button></form>'
+        f"{release if can_release else ''}</div>"
+        f"<h2>{html_text(entry['Subject'] or '(no subject)')}</h2><dl>{shown}</dl>"
+        f'<nav id=tabs aria-label="Views">{tabs}</nav>'
+        f"<div id=panel>{_PANELS[view](captured, content, asked)}</div></article>"
+    )
+
+
+def _html_panel(captured: Captured, content: ReadMessage, asked: _Asked) -> str:
+    note, remote = "", asked.query.get("remote") == "1"
+    if _REMOTE.search(content.html):
+        load = f'<a id=remote href="/message/{captured.id}?view=html&amp;remote=1">Load images</a>'
+        note = "Remote images are loaded." if remote else f"Remote content is blocked. {load}"
+        note = f"<p class=note role=status>{note}</p>"
+    query = "?remote=1" if remote else ""
+    return (
+        f'{note}<iframe title="The message" referrerpolicy=no-referrer '
+        f'sandbox="allow-popups allow-popups-to-escape-sandbox" '
+        f'src="/view/{captured.id}.html{query}"></iframe>'
+    )
+
+
+def _text_panel(captured: Captured, content: ReadMessage, asked: _Asked) -> str:
+    pieces = re.split(r"(https?://[^\s<>\"']+[^\s<>\"'.,;:!?)\]])", content.text)
+    text = "".join(
+        f'<a href="{piece}" target=_blank rel="noopener noreferrer">{piece}</a>'
+        if number % 2
+        else piece
+        for number, piece in enumerate(map(html_text, pieces))
+    )
+    return f"<pre>{text or 'This message has no text.'}</pre>"
+
+
+def _headers_panel(captured: Captured, content: ReadMessage, asked: _Asked) -> str:
+    rows = "".join(
+        f"<tr><th scope=row>{html_text(name)}</th><td>{html_text(value)}</td></tr>"
+        for name, value in content.headers
+    )
+    return f"<table>{rows}</table>"
+
+
+def _source_panel(captured: Captured, content: ReadMessage, asked: _Asked) -> str:
+    cut = "\n… (Download has all of it)" if len(captured.raw) > _SOURCE_LIMIT else ""
+    return f"<pre>{html_text(captured.raw[:_SOURCE_LIMIT].decode('utf-8', 'replace'))}{cut}</pre>"
+
+
+def _files_panel(captured: Captured, content: ReadMessage, asked: _Asked) -> str:
+    rows = "".join(
+        f'<li><a href="/api/v1/message/{captured.id}/part/{part.number}" download>'
+        f"{html_text(part.title)}</a> <span class=soft>{html_text(part.content_type)}, "
+        f"{plural(len(part.data), 'octet')}</span></li>"
+        for part in (*content.attachments, *content.inlines)
+    )
+    return f"<ul>{rows}</ul>"
+
+
+def _checks_panel(captured: Captured, content: ReadMessage, asked: _Asked) -> str:
+    warnings = html_warnings(content.html) if content.html else ["the message has no HTML"]
+    found = "".join(f"<li>{html_text(text)}</li>" for text in warnings or ["nothing to warn of"])
+    links = "".join(f"<li>{html_text(link)}</li>" for link in content.links()[:_LINK_LIMIT])
+    code = code_in(content.shown_text)
+    return (
+        f"<h3>HTML</h3><ul>{found}</ul><h3>Links</h3><ul>{links or '<li>none</li>'}</ul>"
+        f"<h3>Code</h3><p>{html_text(code or 'none')}</p>"
+    )
+
+
+def _dialogue_panel(captured: Captured, content: ReadMessage, asked: _Asked) -> str:
+    return f"<pre>{html_text(captured.transcript or 'Nothing was kept.')}</pre>"
+
+
+_PANELS = {
+    "html": _html_panel, "text": _text_panel, "headers": _headers_panel, "source": _source_panel,
+    "files": _files_panel, "checks": _checks_panel, "dialogue": _dialogue_panel,
+}  # fmt: skip
+
+_PAGE = """<!doctype html>
 <html lang=en><head><meta charset=utf-8>
 <meta name=viewport content="width=device-width, initial-scale=1">
-<meta name=color-scheme content="light dark"><title>chasquid inbox</title>
+<meta name=color-scheme content="light dark"><title>{title}</title>
 <link rel=icon href="data:,"><style nonce={nonce}>{style}</style></head>
-<body data-release="{release}" data-smtp="{smtp}">
-<header>
-<h1>chasquid</h1><span id=count class=pill title="messages">0</span>
-<input id=search type=search placeholder="Search   /" aria-label="Search the messages"
- title="words in addresses, subject or text; from: to: subject: narrow a word down">
-<span id=state role=status aria-live=polite></span>
-<button id=clear type=button>Delete all</button>
-</header>
-<main>
-<nav id=side aria-label="Messages">
-<ul id=list role=listbox aria-label="Messages, newest first" tabindex=0></ul>
-<button id=more type=button hidden>Show more</button>
-<div id=empty class=empty hidden></div>
-</nav>
-<article id=view aria-label="Message" tabindex=-1>
-<div id=nothing class=empty></div>
-<div id=message hidden>
-<div class=bar><button id=back type=button>&larr; Messages</button><span class=gap></span>
-<button id=release type=button hidden>Release&hellip;</button>
-<a id=download class=button download>Download</a>
-<button id=remove type=button title="Delete">Delete</button></div>
-<h2 id=subject></h2><dl id=facts></dl>
-<div id=tabs role=tablist aria-label="Views of the message"></div>
-<div id=panel role=tabpanel tabindex=0></div>
-</div>
-</article>
-</main>
-<dialog id=ask aria-labelledby=ask-text><p id=ask-text></p><input id=ask-input hidden
- aria-label="Recipients, separated by commas"><p id=ask-error role=alert></p>
-<div class=bar><span class=gap></span><button id=ask-no type=button>Cancel</button>
-<button id=ask-yes type=button class=main></button></div></dialog>
+<body class={kind}>
+<header><h1><a href="/">chasquid</a></h1><span id=count>{total}</span>
+<form role=search action="/"><input id=search name=query type=search value="{query}"
+ placeholder="Search   /" aria-label="Search the messages"
+ title="words; from: to: subject: has:attachment is:unread before: larger:"></form>
+<form method=post action="/delete"><button id=clear>Delete all</button></form>
+<span id=state role=status></span></header>
+<main>{body}</main>
 <script nonce={nonce}>{script}</script></body></html>
 """
 
-_INBOX_STYLE = """
+_PAGE_STYLE = """
 :root { color-scheme: light dark; --back: #fff; --side: #f6f7f9; --text: #1b1f24; --soft: #59636e;
-  --edge: #d8dee4; --pick: #dcebff; --main: #0b5cad; --on: #fff; --bad: #b3261e; --good: #1b7a36;
-  --note: #fff4d6; }
+  --edge: #d8dee4; --pick: #dcebff; --main: #0b5cad; --note: #fff4d6; }
 @media (prefers-color-scheme: dark) { :root { --back: #14171b; --side: #1b1f25; --text: #e6e9ed;
-  --soft: #9aa4b0; --edge: #323942; --pick: #20395a; --main: #7ab7ff; --on: #0c1a2b;
-  --bad: #ff8a80; --good: #81c995; --note: #3a3014; } }
-* { box-sizing: border-box; } [hidden] { display: none !important; }
-html, body { height: 100%; margin: 0; }
-body { display: flex; flex-direction: column; font: 15px/1.45 system-ui, sans-serif;
-  background: var(--back); color: var(--text); }
-header { display: flex; align-items: center; gap: .6rem; padding: .55rem .9rem;
+  --soft: #9aa4b0; --edge: #323942; --pick: #20395a; --main: #7ab7ff; --note: #3a3014; } }
+* { box-sizing: border-box; }
+body { margin: 0; height: 100vh; display: flex; flex-direction: column;
+  font: 15px/1.45 system-ui, sans-serif; background: var(--back); color: var(--text); }
+header { display: flex; flex-wrap: wrap; gap: .6rem; align-items: center; padding: .5rem .9rem;
   border-bottom: 1px solid var(--edge); }
-h1 { font-size: 1.05rem; margin: 0; } h2 { font-size: 1.25rem; line-height: 1.3;
-  margin: .3rem 0 .5rem; overflow-wrap: anywhere; }
-.pill { background: var(--side); border: 1px solid var(--edge); border-radius: 1rem;
-  padding: 0 .55rem; font-size: .85rem; font-variant-numeric: tabular-nums; }
-#search { flex: 1; min-width: 0; max-width: 32rem; margin-left: .5rem; }
-#state { color: var(--bad); font-size: .85rem; margin-left: auto; }
-input, button, .button { font: inherit; color: inherit; background: var(--back);
-  border: 1px solid var(--edge); border-radius: .45rem; padding: .32rem .7rem; }
-button, .button { cursor: pointer; text-decoration: none; white-space: nowrap; font-size: .9rem; }
+h1 { font-size: 1.05rem; margin: 0; } h1 a { color: inherit; text-decoration: none; }
+h2 { font-size: 1.25rem; margin: .6rem 0; overflow-wrap: anywhere; } h3 { font-size: 1rem; }
+[role=search] { flex: 1; max-width: 32rem; } #search { width: 100%; }
+input, button, .button { font: inherit; color: inherit; background: var(--back); cursor: pointer;
+  border: 1px solid var(--edge); border-radius: .45rem; padding: .35rem .75rem;
+  text-decoration: none; } a { color: var(--main); } .soft, small, time { color: var(--soft); }
 button:hover, .button:hover { border-color: var(--main); }
-button:disabled { opacity: .5; cursor: default; border-color: var(--edge); }
-button.main { background: var(--main); color: var(--on); border-color: var(--main); }
 :focus-visible { outline: 2px solid var(--main); outline-offset: 1px; }
-main { flex: 1; min-height: 0; display: grid;
-  grid-template-columns: minmax(19rem, 25rem) minmax(0, 1fr); }
-#side { overflow-y: auto; border-right: 1px solid var(--edge); background: var(--side);
-  min-height: 0; }
+main { flex: 1; min-height: 0; display: grid; grid-template-columns: minmax(19rem, 25rem) 1fr; }
+#side { overflow-y: auto; background: var(--side); border-right: 1px solid var(--edge); }
+#side > .button { display: block; margin: .7rem; text-align: center; }
 #list { list-style: none; margin: 0; padding: 0; }
-#list:focus-visible { outline-offset: -2px; }
-#list li { position: relative; padding: .6rem .9rem .6rem 1.5rem; cursor: pointer;
-  border-bottom: 1px solid var(--edge); }
-#list li:hover { background: color-mix(in srgb, var(--pick) 45%, transparent); }
-#list li[aria-selected=true] { background: var(--pick); }
-#list .row { display: flex; gap: .5rem; align-items: baseline; }
-#list .who { flex: 1; } #list .who, #list .what, #list .how { overflow: hidden;
-  text-overflow: ellipsis; white-space: nowrap; }
-#list time, #list .clip, #list .how { color: var(--soft); font-size: .82rem; white-space: nowrap; }
-#list .clip { border: 1px solid var(--edge); border-radius: .3rem; padding: 0 .35rem; }
-#list .what { flex: 1; } #list .new .who, #list .new .what { font-weight: 650; }
-#list .new::before { content: ""; position: absolute; left: .55rem; top: 1rem; width: .5rem;
-  height: .5rem; border-radius: 50%; background: var(--main); }
-#more { margin: .7rem auto; display: block; }
-.empty { color: var(--soft); padding: 3rem 1.5rem; text-align: center; }
-.empty b { display: block; color: var(--text); font-size: 1.1rem; margin-bottom: .3rem; }
-.empty code { overflow-wrap: anywhere; } .empty kbd { border: 1px solid var(--edge);
-  border-radius: .25rem; padding: 0 .3rem; font-size: .85em; }
-#view { min-width: 0; min-height: 0; overflow: hidden; outline: none; }
-#message { height: 100%; display: flex; flex-direction: column; padding: .7rem 1.1rem 0; }
-.bar { display: flex; gap: .5rem; align-items: center; } .gap { flex: 1; } #back { display: none; }
-#facts { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: .1rem .8rem; margin: 0;
-  font-size: .9rem; max-height: 9rem; overflow-y: auto; flex: none; }
-#facts dt { color: var(--soft); } #facts dd { margin: 0; overflow-wrap: anywhere; }
-#tabs { display: flex; gap: .2rem; overflow-x: auto; border-bottom: 1px solid var(--edge);
-  margin: .7rem -1.1rem 0; padding: 2px 1.1rem 0; flex: none; }
-#tabs button { border: 0; border-bottom: 2px solid transparent; border-radius: 0; background: none;
-  color: var(--soft); padding: .4rem .7rem; }
-#tabs button[aria-selected=true] { color: var(--text); border-color: var(--main); }
-#tabs :focus-visible { outline-offset: -2px; }
-#panel { flex: 1; min-height: 0; overflow: auto; margin: 0 -1.1rem; padding: .9rem 1.1rem;
-  display: flex; flex-direction: column; }
-#panel:focus-visible { outline-offset: -2px; }
-#panel.framed { padding: 0; overflow: hidden; }
-iframe { border: 0; width: 100%; flex: 1; min-height: 0; background: #fff; }
-.note { background: var(--note); padding: .4rem 1.1rem; display: flex; gap: .8rem;
-  align-items: center; flex-wrap: wrap; font-size: .9rem; }
-pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere;
-  font: .88rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }
-pre.text { max-width: 80ch; } a { color: var(--main); }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; }
+.empty { padding: 3rem 1rem; text-align: center; }
+#list a { display: block; padding: .6rem .9rem; color: inherit; text-decoration: none;
+  border-bottom: 1px solid var(--edge); } #list b, #list strong { font-weight: 400; }
+#list .new b, #list .new strong { font-weight: 650; }
+#list a:hover, #list a[aria-current] { background: var(--pick); }
+#list span { display: flex; gap: .5rem; justify-content: space-between; overflow: hidden; }
+#list .soft { display: block; white-space: nowrap; text-overflow: ellipsis; font-size: .85rem; }
+#list b, #list strong { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+#view { min-width: 0; overflow-y: auto; padding: .7rem 1.1rem; display: flex;
+  flex-direction: column; } .bar, .bar form { display: flex; flex-wrap: wrap; gap: .5rem; }
+dl { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: .1rem .8rem; margin: 0; }
+dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; } #back { display: none; }
+#tabs { display: flex; flex-wrap: wrap; border-bottom: 1px solid var(--edge); margin-top: .6rem; }
+#tabs a { padding: .4rem .7rem; color: var(--soft); text-decoration: none; }
+#tabs a[aria-current] { color: var(--text); border-bottom: 2px solid var(--main); }
+#panel { flex: 1; display: flex; flex-direction: column; padding-top: .7rem; }
+iframe { border: 1px solid var(--edge); width: 100%; flex: 1; min-height: 60vh;
+  background: #fff; }
+.note { background: var(--note); padding: .4rem .8rem; margin: 0 0 .5rem; }
+pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: .88rem/1.5 monospace; }
+li { overflow-wrap: anywhere; } table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: .25rem .8rem .25rem 0;
-  border-bottom: 1px solid var(--edge); overflow-wrap: anywhere; }
-th { color: var(--soft); font-weight: 500; width: 11rem; }
-.says span { display: block; padding: 0 .4rem 0 3.4ch; text-indent: -3ch; }
-.says .client { color: var(--main); } .says .bad { color: var(--bad); font-weight: 600; }
-.files { display: grid; gap: .7rem; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); }
-.files a { border: 1px solid var(--edge); border-radius: .5rem; padding: .7rem; color: inherit;
-  text-decoration: none; overflow-wrap: anywhere; min-width: 0; }
-.files a:hover { border-color: var(--main); } .files small { color: var(--soft); display: block; }
-.files img { display: block; max-width: 100%; max-height: 9rem; margin-bottom: .5rem; }
-dialog { border: 1px solid var(--edge); border-radius: .7rem; padding: 1.2rem; width: 28rem;
-  max-width: calc(100vw - 2rem); background: var(--back); color: var(--text); }
-dialog::backdrop { background: #0008; } dialog p { margin: 0 0 .9rem; overflow-wrap: anywhere; }
-dialog input { width: 100%; margin-bottom: .9rem; } #ask-error { color: var(--bad); }
-#ask-error:empty { display: none; }
-@media (max-width: 760px) { main { display: block; } #side, #view { height: 100%; border: 0; }
-  #view { display: none; } .reading #view { display: block; }
-  .reading #side, .reading header { display: none; } #back { display: block; }
-  #message { padding: .6rem .9rem 0; } #tabs, #panel { margin-left: -.9rem; margin-right: -.9rem; }
-  header { flex-wrap: wrap; } #count { margin-right: auto; }
-  #search { order: 9; flex-basis: 100%; max-width: none; margin: 0; }
-  button, .button, input { padding: .45rem .75rem; } th { width: 7rem; } }
+  border-bottom: 1px solid var(--edge); overflow-wrap: anywhere; } th { color: var(--soft); }
+@media (max-width: 760px) { main { display: block; overflow-y: auto; } #side { border: 0; }
+  .reading #side { display: none; } #back { display: inline-block; } [role=search] { order: 9;
+  flex-basis: 100%; max-width: none; } #view { overflow: visible; } th { width: 7rem; } }
 """
 
-# Every text of a mail becomes the textContent of an element, and nothing else.
-_INBOX_SCRIPT = r"""
+# The page is whole without it: it brings news, and keys.
+_PAGE_SCRIPT = """
 "use strict";
-const $ = id => document.getElementById(id), api = "api/v1/";
-const smtp = document.body.dataset.smtp, canRelease = document.body.dataset.release;
-let entries = [], current = null, shown = null, tab = "", limit = 50, total = 0, matching = 0;
-let loading = false, again = false, remote = false, read = new Set();
-try { read = new Set(JSON.parse(localStorage.getItem("read") || "[]")); } catch {}
-function make(tag, text, name) {
-  const element = document.createElement(tag);
-  if (text !== undefined) element.textContent = text;
-  if (name) element.className = name;
-  return element;
-}
-async function ask(path, options) {
-  const reply = await fetch(api + path, options), value = await reply.json();
-  if (!reply.ok) throw new Error(value.error || reply.statusText);
-  return value;
-}
-function size(octets) {
-  if (octets < 1024) return octets + " B";
-  if (octets < 1048576) return (octets / 1024).toFixed(octets < 10240 ? 1 : 0) + " KB";
-  return (octets / 1048576).toFixed(1) + " MB";
-}
-function ago(seconds) {
-  const past = Math.max(0, Date.now() / 1000 - seconds);
-  if (past < 10) return "now";
-  if (past < 60) return Math.floor(past / 10) * 10 + " s";
-  if (past < 3600) return Math.floor(past / 60) + " min";
-  if (past < 86400) return Math.floor(past / 3600) + " h";
-  return new Date(seconds * 1000).toLocaleDateString();
-}
-const when = seconds => new Date(seconds * 1000).toLocaleString();
-const name = text => (text.match(/^\s*"?([^"<]*?)"?\s*<.*>\s*$/) || ["", ""])[1] || text;
-const sender = entry => name(entry.from) || entry.mail_from || "<>";
-const subject = entry => entry.subject || "(no subject)";
-function remember(id) {
-  read.add(id);
-  try { localStorage.setItem("read", JSON.stringify([...read].slice(-5000))); } catch {}
-}
-async function load() {
-  if (loading) { again = true; return; }
-  loading = true;
+const $ = id => document.getElementById(id);
+async function renew() {
   try {
-    do {
-      again = false;
-      const query = encodeURIComponent($("search").value);
-      const found = await ask(`messages?limit=${limit}&query=${query}`);
-      entries = found.messages; total = found.total; matching = found.matching;
-      draw();
-    } while (again);
-    $("state").textContent = "";
-  } catch (error) { $("state").textContent = "The server does not answer."; }
-  loading = false;
-}
-function row(entry) {
-  const item = make("li");
-  item.id = "m-" + entry.id; item.setAttribute("role", "option");
-  item.setAttribute("aria-selected", entry.id === current);
-  if (!read.has(entry.id)) item.className = "new";
-  const top = make("div", undefined, "row"), time = make("time", ago(entry.received_seconds));
-  time.dateTime = entry.received; time.title = when(entry.received_seconds);
-  top.append(make("span", sender(entry), "who"), time);
-  const middle = make("div", undefined, "row");
-  middle.append(make("span", subject(entry), "what"));
-  if (entry.attachments) {
-    const files = entry.attachments + (entry.attachments === 1 ? " file" : " files");
-    middle.append(make("span", files, "clip"));
-  }
-  const to = "to " + entry.rcpt_tos.join(", ");
-  item.append(top, middle);
-  item.append(make("div", entry.preview ? to + " \u2014 " + entry.preview : to, "how"));
-  item.addEventListener("click", () => open(entry.id));
-  return item;
-}
-function draw() {
-  $("list").replaceChildren(...entries.map(row));
-  $("list").hidden = !entries.length;
-  const unread = entries.filter(entry => !read.has(entry.id)).length;
-  $("count").textContent = total;
-  document.title = (unread ? `(${unread}) ` : "") + "chasquid inbox";
-  $("more").hidden = entries.length >= matching; $("clear").disabled = !total;
-  const empty = $("empty"); empty.hidden = entries.length > 0; empty.replaceChildren();
-  if (total) empty.append(make("b", "Nothing found"), "No message has these words.");
-  else {
-    empty.append(make("b", "No mail yet"), "Send some");
-    if (smtp) empty.append(" to ", make("code", smtp));
-    empty.append("; it appears here by itself.");
-  }
-  $("nothing").replaceChildren(make("b", total ? "No message is open" : "Nothing to read"));
-  const keys = [["j", " and "], ["k", " go through the list, "], ["/", " searches, "],
-    ["Delete", " deletes"]];
-  if (total) for (const [key, what] of keys) $("nothing").append(make("kbd", key), what);
-  mark();
-}
-function mark() {
-  for (const item of $("list").children)
-    item.setAttribute("aria-selected", item.id === "m-" + current);
-  if (current && $("m-" + current)) $("list").setAttribute("aria-activedescendant", "m-" + current);
-  else $("list").removeAttribute("aria-activedescendant");
-}
-async function open(id) {
-  current = id; remote = false; remember(id); draw();
-  $("m-" + id)?.scrollIntoView({ block: "nearest" });
-  try {
-    const message = await ask("messages/" + id);
-    if (current !== id) return;
-    shown = message; show();
-    if (location.hash !== "#" + id) history.replaceState(null, "", "#" + id);
-  } catch (error) { if (current === id) { close(); $("state").textContent = error.message; } }
-}
-function close() {
-  current = shown = null; history.replaceState(null, "", location.pathname);
-  document.body.classList.remove("reading");
-  $("message").hidden = true; $("nothing").hidden = false; mark();
-}
-function fact(label, text) { if (text) $("facts").append(make("dt", label), make("dd", text)); }
-function show() {
-  const path = api + "messages/" + shown.id;
-  document.body.classList.add("reading");
-  $("message").hidden = false; $("nothing").hidden = true;
-  $("subject").textContent = subject(shown);
-  $("facts").replaceChildren();
-  fact("From", shown.from || "(none)"); fact("To", shown.to);
-  fact("Envelope", `<${shown.mail_from}> \u2192 ${shown.rcpt_tos.map(to => `<${to}>`).join(", ")}`);
-  fact("Received", [when(shown.received_seconds), size(shown.size), `from ${shown.peer}`,
-    shown.tls ? shown.tls.split(" ")[0] : "no TLS", shown.login && `as ${shown.login}`]
-    .filter(Boolean).join(" \u00b7 "));
-  $("download").href = path + "/raw"; $("release").hidden = !canRelease;
-  const files = shown.parts.filter(part => !part.body).length;
-  const tabs = [["html", "HTML"], ["text", "Text"], ["headers", "Headers"], ["raw", "Raw"],
-    ["attachments", "Attachments" + (files ? ` (${files})` : "")], ["dialogue", "Dialogue"]];
-  const usable = tabs.filter(([key]) => (key !== "html" || shown.html) &&
-    (key !== "attachments" || files));
-  if (!usable.some(([key]) => key === tab)) tab = shown.html ? "html" : "text";
-  else if (tab === "text" && !shown.text && shown.html) tab = "html";
-  $("tabs").replaceChildren(...usable.map(([key, label]) => {
-    const button = make("button", label);
-    button.type = "button"; button.id = "tab-" + key; button.setAttribute("role", "tab");
-    button.setAttribute("aria-controls", "panel");
-    button.addEventListener("click", () => { tab = key; fill(); });
-    return button;
-  }));
-  fill();
-}
-const views = {
-  html(panel, path) {
-    panel.className = "framed";
-    if (shown.remote) {
-      const note = make("div", undefined, "note");
-      note.setAttribute("role", "status");
-      const said = remote ? "Remote images are loaded." : "Remote content is blocked.";
-      note.append(make("span", said));
-      if (!remote) {
-        const button = make("button", "Load images once"); button.type = "button";
-        button.id = "remote"; button.addEventListener("click", () => { remote = true; fill(); });
-        note.append(button);
-      }
-      panel.append(note);
-    }
-    const frame = make("iframe"); frame.title = "The message";
-    frame.setAttribute("sandbox", "allow-popups allow-popups-to-escape-sandbox");
-    frame.referrerPolicy = "no-referrer";
-    frame.src = path + "/html" + (remote ? "?remote=1" : ""); panel.append(frame);
-  },
-  text(panel) {
-    const text = make("pre", undefined, "text");
-    for (const piece of shown.text.split(/(https?:\/\/[^\s<>"']+[^\s<>"'.,;:!?)\]])/i)) {
-      if (!/^https?:\/\//i.test(piece)) { text.append(piece); continue; }
-      const link = make("a", piece);
-      link.href = piece; link.target = "_blank"; link.rel = "noopener noreferrer";
-      text.append(link);
-    }
-    panel.append(shown.text.trim() ? text : make("div", "This message has no text.", "empty"));
-  },
-  headers(panel) {
-    const table = make("table");
-    for (const [key, value] of shown.headers) {
-      const line = table.insertRow(), head = make("th", key);
-      head.scope = "row"; line.append(head, make("td", value));
-    }
-    panel.append(table);
-  },
-  async raw(panel, path) {
-    const id = shown.id, text = make("pre", "Loading\u2026"); panel.append(text);
-    try {
-      const reply = await fetch(path + "/raw"), whole = await reply.text();
-      if (shown?.id !== id) return;
-      const cut = whole.length > 1000000;
-      text.textContent = whole.slice(0, 1000000) + (cut ? "\n\u2026 (Download has all of it)" : "");
-    } catch { text.textContent = "The server does not answer."; }
-  },
-  attachments(panel, path) {
-    const files = make("div", undefined, "files");
-    for (const part of shown.parts.filter(part => !part.body)) {
-      const link = make("a"); link.href = `${path}/parts/${part.index}`; link.download = "";
-      if (/^image\/(png|jpeg|gif|webp|avif|bmp)$/.test(part.content_type)) {
-        const image = make("img"); image.src = link.href; image.alt = ""; image.loading = "lazy";
-        link.append(image);
-      }
-      link.append(make("span", part.filename || "part " + part.index),
-        make("small", [part.content_type, size(part.size), part.inline && "inline"]
-          .filter(Boolean).join(" \u00b7 ")));
-      files.append(link);
-    }
-    panel.append(files);
-  },
-  dialogue(panel) {
-    const says = make("pre", undefined, "says");
-    for (const line of shown.transcript.split("\n")) {
-      const kind = /^S: [45]/.test(line) ? "bad" : line.startsWith("C:") ? "client" : "";
-      says.append(make("span", line, kind));
-    }
-    panel.append(shown.transcript ? says : make("div", "Nothing was kept.", "empty"));
-  },
-};
-function fill() {
-  const panel = $("panel"); panel.className = ""; panel.replaceChildren(); panel.scrollTop = 0;
-  for (const button of $("tabs").children) {
-    const on = button.id === "tab-" + tab;
-    button.setAttribute("aria-selected", on); button.tabIndex = on ? 0 : -1;
-  }
-  panel.setAttribute("aria-labelledby", "tab-" + tab);
-  views[tab](panel, api + "messages/" + shown.id);
-}
-function dialog(text, label, input, act) {
-  $("ask-text").textContent = text; $("ask-yes").textContent = label;
-  $("ask-error").textContent = "";
-  $("ask-input").hidden = input === null; $("ask-input").value = input ?? "";
-  $("ask-yes").onclick = async () => {
-    $("ask-yes").disabled = true; $("ask-error").textContent = "";
-    try { const said = await act($("ask-input").value); $("ask").close();
-      if (said) $("state").textContent = said;
-    } catch (error) { $("ask-error").textContent = error.message; }
-    $("ask-yes").disabled = false;
-  };
-  $("ask").showModal(); (input === null ? $("ask-yes") : $("ask-input")).focus();
-}
-async function drop(id) {
-  const place = entries.findIndex(entry => entry.id === id);
-  const next = entries[place + 1] || entries[place - 1];
-  const narrow = matchMedia("(max-width: 760px)").matches;
-  try { await ask("messages/" + id, { method: "DELETE" }); }
-  catch (error) { $("state").textContent = error.message; }
-  entries = entries.filter(entry => entry.id !== id);
-  if (next && !narrow) open(next.id); else close();
-  load();
+    const page = await (await fetch(location.href)).text();
+    const fresh = new DOMParser().parseFromString(page, "text/html");
+    for (const id of ["side", "count"]) $(id).replaceWith(fresh.getElementById(id));
+    document.title = fresh.title; $("state").textContent = "";
+  } catch { $("state").textContent = "The server does not answer."; }
 }
 function step(by) {
-  const place = entries.findIndex(entry => entry.id === current);
-  const next = entries[place < 0 ? 0 : place + by];
-  if (next) open(next.id);
+  const links = [...document.querySelectorAll("#list a")];
+  const at = links.findIndex(link => link.hasAttribute("aria-current"));
+  const next = links[at < 0 ? 0 : at + by];
+  if (next) next.click();
 }
-$("clear").onclick = () => dialog(`Delete all ${total} messages? They cannot be brought back.`,
-  "Delete all", null, async () => {
-    await ask("messages", { method: "DELETE" }); close(); load(); });
-$("remove").onclick = () => shown && drop(shown.id);
-$("back").onclick = () => { close(); $("list").focus(); };
-$("more").onclick = () => { limit = Math.min(1000, limit + 100); load(); };
-$("release").onclick = () => {
-  const path = `messages/${shown.id}/release`;
-  dialog("Send this message on to:", "Release", shown.rcpt_tos.join(", "), async text => {
-    const to = text.split(",").map(one => one.trim()).filter(Boolean);
-    const headers = { "Content-Type": "application/json" }, body = JSON.stringify({ to });
-    return (await ask(path, { method: "POST", headers, body })).released;
-  });
-};
-$("ask-no").onclick = () => $("ask").close();
-$("ask-input").addEventListener("keydown", event => {
-  if (event.key === "Enter") $("ask-yes").click();
-});
-let typed = 0;
-$("search").addEventListener("input", () => {
-  clearTimeout(typed); typed = setTimeout(load, 150);
-});
-$("tabs").addEventListener("keydown", event => {
-  const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key], all = [...$("tabs").children];
-  if (!by) return;
-  const to = all[(all.findIndex(one => one.id === "tab-" + tab) + by + all.length) % all.length];
-  to.click(); to.focus(); event.preventDefault();
-});
+const keys = { j: () => step(1), k: () => step(-1), "/": () => $("search").focus(),
+  Escape: () => $("back")?.click(), Delete: () => $("remove")?.click() };
 document.addEventListener("keydown", event => {
-  if (event.ctrlKey || event.metaKey || event.altKey || $("ask").open) return;
-  const typing = event.target.tagName === "INPUT", key = event.key;
-  if (key === "Escape" && typing) { event.target.blur(); $("list").focus(); }
-  else if (typing) { if (key === "ArrowDown" || key === "Enter") { event.target.blur(); step(1); } }
-  else if (key === "/") { $("search").focus(); $("search").select(); event.preventDefault(); }
-  else if (key === "Escape" && shown) { close(); $("list").focus(); }
-  else if (key === "Delete" && shown) drop(shown.id);
-  else if (key === "j" || key === "k") step(key === "j" ? 1 : -1);
-  else if ((key === "ArrowDown" || key === "ArrowUp") && !event.target.closest("#panel")) {
-    step(key === "ArrowDown" ? 1 : -1); event.preventDefault();
-  }
+  if (event.ctrlKey || event.metaKey || event.altKey || event.target.tagName === "INPUT") return;
+  if (keys[event.key]) { event.preventDefault(); keys[event.key](); }
 });
-const events = new EventSource(api + "events");
-events.addEventListener("change", load);
+$("clear").addEventListener("click", event => {
+  if (!confirm("Delete all messages? They cannot be brought back.")) event.preventDefault();
+});
+const events = new EventSource("/api/v1/events");
+let first = true;
+events.addEventListener("change", event => {
+  if (!first || JSON.parse(event.data).total != $("count").textContent) renew();
+  first = false;
+});
 events.onerror = () => { $("state").textContent = "The server does not answer."; };
-setInterval(() => entries.forEach(entry => {
-  const time = $("m-" + entry.id)?.querySelector("time");
-  if (time) time.textContent = ago(entry.received_seconds);
-}), 10000);
-load().then(() => { if (/^#\w+$/.test(location.hash)) open(location.hash.slice(1)); });
 """
 
 _Action = Callable[[Inbox, _Asked, Stream], Awaitable[bytes]]
 
 _ROUTES: tuple[tuple[str, dict[str, _Action]], ...] = (
     (r"/", {"GET": Inbox._page}),
-    (r"/health", {"GET": Inbox._health}),
-    (r"/api/v1/messages", {"GET": Inbox._list, "DELETE": Inbox._delete_all}),
-    (r"/api/v1/messages/(\w{1,40})", {"GET": Inbox._show, "DELETE": Inbox._delete}),
-    (r"/api/v1/messages/(\w{1,40})/raw", {"GET": Inbox._raw}),
-    (r"/api/v1/messages/(\w{1,40})/html", {"GET": Inbox._html}),
-    (r"/api/v1/messages/(\w{1,40})/parts/([0-9]{1,6})", {"GET": Inbox._part}),
-    (r"/api/v1/messages/(\w{1,40})/release", {"POST": Inbox._release_message}),
+    (r"/delete", {"POST": Inbox._page_delete}),
+    (r"/message/(\w{1,40})", {"GET": Inbox._page}),
+    (r"/message/(\w{1,40})/delete", {"POST": Inbox._page_delete}),
+    (r"/message/(\w{1,40})/release", {"POST": Inbox._page_release}),
+    (r"/view/(\w{1,40})\.html", {"GET": Inbox._html}),
+    (r"/view/(\w{1,40})\.txt", {"GET": Inbox._text}),
+    (r"/(?:livez|readyz|health)", {"GET": Inbox._alive}),
+    (r"/api/v1/messages", {"GET": Inbox._list, "DELETE": Inbox._delete, "PUT": Inbox._mark}),
+    (r"/api/v1/search", {"GET": Inbox._list, "DELETE": Inbox._delete_found}),
+    (r"/api/v1/message/(\w{1,40})", {"GET": Inbox._show}),
+    (r"/api/v1/message/(\w{1,40})/headers", {"GET": Inbox._headers}),
+    (r"/api/v1/message/(\w{1,40})/raw", {"GET": Inbox._raw}),
+    (r"/api/v1/message/(\w{1,40})/dialogue", {"GET": Inbox._dialogue}),
+    (r"/api/v1/message/(\w{1,40})/part/([0-9]{1,6})", {"GET": Inbox._part}),
+    (r"/api/v1/message/(\w{1,40})/release", {"POST": Inbox._release_message}),
+    (r"/api/v1/send", {"POST": Inbox._send_message}),
+    (r"/api/v1/chaos", {"GET": Inbox._show_chaos, "PUT": Inbox._set_chaos}),
+    (r"/api/v1/info", {"GET": Inbox._info}),
+    (r"/api/v1/tags", {"GET": Inbox._tags}),
+    (r"/api/v1/webui", {"GET": Inbox._webui}),
     (r"/api/v1/wait", {"GET": Inbox._wait}),
     (r"/api/v1/events", {"GET": Inbox._events}),
     (
@@ -19621,7 +20377,7 @@ _CAPTURE_WELCOME = """\
 chasquid {version} shows what it is sent, and delivers nothing
 
   mail goes to   {smtp}
-  and is shown   http://{host}:{port}/
+  and is shown   http://{host}:{port}/{login}
 
 Ctrl-C ends, and all is forgotten.
 """
@@ -19629,10 +20385,10 @@ Ctrl-C ends, and all is forgotten.
 
 # What `capture` imports when it is first used; see `load_modules`.
 _CAPTURE_MODULES = (
-    "dns.asyncresolver", "email.generator", "email.header", "email.message", "email.parser",
-    "email.policy", "encodings.idna", "fnmatch", "hashlib", "hmac", "html", "idna",
-    "idna.uts46data", "ipaddress", "precis_i18n.profile", "quopri", "shutil", "tempfile",
-    "urllib.parse",
+    "_strptime", "datetime", "dns.asyncresolver", "email.generator", "email.headerregistry",
+    "email.message", "email.parser", "email.policy", "email.utils", "encodings.idna", "fnmatch",
+    "hashlib", "hmac", "html", "idna", "idna.uts46data", "ipaddress", "precis_i18n.profile",
+    "shutil", "tempfile", "urllib.parse", "zoneinfo",
 )  # fmt: skip
 
 
@@ -19998,13 +20754,16 @@ def _capture(arguments: argparse.Namespace) -> int:
         web_host, web_port = _place(arguments.web, "--web")
         shown = f"[{host}]" if ":" in host else host or "127.0.0.1"
         smtp = f"smtp://{shown}:{server.port}"
+        login = _web_login(arguments, web_host)
         inbox = Inbox(
             run.loop,
             server.server_log,
             server.mailbox,
-            faults=server.script,
+            server.script,
             release=release,
+            release_to=arguments.release or "",
             smtp=smtp,
+            login=login,
         )
         web_port = run.also_listen(web_host, web_port, inbox.answer)
         shown = f"[{web_host}]" if ":" in web_host else web_host or "127.0.0.1"
@@ -20012,12 +20771,30 @@ def _capture(arguments: argparse.Namespace) -> int:
         if release is not None:
             with contextlib.suppress(TemporaryFailure):  # it is said when it is needed
                 DnsClient(run.loop, ()).set_up()
-        print(_CAPTURE_WELCOME.format(version=__version__, smtp=smtp, host=shown, port=web_port))
+        who = f"\n  login          {login[0]}, password {login[1]}" if login else ""
+        welcome = {"smtp": smtp, "host": shown, "port": web_port, "login": who}
+        print(_CAPTURE_WELCOME.format(version=__version__, **welcome))
         if server.settings.tls != "off":
             print(f"  certificate  {server.certificate}\n")
         sys.stdout.flush()
         ended.wait()
     return 0
+
+
+def _web_login(arguments: argparse.Namespace, host: str) -> tuple[str, str] | None:
+    """Return who may see the page: anybody at the loopback address, else who has a password.
+
+    Raises ChasquidError.
+    """
+    given = arguments.web_login
+    if given == "off" or (given is None and (host == "localhost" or is_loopback(host))):
+        return None
+    if given is None:
+        return "chasquid", new_id()
+    user, colon, password = given.partition(":")
+    if not user or not colon or not password:
+        raise ChasquidError(f"--web-login: expected USER:PASSWORD or off, found {given!r}")
+    return user, password
 
 
 def _place(text: str, option: str) -> tuple[str, int]:
@@ -20849,6 +21626,14 @@ _VERBS: dict[str, _Verb] = {
         (
             ("--smtp", {"metavar": "HOST:PORT", "default": "127.0.0.1:1025"}),
             ("--web", {"metavar": "HOST:PORT", "default": "127.0.0.1:8025"}),
+            (
+                "--web-login",
+                {
+                    "metavar": "USER:PASSWORD",
+                    "help": "who may see the page; 'off' for anybody. Beyond the loopback address "
+                    "a password is made up if none is given",
+                },
+            ),
             (
                 "--keep",
                 {

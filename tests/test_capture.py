@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import gc
@@ -732,3 +733,169 @@ def test_a_start_that_fails_half_way_leaves_nothing_behind(monkeypatch: pytest.M
     monkeypatch.undo()
     with server:
         send(server)
+
+
+# --- a test's own functions, and waiting in asyncio ---
+
+
+def test_a_function_sees_each_message_and_may_refuse_it() -> None:
+    with CaptureServer() as server:
+        seen = []
+
+        @server.on_message
+        def look(message: Any) -> str | None:
+            seen.append(message["Subject"])
+            return "452 4.3.1 full" if "ben@here.example" in message.rcpt_tos else None
+
+        with client(server) as smtp:
+            smtp.sendmail("a@a.example", ["ana@here.example"], "Subject: one\n\nx")
+            with pytest.raises(smtplib.SMTPDataError, match="full"):
+                smtp.sendmail("a@a.example", ["ben@here.example"], "Subject: two\n\nx")
+        assert seen == ["one", "two"]
+        assert [message["Subject"] for message in server.messages] == ["one"]
+        server.reset()
+        with client(server) as smtp:
+            smtp.sendmail("a@a.example", ["ben@here.example"], "Subject: three\n\nx")
+        assert seen == ["one", "two"]
+
+
+def test_a_function_sees_each_command_and_may_answer_it() -> None:
+    with CaptureServer() as server:
+        said = []
+
+        @server.on_command
+        def answer(verb: str, argument: str) -> str | None:
+            said.append(verb)
+            return "550 5.1.1 not her" if verb == "RCPT" and "ana" in argument else None
+
+        with client(server) as smtp:
+            refused = smtp.sendmail("a@a.example", ["ana@x.example", "ben@x.example"], "\nx")
+        assert refused == {"ana@x.example": (550, b"5.1.1 not her")}
+        assert said == ["EHLO", "MAIL", "RCPT", "RCPT", "DATA", "QUIT"]
+
+
+def test_what_a_function_raises_is_a_failure_of_the_server() -> None:
+    with CaptureServer() as server:
+
+        @server.on_message
+        def broken(message: Any) -> str | None:
+            raise KeyError("oops")
+
+        with client(server) as smtp, pytest.raises(smtplib.SMTPDataError, match="fault of ours"):
+            smtp.sendmail("a@a.example", ["ana@here.example"], "\nx")
+        assert any("KeyError" in line for line in server.log)
+
+
+def test_commands_are_told_with_their_replies() -> None:
+    with CaptureServer() as server:
+        send(server)
+        commands = server.commands
+    assert [command.verb for command in commands] == ["EHLO", "MAIL", "RCPT", "DATA", "QUIT"]
+    assert commands[1].reply == "250 2.1.0 Sender OK"
+    assert commands[2].argument.lower() == "to:<ana@here.example>"
+    assert commands[3].reply.startswith("250 2.0.0 OK: queued as ")
+
+
+def test_an_inbox_has_the_mail_of_one_recipient() -> None:
+    with CaptureServer() as server:
+        send(server, SMALL, "ana@here.example", "ben@here.example")
+        send(server, SMALL, "Ben@here.example")
+        assert [len(server.inbox(who)) for who in ("ana@here.example", "ben@here.example")] == [
+            1,
+            2,
+        ]
+
+
+def test_nothing_is_expected() -> None:
+    with CaptureServer() as server:
+        server.expect_nothing(0.01)
+        send(server)
+        with pytest.raises(chasquid.Unexpected, match="arrived: 1 message"):
+            server.expect_nothing(5)
+
+
+def test_waiting_in_asyncio() -> None:
+    async def main() -> None:
+        async with CaptureServer() as server:
+            waiting = asyncio.ensure_future(server.arrived(lambda m: "ana@" in m.rcpt_tos[0]))
+            await asyncio.to_thread(send, server)
+            assert (await waiting).mail_from
+            assert len(await server.arrived()) == 1
+            server.wait_for(1)  # what is there needs no waiting
+            with pytest.raises(ChasquidError, match=r"await server.arrived"):
+                server.wait_for(2)
+            with pytest.raises(NotArrived, match="2 messages; arrived: 1 message"):
+                await server.arrived(2, timeout=0.01)
+        assert not server.is_running
+
+    asyncio.run(main())
+
+
+def test_settings_are_changed_while_it_runs() -> None:
+    with CaptureServer(login_in_the_clear=True) as server:
+        server.configure(size_limit=100, users={"ana": "new"}, login_required=True)
+        with client(server) as smtp:
+            smtp.ehlo()
+            assert smtp.esmtp_features["size"] == "100"
+            with pytest.raises(smtplib.SMTPSenderRefused):
+                smtp.sendmail("a@a.example", ["ana@here.example"], "\nx")
+            smtp.login("ana", "new")
+            smtp.sendmail("a@a.example", ["ana@here.example"], "\nx")
+        for wrong in ({"tls": "off"}, {"size": 1}, {"size_limit": 0}):
+            with pytest.raises(ChasquidError):
+                server.configure(**wrong)
+        assert server.settings.size_limit == 100
+
+
+def test_a_certificate_and_an_authority_of_the_test(tmp_path: Any) -> None:
+    chain, key = chasquid.self_signed_certificate(["localhost"], time.time())
+    (tmp_path / "own.pem").write_text(chain + key)
+    own = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    own.load_cert_chain(tmp_path / "own.pem")
+    trusting = ssl.create_default_context(cafile=str(tmp_path / "own.pem"))
+    with (
+        CaptureServer(tls_context=own, client_ca=str(tmp_path / "own.pem")) as server,
+        smtplib.SMTP("localhost", server.port, timeout=SECONDS) as smtp,
+    ):
+        trusting.load_cert_chain(tmp_path / "own.pem")
+        smtp.starttls(context=trusting)
+        assert smtp.noop()[0] == 250
+    with CaptureServer(tls="implicit", client_ca=str(tmp_path / "own.pem")) as server:
+        context = server.client_context()
+        context.maximum_version = ssl.TLSVersion.TLSv1_2  # so that the handshake itself tells
+        with pytest.raises(ssl.SSLError):
+            smtplib.SMTP_SSL("localhost", server.port, context=context, timeout=SECONDS)
+    for settings in ({"client_ca": "x"}, {"client_ca": "/nowhere", "tls": "starttls"}):
+        with pytest.raises(ChasquidError, match="client_ca"):
+            CaptureServer(**settings).start()
+
+
+def test_a_unix_socket(tmp_path: Any) -> None:
+    path = str(tmp_path / "smtp")
+    with CaptureServer(path=path) as server:
+        assert server.address == path
+        with socket.socket(socket.AF_UNIX) as raw:
+            raw.settimeout(SECONDS)
+            raw.connect(path)
+            assert raw.recv(3) == b"220"
+        with pytest.raises(ChasquidError, match="cannot listen on"):
+            CaptureServer(path=path).start()
+    assert not os.path.exists(path)
+
+
+def test_what_is_no_header_is_taken_if_that_is_asked_for() -> None:
+    odd = b"not a field\r\nSubject: x\r\n\r\nbody\r\n"
+    with CaptureServer() as server, pytest.raises(smtplib.SMTPDataError):
+        send(server, odd)
+    with CaptureServer(lenient=True) as server:
+        send(server, odd)
+        assert server.messages[0].raw == odd
+
+
+def test_a_failure_shows_the_line_of_the_test(tmp_path: Any) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "def test_it(mail_server):\n    mail_server.wait_for(1, timeout=0)  # here\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert "# here" in done.stdout and "def wait_for" not in done.stdout

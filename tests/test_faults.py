@@ -42,8 +42,11 @@ def send(server: CaptureServer, *to: str) -> dict[str, tuple[int, bytes]]:
         ({"stage": "QUIT", "drop": True}, "'QUIT' is no stage; expected one of connect, EHLO"),
         ({"stage": "RCPT"}, "the rule does nothing: give it a reply, a delay, a drop"),
         ({"stage": "RCPT", "times": 3}, "the rule does nothing"),
-        ({"stage": "RCPT", "reply": "250 fine"}, "expected a reply that refuses"),
-        ({"stage": "RCPT", "reply": "451 4.2.1 a\nb"}, "expected a reply that refuses"),
+        ({"stage": "RCPT", "reply": "650 fine"}, "expected a reply, like '451'"),
+        ({"stage": "RCPT", "reply": "fine"}, "expected a reply, like '451'"),
+        ({"stage": "RCPT", "reply": "451", "raw": "x"}, "expected one of reply, raw, drop"),
+        ({"stage": "RCPT", "drop": True, "probability": 0}, "a number of percent from 1 to 100"),
+        ({"stage": "RCPT", "probability": 50}, "the rule does nothing"),
         ({"stage": "RCPT", "reply": "451 5.2.1 a"}, "451 and 5.2.1 do not fit"),
         ({"stage": "RCPT", "drop": True, "address": "ana"}, "write 'ana@*' for any domain"),
         ({"stage": "EHLO", "drop": True, "address": "a@b"}, "there is no address at EHLO"),
@@ -511,3 +514,80 @@ def test_nobody_hears_anything_from_a_server_that_hangs() -> None:
 def test_a_rule_that_is_to_act_on_no_time_is_refused(name: str) -> None:
     with pytest.raises(FaultError, match=f"{name}: expected a number from 1, found 0"):
         script().add_rule({"stage": "RCPT", "reply": "451", name: 0})
+
+
+# --- replies of any kind ---
+
+
+def say(server: CaptureServer, *commands: bytes) -> list[bytes]:
+    """Return the greeting, and what is answered to each command."""
+    with socket.create_connection(server.address, SECONDS) as connection:
+        file = connection.makefile("rb")
+        answers = [file.readline()]
+        for command in commands:
+            connection.sendall(command + b"\r\n")
+            lines = [file.readline()]
+            while lines[-1][3:4] == b"-":
+                lines.append(file.readline())
+            answers.append(b"".join(lines))
+    return answers
+
+
+def test_a_greeting_of_ones_own() -> None:
+    with CaptureServer(faults=Fault("connect", reply="220 mx.example Postfix")) as server:
+        assert say(server, b"NOOP") == [b"220 mx.example Postfix\r\n", b"250 2.0.0 OK\r\n"]
+
+
+def test_a_reply_that_does_not_refuse_is_given_for_what_was_done() -> None:
+    with CaptureServer() as server:
+        server.fault("MAIL", reply="250 2.1.0 fine\nand more")
+        server.fault("RCPT", reply="251 User not local; will forward")
+        server.fault("message", reply="250 2.6.0 thanks", times=1)
+        answers = say(
+            server,
+            b"HELO a.example",
+            b"MAIL FROM:<a@a.example>",
+            b"RCPT TO:<b@b.example>",
+            b"DATA",
+            b"Subject: x\r\n\r\nx\r\n.",
+        )
+        assert answers[2:] == [
+            b"250-2.1.0 fine\r\n250 2.1.0 and more\r\n",
+            b"251 User not local; will forward\r\n",
+            b"354 End data with <CR><LF>.<CR><LF>\r\n",
+            b"250 2.6.0 thanks\r\n",
+        ]
+        [message] = server.messages
+        assert message.rcpt_tos == ["b@b.example"]
+
+
+def test_what_was_refused_stays_refused() -> None:
+    with CaptureServer() as server:
+        server.fault("RCPT", reply="250 fine")
+        assert say(server, b"HELO a.example", b"RCPT TO:<b@b.example>")[2].startswith(b"503 ")
+
+
+def test_data_may_be_answered_without_being_asked_for() -> None:
+    with CaptureServer() as server:
+        server.fault("DATA", reply="250 got it")
+        answers = say(
+            server, b"HELO a.example", b"MAIL FROM:<a@a.example>", b"RCPT TO:<b@b.example>",
+            b"DATA", b"NOOP",
+        )  # fmt: skip
+        assert answers[-2:] == [b"250 got it\r\n", b"250 2.0.0 OK\r\n"]
+
+
+def test_raw_octets_instead_of_a_reply() -> None:
+    with CaptureServer() as server:
+        server.fault("connect", raw="SSH-2.0-OpenSSH\r\n")
+        server.fault("EHLO", raw="250-a\r\n550 b\r\n")
+        assert say(server, b"EHLO a.example") == [b"SSH-2.0-OpenSSH\r\n", b"250-a\r\n550 b\r\n"]
+
+
+def test_probability_is_left_to_the_dice() -> None:
+    thrown = iter([0.1, 0.9, 0.29])
+    rules = chasquid.Script(FakeClock(), STAGES, "", random=lambda: next(thrown))
+    rules.add_rule({"stage": "MAIL", "reply": "451", "probability": 30})
+    acts = [rules.effect("MAIL", ["a@b"]) is not None for _ in range(3)]
+    assert acts == [True, False, True]
+    assert rules.describe()[0]["acted"] == 2

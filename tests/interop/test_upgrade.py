@@ -214,9 +214,12 @@ def test_capture_goes_on_when_its_archive_is_replaced(
                     ANA, ["eva@münchen.example"], message.as_bytes(), ["SMTPUTF8", "BODY=8BITMIME"]
                 )
             top = f"http://{ports[3]}/"
-            with urllib.request.urlopen(f"{top}api/v1/messages?query=gro", timeout=20) as page:
+            with urllib.request.urlopen(
+                f"{top}api/v1/search?query=gro%20before:2100-01-01", timeout=20
+            ) as page:
                 [listed] = json.load(page)["messages"]
-            for path in ("", f"api/v1/messages/{listed['id']}"):
+            page_path = f"message/{listed['ID']}?view=checks"
+            for path in ("", page_path, f"api/v1/message/{listed['ID']}"):
                 with urllib.request.urlopen(top + path, timeout=20) as page:
                     assert page.read()
             later = modules() - before
