@@ -20524,17 +20524,11 @@ def _init(arguments: argparse.Namespace) -> int:
     notes += remaining_notes(setup, needs, seen)
     doctor = f"{setup.program} doctor --wait"
     if arguments.json:
-        told = {
-            "address": request.address,
-            "password": setup.new_password,
-            "host": needs.host,
-            "steps": steps,
-            "published": published,
+        print(json.dumps({
+            "address": request.address, "password": setup.new_password, "host": needs.host,
+            "steps": steps, "published": published, "notes": notes, "then": doctor,
             "records": [record._asdict() for record in records],
-            "notes": notes,
-            "then": doctor,
-        }
-        print(json.dumps(told, indent=2))
+        }, indent=2))  # fmt: skip
         return 0
     if setup.new_password:
         text = f"The password of {request.address} is  {setup.new_password}"
@@ -21593,19 +21587,10 @@ _VERBS: dict[str, _Verb] = {
             ("--host", {"metavar": "NAME", "help": "of this host (default: mail.DOMAIN)"}),
             ("--smarthost", {"metavar": "HOST:PORT", "help": "through which mail leaves"}),
             ("--password", {"help": "of the user, instead of one that is made up"}),
-            (
-                "--acme-agree",
-                {
-                    "action": "store_true",
-                    "help": "fetch a certificate, and agree to the terms of who issues it",
-                },
-            ),
-            ("--acme", {"metavar": "URL", "help": "of who issues it (default: Let's Encrypt)"}),
-            (
-                "--dns-key",
-                {"metavar": "FILE", "help": "publish the records with it, as 'dns publish' does"},
-            ),
-            ("--no-acme", {"action": "store_true", "help": "do not speak of such certificates"}),
+            ("--acme-agree", {"action": "store_true", "help": "fetch certificates; accept terms"}),
+            ("--acme", {"metavar": "URL", "help": "of the authority (default: Let's Encrypt)"}),
+            ("--no-acme", {"action": "store_true", "help": "do not speak of --acme-agree"}),
+            ("--dns-key", {"metavar": "FILE", "help": "publish the records with it; see dns"}),
             ("--zone", {"action": "store_true", "help": "show the records as a zone file"}),
             ("--dry-run", {"action": "store_true", "help": "only say what would be made"}),
             ("--json", {"action": "store_true", "help": "for programs"}),
