@@ -736,10 +736,11 @@ class Nsd(Peer):
         *,
         unsigned: Iterable[str] = (),
         expired: Iterable[str] = (),
+        port: int = 0,
     ) -> None:
         super().__init__(directory)
         self._nsd = program("nsd")
-        self.port = free_port()
+        self.port = port or free_port()
         self.zones = list(zones)
         self.anchors = directory / "anchors"
         self.anchors.touch()
