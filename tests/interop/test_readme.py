@@ -32,7 +32,7 @@ PASSWORD = "a good password"
 # What is typed where a program asks.
 ANSWERS = {
     r"(?:password|once more|retype.*):": f"{PASSWORD}\n",
-    r"Ctrl-C ends[.,]": "\x03",
+    r"Ctrl-C ends(?:, and all is forgotten)?\.": "\x03",
 }
 
 STAND_INS = {
