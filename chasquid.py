@@ -14379,14 +14379,16 @@ class Daemon:
         self._loading = Slots(loop, 1)
         self._reloaded = (clock.time(), not self.problems)
         self._signature = file_signature(config.config_dir)
-        self._dns = client = DnsClient(loop, config.dns_server, config.dns_trust_ad)
-        self._names = Names(loop, ask or client.ask)
+        self._dns = DnsClient(loop, config.dns_server, config.dns_trust_ad)
+        self._loaded = Event(loop)
+        ask = ask or self._ask_when_loaded
+        self._names = Names(loop, ask)
         # strangers' questions must not keep our own mail waiting
-        self._names_out = Names(loop, ask or client.ask)
+        self._names_out = Names(loop, ask)
         self._signer = Signer(loop, self.log, self._domains.keys)
         self._signer.broken, self._signer.unseen = self._domains.broken, self._domains.unseen
         self._key_watch = KeyWatch(
-            loop, self.log, ask or client.ask, signer=self._signer, data_dir=config.data_dir
+            loop, self.log, ask, signer=self._signer, data_dir=config.data_dir
         )
         self.levels = SecurityLevels(
             loop, self.log, os.path.join(config.data_dir, DOMAIN_INFO_DIRECTORY)
@@ -14454,9 +14456,7 @@ class Daemon:
         self._web = Web(
             loop, self.log, challenges, self._web_site, context=lambda: self._context.tls_context
         )
-        self._acme = (
-            self._fetch_certificates(ask or client.ask, challenges) if config.acme else None
-        )
+        self._acme = self._fetch_certificates(ask, challenges) if config.acme else None
         self._control = Control(loop, self.log, config.data_dir, _Requests(self).table)
         undo.callback(self._control.close)
         self._control.open()
@@ -14569,6 +14569,11 @@ class Daemon:
             raise error.for_owner() from None
 
     # --- its parts ---
+
+    async def _ask_when_loaded(self, name: str, kind: str) -> Answer:
+        """Ask the DNS. If two threads loaded dnspython, each might see half of its modules."""
+        await self._loaded.wait()
+        return await self._dns.ask(name, kind)
 
     def _local_courier(self, programs: Programs) -> Courier:
         config = self.config
@@ -14767,6 +14772,7 @@ class Daemon:
         for port, host, number in self.addresses:
             self.log.event(Events.LISTENING, port=port.name, address=f"[{host}]:{number}")
         await self.loop.work(self._load_libraries)
+        self._loaded.set()
         tasks.append(self.loop.spawn(self._key_watch.run(), "records of DKIM keys"))
         if self._acme is not None:
             tasks.append(self.loop.spawn(self._acme.run(), "ACME"))
@@ -16051,7 +16057,7 @@ def _logical_lines(path: str) -> Iterator[tuple[int, str]]:
         yield number, held
 
 
-def _unquoted(text: str) -> str:
+def _without_quotes(text: str) -> str:
     """Return a value of /etc/aliases without its quotes."""
     pipe = text.startswith('|"')
     if pipe:
@@ -16068,7 +16074,7 @@ def _alias_values(text: str) -> list[str]:
         match = _ALIAS_VALUE.match(text, place)
         if match is None or match.end() == place:
             return [*values, text[place:].strip()]  # a quote is not closed
-        values.append(_unquoted(match[1].strip()))
+        values.append(_without_quotes(match[1].strip()))
         place = match.end()
     return [value for value in values if value]
 
@@ -16090,7 +16096,7 @@ class _Converter:
                 self._leave(path, number, f"it is no alias: {line}")
                 continue
             values = _alias_values(match[2])
-            self._add((path, number), self._domain, _unquoted(match[1].strip()), values)
+            self._add((path, number), self._domain, _without_quotes(match[1].strip()), values)
 
     def read_virtual(self, path: str) -> None:
         """Read a virtual alias map (virtual(5)). Raises ConfigError."""

@@ -380,7 +380,7 @@ def nothing_listens(reader: Reader, done: Done) -> None:
 
 
 def it_was_captured(reader: Reader, done: Done) -> None:
-    assert '"subject": "Welcome"' in done.text
+    assert '"Subject": "Welcome"' in done.text
 
 
 AFTER: dict[str, Check] = {
