@@ -15511,15 +15511,20 @@ def archive_version(path: str) -> str:
     raise ChasquidError(f"{path}: expected an archive of chasquid; this is another one")
 
 
+def archive_name(archive: str) -> str:
+    """Return the name under which an archive is kept beside others. Raises ChasquidError."""
+    import hashlib  # only here
+
+    digest = hashlib.sha256(read_file(archive)).hexdigest()
+    return f"chasquid-{archive_version(archive)}-{digest[:8]}.pyz"
+
+
 def install_archive(archive: str, places: ProgramPlaces = USUAL_PLACES) -> str:
     """Copy an archive to library/chasquid-VERSION-HASH8.pyz, durably; return that path.
 
     If it is there, it is left alone; the link is not touched. Raises ChasquidError.
     """
-    import hashlib  # only here
-
-    version, data = archive_version(archive), read_file(archive)
-    name = f"chasquid-{version}-{hashlib.sha256(data).hexdigest()[:8]}.pyz"
+    name, data = archive_name(archive), read_file(archive)
     path = os.path.join(places.library, name)
     try:
         if read_file(path, missing=b"") != data:
@@ -19285,8 +19290,6 @@ class DovecotSetup:
 # ======================================================================================
 
 _SYSTEM_CONFIG_DIR = "/etc/chasquid"
-_PROGRAM_LINK = "/usr/local/bin/chasquid"
-_PROGRAM_DIRECTORY = "/usr/local/lib/chasquid"
 _SOCKETS = ("chasquid-smtp.socket", "chasquid-submission.socket", "chasquid-submission_tls.socket")
 _WEB_SOCKET = "chasquid-web.socket"
 _SERVICE = "chasquid.service"
@@ -19351,7 +19354,7 @@ class Setup:
         self._request = request
         self._now = now
         self._make_new_key = make_key
-        self._program = host.path(_PROGRAM_LINK)
+        self._program = host.path(USUAL_PLACES.link)
         self.config_dir = os.path.abspath(host.path(request.config_dir))
         self._conf = os.path.join(self.config_dir, "chasquid.conf")
         usual = self.config_dir == host.path(_SYSTEM_CONFIG_DIR)
@@ -19462,7 +19465,7 @@ class Setup:
         data_dir = self.config().data_dir
         return [
             Step(f"user {SERVER_USER} of the system", self._has_owner, self._make_owner),
-            Step(_PROGRAM_LINK, self._has_program, self._install_program),
+            Step(USUAL_PLACES.link, self._has_program, self._install_program),
             self._directory_step(self.config_dir, 0o755, lambda: None),
             self._directory_step(self.config_dir + "/domains", 0o755, self._owner),
             self._directory_step(self.config_dir + "/certs", 0o750, self._roots_for_server),
@@ -19489,28 +19492,24 @@ class Setup:
             raise ChasquidError("useradd has made no user")
 
     def _has_program(self) -> bool:
-        import zipfile  # only here
-
         if not os.path.lexists(self._program):
             return False
-        if not zipfile.is_zipfile(self._program):
-            raise ChasquidError(
-                f"{self._program} is another program; move it away, and begin again"
-            )
+        try:
+            archive_version(self._program)
+        except ChasquidError as error:
+            text = f"{self._program} is another program; move it away, and begin again"
+            raise ChasquidError(text) from error
         return True
 
     def _install_program(self, changes: Changes) -> None:
-        import hashlib  # only here
-
         archive = self._host.archive()
         if not archive:
             text = "this is no archive that could be installed; make one with build_zipapp.py"
             raise ChasquidError(f"{text}, and give the command to it")
-        data = read_file(archive)
-        name = f"chasquid-{__version__}-{hashlib.sha256(data).hexdigest()[:8]}.pyz"
-        changes.directory(_PROGRAM_DIRECTORY, 0o755)
-        changes.write(os.path.join(_PROGRAM_DIRECTORY, name), data, 0o755)
-        changes.link(_PROGRAM_LINK, os.path.join(_PROGRAM_DIRECTORY, name))
+        path = os.path.join(USUAL_PLACES.library, archive_name(archive))
+        changes.directory(USUAL_PLACES.library, 0o755)
+        changes.write(path, read_file(archive), 0o755)
+        changes.link(USUAL_PLACES.link, path)
 
     def _service_steps(self) -> list[Step]:
         return [
@@ -24990,6 +24989,7 @@ def _import(arguments: argparse.Namespace) -> int:
     if left:
         print("\nNot carried over, or changed:\n" + "\n".join(f"  {line}" for line in left))
     if arguments.source == "postfix" and not arguments.dry_run:
+        write_dovecot_users(config.config_dir)
         _put_in_force(config, domain)
         print("Now look at: chasquid check-userdb")
     return 0

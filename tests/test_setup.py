@@ -56,7 +56,7 @@ class FakeHost(chasquid.Host):
         self._archive.parent.mkdir(parents=True, exist_ok=True)
         if not self._archive.exists():
             with zipfile.ZipFile(self._archive, "w") as archive:
-                archive.writestr("chasquid.py", "")
+                archive.writestr(f"chasquid-{chasquid.__version__}.dist-info/METADATA", "")
         (prefix / "usr/local/bin").mkdir(parents=True, exist_ok=True)
         (prefix / "etc/systemd/system").mkdir(parents=True, exist_ok=True)
 
