@@ -15171,13 +15171,18 @@ class Letter(NamedTuple):
 
 
 def domain_of_host(config: Config) -> str:
-    """Return the domain of addresses that have none: that of the host, or else our first one."""
+    """Return the domain of addresses that have none: that of the host, or else our first one.
+
+    One with users, if there is any: the host's own may have aliases alone, for its programs.
+    """
     host = domain_to_unicode(config.hostname)
     try:
         domains = domain_directories(config.config_dir, [])
     except ConfigError:
         return host  # whoever calls us may not look there
-    return host if host in domains else next(iter(domains), host)
+    with_users = [name for name, path in domains.items() if os.path.exists(f"{path}/users")]
+    names = with_users or list(domains) or [host]
+    return host if host in names else names[0]
 
 
 _PROGRAM_HEADER = re.compile(rb"(?:[!-9;-~]+[ \t]*:[^\n]*\n(?:[ \t][^\n]*\n)*)*")
@@ -15943,8 +15948,11 @@ class _Restore:
                 os.rmdir(path) if os.path.isdir(path) else os.unlink(path)
 
 
-def _config_in_backup(path: str, config_dir: str, overrides: str) -> Config:
-    """Return the configuration that a backup holds, as it will be in `config_dir`."""
+def config_in_backup(path: str, config_dir: str, overrides: str) -> Config:
+    """Return the configuration that a backup holds, as it will be in `config_dir`.
+
+    `overrides` is text in the format of chasquid.conf. Raises ChasquidError.
+    """
     import tempfile
 
     for name, _, contents in _BackupReader(path).members():
@@ -15965,7 +15973,7 @@ def restore_backup(path: str, config_dir: str, overrides: str = "") -> list[str]
     of data_dir and Maildirs are those of the chasquid.conf in it, and of `overrides`, text in
     its format. Returns what was made, as lines. Raises ChasquidError.
     """
-    config = _config_in_backup(path, os.path.abspath(config_dir), overrides)
+    config = config_in_backup(path, os.path.abspath(config_dir), overrides)
     restore = _Restore(path, config)
     for name, member, _ in _BackupReader(path).members():
         restore.check(name, member)
@@ -19317,7 +19325,8 @@ class SetupRequest(NamedTuple):
     """What a person wants: an address and where it is to be, as `init` takes it.
 
     User and domain are normalised, `host` and `smarthost` may be "". `acme` agrees to the
-    terms of the authority at `acme_url`, "" for the usual one.
+    terms of the authority at `acme_url`, "" for the usual one. What is in a file that `backup`
+    names is made first.
     """
 
     user: str
@@ -19329,6 +19338,7 @@ class SetupRequest(NamedTuple):
     acme: bool = False
     acme_url: str = ""
     no_acme: bool = False
+    backup: str = ""
 
     @property
     def address(self) -> str:
@@ -19372,6 +19382,8 @@ class Setup:
         """Return the configuration, as it is or as it will be. Raises ConfigError."""
         if os.path.exists(self._conf):
             return load_config(self.config_dir)
+        if self._request.backup:
+            return config_in_backup(self._request.backup, self.config_dir, "")
         data_dir = Config("").data_dir
         if not self._in_usual_place:
             data_dir = os.path.join(self.config_dir, "data")
@@ -19380,8 +19392,8 @@ class Setup:
     def _choose_hostname(self) -> str:
         """Return the name in chasquid.conf, or else the one asked for, or a likely one."""
         wanted, domain = self._request.host, self._request.domain
-        if os.path.exists(self._conf):
-            known = load_config(self.config_dir).hostname
+        if os.path.exists(self._conf) or self._request.backup:
+            known = self.config().hostname
             if wanted and domain_to_ascii(wanted) != domain_to_ascii(known):
                 text = f"hostname is {known!r}, not {wanted!r}; if it is to change, change it there"
                 raise ConfigError(self._conf, 0, text)
@@ -19441,6 +19453,7 @@ class Setup:
         domains = dict.fromkeys((self._request.domain, domain_to_unicode(host)))
         return [
             *system,
+            *self._restore_steps(),
             Step(f"{self._conf} for {host}", self._has_conf, self._make_conf),
             *self._setting_steps(),
             Step(f"domain {self._request.domain}", self._has_domain, self._make_domain),
@@ -19560,6 +19573,17 @@ class Setup:
         return self.dovecot.steps(self.config, lambda: self.certificate, self.made)
 
     # --- the configuration directory ---
+
+    def _restore_steps(self) -> list[Step]:
+        """A restored server stays if a later step fails: the next run keeps it, and goes on."""
+        backup = self._request.backup
+        if not backup:
+            return []
+
+        def restore(changes: Changes) -> None:
+            restore_backup(backup, self.config_dir)
+
+        return [Step(f"what is in {backup}", self._has_conf, restore)]
 
     def _has_conf(self) -> bool:
         return os.path.exists(self._conf)
@@ -23820,6 +23844,7 @@ def _init(arguments: argparse.Namespace) -> int:
         user, domain, arguments.config_dir, host=arguments.host or "",
         smarthost=arguments.smarthost or "", password=arguments.password or "",
         acme=arguments.acme_agree, acme_url=arguments.acme or "", no_acme=arguments.no_acme,
+        backup=arguments.source or "",
     )  # fmt: skip
     setup = Setup(host, request, time.time())
     out = sys.stderr if arguments.zone or arguments.json else sys.stdout
@@ -25036,6 +25061,10 @@ _VERBS: dict[str, _Verb] = {
             ("--acme", {"metavar": "URL", "help": "of the authority (default: Let's Encrypt)"}),
             ("--no-acme", {"action": "store_true", "help": "do not speak of --acme-agree"}),
             ("--dns-key", {"metavar": "FILE", "help": "publish the records with it; see dns"}),
+            (
+                "--from",
+                {"dest": "source", "metavar": "FILE", "help": "a backup, of which to begin with"},
+            ),
             ("--zone", {"action": "store_true", "help": "show the records as a zone file"}),
             ("--dry-run", {"action": "store_true", "help": "only say what would be made"}),
             ("--json", {"action": "store_true", "help": "for programs"}),

@@ -872,3 +872,29 @@ def test_the_command_only_says_what_it_would_do(tmp_path, capsys):
 def test_an_address_must_be_one(tmp_path, capsys, address):
     done = run_command(capsys, tmp_path, "init", address)
     assert done.status == 1 and done.err.startswith("chasquid: ")
+
+
+def test_a_backup_may_be_what_it_begins_with(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "other").mkdir()
+    one = FakeHost(tmp_path / "one", is_root=False, has_systemd=False)
+    before = init(one, host="mx.here.example", config_dir="/srv/mail").setup
+    backup = str(tmp_path / "backup.tar")
+    chasquid.back_up(before.config(), backup, mail=False)
+    other = FakeHost(tmp_path / "other", is_root=False, has_systemd=False)
+    ran = init(other, config_dir="/srv/mail", backup=backup)
+    assert ran.made == [f"what is in {backup}"]
+    assert ran.setup.config().hostname == "mx.here.example"
+    users = f"srv/mail/domains/{ANA.partition(chr(64))[2]}/users"
+    assert (other_users := tmp_path / "other" / users).read_bytes()
+    assert other_users.read_bytes() == (tmp_path / "one" / users).read_bytes()
+    assert [key.record for key in ran.setup.dkim_keys()] == [k.record for k in before.dkim_keys()]
+    assert init(other, config_dir="/srv/mail", backup=backup).made == []
+
+
+def test_a_backup_that_is_none_makes_nothing(tmp_path: Path) -> None:
+    host = FakeHost(tmp_path, is_root=False, has_systemd=False)
+    (tmp_path / "backup.tar").write_bytes(b"no tar")
+    with pytest.raises(chasquid.ChasquidError, match="is no whole backup"):
+        init(host, config_dir="/srv/mail", backup=str(tmp_path / "backup.tar"))
+    assert not (tmp_path / "srv").exists()
