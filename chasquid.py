@@ -18509,7 +18509,8 @@ Ctrl-C ends, and all is forgotten.
 
 # What `capture` imports when it is first used; see `load_modules`.
 _CAPTURE_MODULES = (
-    "datetime", "dns.asyncresolver", "email.generator", "email.headerregistry", "email.message",
+    "_strptime", "datetime", "dns.asyncresolver", "email.generator", "email.headerregistry",
+    "email.message",
     "email.parser", "email.policy", "email.utils", "encodings.idna", "fnmatch", "hashlib", "hmac",
     "html", "idna", "idna.uts46data", "ipaddress", "precis_i18n.profile", "shutil", "tempfile",
     "urllib.parse", "zoneinfo",

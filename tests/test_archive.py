@@ -213,8 +213,8 @@ def test_the_last_pattern_that_matches_decides(name: str, verdict: bool) -> None
 
 
 def test_an_alteration_that_does_not_fit_ends_the_build() -> None:
-    with pytest.raises(builder.Unable, match=r"spf\.py is not the one"):
-        builder.altered("spf.py", b"def quote_value(s): pass\n")
+    with pytest.raises(builder.Unable, match=r"__init__\.py is not the one"):
+        builder.altered("dkim/__init__.py", b"USE_ASYNC = None\n")
 
 
 @pytest.mark.parametrize(
@@ -486,21 +486,46 @@ def test_every_package_brings_its_terms(entries: dict[str, bytes]) -> None:
         assert [words in text for text in texts] == [True], package
 
 
-@pytest.mark.filterwarnings("ignore")  # of the escapes that the alteration is about
-def test_pyspf_is_altered_in_one_docstring_alone(entries: dict[str, bytes], cache: Path) -> None:
-    (package,) = [package for package in builder.PACKAGES if package.name == "pyspf"]
-    original = builder.unpacked(package, builder.cached(package, cache))["spf.py"]
-    trees = [ast.parse(original), ast.parse(entries["spf.py"])]
-    for tree in trees:
-        (function,) = [node for node in tree.body if getattr(node, "name", "") == "quote_value"]
-        assert isinstance(function, ast.FunctionDef)
-        function.body = function.body[1:]
-    assert ast.dump(trees[0]) == ast.dump(trees[1])
+class WithoutDocstrings(ast.NodeTransformer):
+    """Empties the docstrings of functions."""
+
+    def visit_FunctionDef(self, node: Any) -> ast.AST:
+        self.generic_visit(node)
+        if ast.get_docstring(node) is not None:
+            node.body[0].value.value = ""
+        return node
+
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+
+@pytest.mark.filterwarnings("ignore")  # of the escapes in a docstring of pyspf's
+@pytest.mark.parametrize("package", builder.PACKAGES, ids=lambda package: package.name)
+def test_packages_are_altered_in_docstrings_alone(
+    package: builder.Package, entries: dict[str, bytes], cache: Path
+) -> None:
+    original = builder.unpacked(package, builder.cached(package, cache))
+    names = {name for name in original if name in entries and name.endswith(".py")}
+    assert names
+    for name in names - set(builder.ALTERED) - set(builder.REPLACED):
+        expected = WithoutDocstrings().visit(ast.parse(original[name]))
+        assert ast.dump(ast.parse(entries[name])) == ast.dump(expected), name
+        lines = original[name].count(b"\n") + entries[name].endswith(builder.UNDOCUMENTED)
+        assert entries[name].count(b"\n") == lines, name
+
+
+def test_a_docstring_is_cut_out_and_nothing_else() -> None:
+    source = (
+        'def a():\n    """Was\n\n    is."""; return 1\ndef b(): "é"; x = "ü"\nclass C:\n    "C."\n'
+    )
+    short = 'def a():\n    ""; return 1\n\n\ndef b(): ""; x = "ü"\nclass C:\n    "C."\n'
+    assert builder.undocumented(source.encode()) == short.encode() + builder.UNDOCUMENTED
+    assert builder.undocumented(b"x = 1\n") == b"x = 1\n"
 
 
 def test_alterations_are_marked(entries: dict[str, bytes]) -> None:
-    for name in builder.ALTERED:
-        assert entries[name].count(b" Altered for chasquid.pyz: ") == 1
+    for name, (_, text) in builder.ALTERED.items():
+        assert "Altered for chasquid.pyz: " in text
+        assert text.encode() in entries[name]
     for name in builder.REPLACED:
         assert entries[name].count(b" Replaced for chasquid.pyz: ") == 1
 
