@@ -16724,6 +16724,17 @@ class CaptureServer:
             self._miss(what, seconds)
         return found
 
+    if TYPE_CHECKING:
+
+        @overload
+        async def arrived(
+            self, what: int = 1, timeout: float | None = None
+        ) -> list[CapturedMessage]: ...
+        @overload
+        async def arrived(
+            self, what: Callable[[CapturedMessage], object], timeout: float | None = None
+        ) -> CapturedMessage: ...
+
     async def arrived(
         self, what: int | Callable[[CapturedMessage], object] = 1, timeout: float | None = None
     ) -> Any:

@@ -41,6 +41,7 @@ def test_it(mail_server: chasquid.CaptureServer) -> None:
 async def test_others() -> None:
     async with chasquid.CaptureServer(tls="starttls") as server:
         reveal_type(server)
+        reveal_type(await server.arrived(2))
         reveal_type(server.client_context())
 """
 TYPES = [
@@ -49,6 +50,7 @@ TYPES = [
     "list[str]",
     "int",
     "chasquid.CaptureServer",
+    "list[chasquid.CapturedMessage]",
     "ssl.SSLContext",
 ]
 MISTAKEN = """\
