@@ -22,7 +22,9 @@ from .tools import make_environment, run
 
 TOP = build_zipapp.HERE
 PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
-TOOLS = [need for need in PROJECT["optional-dependencies"]["test"] if need[:4] in ("mypy", "pyte")]
+TOOLS = [
+    need for need in PROJECT["optional-dependencies"]["test"] if need.startswith(("mypy", "pytest"))
+]
 MODULES = "import chasquid, json, sys; print(json.dumps([chasquid.__file__, *sys.modules]))"
 
 USES = """\
