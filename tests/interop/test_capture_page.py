@@ -242,14 +242,10 @@ def test_it_looks_well_at_every_size_and_in_the_dark(inbox, browser, asked):
     browser.picture("desktop-dark")
     browser.size(390, 844)
     assert browser.run(overflow) <= 0
-    reachable = "[...document.querySelectorAll('#tabs a')].every(e => e.getBoundingClientRect().right <= innerWidth)"
-    assert browser.run(f"return {reachable}")
-    assert (
-        browser.run(
-            "return document.querySelector('dl').scrollHeight - document.querySelector('dl').clientHeight"
-        )
-        <= 0
-    )
+    tabs = "[...document.querySelectorAll('#tabs a')]"
+    assert browser.run(f"return {tabs}.every(e => e.getBoundingClientRect().right <= innerWidth)")
+    facts = "document.querySelector('dl')"
+    assert browser.run(f"return {facts}.scrollHeight - {facts}.clientHeight") <= 0
     browser.picture("phone-message")
     browser.click("#back")
     browser.shows("document.getElementById('list')?.checkVisibility()")

@@ -69,6 +69,7 @@ STAND_INS = {
     """,
     # A second host, whose /etc/chasquid is elsewhere.
     "ssh": r"""
+        [ "$1" = elsewhere ] && shift && exec sh -c "$*"
         [ "$1 $2 $3" = "-l root mx2.example.com" ] && shift 3
         exec unshare -m sh -c 'mount --bind /srv/mx2 /etc/chasquid && exec "$@"' sh "$@"
     """,
@@ -186,6 +187,14 @@ def a_second_host(reader: Reader) -> None:
     reader.sh("mkdir -p /srv/mx2/certs/mx2.example.com /srv/mx2/domains/old.example")
 
 
+def postfix_was_here(reader: Reader) -> None:
+    reader.sh("echo 'webmaster: ana, /var/mail/web' > /etc/aliases; mkdir -p /etc/postfix")
+    reader.sh("echo 'hello@example.com ana' > /etc/postfix/virtual")
+    reader.sh(
+        "mkdir -p /home/ana/Maildir/{cur,new,tmp}; echo hi > /home/ana/Maildir/cur/1.M1.x:2,S"
+    )
+
+
 def certbot_keeps_what_it_fetched(reader: Reader) -> None:
     """Let live/NAME hold links into archive/NAME, with certbot's modes, and no copy be there."""
     reader.root(KEPT_BY_CERTBOT, True)
@@ -208,6 +217,8 @@ rm -r /etc/chasquid/certs/mail.example.com
 
 
 BEFORE: dict[str, Look] = {
+    "sudo ln -s ": lambda reader: reader.root("rm /usr/sbin/sendmail", True) and None,
+    "sudo chasquid import ": postfix_was_here,
     "sudo chgrp chasquid /etc/letsencrypt": certbot_keeps_what_it_fetched,
     "sudo -u chasquid chasquid domaininfo-remove ": a_level_is_known,
     "sudo -u chasquid chasquid queue list ": a_message_waits,
@@ -256,7 +267,35 @@ def the_signature_is_good(reader: Reader, done: Done) -> None:
 def it_runs_again(reader: Reader, done: Done) -> None:
     log = "journalctl -u chasquid"
     wait_for(lambda: reader.sh(log).count("event=starting ") == 2, "the second start")
+    assert "the server runs as version " in done.text
+    assert reader.sh("readlink /usr/local/bin/chasquid").startswith("/usr/local/lib/chasquid/")
     reader.send("ana@example.com", "after the upgrade")
+
+
+def both_backups_are_whole(reader: Reader, done: Done) -> None:
+    names = reader.sh("tar -tf /root/chasquid.tar")
+    assert "config/domains/example.com/users" in names and "mail/" not in names
+    assert reader.sh("stat -c %a /root/chasquid.tar") == "600\n"
+    assert "mail/example.com/ana/new/" in reader.sh("tar -tzf /home/me/chasquid/chasquid.tar.gz")
+
+
+def programs_send(reader: Reader, done: Done) -> None:
+    before = len(reader.inbox())
+    reader.type("me", "echo hello | mail -s 'from me' root\n", {})
+    reader.sh("echo hello | mail -s 'from root' ana")
+    wait_for(lambda: len(reader.inbox()) == before + 2, "the messages of programs")
+    refused = reader.type("me", "echo hello | /usr/sbin/sendmail someone@example.net\n", {})
+    assert refused.status == 77 and "Relaying denied: programs of me" in refused.text
+    assert "dkim=" not in reader.sh(f"cat {INBOX}/{reader.inbox()[-1]}")
+
+
+def it_was_taken_over(reader: Reader, done: Done) -> None:
+    assert "1 message copied" in done.text and "mail cannot go into the file" in done.text
+    for name in ("webmaster", "hello"):
+        resolved = reader.sh(f"sudo -u chasquid chasquid aliases-resolve {name}@example.com")
+        assert resolved == "ana@example.com\n"
+    listing = reader.sh("stat -c '%U %a' /var/lib/chasquid/mail/example.com/ana/cur/1.M1.x:2,S")
+    assert listing == "chasquid 600\n"
 
 
 def it_is_forgotten(reader: Reader, done: Done) -> None:
@@ -329,7 +368,7 @@ def nothing_listens(reader: Reader, done: Done) -> None:
 
 
 def it_was_captured(reader: Reader, done: Done) -> None:
-    assert '"subject": "Welcome"' in done.text
+    assert '"Subject": "Welcome"' in done.text
 
 
 AFTER: dict[str, Check] = {
@@ -340,7 +379,10 @@ AFTER: dict[str, Check] = {
     "sudo install -m 644 sample-config/systemd/* ": it_listens,
     "swaks ": both_arrive_in_the_inbox,
     "sudo cat ": the_signature_is_good,
-    "sudo install -m 755 chasquid.pyz ": it_runs_again,
+    "sudo chasquid upgrade ": it_runs_again,
+    "sudo chasquid backup /root/": both_backups_are_whole,
+    "sudo ln -s ": programs_send,
+    "sudo chasquid import ": it_was_taken_over,
     "sudo -u chasquid chasquid domaininfo-remove ": it_is_forgotten,
     "sudo systemctl stop chasquid\n": the_web_listener_answers,
     "sudo chgrp chasquid /etc/letsencrypt": the_link_is_followed,
@@ -395,6 +437,11 @@ def the_hook_resolves(reader: Reader, block: Block) -> None:
     assert "ana@example.com" in resolved
 
 
+def the_records_are_shown(reader: Reader, block: Block) -> None:
+    shown = reader.sh("chasquid dns show --address 192.0.2.25")
+    assert "  mail  " in shown and " A      192.0.2.25" in shown
+
+
 def the_page_is_there(reader: Reader, block: Block) -> None:
     address = re.findall(r"-L 1099:(\S+) ", block.text)[0]
     reader.configure(f'monitoring_address: "{address}"\n')
@@ -402,10 +449,21 @@ def the_page_is_there(reader: Reader, block: Block) -> None:
     assert "chasquid" in reader.sh(f"curl -sS http://{address}/")
 
 
+def it_replaces_nothing(reader: Reader, block: Block) -> None:
+    reader.sh("cp /home/me/chasquid/chasquid.tar.gz .")
+    done = reader.root(block.text)
+    assert done.status == 1 and "is there already; nothing was restored" in done.text
+
+
 NOT_RUN: dict[str, tuple[str, Callable[[Reader, Block], None]]] = {
+    "sudo chasquid backup --restore ": ("it is typed on another host", it_replaces_nothing),
     "python3 -m venv ": (
         "it needs a package index, and runs the tests; .ci/run does it",
         ci_runs_the_tests,
+    ),
+    "sudo chasquid dns publish ": (
+        "the name server takes no updates; test_publishing.py has two that do",
+        the_records_are_shown,
     ),
     "#!/bin/sh": ("it is a hook, not commands", the_hook_resolves),
     "ssh ": ("it is typed on another computer, and lasts", the_page_is_there),
