@@ -19959,9 +19959,11 @@ def remaining_text(
 # session that has it happen.
 # ======================================================================================
 
-STAGES = ("connect", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "message")
+STAGES = ("connect", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "message",
+          "RSET", "NOOP", "VRFY", "EXPN", "HELP", "QUIT")  # fmt: skip
 CERTIFICATE_FAULTS = ("expired", "wrong-name", "untrusted", "broken")
 _ADDRESSED_STAGES = frozenset(("MAIL", "RCPT", "DATA", "message"))
+_WITHOUT_EFFECT = frozenset(("NOOP", "VRFY", "EXPN", "HELP"))  # a reply is all that they do
 _EXTENSIONS = frozenset((
     "PIPELINING", "8BITMIME", "SMTPUTF8", "SIZE", "ENHANCEDSTATUSCODES", "CHUNKING", "LIMITS",
     "DSN", "HELP", "REQUIRETLS", "AUTH", "STARTTLS",
@@ -19985,11 +19987,11 @@ class Fault(NamedTuple):
 
     What happens: a `reply` ("451 4.2.1 busy") instead of doing what was asked for; a
     `delay` before the answer; the answer octet by octet, with `drip` between two; the
-    connection is dropped (`drop`), or dropped once so many octets of the message have come
-    (`drop_after`, at DATA); no answer at all (`hang`); a `certificate` of
-    `CERTIFICATE_FAULTS`; extensions that EHLO does not offer (`without`). With `per_second`
-    the rule acts only on what comes beyond so many a second, with 421 where no reply is given;
-    with `probability`, in so many percent of the cases.
+    connection is dropped (`drop`), after the `reply` or `raw` if there is one, or once so many
+    octets of the message have come (`drop_after`, at DATA); no answer at all (`hang`); a
+    `certificate` of `CERTIFICATE_FAULTS`; extensions that EHLO does not offer (`without`). With
+    `per_second` the rule acts only on what comes beyond so many a second, with 421 where no
+    reply is given; with `probability`, in so many percent of the cases.
 
     A `reply` of 2xx or 3xx is given for what has been done, "\\n" in it begins a further line,
     and at "connect" it is the greeting; `raw` are octets that are sent instead of a reply.
@@ -20197,9 +20199,11 @@ class Script:
             raise FaultError("expected one of nth, times and per_second")
         if not all(0 <= seconds <= _LONGEST for seconds in (fault.delay, fault.drip)):
             raise FaultError(f"expected a time of 0 to {_LONGEST:g} seconds")
-        instead = (fault.reply, fault.raw, fault.drop, fault.hang, fault.drop_after)
-        if sum(map(bool, instead)) > 1:
-            raise FaultError("expected one of reply, raw, drop, drop_after and hang")
+        answers = (fault.reply, fault.raw, fault.hang, fault.drop_after)
+        ends = (fault.drop, fault.hang, fault.drop_after)
+        if sum(map(bool, answers)) > 1 or sum(map(bool, ends)) > 1:
+            raise FaultError("expected one of reply, raw, drop, drop_after and hang, or drop after"
+                             " one of the first two")  # fmt: skip
         self._check_place(fault)
         return _reply_of(fault)
 
@@ -20399,6 +20403,7 @@ class FaultInjection:
         self._stream = stream
         self._tls_context_of = tls_context_of
         self._without: frozenset[str] = frozenset()
+        self._drop = False  # after the answer
 
     async def __call__(
         self,
@@ -20408,6 +20413,22 @@ class FaultInjection:
         act: Callable[[], Awaitable[Reply | None]],
     ) -> Reply | None:
         """See `Hook`. Raises Dropped, and what `act` raises."""
+        self._drop = False
+        reply = await self._answer(session, stage, argument, act)
+        if self._drop:
+            if reply is not None:
+                session.say(reply)
+            await self._stream.flush()
+            raise Dropped
+        return reply
+
+    async def _answer(
+        self,
+        session: Session,
+        stage: str,
+        argument: str,
+        act: Callable[[], Awaitable[Reply | None]],
+    ) -> Reply | None:
         await self._check_offered(session, stage, argument)
         name = {"HELO": "EHLO", "BDAT": "DATA"}.get(stage, stage)
         if name == "EHLO":
@@ -20421,9 +20442,12 @@ class FaultInjection:
                 scripted = await self._inject(session, name, addresses)
             except _Answered:
                 return None
-        if scripted is not None and not scripted.is_error and stage not in ("DATA", "STARTTLS"):
+        acts = stage not in ("DATA", "STARTTLS") and stage not in _WITHOUT_EFFECT
+        if scripted is not None and not scripted.is_error and acts:
             reply = await act()
-            return reply if reply is None or reply.is_error else scripted
+            if reply is None or reply.is_error:
+                return reply
+            return scripted._replace(close=scripted.close or reply.close)
         if scripted is not None and stage not in ("connect", "BDAT"):
             session.say(scripted)  # what is not returned is no error of the client
             return None
@@ -20470,17 +20494,18 @@ class FaultInjection:
             await session.loop.sleep(fault.delay)
         while fault.hang:
             await self._stream.read_some()
-        if fault.drop:
-            raise Dropped
         if fault.certificate:
             await self._spoil_handshake(session, fault.certificate)
         self._stream.drip = fault.drip
         self._stream.drop_after = fault.drop_after
         self._without |= frozenset(fault.without)
+        self._drop = fault.drop
         if fault.raw:
             session.dialogue.add("S", fault.raw)
             self._stream.write(fault.raw.encode("utf-8", "surrogateescape"))
             raise _Answered
+        if fault.drop and reply is None:
+            raise Dropped
         return reply
 
     async def _spoil_handshake(self, session: Session, certificate: str) -> None:
@@ -21874,6 +21899,17 @@ class CaptureServer:
         if found is None:
             self._miss(what, seconds)
         return found
+
+    if TYPE_CHECKING:
+
+        @overload
+        async def arrived(
+            self, what: int = 1, timeout: float | None = None
+        ) -> list[CapturedMessage]: ...
+        @overload
+        async def arrived(
+            self, what: Callable[[CapturedMessage], object], timeout: float | None = None
+        ) -> CapturedMessage: ...
 
     async def arrived(
         self, what: int | Callable[[CapturedMessage], object] = 1, timeout: float | None = None
