@@ -17638,8 +17638,6 @@ def examine_files(config: Config, problems: Sequence[ConfigError]) -> Examined:
     for name, domain in domains.each.items():
         for finding in domains.aliases.findings(name, domain.users, knows_everybody(config)):
             (wrong if finding.wrong else doubtful).append(finding.text)
-        waiting = [key for key in domain.keys if key.name in domains.unseen]
-        doubtful += [f"{key.unseen_text}; see dkim-dns" for key in waiting]
     if not domains.each and not domains.broken:
         doubtful.append(f"no domain in {config.config_dir}/domains: all mail for here is refused")
     return Examined(config, domains, certificates, wrong=tuple(wrong), doubtful=tuple(doubtful))
@@ -23746,7 +23744,9 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     """Print everything that is wrong with the configuration, and what is doubtful."""
     config, domains, certificates, wrong, doubtful = _examine(arguments)
-    warnings = [*certificates.warnings(time.time(), [domain_to_ascii(config.hostname)])]
+    keys = itertools.chain.from_iterable(domains.keys.values())
+    warnings = [f"{key.unseen_text}; see dkim-dns" for key in keys if key.name in domains.unseen]
+    warnings += certificates.warnings(time.time(), [domain_to_ascii(config.hostname)])
     if not certificates.loaded:
         top = f"{config.config_dir}/certs/NAME/"
         warnings.append(f"no certificate in {top}: TLS is off, and nobody can log in")
