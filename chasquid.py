@@ -19661,10 +19661,13 @@ class Setup:
         return [] if "*" in known else [name for name in _OWNED_ALIASES if name not in known]
 
     def _make_aliases(self, changes: Changes, domain: str) -> None:
+        """Add those that are missing; a host without users has the names of the domain."""
         directory = self._domain_directory(domain)
         path, request = os.path.join(directory, "aliases"), self._request
         to = request.user if domain == request.domain else request.address
         text = "".join(f"{name}: {to}\n" for name in self._missing_aliases(domain))
+        if domain != request.domain and not load_users(directory):
+            text = f"*: *@{request.domain}\n"
         before = read_file(path, missing=b"")
         data = (before.rstrip(b"\n") + b"\n" if before else b"") + text.encode()
         parse_aliases(data, path, domain)

@@ -213,9 +213,16 @@ def test_an_empty_host_gets_everything(host):
     domains = chasquid.load_domains(config)
     assert domains.problems == ()
     assert domains.accounts.authenticate(ANA, ran.setup.new_password.encode()) == ANA
-    for address in ("postmaster@example.com", "abuse@example.com", "root@mail.example.com"):
+    for address in (
+        "postmaster@example.com",
+        "abuse@example.com",
+        "root@mail.example.com",
+        "ana@mail.example.com",
+    ):
         [destination] = domains.aliases.expand(address)
         assert destination.value == ANA
+    with pytest.raises(chasquid.NoSuchUser):
+        domains.aliases.expand("nobody@mail.example.com")
     kinds = [type(key.key).__name__ for key in domains.keys["example.com"]]
     assert sorted(kinds) == ["Ed25519Key", "RsaKey"]
     certificates = chasquid.Certificates(config)
@@ -470,6 +477,16 @@ def test_an_internationalised_address(host):
     marks = os.listdir(host.path("/var/lib/chasquid/dkim-unseen"))
     assert sorted(marks) == sorted(key.name for key in needs.keys)
     assert init(host, "jürgen@münchen.example").made == []
+
+
+def test_a_host_with_users_of_its_own_gets_no_catch_all(host):
+    init(host, "ben@mail.example.com", host="mail.example.com")
+    init(host)
+    domains = chasquid.load_domains(chasquid.load_config(host.path("/etc/chasquid")))
+    [root] = domains.aliases.expand("root@mail.example.com")
+    assert root.value == "ben@mail.example.com"
+    with pytest.raises(chasquid.NoSuchUser):
+        domains.aliases.expand("ana@mail.example.com")
 
 
 def test_a_catch_all_needs_no_more_aliases(host):
