@@ -53,6 +53,9 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     DOMAIN CHECKS  whether the DNS of a domain is
     DOCTOR         all checks at once, each finding with what to do
     SMTP CHECK     how the servers of another domain look from here
+    CHANGES        what a command changes on this system, and how it is taken back
+    IMAP           Dovecot's configuration and users, from ours
+    SETUP          what a domain needs on this host, made by one command
     FAULTS         fault injection, by a script
     READER         what a person reads in a message: text, files, links, codes
     CAPTURE        a server that keeps what it is sent, for tests
@@ -3540,12 +3543,38 @@ class Denied(NamedTuple):
 Password = Scrypt | Plain | Denied
 
 _SCRYPT_MEMORY = 512 * 1024 * 1024  # octets one check may need; above, the file is refused
+CRYPT_DIGITS = b"./0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_SALT_DIGITS = 22
 
 
 def new_password(password: bytes) -> Scrypt:
-    """Return a fresh hash of `password`. Blocks for tens of milliseconds."""
-    costs = Scrypt(14, 8, 1, key_length=32, salt=os.urandom(16), encrypted=b"")
+    """Return a fresh hash of `password`. Blocks for tens of milliseconds.
+
+    The salt, 132 bits, is of characters that a hash of crypt(3) may have too; see `crypt_hash`.
+    """
+    salt = bytes(CRYPT_DIGITS[octet % 64] for octet in os.urandom(_SALT_DIGITS))
+    costs = Scrypt(14, 8, 1, key_length=32, salt=salt, encrypted=b"")
     return costs._replace(encrypted=_derive(costs, _composed(password)))
+
+
+def crypt_hash(known: Scrypt) -> str:
+    """Return a hash as crypt(3) writes it, "$7$…", for others who check passwords; see crypt(5).
+
+    It is "" if the salt has other characters than `CRYPT_DIGITS`, or the length is not 32.
+    """
+    if known.key_length != 32 or not known.salt or set(known.salt) - set(CRYPT_DIGITS):
+        return ""
+    costs = _crypt_digits(known.log_n, 1) + _crypt_digits(known.r, 5) + _crypt_digits(known.p, 5)
+    key = "".join(
+        _crypt_digits(int.from_bytes(known.encrypted[start : start + 3], "little"), digits)
+        for start, digits in zip(range(0, 32, 3), (4,) * 10 + (3,), strict=True)
+    )
+    return f"$7${costs}{known.salt.decode('ascii')}${key}"
+
+
+def _crypt_digits(value: int, count: int) -> str:
+    """Return the lowest 6 * `count` bits of `value`, the lowest first."""
+    return "".join(chr(CRYPT_DIGITS[value >> (6 * place) & 63]) for place in range(count))
 
 
 def _composed(password: bytes) -> bytes:
@@ -13077,7 +13106,7 @@ def recipient_text(recipient: Recipient) -> str:
 
 _ACCEPT_PAUSE = 1.0  # when there are no descriptors left
 _BACKLOG = 1024
-_FETCHED = "acme/certs"  # below data_dir; where ACME puts certificates
+FETCHED_CERTIFICATES = "acme/certs"  # below data_dir; where ACME puts certificates
 _EXPIRY_DAYS = 14  # before its end, that of a certificate is warned of
 _SPARE_DESCRIPTORS = 300  # a message that comes in, a delivery, a name look-up: one each
 
@@ -13181,7 +13210,7 @@ class Certificate(NamedTuple):
     @property
     def is_fetched(self) -> bool:
         """Whether it came by ACME, and is renewed without anybody's doing."""
-        return self.directory.startswith(f"{_FETCHED}/")
+        return self.directory.startswith(f"{FETCHED_CERTIFICATES}/")
 
     def covers(self, host: str) -> bool:
         """Tell whether it is for `host`, perhaps by a wildcard (RFC 6125, 6.4.3)."""
@@ -13201,7 +13230,7 @@ class Certificates:
         self.loaded: dict[str, Certificate] = {}
         self._contexts: dict[str, ssl.SSLContext] = {}
         self._load_below(config.config_dir, "certs", before)
-        self._load_below(config.data_dir, _FETCHED, before)
+        self._load_below(config.data_dir, FETCHED_CERTIFICATES, before)
         for certificate in sorted(self.loaded.values(), key=lambda found: not found.proven):
             for host in certificate.names | {os.path.basename(certificate.directory).lower()}:
                 self._contexts.setdefault(host, certificate.context)
@@ -13211,7 +13240,7 @@ class Certificates:
     def _load_below(self, base: str, top: str, before: Certificates | None) -> None:
         directory = os.path.join(base, top)
         for name in sorted(os.listdir(directory)) if os.path.isdir(directory) else []:
-            known = name if top != _FETCHED else f"{top}/{name}"
+            known = name if top != FETCHED_CERTIFICATES else f"{top}/{name}"
             certificate = self._load(known, os.path.join(directory, name))
             if certificate is None and before is not None:
                 certificate = before.loaded.get(known)
@@ -15629,13 +15658,18 @@ class Letter(NamedTuple):
 
 
 def domain_of_host(config: Config) -> str:
-    """Return the domain of addresses that have none: that of the host, or else our first one."""
+    """Return the domain of addresses that have none: that of the host, or else our first one.
+
+    One with users, if there is any: the host's own may have aliases alone, for its programs.
+    """
     host = domain_to_unicode(config.hostname)
     try:
         domains = domain_directories(config.config_dir, [])
     except ConfigError:
         return host  # whoever calls us may not look there
-    return host if host in domains else next(iter(domains), host)
+    with_users = [name for name, path in domains.items() if os.path.exists(f"{path}/users")]
+    names = with_users or list(domains) or [host]
+    return host if host in names else names[0]
 
 
 _PROGRAM_HEADER = re.compile(rb"(?:[!-9;-~]+[ \t]*:[^\n]*\n(?:[ \t][^\n]*\n)*)*")
@@ -15969,15 +16003,20 @@ def archive_version(path: str) -> str:
     raise ChasquidError(f"{path}: expected an archive of chasquid; this is another one")
 
 
+def archive_name(archive: str) -> str:
+    """Return the name under which an archive is kept beside others. Raises ChasquidError."""
+    import hashlib  # only here
+
+    digest = hashlib.sha256(read_file(archive)).hexdigest()
+    return f"chasquid-{archive_version(archive)}-{digest[:8]}.pyz"
+
+
 def install_archive(archive: str, places: ProgramPlaces = USUAL_PLACES) -> str:
     """Copy an archive to library/chasquid-VERSION-HASH8.pyz, durably; return that path.
 
     If it is there, it is left alone; the link is not touched. Raises ChasquidError.
     """
-    import hashlib  # only here
-
-    version, data = archive_version(archive), read_file(archive)
-    name = f"chasquid-{version}-{hashlib.sha256(data).hexdigest()[:8]}.pyz"
+    name, data = archive_name(archive), read_file(archive)
     path = os.path.join(places.library, name)
     try:
         if read_file(path, missing=b"") != data:
@@ -16396,8 +16435,11 @@ class _Restore:
                 os.rmdir(path) if os.path.isdir(path) else os.unlink(path)
 
 
-def _config_in_backup(path: str, config_dir: str, overrides: str) -> Config:
-    """Return the configuration that a backup holds, as it will be in `config_dir`."""
+def config_in_backup(path: str, config_dir: str, overrides: str) -> Config:
+    """Return the configuration that a backup holds, as it will be in `config_dir`.
+
+    `overrides` is text in the format of chasquid.conf. Raises ChasquidError.
+    """
     import tempfile
 
     for name, _, contents in _BackupReader(path).members():
@@ -16418,7 +16460,7 @@ def restore_backup(path: str, config_dir: str, overrides: str = "") -> list[str]
     of data_dir and Maildirs are those of the chasquid.conf in it, and of `overrides`, text in
     its format. Returns what was made, as lines. Raises ChasquidError.
     """
-    config = _config_in_backup(path, os.path.abspath(config_dir), overrides)
+    config = config_in_backup(path, os.path.abspath(config_dir), overrides)
     restore = _Restore(path, config)
     for name, member, _ in _BackupReader(path).members():
         restore.check(name, member)
@@ -18091,8 +18133,6 @@ def examine_files(config: Config, problems: Sequence[ConfigError]) -> Examined:
     for name, domain in domains.each.items():
         for finding in domains.aliases.findings(name, domain.users, knows_everybody(config)):
             (wrong if finding.wrong else doubtful).append(finding.text)
-        waiting = [key for key in domain.keys if key.name in domains.unseen]
-        doubtful += [f"{key.unseen_text}; see dkim-dns" for key in waiting]
     if not domains.each and not domains.broken:
         doubtful.append(f"no domain in {config.config_dir}/domains: all mail for here is refused")
     return Examined(config, domains, certificates, wrong=tuple(wrong), doubtful=tuple(doubtful))
@@ -19219,6 +19259,1180 @@ class _Survey:
 
 
 # ======================================================================================
+# ROOM: CHANGES
+#
+# How a command changes the system that it runs on: a `Host` is that system, as far as it is
+# looked at; `Changes` are made one by one and can be taken back; a `Step` is what a person is
+# told of.
+#
+# - All that is outside the configuration directory (programs, units, users of the system,
+#   other servers) is reached through a `Host`, which tests replace.
+# - Every change knows how it is undone, and what has failed half way is undone as well. A
+#   directory that meanwhile holds something stays.
+#
+# What is to be changed is not known here.
+# ======================================================================================
+
+SERVER_USER = "chasquid"  # the user of the system that the server runs as
+_CHANGE_SECONDS = 180.0  # for a program
+_UNIT_DIRECTORY = "/etc/systemd/system"
+
+
+class Host:
+    """The system that is set up: its files are below `prefix`, "" for the one that we are on."""
+
+    def __init__(self, prefix: str = "") -> None:
+        self.prefix = prefix
+        self.is_root = os.geteuid() == 0
+        self.has_systemd = os.path.isdir(self.path("/run/systemd/system"))
+
+    def path(self, path: str) -> str:
+        """Return where `path` of that system is for us."""
+        below = not self.prefix or path.startswith(f"{self.prefix}/")
+        return path if below else self.prefix + path
+
+    def run(self, *argv: str) -> Outcome:
+        """Run a program to its end; status 127 if it is not there. Raises ChasquidError."""
+        import subprocess  # only here
+
+        try:
+            done = subprocess.run(
+                argv, capture_output=True, stdin=subprocess.DEVNULL, timeout=_CHANGE_SECONDS
+            )
+        except FileNotFoundError:
+            return Outcome(127, b"", f"{argv[0]} is not installed".encode())
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise ChasquidError(f"{' '.join(argv)}: {reason(error)}") from error
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    def ids(self, user: str) -> tuple[int, int] | None:
+        """Return the numbers of a user of the system and of its group; None if there is none."""
+        import pwd
+
+        try:
+            entry = pwd.getpwnam(user)
+        except KeyError:
+            return None
+        return entry.pw_uid, entry.pw_gid
+
+    def chown(self, path: str, owner: tuple[int, int]) -> None:
+        """Give `path` to another user and group. Raises OSError."""
+        os.chown(path, *owner, follow_symlinks=False)
+
+    def names(self) -> list[str]:
+        """Return what the host calls itself, also in /etc/hosts; no name server is asked."""
+        name = socket.gethostname()
+        lines = read_file(self.path("/etc/hosts"), missing=b"").decode("utf-8", "replace")
+        words = [line.partition("#")[0].split()[1:] for line in lines.splitlines()]
+        return [name, *(word for row in words if name in row for word in row)]
+
+    def addresses(self) -> list[str]:
+        """Return the public addresses; none behind NAT."""
+        return public_addresses()
+
+    def port_is_free(self, port: int) -> bool:
+        """Tell whether nobody listens on `port`."""
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as raw:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                raw.bind(("", port))
+            except OSError as error:
+                return error.errno != errno.EADDRINUSE
+        return True
+
+    def archive(self) -> str:
+        """Return the path of the archive that we run from; "" if it is none."""
+        return str(getattr(getattr(sys.modules[__name__].__spec__, "loader", None), "archive", ""))
+
+    def template(self, name: str) -> bytes:
+        """Return a file of sample-config, which the archive has too. Raises ChasquidError."""
+        path = os.path.join(self.archive() or os.path.dirname(__file__), "sample-config", name)
+        try:
+            if not self.archive():
+                return read_file(path)
+            loader: Any = sys.modules[__name__].__spec__.loader  # type: ignore[union-attr]
+            return bytes(loader.get_data(path))
+        except (OSError, ConfigError) as error:
+            raise ChasquidError(f"the installation is not complete: {reason(error)}") from error
+
+
+class Changes:
+    """What one run changes, and how each change is taken back, the last one first."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._undo: list[tuple[str, Callable[[], object]]] = []
+
+    def directory(self, path: str, mode: int, owner: tuple[int, int] | None = None) -> None:
+        """Make a directory and those above it, if they are missing. Raises OSError."""
+        path = self._host.path(path)
+        if os.path.isdir(path):
+            return
+        if not os.path.isdir(os.path.dirname(path)):
+            self.directory(os.path.dirname(path), 0o755)
+        os.mkdir(path, 0o700)
+        self._undo.append((f"the directory {path}", lambda: os.rmdir(path)))
+        if owner is not None:
+            self._host.chown(path, owner)
+        os.chmod(path, mode)
+        sync_directory(os.path.dirname(path))
+
+    def write(
+        self, path: str, data: bytes, mode: int = 0o644, owner: tuple[int, int] | None = None
+    ) -> None:
+        """Write a file, or replace what it holds; then mode and owner stay. Raises OSError."""
+        path = self._host.path(path)
+        if os.path.islink(path):  # a directory of the server's user could hold any
+            raise ChasquidError(f"{path} is a link, and is not written through")
+        before = read_file(path) if os.path.exists(path) else None
+        if before is None:
+            self._undo.append((path, lambda: discard_names(path)))
+        else:
+            self._undo.append((path, lambda: replace_durably(path, before)))
+        replace_durably(path, data, mode)
+        if before is None and owner is not None:
+            self._host.chown(path, owner)
+
+    def link(self, path: str, target: str) -> None:
+        """Make a symbolic link, which must not be there, by a relative path. Raises OSError."""
+        path = self._host.path(path)
+        os.symlink(os.path.relpath(self._host.path(target), os.path.dirname(path)), path)
+        self._undo.append((path, lambda: os.unlink(path)))
+
+    def run(self, *argv: str, undo: Sequence[str] = ()) -> None:
+        """Run a program that must succeed. Raises ChasquidError with the last line it said."""
+        if undo:
+            self.later(*undo)
+        done = self._host.run(*argv)
+        if done.status:
+            said = (done.errors or done.output).decode("utf-8", "replace").strip().splitlines()
+            why = said[-1] if said else f"exit status {done.status}"
+            raise ChasquidError(f"{' '.join(argv)} has failed: {printable(why)}")
+
+    def later(self, *argv: str) -> None:
+        """Have a program run when what came before is taken back."""
+        self._undo.append((" ".join(argv), lambda: self._host.run(*argv)))
+
+    def take_back(self) -> list[str]:
+        """Undo everything; return what could not be undone."""
+        left = []
+        while self._undo:
+            what, undo = self._undo.pop()
+            try:
+                undo()
+            except (OSError, ChasquidError):
+                left.append(what)
+        return left
+
+
+class Step(NamedTuple):
+    """One thing that is to be there."""
+
+    what: str
+    is_done: Callable[[], bool]
+    make: Callable[[Changes], None]
+
+
+class Systemd:
+    """The units of a host."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def are(self, state: str, *units: str) -> bool:
+        """Tell whether all are "active", or all "enabled"."""
+        said = self._host.run("systemctl", f"is-{state}", *units)
+        return said.output.decode("utf-8", "replace").split() == [state] * len(units)
+
+    def has(self, *names: str) -> bool:
+        """Tell whether all are there as files of the operator."""
+        return all(os.path.exists(self._path(name)) for name in names)
+
+    def text(self, name: str) -> str:
+        """Return the file of the operator, or "" without one. Raises ConfigError."""
+        return read_file(self._path(name), missing=b"").decode("utf-8", "replace")
+
+    def add(self, changes: Changes, units: Mapping[str, bytes]) -> None:
+        """Write units, in place of what is there. Raises OSError, ChasquidError."""
+        changes.later("systemctl", "daemon-reload")  # runs when the files are gone again
+        for name, data in units.items():
+            changes.write(self._path(name), data)
+        changes.run("systemctl", "daemon-reload")
+
+    def enable(self, changes: Changes, *units: str) -> None:
+        """Start units, now and with the system. Raises ChasquidError."""
+        undo = ("systemctl", "disable", "--now", *units)
+        changes.run("systemctl", "enable", "--now", *units, undo=undo)
+
+    def _path(self, name: str) -> str:
+        return self._host.path(os.path.join(_UNIT_DIRECTORY, name))
+
+
+# ======================================================================================
+# ROOM: IMAP
+#
+# Reading mail over IMAP is Dovecot's; here is what it is given for that: a complete
+# configuration, and a file of users and passwords.
+#
+# - There is one password. Dovecot's file follows from the users files alone, each hash written
+#   as crypt(3) writes the same scrypt, so it can be made anew at any time; whatever changes
+#   users calls `write_dovecot_users`.
+# - If crypt(3) cannot write the salt of a hash (one of an earlier version, or of chasquid in
+#   Go), the user gets mail, and cannot log in to Dovecot before a new password is set; whoever
+#   asked hears of it.
+# - Dovecot 2.3 and 2.4 have different names for the same settings.
+#
+# The directory dovecot in config_dir says that Dovecot is to be served. Its group is Dovecot's,
+# and is handed on to the files in it (setgid), since the server's user could not give it.
+# ======================================================================================
+
+DOVECOT_CONF = "/etc/dovecot/dovecot.conf"
+_UCF_SUMS = "/var/lib/ucf/hashfile"
+_RENEWAL_UNITS = ("chasquid-dovecot.path", "chasquid-dovecot.service")
+_SAMPLE_CERTIFICATE = b"/etc/chasquid/certs/mail.example.com"  # in the first of them
+_DOVECOT_MARK = '# Made by "chasquid init" for Dovecot '
+# A hash that no password has: its key is all zero.
+_NO_PASSWORD = "{CRYPT}$7$C6..../....none$" + "." * 43
+IMAPS_PORT = 993
+_IMAP_SECONDS = 10.0
+
+_DOVECOT_2_3 = """\
+{mark}2.3; it is made anew only if it is removed.
+protocols = imap
+ssl = required
+ssl_cert = <{chain}
+ssl_key = <{key}
+
+# Users and passwords are those of chasquid, which writes this file.
+auth_username_chars =
+passdb {{
+  driver = passwd-file
+  args = scheme=CRYPT username_format=%u {users}
+}}
+userdb {{
+  driver = passwd-file
+  args = username_format=%u {users}
+}}
+
+# A home must not be the Maildir itself. The user of a system has a low number.
+mail_uid = chasquid
+mail_gid = chasquid
+first_valid_uid = 100
+mail_home = {data_dir}/dovecot/%d/%n
+mail_location = maildir:{maildir}
+{folders}"""
+
+_DOVECOT_2_4 = """\
+dovecot_config_version = 2.4.0
+dovecot_storage_version = 2.4.0
+{mark}2.4; it is made anew only if it is removed.
+protocols = imap
+ssl = required
+ssl_server_cert_file = {chain}
+ssl_server_key_file = {key}
+
+# Users and passwords are those of chasquid, which writes this file.
+auth_username_chars =
+passdb passwd-file {{
+  default_password_scheme = CRYPT
+  passwd_file_path = {users}
+}}
+userdb passwd-file {{
+  passwd_file_path = {users}
+}}
+
+# A home must not be the Maildir itself. The user of a system has a low number.
+mail_uid = chasquid
+mail_gid = chasquid
+first_valid_uid = 100
+mail_home = {data_dir}/dovecot/%{{user | domain}}/%{{user | username}}
+mail_driver = maildir
+mail_path = {maildir}
+{folders}"""
+
+_FOLDERS = "".join(
+    f"  mailbox {name} {{\n    special_use = \\{name}\n    auto = subscribe\n  }}\n"
+    for name in ("Junk", "Drafts", "Sent", "Trash")
+)
+
+
+def dovecot_configuration(version: str, config: Config, certificate: str) -> str:
+    """Return a complete dovecot.conf; `version` begins with "2.3" or "2.4".
+
+    `certificate` is a directory with fullchain.pem and privkey.pem.
+    """
+    old = version.startswith("2.3")
+    user, domain = ("%n", "%d") if old else ("%{user | username}", "%{user | domain}")
+    maildir = config.maildir.replace("%data_dir%", config.data_dir)
+    maildir = maildir.replace("%to_user%", user).replace("%to_domain%", domain)
+    return (_DOVECOT_2_3 if old else _DOVECOT_2_4).format(
+        mark=_DOVECOT_MARK,
+        chain=os.path.join(certificate, "fullchain.pem"),
+        key=os.path.join(certificate, "privkey.pem"),
+        users=dovecot_users_path(config.config_dir),
+        data_dir=config.data_dir,
+        maildir=maildir.replace("%to%", "%u" if old else "%{user}"),
+        folders=f"namespace inbox {{\n  inbox = yes\n{_FOLDERS}}}\n",
+    )
+
+
+def dovecot_users_path(config_dir: str) -> str:
+    """Return where the file of Dovecot's users is."""
+    return os.path.join(config_dir, "dovecot", "users")
+
+
+def dovecot_users(domains: Mapping[str, str]) -> tuple[bytes, list[str]]:
+    """Return Dovecot's file for the users of `domains` (name, directory).
+
+    A line is that of a passwd-file: the address, the hash, six fields that are empty, and for
+    an address in A-labels the one that it stands for. Also returns who has a password that
+    cannot be written so. Raises ConfigError.
+    """
+    lines, without = [], []
+    for domain, directory in sorted(domains.items()):
+        for user, password in sorted(load_users(directory).items()):
+            address, known = f"{user}@{domain}", _dovecot_hash(password)
+            if known == _NO_PASSWORD and not isinstance(password, Denied):
+                without.append(address)
+            lines.append(f"{address}:{known}::::::\n")
+            if (ascii_address := address_to_ascii(address)) != address:
+                lines.append(f"{ascii_address}:{known}::::::user={address}\n")
+    return "".join(lines).encode(), without
+
+
+def _dovecot_hash(password: Password) -> str:
+    if isinstance(password, Plain):
+        return "{PLAIN.b64}" + base64.b64encode(password.password).decode("ascii")
+    known = crypt_hash(password) if isinstance(password, Scrypt) else ""
+    return "{CRYPT}" + known if known else _NO_PASSWORD
+
+
+def write_dovecot_users(config_dir: str) -> list[str]:
+    """Write Dovecot's file anew, if it is to be served; return who cannot log in there.
+
+    Raises ChasquidError.
+    """
+    path = dovecot_users_path(config_dir)
+    if not os.path.isdir(os.path.dirname(path)):
+        return []
+    data, without = dovecot_users(domain_directories(config_dir, []))
+    try:
+        replace_durably(path, data, 0o640)
+    except OSError as error:
+        raise ChasquidError(f"{path} cannot be written: {reason(error)}") from error
+    return without
+
+
+def imap_login(
+    address: str, password: str, port: int = IMAPS_PORT, seconds: float = _IMAP_SECONDS
+) -> str:
+    """Log in over IMAP with TLS on this host; return "" if that works, else why not. Blocks."""
+    import imaplib  # only here
+
+    end, refusals = time.monotonic() + seconds, 0
+    secret = f"\0{address}\0{password}".encode()
+    while True:
+        try:
+            with imaplib.IMAP4_SSL(
+                "127.0.0.1", port, ssl_context=client_tls_context(False), timeout=seconds
+            ) as imap:
+                imap.authenticate("PLAIN", lambda _: secret)
+                return ""
+        except ConnectionRefusedError as error:  # it may just have been started
+            if time.monotonic() > end:
+                return reason(error)
+        except imaplib.IMAP4.error as error:  # Dovecot looks at its file once in a second
+            refusals += 1
+            if refusals > 1:
+                return reason(error)
+        except OSError as error:
+            return reason(error)
+        time.sleep(1.1 if refusals else 0.1)
+
+
+class DovecotSetup:
+    """What there is of Dovecot on a host, and the steps that make its users and configuration.
+
+    Only a configuration that is missing, ours, or as Debian brought it is touched (`is_ours`);
+    the file of users is there for any. `version` is "" without Dovecot.
+    """
+
+    def __init__(self, host: Host, config_dir: str) -> None:
+        self._host = host
+        self._systemd = Systemd(host)
+        self._config_dir = config_dir
+        self._conf = host.path(DOVECOT_CONF)
+        said = host.run("dovecot", "--version")
+        self.version = said.output.decode("ascii", "replace").partition(" ")[0].strip()
+        self.is_ours = self.version.startswith(("2.3", "2.4")) and (
+            not self._text() or _DOVECOT_MARK in self._text() or self._is_untouched()
+        )
+
+    def steps(
+        self, config: Callable[[], Config], certificate: Callable[[], str], made: Sequence[str]
+    ) -> list[Step]:
+        """Return the steps; `made` is what the whole run has made when they are asked."""
+        if not self.version:
+            return []
+        users = Step(dovecot_users_path(self._config_dir), self._has_users, self._make_users)
+        if not self.is_ours:
+            return [users]
+        return [
+            users,
+            Step(
+                DOVECOT_CONF,
+                lambda: self._has_conf(certificate()),
+                lambda changes: self._make_conf(changes, config(), certificate()),
+            ),
+            Step(
+                "units that tell Dovecot of a new certificate",
+                lambda: f"={certificate()}/" in self._systemd.text(_RENEWAL_UNITS[0]),
+                lambda changes: self._make_renewal(changes, certificate()),
+            ),
+            Step(
+                "the running Dovecot",
+                lambda: DOVECOT_CONF not in made and self._systemd.are("active", "dovecot.service"),
+                self._start,
+            ),
+        ]
+
+    def without_hash(self) -> list[str]:
+        """Return the users whose hash Dovecot cannot read. Raises ConfigError."""
+        return dovecot_users(domain_directories(self._config_dir, []))[1]
+
+    def _text(self) -> str:
+        return read_file(self._conf, missing=b"").decode("utf-8", "replace")
+
+    def _is_untouched(self) -> bool:
+        """Tell whether each file of Dovecot's configuration is as the packages brought it."""
+        import glob  # both only here
+        import hashlib
+
+        sums = self._sums_of_packages()
+        return all(
+            sums.get(path) == hashlib.md5(read_file(path), usedforsecurity=False).hexdigest()
+            for pattern in ("*.conf", "conf.d/*.conf", "conf.d/*.ext")
+            for path in glob.glob(os.path.join(os.path.dirname(self._conf), pattern))
+        )
+
+    def _sums_of_packages(self) -> dict[str, str]:
+        """Return the MD5 of the files that packages of Debian have brought; dpkg(1), ucf(1)."""
+        query = ("dpkg-query", "-W", "-f", "${Conffiles}\\n", "dovecot-core", "dovecot-imapd")
+        text = self._host.run(*query).output.decode("utf-8", "replace")
+        sums = dict(re.findall(r"^ (/\S+) ([0-9a-f]{32})$", text, re.MULTILINE))
+        text = read_file(self._host.path(_UCF_SUMS), missing=b"").decode("utf-8", "replace")
+        for known, path in re.findall(r"^([0-9a-f]{32})  (/\S+)$", text, re.MULTILINE):
+            sums[path] = known
+        return {self._host.path(path): known for path, known in sums.items()}
+
+    def _has_users(self) -> bool:
+        path = dovecot_users_path(self._config_dir)
+        wanted, _ = dovecot_users(domain_directories(self._config_dir, []))
+        return os.path.exists(path) and read_file(path) == wanted
+
+    def _make_users(self, changes: Changes) -> None:
+        server, dovecot = self._host.ids(SERVER_USER), self._host.ids("dovecot")
+        if server is None or dovecot is None:
+            raise ChasquidError("Dovecot is installed, but there is no user dovecot")
+        path, owner = dovecot_users_path(self._config_dir), (server[0], dovecot[1])
+        changes.directory(os.path.dirname(path), 0o2750, owner)
+        data, _ = dovecot_users(domain_directories(self._config_dir, []))
+        changes.write(path, data, 0o640, owner)
+
+    def _has_conf(self, certificate: str) -> bool:
+        text = self._text()
+        return _DOVECOT_MARK + self.version[:3] in text and f"{certificate}/privkey.pem" in text
+
+    def _make_conf(self, changes: Changes, config: Config, certificate: str) -> None:
+        original = f"{self._conf}.orig"
+        if self._text() and not (os.path.exists(original) or _DOVECOT_MARK in self._text()):
+            changes.write(original, read_file(self._conf))
+        changes.later("systemctl", "try-restart", "dovecot.service")  # with the old one again
+        text = dovecot_configuration(self.version, config, certificate)
+        changes.write(self._conf, text.encode())
+        changes.run("doveconf", "-n")
+
+    def _make_renewal(self, changes: Changes, certificate: str) -> None:
+        units = {name: self._host.template(f"systemd/{name}") for name in _RENEWAL_UNITS}
+        units = {
+            name: data.replace(_SAMPLE_CERTIFICATE, os.fsencode(certificate))
+            for name, data in units.items()
+        }
+        self._systemd.add(changes, units)
+        self._systemd.enable(changes, _RENEWAL_UNITS[0])
+        changes.run("systemctl", "restart", _RENEWAL_UNITS[0])
+
+    def _start(self, changes: Changes) -> None:
+        service = "dovecot.service"
+        if not self._systemd.are("enabled", service):
+            self._systemd.enable(changes, service)
+        changes.run("systemctl", "restart", service)
+
+
+# ======================================================================================
+# ROOM: SETUP
+#
+# Everything that a domain needs on this host, made by one command: `Setup` has the list of
+# steps, `carry_out` goes through it.
+#
+# - A step says what it is about and whether that is there already. What is there is kept, even
+#   if it is not as it would be made today; so the same command can be given at any time.
+# - Nothing is half done: if a step fails, everything that this run has changed is taken back.
+# - A new DKIM key gets a mark in data_dir/dkim-unseen, made before the key: the server signs
+#   with the key once it has seen the record in the DNS, and removes the mark.
+#
+# What is still to be done elsewhere is said at the end: `remaining_records`, `remaining_notes`.
+# ======================================================================================
+
+_SYSTEM_CONFIG_DIR = "/etc/chasquid"
+_SOCKETS = ("chasquid-smtp.socket", "chasquid-submission.socket", "chasquid-submission_tls.socket")
+_WEB_SOCKET = "chasquid-web.socket"
+_SERVICE = "chasquid.service"
+_PORTS = {
+    "chasquid-smtp.socket": (25,), "chasquid-submission.socket": (587,),
+    "chasquid-submission_tls.socket": (465,), _WEB_SOCKET: (80, 443),
+}  # fmt: skip
+_WHO_HAS_IT = (
+    "which 'ss -ltnp' names (for port 25, Debian may have installed Exim: 'apt purge exim4-base';"
+    " for port 80, leave out --acme-agree); stop it, and begin again"
+)
+_SERVER_STEP = "the running server"
+_OWNED_ALIASES = ("postmaster", "abuse", "root")  # RFC 2142, 5 and 4; and who gets cron's mail
+_PORT_LINES = "".join(
+    f'{key}: ":{port}"\n'
+    for key, port in (
+        ("smtp_address", 25),
+        ("submission_address", 587),
+        ("submission_over_tls_address", 465),
+    )
+)
+
+
+class SetupRequest(NamedTuple):
+    """What a person wants: an address and where it is to be, as `init` takes it.
+
+    User and domain are normalised, `host` and `smarthost` may be "". `acme` agrees to the
+    terms of the authority at `acme_url`, "" for the usual one. What is in a file that `backup`
+    names is made first.
+    """
+
+    user: str
+    domain: str
+    config_dir: str
+    host: str = ""
+    smarthost: str = ""
+    password: str = ""
+    acme: bool = False
+    acme_url: str = ""
+    no_acme: bool = False
+    backup: str = ""
+
+    @property
+    def address(self) -> str:
+        """The whole address."""
+        return f"{self.user}@{self.domain}"
+
+
+class Setup:
+    """The steps for an address.
+
+    `made` is what this run has made so far, `new_password` the one that was made up for a new
+    user. `make_key` takes its time for RSA.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        request: SetupRequest,
+        now: float,
+        make_key: Callable[[str], PrivateKey] = new_key,
+    ) -> None:
+        self._host = host
+        self._request = request
+        self._now = now
+        self._make_new_key = make_key
+        self._program = host.path(USUAL_PLACES.link)
+        self.config_dir = os.path.abspath(host.path(request.config_dir))
+        self._conf = os.path.join(self.config_dir, "chasquid.conf")
+        usual = self.config_dir == host.path(_SYSTEM_CONFIG_DIR)
+        self._in_usual_place = host.is_root and usual
+        self.is_system = self._in_usual_place and host.has_systemd
+        self.made: list[str] = []
+        self.new_password = ""
+        self.hostname = self._choose_hostname()
+        self._systemd = Systemd(host)
+        self.dovecot = DovecotSetup(host, self.config_dir) if self.is_system else None
+
+    # --- what is there, and what it will be called ---
+
+    def config(self) -> Config:
+        """Return the configuration, as it is or as it will be. Raises ConfigError."""
+        if os.path.exists(self._conf):
+            return load_config(self.config_dir)
+        if self._request.backup:
+            return config_in_backup(self._request.backup, self.config_dir, "")
+        data_dir = Config("").data_dir
+        if not self._in_usual_place:
+            data_dir = os.path.join(self.config_dir, "data")
+        return Config(self.config_dir, hostname=self.hostname, data_dir=data_dir)
+
+    def _choose_hostname(self) -> str:
+        """Return the name in chasquid.conf, or else the one asked for, or a likely one."""
+        wanted, domain = self._request.host, self._request.domain
+        if os.path.exists(self._conf) or self._request.backup:
+            known = self.config().hostname
+            if wanted and domain_to_ascii(wanted) != domain_to_ascii(known):
+                text = f"hostname is {known!r}, not {wanted!r}; if it is to change, change it there"
+                raise ConfigError(self._conf, 0, text)
+            return known
+        own = (name for name in self._host.names() if name.lower().endswith(f".{domain}"))
+        return wanted or next(own, f"mail.{domain}").lower()
+
+    def _domain_directory(self, domain: str) -> str:
+        known = domain_directories(self.config_dir, []).get(domain)
+        return known or os.path.join(self.config_dir, "domains", domain)
+
+    def _data_path(self, *parts: str) -> str:
+        return os.path.join(self._host.path(self.config().data_dir), *parts)
+
+    def _owner(self) -> tuple[int, int] | None:
+        """Return whose the server's files are; None for whoever runs this."""
+        return self._host.ids(SERVER_USER) if self.is_system else None
+
+    def _roots_for_server(self) -> tuple[int, int] | None:
+        """Return the owner of files that the server reads, and cannot change."""
+        owner = self._owner()
+        return (0, owner[1]) if owner else None
+
+    @property
+    def certificate(self) -> str:
+        """The directory of the host's certificate, which is there or will be.
+
+        One that was put into certs wins, but for one that was made here if ACME is on.
+        """
+        config, host = self.config(), domain_to_ascii(self.hostname)
+        by_acme = config.acme or self._request.acme
+        for known in Certificates(config).loaded.values():
+            if known.covers(host) and not known.is_fetched and (known.proven or not by_acme):
+                return os.path.join(self.config_dir, "certs", known.directory)
+        if by_acme:
+            return self._data_path(FETCHED_CERTIFICATES, host)
+        return os.path.join(self.config_dir, "certs", host)
+
+    def dkim_keys(self) -> tuple[DkimKey, ...]:
+        """Return the domain's DKIM keys. Raises ConfigError."""
+        domain = self._request.domain
+        return load_dkim_keys(self._domain_directory(domain), domain)
+
+    def needs(self) -> DnsNeeds:
+        """Return what decides on the records that the domain needs. Raises ConfigError."""
+        addresses = self._host.addresses()
+        return needs_of(self.config(), self._request.domain, self.dkim_keys(), addresses)
+
+    # --- the steps ---
+
+    def steps(self) -> list[Step]:
+        """Return the steps, in their order. Raises ChasquidError if it cannot be begun."""
+        address, host = self._request.address, self.hostname
+        system = self._system_steps() if self.is_system else []
+        if self.is_system:
+            self._look_for_ports()
+        domains = dict.fromkeys((self._request.domain, domain_to_unicode(host)))
+        return [
+            *system,
+            *self._restore_steps(),
+            Step(f"{self._conf} for {host}", self._has_conf, self._make_conf),
+            *self._setting_steps(),
+            Step(f"domain {self._request.domain}", self._has_domain, self._make_domain),
+            Step(f"user {address}", self._has_user, self._make_user),
+            *(self._alias_step(domain) for domain in domains),
+            self._key_step("RSA 2048", "rsa2048", "r", RsaKey),
+            self._key_step("Ed25519", "ed25519", "e", Ed25519Key),
+            Step(f"certificate for {host}", self._has_certificate, self._make_certificate),
+            *self._dovecot_steps(),
+            *(self._service_steps() if self.is_system else []),
+        ]
+
+    def _look_for_ports(self) -> None:
+        for unit in self._units():
+            for port in () if self._systemd.are("active", unit) else _PORTS.get(unit, ()):
+                if not self._host.port_is_free(port):
+                    raise ChasquidError(f"port {port} is taken by another program, {_WHO_HAS_IT}")
+
+    # --- the system ---
+
+    def _system_steps(self) -> list[Step]:
+        data_dir = self.config().data_dir
+        return [
+            Step(f"user {SERVER_USER} of the system", self._has_owner, self._make_owner),
+            Step(USUAL_PLACES.link, self._has_program, self._install_program),
+            self._directory_step(self.config_dir, 0o755, lambda: None),
+            self._directory_step(self.config_dir + "/domains", 0o755, self._owner),
+            self._directory_step(self.config_dir + "/certs", 0o750, self._roots_for_server),
+            self._directory_step(self._host.path(data_dir), 0o700, self._owner),
+        ]
+
+    def _directory_step(
+        self, path: str, mode: int, owner: Callable[[], tuple[int, int] | None]
+    ) -> Step:
+        return Step(
+            path,
+            lambda: os.path.isdir(path),
+            lambda changes: changes.directory(path, mode, owner()),
+        )
+
+    def _has_owner(self) -> bool:
+        return self._host.ids(SERVER_USER) is not None
+
+    def _make_owner(self, changes: Changes) -> None:
+        options = ("--system", "--user-group", "--home-dir", Config("").data_dir)
+        shell = ("--shell", "/usr/sbin/nologin", SERVER_USER)
+        changes.run("useradd", *options, *shell, undo=("userdel", SERVER_USER))
+        if not self._has_owner():
+            raise ChasquidError("useradd has made no user")
+
+    def _has_program(self) -> bool:
+        if not os.path.lexists(self._program):
+            return False
+        try:
+            archive_version(self._program)
+        except ChasquidError as error:
+            text = f"{self._program} is another program; move it away, and begin again"
+            raise ChasquidError(text) from error
+        return True
+
+    def _install_program(self, changes: Changes) -> None:
+        archive = self._host.archive()
+        if not archive:
+            text = "this is no archive that could be installed; make one with build_zipapp.py"
+            raise ChasquidError(f"{text}, and give the command to it")
+        path = os.path.join(USUAL_PLACES.library, archive_name(archive))
+        changes.directory(USUAL_PLACES.library, 0o755)
+        changes.write(path, read_file(archive), 0o755)
+        changes.link(USUAL_PLACES.link, path)
+
+    def _service_steps(self) -> list[Step]:
+        return [
+            Step("units of systemd", lambda: self._systemd.has(*self._units()), self._make_units),
+            Step(_SERVER_STEP, self._is_up_to_date, self._start),
+        ]
+
+    def _units(self) -> list[str]:
+        """Return what is to run: the socket of the web listener too, if that is served by it."""
+        with_web = self._request.acme or "systemd" in self.config().web_address
+        return [*_SOCKETS, *((_WEB_SOCKET,) if with_web else ()), _SERVICE]
+
+    def _make_units(self, changes: Changes) -> None:
+        names = [name for name in self._units() if not self._systemd.has(name)]
+        units = {name: self._host.template(f"systemd/{name}") for name in names}
+        if not os.path.exists(self._host.path("/usr/bin/python3")):
+            python = os.fsencode(sys.executable)
+            units = {
+                name: unit.replace(b"/usr/bin/python3", python) for name, unit in units.items()
+            }
+        self._systemd.add(changes, units)
+
+    def _stopped(self) -> list[str]:
+        """Return the units that do not run, or would not after the next boot."""
+        return [
+            unit
+            for unit in self._units()
+            if not (self._systemd.are("active", unit) and self._systemd.are("enabled", unit))
+        ]
+
+    def _is_up_to_date(self) -> bool:
+        """Tell whether the server runs, with what it reads only at its start."""
+        changed = any(what.startswith(("units ", self._conf, "key ")) for what in self.made)
+        return not changed and not self._stopped()
+
+    def _start(self, changes: Changes) -> None:
+        stopped = self._stopped()
+        if stopped and _SERVICE not in stopped:  # no socket can be opened for it while it runs
+            changes.run("systemctl", "stop", _SERVICE, undo=("systemctl", "start", _SERVICE))
+        if stopped:
+            self._systemd.enable(changes, *stopped)
+        if _SERVICE not in stopped:
+            changes.run("systemctl", "restart", _SERVICE)
+
+    def _dovecot_steps(self) -> list[Step]:
+        if self.dovecot is None:
+            return []
+        return self.dovecot.steps(self.config, lambda: self.certificate, self.made)
+
+    # --- the configuration directory ---
+
+    def _restore_steps(self) -> list[Step]:
+        """A restored server stays if a later step fails: the next run keeps it, and goes on."""
+        backup = self._request.backup
+        if not backup:
+            return []
+
+        def restore(changes: Changes) -> None:
+            restore_backup(backup, self.config_dir)
+
+        return [Step(f"what is in {backup}", self._has_conf, restore)]
+
+    def _has_conf(self) -> bool:
+        return os.path.exists(self._conf)
+
+    def _make_conf(self, changes: Changes) -> None:
+        lines = '# Made by "chasquid init"; "chasquid print-config" explains every key.\n'
+        lines += f"hostname: {quote(self.hostname)}\n"
+        if not self._in_usual_place:
+            lines += 'data_dir: "data"\n'
+        if not self.is_system:
+            lines += _PORT_LINES
+        changes.directory(self.config_dir, 0o755)
+        changes.write(self._conf, lines.encode())
+
+    def _setting_steps(self) -> list[Step]:
+        return [self._setting_step(key, value) for key, value in self._settings()]
+
+    def _settings(self) -> Iterator[tuple[str, str | bool]]:
+        """Yield the keys that the request asks for, and their values."""
+        request = self._request
+        if request.smarthost:
+            yield "smarthost", request.smarthost
+        if request.acme and request.acme_url:
+            yield "acme_url", request.acme_url
+        if request.acme:
+            yield "acme", True
+        if request.acme and self.is_system:
+            yield "web_address", "systemd"
+
+    def _setting_step(self, key: str, value: str | bool) -> Step:
+        text = f"{key}: {str(value).lower() if isinstance(value, bool) else quote(value)}"
+
+        def is_done() -> bool:
+            known = getattr(self.config(), key)
+            if isinstance(known, tuple):
+                return bool(known)
+            if known != value and key in changed_keys(self.config()):
+                raise ConfigError(self._conf, 0, f"{key} is {known!r}; change it there")
+            return bool(known == value)
+
+        def make(changes: Changes) -> None:
+            changes.write(self._conf, read_file(self._conf).rstrip(b"\n") + f"\n{text}\n".encode())
+            load_config(self.config_dir)
+
+        return Step(f"key {text}", is_done, make)
+
+    def _has_domain(self) -> bool:
+        return self._request.domain in domain_directories(self.config_dir, [])
+
+    def _make_domain(self, changes: Changes) -> None:
+        changes.directory(self._domain_directory(self._request.domain), 0o755, self._owner())
+
+    def _has_user(self) -> bool:
+        return self._request.user in load_users(self._domain_directory(self._request.domain))
+
+    def _make_user(self, changes: Changes) -> None:
+        if not self._request.password:
+            self.new_password = _easy_password()
+        directory = self._domain_directory(self._request.domain)
+        known = new_password(os.fsencode(self._request.password or self.new_password))
+        users = format_users({**load_users(directory), self._request.user: known})
+        changes.write(os.path.join(directory, "users"), users, 0o600, self._owner())
+
+    def _alias_step(self, domain: str) -> Step:
+        names = ", ".join(_OWNED_ALIASES)
+        return Step(
+            f"aliases {names} of {domain}",
+            lambda: not self._missing_aliases(domain),
+            lambda changes: self._make_aliases(changes, domain),
+        )
+
+    def _missing_aliases(self, domain: str) -> list[str]:
+        directory = self._domain_directory(domain)
+        known = {*load_aliases(directory, domain), *load_users(directory)}
+        return [] if "*" in known else [name for name in _OWNED_ALIASES if name not in known]
+
+    def _make_aliases(self, changes: Changes, domain: str) -> None:
+        """Add those that are missing; a host without users has the names of the domain."""
+        directory = self._domain_directory(domain)
+        path, request = os.path.join(directory, "aliases"), self._request
+        to = request.user if domain == request.domain else request.address
+        text = "".join(f"{name}: {to}\n" for name in self._missing_aliases(domain))
+        if domain != request.domain and not load_users(directory):
+            text = f"*: *@{request.domain}\n"
+        before = read_file(path, missing=b"")
+        data = (before.rstrip(b"\n") + b"\n" if before else b"") + text.encode()
+        parse_aliases(data, path, domain)
+        changes.directory(directory, 0o755, self._owner())
+        changes.write(path, data, 0o644, self._owner())
+
+    def _key_step(self, kind: str, algorithm: str, letter: str, type_: type) -> Step:
+        year = time.gmtime(self._now).tm_year
+        selector = f"{letter}{year}"
+
+        def make(changes: Changes) -> None:
+            domain, key = self._request.domain, self._make_new_key(algorithm)
+            path = os.path.join(self._domain_directory(domain), f"dkim:{selector}.pem")
+            if os.path.exists(path):
+                raise ChasquidError(f"{path} exists, and is of another kind")
+            mark = DkimKey(domain_to_ascii(domain), selector, key).name
+            changes.directory(self._data_path(), 0o700, self._owner())
+            changes.directory(self._data_path(UNSEEN_DIRECTORY), 0o700, self._owner())
+            changes.write(self._data_path(UNSEEN_DIRECTORY, mark), b"", 0o600, self._owner())
+            changes.write(path, key.to_pem().encode(), 0o600, self._owner())
+
+        what = f"{kind} key for DKIM of {self._request.domain}"
+        return Step(what, lambda: any(isinstance(key.key, type_) for key in self.dkim_keys()), make)
+
+    def _has_certificate(self) -> bool:
+        return os.path.lexists(self.certificate)
+
+    def _make_certificate(self, changes: Changes) -> None:
+        """Make one that nobody trusts, so that TLS and logins work until there is another."""
+        chain, key = self_signed_certificate([domain_to_ascii(self.hostname)], self._now)
+        directory, mode, owner = self.certificate, 0o640, self._roots_for_server()
+        if directory.startswith(self._data_path("")):  # the server will replace it
+            mode, owner = 0o600, self._owner()
+            for above in ("", "acme", FETCHED_CERTIFICATES):
+                changes.directory(self._data_path(above).rstrip("/"), 0o700, owner)
+        changes.directory(directory, 0o750, owner)
+        changes.write(os.path.join(directory, "privkey.pem"), key.encode(), mode, owner)
+        changes.write(os.path.join(directory, "fullchain.pem"), chain.encode(), 0o644, owner)
+
+    def _is_self_signed(self) -> bool:
+        """Tell whether the host's certificate is still the one that was made here."""
+        pem = read_file(os.path.join(self.certificate, "fullchain.pem"), missing=b"")
+        return is_self_signed(pem)
+
+    def reload(self) -> list[str]:
+        """Have a running server read the files again; return what is wrong with them."""
+        if not self.made or _SERVER_STEP in self.made:
+            return []
+        try:
+            return ask_running_server(self._data_path(), "reload", "") or []
+        except ChasquidError as error:
+            return [str(error)]
+
+    def try_imap(self, log_in: Callable[[str, str], str] = imap_login) -> str:
+        """Log in over IMAP, if the password is known; return a sentence, or ""."""
+        address, password = self._request.address, self.new_password or self._request.password
+        if not (self.dovecot and self.dovecot.is_ours and password):
+            return ""
+        why = log_in(address, password)
+        if why:
+            return f"IMAP: {address} cannot log in: {why}; 'journalctl -u dovecot' may say more."
+        return f"IMAP: {address} can log in with the password, on port {IMAPS_PORT}."
+
+    @property
+    def program(self) -> str:
+        """How a person calls the program from now on."""
+        if self.is_system:
+            return "sudo chasquid"
+        called = f"python3 {self._host.archive() or os.path.abspath(__file__)}"
+        return called if self._in_usual_place else f"{called} --config-dir {self.config_dir}"
+
+    def notes(self) -> Iterator[str]:
+        """Yield what is still to be done on this host, a sentence each."""
+        config = self.config()
+        if not self.is_system:
+            yield (
+                f"Start the server with '{self.program} serve'; its ports are below 1024, for "
+                "which it needs root, or 'sysctl net.ipv4.ip_unprivileged_port_start=25'."
+            )
+        if self._is_self_signed() and config.acme:
+            yield (
+                f"A certificate for {self.hostname} is fetched once its address is in the DNS and "
+                "port 80 can be reached from outside. Until then it has one that nobody trusts."
+            )
+        elif self._is_self_signed():
+            way = "put another in its place"
+            if not self._request.no_acme:
+                way += (
+                    ", or give '--acme-agree' to have the server fetch one from Let's Encrypt "
+                    "(you accept its terms by that)"
+                )
+            yield f"Nobody else trusts the certificate in {self.certificate}: {way}."
+        if config.smarthost and not config.smarthost_user:
+            yield (
+                f"If {config.smarthost} wants a login, add smarthost_user and "
+                f"smarthost_password_file to {self._conf}."
+            )
+        if self.dovecot:
+            yield from self._imap_notes(self.dovecot)
+
+    @property
+    def ports(self) -> str:
+        """The ports that others must reach, for a person."""
+        return f"25, 465, 587{', 80, 443' if self.config().acme else ''} and {IMAPS_PORT}"
+
+    def _imap_notes(self, dovecot: DovecotSetup) -> Iterator[str]:
+        if not dovecot.version:
+            yield (
+                "To read mail over IMAP: 'apt install dovecot-imapd', then "
+                f"'{self.program} init {self._request.address}' once more."
+            )
+        elif not dovecot.is_ours:
+            yield (
+                "Dovecot has a configuration of its own, which is kept. For one that fits, move "
+                f"{DOVECOT_CONF} away, and give this command again; or have yours use the users "
+                f"and passwords in {dovecot_users_path(self.config_dir)}."
+            )
+        for user in dovecot.without_hash() if dovecot.version else ():
+            yield f"IMAP: {user} needs a new password for it: '{self.program} user-add {user}'."
+
+
+def carry_out(
+    setup: Setup, host: Host, tell: Callable[[str, str], object], dry_run: bool = False
+) -> None:
+    """Make what is missing; `tell` gets "made", "kept" or "would make", and what.
+
+    If anything fails, all is taken back. Raises ChasquidError.
+    """
+    changes, step = Changes(host), None
+    try:
+        for step in setup.steps():
+            if step.is_done():
+                tell("kept", step.what)
+            elif dry_run:
+                tell("would make", step.what)
+            else:
+                step.make(changes)
+                setup.made.append(step.what)
+                tell("made", step.what)
+    except BaseException as error:
+        left = changes.take_back()
+        if step is None or not isinstance(error, (ChasquidError, OSError)):
+            raise
+        text = f"{step.what}: {reason(error)}"
+        if setup.made or left:
+            text += "; what was made before is taken back"
+        text += f", but for {', '.join(left)}" if left else ""
+        raise ChasquidError(text) from error
+
+
+def _easy_password() -> str:
+    """Return a password of 80 random bits that a person can type."""
+    text = base64.b32encode(os.urandom(10)).decode("ascii").lower()
+    return "-".join(text[start : start + 4] for start in range(0, 16, 4))
+
+
+# --- what is still to be done elsewhere ---
+
+_RECORDS_SECONDS = 6.0
+
+
+class Seen(NamedTuple):
+    """What the DNS has of what is needed.
+
+    `nameless` are addresses whose PTR record does not name the host. `other_policy` says that
+    the domain has an SPF record that is not about its MX; `failure` is why not all could be
+    asked.
+    """
+
+    there: frozenset[DnsRecord]
+    nameless: tuple[str, ...] = ()
+    other_policy: bool = False
+    failure: str = ""
+
+    def with_published(self, records: Iterable[DnsRecord], lines: Iterable[str]) -> Seen:
+        """Return the same with what `publish` says that it has made or changed."""
+        made = {
+            tuple(line.split()[1:3]) for line in lines if line.startswith(("made ", "changed "))
+        }
+        there = {record for record in records if (record.name, record.kind) in made}
+        return self._replace(there=self.there | there)
+
+
+async def look_records_up(names: Names, loop: Loop, needs: DnsNeeds) -> Seen:
+    """Ask the DNS, at most for some seconds, what is there of the records of `needs`."""
+    there: set[DnsRecord] = set()
+    nameless: list[str] = []
+    texts: list[str] = []
+
+    async def look_up(record: DnsRecord) -> None:
+        values = (await names.query(record.name, record.kind)).records
+        if record.name == needs.domain and record.purpose == "SPF":
+            texts.extend(values)
+        if any(_is_as_good(record, value) for value in values):
+            there.add(record)
+
+    async def look_back(address: str) -> None:
+        import ipaddress  # only here
+
+        name = ipaddress.ip_address(address).reverse_pointer
+        found = (await names.query(name, "PTR")).records
+        if needs.host not in (value.rstrip(".").lower() for value in found):
+            nameless.append(address)
+
+    failure = ""
+    try:
+        with loop.deadline(_RECORDS_SECONDS):
+            records = domain_records(needs)
+            await together(loop, [*map(look_up, records), *map(look_back, needs.addresses)])
+    except (TemporaryFailure, Expired) as error:
+        failure = str(error) or "no answer in time"
+    other = any(map(_is_policy, texts)) and not any(
+        record.purpose == "SPF" and record.name == needs.domain for record in there
+    )
+    return Seen(frozenset(there), tuple(sorted(nameless)), other, failure)
+
+
+def _is_policy(text: str) -> bool:
+    return text.lower().split(" ")[0] == "v=spf1"
+
+
+def _is_as_good(record: DnsRecord, value: str) -> bool:
+    """Tell whether what the DNS has does what `record` is for."""
+    wanted, found = record.value.split(), value.split()
+    if record.kind in ("MX", "SRV"):
+        return wanted[-1] == found[-1].rstrip(".").lower()
+    if record.purpose == "SPF":
+        return _is_policy(value) and bool({wanted[1], f"+{wanted[1]}"} & set(found))
+    if record.purpose == "DKIM":
+        return _public_key(record.value) == _public_key(value)
+    if record.kind == "TXT":
+        return wanted[0].rstrip(";") == re.split(r"[\s;]", value, maxsplit=1)[0]
+    return not wanted or value.rstrip(".").lower() == record.value
+
+
+def _public_key(record: str) -> str:
+    found = re.search(r"(?:^|;)\s*p\s*=([^;]*)", record)
+    return re.sub(r"\s", "", found[1]) if found else ""
+
+
+def remaining_records(needs: DnsNeeds, seen: Seen) -> list[DnsRecord]:
+    """Return the records that are still to be published."""
+    return [record for record in domain_records(needs) if record not in seen.there]
+
+
+def remaining_notes(setup: Setup, needs: DnsNeeds, seen: Seen) -> Iterator[str]:
+    """Yield what is to be done or known beside the DNS records, a sentence each."""
+    if seen.failure:
+        yield f"The DNS could not be asked ({seen.failure}); some records may be there already."
+    if seen.other_policy:
+        yield f"{needs.domain} has an SPF record, and may have only one: put 'mx' into that."
+    for address in seen.nameless:
+        yield f"Ask whoever provides {address} for its PTR record: {needs.host}"
+    if not needs.addresses:
+        yield (
+            f"This host has no public address. Behind a router, forward the ports {setup.ports} "
+            "to it; on a home line, port 25 to the outside is often closed, and "
+            "mail leaves through a smarthost (--smarthost HOST:PORT)."
+        )
+    yield from setup.notes()
+
+
+def remaining_text(
+    records: Sequence[DnsRecord], notes: Sequence[str], domain: str, doctor: str
+) -> list[str]:
+    """Return the lines that say what is still to be done; `doctor` is the command to end with."""
+    lines: list[str] = []
+    for optional, heading in (
+        (False, f"To be published in the DNS of {domain}:"),
+        (True, "Optional there:"),
+    ):
+        rows = record_table([row for row in records if row.optional == optional], domain)
+        lines += ["", heading, "", *(f"  {row}" for row in rows)] if rows else []
+    lines += ["", *(f"- {note}" for note in notes)] if notes else []
+    return [*lines, "", f"This tells when all is well:  {doctor}"]
+
+
+# ======================================================================================
 # ROOM: FAULTS
 #
 # Failures on purpose, for tests of what has to live with them: a script of rules, each
@@ -19235,9 +20449,11 @@ class _Survey:
 # session that has it happen.
 # ======================================================================================
 
-STAGES = ("connect", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "message")
+STAGES = ("connect", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "message",
+          "RSET", "NOOP", "VRFY", "EXPN", "HELP", "QUIT")  # fmt: skip
 CERTIFICATE_FAULTS = ("expired", "wrong-name", "untrusted", "broken")
 _ADDRESSED_STAGES = frozenset(("MAIL", "RCPT", "DATA", "message"))
+_WITHOUT_EFFECT = frozenset(("NOOP", "VRFY", "EXPN", "HELP"))  # a reply is all that they do
 _EXTENSIONS = frozenset((
     "PIPELINING", "8BITMIME", "SMTPUTF8", "SIZE", "ENHANCEDSTATUSCODES", "CHUNKING", "LIMITS",
     "DSN", "HELP", "REQUIRETLS", "AUTH", "STARTTLS",
@@ -19261,11 +20477,11 @@ class Fault(NamedTuple):
 
     What happens: a `reply` ("451 4.2.1 busy") instead of doing what was asked for; a
     `delay` before the answer; the answer octet by octet, with `drip` between two; the
-    connection is dropped (`drop`), or dropped once so many octets of the message have come
-    (`drop_after`, at DATA); no answer at all (`hang`); a `certificate` of
-    `CERTIFICATE_FAULTS`; extensions that EHLO does not offer (`without`). With `per_second`
-    the rule acts only on what comes beyond so many a second, with 421 where no reply is given;
-    with `probability`, in so many percent of the cases.
+    connection is dropped (`drop`), after the `reply` or `raw` if there is one, or once so many
+    octets of the message have come (`drop_after`, at DATA); no answer at all (`hang`); a
+    `certificate` of `CERTIFICATE_FAULTS`; extensions that EHLO does not offer (`without`). With
+    `per_second` the rule acts only on what comes beyond so many a second, with 421 where no
+    reply is given; with `probability`, in so many percent of the cases.
 
     A `reply` of 2xx or 3xx is given for what has been done, "\\n" in it begins a further line,
     and at "connect" it is the greeting; `raw` are octets that are sent instead of a reply.
@@ -19473,9 +20689,11 @@ class Script:
             raise FaultError("expected one of nth, times and per_second")
         if not all(0 <= seconds <= _LONGEST for seconds in (fault.delay, fault.drip)):
             raise FaultError(f"expected a time of 0 to {_LONGEST:g} seconds")
-        instead = (fault.reply, fault.raw, fault.drop, fault.hang, fault.drop_after)
-        if sum(map(bool, instead)) > 1:
-            raise FaultError("expected one of reply, raw, drop, drop_after and hang")
+        answers = (fault.reply, fault.raw, fault.hang, fault.drop_after)
+        ends = (fault.drop, fault.hang, fault.drop_after)
+        if sum(map(bool, answers)) > 1 or sum(map(bool, ends)) > 1:
+            raise FaultError("expected one of reply, raw, drop, drop_after and hang, or drop after"
+                             " one of the first two")  # fmt: skip
         self._check_place(fault)
         return _reply_of(fault)
 
@@ -19675,6 +20893,7 @@ class FaultInjection:
         self._stream = stream
         self._tls_context_of = tls_context_of
         self._without: frozenset[str] = frozenset()
+        self._drop = False  # after the answer
 
     async def __call__(
         self,
@@ -19684,6 +20903,22 @@ class FaultInjection:
         act: Callable[[], Awaitable[Reply | None]],
     ) -> Reply | None:
         """See `Hook`. Raises Dropped, and what `act` raises."""
+        self._drop = False
+        reply = await self._answer(session, stage, argument, act)
+        if self._drop:
+            if reply is not None:
+                session.say(reply)
+            await self._stream.flush()
+            raise Dropped
+        return reply
+
+    async def _answer(
+        self,
+        session: Session,
+        stage: str,
+        argument: str,
+        act: Callable[[], Awaitable[Reply | None]],
+    ) -> Reply | None:
         await self._check_offered(session, stage, argument)
         name = {"HELO": "EHLO", "BDAT": "DATA"}.get(stage, stage)
         if name == "EHLO":
@@ -19697,9 +20932,12 @@ class FaultInjection:
                 scripted = await self._inject(session, name, addresses)
             except _Answered:
                 return None
-        if scripted is not None and not scripted.is_error and stage not in ("DATA", "STARTTLS"):
+        acts = stage not in ("DATA", "STARTTLS") and stage not in _WITHOUT_EFFECT
+        if scripted is not None and not scripted.is_error and acts:
             reply = await act()
-            return reply if reply is None or reply.is_error else scripted
+            if reply is None or reply.is_error:
+                return reply
+            return scripted._replace(close=scripted.close or reply.close)
         if scripted is not None and stage not in ("connect", "BDAT"):
             session.say(scripted)  # what is not returned is no error of the client
             return None
@@ -19746,17 +20984,18 @@ class FaultInjection:
             await session.loop.sleep(fault.delay)
         while fault.hang:
             await self._stream.read_some()
-        if fault.drop:
-            raise Dropped
         if fault.certificate:
             await self._spoil_handshake(session, fault.certificate)
         self._stream.drip = fault.drip
         self._stream.drop_after = fault.drop_after
         self._without |= frozenset(fault.without)
+        self._drop = fault.drop
         if fault.raw:
             session.dialogue.add("S", fault.raw)
             self._stream.write(fault.raw.encode("utf-8", "surrogateescape"))
             raise _Answered
+        if fault.drop and reply is None:
+            raise Dropped
         return reply
 
     async def _spoil_handshake(self, session: Session, certificate: str) -> None:
@@ -21150,6 +22389,17 @@ class CaptureServer:
         if found is None:
             self._miss(what, seconds)
         return found
+
+    if TYPE_CHECKING:
+
+        @overload
+        async def arrived(
+            self, what: int = 1, timeout: float | None = None
+        ) -> list[CapturedMessage]: ...
+        @overload
+        async def arrived(
+            self, what: Callable[[CapturedMessage], object], timeout: float | None = None
+        ) -> CapturedMessage: ...
 
     async def arrived(
         self, what: int | Callable[[CapturedMessage], object] = 1, timeout: float | None = None
@@ -23041,7 +24291,9 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     """Print everything that is wrong with the configuration, and what is doubtful."""
     config, domains, certificates, wrong, doubtful = _examine(arguments)
-    warnings = [*certificates.warnings(time.time(), [domain_to_ascii(config.hostname)])]
+    keys = itertools.chain.from_iterable(domains.keys.values())
+    warnings = [f"{key.unseen_text}; see dkim-dns" for key in keys if key.name in domains.unseen]
+    warnings += certificates.warnings(time.time(), [domain_to_ascii(config.hostname)])
     if not certificates.loaded:
         top = f"{config.config_dir}/certs/NAME/"
         warnings.append(f"no certificate in {top}: TLS is off, and nobody can log in")
@@ -23106,6 +24358,82 @@ def _diagnose(arguments: argparse.Namespace) -> list[Finding]:
     if shown:
         print("\r\033[K", end="", file=sys.stderr, flush=True)
     return findings
+
+
+# --- init ---
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    user, domain = _split_user(arguments.address)
+    host = Host()
+    request = SetupRequest(
+        user, domain, arguments.config_dir, host=arguments.host or "",
+        smarthost=arguments.smarthost or "", password=arguments.password or "",
+        acme=arguments.acme_agree, acme_url=arguments.acme or "", no_acme=arguments.no_acme,
+        backup=arguments.source or "",
+    )  # fmt: skip
+    setup = Setup(host, request, time.time())
+    out = sys.stderr if arguments.zone or arguments.json else sys.stdout
+    steps: list[dict[str, str]] = []
+
+    def tell(state: str, what: str) -> None:
+        steps.append({"state": state, "what": what})
+        print(f"{state}  {what}", file=out, flush=True)
+
+    carry_out(setup, host, tell, arguments.dry_run)
+    if arguments.dry_run:
+        return 0
+    needs = setup.needs()
+    imap = setup.try_imap()
+    notes = [*setup.reload(), *filter(None, [imap])]
+    if arguments.acme_agree or arguments.acme:
+        notes += _terms(setup.config(), arguments)
+    published = _published_by_init(arguments, setup.config(), domain_records(needs))
+    for line in published:
+        print(line, file=out)
+    seen = _with_names(arguments, lambda names, loop: look_records_up(names, loop, needs))
+    seen = seen.with_published(domain_records(needs), published)
+    records = remaining_records(needs, seen)
+    notes += remaining_notes(setup, needs, seen)
+    doctor = f"{setup.program} doctor --wait"
+    if arguments.json:
+        print(json.dumps({
+            "address": request.address, "password": setup.new_password, "host": needs.host,
+            "steps": steps, "published": published, "notes": notes, "then": doctor,
+            "records": [record._asdict() for record in records],
+        }, indent=2))  # fmt: skip
+        return 0
+    if setup.new_password:
+        text = f"The password of {request.address} is  {setup.new_password}"
+        print(f"\n{text}\nIt is shown this once; 'user-add' sets another.", file=out)
+    if arguments.zone:
+        print(zone_file(domain_records(needs)), end="")
+        records = []
+    print("\n".join(remaining_text(records, notes, needs.domain, doctor)), file=out)
+    return 0
+
+
+def _published_by_init(
+    arguments: argparse.Namespace, config: Config, records: Sequence[DnsRecord]
+) -> list[str]:
+    """Publish what can be, if there is a key for it; what is made on this host stays anyway."""
+    if not arguments.dns_key:
+        return []
+    try:
+        return _published(arguments, config, records)
+    except ChasquidError as error:
+        return [f"failed to publish: {error}"]
+
+
+def _terms(config: Config, arguments: argparse.Namespace) -> Iterator[str]:
+    """Yield where the terms of the authority are."""
+    try:
+        terms = acme_terms(arguments.acme or config.acme_url)
+    except ChasquidError as error:
+        yield f"The authority for certificates cannot be asked for its terms: {error}"
+    else:
+        agreed = "which you have accepted" if config.acme else "accept them with --acme-agree"
+        yield f"The terms of the authority for certificates, {agreed}: {terms or 'none'}"
 
 
 # --- try ---
@@ -23467,6 +24795,7 @@ def _user_add(arguments: argparse.Namespace) -> int:
         password = new_password(_ask_password(arguments, twice=True))
     existed = user in users
     _write_users(directory, {**users, user: password})
+    write_dovecot_users(config.config_dir)
     print(f"{user}@{domain} {'has a new password' if existed else 'is added'}")
     _tell_of_new_domain(domain, is_new)
     _put_in_force(config, domain)
@@ -23511,6 +24840,7 @@ def _user_remove(arguments: argparse.Namespace) -> int:
         raise ChasquidError(f"{directory}/users: there is no user {user!r}")
     del users[user]
     _write_users(directory, users)
+    write_dovecot_users(config.config_dir)
     print(f"{user}@{domain} is removed; the mail in the Maildir is kept")
     _put_in_force(config, domain)
     return 0
@@ -23638,15 +24968,23 @@ def _records_of_ours(arguments: argparse.Namespace, config: Config) -> dict[str,
 def _publish(arguments: argparse.Namespace, config: Config, records: Sequence[DnsRecord]) -> int:
     if not arguments.dns_key:
         raise ChasquidError("expected --dns-key FILE, with the key that the name server knows")
+    lines = _published(arguments, config, records)
+    print("\n".join(lines))
+    return 1 if any(line.startswith("failed ") for line in lines) else 0
+
+
+def _published(
+    arguments: argparse.Namespace, config: Config, records: Sequence[DnsRecord]
+) -> list[str]:
+    """Publish records with the key that the arguments name. Raises ChasquidError."""
     lines = publish(
         records, read_tsig_key(arguments.dns_key), config.data_dir,
         resolve=blocking_resolver(config.dns_server), dry_run=arguments.dry_run,
     )  # fmt: skip
-    print("\n".join(lines))
     if not arguments.dry_run:  # whoever waits for the record of a key looks again
         with contextlib.suppress(ChasquidError):
             ask_running_server(config.data_dir, "reload", "")
-    return 1 if any(line.startswith("failed ") for line in lines) else 0
+    return lines
 
 
 # --- sendmail ---
@@ -23842,8 +25180,10 @@ def _with_names(
     if os.path.exists(os.path.join(arguments.config_dir, "chasquid.conf")):
         servers = _load(arguments).dns_server
 
+    told = getattr(arguments, "txt", None)
+
     async def with_names(loop: Loop) -> T:
-        return await use(Names(loop, tell if arguments.txt else DnsClient(loop, servers).ask), loop)
+        return await use(Names(loop, tell if told else DnsClient(loop, servers).ask), loop)
 
     return run_apart(with_names, _LOOK_UP_SECONDS)
 
@@ -24200,6 +25540,7 @@ def _import(arguments: argparse.Namespace) -> int:
     if left:
         print("\nNot carried over, or changed:\n" + "\n".join(f"  {line}" for line in left))
     if arguments.source == "postfix" and not arguments.dry_run:
+        write_dovecot_users(config.config_dir)
         _put_in_force(config, domain)
         print("Now look at: chasquid check-userdb")
     return 0
@@ -24235,6 +25576,27 @@ _DKIM_KEY = (
     ("key", {"nargs": "?", "metavar": "KEY.pem", "help": "instead of the domain's directory"}),
 )
 _VERBS: dict[str, _Verb] = {
+    "init": _Verb(
+        _init,
+        (
+            ("address", {"metavar": "ADDRESS"}),
+            ("--host", {"metavar": "NAME", "help": "of this host (default: mail.DOMAIN)"}),
+            ("--smarthost", {"metavar": "HOST:PORT", "help": "through which mail leaves"}),
+            ("--password", {"help": "of the user, instead of one that is made up"}),
+            ("--acme-agree", {"action": "store_true", "help": "fetch certificates; accept terms"}),
+            ("--acme", {"metavar": "URL", "help": "of the authority (default: Let's Encrypt)"}),
+            ("--no-acme", {"action": "store_true", "help": "do not speak of --acme-agree"}),
+            ("--dns-key", {"metavar": "FILE", "help": "publish the records with it; see dns"}),
+            (
+                "--from",
+                {"dest": "source", "metavar": "FILE", "help": "a backup, of which to begin with"},
+            ),
+            ("--zone", {"action": "store_true", "help": "show the records as a zone file"}),
+            ("--dry-run", {"action": "store_true", "help": "only say what would be made"}),
+            ("--json", {"action": "store_true", "help": "for programs"}),
+        ),
+        "make everything that a domain needs, and say what is left to do; again at any time",
+    ),
     "serve": _Verb(_serve, (), "run the server"),
     "try": _Verb(
         _try,

@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 from support import wait_for
 
-import chasquid
-
 from .internet import HOST, Authority, Internet, Names, World, WorldDkim, WorldDmarc
 from .machine import Machine
 from .tools import letter, program
@@ -138,9 +136,6 @@ def test_a_domain_that_is_published_passes_in_the_world(outer: Outer, host: Host
     assert "Subject: from the world" in found and "spf=pass" in found
 
 
-@pytest.mark.skipif(
-    not {"init", "doctor"} <= set(chasquid._VERBS), reason="init and doctor are not there yet"
-)
 def test_from_an_empty_host_to_mail_both_ways(outer: Outer, host: Host) -> None:
     """Three commands: everything on the host, everything in the DNS, all is well.
 
