@@ -15884,11 +15884,11 @@ class _BackupReader:
 class _Restore:
     """Makes files of the members of a backup, below the places of config, data and mail."""
 
-    def __init__(self, path: str, config: Config) -> None:
+    def __init__(self, path: str, config: Config, made: list[str]) -> None:
         top, _ = _maildir_pattern(config)
         self._path = path
         self.places = {"config": config.config_dir, "data": config.data_dir, "mail": top}
-        self._made: list[str] = []
+        self._made = made
         self.counts: collections.Counter[str] = collections.Counter()
         self.unknown: set[str] = set()  # owners whom this system does not have
 
@@ -15936,15 +15936,19 @@ class _Restore:
             self.unknown.add(f"{member.uname}:{member.gname}")
             return os.geteuid(), os.getegid()
 
-    def undo(self) -> None:
-        """Take away what was made."""
-        for path in reversed(self._made):
-            with contextlib.suppress(OSError):
-                os.rmdir(path) if os.path.isdir(path) else os.unlink(path)
+
+def undo_restore(made: Sequence[str]) -> None:
+    """Take away what was made of a backup, the last first."""
+    for path in reversed(made):
+        with contextlib.suppress(OSError):
+            os.rmdir(path) if os.path.isdir(path) else os.unlink(path)
 
 
-def _config_in_backup(path: str, config_dir: str, overrides: str) -> Config:
-    """Return the configuration that a backup holds, as it will be in `config_dir`."""
+def config_in_backup(path: str, config_dir: str, overrides: str) -> Config:
+    """Return the configuration that a backup holds, as it will be in `config_dir`.
+
+    Raises ChasquidError.
+    """
     import tempfile
 
     for name, _, contents in _BackupReader(path).members():
@@ -15958,15 +15962,19 @@ def _config_in_backup(path: str, config_dir: str, overrides: str) -> Config:
     raise ChasquidError(f"{path}: it holds no chasquid.conf")
 
 
-def restore_backup(path: str, config_dir: str, overrides: str = "") -> list[str]:
+def restore_backup(
+    path: str, config_dir: str, overrides: str = "", made: list[str] | None = None
+) -> list[str]:
     """Make a configuration, data_dir and mailboxes from the backup at `path`.
 
     Nothing that is there is replaced, and if it fails, what was made is taken away. The places
     of data_dir and Maildirs are those of the chasquid.conf in it, and of `overrides`, text in
-    its format. Returns what was made, as lines. Raises ChasquidError.
+    its format. Returns what was made, as lines; the paths are added to `made`, for
+    `undo_restore`. Raises ChasquidError.
     """
-    config = _config_in_backup(path, os.path.abspath(config_dir), overrides)
-    restore = _Restore(path, config)
+    made = [] if made is None else made
+    config = config_in_backup(path, os.path.abspath(config_dir), overrides)
+    restore = _Restore(path, config, made)
     for name, member, _ in _BackupReader(path).members():
         restore.check(name, member)
     with contextlib.ExitStack() as held:
@@ -15979,7 +15987,7 @@ def restore_backup(path: str, config_dir: str, overrides: str = "") -> list[str]
                 restore.make(name, member, contents)
             os.sync()
         except BaseException as error:
-            restore.undo()
+            undo_restore(made)
             if isinstance(error, OSError):
                 raise ChasquidError(f"nothing was restored: {reason(error)}") from error
             raise
@@ -18914,6 +18922,20 @@ class Changes:
             why = said[-1] if said else f"exit status {done.status}"
             raise ChasquidError(f"{' '.join(argv)} has failed: {printable(why)}")
 
+    def adjust(self, path: str, mode: int, owner: tuple[int, int]) -> None:
+        """Give what is there another mode and owner. Raises OSError."""
+        path = self._host.path(path)
+        before = os.lstat(path)
+        ids, bits = (before.st_uid, before.st_gid), stat.S_IMODE(before.st_mode)
+        self._undo.append((path, lambda: os.chmod(path, bits)))
+        self._undo.append((path, lambda: self._host.chown(path, ids)))
+        self._host.chown(path, owner)
+        os.chmod(path, mode)
+
+    def undoable(self, what: str, undo: Callable[[], object]) -> None:
+        """Have `undo` called when all is taken back, for what is changed in another way."""
+        self._undo.append((what, undo))
+
     def later(self, *argv: str) -> None:
         """Have a program run when what came before is taken back."""
         self._undo.append((" ".join(argv), lambda: self._host.run(*argv)))
@@ -18995,6 +19017,7 @@ DOVECOT_CONF = "/etc/dovecot/dovecot.conf"
 _UCF_SUMS = "/var/lib/ucf/hashfile"
 _RENEWAL_UNITS = ("chasquid-dovecot.path", "chasquid-dovecot.service")
 _SAMPLE_CERTIFICATE = b"/etc/chasquid/certs/mail.example.com"  # in the first of them
+_DOVECOT_MODE = 0o2750  # of the directory of its users
 _DOVECOT_MARK = '# Made by "chasquid init" for Dovecot '
 # A hash that no password has: its key is all zero.
 _NO_PASSWORD = "{CRYPT}$7$C6..../....none$" + "." * 43
@@ -19233,16 +19256,20 @@ class DovecotSetup:
     def _has_users(self) -> bool:
         path = dovecot_users_path(self._config_dir)
         wanted, _ = dovecot_users(domain_directories(self._config_dir, []))
-        return os.path.exists(path) and read_file(path) == wanted
+        if not os.path.exists(path) or read_file(path) != wanted:
+            return False
+        return stat.S_IMODE(os.stat(os.path.dirname(path)).st_mode) == _DOVECOT_MODE
 
     def _make_users(self, changes: Changes) -> None:
         server, dovecot = self._host.ids(SERVER_USER), self._host.ids("dovecot")
         if server is None or dovecot is None:
             raise ChasquidError("Dovecot is installed, but there is no user dovecot")
         path, owner = dovecot_users_path(self._config_dir), (server[0], dovecot[1])
-        changes.directory(os.path.dirname(path), 0o2750, owner)
+        changes.directory(os.path.dirname(path), _DOVECOT_MODE, owner)
+        changes.adjust(os.path.dirname(path), _DOVECOT_MODE, owner)
         data, _ = dovecot_users(domain_directories(self._config_dir, []))
         changes.write(path, data, 0o640, owner)
+        changes.adjust(path, 0o640, owner)
 
     def _has_conf(self, certificate: str) -> bool:
         text = self._text()
@@ -19317,7 +19344,8 @@ class SetupRequest(NamedTuple):
     """What a person wants: an address and where it is to be, as `init` takes it.
 
     User and domain are normalised, `host` and `smarthost` may be "". `acme` agrees to the
-    terms of the authority at `acme_url`, "" for the usual one.
+    terms of the authority at `acme_url`, "" for the usual one. `backup` is the path of one that
+    is to be restored first, or "".
     """
 
     user: str
@@ -19329,6 +19357,7 @@ class SetupRequest(NamedTuple):
     acme: bool = False
     acme_url: str = ""
     no_acme: bool = False
+    backup: str = ""
 
     @property
     def address(self) -> str:
@@ -19372,6 +19401,8 @@ class Setup:
         """Return the configuration, as it is or as it will be. Raises ConfigError."""
         if os.path.exists(self._conf):
             return load_config(self.config_dir)
+        if self._request.backup:
+            return config_in_backup(self._request.backup, self.config_dir, "")
         data_dir = Config("").data_dir
         if not self._in_usual_place:
             data_dir = os.path.join(self.config_dir, "data")
@@ -19380,8 +19411,8 @@ class Setup:
     def _choose_hostname(self) -> str:
         """Return the name in chasquid.conf, or else the one asked for, or a likely one."""
         wanted, domain = self._request.host, self._request.domain
-        if os.path.exists(self._conf):
-            known = load_config(self.config_dir).hostname
+        if os.path.exists(self._conf) or self._request.backup:
+            known = self.config().hostname
             if wanted and domain_to_ascii(wanted) != domain_to_ascii(known):
                 text = f"hostname is {known!r}, not {wanted!r}; if it is to change, change it there"
                 raise ConfigError(self._conf, 0, text)
@@ -19440,7 +19471,9 @@ class Setup:
             self._look_for_ports()
         domains = dict.fromkeys((self._request.domain, domain_to_unicode(host)))
         return [
-            *system,
+            *system[:1],  # the user, whose files are in a backup
+            *([self._restore_step()] if self._request.backup else []),
+            *system[1:],
             Step(f"{self._conf} for {host}", self._has_conf, self._make_conf),
             *self._setting_steps(),
             Step(f"domain {self._request.domain}", self._has_domain, self._make_domain),
@@ -19558,6 +19591,15 @@ class Setup:
         if self.dovecot is None:
             return []
         return self.dovecot.steps(self.config, lambda: self.certificate, self.made)
+
+    def _restore_step(self) -> Step:
+        def make(changes: Changes) -> None:
+            made: list[str] = []
+            changes.undoable(f"what {self._request.backup} holds", lambda: undo_restore(made))
+            data_dir = f"data_dir: {quote(self._data_path())}"
+            restore_backup(self._request.backup, self.config_dir, data_dir, made)
+
+        return Step(f"what {self._request.backup} holds", self._has_conf, make)
 
     # --- the configuration directory ---
 
@@ -23823,6 +23865,7 @@ def _init(arguments: argparse.Namespace) -> int:
         user, domain, arguments.config_dir, host=arguments.host or "",
         smarthost=arguments.smarthost or "", password=arguments.password or "",
         acme=arguments.acme_agree, acme_url=arguments.acme or "", no_acme=arguments.no_acme,
+        backup=arguments.backup or "",
     )  # fmt: skip
     setup = Setup(host, request, time.time())
     out = sys.stderr if arguments.zone or arguments.json else sys.stdout
@@ -25039,6 +25082,7 @@ _VERBS: dict[str, _Verb] = {
             ("--acme", {"metavar": "URL", "help": "of the authority (default: Let's Encrypt)"}),
             ("--no-acme", {"action": "store_true", "help": "do not speak of --acme-agree"}),
             ("--dns-key", {"metavar": "FILE", "help": "publish the records with it; see dns"}),
+            ("--from", {"dest": "backup", "metavar": "FILE", "help": "restore a backup first"}),
             ("--zone", {"action": "store_true", "help": "show the records as a zone file"}),
             ("--dry-run", {"action": "store_true", "help": "only say what would be made"}),
             ("--json", {"action": "store_true", "help": "for programs"}),

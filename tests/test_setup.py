@@ -598,6 +598,42 @@ def test_the_login_over_imap_is_tried_with_the_password(host):
     assert len(tried) == 2
 
 
+# --- from a backup ---
+
+
+def test_a_backup_is_restored_before_the_rest(host, tmp_path):
+    password = init(host).setup.new_password
+    before = Path(host.path("/etc/chasquid/domains/example.com/users")).read_bytes()
+    config = chasquid.load_config(host.path("/etc/chasquid"))
+    config = config._replace(data_dir=host.path(config.data_dir))
+    kept = str(tmp_path / "backup.tar")
+    chasquid.back_up(config, kept, False)
+
+    other = FakeHost(tmp_path / "other")
+    ran = init(other, backup=kept)
+    assert ran.told[:2] == [("made", "user chasquid of the system"), ("made", f"what {kept} holds")]
+    assert Path(other.path("/etc/chasquid/domains/example.com/users")).read_bytes() == before
+    assert ran.setup.hostname == "mail.example.com" and ran.setup.new_password == ""
+    assert "user ana@example.com" not in ran.made and password
+    marks = other.path("/var/lib/chasquid/dkim-unseen")
+    assert len(os.listdir(marks)) == 2
+    assert init(other, backup=kept).made == []
+
+    third = FakeHost(tmp_path / "third")
+    Path(third.path("/var/lib")).mkdir(parents=True)
+    third.answers["systemctl enable"] = chasquid.Outcome(1, b"", b"no\n")
+    clean = tree(tmp_path / "third")
+    with pytest.raises(chasquid.ChasquidError, match="taken back"):
+        init(third, backup=kept)
+    assert tree(tmp_path / "third") == clean
+
+
+def test_a_backup_that_is_none_is_told_of(host, tmp_path):
+    (tmp_path / "backup.tar").write_bytes(b"nonsense")
+    with pytest.raises(chasquid.ChasquidError, match=r"backup\.tar"):
+        init(host, backup=str(tmp_path / "backup.tar"))
+
+
 # --- certificates by ACME ---
 
 FETCHED = "/var/lib/chasquid/acme/certs/mail.example.com"
