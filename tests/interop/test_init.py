@@ -173,7 +173,7 @@ def test_a_backup_with_its_mail_on_another_host(fresh: Fresh) -> None:
     fresh.root("chasquid backup /root/backup.tar --mail", True)
     fresh.root(WIPE, True)
     text = fresh.init("--from", "/root/backup.tar")
-    assert "made  what /root/backup.tar holds" in text and "password of" not in text
+    assert "made  what is in /root/backup.tar\n" in text and "password of" not in text
     assert "Subject: kept" in wait_for(lambda: fresh.read(password), "the message again")
     fresh.send(password, "new")
     assert "Subject: new" in wait_for(lambda: fresh.read(password, 2), "the second message")

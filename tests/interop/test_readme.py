@@ -449,11 +449,6 @@ def the_hook_resolves(reader: Reader, block: Block) -> None:
     assert "ana@example.com" in resolved
 
 
-def the_doctor_speaks(reader: Reader, block: Block) -> None:
-    told = reader.root(block.text).text
-    assert "this host: well are files, modes, " in told and "must be mended" in told
-
-
 def the_records_are_shown(reader: Reader, block: Block) -> None:
     shown = reader.sh("chasquid dns show --address 192.0.2.25")
     assert "  mail  " in shown and " A      192.0.2.25" in shown
@@ -478,7 +473,6 @@ NOT_RUN: dict[str, tuple[str, Callable[[Reader, Block], None]]] = {
         "it needs a package index, and runs the tests; .ci/run does it",
         ci_runs_the_tests,
     ),
-    "sudo chasquid doctor\n": ("the machine has no way to port 25 of others", the_doctor_speaks),
     "sudo chasquid dns publish ": (
         "the name server takes no updates; test_publishing.py has two that do",
         the_records_are_shown,
