@@ -18242,7 +18242,7 @@ def _home_line(facts: Facts) -> str:
 
 def _front_host(facts: Facts) -> str:
     """Return how to receive on a line that nobody can connect to, or whose address changes."""
-    domains = list(facts.examined.domains.each) or ["DOMAIN"]
+    domains = [domain_to_unicode(name) for name in facts.domains] or ["DOMAIN"]
     return (
         "have a small host with a fixed address as MX, whose chasquid passes mail on; there:\n"
         + "".join(f"domains/{name}/aliases: *: *@{name} via {facts.host}\n" for name in domains)
@@ -18335,11 +18335,15 @@ def _get_certificate(facts: Facts) -> str:
     """Return how to get a certificate for the host."""
     if facts.config.acme:
         return f"the log says why none has come: sudo journalctl -u {SERVICE} --grep acme"
-    path = os.path.join(facts.config.config_dir, "chasquid.conf")
-    return (
-        "have it fetched, which accepts the terms of Let's Encrypt: "
-        f"echo 'acme: true' | sudo tee -a {path} && sudo systemctl restart {SERVICE}"
-    )
+    terms = "have it fetched, which accepts the terms of Let's Encrypt"
+    return f"{terms}: sudo chasquid init {_first_user(facts)} --acme-agree"
+
+
+def _first_user(facts: Facts) -> str:
+    """Return the address of a user, for the command that sets a host up."""
+    each = facts.examined.domains.each
+    addresses = (f"{user}@{name}" for name, domain in each.items() for user in domain.users)
+    return next(addresses, "ADDRESS")
 
 
 def _check_certificates(facts: Facts) -> Iterator[Finding]:
@@ -18485,7 +18489,8 @@ def _check_imap(facts: Facts) -> Iterator[Finding]:
     if not facts.config.lmtp_address.startswith("/") and facts.config.lmtp_address:
         return  # the mailboxes are on another host
     text = "no IMAP server answers at port 993 or 143, so no mail program can read the mail"
-    yield advice(text, "sudo apt install dovecot-imapd && sudo chasquid init ADDRESS")
+    init = f"sudo chasquid init {_first_user(facts)}"
+    yield advice(text, f"sudo apt install dovecot-imapd && {init}")
 
 
 # --- the machine and its line ---
