@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`selftest` as a user runs it; and that it finds out a server that lies."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import chasquid
+
+from .server import PROGRAM
+from .tools import run
+
+pytestmark = pytest.mark.interop
+
+#: Ways to break the server: what stands in the module, and what takes its place.
+LIES = {
+    "250 before the file has its name": (
+        "        os.rename(self.temporary, self.path)\n        self.name = self.path\n",
+        "        if os.urandom(1)[0] > 40:\n            os.rename(self.temporary, self.path)\n",
+    ),
+    "a file cut short": (
+        "            create_synced(self.temporary, [self.data])\n",
+        "            cut = -1 if os.urandom(1)[0] < 40 else None\n"
+        "            create_synced(self.temporary, [self.data[:cut]])\n",
+    ),
+    "what waits is forgotten at the start": (
+        "        for item in contents.items:\n            self._take_up(item)\n",
+        "        for item in contents.items:\n            os.unlink(item.message.path)\n",
+    ),
+}
+
+
+def selftest(program: str | Path, place: Path, rounds: int) -> subprocess.CompletedProcess[str]:
+    words = ["selftest", "--rounds", str(rounds), "--seconds", "1.5", "--dir", str(place)]
+    return run(sys.executable, str(program), *words, check=False)
+
+
+def test_nothing_is_lost_in_ten_rounds(tmp_path):
+    done = selftest(PROGRAM, tmp_path, 10)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = dict(re.findall(r"^  (\S.*?) {2,}(\d+)", done.stdout, re.MULTILINE))
+    assert int(figures["accepted with 250"]) > 50
+    for row in ("delivered whole", "still in the queue", "reported to the sender"):
+        assert int(figures[row]) > 0, done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_server_that_lies_is_found_out(tmp_path, lie):
+    text = Path(chasquid.__file__).read_text(encoding="utf-8")
+    truth, falsehood = LIES[lie]
+    assert text.count(truth) == 1, "the module has changed, and this test must too"
+    liar = tmp_path / "chasquid.py"
+    liar.write_text(text.replace(truth, falsehood), encoding="utf-8")
+    place = tmp_path / "place"
+    place.mkdir()
+    done = selftest(liar, place, 4)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(r"^  (lost|damaged) +[1-9]", done.stdout, re.MULTILINE), done.stdout
+    [kept] = place.iterdir()
+    assert str(kept) in done.stderr
