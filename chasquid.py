@@ -2348,9 +2348,14 @@ def make_directory(path: str, mode: int = 0o700) -> None:
     except FileExistsError:
         if not os.path.isdir(path):
             raise
-    if os.geteuid() == 0:
-        os.chown(path, *owner_above(path), follow_symlinks=False)
-    sync_directory(parent)
+    try:
+        if os.geteuid() == 0:
+            os.chown(path, *owner_above(path), follow_symlinks=False)
+        sync_directory(parent)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.rmdir(path)  # a sync that failed may say nothing the next time: begin anew then
+        raise
 
 
 def owner_above(path: str) -> tuple[int, int]:
@@ -7804,6 +7809,7 @@ class MaildirCourier:
         self._user_exists = user_exists
         self._number = 0
         self._made: set[str] = set()  # Maildirs whose directories are known to be durable
+        self._making = Slots(loop, 1)  # or the failed sync of one would hide what others have made
 
     async def deliver(
         self, delivery: Delivery, destinations: Sequence[Destination]
@@ -7863,8 +7869,9 @@ class MaildirCourier:
             return await self._write(directory, name, delivery=delivery, address=address)
 
     async def _make(self, directory: str, junk: bool) -> None:
-        for part in ("tmp", "new", "cur"):
-            await self._loop.work(functools.partial(make_directory, f"{directory}/{part}"))
+        async with self._making:
+            for part in ("tmp", "new", "cur"):
+                await self._loop.work(functools.partial(make_directory, f"{directory}/{part}"))
         self._made.add(directory)
         if junk:  # by which tools know a subfolder in Maildir++
             marker = os.path.join(directory, "maildirfolder")
