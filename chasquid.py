@@ -2316,7 +2316,7 @@ def sync_directory(path: str) -> None:
     try:
         os.fsync(fd)
     finally:
-        os.close(fd)
+        close_written(fd)
 
 
 # A directory that is not ours to sync, or on a file system that does not know how.
@@ -2387,7 +2387,7 @@ def create_synced(
         discard_names(path)
         raise
     finally:
-        os.close(fd)
+        close_written(fd)
 
 
 def move_synced(source: str, target: str) -> None:
@@ -2445,7 +2445,7 @@ def append_synced(path: str, data: bytes) -> None:
         write_all(fd, data)
         os.fsync(fd)
     finally:
-        os.close(fd)
+        close_written(fd)
 
 
 def replace_durably(path: str, data: bytes, mode: int = 0o600) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -102,7 +103,7 @@ class Below:
         path = self._paths.get(fd, "")
         is_directory = stat.S_ISDIR(os.fstat(fd).st_mode)
         try:
-            self._do("fsync", path, lambda: os.fsync(fd))
+            self._do("fsync", path, lambda: None)  # no power is cut here, and it takes long
         except OSError:
             if is_directory:
                 self.doubtful |= self._unsynced.pop(path, set())
@@ -223,6 +224,11 @@ class Faulty(Server):
             log.seek(self.log_start)
             return re.findall(rf"event=(\S+) id={id}\b", log.read())
 
+    def log_text(self) -> str:
+        """Return the server's log, if there is one yet."""
+        path = self.directory / "server.log"
+        return path.read_text() if path.exists() else ""
+
     def rest(self) -> None:
         """Wait until nothing happens on the disk any more."""
         before = -1
@@ -306,11 +312,24 @@ class Attempt:
         hit, seen = below.hit, below.seen
         below.arm(0, NO_FAULT)
         assert not below.trusted, f"{self.label}: {below.trusted} was made of a failed sync"
-        left = {path for path in below.doubtful if os.path.exists(path)}
-        assert not left, f"{self.label}: {left} is in doubt, and is there"
+        kept = {path for path in below.doubtful if os.path.exists(path)}
+        assert not kept, f"{self.label}: {kept} is in doubt, and is there"
         below.doubtful.clear()
+        left = self._halves()
+        if hit is None or hit[0] not in ("open", "unlink"):  # which leave it for the next start
+            assert not left, f"{self.label}: {hit} leaves {left}"
         self.calls = len(seen)
         return hit
+
+    def _halves(self) -> list[Path]:
+        """Return files that were not written to their end; take them away."""
+        found = [
+            *self.server.data_dir.glob("queue/tmp/*"),
+            *self.server.data_dir.glob("mail/*/*/tmp/*"),
+        ]
+        for path in found:
+            path.unlink()
+        return found
 
     def check(self) -> None:
         """Have it delivered if it is owed, and look for it; what is not owed must be whole."""
@@ -381,3 +400,80 @@ def test_a_call_fails_on_the_way_of_a_message(faulty, name):
     after = descriptors(), len(server.daemon.loop._tasks) - waiting
     assert after <= before, "what has failed holds descriptors or tasks"
     wire.close()
+
+
+def started(server: Faulty) -> bool:
+    """Start a server; tell whether it runs, or has said in a sentence why it does not."""
+    ready = server.log_text().count("event=ready")
+    server._error = None  # of the start before
+    try:
+        server.start()
+        wait_for(
+            lambda: not server.is_running or server.log_text().count("event=ready") > ready, "it"
+        )
+        if not server.is_running:
+            server.join()
+    except server.module.ChasquidError:
+        return False
+    return True
+
+
+def test_a_call_fails_at_the_start(tmp_path):
+    server = Faulty(tmp_path / "server")
+    with server, greeted(server) as wire:
+        assert send(wire, content("one", 100), "far@here.example").startswith("250 ")
+        assert send(wire, content("two", 200_000), "far@here.example").startswith("250 ")
+    (server.data_dir / "queue" / "tmp" / "half").write_bytes(b"half of a message")
+    (server.data_dir / "queue" / "m:go").write_text(
+        'ID: "Go1"\nfrom: "x@far.example"\nTo: "far@here.example"\n'
+        'data: "Subject: go\\n\\nend\\n"\n'
+        'rcpt: { address: "eva@there.example" type: EMAIL status: PENDING }\n'
+    )
+    shutil.copytree(server.data_dir, tmp_path / "as it was")
+    server.remote.state = "sent"
+    refused = 0
+    for call in itertools.count(1):
+        server.remote.taken.clear()
+        shutil.rmtree(server.data_dir)
+        shutil.copytree(tmp_path / "as it was", server.data_dir)
+        server.below.arm(call, Fault(ERRORS[call % 4], call % 2 == 0))
+        runs = started(server)
+        hit = server.below.hit
+        server.below.arm(0, NO_FAULT)
+        if not runs:
+            refused += 1
+            assert started(server), f"call {call}, {hit}, failed once, and still it does not start"
+        chasquid.ask_running_server(str(server.data_dir), "queue-retry", "all")
+        wait_for(lambda: not server.queued("new", "cur"), f"the queue to be empty after {hit}")
+        server.stop()
+        subjects = {taken[taken.index(b"Subject: ") :][9:12] for taken in server.remote.taken}
+        assert subjects == {b"one", b"two", b"go\r"}, hit
+        if hit is None:
+            break
+    assert call > 10
+    assert refused
+
+
+def test_a_call_fails_as_a_user_is_added(tmp_path, capsys):
+    server = Faulty(tmp_path)
+    domain = server.config_dir / "domains" / "here.example"
+    words = ["--config-dir", str(server.config_dir), "user-add", "new@here.example", "--password"]
+    before = {path.name for path in domain.iterdir()}
+    for call in itertools.count(1):
+        for fault in faults(call, 1):
+            old = (domain / "users").read_bytes()
+            server.below.arm(call, fault)
+            status = server.module.main([*words, f"password {call} {fault.done}"])
+            hit = server.below.hit
+            server.below.arm(0, NO_FAULT)
+            assert hit is None or status == 0 or capsys.readouterr().err.startswith("chasquid: ")
+            users = chasquid.load_users(str(domain))
+            assert status or (domain / "users").read_bytes() != old
+            assert set(users) >= {"ana", "ben"}, "what was there is there"
+            left = {path.name for path in domain.iterdir()} - before
+            assert not left or hit[0] in ("open", "unlink"), f"{hit} leaves {left}"
+            for name in left:
+                (domain / name).unlink()
+        if hit is None:
+            break
+    assert call > 5
