@@ -45,6 +45,7 @@ __version__ = "7.8.9"
 def main():
     import importlib.metadata, json, os, sys
     import dkim, dns.asyncresolver, dns.name, dns.resolver, dns.update, idna, precis_i18n, spf
+    import dns.query, dns.tsig
     os.chdir("/")  # what is loaded from here on is found all the same
     import idna.uts46data
     names = "chasquid dnspython dkimpy pyspf idna precis-i18n".split()
@@ -659,7 +660,7 @@ def test_the_server_tells_its_version(server: Path) -> None:
 
 
 def test_the_archive_is_small(server: Path) -> None:
-    assert server.stat().st_size <= 1_200_000
+    assert server.stat().st_size <= 1_450_000  # a thousand lines of the module are 25 kB
 
 
 LOAD_ALL = """\

@@ -361,8 +361,13 @@ class Attempt:
         return self.data.replace(b"\r\n", b"\n")
 
 
-def descriptors() -> int:
-    return len(os.listdir("/dev/fd"))
+def held(server: Faulty) -> tuple[int, int]:
+    """Return how many descriptors are open, and how many tasks there are.
+
+    Not counted is a task that begins a while after the start.
+    """
+    names = [task.name for task in list(server.daemon.loop._tasks)]
+    return len(os.listdir("/dev/fd")), len(names) - names.count("records of DKIM keys")
 
 
 @pytest.fixture
@@ -380,7 +385,7 @@ def test_a_call_fails_on_the_way_of_a_message(faulty, name):
     assert first.send(0, NO_FAULT) is None
     first.check()
     server.rest()
-    before = descriptors(), len(server.daemon.loop._tasks)
+    before = held(server)
     hits: set[str] = set()
     deferred = 0
     for call in range(1, first.calls + 1):
@@ -395,10 +400,13 @@ def test_a_call_fails_on_the_way_of_a_message(faulty, name):
                 wire.close()
                 wire = greeted(server)
     assert hits >= {"open", "write", "fsync", "rename", "close"}
-    server.rest()
     waiting = deferred if case.remote == "deferred" else 0
-    after = descriptors(), len(server.daemon.loop._tasks) - waiting
-    assert after <= before, "what has failed holds descriptors or tasks"
+
+    def given_back() -> bool:
+        descriptors, tasks = held(server)
+        return descriptors <= before[0] and tasks <= before[1] + waiting
+
+    wait_for(given_back, f"descriptors and tasks to be {before} again")
     wire.close()
 
 

@@ -365,10 +365,10 @@ LARGE_ROOMS = {
     "ITEMS": 750,  # a format and the table of its fields stand together
     "QUEUE": 800,  # from the 250 to the report, with what a crash leaves at each step
     "SESSION": 950,  # the command table, and an action for each row of it
-    "DAEMON": 900,  # the wiring diagram, and the files that are read again
+    "DAEMON": 950,  # the wiring diagram, and the files that are read again
     "CAPTURE": 1200,  # the fixture: what a test sees of a message, and of a server
     "CAPTURE API": 1350,  # an interface as wide as Mailpit's, and a page
-    "COMMANDS": 1500,  # thirty commands, a few lines each
+    "COMMANDS": 2000,  # forty commands, a few lines each
 }
 
 
