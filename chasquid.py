@@ -19950,8 +19950,8 @@ def remaining_text(
 # - What a process has written is kept by the system when the process is killed. So this says
 #   nothing of a power cut.
 #
-# The servers run `serve` as anybody's do: the room reaches them by ports, files, signals and the
-# control socket, and looks at nothing inside them.
+# The servers run `serve` as anybody's do: the room reaches them by ports, signals, the control
+# socket and their files, and by nothing that was made for it.
 # ======================================================================================
 
 _SELFTEST_SENDER = "sender@here.test"
@@ -20460,7 +20460,7 @@ def run_selftest(
     import tempfile
 
     try:
-        place = tempfile.mkdtemp(prefix="chasquid-selftest-", dir=directory)
+        place = os.path.abspath(tempfile.mkdtemp(prefix="chasquid-selftest-", dir=directory))
         report = Selftest(place, rounds, seconds, progress).run()
         if report.accepted and not report.wrong:
             shutil.rmtree(place)

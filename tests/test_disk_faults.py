@@ -113,8 +113,16 @@ class Below:
         self._unsynced.pop(path, None)
         self._unwritten.discard(path)
 
+    fdatasync = fsync
+
     def rename(self, old: str, new: str) -> None:
         self._do("rename", old, lambda: os.rename(old, new))
+        if old in self._failed:
+            self.trusted.append(new)
+        self._made(new)
+
+    def link(self, old: str, new: str) -> None:
+        self._do("link", old, lambda: os.link(old, new))
         if old in self._failed:
             self.trusted.append(new)
         self._made(new)

@@ -110,14 +110,16 @@ def test_the_program_is_the_module_itself():
     assert os.path.samefile(os.path.join(place, f"{command[-1]}.py"), chasquid.__file__)
 
 
-def test_a_short_run_passes_and_leaves_nothing(tmp_path, capsys):
-    words = ["selftest", "--rounds", "1", "--seconds", "1", "--dir", str(tmp_path)]
-    assert chasquid.main(words) == 0
+def test_a_short_run_passes_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    place = tmp_path / "a place"
+    place.mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert chasquid.main(["selftest", "--rounds", "1", "--seconds", "1", "--dir", "a place"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("       1  rounds\n")
     assert said.endswith("Nothing that was accepted is lost.\n")
     assert "\r" not in said, "progress is for a terminal"
-    assert not list(tmp_path.iterdir())
+    assert not list(place.iterdir())
 
 
 @pytest.mark.parametrize("words", [["--rounds", "0"], ["--seconds", "-1"], ["--dir", "/nowhere/x"]])

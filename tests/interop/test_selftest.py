@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support import wait_for
 
 import chasquid
 
@@ -71,3 +73,24 @@ def test_a_server_that_lies_is_found_out(tmp_path, lie):
     assert figures(done)["lost"] + figures(done)["damaged"] > 0
     [kept] = place.iterdir()
     assert str(kept) in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_whoever_ends_it_ends_its_servers_too(tmp_path, number):
+    words = ["selftest", "--rounds", "1000", "--dir", str(tmp_path)]
+    test = subprocess.Popen([sys.executable, str(PROGRAM), *words], start_new_session=True)
+    try:
+        wait_for(lambda: list(tmp_path.glob("*/here/data/mail/here.test/ana/new/*")), "a message")
+        assert processes_below(tmp_path)
+        test.send_signal(number)
+        assert test.wait(30) != 0
+    finally:
+        test.kill()
+    assert not processes_below(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def processes_below(place: Path) -> list[str]:
+    """Return the command lines of the servers whose configuration lies below `place`."""
+    listed = run("ps", "-A", "-ww", "-o", "args=").stdout.splitlines()
+    return [line for line in listed if f"--config-dir {place}" in line]
