@@ -213,9 +213,16 @@ def test_an_empty_host_gets_everything(host):
     domains = chasquid.load_domains(config)
     assert domains.problems == ()
     assert domains.accounts.authenticate(ANA, ran.setup.new_password.encode()) == ANA
-    for address in ("postmaster@example.com", "abuse@example.com", "root@mail.example.com"):
+    for address in (
+        "postmaster@example.com",
+        "abuse@example.com",
+        "root@mail.example.com",
+        "ana@mail.example.com",
+    ):
         [destination] = domains.aliases.expand(address)
         assert destination.value == ANA
+    with pytest.raises(chasquid.NoSuchUser):
+        domains.aliases.expand("nobody@mail.example.com")
     kinds = [type(key.key).__name__ for key in domains.keys["example.com"]]
     assert sorted(kinds) == ["Ed25519Key", "RsaKey"]
     certificates = chasquid.Certificates(config)
@@ -472,6 +479,16 @@ def test_an_internationalised_address(host):
     assert init(host, "jürgen@münchen.example").made == []
 
 
+def test_a_host_with_users_of_its_own_gets_no_catch_all(host):
+    init(host, "ben@mail.example.com", host="mail.example.com")
+    init(host)
+    domains = chasquid.load_domains(chasquid.load_config(host.path("/etc/chasquid")))
+    [root] = domains.aliases.expand("root@mail.example.com")
+    assert root.value == "ben@mail.example.com"
+    with pytest.raises(chasquid.NoSuchUser):
+        domains.aliases.expand("ana@mail.example.com")
+
+
 def test_a_catch_all_needs_no_more_aliases(host):
     directory = Path(host.path("/etc/chasquid/domains/example.com"))
     directory.mkdir(parents=True)
@@ -579,6 +596,42 @@ def test_the_login_over_imap_is_tried_with_the_password(host):
     assert "cannot log in: no" in setup.try_imap(log_in)
     assert init(host).setup.try_imap(log_in) == ""  # nobody knows the password any more
     assert len(tried) == 2
+
+
+# --- from a backup ---
+
+
+def test_a_backup_is_restored_before_the_rest(host, tmp_path):
+    password = init(host).setup.new_password
+    before = Path(host.path("/etc/chasquid/domains/example.com/users")).read_bytes()
+    config = chasquid.load_config(host.path("/etc/chasquid"))
+    config = config._replace(data_dir=host.path(config.data_dir))
+    kept = str(tmp_path / "backup.tar")
+    chasquid.back_up(config, kept, False)
+
+    other = FakeHost(tmp_path / "other")
+    ran = init(other, backup=kept)
+    assert ran.told[:2] == [("made", "user chasquid of the system"), ("made", f"what {kept} holds")]
+    assert Path(other.path("/etc/chasquid/domains/example.com/users")).read_bytes() == before
+    assert ran.setup.hostname == "mail.example.com" and ran.setup.new_password == ""
+    assert "user ana@example.com" not in ran.made and password
+    marks = other.path("/var/lib/chasquid/dkim-unseen")
+    assert len(os.listdir(marks)) == 2
+    assert init(other, backup=kept).made == []
+
+    third = FakeHost(tmp_path / "third")
+    Path(third.path("/var/lib")).mkdir(parents=True)
+    third.answers["systemctl enable"] = chasquid.Outcome(1, b"", b"no\n")
+    clean = tree(tmp_path / "third")
+    with pytest.raises(chasquid.ChasquidError, match="taken back"):
+        init(third, backup=kept)
+    assert tree(tmp_path / "third") == clean
+
+
+def test_a_backup_that_is_none_is_told_of(host, tmp_path):
+    (tmp_path / "backup.tar").write_bytes(b"nonsense")
+    with pytest.raises(chasquid.ChasquidError, match=r"backup\.tar"):
+        init(host, backup=str(tmp_path / "backup.tar"))
 
 
 # --- certificates by ACME ---
@@ -872,3 +925,11 @@ def test_the_command_only_says_what_it_would_do(tmp_path, capsys):
 def test_an_address_must_be_one(tmp_path, capsys, address):
     done = run_command(capsys, tmp_path, "init", address)
     assert done.status == 1 and done.err.startswith("chasquid: ")
+
+
+def test_a_backup_that_is_none_makes_nothing(tmp_path: Path) -> None:
+    host = FakeHost(tmp_path, is_root=False, has_systemd=False)
+    (tmp_path / "backup.tar").write_bytes(b"no tar")
+    with pytest.raises(chasquid.ChasquidError, match="is no whole backup"):
+        init(host, config_dir="/srv/mail", backup=str(tmp_path / "backup.tar"))
+    assert not (tmp_path / "srv").exists()
