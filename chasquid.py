@@ -41,6 +41,7 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     WEB            challenges, MTA-STS policies and autoconfig over HTTP and HTTPS
     ACME           certificates from an authority, and their renewal (RFC 8555)
     CONTROL        the lock on data_dir, and the socket for commands to the running server
+    PRIVILEGES     from root to a user of its own, and whether secrets lie open
     DAEMON         the wiring diagram, reload, the end
     PUBLISHING     the DNS records that a domain needs
     FAULTS         fault injection, by a script
@@ -1039,6 +1040,8 @@ class Config(NamedTuple):
         "The Maildir of a user, if neither a program nor LMTP takes the mail; %to% is the address.")
     data_dir: str = _key(_directory, "/var/lib/chasquid",
         "Where the queue, the Maildirs, and what is known of other domains are.")
+    user: str = _key(_text, "chasquid",
+        "Whom a server that root has started becomes once its ports are open; if empty, nobody.")
     suffix_separators: str = _key(_text, "+",
         "What follows one of these characters in a local part is ignored: ana+shop@ is ana@.")
     drop_characters: str = _key(_text, ".",
@@ -12453,12 +12456,15 @@ class Certificates:
     stays as it was in `before`, if it was there.
     """
 
-    def __init__(self, config: Config, before: Certificates | None = None) -> None:
+    def __init__(
+        self, config: Config, before: Certificates | None = None, *, fetched: bool = True
+    ) -> None:
         self.problems: list[str] = []
         self.loaded: dict[str, Certificate] = {}
         self._contexts: dict[str, ssl.SSLContext] = {}
         self._load_below(config.config_dir, "certs", before)
-        self._load_below(config.data_dir, _FETCHED, before)
+        if fetched:
+            self._load_below(config.data_dir, _FETCHED, before)
         for certificate in sorted(self.loaded.values(), key=lambda found: not found.proven):
             for host in certificate.names | {os.path.basename(certificate.directory).lower()}:
                 self._contexts.setdefault(host, certificate.context)
@@ -12467,7 +12473,16 @@ class Certificates:
 
     def _load_below(self, base: str, top: str, before: Certificates | None) -> None:
         directory = os.path.join(base, top)
-        for name in sorted(os.listdir(directory)) if os.path.isdir(directory) else []:
+        try:
+            names = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
+        except OSError as error:
+            self.problems.append(f"{directory}: it cannot be read: {error.strerror}")
+            names = [
+                os.path.basename(certificate.directory)
+                for certificate in (before.loaded.values() if before else ())
+                if certificate.is_fetched == (top == _FETCHED)
+            ]
+        for name in names:
             known = name if top != _FETCHED else f"{top}/{name}"
             certificate = self._load(known, os.path.join(directory, name))
             if certificate is None and before is not None:
@@ -12573,8 +12588,7 @@ class Listeners:
     submission, submission_tls, monitoring, web; see sd_listen_fds(3).
     """
 
-    def __init__(self, config: Config, loop: Loop) -> None:
-        self._loop = loop
+    def __init__(self, config: Config) -> None:
         self.sockets: list[tuple[Port, socket.socket]] = []
         inherited = self._inherited()
         kinds = (
@@ -12609,12 +12623,12 @@ class Listeners:
             text = "expected smtp_address or another address to listen on, or systemd's sockets"
             raise ConfigError(path, 0, text)
 
-    def close(self) -> None:
-        """Close all sockets; connections that were accepted stay."""
+    def close(self, loop: Loop | None = None) -> None:
+        """Close all sockets, which `loop` may wait for; connections that were accepted stay."""
         for raw in [*self.web, *self.monitoring, *(raw for _, raw in self.sockets)]:
-            if raw.fileno() >= 0:
-                self._loop.forget(raw.fileno())
-                raw.close()
+            if loop is not None and raw.fileno() >= 0:
+                loop.forget(raw.fileno())
+            raw.close()
 
     @staticmethod
     def _inherited() -> dict[str, list[socket.socket]]:
@@ -13603,7 +13617,7 @@ class DataDirectory:
             make_directory(self.path)
             path = os.path.join(self.path, "lock")
             existed = os.path.exists(path)
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             if not existed and os.geteuid() == 0:
                 os.fchown(self._fd, *owner_above(path))
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -13750,6 +13764,166 @@ def ask_running_server(data_dir: str, command: str, argument: str) -> list[str] 
 
 
 # ======================================================================================
+# ROOM: PRIVILEGES
+#
+# What the server may do on this machine, and who else may see its secrets or change what it
+# runs.
+#
+# - Started by root, it opens its ports, reads the certificates with their keys, and becomes
+#   another user for good. All that comes later is done as that user: logs are opened, users
+#   and DKIM keys are read, octets of strangers are parsed, programs are run.
+# - As root it opens nothing in a directory of that user, who could lead it elsewhere by a
+#   symbolic link; but for the lock, which is never opened through one.
+# - A secret that lies open is a warning with the command that mends it. A group may read, for
+#   so the certificates of others come to the server.
+#
+# These are the only functions that change the whole process, so they are called by DAEMON for
+# a command that says so, and by nobody else.
+# ======================================================================================
+
+
+class Account(NamedTuple):
+    """A user of this machine."""
+
+    name: str
+    uid: int
+    gid: int
+    home: str
+
+
+def account_of_server(config: Config) -> Account | None:
+    """Return whom a server that root starts becomes; None if it stays root.
+
+    Only the user of the default need not exist. Raises ConfigError.
+    """
+    import pwd  # only here
+
+    if not config.user:
+        return None
+    try:
+        found = pwd.getpwnam(config.user)
+    except (KeyError, ValueError):
+        if "user" not in changed_keys(config):
+            return None
+        path = os.path.join(config.config_dir, "chasquid.conf")
+        text = f"user: expected a user of this machine, found {printable(config.user, 40)}"
+        raise ConfigError(path, 0, text) from None
+    return Account(found.pw_name, found.pw_uid, found.pw_gid, found.pw_dir)
+
+
+def give_directory(path: str, account: Account) -> None:
+    """Make the directory `path` for `account`, if it is missing or empty. Raises ConfigError.
+
+    Of one that holds something, nothing is given away: it must be theirs.
+    """
+    try:
+        make_directory(path)
+        if not os.listdir(path):
+            os.chown(path, account.uid, account.gid)
+        owner = os.stat(path).st_uid
+    except OSError as error:
+        text = f"data_dir cannot be used: {error.strerror}"
+        raise ConfigError(error.filename or path, 0, text) from error
+    if owner != account.uid:
+        told = f"data_dir belongs to another user than {account.name}, whom the server becomes"
+        remedy = f"chown -R {account.name}: {_word(path)}, or set the key user"
+        raise ConfigError(path, 0, f"{told}: {remedy}")
+
+
+def become(account: Account, system: Any = os) -> None:
+    """Become another user, for good; `system` is the module os. Raises ChasquidError.
+
+    Groups go first, for later there is no right to. That root cannot be had back is tried.
+    """
+    uid, gid = account.uid, account.gid
+    try:
+        system.initgroups(account.name, gid)
+        system.setgid(gid)
+        system.setuid(uid)
+    except OSError as error:
+        text = f"the server cannot become the user {account.name}: {error.strerror}"
+        raise ChasquidError(text) from error
+    if uid:
+        with contextlib.suppress(OSError):
+            system.setuid(0)
+    now = (system.getuid(), system.geteuid(), system.getgid(), system.getegid())
+    if now != (uid, uid, gid, gid):
+        raise ChasquidError(f"the server did not become the user {account.name} for good")
+    system.environ.update(HOME=account.home, USER=account.name, LOGNAME=account.name)
+
+
+def write_no_core() -> None:
+    """Have a crash of this process leave no core file: passwords and keys would be in it."""
+    import resource
+
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def exposure_warnings(config: Config) -> Iterator[str]:
+    """Yield which secrets everybody on this machine can read, and what everybody can change."""
+    told = set()
+    for path in _secret_paths(config):
+        if _is_open(path, stat.S_IROTH | stat.S_IWOTH):
+            told.add(path)
+            yield f"{path} is secret, and everybody can read it: chmod o= {_word(path)}"
+    for path in (config.config_dir, *_governing_paths(config)):
+        if path not in told and _is_open(path, stat.S_IWOTH):
+            yield f"{path} can be changed by everybody: chmod o-w {_word(path)}"
+
+
+def _word(path: str) -> str:
+    """Return `path` as a person can give it to a shell."""
+    import shlex  # only for warnings
+
+    return shlex.quote(path)
+
+
+def _secret_paths(config: Config) -> Iterator[str]:
+    """Yield the files that hold passwords and private keys, and data_dir with all the mail."""
+    yield config.data_dir
+    if config.smarthost_password_file:
+        yield config.smarthost_password_file
+    for top, _, files in _files_below(config, "domains"):
+        for name in files:
+            if name == "users" or name.startswith("dkim:"):
+                yield os.path.join(top, name)
+    for top, _, files in _files_below(config, "certs"):
+        for name in files:
+            if name == "privkey.pem" or name.endswith(".key"):
+                yield os.path.join(top, name)
+
+
+def _governing_paths(config: Config) -> Iterator[str]:
+    """Yield what says who has a mailbox here, where mail goes, and what is run."""
+    yield os.path.join(config.config_dir, "chasquid.conf")
+    for directory in ("domains", "certs", "hooks"):
+        for top, _, files in _files_below(config, directory):
+            yield top
+            for name in files:
+                yield os.path.join(top, name)
+
+
+def _files_below(config: Config, name: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    return os.walk(os.path.join(config.config_dir, name), followlinks=True)
+
+
+def _is_open(path: str, bits: int) -> bool:
+    """Tell whether others than owner and group have one of `bits`, and can get there."""
+    try:
+        path = os.path.realpath(path)
+        if not os.stat(path).st_mode & bits:
+            return False
+        while path != (above := os.path.dirname(path)):
+            if not os.stat(above).st_mode & stat.S_IXOTH:
+                return False
+            path = above
+    except OSError:
+        return False
+    return True
+
+
+# ======================================================================================
 # ROOM: DAEMON
 #
 # One complete server, put together. `Daemon.__init__` is the wiring diagram: who gets
@@ -13778,6 +13952,19 @@ _LATE_MODULES = (
 DOMAIN_INFO_DIRECTORY = "domaininfo"  # below data_dir
 DOMAIN_FORGOTTEN = "what was seen of {} is forgotten"
 DOMAIN_UNKNOWN = "nothing was known of {}"
+
+
+def load_libraries() -> None:
+    """Load the libraries, and have them read their tables. Raises ChasquidError."""
+    load_modules(_LATE_MODULES)
+    try:
+        load_spf()
+        load_dkim()
+        domain_to_ascii("bücher.example")  # idna and precis-i18n read tables at first
+        normalize_user("É")
+    except Exception as error:
+        text = f"a library cannot be loaded: {type(error).__name__}: {error}"
+        raise ChasquidError(f"{text}; is the installation complete?") from error
 
 
 def random_fraction() -> float:
@@ -13816,6 +14003,7 @@ def setting_warnings(config: Config) -> Iterator[str]:
     if "." not in config.hostname:
         yield f"the hostname {config.hostname} has no domain; see hostname"
     yield from hook_warnings(config.config_dir)
+    yield from exposure_warnings(config)
 
 
 class Domain(NamedTuple):
@@ -13916,7 +14104,8 @@ def file_signature(config_dir: str) -> tuple[tuple[str, int, int, int], ...]:
 class Daemon:
     """One server: made from a configuration, run by `run`, ended by `stop`.
 
-    Sockets are bound when it is made, so that their numbers are known. Raises ConfigError.
+    Sockets are bound when it is made, so that their numbers are known; then the process becomes
+    `account`, if there is one. Raises ConfigError.
     """
 
     def __init__(
@@ -13931,9 +14120,11 @@ class Daemon:
         fetch_policy: FetchPolicy | None = None,
         on_result: Callable[[Item, Recipient], None] = lambda item, recipient: None,
         connect: Connect = connect,
+        account: Account | None = None,
     ) -> None:
         self.config = config
         self._connect = connect
+        self._account = account
         with contextlib.ExitStack() as undo:  # if the start fails, nothing is left behind
             self._assemble(
                 undo,
@@ -13963,15 +14154,14 @@ class Daemon:
         self._hostname = domain_to_ascii(config.hostname)
         self._own_domain = domain_to_unicode(self._hostname)
         lock = DataDirectory(config.data_dir)
-        lock.take()
         undo.callback(lock.release)
+        self._certificates = certificates = self._take_as_root(undo, lock)
         self.log = Log(Sink(config.log_path, clock), Sink(config.mail_log_path, clock))
         undo.callback(self.log.close)
         workers = Workers(_WORKER_COUNT)
         undo.callback(workers.close)
         self.loop = loop = Loop(clock, workers, self.log.crash)
         undo.callback(loop.close)
-        self._certificates = certificates = Certificates(config)
         self._domains = load_domains(config)
         self._loading = Slots(loop, 1)
         self._reloaded = (clock.time(), not self.problems)
@@ -14038,8 +14228,6 @@ class Daemon:
             dovecot=self._dovecot,
             limits=self._limits,
         )
-        self._listeners = Listeners(config, loop)
-        undo.callback(self._listeners.close)
         self._started = clock.time()
         self._monitor = Monitor(
             loop, self.log, config.hostname, status=self._status, stop=self._stop_from_inside
@@ -14061,6 +14249,21 @@ class Daemon:
         self._reopen_logs = False
         self._report_start(certificates)
         self._report_settings()
+
+    def _take_as_root(self, undo: contextlib.ExitStack, lock: DataDirectory) -> Certificates:
+        """Take what only root may have, if it is root who runs this, and give root up."""
+        config, account = self.config, self._account
+        if account is not None:
+            give_directory(config.data_dir, account)
+        lock.take()
+        self._listeners = Listeners(config)
+        undo.callback(self._listeners.close)
+        if account is None:
+            return Certificates(config)
+        certificates = Certificates(config, fetched=False)
+        load_libraries()  # the user may not be able to read them, or the archive
+        become(account)
+        return Certificates(config, certificates)  # what cannot be read again stays as it is
 
     def _stop_from_inside(self) -> None:
         self._stopping.set()
@@ -14298,6 +14501,11 @@ class Daemon:
 
     def _report_settings(self) -> None:
         log, config = self.log, self.config
+        if self._account is not None:
+            log.info("daemon", f"started by root, and now the user {self._account.name} for good")
+        elif os.geteuid() == 0:
+            text = "running as root; a user of its own is safer: see the key user"
+            log.warning("daemon", text)
         for warning in setting_warnings(config):
             log.warning("daemon", warning)
         if config.smarthost:
@@ -14355,24 +14563,16 @@ class Daemon:
         self.log.event(Events.STOPPING)
         for task in tasks:
             task.cancel()
-        self._listeners.close()
+        self._listeners.close(self.loop)
         self._control.close()
         await self._wind_up()
         self.log.event(Events.STOPPED)
 
     def _load_libraries(self) -> None:
         """Load all that may be needed later. Computes; raises ChasquidError."""
-        load_modules(_LATE_MODULES)
-        try:
-            load_spf()
-            load_dkim()
-            domain_to_ascii("bücher.example")  # idna and precis-i18n read tables at first
-            normalize_user("É")
-            with contextlib.suppress(TemporaryFailure):  # no name server is known, or not yet
-                self._dns.set_up()
-        except Exception as error:
-            text = f"a library cannot be loaded: {type(error).__name__}: {error}"
-            raise ChasquidError(f"{text}; is the installation complete?") from error
+        load_libraries()
+        with contextlib.suppress(TemporaryFailure):  # no name server is known, or not yet
+            self._dns.set_up()
 
     async def _wind_up(self) -> None:
         self._context.closing = True
@@ -18573,11 +18773,10 @@ def _load(arguments: argparse.Namespace) -> Config:
 def _serve(arguments: argparse.Namespace) -> int:
     # whoever sees the ports open may ask for a reload, which would end us before it is minded
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
-    daemon = Daemon(_load(arguments))
-    if os.geteuid() == 0 and sys.stderr.isatty():
-        text = "running as root; a user of its own is safer, as the unit for systemd has it"
-        print(f"chasquid: warning: {text}", file=sys.stderr)
-    run_daemon(daemon)
+    config = _load(arguments)
+    write_no_core()
+    account = account_of_server(config) if os.geteuid() == 0 else None
+    run_daemon(Daemon(config, account=account))
     return 0
 
 
@@ -18587,6 +18786,8 @@ def _check(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config_dir, arguments.config_overrides, problems)
     with collected(problems):
         smarthost_login(config)
+    with collected(problems):
+        account_of_server(config)
     domains, certificates = load_domains(config), Certificates(config)
     wrong = [str(problem) for problem in problems]
     wrong += [*domains.problems, *certificates.problems]
@@ -18929,6 +19130,8 @@ def _ask_password(arguments: argparse.Namespace, twice: bool) -> bytes:
     Raises ChasquidError.
     """
     if arguments.password is not None:
+        text = "warning: --password can be seen in the list of processes; without it you are asked"
+        print(f"chasquid: {text}", file=sys.stderr)
         password = os.fsencode(arguments.password)
     elif sys.stdin.isatty():
         import getpass  # only for a terminal
