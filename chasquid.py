@@ -19741,6 +19741,8 @@ def _arrival(queued: Mapping[str, str]) -> str:
 def _version(arguments: argparse.Namespace) -> int:
     import importlib.metadata  # only here
 
+    if getattr(arguments, "sbom", False):
+        return _print_sbom()
     print(f"chasquid {__version__}")
     print(f"Python {sys.version.split()[0]} ({sys.executable or 'unknown'})")
     for package in ("dnspython", "dkimpy", "pyspf", "idna", "precis-i18n"):
@@ -19748,6 +19750,19 @@ def _version(arguments: argparse.Namespace) -> int:
             print(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             print(f"{package} is not installed")
+    return 0
+
+
+def _print_sbom() -> int:
+    """Print the list that build_zipapp.py has put into the archive (SPDX 2.3; PEP 770)."""
+    import importlib.metadata  # only here
+
+    text = None
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        text = importlib.metadata.distribution("chasquid").read_text("sboms/chasquid.spdx.json")
+    if text is None:
+        raise ChasquidError("only an archive that build_zipapp.py has made holds such a list")
+    print(text, end="")
     return 0
 
 
@@ -19913,7 +19928,16 @@ _VERBS: dict[str, _Verb] = {
         (("what", {"metavar": "ID|ADDRESS"}),),
         "tell the story of a message, or of the last ones of an address",
     ),
-    "version": _Verb(_version, (), "show the version and what is bundled"),
+    "version": _Verb(
+        _version,
+        (
+            (
+                "--sbom",
+                {"action": "store_true", "help": "all files with hashes and licences (SPDX)"},
+            ),
+        ),
+        "show the version and what is bundled",
+    ),
 }
 
 
