@@ -7934,7 +7934,8 @@ class AgentCourier(_ProgramCourier):
     """Hands each local message to a mail delivery agent, one run for each recipient.
 
     %from%, %from_user%, %from_domain%, %to%, %to_user% and %to_domain% in its arguments
-    are filled in, without the characters that mean something to a shell.
+    are filled in, without the characters that mean something to a shell, and without a "-" in
+    front, so that none is taken for an option.
     """
 
     DEFAULT_ARGUMENTS = ("-f", "%from%", "-d", "%to_user%")
@@ -7960,7 +7961,8 @@ class AgentCourier(_ProgramCourier):
         for name, whole in (("from", sender), ("to", address)):
             parts = (whole, *split_address(whole))
             keys = (f"%{name}%", f"%{name}_user%", f"%{name}_domain%")
-            values.update(zip(keys, (self._UNSAFE.sub("", part) for part in parts), strict=True))
+            safe = (self._UNSAFE.sub("", part).lstrip("-") for part in parts)
+            values.update(zip(keys, safe, strict=True))
         return [
             re.sub(r"%\w+%", lambda match: values.get(match[0], match[0]), argument)
             for argument in self._arguments
@@ -13004,7 +13006,7 @@ class AcmeAnswer(NamedTuple):
         """Return the JSON object in it. Raises AcmeFailed."""
         try:
             value = json.loads(self.body)
-        except ValueError:
+        except (ValueError, RecursionError):  # of what is nested deeply
             value = None
         if not isinstance(value, dict):
             raise AcmeFailed("the authority answers with what is no JSON object")
@@ -13017,8 +13019,11 @@ class AcmeAnswer(NamedTuple):
         value = self.headers.get("retry-after", "")
         if re.fullmatch(r"[0-9]{1,9}", value):
             return float(value)
-        date = parsedate_tz(value)
-        return max(0.0, mktime_tz(date) - now) if date else -1.0
+        try:
+            date = parsedate_tz(value)
+            return max(0.0, mktime_tz(date) - now) if date else -1.0
+        except (ValueError, OverflowError):  # of a year or a number that there is not
+            return -1.0
 
 
 AcmeCall = Callable[[str, str, bytes], AcmeAnswer]  # method, URL, body; blocks
@@ -15793,7 +15798,11 @@ class ReadMessage:
         from email.utils import getaddresses  # only who looks into a message needs it
 
         values = [value for key, value in self.headers if key.lower() == name.lower()]
-        return [(who, address) for who, address in getaddresses(values) if address or who]
+        try:
+            found = getaddresses(values)
+        except RecursionError:  # of groups in groups, which no field may hold
+            found = [("", value) for value in values]
+        return [(who, address) for who, address in found if address or who]
 
     def is_inline(self, part: Part) -> bool:
         """Tell whether the HTML shows a part, as an image of its own."""
