@@ -179,6 +179,46 @@ def test_a_reply_of_another_server_adds_nothing_to_a_notification(serve: Serve) 
     assert b"\x1b" not in data and b"\0" not in data
 
 
+# --- open relay: mail for elsewhere is taken from a stranger ---
+
+ELSEWHERE = (
+    "x@elsewhere.example", "x%elsewhere.example@here.example", "elsewhere.example!x@here.example",
+    '"x@elsewhere.example"@here.example', '"x%elsewhere.example"@here.example',
+    "@here.example:x@elsewhere.example", "@here.example,@there.example:x@elsewhere.example",
+    "x@elsewhere.example@here.example", "x@here.example@elsewhere.example",
+    "x%elsewhere.example", "elsewhere.example!x", '"x@elsewhere.example"', "x@[192.0.2.1]",
+    "x@[127.0.0.1]", "x@[IPv6:::1]", "x@localhost", "x@127.0.0.1", "x@here.example.",
+    "x@HERE.example.elsewhere.example", "x@elsewhere.example\t", "x@elsewhere.example.",
+    "x%elsewhere.example@[127.0.0.1]", f"x%elsewhere.example@{HOST}", f"x@{HOST}.",
+    "ana+fwd_from=x=elsewhere.example@elsewhere.example",
+    "x+fwd_from=x=elsewhere.example@here.example", "*@here.example",
+    "\uff58@elsewhere.example", "x@elsewhere\u3002example", "x@xn--elsewhere-.example",
+    "x@elsewhere.example>,<ana@here.example", "ana@here.example> <x@elsewhere.example",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("recipient", ELSEWHERE)
+@pytest.mark.parametrize("sender", ["", "ana@here.example", EVE, "x@elsewhere.example"])
+def test_nobody_relays_without_a_login_in_whatever_disguise(
+    relay: tuple[Server, FakeCourier], recipient: str, sender: str
+) -> None:
+    server, remote = relay
+    for port in ("smtp", "submission", "submission over TLS"):
+        with greeted(server, port) as wire:
+            wire.ask(f"MAIL FROM:<{sender}> SMTPUTF8")
+            for line in (f"RCPT TO:<{recipient}>", f"RCPT TO:{recipient}"):
+                assert wire.ask(line)[0] in "45", line
+    server.settle()
+    assert remote.deliveries == []
+
+
+@pytest.fixture(scope="module")
+def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, FakeCourier]]:
+    remote = FakeCourier(chasquid.State.SENT)
+    with Server(tmp_path_factory.mktemp("relay"), remote=remote) as server:
+        yield server, remote
+
+
 # --- paths: a name leads out of the directory that it belongs into ---
 
 NAMES = (
