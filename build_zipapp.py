@@ -459,7 +459,7 @@ def shortened(metadata: bytes) -> bytes:
 
 
 def own_files(source: Path) -> Files:
-    """The server itself, its metadata and its notice."""
+    """The server itself, the sample configuration, its metadata and its notice."""
     try:
         data = source.read_bytes()
         version = checked_version(source.name, ast.parse(data))
@@ -468,12 +468,18 @@ def own_files(source: Path) -> Files:
     except SyntaxError as error:
         raise Unable(f"{source.name}:{error.lineno}: {error.msg}") from None
     about = f"chasquid-{version}.dist-info"
+    samples = source.parent / "sample-config"
+    templates = {
+        path.relative_to(source.parent).as_posix(): path.read_bytes()
+        for path in samples.rglob("*")
+        if path.is_file() and not path.name.startswith(".")
+    }
     metadata = (
         f"Metadata-Version: 2.4\nName: chasquid\nVersion: {version}\n"
         "Summary: A mail server in one file\nLicense-Expression: Apache-2.0\n"
         "Requires-Python: >=3.11\n"
     )
-    return {
+    return templates | {
         "chasquid.py": data,
         f"{about}/METADATA": metadata.encode(),
         f"{about}/licenses/NOTICE": NOTICE.encode(),

@@ -24,6 +24,7 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     KEYS           DER and PEM, RSA and Ed25519, certificates
     SPF            whether a client may send for a domain (RFC 7208)
     DKIM           signatures: verifying those of others, making ours (RFC 6376)
+    KEY WATCH      keys that sign once their record has been seen in the DNS
     DMARC          the policy of the author's domain (RFC 9989), results as header fields
     TLS POLICY     DANE, MTA-STS, security levels
     SMTP SYNTAX    replies, commands, parameters, transparency; no input or output
@@ -40,10 +41,21 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     LISTENERS      sockets of our own or systemd's, accepting, certificates by name
     WEB            challenges, MTA-STS policies and autoconfig over HTTP and HTTPS
     ACME           certificates from an authority, and their renewal (RFC 8555)
-    CONTROL        the lock on data_dir, and the socket for commands to the running server
+    CONTROL        the lock on data_dir; the sockets for commands, and for mail of this host
     PRIVILEGES     from root to a user of its own, and whether secrets lie open
     DAEMON         the wiring diagram, reload, the end
-    PUBLISHING     the DNS records that a domain needs
+    SENDMAIL       mail from programs of this host, with a server or without
+    UPKEEP         versions of the program side by side; backup and restore
+    IMPORT         users, aliases and Maildirs of another server
+    PUBLISHING     the DNS records that a domain needs, shown or published
+    PROBES         how a set-up is looked at: DNS, ports, the machine
+    HOST CHECKS    whether files, server, ports and line are as mail needs them
+    DOMAIN CHECKS  whether the DNS of a domain is
+    DOCTOR         all checks at once, each finding with what to do
+    SMTP CHECK     how the servers of another domain look from here
+    CHANGES        what a command changes on this system, and how it is taken back
+    IMAP           Dovecot's configuration and users, from ours
+    SETUP          what a domain needs on this host, made by one command
     FAULTS         fault injection, by a script
     READER         what a person reads in a message: text, files, links, codes
     CAPTURE        a server that keeps what it is sent, for tests
@@ -102,6 +114,8 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Collection,
+    Container,
     Coroutine,
     Generator,
     Iterable,
@@ -115,6 +129,7 @@ if TYPE_CHECKING:
     import argparse
     import subprocess
     from email.message import EmailMessage
+    from tarfile import TarFile, TarInfo
     from typing import IO, Any, NamedTuple, NoReturn, Protocol, TypeVar, overload
 
     T = TypeVar("T")
@@ -1384,8 +1399,13 @@ class Events:
     LISTENING = _event("listening", "port address", "connections are taken here", mail=False)
     READY = _event("ready", "", "all is loaded; systemd hears of it too", mail=False)
     RELOADED = _event("reloaded", "problems", "the files were read again", mail=False)
+    KEY_SEEN = _event(
+        "key-seen", "domain selector", "a DKIM key signs from now on: its record is there",
+        mail=False,
+    )  # fmt: skip
     STOPPING = _event("stopping", "", "the server was told to end", mail=False)
     STOPPED = _event("stopped", "", "it has ended", mail=False)
+    FINDING = _event("finding", "check domain text fix", "what must be mended", mail=False)
 
     # The mail log: what clients did, then what became of messages.
     LOGIN = _event("login", "id peer port user", "a user has logged in")
@@ -1431,7 +1451,8 @@ class Metrics:
 
     CONNECTIONS = Metric(
         "connections", "Connections that came in.", ("port",),
-        _each("smtp", "submission", "submission over TLS", "refused"),
+        _each("smtp", "submission", "submission over TLS", "sendmail", "sendmail of a user",
+              "refused"),
     )  # fmt: skip
     COMMANDS = Metric(
         "commands", "Commands of clients.", ("verb",),
@@ -2435,6 +2456,13 @@ def create_durably(temporary: str, chunks: Iterable[bytes], path: Callable[[int]
     return name
 
 
+def remove_durably(path: str) -> None:
+    """Remove `path`, if it is there, so that a crash does not bring it back. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    sync_directory(os.path.dirname(path))
+
+
 def append_synced(path: str, data: bytes) -> None:
     """Append `data` to the file at `path` and sync it. Raises OSError."""
     fd = os.open(path, os.O_WRONLY | os.O_APPEND)
@@ -3239,6 +3267,24 @@ class Names:
             self._forget(key)
 
 
+def load_dns() -> None:
+    """Load dnspython, without the parts that the host may have and we do not use."""
+    import dns._features  # 70 ms, and not before the first question
+
+    for feature in ("dnssec", "doh", "doq", "trio", "wmi"):
+        dns._features.force(feature, False)
+    dns._features.force("idna", True)
+
+
+def record_texts(rrset: Any) -> tuple[str, ...]:
+    """Return what is in a record set of dnspython's, or None, as `Answer` has it."""
+    if rrset is None:
+        return ()
+    if rrset.rdtype.name == "TXT":
+        return tuple(b"".join(record.strings).decode("latin-1") for record in rrset)
+    return tuple(record.to_text() for record in rrset)
+
+
 class DnsClient:
     """Asks name servers through dnspython, its sockets on our loop.
 
@@ -3281,7 +3327,7 @@ class DnsClient:
         authentic = self._is_authentic(found)
         canonical = str(found.canonical_name).rstrip(".").lower()
         return Answer(
-            True, self._records(found), found.chaining_result.minimum_ttl, authentic=authentic,
+            True, record_texts(found.rrset), found.chaining_result.minimum_ttl, authentic=authentic,
             canonical="" if canonical == name.rstrip(".").lower() else canonical,
         )  # fmt: skip
 
@@ -3312,20 +3358,9 @@ class DnsClient:
         trusted = self._trust_ad or server == "::1" or server.startswith("127.")
         return trusted and bool(found.response.flags & dns.flags.AD)
 
-    def _records(self, found: Any) -> tuple[str, ...]:
-        if found.rrset is None:
-            return ()
-        if found.rrset.rdtype.name == "TXT":
-            return tuple(b"".join(record.strings).decode("latin-1") for record in found.rrset)
-        return tuple(record.to_text() for record in found.rrset)
-
     def set_up(self) -> None:
         """Load dnspython and read which name servers there are. Raises TemporaryFailure."""
-        import dns._features  # 70 ms, and not before the first question
-
-        for feature in ("dnssec", "doh", "doq", "trio", "wmi"):
-            dns._features.force(feature, False)
-        dns._features.force("idna", True)
+        load_dns()
         import dns.rdata
 
         # or the code of a type would be loaded when it is first met, in anybody's answer
@@ -3484,12 +3519,38 @@ class Denied(NamedTuple):
 Password = Scrypt | Plain | Denied
 
 _SCRYPT_MEMORY = 512 * 1024 * 1024  # octets one check may need; above, the file is refused
+CRYPT_DIGITS = b"./0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_SALT_DIGITS = 22
 
 
 def new_password(password: bytes) -> Scrypt:
-    """Return a fresh hash of `password`. Blocks for tens of milliseconds."""
-    costs = Scrypt(14, 8, 1, key_length=32, salt=os.urandom(16), encrypted=b"")
+    """Return a fresh hash of `password`. Blocks for tens of milliseconds.
+
+    The salt, 132 bits, is of characters that a hash of crypt(3) may have too; see `crypt_hash`.
+    """
+    salt = bytes(CRYPT_DIGITS[octet % 64] for octet in os.urandom(_SALT_DIGITS))
+    costs = Scrypt(14, 8, 1, key_length=32, salt=salt, encrypted=b"")
     return costs._replace(encrypted=_derive(costs, _composed(password)))
+
+
+def crypt_hash(known: Scrypt) -> str:
+    """Return a hash as crypt(3) writes it, "$7$…", for others who check passwords; see crypt(5).
+
+    It is "" if the salt has other characters than `CRYPT_DIGITS`, or the length is not 32.
+    """
+    if known.key_length != 32 or not known.salt or set(known.salt) - set(CRYPT_DIGITS):
+        return ""
+    costs = _crypt_digits(known.log_n, 1) + _crypt_digits(known.r, 5) + _crypt_digits(known.p, 5)
+    key = "".join(
+        _crypt_digits(int.from_bytes(known.encrypted[start : start + 3], "little"), digits)
+        for start, digits in zip(range(0, 32, 3), (4,) * 10 + (3,), strict=True)
+    )
+    return f"$7${costs}{known.salt.decode('ascii')}${key}"
+
+
+def _crypt_digits(value: int, count: int) -> str:
+    """Return the lowest 6 * `count` bits of `value`, the lowest first."""
+    return "".join(chr(CRYPT_DIGITS[value >> (6 * place) & 63]) for place in range(count))
 
 
 def _composed(password: bytes) -> bytes:
@@ -5749,6 +5810,7 @@ async def load_library(loop: Loop, library: functools._lru_cache_wrapper[Any]) -
 # - Five signatures are looked at, those of the author's domain before those of forwarders.
 # - dkimpy lets slip kinds of errors that it does not mean to; those are results. What is wrong
 #   here is raised.
+# - A key whose record has not been seen yet (KEY WATCH) does not sign.
 #
 # The room knows nothing of the session, and not what follows from a result.
 # ======================================================================================
@@ -6213,6 +6275,11 @@ class DkimKey(NamedTuple):
         kind = "ed25519" if isinstance(self.key, Ed25519Key) else "rsa"
         return f"v=DKIM1; k={kind}; p={base64.b64encode(self.key.public).decode('ascii')}"
 
+    @property
+    def unseen_text(self) -> str:
+        """What is told of a key whose record has not been seen yet."""
+        return f"the key {self.selector} of {self.domain} signs once {self.name} is in the DNS"
+
 
 def load_dkim_keys(
     directory: str, domain: str, problems: list[ConfigError] | None = None
@@ -6245,23 +6312,45 @@ def is_selector(text: str) -> bool:
         return False
 
 
+def publishes(key: DkimKey, record: str) -> bool:
+    """Tell whether a TXT record says the public key of `key`, as a verifier would read it."""
+    algorithm = b"ed25519-sha256" if isinstance(key.key, Ed25519Key) else b"rsa-sha256"
+    try:
+        found = _key_of_record(record, {b"a": algorithm, b"d": key.domain.encode()})
+    except _Unacceptable:
+        return False
+    return found.record == key.record.encode()
+
+
 class Signer:
-    """Signs what our users send; `keys` are by domain, in Unicode, and may be replaced."""
+    """Signs what our users send; `keys` are by domain, in Unicode, and may be replaced.
+
+    `unseen` are the names of the records of keys that must not sign yet.
+    """
 
     def __init__(self, loop: Loop, log: Log, keys: Mapping[str, Sequence[DkimKey]]) -> None:
         self._loop = loop
         self._log = log
         self.keys = keys
         self.broken: frozenset[str] = frozenset()  # domains whose keys cannot be read
+        self.unseen: frozenset[str] = frozenset()
+
+    def waiting(self, domain: str) -> tuple[DkimKey, ...]:
+        """Return the keys of `domain` that do not sign yet."""
+        return tuple(key for key in self.keys.get(domain, ()) if key.name in self.unseen)
+
+    def signing(self, domain: str) -> tuple[DkimKey, ...]:
+        """Return the keys of `domain` that sign."""
+        return tuple(key for key in self.keys.get(domain, ()) if key.name not in self.unseen)
 
     async def sign(self, domain: str, header: bytes, body: Callable[[], Iterable[bytes]]) -> bytes:
-        """Return a field for each key of `domain`; b"" if it has none.
+        """Return a field for each key of `domain` that signs; b"" if there is none.
 
         `header` is all that will stand above the body. Raises TemporaryFailure.
         """
         if domain in self.broken:
             raise broken_domain(domain)
-        keys = self.keys.get(domain, ())
+        keys = self.signing(domain)
         if not keys:
             return b""
         now = self._loop.clock.time()
@@ -6278,7 +6367,7 @@ class Signer:
     ) -> bytes:
         """As `sign`, with the keys of `host`, or of the nearest domain above it that has some."""
         domain = host
-        while domain and not self.keys.get(domain):
+        while domain and not self.signing(domain):
             domain = domain.partition(".")[2]
         return await self.sign(domain, header, body)
 
@@ -6346,6 +6435,93 @@ def _rsa_for_dkimpy(key: RsaKey) -> dict[str, int]:
         "exponent2", "coefficient",
     )  # fmt: skip
     return dict(zip(names, key, strict=True))
+
+
+# ======================================================================================
+# ROOM: KEY WATCH
+#
+# A signature is worse than none as long as nobody can look its key up. So a new key may have a
+# marker, an empty file in data_dir/dkim-unseen that is named as its DNS record, and signs only
+# once that record has been seen in the DNS.
+#
+# - A marker is there before its key is, so that the server never reads a key without it.
+# - It goes for good when the record was seen: that a record cannot be found later is no reason
+#   to send unsigned mail. A key that never had a marker signs.
+# - What counts is what a verifier would read in the record, not how it is spelt.
+# ======================================================================================
+
+UNSEEN_DIRECTORY = "dkim-unseen"  # below data_dir; the markers
+_LOOK_PAUSES = (60.0, 3600.0)  # seconds between looks for records: the first, and the longest
+
+
+def mark_unseen(data_dir: str, name: str) -> None:
+    """Have the key whose record is `name` not sign before the record was seen.
+
+    To be called before the key is written. Raises OSError.
+    """
+    directory = os.path.join(data_dir, UNSEEN_DIRECTORY)
+    make_directory(directory)
+    replace_durably(os.path.join(directory, name), b"")
+
+
+def unseen_keys(data_dir: str) -> frozenset[str]:
+    """Return the names of the records that have not been seen yet. Raises OSError."""
+    try:
+        return frozenset(os.listdir(os.path.join(data_dir, UNSEEN_DIRECTORY)))
+    except FileNotFoundError:
+        return frozenset()
+
+
+class KeyWatch:
+    """Looks for the records of keys that do not sign yet, and lets those sign that have one."""
+
+    def __init__(self, loop: Loop, log: Log, ask: Ask, *, signer: Signer, data_dir: str) -> None:
+        self._loop = loop
+        self._log = log
+        self._ask = ask
+        self._signer = signer
+        self._directory = os.path.join(data_dir, UNSEEN_DIRECTORY)
+        self._now = Event(loop)
+
+    def look_now(self) -> None:
+        """Have the records looked for at once: something may have changed."""
+        self._now.set()
+
+    async def run(self) -> None:
+        """Look again and again, at growing intervals, until the task is cancelled."""
+        pause, longest = _LOOK_PAUSES
+        while True:
+            self._now.clear()
+            await self.look()
+            try:
+                with self._loop.deadline(pause):
+                    await self._now.wait()
+                pause = _LOOK_PAUSES[0]
+            except Expired:
+                pause = min(2 * pause, longest)
+
+    async def look(self) -> None:
+        """Look for each record once."""
+        # a cache for this look alone: that a record was not there is true for a moment only
+        names = Names(self._loop, self._ask)
+        for domain in self._signer.keys:
+            for key in self._signer.waiting(domain):
+                with contextlib.suppress(TemporaryFailure):
+                    records = (await names.query(key.name, "TXT")).records
+                    # RFC 6376, 3.6.2.2: with several it is open which one counts
+                    if len(records) == 1 and publishes(key, records[0]):
+                        await self._release(key)
+
+    async def _release(self, key: DkimKey) -> None:
+        marker = os.path.join(self._directory, key.name)
+        try:
+            await self._loop.work(lambda: remove_durably(marker))
+        except OSError as error:
+            text = f"{marker} cannot be removed, so the key does not sign: {reason(error)}"
+            self._log.error("dkim", text)
+        else:
+            self._signer.unseen -= {key.name}
+            self._log.event(Events.KEY_SEEN, domain=key.domain, selector=key.selector)
 
 
 # ======================================================================================
@@ -8237,6 +8413,17 @@ class SmtpCourier:
             return results
         finally:
             client.close()
+
+    async def probe(self, host: str, ip: str, requirement: TlsRequirement) -> tuple[str, str]:
+        """Connect as for a delivery, and say QUIT; return the level, and what TLS there is.
+
+        Raises what makes an attempt fail.
+        """
+        with self._loop.deadline(_CONNECT_SECONDS):
+            client, level = await self._open(_Server(host, ip, self._port, requirement))
+            text = client.tls_text
+            await client.quit()
+            return level, text
 
     async def _open(self, server: _Server) -> tuple[Client, str]:
         """Connect with as much security as the server has; return also the level reached.
@@ -10441,16 +10628,23 @@ _HTTP_VERBS = frozenset(
 
 
 class Port(NamedTuple):
-    """A kind of port. On submission ports (RFC 6409) nobody sends without logging in."""
+    """A kind of port. On submission ports (RFC 6409) nobody sends without logging in.
+
+    On those for `programs` of this host the system says whose they are.
+    """
 
     name: str
     submission: bool
     implicit_tls: bool
+    programs: bool = False
 
 
 SMTP_PORT = Port("smtp", submission=False, implicit_tls=False)
 SUBMISSION_PORT = Port("submission", submission=True, implicit_tls=False)
 SUBMISSION_TLS_PORT = Port("submission over TLS", submission=True, implicit_tls=True)
+# what SENDMAIL connects to: of root and the server's own user, and of the host's other users
+OWNER_PORT = Port("sendmail", submission=False, implicit_tls=False, programs=True)
+HOST_PORT = Port("sendmail of a user", submission=False, implicit_tls=False, programs=True)
 
 
 class ServerContext:
@@ -10499,8 +10693,9 @@ class ServerContext:
 class ClientInfo(NamedTuple):
     """Who is at the other end, as far as is known by now.
 
-    `user` is the address of who has logged in, `tls` names version and cipher; each is "" if
-    there is none. `hello` is what HELO or EHLO (then it is `extended`) has said.
+    `user` is the address of who has logged in, or the name of the host's user whose program it
+    is; `tls` names version and cipher; each is "" if there is none. `hello` is what HELO or EHLO
+    (then it is `extended`) has said.
     """
 
     dialogue: Dialogue
@@ -10510,6 +10705,11 @@ class ClientInfo(NamedTuple):
     extended: bool
     user: str
     tls: str
+
+    @property
+    def may_relay(self) -> bool:
+        """Whether it may send to other domains than ours."""
+        return bool(self.user) and self.port != HOST_PORT
 
     def check_login(self) -> None:
         """Raises Refused on a submission port (RFC 6409, 4.3) if nobody has logged in."""
@@ -10776,6 +10976,7 @@ class Session:
         *,
         port: Port,
         peer: str,
+        user: str = "",
         hook: Hook | None = None,
     ) -> None:
         self.id = new_id()
@@ -10793,7 +10994,7 @@ class Session:
         self._reader = _MessageReader(context, receiver, stream)
         self._hello = ""
         self._extended = False
-        self._user = ""  # who has logged in, as an address
+        self._user = user  # who has logged in, as an address; or the host's user
         self._client: ClientInfo | None = None  # all that, until it changes
         self._verb = ""
         self._closing = False
@@ -11296,6 +11497,8 @@ _COMMANDS: dict[str, _Command] = {
 #
 # - Our users log in, and what they send is signed. What comes from elsewhere is for our own
 #   domains, its sender is checked, and its signatures are verified.
+# - Programs of this host need no login, for the system says whose they are. Those of root and
+#   of the server's own user may send to anybody; those of others to our domains.
 # - A check that breaks refuses for now (4XX): mail is never let in unchecked.
 # - A message is accepted only by `Queue.accept`, when it is safe on the disk.
 #
@@ -11421,7 +11624,8 @@ class MailReceiver:
         if sender and not split_address(sender)[1]:
             raise Refused(Reply(501, "5.1.7", "the sender's address needs a domain"))
         self._queue.check_room()
-        if client.user and sender and not await self.may_send_as(client.user, sender):
+        must_match = client.user and sender and not client.port.programs
+        if must_match and not await self.may_send_as(client.user, sender):
             text = f"{client.user} may not send as {sender}: it is no address of that user"
             raise Refused(Reply(550, "5.7.1", text))
         self._count(self.limits.message, client)
@@ -11491,8 +11695,9 @@ class MailReceiver:
         """See `Receiver`. Raises Refused, RateExceeded, TemporaryFailure."""
         address = self._with_domain(path.address)
         self._count(self.limits.recipient, client)
-        if not client.user and not self.aliases.is_local(split_address(address)[1]):
-            text = "Relaying denied: log in, or send to our own domains"
+        if not client.may_relay and not self.aliases.is_local(split_address(address)[1]):
+            whose = f"programs of {client.user}: " if client.port.programs else ""
+            text = f"Relaying denied: {whose}log in, or send to our own domains"
             raise Refused(Reply(550, "5.7.1", text))
         try:
             destinations = await self._queue.expand(address)
@@ -11641,7 +11846,7 @@ class _Judgement:
     async def _check_authors(self) -> None:
         """If users may write only as themselves, From must be theirs. Raises Refused."""
         user = self._client.user
-        if not user or not self._receiver.config.sender_must_match:
+        if not user or self._client.port.programs or not self._receiver.config.sender_must_match:
             return
         for field in self._fields:
             for author in author_addresses(field.value) if field.name == "from" else ():
@@ -11741,6 +11946,8 @@ class _Judgement:
         if transaction.smtputf8:
             protocol = "UTF8SMTP"  # RFC 6531, 4.3
         protocol += ("S" if client.tls else "") + ("A" if client.user else "")
+        if client.port.programs:
+            protocol = "local"
         tls = f", {client.tls}" if client.tls else ""
         return fold(
             "Received",
@@ -11961,11 +12168,15 @@ class CertificateLine(NamedTuple):
 
 
 class DomainLine(NamedTuple):
-    """A domain, for people: how many users it has, and the selectors of its DKIM keys."""
+    """A domain, for people: how many users it has, and the selectors of its DKIM keys.
+
+    Those in `waiting` do not sign yet: their records have not been seen in the DNS.
+    """
 
     name: str
     users: int
     selectors: tuple[str, ...]
+    waiting: tuple[str, ...] = ()
 
 
 class QueueLine(NamedTuple):
@@ -11976,6 +12187,28 @@ class QueueLine(NamedTuple):
     age: str
     next_attempt: str
     recipients: tuple[tuple[str, str], ...]  # address, and what became of it
+
+
+class Level(enum.StrEnum):
+    """What follows from a finding."""
+
+    MEND = "mend"  # mail suffers from it
+    ADVICE = "advice"
+    UNKNOWN = "unknown"  # it could not be checked
+    OK = "ok"
+
+
+class Finding(NamedTuple):
+    """What a check of the set-up says: what is wrong and why it matters, and what to do.
+
+    `domain` is in A-labels; a finding without one is about the host.
+    """
+
+    check: str
+    level: Level
+    text: str = ""
+    fix: str = ""  # to be copied, if it can be
+    domain: str = ""
 
 
 class Status(NamedTuple):
@@ -11997,6 +12230,8 @@ class Status(NamedTuple):
     problems: tuple[str, ...] = ()
     certificates: tuple[CertificateLine, ...] = ()
     domains: tuple[DomainLine, ...] = ()
+    findings: tuple[Finding, ...] = ()  # of the last daily check of the set-up
+    checked: float = 0.0  # when that was
 
 
 class Monitor:
@@ -12110,11 +12345,27 @@ def metrics(status: Status, open_metrics: bool) -> str:
         "gauge",
         [((line.directory,), line.expires) for line in status.certificates],
     )
+    tell(
+        Metric("check_failed", "Whether something must be mended.", ("check", "domain")),
+        "gauge",
+        sorted(_failed(status.findings).items()),
+    )
+    tell(Metric("check_time_seconds", "When that was checked, since 1970."), "gauge",
+         [((), status.checked)])  # fmt: skip
     for name, kind, help, value in _process_metrics():
         tell(Metric(name, help), kind, [((), value)], prefix="")
     version = Metric("build_info", "The version of the server.", ("version", "python"))
     tell(version, "gauge", [((__version__, sys.version.split()[0]), 1)])
     return "\n".join(lines) + "\n" + ("# EOF\n" if open_metrics else "")
+
+
+def _failed(findings: Iterable[Finding]) -> dict[tuple[str, ...], float]:
+    """Return 1.0 for a check and a domain if something must be mended there, else 0.0."""
+    failed: dict[tuple[str, ...], float] = {}
+    for finding in findings:
+        key = finding.check, finding.domain
+        failed[key] = max(failed.get(key, 0.0), float(finding.level is Level.MEND))
+    return failed
 
 
 def _process_metrics() -> Iterator[tuple[str, str, str, float]]:
@@ -12194,6 +12445,8 @@ def page(status: Status) -> str:
             if status.certificates
             else ["<p>None: TLS is off, and nobody can log in.</p>"]
         ),
+        "<h2>Checks</h2>",
+        *_checks(status),
         "<h2>Server</h2>",
         f"<p>files last read {_clock_text(status.reloaded[0])}</p>",
         *(f"<p class=bad>{html_text(problem)}</p>" for problem in status.problems),
@@ -12211,6 +12464,9 @@ def _clock_text(moment: float) -> str:
 def _domain(line: DomainLine) -> str:
     keys = ", ".join(line.selectors)
     signed = f"signed with {html_text(keys)}" if keys else "<span class=wait>not signed</span>"
+    if line.waiting:
+        waiting = html_text(", ".join(line.waiting))
+        signed += f", <span class=wait>the DNS record of {waiting} is not there yet</span>"
     return f"<p><b>{html_text(line.name)}</b> {plural(line.users, 'user')}, {signed}</p>"
 
 
@@ -12223,6 +12479,22 @@ def _certificate(line: CertificateLine, now: float) -> str:
         f"<p><b>{html_text(line.directory)}</b> for {html_text(names)}, "
         f"<span class={kind}>{'expired on' if days < 0 else 'until'} {until}</span></p>"
     )
+
+
+def _checks(status: Status) -> Iterator[str]:
+    if not status.checked:
+        yield "<p>Not yet: once a day. <code>chasquid doctor</code> checks now.</p>"
+        return
+    counts = collections.Counter(finding.level for finding in status.findings)
+    summary = ", ".join(f"{counts[level]} {level}" for level in Level if counts[level])
+    yield f"<p>{_clock_text(status.checked)}: {html_text(summary)}</p>"
+    colours = {Level.MEND: "bad", Level.ADVICE: "wait", Level.UNKNOWN: "soft"}
+    for check, level, text, fix, domain in status.findings:
+        if level is not Level.OK:
+            name = html_text(f"{check} {domain}".strip())
+            how = f"<pre>{html_text(fix)}</pre>" if fix else ""
+            said = f"<b>{name}</b> {html_text(text)}"
+            yield f"<article><span class={colours[level]}>{said}</span>{how}</article>"
 
 
 def _tiles(status: Status) -> str:
@@ -12339,7 +12611,7 @@ def recipient_text(recipient: Recipient) -> str:
 
 _ACCEPT_PAUSE = 1.0  # when there are no descriptors left
 _BACKLOG = 1024
-_FETCHED = "acme/certs"  # below data_dir; where ACME puts certificates
+FETCHED_CERTIFICATES = "acme/certs"  # below data_dir; where ACME puts certificates
 _EXPIRY_DAYS = 14  # before its end, that of a certificate is warned of
 _SPARE_DESCRIPTORS = 300  # a message that comes in, a delivery, a name look-up: one each
 
@@ -12443,7 +12715,7 @@ class Certificate(NamedTuple):
     @property
     def is_fetched(self) -> bool:
         """Whether it came by ACME, and is renewed without anybody's doing."""
-        return self.directory.startswith(f"{_FETCHED}/")
+        return self.directory.startswith(f"{FETCHED_CERTIFICATES}/")
 
     def covers(self, host: str) -> bool:
         """Tell whether it is for `host`, perhaps by a wildcard (RFC 6125, 6.4.3)."""
@@ -12466,7 +12738,7 @@ class Certificates:
         self._contexts: dict[str, ssl.SSLContext] = {}
         self._load_below(config.config_dir, "certs", before)
         if fetched:
-            self._load_below(config.data_dir, _FETCHED, before)
+            self._load_below(config.data_dir, FETCHED_CERTIFICATES, before)
         for certificate in sorted(self.loaded.values(), key=lambda found: not found.proven):
             for host in certificate.names | {os.path.basename(certificate.directory).lower()}:
                 self._contexts.setdefault(host, certificate.context)
@@ -12482,10 +12754,10 @@ class Certificates:
             names = [
                 os.path.basename(certificate.directory)
                 for certificate in (before.loaded.values() if before else ())
-                if certificate.is_fetched == (top == _FETCHED)
+                if certificate.is_fetched == (top == FETCHED_CERTIFICATES)
             ]
         for name in names:
-            known = name if top != _FETCHED else f"{top}/{name}"
+            known = name if top != FETCHED_CERTIFICATES else f"{top}/{name}"
             certificate = self._load(known, os.path.join(directory, name))
             if certificate is None and before is not None:
                 certificate = before.loaded.get(known)
@@ -12620,7 +12892,7 @@ class Listeners:
             self.monitoring += inherited.get("monitoring", [])
         elif address:
             self.monitoring += self._bind(address, config, "monitoring_address")
-        if not self.sockets:
+        if not self.sockets and any(addresses for _, _, _, addresses in kinds):
             path = os.path.join(config.config_dir, "chasquid.conf")
             text = "expected smtp_address or another address to listen on, or systemd's sockets"
             raise ConfigError(path, 0, text)
@@ -13592,19 +13864,30 @@ class Acme:
 # ======================================================================================
 # ROOM: CONTROL
 #
-# How another process reaches the server of a data_dir: the lock says whether there is one, and
-# a socket there, for its owner alone, takes requests.
+# How another process of this host reaches the server of a data_dir: the lock says whether there
+# is one, a socket there, for its owner alone, takes requests, and another one takes mail.
 #
-# A request is one line of JSON, [command, argument]; the answer is one too, either
-# {"lines": […]} or {"error": "…"}. A request that is not understood is answered so, for the
-# program that asks may be of another version.
+# - A request is one line of JSON, [command, argument]; the answer is one too, either
+#   {"lines": […]} or {"error": "…"}. A request that is not understood is answered so, for the
+#   program that asks may be of another version.
+# - Mail comes from programs of any user, in SMTP, without a login: the system says whose a
+#   program is. On Linux that socket is an abstract one, because others cannot reach into
+#   data_dir; elsewhere it is the file data_dir/sendmail, for root and the server's own user.
+# - The name of an abstract socket is anybody's who is first, so a program makes sure that the
+#   server is behind it before it says a word.
 #
-# What the commands do belongs to DAEMON.
+# What the commands do belongs to DAEMON; who may send what to whom, to RECEPTION.
 # ======================================================================================
 
 _CONTROL_LIMIT = 64 * 1024  # octets of a request to the control socket
 _CONTROL_SECONDS = 30.0
 _UNIX_PATH_LIMIT = 100  # a little less than what sun_path holds
+_PROGRAM_SECONDS = 300.0  # for an answer to a program's mail: a hook may take a minute
+_PROGRAM_BACKLOG = 128
+
+
+class DataDirectoryInUse(ConfigError):
+    """Another server has the data_dir."""
 
 
 class DataDirectory:
@@ -13615,7 +13898,7 @@ class DataDirectory:
         self._fd = -1
 
     def take(self) -> None:
-        """Make the directory and lock it. Raises ConfigError if another server has it."""
+        """Make the directory and lock it. Raises DataDirectoryInUse, ConfigError."""
         import fcntl
 
         try:
@@ -13629,7 +13912,8 @@ class DataDirectory:
         except BlockingIOError:
             os.close(self._fd)
             self._fd = -1
-            raise ConfigError(self.path, 0, "another server is using this data_dir") from None
+            text = "another server is using this data_dir"
+            raise DataDirectoryInUse(self.path, 0, text) from None
         except OSError as error:
             text = f"data_dir cannot be used: {error.strerror}"
             raise ConfigError(error.filename or self.path, 0, text) from error
@@ -13768,6 +14052,100 @@ def ask_running_server(data_dir: str, command: str, argument: str) -> list[str] 
     return [str(line) for line in answer["lines"]]
 
 
+def _program_address(data_dir: str) -> str:
+    path = os.path.abspath(data_dir)
+    if sys.platform != "linux":
+        return os.path.join(path, "sendmail")
+    short = len(os.fsencode(path)) < _UNIX_PATH_LIMIT - len("\0chasquid:")
+    return f"\0chasquid:{path if short else short_hash(path)}"
+
+
+class ProgramSocket:
+    """The socket that programs of this host connect to; without it, the server does its other work.
+
+    `listener` is None if the system gives no such socket; the log says why.
+    """
+
+    def __init__(self, loop: Loop, log: Log, data_dir: str) -> None:
+        self._loop = loop
+        self._path = _program_address(data_dir)
+        self.listener: socket.socket | None = None
+        raw = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._unlink()
+            raw.bind(self._path)
+            if not self._path.startswith("\0"):
+                os.chmod(self._path, 0o600)
+            raw.listen(_PROGRAM_BACKLOG)
+            raw.setblocking(False)
+        except OSError as error:
+            raw.close()
+            text = f"programs of this host cannot send mail: {reason(error)}"
+            log.warning("sendmail", f"{text}; no other user may hold {self._path!r}")
+            return
+        self.listener = raw
+
+    def close(self) -> None:
+        """Take no more connections."""
+        if self.listener is not None and self.listener.fileno() >= 0:
+            self._loop.forget(self.listener.fileno())
+            self.listener.close()
+            self._unlink()
+
+    def _unlink(self) -> None:
+        if not self._path.startswith("\0"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path)
+
+
+def user_behind(connected: socket.socket) -> tuple[bool, str]:
+    """Tell whether root or our own user is at the other end, and the name of who it is.
+
+    Blocks if the system has to ask for the name.
+    """
+    import pwd  # only for programs of this host
+
+    uid = _uid_behind(connected)
+    try:
+        name = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        name = f"uid-{uid}"
+    return uid in (0, os.geteuid()), name
+
+
+def _uid_behind(connected: socket.socket) -> int:
+    if sys.platform != "linux":
+        return os.geteuid()  # nobody else but root can reach the file
+    credentials = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    return int.from_bytes(credentials[4:8], sys.byteorder)  # struct ucred: pid, uid, gid
+
+
+def connect_as_program(data_dir: str) -> socket.socket | None:
+    """Return a connection to the server of `data_dir`, None if none is running.
+
+    It blocks, and waits for `_PROGRAM_SECONDS` at most for what is said on it. Raises
+    ChasquidError if somebody else has the socket, or we may not use it.
+    """
+    raw = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    raw.settimeout(_PROGRAM_SECONDS)
+    try:
+        raw.connect(_program_address(data_dir))
+        if sys.platform == "linux" and _uid_behind(raw) not in (0, os.stat(data_dir).st_uid):
+            text = "another user has taken the place of the server, which must be started anew"
+            raise ChasquidError(text)
+        return raw
+    except (FileNotFoundError, ConnectionRefusedError):
+        raw.close()
+        return None
+    except PermissionError:
+        raw.close()
+        text = "on this system only programs of root and of the server's user can send without"
+        raise ChasquidError(f"{text} a login; others send by port 587") from None
+    except BaseException:
+        raw.close()
+        raise
+
+
 # ======================================================================================
 # ROOM: PRIVILEGES
 #
@@ -13788,7 +14166,7 @@ def ask_running_server(data_dir: str, command: str, argument: str) -> list[str] 
 
 
 class Account(NamedTuple):
-    """A user of this machine."""
+    """A user of this machine; the name is "" if it has none."""
 
     name: str
     uid: int
@@ -13814,6 +14192,17 @@ def account_of_server(config: Config) -> Account | None:
         text = f"user: expected a user of this machine, found {printable(config.user, 40)}"
         raise ConfigError(path, 0, text) from None
     return Account(found.pw_name, found.pw_uid, found.pw_gid, found.pw_dir)
+
+
+def account_of_owner(status: os.stat_result) -> Account:
+    """Return the user and the group that a file belongs to."""
+    import pwd  # only here
+
+    try:
+        found = pwd.getpwuid(status.st_uid)
+    except KeyError:
+        return Account("", status.st_uid, status.st_gid, "/")
+    return Account(found.pw_name, status.st_uid, status.st_gid, found.pw_dir)
 
 
 def give_directory(path: str, account: Account) -> None:
@@ -13842,7 +14231,10 @@ def become(account: Account, system: Any = os) -> None:
     """
     uid, gid = account.uid, account.gid
     try:
-        system.initgroups(account.name, gid)
+        if account.name:
+            system.initgroups(account.name, gid)
+        else:
+            system.setgroups([gid])
         system.setgid(gid)
         system.setuid(uid)
     except OSError as error:
@@ -13948,11 +14340,14 @@ _SHOWN_PROBLEMS = 20  # of a domain; the log gets them at each look
 _WORKER_COUNT = 8
 _STOP_SECONDS = 10.0
 _DAY = 86400.0
+_EXAMINE_AFTER = 60.0  # seconds; the network may come up later than we do
 # Everything that is imported when it is first used; see `load_modules`.
 _LATE_MODULES = (
     "base64", "difflib", "dns.asyncresolver", "dns.rcode", "encodings.ascii", "encodings.idna",
     "fcntl", "hashlib", "hmac", "http.client", "idna", "idna.uts46data", "io", "ipaddress",
-    "precis_i18n.profile", "resource", "shlex", "shutil", "subprocess", "tempfile", "unicodedata",
+    "precis_i18n.profile", "pwd", "resource", "shlex", "shutil", "subprocess", "tempfile",
+    "unicodedata",
+    "calendar", "ctypes", "dns.query", "dns.resolver",  # for the daily check
 )  # fmt: skip
 DOMAIN_INFO_DIRECTORY = "domaininfo"  # below data_dir
 DOMAIN_FORGOTTEN = "what was seen of {} is forgotten"
@@ -14008,7 +14403,6 @@ def setting_warnings(config: Config) -> Iterator[str]:
     if "." not in config.hostname:
         yield f"the hostname {config.hostname} has no domain; see hostname"
     yield from hook_warnings(config.config_dir)
-    yield from exposure_warnings(config)
 
 
 class Domain(NamedTuple):
@@ -14028,6 +14422,7 @@ class Domains(NamedTuple):
     each: Mapping[str, Domain]
     broken: frozenset[str]
     problems: tuple[str, ...]
+    unseen: frozenset[str] = frozenset()  # keys that do not sign yet, by the names of their records
 
 
 def load_domains(config: Config, before: Mapping[str, Domain] | None = None) -> Domains:
@@ -14063,7 +14458,14 @@ def load_domains(config: Config, before: Mapping[str, Domain] | None = None) -> 
         broken=broken,
     )
     keys = {name: domain.keys for name, domain in each.items()}
-    return Domains(accounts, aliases, keys, each=each, broken=broken, problems=tuple(problems))
+    unseen: frozenset[str] = frozenset()
+    try:
+        unseen = unseen_keys(config.data_dir)  # after the keys: a marker is there before its key
+    except OSError as error:
+        problems.append(f"{config.data_dir}/{UNSEEN_DIRECTORY}: {error.strerror}; all keys sign")
+    return Domains(
+        accounts, aliases, keys, each=each, broken=broken, problems=tuple(problems), unseen=unseen
+    )
 
 
 def _load_domain(name: str, path: str, known: Domain | None) -> tuple[Domain | None, list[str]]:
@@ -14110,7 +14512,8 @@ class Daemon:
     """One server: made from a configuration, run by `run`, ended by `stop`.
 
     Sockets are bound when it is made, so that their numbers are known; then the process becomes
-    `account`, if there is one. Raises ConfigError.
+    `account`, if there is one. Unless it is to `deliver`, it attempts nothing of what is in the
+    queue. Raises ConfigError.
     """
 
     def __init__(
@@ -14126,10 +14529,16 @@ class Daemon:
         on_result: Callable[[Item, Recipient], None] = lambda item, recipient: None,
         connect: Connect = connect,
         account: Account | None = None,
+        deliver: bool = True,
+        examine: Callable[[], Sequence[Finding]] | None = None,
     ) -> None:
         self.config = config
         self._connect = connect
         self._account = account
+        self._deliver = deliver
+        self._examine = examine  # once a day, in a worker thread
+        self._findings: tuple[Finding, ...] = ()
+        self._examined = 0.0
         with contextlib.ExitStack() as undo:  # if the start fails, nothing is left behind
             self._assemble(
                 undo,
@@ -14171,12 +14580,17 @@ class Daemon:
         self._loading = Slots(loop, 1)
         self._reloaded = (clock.time(), not self.problems)
         self._signature = file_signature(config.config_dir)
-        self._dns = client = DnsClient(loop, config.dns_server, config.dns_trust_ad)
-        self._names = Names(loop, ask or client.ask)
+        self._dns = DnsClient(loop, config.dns_server, config.dns_trust_ad)
+        self._loaded = Event(loop)
+        ask = ask or self._ask_when_loaded
+        self._names = Names(loop, ask)
         # strangers' questions must not keep our own mail waiting
-        self._names_out = Names(loop, ask or client.ask)
+        self._names_out = Names(loop, ask)
         self._signer = Signer(loop, self.log, self._domains.keys)
-        self._signer.broken = self._domains.broken
+        self._signer.broken, self._signer.unseen = self._domains.broken, self._domains.unseen
+        self._key_watch = KeyWatch(
+            loop, self.log, ask, signer=self._signer, data_dir=config.data_dir
+        )
         self.levels = SecurityLevels(
             loop, self.log, os.path.join(config.data_dir, DOMAIN_INFO_DIRECTORY)
         )
@@ -14241,12 +14655,12 @@ class Daemon:
         self._web = Web(
             loop, self.log, challenges, self._web_site, context=lambda: self._context.tls_context
         )
-        self._acme = (
-            self._fetch_certificates(ask or client.ask, challenges) if config.acme else None
-        )
+        self._acme = self._fetch_certificates(ask, challenges) if config.acme else None
         self._control = Control(loop, self.log, config.data_dir, _Requests(self).table)
         undo.callback(self._control.close)
         self._control.open()
+        self._programs = ProgramSocket(loop, self.log, config.data_dir)
+        undo.callback(self._programs.close)
         self._sessions: dict[Session, Task] = {}
         self._session_limit = min(config.max_connections or sys.maxsize, session_limit())
         self._stopping = Event(loop)
@@ -14303,9 +14717,16 @@ class Daemon:
                 for name, certificate in self._certificates.loaded.items()
             ),
             domains=tuple(
-                DomainLine(name, len(domain.users), tuple(key.selector for key in domain.keys))
+                DomainLine(
+                    name,
+                    len(domain.users),
+                    tuple(key.selector for key in self._signer.signing(name)),
+                    tuple(key.selector for key in self._signer.waiting(name)),
+                )
                 for name, domain in self._domains.each.items()
             ),
+            findings=self._findings,
+            checked=self._examined,
         )
 
     def _queue_settings(self) -> QueueSettings:
@@ -14362,6 +14783,11 @@ class Daemon:
             raise error.for_owner() from None
 
     # --- its parts ---
+
+    async def _ask_when_loaded(self, name: str, kind: str) -> Answer:
+        """Ask the DNS. If two threads loaded dnspython, each might see half of its modules."""
+        await self._loaded.wait()
+        return await self._dns.ask(name, kind)
 
     def _local_courier(self, programs: Programs) -> Courier:
         config = self.config
@@ -14511,7 +14937,7 @@ class Daemon:
         elif os.geteuid() == 0:
             text = "running as root; a user of its own is safer: see the key user"
             log.warning("daemon", text)
-        for warning in setting_warnings(config):
+        for warning in (*setting_warnings(config), *exposure_warnings(config)):
             log.warning("daemon", warning)
         if config.smarthost:
             after = f" after {plural(config.smarthost_after, 'attempt')}"
@@ -14528,18 +14954,23 @@ class Daemon:
 
     def _report_keys(self) -> None:
         for domain, keys in sorted(self._domains.keys.items()):
-            if keys:
-                selectors = ", ".join(key.selector for key in keys)
+            if signing := self._signer.signing(domain):
+                selectors = ", ".join(key.selector for key in signing)
                 self.log.info("daemon", f"mail of {domain} is signed with {selectors}")
-            else:
+            elif not keys:
                 text = f"mail of {domain} leaves unsigned: it has no DKIM key; see dkim-keygen"
                 self.log.info("daemon", text)
+            for key in self._signer.waiting(domain):
+                self.log.info("daemon", key.unseen_text)
 
     # --- running ---
 
     async def _main(self, on_ready: Callable[[], object]) -> None:
         self._sts.load()
-        self.queue.recover()
+        if self._deliver:
+            self.queue.recover()
+        else:
+            self.queue.begin_closing()
         tasks = [
             self.loop.spawn(self._accept(port, raw), f"listener {port.name}")
             for port, raw in self._listeners.sockets
@@ -14551,13 +14982,17 @@ class Daemon:
         tasks += [self.loop.spawn(self._web.serve(raw), "web") for raw in self._listeners.web]
         tasks += [
             self.loop.spawn(self._control.serve(), "control"),
+            self.loop.spawn(self._accept_programs(), "sendmail"),
             self.loop.spawn(self._reload_forever(), "reload"),
             self.loop.spawn(self._watch_certificates(), "certificates"),
             self.loop.spawn(self._sts.refresh_forever(), "MTA-STS policies"),
+            self.loop.spawn(self._examine_daily(), "daily check"),
         ]
         for port, host, number in self.addresses:
             self.log.event(Events.LISTENING, port=port.name, address=f"[{host}]:{number}")
         await self.loop.work(self._load_libraries)
+        self._loaded.set()
+        tasks.append(self.loop.spawn(self._key_watch.run(), "records of DKIM keys"))
         if self._acme is not None:
             tasks.append(self.loop.spawn(self._acme.run(), "ACME"))
         on_ready()
@@ -14570,6 +15005,7 @@ class Daemon:
             task.cancel()
         self._listeners.close(self.loop)
         self._control.close()
+        self._programs.close()
         await self._wind_up()
         self.log.event(Events.STOPPED)
 
@@ -14598,6 +15034,15 @@ class Daemon:
         async for raw, peer in connections(self.loop, self.log, port.name, listener):
             self._begin(port, raw, str(peer[0]) if peer else "local")
 
+    async def _accept_programs(self) -> None:
+        """Take mail from programs of this host: SENDMAIL connects here."""
+        listener = self._programs.listener
+        if listener is None:
+            return
+        async for raw, _ in connections(self.loop, self.log, "sendmail", listener):
+            owner, user = await self.loop.work(functools.partial(user_behind, raw))
+            self._begin(OWNER_PORT if owner else HOST_PORT, raw, "127.0.0.1", user)
+
     async def _accept_monitoring(self, listener: socket.socket) -> None:
         async for raw, _ in connections(self.loop, self.log, "monitoring", listener):
             self.loop.spawn(self._monitor.answer(Stream(self.loop, raw)), "monitoring request")
@@ -14614,7 +15059,7 @@ class Daemon:
             kept = 0
         return left > (kept if self._limits.is_connected(clean_peer(peer)) else 0)
 
-    def _begin(self, port: Port, raw: socket.socket, peer: str) -> None:
+    def _begin(self, port: Port, raw: socket.socket, peer: str, user: str = "") -> None:
         if not self._has_place(peer):
             self.log.count(Metrics.CONNECTIONS, "refused")
             with contextlib.suppress(OSError):
@@ -14624,11 +15069,13 @@ class Daemon:
             return
         send_at_once(raw)
         stream = Stream(self.loop, raw)
-        session = Session(self._context, self._receiver, stream, port=port, peer=clean_peer(peer))
+        session = Session(
+            self._context, self._receiver, stream, port=port, peer=clean_peer(peer), user=user
+        )
 
         async def run() -> None:
             try:
-                if self.config.haproxy_incoming:
+                if self.config.haproxy_incoming and not port.programs:
                     session.peer = clean_peer(await proxied_peer(self.loop, raw) or session.peer)
                 await session.run()
             except (Disconnected, Expired) as error:  # before the session began
@@ -14707,6 +15154,8 @@ class Daemon:
         self._domains, self._certificates = domains, certificates
         self._receiver.take_over(domains.accounts, domains.aliases)
         self._signer.keys, self._signer.broken = domains.keys, domains.broken
+        self._signer.unseen = domains.unseen
+        self._key_watch.look_now()
         if certificates.default is not None:
             self._context.tls_context = certificates.default
         self._reloaded = (self.loop.clock.time(), not self.problems)
@@ -14720,6 +15169,22 @@ class Daemon:
             now = self.loop.clock.time()
             for warning in self._certificates.warnings(now, hosts):
                 self.log.warning("certificates", warning)
+            await self.loop.sleep(_DAY)
+
+    async def _examine_daily(self) -> None:
+        """Have the whole set-up checked each day, and warn of what must be mended."""
+        if self._examine is None:
+            return
+        await self.loop.sleep(_EXAMINE_AFTER)
+        while True:
+            try:
+                self._findings = tuple(await self.loop.work(self._examine))
+                self._examined = self.loop.clock.time()
+            except Exception as error:  # whatever it is, it must not end what comes tomorrow
+                self.log.crash("daily check", error)
+            for check, level, text, fix, domain in self._findings:
+                if level is Level.MEND:
+                    self.log.event(Events.FINDING, check=check, domain=domain, text=text, fix=fix)
             await self.loop.sleep(_DAY)
 
     async def _mail_exchangers_of_ours(self) -> list[str]:
@@ -14752,7 +15217,16 @@ class _Requests:
             "queue-bounce": self._queue_bounce,
             "domaininfo-remove": self._domaininfo_remove,
             "reload": self._reload,
+            "version": self._version,
+            "sessions": self._sessions,
         }
+
+    async def _version(self, about: str) -> list[str]:
+        return [__version__]
+
+    async def _sessions(self, about: str) -> list[str]:
+        """Return port and peer of each recent session, the last one last."""
+        return [f"{dialogue.port} {dialogue.peer}" for dialogue in self._daemon.log.dialogues]
 
     async def _reload(self, about: str) -> list[str]:
         """Return what is wrong with the files, as lines; none if all is in force."""
@@ -14812,10 +15286,1366 @@ def notify_systemd(state: str) -> None:
 
 
 # ======================================================================================
+# ROOM: SENDMAIL
+#
+# Mail from programs of this host: cron, mail, git, PHP. They call a program by the name of
+# sendmail, with a message on its standard input, and have no password to log in with.
+#
+# - The message is completed, then said to the server in SMTP, by the socket of CONTROL. So
+#   it goes the way of all mail, and a 250 means the same.
+# - Without a server, one lives for this message alone: what is for mailboxes here is
+#   delivered, and all else is in the queue then.
+# - A message goes to all its recipients or to none, and the exit status says which.
+#
+# The options are those of Postfix's and Exim's sendmail, as far as programs use them.
+# ======================================================================================
+
+_SENDMAIL_TRIES = 50  # while a server is about to start or to end
+_SENDMAIL_PAUSE = 0.2  # seconds
+
+
+class NotSent(ChasquidError):
+    """A message was not taken; `status` is the exit status that says so (sysexits.h)."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class NotNow(NotSent):
+    """The server is starting or ending: it is worth a second try."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text, os.EX_TEMPFAIL)
+
+
+# --- options ---
+
+
+class SendmailOptions(NamedTuple):
+    """What the command line of sendmail says; `sender` is None if it names none."""
+
+    sender: str | None
+    full_name: str  # for From, if the message has none
+    dot_ends: bool  # whether a line with a dot alone ends the message
+    from_header: bool  # whether the header names recipients
+    verbose: bool
+    recipients: tuple[str, ...]
+
+
+# Letters of Postfix's sendmail(1) and Exim's; those with a value have a colon. Only the ones
+# that `parse_sendmail_options` names mean something here.
+_SENDMAIL_LETTERS = "A:B:C:F:GIL:N:O:R:UV:X:b:ce:d:f:h:imno:p:qr:tvx"
+_SENDMAIL_MODES = {
+    "s": "SMTP is spoken at the server's ports, not on standard input",
+    "p": "the queue is shown by: chasquid queue list",
+    "i": "there is nothing to do: the server reads aliases by itself",
+}
+
+
+def parse_sendmail_options(words: Sequence[str]) -> SendmailOptions:
+    """Parse the arguments of sendmail. Raises NotSent (EX_USAGE)."""
+    import getopt  # only here
+
+    try:
+        found, recipients = getopt.gnu_getopt(list(words), _SENDMAIL_LETTERS)
+    except getopt.GetoptError as error:
+        raise NotSent(f"{error}", os.EX_USAGE) from None
+    mode = next((value for option, value in found if option == "-b"), "m")
+    if mode != "m":
+        text = _SENDMAIL_MODES.get(mode, "expected a message on standard input")
+        raise NotSent(f"-b{mode}: {text}", os.EX_USAGE)
+    options = dict(found)
+    if options.keys() & {"-q", "-I"}:
+        raise NotSent("-q and -I: the server does that by itself", os.EX_USAGE)
+    senders = [value for option, value in found if option in ("-f", "-r")]
+    dot_ends = "-i" not in options and ("-o", "i") not in found
+    return SendmailOptions(
+        senders[-1] if senders else None,
+        options.get("-F", ""),
+        dot_ends=dot_ends,
+        from_header="-t" in options,
+        verbose="-v" in options,
+        recipients=tuple(recipients),
+    )
+
+
+# --- the message ---
+
+
+class Letter(NamedTuple):
+    """A message with its envelope; the lines of `message` end with CRLF."""
+
+    sender: str
+    recipients: tuple[str, ...]
+    message: bytes
+
+
+def domain_of_host(config: Config) -> str:
+    """Return the domain of addresses that have none: that of the host, or else our first one."""
+    host = domain_to_unicode(config.hostname)
+    try:
+        domains = domain_directories(config.config_dir, [])
+    except ConfigError:
+        return host  # whoever calls us may not look there
+    return host if host in domains else next(iter(domains), host)
+
+
+_PROGRAM_HEADER = re.compile(rb"(?:[!-9;-~]+[ \t]*:[^\n]*\n(?:[ \t][^\n]*\n)*)*")
+_ADDRESS_FIELDS_OF_AUTHOR = ("from", "sender", "reply-to", "to", "cc")
+
+
+def make_letter(data: bytes, options: SendmailOptions, user: str, domain: str) -> Letter:
+    """Make of what a program wrote a message as it is sent, with its envelope.
+
+    `user` is who runs the program, `domain` completes addresses without one. What the server
+    adds (RFC 6409, 8: Date, Message-ID) is left to it. Raises NotSent.
+    """
+    header, body = _split_message(data, options.dot_ends)
+    try:
+        fields = header_fields(header)
+    except ValueError as error:
+        raise NotSent(f"the header cannot be read: {error}", os.EX_DATAERR) from None
+    own = f"{user}@{domain}"
+    sender = own if options.sender is None else _envelope_address(options.sender, domain)
+    named = _named_in(fields) if options.from_header else []
+    recipients = [_envelope_address(text, domain) for text in (*options.recipients, *named)]
+    if not all(recipients):
+        raise NotSent("expected a recipient, found an empty address", os.EX_USAGE)
+    if not recipients:
+        where = "in To, Cc and Bcc" if options.from_header else "as an argument"
+        raise NotSent(f"expected a recipient {where}", os.EX_USAGE)
+    kept = [
+        _completed(field, domain) for field in fields if field.name not in ("bcc", "resent-bcc")
+    ]
+    if not any(field.name == "from" for field in fields):
+        kept.insert(0, _author(options.full_name, sender or own))
+    message = b"".join(kept) + b"\r\n" + body
+    return Letter(sender, tuple(dict.fromkeys(recipients)), message)
+
+
+def _split_message(data: bytes, dot_ends: bool) -> tuple[bytes, bytes]:
+    """Return header block and body, with CRLF.
+
+    A CR alone becomes a blank: programs that put a form's text into a header must not get a
+    field more than they meant.
+    """
+    text = data.replace(b"\r\n", b"\n").replace(b"\r", b" ")
+    if dot_ends and (end := re.search(rb"^\.\n", text, re.MULTILINE)) is not None:
+        text = text[: end.start()]
+    if text.startswith(b"From "):  # a mailbox's line before the message
+        text = text.partition(b"\n")[2]
+    if text and not text.endswith(b"\n"):
+        text += b"\n"
+    match = _PROGRAM_HEADER.match(text)
+    assert match is not None
+    body = text[match.end() :].removeprefix(b"\n")  # it may begin without an empty line
+    return match[0].replace(b"\n", b"\r\n"), body.replace(b"\n", b"\r\n")
+
+
+def _envelope_address(text: str, domain: str) -> str:
+    """Return an address of the envelope, "" for <>. Raises NotSent."""
+    text = text.strip()
+    if text.startswith("<") and text.endswith(">"):
+        text = text[1:-1]
+    if UNPRINTABLE.search(text) or re.search(r"[<>]", text):
+        raise NotSent(f"expected an address, found {printable(text, 100)!r}", os.EX_USAGE)
+    return f"{text}@{domain}" if text and "@" not in text else text
+
+
+def _named_in(fields: Sequence[Field]) -> list[str]:
+    """Return the recipients that the header names; of a message that is sent once more, the new.
+
+    RFC 5322, 3.6.3 and 3.6.6. Raises NotSent.
+    """
+    from email.headerregistry import HeaderRegistry  # 25 ms, and only for -t
+
+    make = HeaderRegistry()
+    again = any(field.name.startswith("resent-") for field in fields)
+    names = {f"resent-{name}" if again else name for name in ("to", "cc", "bcc")}
+    found: list[str] = []
+    for field in fields:
+        if field.name in names:
+            text = field.value.decode("utf-8", "replace").replace("\r\n", "").strip()
+            here = [address.addr_spec for address in getattr(make("to", text), "addresses", ())]
+            if not _are_all(here, text):
+                shown = printable(text, 100)
+                raise NotSent(f"{field.name}: expected addresses, found {shown!r}", os.EX_DATAERR)
+            found += here
+    return found
+
+
+def _are_all(addresses: Sequence[str], text: str) -> bool:
+    """Tell whether `addresses` are all of a field; the parser skips what it cannot read."""
+    full = [address for address in addresses if "@" in address]
+    names = [address for address in addresses if "@" not in address]
+    try:
+        return without_comments(text, quoted='""').count("@") == len(full) and all(
+            re.fullmatch(r"[\w.+-]+", name) for name in names
+        )
+    except ValueError:
+        return False
+
+
+_BARE_NAME = re.compile(rb"(^[^:]*:|,)(\s*)([\w.+-]+)(?=\s*(?:\([^(),]*\)\s*)?(?:,|$))")
+_NAME_IN_BRACKETS = re.compile(rb"<([\w.+-]+)>")
+
+
+def _completed(field: Field, domain: str) -> bytes:
+    """Return a field with addresses that have no domain completed, as cron's From: root is.
+
+    Where quotes or a comment may hide a comma, they stay as they are.
+    """
+    if field.name not in _ADDRESS_FIELDS_OF_AUTHOR:
+        return field.raw
+    at = b"@" + domain_to_ascii(domain).encode()
+    raw = _NAME_IN_BRACKETS.sub(rb"<\1" + at + b">", field.raw.removesuffix(b"\r\n"))
+    if b'"' not in raw and not re.search(rb"\([^)]*,", raw):
+        raw = _BARE_NAME.sub(rb"\1\2\3" + at, raw)
+    return raw + b"\r\n"
+
+
+def _author(full_name: str, address: str) -> bytes:
+    """Return the From field of a message that has none."""
+    from email.utils import formataddr  # only here
+
+    local, domain = split_address(address)
+    if not full_name or not local.isascii():  # formataddr knows no SMTPUTF8
+        return fold("From", f"<{local}@{domain_to_ascii(domain)}>")
+    return fold("From", formataddr((printable(full_name), f"{local}@{domain_to_ascii(domain)}")))
+
+
+# --- the dialogue ---
+
+_SENDMAIL_STATUS = {
+    "5.1.1": os.EX_NOUSER,
+    "5.1.2": os.EX_NOHOST,
+    "5.3.4": os.EX_DATAERR,
+    "5.6.0": os.EX_DATAERR,
+    "5.7.1": os.EX_NOPERM,
+}
+
+
+class _ProgramDialogue:
+    """The client's side of SMTP, as far as a program needs it; it blocks."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        self._socket = connected
+        self._replies = connected.makefile("rb")
+
+    def say(self, *data: bytes) -> str:
+        """Send a command, and return the text of the reply. Raises NotSent if it refuses."""
+        for piece in data:
+            self._socket.sendall(piece)
+        return self.reply()
+
+    def reply(self) -> str:
+        """Return the text of a reply; of several lines the last. Raises NotSent."""
+        line = b"000-"
+        while line[3:4] == b"-":
+            line = self._replies.readline(CHUNK)
+        text = line.decode("utf-8", "replace").rstrip()
+        match = re.fullmatch(r"(\d{3}) (?:([245]\.\d{1,3}\.\d{1,3}) )?(.*)", text)
+        if match is None:
+            raise NotNow("the server broke the connection")
+        code, status, text = match.groups()
+        if code == "421":
+            raise NotNow(text)
+        if code >= "400":
+            permanent = _SENDMAIL_STATUS.get(status or "", os.EX_UNAVAILABLE)
+            raise NotSent(text, permanent if code >= "500" else os.EX_TEMPFAIL)
+        return text
+
+
+def hand_over(connected: socket.socket, letter: Letter) -> str:
+    """Send a message over a connection, which is closed; return what the server said of it.
+
+    Then it is safe, for all recipients. Raises NotSent: no recipient gets it.
+    """
+    try:
+        with connected:
+            dialogue = _ProgramDialogue(connected)
+            dialogue.reply()
+            dialogue.say(b"EHLO localhost\r\n")
+            said = ""
+            try:
+                for start in range(0, len(letter.recipients), RECIPIENT_LIMIT):
+                    some = letter.recipients[start : start + RECIPIENT_LIMIT]
+                    said = _send_one(dialogue, letter._replace(recipients=some))
+            finally:
+                with contextlib.suppress(OSError, NotSent):  # what counts is said already
+                    dialogue.say(b"QUIT\r\n")
+            return said
+    except OSError as error:
+        raise NotNow(f"the server cannot be reached: {reason(error)}") from error
+
+
+def _send_one(dialogue: _ProgramDialogue, letter: Letter) -> str:
+    utf8 = "" if f"{letter.sender}{letter.recipients}".isascii() else " SMTPUTF8"
+    dialogue.say(f"MAIL FROM:<{letter.sender}> BODY=8BITMIME{utf8}\r\n".encode())
+    for recipient in letter.recipients:
+        try:
+            dialogue.say(f"RCPT TO:<{recipient}>\r\n".encode())
+        except NotNow:
+            raise
+        except NotSent as error:
+            raise NotSent(f"{recipient}: {error}", error.status) from None
+    return dialogue.say(f"BDAT {len(letter.message)} LAST\r\n".encode(), letter.message)
+
+
+# --- with a server or without ---
+
+
+def send_letter(config: Config, letter: Letter) -> str:
+    """Give a message to the server, or put it into the queue if there is none.
+
+    Returns what was said of it. Raises ChasquidError.
+    """
+    for left in reversed(range(_SENDMAIL_TRIES)):
+        try:
+            connected = connect_as_program(config.data_dir)
+            if connected is not None:
+                return hand_over(connected, letter)
+            return _put_into_queue(config, letter)
+        except (NotNow, DataDirectoryInUse):  # it is about to start or to end
+            if not left:
+                raise
+        time.sleep(_SENDMAIL_PAUSE)
+    raise AssertionError
+
+
+def _put_into_queue(config: Config, letter: Letter) -> str:
+    """Have a server that lives for this message alone take it into the queue.
+
+    So the message is judged, signed and written as any other. Raises ChasquidError.
+    """
+    load_libraries()  # whom we become may not be able to read them
+    _become_owner(config.data_dir)
+    for place in Place:
+        make_directory(os.path.join(config.data_dir, "queue", place))
+    os.environ.pop("NOTIFY_SOCKET", None)  # of whoever calls us
+    nowhere: dict[str, Any] = {
+        key: type(value)()
+        for key, value in config._asdict().items()
+        if key.endswith("_address") and key != "lmtp_address"
+    }
+    closed = config._replace(log_path=os.devnull, acme=False, **nowhere)
+    daemon = Daemon(closed, deliver=False)
+    outcome: list[str | ChasquidError] = []
+
+    def send() -> None:
+        try:
+            connected = connect_as_program(config.data_dir)
+            if connected is None:
+                raise ChasquidError("the system gives no socket to send by")
+            outcome.append(hand_over(connected, letter))
+        except ChasquidError as error:
+            outcome.append(error)
+        finally:
+            daemon.stop()
+
+    daemon.run(threading.Thread(target=send, name="sendmail").start)
+    [said] = outcome
+    if isinstance(said, ChasquidError):
+        raise said
+    return said
+
+
+def _become_owner(data_dir: str) -> None:
+    """As root, become the server's user, or it could not read what we write. Raises NotSent."""
+    try:
+        owner = os.stat(data_dir)
+    except OSError as error:
+        text = f"no server is running, and there is no queue: {reason(error)}"
+        raise NotSent(text, os.EX_TEMPFAIL) from None
+    if os.geteuid() == 0 and owner.st_uid:
+        become(account_of_owner(owner))
+    elif os.geteuid() != owner.st_uid:
+        text = "no server is running, and only root and its user can reach the queue"
+        raise NotSent(text, os.EX_TEMPFAIL)
+
+
+# ======================================================================================
+# ROOM: UPKEEP
+#
+# What the owner does to a whole server from outside: another version of the program, a copy of
+# all that it needs, and a server made from such a copy.
+#
+# - Versions lie side by side, each under its version and a hash of its octets, and a link says
+#   which one runs. So going back is a rename, as is going on.
+# - A new version must find this configuration right before anything is changed, and must
+#   answer on its control socket; else the link goes back.
+# - A backup is a tar of regular files and directories: config/… and data/…, and mail/… if that
+#   is wanted; first `chasquid.json`, which says what it is, and last `complete`, without which
+#   it was cut short. It is taken while the server runs: what is in the queue is a file that
+#   only grows, and one that goes away meanwhile was delivered.
+# - What comes out of a backup replaces nothing that is there.
+#
+# The mailboxes are the directories that `maildir` can mean. What users and aliases of another
+# server become belongs to IMPORT.
+# ======================================================================================
+
+_UP_SECONDS = 30.0  # in which a new version must answer
+_RESTART_SECONDS = 90.0  # of which the old one may take 30 to end
+_CHECK_SECONDS = 60.0
+
+
+class ProgramPlaces(NamedTuple):
+    """Where the versions of the program are, and the link that says which one runs."""
+
+    library: str = "/usr/local/lib/chasquid"
+    link: str = "/usr/local/bin/chasquid"
+
+
+USUAL_PLACES = ProgramPlaces()
+
+
+def archive_version(path: str) -> str:
+    """Return the version of the archive at `path`. Raises ChasquidError if it is none of ours."""
+    import zipfile  # only here
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if match := re.fullmatch(r"chasquid-([\w.+]+)\.dist-info/METADATA", name):
+                    return match[1]
+    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+        text = f"{path}: expected an archive of chasquid, such as chasquid.pyz"
+        raise ChasquidError(f"{text}: {reason(error)}") from error
+    raise ChasquidError(f"{path}: expected an archive of chasquid; this is another one")
+
+
+def install_archive(archive: str, places: ProgramPlaces = USUAL_PLACES) -> str:
+    """Copy an archive to library/chasquid-VERSION-HASH8.pyz, durably; return that path.
+
+    If it is there, it is left alone; the link is not touched. Raises ChasquidError.
+    """
+    import hashlib  # only here
+
+    version, data = archive_version(archive), read_file(archive)
+    name = f"chasquid-{version}-{hashlib.sha256(data).hexdigest()[:8]}.pyz"
+    path = os.path.join(places.library, name)
+    try:
+        if read_file(path, missing=b"") != data:
+            make_directory(places.library, 0o755)
+            os.chmod(places.library, 0o755)
+            replace_durably(path, data, 0o755)
+    except OSError as error:
+        raise ChasquidError(f"{path} cannot be written: {reason(error)}; run it as root") from error
+    return path
+
+
+def point_link(link: str, target: str) -> None:
+    """Have `link` point to `target`, whatever it was before, in one step. Raises ChasquidError."""
+    temporary = os.path.join(os.path.dirname(link), f".{new_id()}.tmp")
+    try:
+        make_directory(os.path.dirname(link), 0o755)
+        os.symlink(target, temporary)
+        move_synced(temporary, link)
+    except OSError as error:
+        discard_names(temporary)
+        raise ChasquidError(f"{link} cannot be made: {reason(error)}; run it as root") from error
+
+
+class Service(Protocol):
+    """What starts and ends the server."""
+
+    def is_active(self) -> bool:
+        """Tell whether it has started the server."""
+
+    def restart(self) -> None:
+        """End the server and start it anew. Raises ChasquidError."""
+
+
+class SystemdService:
+    """The unit chasquid.service."""
+
+    _UNIT = "chasquid.service"
+
+    def is_active(self) -> bool:
+        """See `Service`."""
+        return self._ask("is-active", "--quiet") == 0
+
+    def restart(self) -> None:
+        """See `Service`."""
+        self._ask("reset-failed")
+        if self._ask("restart") != 0:
+            text = "the server does not start; its log says why: journalctl -u chasquid -n 20"
+            raise ChasquidError(text)
+
+    def _ask(self, *words: str) -> int:
+        """Return the exit status of systemctl, -1 if it takes too long. Raises ChasquidError."""
+        import subprocess  # only here
+
+        command = ["systemctl", *words, self._UNIT]
+        try:
+            done = subprocess.run(command, capture_output=True, timeout=_RESTART_SECONDS)
+        except subprocess.TimeoutExpired:
+            return -1
+        except OSError as error:
+            raise ChasquidError(f"systemctl cannot be run: {reason(error)}") from error
+        return done.returncode
+
+
+def running_version(data_dir: str) -> str | None:
+    """Return the version of the running server, None if none is running.
+
+    It is "an older version" if it cannot say, "a server" if we may not ask.
+    """
+    try:
+        answer = ask_running_server(data_dir, "version", "")
+    except ChasquidError as error:
+        return "an older version" if "not understood" in str(error) else "a server"
+    return None if answer is None else answer[0]
+
+
+class Upgrade:
+    """Puts another version in the place of the one that runs, and goes back if it does not run.
+
+    `service` is None if nothing that we know starts the server; `check` are the words by which
+    an archive checks the configuration.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        check: Sequence[str],
+        service: Service | None,
+        *,
+        places: ProgramPlaces = USUAL_PLACES,
+        running: Callable[[str], str | None] = running_version,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._data_dir = config.data_dir
+        self._check = check
+        self._service = service
+        self._places = places
+        self._running = running
+        self._sleep = sleep
+
+    def run(self, archive: str) -> Iterator[str]:
+        """Do it, and yield a line for each step that is done. Raises ChasquidError."""
+        self._have_checked(archive)
+        yield "the new version finds the configuration right"
+        before = self._installed()
+        after = install_archive(archive, self._places)
+        version = archive_version(after)
+        if before == after and os.path.islink(self._places.link):
+            yield f"{after} is installed already"
+            return
+        point_link(self._places.link, after)
+        yield f"{self._places.link} is {after} now"
+        if self._service is not None and self._service.is_active():
+            self._restart(version, before)
+            yield f"the server runs as version {version}"
+        else:
+            yield from self._what_is_left(before)
+
+    def _have_checked(self, archive: str) -> None:
+        """Have the archive itself check the configuration. Raises ChasquidError."""
+        import subprocess  # only here
+
+        archive_version(archive)
+        command = [sys.executable, os.path.abspath(archive), *self._check]
+        try:
+            done = subprocess.run(command, capture_output=True, timeout=_CHECK_SECONDS)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise ChasquidError(f"{archive} cannot be run: {reason(error)}") from error
+        if done.returncode:
+            lines = (done.stdout + done.stderr).decode("utf-8", "replace").strip().splitlines()
+            said = "\n  ".join(printable(line) for line in lines[-20:])
+            raise ChasquidError(f"nothing was changed: {archive} says\n  {said}")
+
+    def _installed(self) -> str:
+        """Return what the link points to, "" if there is none; a plain file becomes a version."""
+        link = self._places.link
+        if os.path.islink(link) or not os.path.exists(link):
+            return os.path.realpath(link) if os.path.exists(link) else ""
+        return install_archive(link, self._places)
+
+    def _restart(self, version: str, before: str) -> None:
+        """Raises ChasquidError when the old version is back."""
+        assert self._service is not None
+        try:
+            self._service.restart()
+            self._wait_until_up(version)
+        except ChasquidError as error:
+            if not before:
+                raise
+            point_link(self._places.link, before)
+            self._service.restart()
+            self._wait_until_up("")
+            raise ChasquidError(f"{error}\nThe old version, {before}, runs again") from error
+
+    def _wait_until_up(self, version: str) -> None:
+        """Wait until a server answers that is of this version, if one is named."""
+        found = None
+        for _ in range(int(_UP_SECONDS / 0.5)):
+            found = self._running(self._data_dir)
+            if found is not None and found in (version or found, "a server"):
+                return
+            self._sleep(0.5)
+        if found is None:
+            raise ChasquidError(f"the server does not answer within {_UP_SECONDS:g} seconds")
+        text = f"version {version} was to run, but the server is {found}"
+        raise ChasquidError(f"{text}: does its unit start {self._places.link}?")
+
+    def _what_is_left(self, before: str) -> Iterator[str]:
+        running = self._running(self._data_dir)
+        if running is None:
+            yield "no server is running; the new version runs when it is started"
+        else:
+            yield f"the server that runs is still {running}: end it, and start it anew"
+        if before:
+            yield f"to go back: ln -sfn {before} {self._places.link}"
+
+
+# --- backup ---
+
+_BACKUP_VERSION = 1
+_NOT_KEPT = ("lock", "control", "sendmail", "journal", "queue/tmp")  # below data_dir
+
+
+def _maildir_pattern(config: Config) -> tuple[str, str]:
+    """Return the directory that all Maildirs are in, and the pattern (of glob) of each."""
+    import glob  # only here
+
+    template = config.maildir.replace("%data_dir%", config.data_dir)
+    top = os.path.dirname(template.partition("%to")[0])
+    return top, re.sub(r"%to(_user|_domain)?%", "*", glob.escape(template))
+
+
+def _below(top: str, name: str, leave: Container[str], follow: bool) -> Iterator[tuple[str, str]]:
+    """Yield the directory `top` and all in it, each with its name in the backup.
+
+    Of a Maildir and of the queue, new comes before cur: what moves meanwhile is seen.
+    With `follow`, links are what they point to; a directory within itself is left out.
+    """
+    pending: list[tuple[str, str, tuple[str, ...]]] = [(top, name, (os.path.realpath(top),))]
+    while pending:
+        path, shown, above = pending.pop()
+        yield path, shown
+        try:
+            entries = sorted(os.listdir(path), reverse=True)
+        except FileNotFoundError:
+            continue
+        inner = []
+        for entry in entries:
+            within, real = os.path.join(path, entry), os.path.realpath(os.path.join(path, entry))
+            if within in leave or (os.path.islink(within) and not follow):
+                continue
+            if not os.path.isdir(within):
+                yield within, f"{shown}/{entry}"
+            elif real not in above:
+                inner.append((within, f"{shown}/{entry}", (*above, real)))
+        pending += reversed(inner)
+
+
+class _BackupWriter:
+    """Writes the members of a backup, and counts them by the first part of their names."""
+
+    def __init__(self, tar: TarFile) -> None:
+        self._tar = tar
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def note(self, name: str, text: str) -> None:
+        """Write a member of ours."""
+        import io
+        import tarfile
+
+        info, data = tarfile.TarInfo(name), text.encode()
+        info.size, info.mode, info.mtime = len(data), 0o600, int(time.time())
+        self._tar.addfile(info, io.BytesIO(data))
+
+    def add(self, path: str, name: str) -> None:
+        """Write a directory or a regular file, if it is still there. Raises OSError."""
+        import glob
+
+        try:
+            if os.path.isdir(path):
+                self._tar.addfile(self._tar.gettarinfo(path, name))
+            elif stat.S_ISREG(os.stat(path).st_mode):
+                with open(path, "rb") as file:
+                    self._tar.addfile(self._tar.gettarinfo(arcname=name, fileobj=file), file)
+                    self.counts[name.partition("/")[0]] += 1
+        except FileNotFoundError:
+            # a message of a Maildir that was looked at has another name now
+            base = path.partition(":2,")[0]
+            for again in glob.glob(f"{glob.escape(base)}:2,*") if ":2," in path else ():
+                if again != path:
+                    self.add(again, os.path.join(os.path.dirname(name), os.path.basename(again)))
+
+
+def _kept_files(config: Config, leave: Sequence[str], mail: bool) -> Iterator[tuple[str, str]]:
+    """Yield what belongs into a backup, each with its name there."""
+    import glob
+
+    top, pattern = _maildir_pattern(config)
+    without = {os.path.join(config.data_dir, name) for name in _NOT_KEPT}
+    without |= {*leave, top, config.config_dir, config.data_dir}
+    yield from _below(config.config_dir, "config", without, follow=True)
+    yield from _below(config.data_dir, "data", without, follow=False)
+    for path in sorted(glob.glob(pattern)) if mail and top != config.data_dir else ():
+        if os.path.isdir(os.path.join(path, "cur")):
+            yield from _below(path, f"mail/{os.path.relpath(path, top)}", leave, follow=False)
+
+
+def write_backup(config: Config, stream: IO[bytes], leave: Sequence[str], mail: bool) -> str:
+    """Write a backup to `stream`, without the files `leave`; return what it holds, as a sentence.
+
+    With `mail`, the mailboxes too. Raises ChasquidError.
+    """
+    import tarfile  # only here
+
+    try:
+        with tarfile.open(
+            fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT, dereference=True
+        ) as tar:
+            writer = _BackupWriter(tar)
+            about = {"version": _BACKUP_VERSION, "program": __version__, "host": config.hostname}
+            writer.note("chasquid.json", json.dumps({**about, "time": time.time()}))
+            for path, name in _kept_files(config, leave, mail):
+                writer.add(path, name)
+            writer.note("complete", "")
+    except OSError as error:
+        text = f"the backup cannot be written: {reason(error)}"
+        hint = "; run it as root" if isinstance(error, PermissionError) else ""
+        raise ChasquidError(f"{text}{hint}") from error
+    counts = [f"{plural(writer.counts[part], 'file')} of {part}" for part in ("config", "data")]
+    counts.append(f"{plural(writer.counts['mail'], 'file')} of mail" if mail else "no mailboxes")
+    return ", ".join(counts)
+
+
+def back_up(config: Config, path: str, mail: bool) -> str:
+    """Write a backup to the file `path` (0600), whole or not at all; see `write_backup`.
+
+    Raises ChasquidError.
+    """
+    path = os.path.abspath(path)
+    temporary = os.path.join(os.path.dirname(path), f".{new_id()}.tmp")
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with open(fd, "wb") as file:
+                said = write_backup(config, file, [temporary, path], mail)
+                file.flush()
+                os.fsync(file.fileno())
+            move_synced(temporary, path)
+        except BaseException:
+            discard_names(temporary)
+            raise
+    except OSError as error:
+        raise ChasquidError(f"{path} cannot be written: {reason(error)}") from error
+    return f"{path}: {said}"
+
+
+class _BackupReader:
+    """Reads the members of a backup in their order; what is no backup raises ChasquidError."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def members(self) -> Iterator[tuple[str, TarInfo, IO[bytes] | None]]:
+        """Yield name, description and contents of each but the first and the last.
+
+        The contents are there until the next one is asked for. Raises ChasquidError.
+        """
+        import tarfile
+        import zlib
+
+        try:
+            with tarfile.open(self._path, "r|*") as tar:
+                names = (member for member in tar)
+                first = next(names, None)
+                if first is None or first.name != "chasquid.json":
+                    raise ChasquidError(f"{self._path}: expected a backup of chasquid")
+                file = tar.extractfile(first)
+                self._check_version(file.read(CHUNK) if file else b"")
+                for member in names:
+                    if member.name == "complete":
+                        return
+                    yield member.name, member, tar.extractfile(member) if member.isreg() else None
+        except (tarfile.TarError, EOFError, zlib.error) as error:
+            raise ChasquidError(f"{self._path} is no whole backup: {reason(error)}") from error
+        except OSError as error:
+            raise ChasquidError(f"{self._path} cannot be read: {reason(error)}") from error
+        raise ChasquidError(f"{self._path} is no whole backup: its end is missing")
+
+    def _check_version(self, data: bytes) -> None:
+        try:
+            version = int(json.loads(data)["version"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ChasquidError(f"{self._path}: expected a backup of chasquid") from error
+        if version > _BACKUP_VERSION:
+            raise ChasquidError(f"{self._path}: only a newer chasquid can read it")
+
+
+class _Restore:
+    """Makes files of the members of a backup, below the places of config, data and mail."""
+
+    def __init__(self, path: str, config: Config) -> None:
+        top, _ = _maildir_pattern(config)
+        self._path = path
+        self.places = {"config": config.config_dir, "data": config.data_dir, "mail": top}
+        self._made: list[str] = []
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.unknown: set[str] = set()  # owners whom this system does not have
+
+    def target(self, name: str, member: TarInfo) -> str:
+        """Return where a member belongs. Raises ChasquidError if it can be no part of a backup."""
+        first, *parts = name.split("/")
+        if first not in self.places or set(parts) & {"", ".", ".."} or "\0" in name:
+            raise ChasquidError(f"{self._path}: {printable(name, 200)!r} belongs to no backup")
+        if not member.isreg() and not member.isdir():
+            text = f"{printable(name, 200)} is neither a file nor a directory"
+            raise ChasquidError(f"{self._path}: {text}")
+        return os.path.join(self.places[first], *parts)
+
+    def check(self, name: str, member: TarInfo) -> None:
+        """Raises ChasquidError if a member would replace something."""
+        target = self.target(name, member)
+        if os.path.lexists(target) and not (member.isdir() and os.path.isdir(target)):
+            raise ChasquidError(f"{target} is there already; nothing was restored")
+
+    def make(self, name: str, member: TarInfo, contents: IO[bytes] | None) -> None:
+        """Make what a member describes, with its mode, owner and time. Raises OSError."""
+        target, mode = self.target(name, member), member.mode & 0o777
+        owner = self._owner(member) if os.geteuid() == 0 else None
+        if contents is None:
+            if not os.path.isdir(target):
+                make_directory(target)
+                self._made.append(target)
+                os.chmod(target, mode | 0o700)
+                if owner is not None:
+                    os.chown(target, *owner)
+            return
+        make_directory(os.path.dirname(target))
+        create_synced(target, iter(lambda: contents.read(CHUNK), b""), mode, owner)
+        self._made.append(target)
+        os.utime(target, (member.mtime, member.mtime))
+        self.counts[name.partition("/")[0]] += 1
+
+    def _owner(self, member: TarInfo) -> tuple[int, int]:
+        import grp
+        import pwd
+
+        try:
+            return pwd.getpwnam(member.uname).pw_uid, grp.getgrnam(member.gname).gr_gid
+        except KeyError:
+            self.unknown.add(f"{member.uname}:{member.gname}")
+            return os.geteuid(), os.getegid()
+
+    def undo(self) -> None:
+        """Take away what was made."""
+        for path in reversed(self._made):
+            with contextlib.suppress(OSError):
+                os.rmdir(path) if os.path.isdir(path) else os.unlink(path)
+
+
+def _config_in_backup(path: str, config_dir: str, overrides: str) -> Config:
+    """Return the configuration that a backup holds, as it will be in `config_dir`."""
+    import tempfile
+
+    for name, _, contents in _BackupReader(path).members():
+        if name == "config/chasquid.conf" and contents is not None:
+            with tempfile.TemporaryDirectory() as place:
+                with open(os.path.join(place, "chasquid.conf"), "wb") as file:
+                    file.write(contents.read(HEADER_LIMIT))
+                config = load_config(place, overrides)
+                data_dir = config.data_dir.replace(place, config_dir)  # it may be a relative path
+                return config._replace(config_dir=config_dir, data_dir=data_dir)
+    raise ChasquidError(f"{path}: it holds no chasquid.conf")
+
+
+def restore_backup(path: str, config_dir: str, overrides: str = "") -> list[str]:
+    """Make a configuration, data_dir and mailboxes from the backup at `path`.
+
+    Nothing that is there is replaced, and if it fails, what was made is taken away. The places
+    of data_dir and Maildirs are those of the chasquid.conf in it, and of `overrides`, text in
+    its format. Returns what was made, as lines. Raises ChasquidError.
+    """
+    config = _config_in_backup(path, os.path.abspath(config_dir), overrides)
+    restore = _Restore(path, config)
+    for name, member, _ in _BackupReader(path).members():
+        restore.check(name, member)
+    with contextlib.ExitStack() as held:
+        if os.path.isdir(config.data_dir):  # else no server can have it
+            lock = DataDirectory(config.data_dir)
+            lock.take()
+            held.callback(lock.release)
+        try:
+            for name, member, contents in _BackupReader(path).members():
+                restore.make(name, member, contents)
+            os.sync()
+        except BaseException as error:
+            restore.undo()
+            if isinstance(error, OSError):
+                raise ChasquidError(f"nothing was restored: {reason(error)}") from error
+            raise
+    lines = [
+        f"made {plural(restore.counts[part], 'file')} of {part} in {place}"
+        for part, place in restore.places.items()
+        if restore.counts[part]
+    ]
+    if restore.unknown:
+        names = ", ".join(sorted(restore.unknown))
+        lines.append(f"this system has no {names}: give the files to the user of the server")
+    return lines
+
+
+# ======================================================================================
+# ROOM: IMPORT
+#
+# What another server leaves behind: Postfix's aliases and mailboxes as ours, and Maildirs as
+# they are. It may be done again at any time: what is there is kept, and said so.
+#
+#     /etc/aliases           name: address, "|command args", /file, :include:/file
+#     virtual alias maps     user@domain address, …    @domain address    domain anything
+#     virtual mailbox maps   user@domain path/         a mailbox, without a password
+#     password files         user:hash:…               of a Dovecot passwd-file, or shadow
+#
+# - Every line that has no counterpart here is told of, with what to do.
+# - A command goes the way of a pipe alias, which must stand alone: among other recipients it
+#   gets an alias of its own, NAME-pipe. What needs a shell gets one.
+# - Hashes of other kinds cannot become ours: those users get a mailbox, and need a password.
+# - A message of a Maildir keeps its name, which says whether it is here already, its flags, and
+#   its time, by which IMAP knows when it came.
+#
+# What an alias means here belongs to ALIASES.
+# ======================================================================================
+
+
+class ImportReport:
+    """What was taken over, and what was not and why, as lines."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.left: list[str] = []
+
+
+class PostfixFiles(NamedTuple):
+    """Files of Postfix to read; "" for none. `domain` is that of names without one."""
+
+    domain: str
+    aliases: str = ""
+    virtual: str = ""
+    mailboxes: str = ""
+    passwords: str = ""
+
+
+_ALIAS_VALUE = re.compile(r'\s*(\|?"(?:[^"\\]|\\.)*"|[^,"]*)\s*(?:,|$)')
+_NEEDS_SHELL = re.compile(r"[^\w\s%+,./:=@-]")
+
+
+def _logical_lines(path: str) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a file with their numbers; one that begins with a blank goes on.
+
+    Raises ConfigError.
+    """
+    number, held = 0, ""
+    for at, line in enumerate(read_file(path).decode("utf-8", "replace").split("\n"), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        if line[0] in " \t" and held:
+            held += " " + line.strip()
+            continue
+        if held:
+            yield number, held
+        number, held = at, line.strip()
+    if held:
+        yield number, held
+
+
+def _without_quotes(text: str) -> str:
+    """Return a value of /etc/aliases without its quotes."""
+    pipe = text.startswith('|"')
+    if pipe:
+        text = text[1:]
+    if len(text) > 1 and text.startswith('"') and text.endswith('"'):
+        text = re.sub(r"\\(.)", r"\1", text[1:-1])
+    return f"|{text}" if pipe else text
+
+
+def _alias_values(text: str) -> list[str]:
+    values: list[str] = []
+    place = 0
+    while place < len(text):
+        match = _ALIAS_VALUE.match(text, place)
+        if match is None or match.end() == place:
+            return [*values, text[place:].strip()]  # a quote is not closed
+        values.append(_without_quotes(match[1].strip()))
+        place = match.end()
+    return [value for value in values if value]
+
+
+class _Converter:
+    """Makes aliases of ours of what Postfix's files say; collected by domain and name."""
+
+    def __init__(self, domain: str, report: ImportReport) -> None:
+        self._domain = domain
+        self._report = report
+        self.aliases: dict[str, dict[str, str]] = {}
+        self.users: dict[str, dict[str, Password]] = {}
+
+    def read_aliases(self, path: str) -> None:
+        """Read /etc/aliases (aliases(5)). Raises ConfigError."""
+        for number, line in _logical_lines(path):
+            match = re.fullmatch(r'("(?:[^"\\]|\\.)*"|[^:"]+):\s*(.*)', line)
+            if match is None:
+                self._leave(path, number, f"it is no alias: {line}")
+                continue
+            values = _alias_values(match[2])
+            self._add((path, number), self._domain, _without_quotes(match[1].strip()), values)
+
+    def read_virtual(self, path: str) -> None:
+        """Read a virtual alias map (virtual(5)). Raises ConfigError."""
+        for number, line in _logical_lines(path):
+            key, *right = line.split(None, 1)
+            values = [value for value in re.split(r"[,\s]+", "".join(right)) if value]
+            if key.startswith(("/", "!/", "if ", "endif")):
+                self._leave(path, number, f"patterns have no counterpart: {key}")
+            elif "@" in key:
+                local, domain = split_address(key)
+                self._add((path, number), domain, local or "*", values)
+            elif "." in key:
+                self.aliases.setdefault(key.lower(), {})  # Postfix: the domain is a virtual one
+            else:
+                self._add((path, number), self._domain, key, values)
+
+    def read_mailboxes(self, path: str) -> None:
+        """Read a virtual mailbox map. Raises ConfigError."""
+        for number, line in _logical_lines(path):
+            address, *place = line.split()
+            local, domain = split_address(address)
+            if not local:
+                self._leave(path, number, f"{address} stands for a whole domain: write an alias")
+                continue
+            self._add_user((path, number), local, domain or self._domain, Denied())
+            where = place[0] if place else "…"
+            if where.endswith("/"):
+                full = f"{local}@{domain or self._domain}"
+                text = f"the mail of {full}: chasquid import maildir {full} …/{where}"
+                self._leave(path, number, text)
+            else:
+                self._leave(path, number, f"{where} is no Maildir; convert it first")
+
+    def read_passwords(self, path: str) -> None:
+        """Read a passwd-file of Dovecot, or shadow. Raises ConfigError."""
+        for number, line in _logical_lines(path):
+            name, _, rest = line.partition(":")
+            secret = rest.partition(":")[0]
+            local, domain = split_address(name)
+            if not local or secret.strip("!*") in ("", "x"):
+                continue  # one that nobody logs in as
+            plain = re.fullmatch(r"\{(?:PLAIN|CLEARTEXT)\}(.+)", secret, re.IGNORECASE)
+            password = new_password(plain[1].encode()) if plain else Denied()
+            full = f"{local}@{domain or self._domain}"
+            self._add_user((path, number), local, domain or self._domain, password)
+            if not plain:
+                text = f"its hash cannot be used here: chasquid user-add {full}"
+                self._leave(path, number, f"the password of {full}: {text}")
+
+    def _leave(self, path: str, number: int, text: str) -> None:
+        self._report.left.append(f"{path}:{number}: {printable(text, 300)}")
+
+    def _add_user(self, at: tuple[str, int], local: str, domain: str, password: Password) -> None:
+        try:
+            users = self.users.setdefault(domain_to_unicode(domain), {})
+            name = normalize_user(local)
+        except ValueError as error:
+            self._leave(*at, str(error))
+            return
+        if name not in users or isinstance(users[name], Denied):
+            users[name] = password
+
+    def _add(self, at: tuple[str, int], domain: str, name: str, values: Sequence[str]) -> None:
+        """Add an alias, as far as it has a counterpart."""
+        try:
+            domain = domain_to_unicode(domain)
+        except ValueError as error:
+            self._leave(*at, str(error))
+            return
+        found = list(dict.fromkeys(self._right_side(at, values)))
+        if not found:
+            self._leave(*at, f"{name} leads nowhere, and is left out")
+            return
+        if found == [f"{name}@{domain}"]:
+            return  # it stands for itself: in Postfix, an exception to a catch-all
+        table = self.aliases.setdefault(domain, {})
+        pipes = [value for value in found if value.startswith("|")]
+        if pipes and len(found) > 1:
+            for count, pipe in enumerate(pipes, 1):
+                own = f"{name}-pipe{count if count > 1 else ''}"
+                table[own] = pipe
+                found[found.index(pipe)] = f"{own}@{domain}"
+        table[name] = ", ".join(found)
+        try:
+            parse_aliases(f"{name}: {table[name]}".encode(), at[0], domain)
+        except ConfigError as error:
+            del table[name]
+            self._leave(*at, str(error).partition(": ")[2])
+
+    def _right_side(
+        self, at: tuple[str, int], values: Iterable[str], seen: tuple[str, ...] = ()
+    ) -> Iterator[str]:
+        """Yield what stands for `values` on the right side of an alias of ours."""
+        for value in values:
+            if value.startswith(":include:"):
+                yield from self._included(at, value.removeprefix(":include:").strip(), seen)
+            elif value.startswith("|"):
+                yield self._pipe(at, value[1:].strip())
+            elif value == "/dev/null":
+                yield "| /bin/true"
+            elif value.startswith(("/", "./")):
+                self._leave(*at, f"mail cannot go into the file {value}")
+            elif value.startswith(":"):
+                self._leave(*at, f"{value} has no counterpart")
+            else:
+                local, domain = split_address(value.removeprefix("\\"))
+                if domain.lower() in ("", "localhost", "localhost.localdomain"):
+                    domain = self._domain
+                yield f"{local or '*'}@{domain}"
+
+    def _included(self, at: tuple[str, int], path: str, seen: tuple[str, ...]) -> Iterator[str]:
+        """Yield what a file with more of the right side says now."""
+        if path in seen:
+            return
+        try:
+            lines = [line for _, line in _logical_lines(path)]
+        except ConfigError as error:
+            self._leave(*at, str(error))
+            return
+        self._leave(*at, f"what {path} says now is in the alias; later changes there are not")
+        for line in lines:
+            yield from self._right_side(at, _alias_values(line), (*seen, path))
+
+    def _pipe(self, at: tuple[str, int], command: str) -> str:
+        import shlex  # only for pipes
+
+        text = f"{command} runs as the server's user, not as another, and has 30 seconds"
+        self._leave(*at, text)
+        if _NEEDS_SHELL.search(command):
+            return f"| /bin/sh -c {shlex.quote(command)}"
+        return f"| {command}"
+
+
+def import_postfix(config: Config, files: PostfixFiles, dry_run: bool = False) -> ImportReport:
+    """Take over users and aliases of Postfix into the directories of their domains.
+
+    What is there of a name is kept. With `dry_run` nothing is written. Raises ConfigError,
+    ChasquidError.
+    """
+    report = ImportReport()
+    converter = _Converter(files.domain, report)
+    readers = (
+        (files.aliases, converter.read_aliases),
+        (files.virtual, converter.read_virtual),
+        (files.mailboxes, converter.read_mailboxes),
+        (files.passwords, converter.read_passwords),
+    )
+    for path, read in readers:
+        if path:
+            read(path)
+    known = domain_directories(config.config_dir, [])
+    for domain in sorted(converter.users.keys() | converter.aliases.keys()):
+        directory = known.get(domain) or os.path.join(config.config_dir, "domains", domain)
+        if domain not in known:
+            report.done.append(f"{domain}: a domain of this server")
+        users = _new_users(directory, converter.users.get(domain, {}), domain, report)
+        aliases = _new_aliases(directory, converter.aliases.get(domain, {}), domain, report)
+        if not dry_run:
+            _write_domain(directory, users, aliases)
+    return report
+
+
+def _new_users(
+    directory: str, found: Mapping[str, Password], domain: str, report: ImportReport
+) -> dict[str, Password]:
+    """Return those who are not in the users file yet."""
+    before = load_users(directory)
+    for name, password in found.items():
+        how = "" if isinstance(password, Scrypt) else ", without a password"
+        said = "kept as it was" if name in before else f"a user{how}"
+        report.done.append(f"{name}@{domain}: {said}")
+    return {name: password for name, password in found.items() if name not in before}
+
+
+def _new_aliases(
+    directory: str, found: Mapping[str, str], domain: str, report: ImportReport
+) -> dict[str, str]:
+    """Return the aliases that are not in the file yet."""
+    before = load_aliases(directory, domain)
+    fresh: dict[str, str] = {}
+    for name, right in found.items():
+        key = name if name == "*" else normalize_user(name)
+        if key not in before:
+            fresh[name] = right
+            report.done.append(f"{name}@{domain}: {right}")
+        elif before[key] != parse_destinations(right, domain):
+            report.left.append(f"{name}@{domain} is another alias here, and kept; not: {right}")
+        else:
+            report.done.append(f"{name}@{domain}: kept as it was")
+    return fresh
+
+
+def _write_domain(
+    directory: str, users: Mapping[str, Password], aliases: Mapping[str, str]
+) -> None:
+    """Add users and aliases to the files of a domain. Raises ChasquidError."""
+    path = os.path.join(directory, "users")
+    try:
+        make_directory(directory, 0o755)
+        if users:
+            replace_durably(path, format_users({**load_users(directory), **users}))
+        path = os.path.join(directory, "aliases")
+        if aliases:
+            before = read_file(path, missing=b"")
+            lines = "".join(f"{name}: {right}\n" for name, right in aliases.items())
+            end = b"" if before.endswith(b"\n") or not before else b"\n"
+            replace_durably(path, before + end + lines.encode(), 0o644)
+    except OSError as error:
+        raise ChasquidError(f"{path} cannot be written: {reason(error)}") from error
+
+
+# --- Maildirs ---
+
+
+@contextlib.contextmanager
+def _acting_as(owner: tuple[int, int]) -> Iterator[None]:
+    """As root, have what is written belong to `owner`, and reach no further than that user."""
+    if os.geteuid() != 0 or not owner[0]:
+        yield
+        return
+    os.setegid(owner[1])
+    os.seteuid(owner[0])
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
+def _owner_of_nearest(path: str) -> tuple[int, int]:
+    """Return user and group of the nearest directory above `path` that is there."""
+    while not os.path.isdir(path):
+        path = os.path.dirname(path)
+    status = os.stat(path)
+    return status.st_uid, status.st_gid
+
+
+class MaildirImport:
+    """Copies the messages of a Maildir, with its folders (Maildir++), into another one."""
+
+    def __init__(self, source: str, target: str) -> None:
+        self._source = source
+        self._target = target
+        self._owner = _owner_of_nearest(target)
+        self.copied = 0
+        self.known = 0
+        self.left: list[str] = []
+
+    def run(self) -> None:
+        """Copy what is not there yet; it may be broken off and done again. Raises ChasquidError."""
+        if not os.path.isdir(os.path.join(self._source, "cur")):
+            text = "expected a Maildir, with the directories cur and new in it"
+            raise ChasquidError(f"{self._source}: {text}")
+        try:
+            for name in ("", *sorted(os.listdir(self._source))):
+                folder = os.path.join(self._source, name)
+                if not name or os.path.isdir(os.path.join(folder, "cur")):
+                    if name and not name.startswith("."):
+                        self.left.append(f"{folder}: a folder that is no Maildir++; move it first")
+                    else:
+                        self._copy_folder(name)
+            self._copy_list("subscriptions")
+            os.sync()
+        except OSError as error:
+            hint = "; run it as root" if isinstance(error, PermissionError) else ""
+            raise ChasquidError(f"not all was copied: {reason(error)}{hint}") from error
+        if os.path.exists(os.path.join(self._source, "dovecot-uidlist")):
+            self.left.append("UIDs: mail programs fetch the folders anew")
+
+    def _copy_folder(self, name: str) -> None:
+        target = os.path.join(self._target, name) if name else self._target
+        with _acting_as(self._owner):
+            for place in ("tmp", "new", "cur"):
+                make_directory(os.path.join(target, place))
+            if name:
+                marker = os.path.join(target, "maildirfolder")
+                if not os.path.exists(marker):
+                    replace_durably(marker, b"")
+            names = (os.listdir(os.path.join(target, place)) for place in ("new", "cur"))
+            known = {entry.partition(":")[0] for entry in itertools.chain.from_iterable(names)}
+        self._copy_list(os.path.join(name, "dovecot-keywords"))
+        for place in ("new", "cur"):
+            folder = os.path.join(self._source, name, place)
+            for entry in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+                if entry.startswith("."):
+                    continue
+                if entry.partition(":")[0] in known:
+                    self.known += 1
+                elif self._copy(os.path.join(folder, entry), os.path.join(target, place, entry)):
+                    self.copied += 1
+            with _acting_as(self._owner):
+                sync_directory(os.path.join(target, place))
+
+    def _copy(self, source: str, target: str) -> bool:
+        """Copy a message with its time; false if it is none, or gone. Raises OSError."""
+        try:
+            fd = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ELOOP):
+                raise
+            return False
+        with open(fd, "rb") as file:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                return False
+            folder = os.path.dirname(os.path.dirname(target))
+            temporary = os.path.join(folder, "tmp", new_id())
+            with _acting_as(self._owner):
+                create_synced(temporary, iter(lambda: file.read(CHUNK), b""))
+                os.utime(temporary, ns=(status.st_atime_ns, status.st_mtime_ns))
+                os.rename(temporary, target)
+        return True
+
+    def _copy_list(self, name: str) -> None:
+        """Copy a file of Dovecot's that is small, unless there is one. Raises OSError."""
+        source, target = os.path.join(self._source, name), os.path.join(self._target, name)
+        if os.path.isfile(source) and not os.path.islink(source) and not os.path.exists(target):
+            data = read_file(source)
+            with _acting_as(self._owner):
+                replace_durably(target, data)
+
+
+def import_maildir(config: Config, address: str, source: str) -> MaildirImport:
+    """Copy the Maildir `source` into that of the user `address`; return what came of it.
+
+    Raises ChasquidError.
+    """
+    if config.mail_delivery_agent_bin or config.lmtp_address:
+        text = "another program stores the mail here, so only its own tools can add to it"
+        raise ChasquidError(f"{text} (with Dovecot: doveadm import)")
+    user, domain = split_address(address)
+    directory = domain_directories(config.config_dir, []).get(domain, "")
+    if not config.dovecot_auth and not (directory and user in load_users(directory)):
+        raise ChasquidError(f"there is no user {address}; first: chasquid user-add {address}")
+    try:
+        target = maildir_path(config.maildir.replace("%data_dir%", config.data_dir), address)
+    except ValueError as error:
+        raise ChasquidError(str(error)) from None
+    if os.path.realpath(target) == os.path.realpath(source):
+        raise ChasquidError(f"{source} is the Maildir of {address} already")
+    work = MaildirImport(source, target)
+    work.run()
+    return work
+
+
+# ======================================================================================
 # ROOM: PUBLISHING
 #
-# The records of the DNS that a domain of ours needs, and the forms in which a person or
-# another program takes them: a table for a web form, a zone file.
+# The records of the DNS that a domain of ours needs, and how they get there: as a table for a
+# web form, as a zone file, or by DNS update (RFC 2136) with a key (TSIG, RFC 8945).
 #
 # - There is one list of what is needed (`domain_records`), whoever asks: what a set-up
 #   shows, what is published, and what is checked cannot differ.
@@ -14823,7 +16653,13 @@ def notify_systemd(state: str) -> None:
 #   again gives the same; of the host's own addresses only those are known that it has
 #   itself, and behind NAT there are none.
 #
-# Whether records are in the DNS, and whether other ones serve as well, is not known here.
+# - An update changes only what is ours. A record is ours if we made it, which a file in data_dir
+#   remembers; what others made stays, and is told of if it stands in the way. The zone is asked
+#   first, at its primary server, and each change holds only if nothing else has changed there
+#   since (prerequisites, RFC 2136, 2.4).
+#
+# Whether records have been seen in the DNS, and whether other ones serve as well, is not known
+# here. Everything that asks or sends blocks.
 # ======================================================================================
 
 _TXT_STRING = 255  # octets of a string in a TXT record; RFC 1035, 3.3.14
@@ -14846,13 +16682,16 @@ class DnsRecord(NamedTuple):
     optional: bool = False
 
     @property
-    def zone_line(self) -> str:
-        """The record as a zone file has it, long texts in several strings; RFC 1035, 5.1."""
-        value = self.value or _ADDRESS_TO_FILL_IN[self.kind]
+    def zone_value(self) -> str:
+        """The value as a zone file has it, long texts in several strings; RFC 1035, 5.1."""
         if self.kind == "TXT":
-            value = _quoted_strings(self.value)
-        elif self.kind in ("MX", "SRV", "CNAME"):
-            value += "."
+            return _quoted_strings(self.value)
+        return self.value + ("." if self.kind in ("MX", "SRV", "CNAME") else "")
+
+    @property
+    def zone_line(self) -> str:
+        """The record as a zone file has it."""
+        value = self.zone_value or _ADDRESS_TO_FILL_IN[self.kind]
         comment = "" if self.value else "; "
         return f"{comment}{self.name}.\tIN {self.kind}\t{value}"
 
@@ -14878,6 +16717,26 @@ class DnsNeeds(NamedTuple):
     keys: Sequence[DkimKey]
     smarthost: str = ""
     sts_id: str = ""
+
+
+def published_domains(each: Mapping[str, Domain], hostname: str) -> list[str]:
+    """Return those of our domains that need records, which is all that others write to.
+
+    A domain that is the host itself and has no users is for mail of its own programs.
+    """
+    host = domain_to_unicode(hostname)
+    return [name for name, domain in each.items() if domain.users or name != host]
+
+
+def needs_of(
+    config: Config, domain: str, keys: Sequence[DkimKey], addresses: Sequence[str]
+) -> DnsNeeds:
+    """Return what decides on the records of a domain (in Unicode) with this configuration."""
+    host = domain_to_ascii(config.hostname)
+    sts_id = sts_policy_id(sts_policy_text([host])) if config.web_address else ""
+    return DnsNeeds(
+        domain_to_ascii(domain), host, addresses, keys, smarthost=config.smarthost, sts_id=sts_id
+    )
 
 
 def domain_records(needs: DnsNeeds) -> list[DnsRecord]:
@@ -14969,6 +16828,3299 @@ def is_public_address(address: str) -> bool:
     import ipaddress  # only here
 
     return ipaddress.ip_address(address.partition("%")[0]).is_global
+
+
+# --- publishing by DNS update ---
+
+_EXCHANGE_SECONDS = 10.0  # for one question, or one change
+_CHANGE_ATTEMPTS = 3  # if somebody else changes the same records meanwhile
+_PUBLISHED_FILE = "published.json"  # below data_dir
+_TSIG_ALGORITHMS = ("hmac-sha1", "hmac-sha224", "hmac-sha256", "hmac-sha384", "hmac-sha512")
+# What is searched in a key's file. BIND has `key "name" { algorithm …; secret "…"; };`, Knot the
+# same in YAML; lines of a server and a zone may stand beside it, as comments too.
+_KEY_PATTERNS = {
+    "name": r'(?m)(?:^|[{;])\s*(?:key\s+|(?:-\s*)?id:\s*)"?([^\s"{};]+)',
+    "algorithm": r'(?m)(?:^|[{;])\s*algorithm:?\s+"?([\w.-]+)',
+    "secret": r'(?m)(?:^|[{;])\s*secret:?\s+"?([A-Za-z0-9+/=]+)',
+    "server": r'(?m)^\W*server:?[ \t]+"?([^\s";]*[.:][^\s";]*)"?;?\s*$',
+    "zone": r'(?m)^\W*zone:?[ \t]+"?([^\s";]*\.[^\s";]*)"?;?\s*$',
+}
+# What a name server says when it does not do it, by the codes of RFC 2136, 2.2, and RFC 8945, 3.
+_REFUSALS = {
+    "REFUSED": "does not let the key {key} see or change {zone}: allow it there (update-policy or"
+               " allow-update in BIND, an acl in Knot)",
+    "NOTAUTH": "does not serve the zone {zone}: name the server that does by a line"
+               " 'server ADDRESS' in the file of the key",
+    "NOTIMP": "takes no changes by DNS update: enter the records by hand, see dns show",
+    "SERVFAIL": "failed at that; its own log says why",
+    "BADKEY": "does not know the key {key}, or not for {zone}: it must have it by this name, with"
+              " this algorithm, and let it change the zone",
+    "BADSIG": "knows another secret for the key {key}",
+    "BADTIME": "has another time than this host: set the clocks of both",
+}  # fmt: skip
+
+
+class TsigKey(NamedTuple):
+    """A key with which a name server takes changes (RFC 8945); `secret` is in base64.
+
+    `server` ("host" or "host:port") is whom to send them to, for zones that it serves, and
+    `zone` the zone that they are for; both may be "", and are then asked of the DNS.
+    """
+
+    name: str
+    algorithm: str
+    secret: str
+    server: str = ""
+    zone: str = ""
+
+
+def read_tsig_key(path: str) -> TsigKey:
+    """Read a key as tsig-keygen of BIND and `keymgr -t` of Knot write it. Raises ConfigError."""
+    text = read_file(path).decode("utf-8", "replace")
+    found = {field: re.findall(pattern, text) for field, pattern in _KEY_PATTERNS.items()}
+    for field in ("name", "algorithm", "secret"):
+        if len(found[field]) != 1:
+            form = 'key "name" { algorithm hmac-sha256; secret "…"; };'
+            raise ConfigError(path, 0, f"expected one key, as {form}")
+    key = TsigKey(**{field: words[0] if words else "" for field, words in found.items()})
+    try:
+        base64.b64decode(key.secret, validate=True)
+        host_and_port(key.server, 53)
+    except ValueError as error:
+        raise ConfigError(path, 0, f"the secret or the server is malformed: {error}") from None
+    if key.algorithm.lower() not in _TSIG_ALGORITHMS:
+        text = f"expected one of the algorithms {', '.join(_TSIG_ALGORITHMS)}"
+        raise ConfigError(path, 0, f"{text}, found {key.algorithm}")
+    return key._replace(zone=key.zone.rstrip(".").lower())
+
+
+Resolve = Callable[[str, str], Sequence[str]]
+"""Returns the records that a name has of a kind, as text. Raises ChasquidError if unknown."""
+
+Exchange = Callable[[Any, str, int], Any]
+"""Sends a DNS message to an address and port, and returns the answer. As `exchange_by_tcp`."""
+
+
+def blocking_resolver(servers: Sequence[str]) -> Resolve:
+    """Return what asks `servers` ("ip" or "ip:port"), or without any those of the system."""
+    import dns.exception
+    import dns.nameserver
+    import dns.resolver
+
+    def resolve(name: str, kind: str) -> Sequence[str]:
+        try:
+            resolver = dns.resolver.Resolver(configure=not servers)
+            if servers:
+                places = [host_and_port(server, 53) for server in servers]
+                resolver.nameservers = [dns.nameserver.Do53Nameserver(*place) for place in places]
+            found = resolver.resolve(
+                f"{name}.", kind, raise_on_no_answer=False, search=False, lifetime=DNS_SECONDS
+            )
+        except dns.resolver.NXDOMAIN:
+            return []
+        except dns.exception.DNSException as error:
+            raise TemporaryFailure(f"no name server could answer for {name} {kind}") from error
+        if kind == "SOA" and found.canonical_name != found.qname:
+            return []  # that of another name's zone
+        return [rdata.to_text() for rdata in found.rrset or ()]
+
+    return resolve
+
+
+def exchange_by_tcp(message: Any, host: str, port: int) -> Any:
+    """Return the answer to a message of dnspython's. Raises OSError and DNSException."""
+    import dns.query
+
+    return dns.query.tcp(message, host, timeout=_EXCHANGE_SECONDS, port=port)
+
+
+class _Refusal(ChasquidError):
+    """What a name server does not do; `code` is one of RFC 2136 or RFC 8945."""
+
+    def __init__(self, text: str, code: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class _Zone:
+    """A zone at a name server, where it is changed. Answers are believed only if they are signed.
+
+    `serves` is false if the server has this name inside another zone, None if it is not
+    authoritative for it. If the server does not know our key, it is asked without: so what is
+    there can be seen, and `refusal` counts only if something is to be changed. Raises
+    ChasquidError.
+    """
+
+    def __init__(
+        self, name: str, host: str, port: int, *, key: TsigKey, exchange: Exchange
+    ) -> None:
+        self.name = name
+        self._place = host, port
+        self._key = key
+        self._exchange = exchange
+        self.refusal: _Refusal | None = None
+        try:
+            self.serves = self._serves()
+        except _Refusal as refusal:
+            if refusal.code != "BADKEY":
+                raise
+            self.refusal = refusal
+            self.serves = self._serves()
+
+    def _serves(self) -> bool | None:
+        import dns.flags
+
+        try:
+            answer = self._ask(self.name, "SOA")
+        except _Refusal as refusal:
+            if refusal.code in ("REFUSED", "NOTAUTH", "SERVFAIL") and self.refusal is None:
+                return None
+            raise self.refusal or refusal from None
+        if not answer.flags & dns.flags.AA:
+            return None
+        return any(rrset.rdtype.name == "SOA" for rrset in answer.answer)
+
+    def read(self, name: str, kind: str) -> Any:
+        """Return what `name` has of `kind` as dnspython's RRset, or its CNAME, or None.
+
+        What a wildcard says of it is not there: that would be gone with the first record.
+        """
+        found = self._rrset(name, kind)
+        if found is not None and name != self.name:
+            other = self._rrset(f"{new_id()}.{name.partition('.')[2]}", kind)
+            if other is not None and set(other) == set(found):
+                return None
+        return found
+
+    def _rrset(self, name: str, kind: str) -> Any:
+        import dns.name
+
+        owner = dns.name.from_text(name)
+        for rrset in self._ask(name, kind).answer:
+            if rrset.name == owner and rrset.rdtype.name in (kind, "CNAME"):
+                return rrset
+        return None
+
+    def _ask(self, name: str, kind: str) -> Any:
+        import dns.message
+
+        return self.send(dns.message.make_query(f"{name}.", kind, flags=0))
+
+    def send(self, message: Any) -> Any:
+        """Sign a message and return the answer. Raises ChasquidError, as _Refusal by its code."""
+        import dns.exception
+        import dns.rcode
+        import dns.tsig
+
+        if self.refusal is None:
+            message.use_tsig(dns.tsig.Key(self._key.name, self._key.secret, self._key.algorithm))
+        try:
+            answer = self._exchange(message, *self._place)
+        except dns.tsig.PeerBadKey:
+            raise self._refused("BADKEY") from None
+        except (dns.tsig.PeerBadSignature, dns.tsig.BadSignature):
+            raise self._refused("BADSIG") from None
+        except (dns.tsig.PeerBadTime, dns.tsig.BadTime):
+            raise self._refused("BADTIME") from None
+        except (OSError, EOFError, dns.exception.DNSException) as error:
+            text = f"the name server {self._text} cannot be asked: {reason(error)}"
+            raise TemporaryFailure(text) from error
+        code = dns.rcode.to_text(answer.rcode())
+        if code not in ("NOERROR", "NXDOMAIN"):
+            raise self._refused(code)
+        if not answer.had_tsig and self.refusal is None:
+            raise ChasquidError(f"the answer of the name server {self._text} is not signed")
+        return answer
+
+    @property
+    def _text(self) -> str:
+        host, port = self._place
+        return host if port == 53 else f"[{host}]:{port}"
+
+    def _refused(self, code: str) -> _Refusal:
+        why = _REFUSALS.get(code, "answers {code}")
+        said = why.format(key=self._key.name, zone=self.name, code=code)
+        return _Refusal(f"the name server {self._text} {said} ({code})", code)
+
+
+_Wanted = dict[tuple[str, str], list[str]]  # the values for each name and type
+
+
+class _Change(NamedTuple):
+    """What is to be done about the records of one name and type, and why not, if it is left.
+
+    `found` is an RRset of dnspython's, or None; values are as in `DnsRecord`.
+    """
+
+    name: str
+    kind: str
+    verb: str  # "made", "changed", "kept" or "failed"
+    found: Any
+    add: tuple[str, ...] = ()
+    remove: tuple[str, ...] = ()
+    why: str = ""
+
+    def line(self, dry_run: bool) -> str:
+        """Say it, for people."""
+        verb = self.verb
+        if dry_run:
+            verb = {"made": "would make", "changed": "would change"}.get(verb, verb)
+        return f"{verb} {self.name} {self.kind}" + (f": {self.why}" if self.why else "")
+
+
+def _rdata(kind: str, value: str) -> Any:
+    import dns.rdata
+
+    return dns.rdata.from_text("IN", kind, DnsRecord("", kind, value, "").zone_value)
+
+
+def _record_value(rdata: Any) -> str:
+    """Return a record of dnspython's as `DnsRecord` has it."""
+    if rdata.rdtype.name == "TXT":
+        return b"".join(rdata.strings).decode("latin-1")
+    return str(rdata.to_text()).rstrip(".").lower()
+
+
+def _essence(value: str) -> str:
+    """Return a value without what makes no difference in lists of tags (DKIM, DMARC)."""
+    return re.sub(r"\s*;\s*", ";", value.strip()).rstrip(";")
+
+
+def _competes(value: str, wanted: Sequence[str]) -> bool:
+    """Tell whether a text is of the same sort as one that is wanted, such as "v=spf1 …"."""
+    sorts = {_essence(text).partition(" ")[0].partition(";")[0].lower() for text in wanted}
+    return _essence(value).partition(" ")[0].partition(";")[0].lower() in sorts
+
+
+def _decide(
+    name: str, kind: str, wanted: Sequence[str], *, found: Any, ours: Collection[str]
+) -> _Change:
+    """Compare what is wanted with what is found. What is neither wanted nor `ours` decides."""
+    values = [] if found is None else [_record_value(rdata) for rdata in found]
+    if found is not None and found.rdtype.name != kind:
+        there = ", ".join(f"{found.rdtype.name} {value}" for value in values)
+        return _Change(name, kind, "kept", found, why=f"there is {there}, not made by chasquid")
+    if not wanted and not values:
+        why = "this host does not know its public address: name it with --address"
+        return _Change(name, kind, "failed", found, why=why)
+    if kind == "TXT":
+        values = [value for value in values if _competes(value, wanted)]
+    known = {_essence(value) for value in values}
+    needed = {_essence(value) for value in wanted}
+    missing = tuple(value for value in wanted if _essence(value) not in known)
+    others = [value for value in values if _essence(value) not in needed]
+    strange = [value for value in others if value not in ours]
+    if strange and missing:
+        why = f"there is {', '.join(strange)}, not made by chasquid; wanted {', '.join(missing)}"
+        return _Change(name, kind, "kept", found, why=why)
+    if strange or not wanted or not (missing or others):
+        return _Change(name, kind, "kept", found)
+    verb = "changed" if others else "made"
+    return _Change(name, kind, verb, found, add=missing, remove=tuple(others))
+
+
+class _Published:
+    """What we have published, in data_dir: {"version": 1, "records": {"NAME TYPE": [values]}}."""
+
+    def __init__(self, data_dir: str) -> None:
+        self._path = os.path.join(data_dir, _PUBLISHED_FILE)
+        try:
+            known = json.loads(read_file(self._path, b'{"version": 1, "records": {}}'))
+            self._records = {str(key): set(values) for key, values in known["records"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            text = "it is damaged; without it, what was published before counts as made by others"
+            raise ConfigError(self._path, 0, text) from error
+
+    def values(self, name: str, kind: str) -> set[str]:
+        """Return the values that we made."""
+        return self._records.get(f"{name} {kind}", set())
+
+    def note(self, changes: Iterable[_Change]) -> None:
+        """Remember what was made, durably; also what of ours is gone. Raises ChasquidError."""
+        before = dict(self._records)
+        for change in changes:
+            there = {_record_value(rdata) for rdata in change.found or ()}
+            left = self.values(change.name, change.kind) & there - set(change.remove)
+            self._records[f"{change.name} {change.kind}"] = left | set(change.add)
+        self._records = {key: values for key, values in self._records.items() if values}
+        if self._records == before:
+            return
+        records = {key: sorted(values) for key, values in self._records.items()}
+        text = json.dumps({"version": 1, "records": records}, indent=1, sort_keys=True)
+        try:
+            make_directory(os.path.dirname(self._path))
+            replace_durably(self._path, f"{text}\n".encode())
+        except OSError as error:
+            raise ChasquidError(f"{self._path} cannot be written: {reason(error)}") from error
+
+
+class _Publisher:
+    """Publishes records with a key; `resolve` finds the zones and their primary servers."""
+
+    def __init__(self, key: TsigKey, resolve: Resolve, exchange: Exchange) -> None:
+        self._key = key
+        self._resolve = functools.cache(resolve)
+        self._exchange = exchange
+        self._open = functools.cache(self._find)
+        self._unknown: dict[str, TemporaryFailure] = {}
+
+    def zone_of(self, name: str) -> _Zone:
+        """Return the zone that `name` is in, at its primary server. Raises ChasquidError."""
+        branch = ".".join(name.split(".")[-2:])
+        if branch in self._unknown:  # or each name would be waited for as long as the first
+            raise self._unknown[branch]
+        try:
+            return self._search(name)
+        except TemporaryFailure as failure:
+            self._unknown[branch] = failure
+            raise
+
+    def _search(self, name: str) -> _Zone:
+        labels = name.split(".")
+        above = [".".join(labels[start:]) for start in range(len(labels) - 1)]  # below the TLD
+        if self._key.zone in above:
+            above = [self._key.zone]
+        for place in above if self._key.server else ():
+            zone = self._open(place, self._key.server)
+            if zone.serves:
+                return zone
+            if zone.serves is None:  # it is not for this server
+                break
+        for place in above:
+            if soa := self._resolve(place, "SOA"):
+                return self._at_primary(place, soa[0].partition(" ")[0].rstrip("."))
+        raise ChasquidError(f"no zone is found that {name} is in; is the domain registered?")
+
+    def _at_primary(self, name: str, host: str) -> _Zone:
+        zone = self._open(name, host)
+        if not zone.serves:
+            why = _REFUSALS["NOTAUTH"].format(zone=name)
+            raise ChasquidError(f"the name server {host} {why} (NOTAUTH)")
+        return zone
+
+    def _find(self, name: str, server: str) -> _Zone:
+        """Ask a name server for a zone, at the first of its addresses that answers."""
+        host, port = host_and_port(server, 53)
+        addresses: Sequence[str] = [host]
+        if not is_ip_address(host):
+            addresses = [*self._resolve(host, "A"), *self._resolve(host, "AAAA")]
+        failure = ChasquidError(f"the name server {host} has no address")
+        for address in addresses:
+            try:
+                return _Zone(name, address, port, key=self._key, exchange=self._exchange)
+            except TemporaryFailure as error:
+                failure = error
+        raise failure
+
+
+def _compare(zone: _Zone, wanted: _Wanted, published: _Published) -> list[_Change]:
+    """Return what is to be done about each name and type of a zone. Raises ChasquidError."""
+    changes = []
+    for (name, kind), values in wanted.items():
+        values = [_record_value(_rdata(kind, value)) for value in values]
+        found = zone.read(name, kind)
+        if kind == "CNAME" and found is None:  # beside which nothing may stand; RFC 2181, 10.1
+            others = (zone.read(name, other) for other in ("A", "AAAA", "MX", "TXT"))
+            found = next((rrset for rrset in others if rrset is not None), None)
+        ours = published.values(name, kind)
+        changes.append(_decide(name, kind, values, found=found, ours=ours))
+    return _without_dangling(changes)
+
+
+def _without_dangling(changes: Sequence[_Change]) -> list[_Change]:
+    """Leave out an MX to a host without an address, for which BIND refuses all of an update."""
+    unknown = {change.name for change in changes if change.verb == "failed"}
+    return [
+        change._replace(verb="failed", add=(), remove=(), why="its host has no address yet")
+        if change.kind == "MX" and any(value.split()[1] in unknown for value in change.add)
+        else change
+        for change in changes
+    ]
+
+
+def _send(zone: _Zone, changes: Sequence[_Change]) -> bool:
+    """Make changes, all or none; False if what was found is no longer there (RFC 2136, 2.4)."""
+    import dns.name
+    import dns.update
+
+    update = dns.update.UpdateMessage(f"{zone.name}.")
+    for change in changes:
+        name = dns.name.from_text(change.name)
+        if change.found is not None:
+            update.present(name, *change.found)
+        else:
+            update.absent(name, None if change.kind == "CNAME" else change.kind)
+        for rdata in change.found or ():
+            if _record_value(rdata) in change.remove:
+                update.delete(name, rdata)
+        ttl = _ZONE_TTL if change.found is None else change.found.ttl
+        for value in change.add:
+            update.add(name, ttl, _rdata(change.kind, value))
+    try:
+        return int(zone.send(update).rcode()) == 0
+    except _Refusal as refusal:
+        if refusal.code in ("YXDOMAIN", "YXRRSET", "NXRRSET"):
+            return False
+        raise
+
+
+def reconciled(records: Sequence[DnsRecord]) -> list[DnsRecord]:
+    """Leave out what says otherwise of the same, as the host of one domain is itself another.
+
+    Two SPF records make both void (RFC 7208, 4.5); what is needed goes before what is optional.
+    """
+    kept: dict[tuple[str, str, str], DnsRecord] = {}
+    for record in sorted(records, key=lambda record: record.optional):
+        value = "" if record.kind == "TXT" else record.value
+        kept.setdefault((record.name, record.purpose, value), record)
+    return [record for record in dict.fromkeys(records) if record in kept.values()]
+
+
+def publish(
+    records: Sequence[DnsRecord],
+    key: TsigKey,
+    data_dir: str,
+    *,
+    resolve: Resolve,
+    exchange: Exchange = exchange_by_tcp,
+    dry_run: bool = False,
+) -> list[str]:
+    """Publish records by DNS update (RFC 2136); return a line for each name and type.
+
+    A line begins with "made", "changed", "kept" or "failed", or, if nothing is to be changed,
+    "would make" and "would change". Blocks. Raises ChasquidError if nothing could be done at all.
+    """
+    lines: list[str] = []
+    failures: list[tuple[str, ChasquidError]] = []
+    publisher, published = _Publisher(key, resolve, exchange), _Published(data_dir)
+    zones: dict[_Zone, _Wanted] = {}
+    for record in reconciled(records):
+        try:
+            wanted = zones.setdefault(publisher.zone_of(record.name), {})
+            values = wanted.setdefault((record.name, record.kind), [])
+            values += [record.value] if record.value else []
+        except ChasquidError as error:
+            failures.append((f"{record.name} {record.kind}", error))
+    for zone, wanted in zones.items():
+        try:
+            changes = _publish_zone(zone, wanted, published, dry_run)
+            lines += [change.line(dry_run) for change in changes]
+        except ChasquidError as error:
+            failures.append((zone.name, error))
+    if failures and not lines:
+        raise failures[0][1]
+    return lines + [f"failed {what}: {error}" for what, error in failures]
+
+
+def _publish_zone(
+    zone: _Zone, wanted: _Wanted, published: _Published, dry_run: bool
+) -> list[_Change]:
+    """Compare, change what differs, and remember it. Raises ChasquidError."""
+    for _ in range(_CHANGE_ATTEMPTS):
+        changes = _compare(zone, wanted, published)
+        needed = [change for change in changes if change.verb in ("made", "changed")]
+        if needed and zone.refusal is not None:
+            raise zone.refusal
+        if dry_run:
+            return changes
+        if not needed or _send(zone, needed):
+            published.note(changes)
+            return changes
+    text = "somebody else is changing it all the time; try again later"
+    raise ChasquidError(f"the zone {zone.name} cannot be changed: {text}")
+
+
+# ======================================================================================
+# ROOM: PROBES
+#
+# How a set-up is looked at: questions to a resolver, or to the name servers of a domain
+# themselves; short dialogues with a port; the running server; what the machine says of itself.
+#
+# - Everything that a check asks of the world goes through one object, a `World`, so that a test
+#   can pass a table of what there is.
+# - A question blocks, for a few seconds at most; whoever has many asks them side by side.
+# - What cannot be found out is raised as a ChasquidError. It is never taken for an answer.
+#
+# What an answer means for mail belongs to DOCTOR.
+# ======================================================================================
+
+_PROBE_TRIES = (1.0, 2.0)  # seconds that a name server has, the first time and the second
+_TALK_SECONDS = 3.0
+_PROBES_AT_A_TIME = 12
+_NAME_SERVER_LIMIT = 6  # of a zone
+_ALIAS_LIMIT = 8  # CNAME records in a row
+
+
+class Talk(NamedTuple):
+    """What a port has said: the greeting, then a reply to each command, lines joined by LF.
+
+    `problem` says what is wrong with its certificate, and `certificates` is the chain in DER;
+    both are empty without TLS.
+    """
+
+    replies: tuple[str, ...]
+    problem: str = ""
+    certificates: tuple[bytes, ...] = ()
+
+
+class Machine(NamedTuple):
+    """What the machine says of itself. Sizes are in octets, 0 if they are not known."""
+
+    hosts: str  # the text of /etc/hosts
+    user: int  # the server's, which owns data_dir
+    groups: frozenset[int]  # of that user
+    disk: int  # what data_dir is on
+    free: int
+    memory: int  # available
+    synchronised: bool | None  # the clock, by a time service; None if that is not known
+
+
+class World(Protocol):
+    """All that a check asks of what is not in the configuration directory. It may block."""
+
+    def query(self, name: str, kind: str, server: str = "") -> Answer:
+        """Ask the resolver, or the name server at an address. Raises TemporaryFailure."""
+
+    def talk(
+        self, host: str, port: int, commands: Sequence[str] = (), name: str = "", tls: bool = False
+    ) -> Talk:
+        """Read the greeting of a port, and say the commands; after STARTTLS there is TLS.
+
+        `tls`: from the first octet. The certificate must be for `name`. Raises ChasquidError.
+        """
+
+    def fetch_policy(self, domain: str) -> bytes:
+        """Return the MTA-STS policy of a domain. Raises ChasquidError."""
+
+    def ask_server(self, command: str) -> list[str] | None:
+        """Ask the running server; None if there is none. Raises ChasquidError."""
+
+    def addresses(self) -> Sequence[str]:
+        """Return the public addresses that this host has itself; none behind NAT."""
+
+    def machine(self) -> Machine:
+        """Return what the machine says of itself."""
+
+    def now(self) -> float:
+        """Return the time, in seconds since 1970."""
+
+
+def run_apart(use: Callable[[Loop], Coroutine[Any, Any, T]], seconds: float) -> T:
+    """Run a coroutine on a loop of its own, in this thread. Raises Expired, and what it raises."""
+
+    def on_crash(name: str, error: BaseException) -> None:
+        raise error
+
+    async def within() -> T:
+        with loop.deadline(seconds):
+            return await use(loop)
+
+    workers = Workers(1)
+    loop = Loop(Clock(), workers, on_crash)
+    try:
+        return loop.run(within())
+    finally:
+        loop.close()
+        workers.close()
+
+
+def in_parallel(jobs: Sequence[Callable[[], T]]) -> list[T]:
+    """Call all jobs, several at a time in threads, and return their results in order.
+
+    A job must not raise anything.
+    """
+    results: dict[int, T] = {}
+    left = iter(enumerate(jobs))
+    lock = threading.Lock()
+
+    def work() -> None:
+        while True:
+            with lock:
+                number, job = next(left, (-1, None))
+            if job is None:
+                return
+            results[number] = job()
+
+    threads = [threading.Thread(target=work) for _ in jobs[:_PROBES_AT_A_TIME]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [results[number] for number in range(len(jobs))]
+
+
+class RealWorld:
+    """The `World` that there is; `dns_port` is that of name servers of domains."""
+
+    def __init__(self, config: Config, dns_port: int = 53) -> None:
+        load_dns()
+        self._config = config
+        self._dns_port = dns_port
+        self._context = {verify: client_tls_context(verify) for verify in (True, False)}
+
+    def now(self) -> float:
+        """See `World`."""
+        return time.time()
+
+    def addresses(self) -> Sequence[str]:
+        """See `World`."""
+        return public_addresses()
+
+    def ask_server(self, command: str) -> list[str] | None:
+        """See `World`."""
+        return ask_running_server(self._config.data_dir, command, "")
+
+    def query(self, name: str, kind: str, server: str = "") -> Answer:
+        """See `World`."""
+        import dns.exception
+
+        servers = [(server, self._dns_port)] if server else self._resolvers
+        asked = ", ".join(host for host, _ in servers)
+        for seconds, place in itertools.product(_PROBE_TRIES, servers):
+            try:
+                return self._exchange(place, name, kind, seconds=seconds, authority=bool(server))
+            except dns.exception.Timeout:
+                continue
+            except (OSError, EOFError) as error:
+                text = f"{place[0]} cannot be asked for {name} {kind}: {reason(error)}"
+                raise TemporaryFailure(text, "4.4.3") from None
+            except dns.exception.DNSException as error:
+                text = f"the answer of {place[0]} for {name} {kind} makes no sense: {reason(error)}"
+                raise TemporaryFailure(text, "4.4.3") from None
+        raise TemporaryFailure(f"{asked} did not answer for {name} {kind} in time", "4.4.3")
+
+    @functools.cached_property
+    def _resolvers(self) -> list[tuple[str, int]]:
+        import dns.resolver
+
+        if self._config.dns_server:
+            return [host_and_port(server, 53) for server in self._config.dns_server]
+        try:
+            return [(str(server), 53) for server in dns.resolver.Resolver().nameservers]
+        except dns.resolver.NoResolverConfiguration:
+            raise TemporaryFailure("no name server is known", "4.4.3") from None
+
+    def _exchange(
+        self, place: tuple[str, int], name: str, kind: str, seconds: float, authority: bool
+    ) -> Answer:
+        import dns.exception
+        import dns.flags
+        import dns.message
+        import dns.query
+        import dns.rcode
+
+        try:
+            question = dns.message.make_query(
+                name.rstrip(".") + ".", kind, use_edns=0, payload=1232
+            )
+        except dns.exception.DNSException:
+            return Answer(False, (), 0.0)  # no name that could be there
+        question.flags |= dns.flags.AD
+        if authority:
+            question.flags &= ~dns.flags.RD
+        response: Any
+        response, _ = dns.query.udp_with_fallback(
+            question, place[0], timeout=seconds, port=place[1], ignore_unexpected=True
+        )
+        code = response.rcode()
+        if code == dns.rcode.NXDOMAIN:
+            return Answer(False, (), 0.0)
+        if code != dns.rcode.NOERROR:
+            text = f"{place[0]} answers {dns.rcode.to_text(code)} for {name} {kind}"
+            raise TemporaryFailure(text, "4.4.3")
+        if authority and not response.flags & dns.flags.AA:
+            raise TemporaryFailure(f"{place[0]} is not in charge of {name}", "4.4.3")
+        chain = response.resolve_chaining()
+        canonical = str(chain.canonical_name).rstrip(".").lower()
+        trusted = self._config.dns_trust_ad or is_loopback(place[0])
+        return Answer(
+            True, record_texts(chain.answer), float(chain.minimum_ttl),
+            authentic=trusted and bool(response.flags & dns.flags.AD),
+            canonical="" if canonical == name.lower().rstrip(".") else canonical,
+        )  # fmt: skip
+
+    def talk(
+        self, host: str, port: int, commands: Sequence[str] = (), name: str = "", tls: bool = False
+    ) -> Talk:
+        """See `World`."""
+
+        async def converse(loop: Loop, verify: bool) -> Talk:
+            context = self._context[verify]
+            stream = await connect(loop, host, port)
+            try:
+                if tls:
+                    await stream.start_tls(context, False, name or host)
+                replies = [await _read_reply(stream)]
+                for command in commands:
+                    stream.write(command.encode() + b"\r\n")
+                    await stream.flush()
+                    replies.append(await _read_reply(stream))
+                    if command == "STARTTLS" and replies[-1].startswith("220"):
+                        await stream.start_tls(context, False, name or host)
+                return Talk(tuple(replies), certificates=tuple(stream.certificates))
+            finally:
+                stream.close()
+
+        try:
+            return run_apart(lambda loop: converse(loop, True), _TALK_SECONDS)
+        except Expired:
+            raise Disconnected(f"[{host}]:{port} did not answer in time") from None
+        except TLSFailed as error:
+            if not error.unverified:
+                raise
+            talk = run_apart(lambda loop: converse(loop, False), _TALK_SECONDS)
+            return talk._replace(problem=str(error))
+
+    def fetch_policy(self, domain: str) -> bytes:
+        """See `World`."""
+
+        async def ask(name: str, kind: str) -> Answer:
+            return self.query(name, kind)
+
+        async def fetch(loop: Loop) -> bytes:
+            return await HttpsPolicies(loop, Names(loop, ask), lambda: self._context[True]).fetch(
+                domain
+            )
+
+        return run_apart(fetch, 2 * _TALK_SECONDS)
+
+    def machine(self) -> Machine:
+        """See `World`."""
+        place = self._config.data_dir
+        while not os.path.exists(place):
+            place = os.path.dirname(place)
+        disk, owner = os.statvfs(place), os.stat(place)
+        return Machine(
+            read_file("/etc/hosts", b"").decode("utf-8", "replace"),
+            owner.st_uid,
+            _groups_of(owner.st_uid, owner.st_gid),
+            disk=disk.f_blocks * disk.f_frsize,
+            free=disk.f_bavail * disk.f_frsize,
+            memory=_available_memory(),
+            synchronised=_is_synchronised(),
+        )
+
+
+async def _read_reply(stream: Stream) -> str:
+    """Read a reply, of one line or of several (RFC 5321, 4.2.1)."""
+    lines = []
+    while True:
+        lines.append((await stream.read_line()).decode("utf-8", "replace"))
+        if not re.match(r"\d{3}-", lines[-1]):
+            return "\n".join(lines)
+
+
+def _groups_of(user: int, group: int) -> frozenset[int]:
+    import pwd  # only here
+
+    try:
+        return frozenset(os.getgrouplist(pwd.getpwuid(user).pw_name, group))
+    except KeyError:
+        return frozenset([group])
+
+
+def _available_memory() -> int:
+    """Return octets; see proc_meminfo(5)."""
+    match = re.search(rb"^MemAvailable: +(\d+) kB", read_file("/proc/meminfo", b""), re.MULTILINE)
+    return int(match[1]) * 1024 if match else 0
+
+
+def _is_synchronised() -> bool | None:
+    """Tell whether the kernel knows of a time service that keeps the clock; see adjtimex(2)."""
+    try:
+        import ctypes
+
+        state = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512))
+    except (ImportError, OSError, AttributeError):
+        return None
+    return None if state < 0 else state != 5  # TIME_ERROR
+
+
+class Unasked(ChasquidError):
+    """The DNS cannot be asked about a name at all; `fix` is what to do about that."""
+
+    def __init__(self, text: str, fix: str) -> None:
+        super().__init__(text)
+        self.fix = fix
+
+
+class Authority(NamedTuple):
+    """The name servers of a zone: addresses of those that answer, and what they say of it."""
+
+    zone: str
+    addresses: tuple[str, ...]
+    serials: tuple[tuple[str, str], ...]  # name, and the version of the zone that it has
+    silent: tuple[tuple[str, str], ...]  # name, and why it cannot be used
+
+
+class Zones:
+    """What the DNS says now. Names are A-labels, without the final dot.
+
+    What lies at or below a name of `own` is asked of its zone's own name servers, so that no
+    cache is in between; all else of the resolver. Each question is asked once.
+    """
+
+    def __init__(self, world: World, own: Iterable[str]) -> None:
+        self._world = world
+        self.own = sorted(set(own), key=lambda name: -name.count("."))
+        self._lock = threading.Lock()
+        self._known: dict[tuple[str, ...], tuple[threading.Lock, list[Any]]] = {}
+
+    def ask(self, name: str, kind: str, depth: int = 0) -> Answer:
+        """Follow aliases, too. Raises TemporaryFailure and Unasked."""
+        answer = self._answer(name.lower().rstrip(".") or ".", kind)
+        if answer.records or not answer.canonical or depth > _ALIAS_LIMIT:
+            return answer
+        return self.ask(answer.canonical, kind, depth + 1)._replace(canonical=answer.canonical)
+
+    def addresses(self, host: str) -> list[str]:
+        """Return the IPv4 and IPv6 addresses of a host. Raises as `ask` does."""
+        return [record for kind in ("A", "AAAA") for record in self.ask(host, kind).records]
+
+    def is_signed(self, zone: str) -> bool:
+        """Tell whether the zone above says that this one is signed. Raises TemporaryFailure."""
+        return bool(self._query(zone, "DS").records)
+
+    def authority(self, name: str) -> Authority:
+        """Return the name servers of the zone that a name is in. Raises Unasked."""
+        found = self._once(("authority", name), lambda: self._find_authority(name))
+        assert isinstance(found, Authority)
+        return found
+
+    def _answer(self, name: str, kind: str) -> Answer:
+        own = next((own for own in self.own if f".{name}".endswith(f".{own}")), None)
+        for address in self.authority(own).addresses if own else ():
+            with contextlib.suppress(TemporaryFailure):
+                return self._query(name, kind, address)
+        self._need_resolver()
+        return self._query(name, kind)
+
+    def _query(self, name: str, kind: str, server: str = "") -> Answer:
+        found = self._once(
+            ("query", name, kind, server), lambda: self._world.query(name, kind, server)
+        )
+        assert isinstance(found, Answer)
+        return found
+
+    @property
+    def resolver_works(self) -> bool:
+        """Whether it answers anything; that of a closed network may not know the root."""
+
+        def answers(name: str, kind: str) -> bool:
+            with contextlib.suppress(TemporaryFailure):
+                self._query(name, kind)
+                return True
+            return False
+
+        names = [(".", "SOA"), *((own, "NS") for own in self.own[-1:])]
+        return any(in_parallel([functools.partial(answers, *name) for name in names]))
+
+    def _need_resolver(self) -> None:
+        """Raises Unasked."""
+        if self.resolver_works:
+            return
+        text = "no name server answers here, and without DNS no mail is sent or checked"
+        raise Unasked(text, 'name one in chasquid.conf, as in: dns_server: "9.9.9.9"')
+
+    def _find_authority(self, name: str) -> Authority:
+        self._need_resolver()
+        zone, servers = self._delegation(name)
+
+        def probe(server: str) -> tuple[str, str, str]:
+            """Return the name, the address and the serial; or the name, "" and what is wrong."""
+            try:
+                for kind in ("A", "AAAA"):
+                    for address in self._query(server, kind).records[:1]:
+                        soa = self._query(zone, "SOA", address).records
+                        return server, address, (soa[0].split() + ["?"] * 3)[2] if soa else "?"
+                return server, "", "it has no address"
+            except TemporaryFailure as failure:
+                return server, "", str(failure)
+
+        found = in_parallel([functools.partial(probe, server) for server in servers])
+        return Authority(
+            zone,
+            tuple(address for _, address, _ in found if address),
+            tuple((server, serial) for server, address, serial in found if address),
+            silent=tuple((server, why) for server, address, why in found if not address),
+        )
+
+    def _delegation(self, name: str) -> tuple[str, list[str]]:
+        """Return the zone that `name` is in, and the names of its servers. Raises Unasked."""
+        exists, zone = True, name
+        try:
+            while True:
+                answer = self._query(zone, "NS")
+                exists = exists and (zone != name or answer.exists)
+                if (answer.records and not answer.canonical) or "." not in zone:
+                    break
+                zone = zone.partition(".")[2]
+        except TemporaryFailure as failure:
+            raise self._broken(zone, failure) from None
+        if "." not in zone and "." in name and not exists:
+            text = f"the domain {name} does not exist in the DNS; is it registered, or expired?"
+            raise Unasked(text, f"look for {name} at the company where you have registered it")
+        servers = sorted(record.rstrip(".").lower() for record in answer.records)
+        return zone, servers[:_NAME_SERVER_LIMIT]
+
+    def _broken(self, zone: str, failure: TemporaryFailure) -> Unasked:
+        """Say why a resolver gets no answer about a zone; RFC 4035, 5 if it is signed."""
+        text = f"nobody can look up {zone}, so no mail comes: {failure}"
+        with contextlib.suppress(TemporaryFailure):
+            if self.is_signed(zone):
+                text += "; it is signed (DNSSEC), and the signatures do not fit or have expired"
+                fix = f"sign {zone} anew at the DNS provider, or remove its DS record"
+                return Unasked(text, f"{fix} at the registrar")
+        return Unasked(text, f"see that the name servers of {zone} answer: dig +trace {zone} SOA")
+
+    def _once(self, key: tuple[str, ...], work: Callable[[], object]) -> object:
+        """Return what `work` returned or raised the first time."""
+        with self._lock:
+            lock, known = self._known.setdefault(key, (threading.Lock(), []))
+        with lock:
+            if not known:
+                try:
+                    known.append(work())
+                except ChasquidError as error:
+                    known.append(error)
+        if isinstance(known[0], ChasquidError):
+            raise known[0]
+        return known[0]
+
+
+# ======================================================================================
+# ROOM: HOST CHECKS
+#
+# Whether the host is as mail needs it: the files, the running server and its ports, the
+# machine, its line and its addresses.
+#
+# - A check is a function of `Facts` that yields findings; what it does not mention is well. The
+#   table of all checks stands last. They run side by side, so none may rest on another.
+# - One mistake, one finding: a check leaves to others what follows from their findings. While
+#   the server does not run, nothing is said of its ports.
+# - Whatever serves is well, and above all what the README and `domain_records` advise.
+# - What cannot be known from here is said to be unknown, never to be well.
+#
+# How the world is asked belongs to PROBES; what is in the files, to the rooms that read them.
+# ======================================================================================
+
+_EXPIRES_SOON = 14  # days
+_ELSEWHERE = ("gmail.com", "outlook.com")  # whose servers are there, and let anybody connect
+_BLOCK_LISTS = (("zen.spamhaus.org", "https://check.spamhaus.org/"),
+                ("bl.spamcop.net", "https://www.spamcop.net/bl.shtml"))  # fmt: skip
+_HOME_LINE = ("127.0.0.10", "127.0.0.11")  # of Spamhaus: an address that should not send mail
+_LITTLE_MEMORY = 64 * 1024 * 1024
+_CLOCK_TOLERANCE = 3 * 86400.0  # the root zone has a new version, with its date, each day
+SERVICE = "chasquid"  # the unit of systemd
+
+
+class Examined(NamedTuple):
+    """What is in the configuration directory, what is wrong with it, and what is doubtful."""
+
+    config: Config
+    domains: Domains
+    certificates: Certificates
+    wrong: tuple[str, ...]
+    doubtful: tuple[str, ...]
+
+
+def examine_files(config: Config, problems: Sequence[ConfigError]) -> Examined:
+    """Read all files; `problems` are those of chasquid.conf. Raises ConfigError."""
+    problems = [*problems]
+    for check in (smarthost_login, account_of_server):
+        with collected(problems):
+            check(config)
+    wrong = [str(problem) for problem in problems]
+    domains, certificates = load_domains(config), Certificates(config)
+    wrong += [*domains.problems, *certificates.problems]
+    doubtful = [*setting_warnings(config)]
+    for name, domain in domains.each.items():
+        for finding in domains.aliases.findings(name, domain.users, knows_everybody(config)):
+            (wrong if finding.wrong else doubtful).append(finding.text)
+    if not domains.each and not domains.broken:
+        doubtful.append(f"no domain in {config.config_dir}/domains: all mail for here is refused")
+    return Examined(config, domains, certificates, wrong=tuple(wrong), doubtful=tuple(doubtful))
+
+
+def knows_everybody(config: Config) -> bool:
+    """Tell whether the files name all users: neither Dovecot nor a hook knows others."""
+    return not (config.dovecot_auth or hook_path(config.config_dir, "alias-resolve"))
+
+
+class Facts(NamedTuple):
+    """What a check may look at. Names are A-labels; `domain` is "" for a check of the host."""
+
+    examined: Examined
+    world: World
+    zones: Zones
+    host: str
+    domain: str = ""
+
+    @property
+    def config(self) -> Config:
+        """The configuration."""
+        return self.examined.config
+
+    @property
+    def domains(self) -> list[str]:
+        """The domains that others write to, also if their files have a mistake."""
+        found = self.examined.domains
+        names = published_domains(found.each, self.config.hostname)
+        return [domain_to_ascii(name) for name in (*names, *found.broken)]
+
+    @property
+    def sends_directly(self) -> bool:
+        """Whether mail goes from here to the servers of others, at least at first."""
+        return not self.config.smarthost or self.config.smarthost_after > 0
+
+    @property
+    def sending(self) -> list[str]:
+        """The public addresses that the DNS says this host has. Raises as `Zones.ask` does."""
+        return [ip for ip in self.zones.addresses(self.host) if is_public_address(ip)]
+
+    def is_here(self, addresses: Iterable[str]) -> bool:
+        """Tell whether one is ours, or of a host that passes mail on to us."""
+        import ipaddress  # only here
+
+        trusted = [ipaddress.ip_network(text, False) for text in self.config.trusted_relay]
+        ours = {*self.zones.addresses(self.host), *self.world.addresses()}
+        return any(
+            ip in ours or any(ipaddress.ip_address(ip) in network for network in trusted)
+            for ip in addresses
+        )
+
+    def texts(self, name: str, begin: str) -> list[str]:
+        """Return the TXT records of `name` that begin with a version, in any case."""
+        records = self.zones.ask(name, "TXT").records
+        return [text for text in records if re.match(rf"{begin}\s*(;|\s|$)", text, re.IGNORECASE)]
+
+    def record(self, purpose: str, name: str = "") -> DnsRecord:
+        """Return what `domain_records` says, for the domain or, with `name`, at this name."""
+        needs = needs_of(self.config, self.domain or self.host, (), self.world.addresses())
+        found = [record for record in domain_records(needs) if record.purpose == purpose]
+        return next((record for record in found if record.name == name), found[0])
+
+
+def facts_of(examined: Examined, world: World) -> Facts:
+    """Return what checks may look at, of the whole host."""
+    host = domain_to_ascii(examined.config.hostname)
+    facts = Facts(examined, world, Zones(world, [host]), host)
+    return facts._replace(zones=Zones(world, [host, *facts.domains]))
+
+
+def mend(text: str, fix: str) -> Finding:
+    """Return that mail suffers from something."""
+    return Finding("", Level.MEND, text, fix)
+
+
+def advice(text: str, fix: str) -> Finding:
+    """Return that something could be better."""
+    return Finding("", Level.ADVICE, text, fix)
+
+
+def not_known(text: str, fix: str = "") -> Finding:
+    """Return that something could not be checked."""
+    return Finding("", Level.UNKNOWN, text, fix)
+
+
+def publish_line(facts: Facts, record: DnsRecord, how: str = "publish") -> str:
+    """Say what to enter in a provider's form."""
+    [row] = record_table([record], facts.domain or facts.host.partition(".")[2])
+    return f"{how}: {row}"
+
+
+def _home_line(facts: Facts) -> str:
+    """Return how to send from a line that others take no mail from, with the lines to add."""
+    directory = facts.config.config_dir
+    return (
+        "send through a server that may, your provider's or a small one of yours; "
+        f'in {directory}/chasquid.conf:\nsmarthost: "HOST:587"\nsmarthost_user: "USER"\n'
+        f'smarthost_password_file: "{directory}/smarthost-password"'
+    )
+
+
+def _front_host(facts: Facts) -> str:
+    """Return how to receive on a line that nobody can connect to, or whose address changes."""
+    domains = list(facts.examined.domains.each) or ["DOMAIN"]
+    return (
+        "have a small host with a fixed address as MX, whose chasquid passes mail on; there:\n"
+        + "".join(f"domains/{name}/aliases: *: *@{name} via {facts.host}\n" for name in domains)
+        + f"and in {facts.config.config_dir}/chasquid.conf here:\n"
+        'trusted_relay: "ITS ADDRESS"\nsmarthost: "ITS NAME:587"'
+    )
+
+
+# --- the files ---
+
+
+def _check_files(facts: Facts) -> Iterator[Finding]:
+    fix = f"correct it, and see what this says: chasquid -C {facts.config.config_dir} check"
+    for text in facts.examined.wrong:
+        if os.strerror(errno.EACCES) in text and os.geteuid() != facts.world.machine().user:
+            yield not_known(text, "ask again as root: sudo chasquid doctor")
+        else:
+            yield mend(text, fix)
+    yield from (advice(text, fix) for text in facts.examined.doubtful)
+
+
+def _check_modes(facts: Facts) -> Iterator[Finding]:
+    import shlex  # only here
+
+    machine, closed = facts.world.machine(), {}
+    for path, is_secret in _needed_files(facts.config):
+        mode = os.stat(path).st_mode
+        if is_secret and mode & 0o004:
+            yield mend(
+                f"anybody on this host may read {path}", f"sudo chmod o= {shlex.quote(path)}"
+            )
+        elif mode & 0o002:
+            yield mend(
+                f"anybody on this host may change {path}", f"sudo chmod o-w {shlex.quote(path)}"
+            )
+        elif place := _closed_at(path, facts.config.config_dir, machine):
+            closed[path] = place
+    for place in dict.fromkeys(closed.values()):
+        if place not in closed:  # a directory, perhaps that of another program
+            there = shlex.quote(place)
+            fix = f"sudo chgrp -R {min(machine.groups)} {there} && sudo chmod -R g+rX {there}"
+            yield mend(f"the server (user {machine.user}) may not enter {place}", fix)
+    files = [path for path, place in closed.items() if place == path]
+    if files:
+        text = f"the server (user {machine.user}) may not read {', '.join(files)}"
+        yield mend(text, f"sudo chown {machine.user} {shlex.join(files)}")
+
+
+# Files that the server reads, below the configuration directory, and those that are secrets.
+_NEEDED = re.compile(r"chasquid\.conf|certs/.*/(fullchain\.pem|.*\.cer)|domains/.*/aliases")
+_SECRETS = re.compile(r"certs/.*/(privkey\.pem|.*\.key)|domains/.*/(users|dkim:.*\.pem)")
+
+
+def _needed_files(config: Config) -> Iterator[tuple[str, bool]]:
+    """Yield the files that the server reads, and whether they hold keys or passwords."""
+    for directory, _, files in os.walk(config.config_dir, followlinks=True):
+        for name in sorted(files):
+            path = os.path.join(directory, name)
+            below = os.path.relpath(path, config.config_dir)
+            is_secret = _SECRETS.fullmatch(below) is not None
+            if (is_secret or _NEEDED.fullmatch(below)) and os.path.exists(path):
+                yield path, is_secret
+    if config.smarthost_password_file and os.path.exists(config.smarthost_password_file):
+        yield config.smarthost_password_file, True
+
+
+def _closed_at(path: str, top: str, machine: Machine) -> str:
+    """Return what keeps the server's user from reading a file; "" if nothing does.
+
+    Below the configuration directory only that is looked at; a link out of it, all the way.
+    """
+    if machine.user == 0:
+        return ""
+    real, top = os.path.realpath(path), os.path.realpath(top)
+    places = [real]
+    while places[-1] not in (top, "/"):
+        places.append(os.path.dirname(places[-1]))
+    for place in reversed(places):
+        status = os.stat(place)
+        if status.st_uid == machine.user:
+            mode = status.st_mode >> 6
+        else:
+            mode = status.st_mode >> (3 if status.st_gid in machine.groups else 0)
+        if not mode & (4 if place == real else 1):
+            return place
+    return ""
+
+
+def _get_certificate(facts: Facts) -> str:
+    """Return how to get a certificate for the host."""
+    if facts.config.acme:
+        return f"the log says why none has come: sudo journalctl -u {SERVICE} --grep acme"
+    path = os.path.join(facts.config.config_dir, "chasquid.conf")
+    return (
+        "have it fetched, which accepts the terms of Let's Encrypt: "
+        f"echo 'acme: true' | sudo tee -a {path} && sudo systemctl restart {SERVICE}"
+    )
+
+
+def _check_certificates(facts: Facts) -> Iterator[Finding]:
+    certificates, host = facts.examined.certificates, facts.host
+    if not certificates.loaded:
+        if not certificates.problems:
+            text = "there is no certificate, so TLS is off, and nobody can log in"
+            yield mend(text, _get_certificate(facts))
+        return
+    for certificate in certificates.loaded.values():
+        if certificate.is_fetched and all(
+            certificates.is_proven(name, fetched=False) for name in certificate.names
+        ):
+            continue  # it is of no use any more
+        days = (certificate.expires - facts.world.now()) / 86400
+        what = f"the certificate in {'' if certificate.is_fetched else 'certs/'}"
+        what += certificate.directory
+        renew = _get_certificate(facts) if certificate.is_fetched else "sudo certbot renew"
+        if days < 0:
+            date = rfc5322_date(certificate.expires)
+            yield mend(f"{what} has expired, on {date}: nobody trusts it", renew)
+        elif days < _EXPIRES_SOON:
+            say = mend if days < 1 else advice  # those of short life are renewed late
+            yield say(f"{what} expires in {plural(int(days), 'day')}, and was not renewed", renew)
+    if not certificates.cover(host):
+        text = f"no certificate in certs is for {host}: mail programs refuse to log in"
+        yield mend(text, _get_certificate(facts))
+
+
+# --- the running server ---
+
+
+class _Port(NamedTuple):
+    """Where the server should be heard, on this host."""
+
+    name: str
+    host: str
+    number: int
+    by_systemd: bool
+
+
+def _ports(config: Config) -> Iterator[_Port]:
+    for name, standard, addresses in (
+        ("smtp", 25, config.smtp_address),
+        ("submission", 587, config.submission_address),
+        ("submission_tls", 465, config.submission_over_tls_address),
+    ):
+        for address in addresses[:1]:
+            systemd = address == "systemd"
+            host, number = ("", standard) if systemd else host_and_port(address, standard)
+            if host in ("", "0.0.0.0", "::", "localhost"):
+                host = "127.0.0.1"
+            yield _Port(name, host, number, systemd)
+
+
+def _check_server(facts: Facts) -> Iterator[Finding]:
+    if facts.world.ask_server("sessions") is None:
+        fix = f"sudo systemctl enable --now {SERVICE}"
+        yield mend("the server is not running: mail waits at the senders, and comes back", fix)
+
+
+def _runs(facts: Facts) -> bool:
+    """Tell whether the server runs, as far as we may know. If not, another check says it."""
+    try:
+        return facts.world.ask_server("sessions") is not None
+    except ChasquidError:
+        return True
+
+
+def _is_ours(facts: Facts, talk: Talk) -> bool:
+    return talk.replies[0].startswith(f"220 {facts.host} ")
+
+
+def _check_ports(facts: Facts) -> Iterator[Finding]:
+    if not _runs(facts):
+        return
+    if facts.config.haproxy_incoming:
+        text = "the ports are not tried: connections must come from HAProxy (haproxy_incoming)"
+        yield not_known(text, f"from elsewhere: openssl s_client -connect {facts.host}:465")
+        return
+    talks = [(port, finding, talk) for port in _ports(facts.config)
+             for finding, talk in [_try_port(facts, port)]]  # fmt: skip
+    yield from {finding.fix: finding for _, finding, _ in talks if finding is not None}.values()
+    certificates = facts.examined.certificates.loaded.values()
+    for port, _, talk in talks:
+        good = [found for found in certificates if found.covers(facts.host)]
+        if (
+            talk is not None
+            and talk.problem
+            and any(found.expires > facts.world.now() for found in good)
+        ):  # else the check of certificates says it
+            text = f"port {port.number}: {talk.problem}: mail programs warn of it, or refuse"
+            yield mend(text, _get_certificate(facts))
+            return
+
+
+def _try_port(facts: Facts, port: _Port) -> tuple[Finding | None, Talk | None]:
+    """Return what is wrong with a port, and what it said."""
+    unit = f"{SERVICE}-{port.name}.socket" if port.by_systemd else SERVICE
+    tls = port.name == "submission_tls"
+    has_tls = bool(facts.examined.certificates.loaded)
+    if tls and not has_tls:
+        return None, None
+    commands = () if tls else ("EHLO localhost", *(("STARTTLS",) if has_tls else ()))
+    try:
+        talk = facts.world.talk(port.host, port.number, commands, name=facts.host, tls=tls)
+    except ChasquidError as error:
+        text = f"port {port.number} ({port.name}) does not answer: {error}"
+        return mend(text, f"sudo systemctl enable --now {unit}"), None
+    if not _is_ours(facts, talk):
+        text = f"another program is at port {port.number}, and says {talk.replies[0]!r}"
+        fix = f"see which, and stop it: sudo ss -ltnp 'sport = :{port.number}'"
+        return mend(printable(text), fix), None
+    if commands and has_tls and not talk.replies[-1].startswith("220"):
+        text = f"port {port.number} offers no TLS, though there is a certificate"
+        return mend(text, f"sudo systemctl restart {SERVICE}"), None
+    return None, talk
+
+
+def _check_relay(facts: Facts) -> Iterator[Finding]:
+    """Try to have a stranger's mail sent on (RFC 5321, 7.9 on relays)."""
+    commands = ("EHLO [127.0.0.1]", "MAIL FROM:<>", "RCPT TO:<relay-test@example.net>", "RSET")
+    if facts.config.haproxy_incoming or not _runs(facts):
+        return
+    for port in _ports(facts.config):
+        if port.name != "smtp":
+            continue
+        try:
+            talk = facts.world.talk(port.host, port.number, commands)
+        except ChasquidError:
+            return  # the check of ports says it
+        if _is_ours(facts, talk) and talk.replies[3].startswith("2"):
+            text = "port 25 takes mail for anybody from anybody: this is an open relay"
+            yield mend(text, "stop it at once, and find what answers: sudo ss -ltnp 'sport = :25'")
+
+
+def _check_imap(facts: Facts) -> Iterator[Finding]:
+    for port, tls in ((993, True), (143, False)):
+        with contextlib.suppress(ChasquidError):
+            talk = facts.world.talk("127.0.0.1", port, name=facts.host, tls=tls)
+            if talk.replies[0].startswith("* OK"):
+                return
+    if not facts.config.lmtp_address.startswith("/") and facts.config.lmtp_address:
+        return  # the mailboxes are on another host
+    text = "no IMAP server answers at port 993 or 143, so no mail program can read the mail"
+    yield advice(text, "sudo apt install dovecot-imapd && sudo chasquid init ADDRESS")
+
+
+# --- the machine and its line ---
+
+
+def _check_clock(facts: Facts) -> Iterator[Finding]:
+    """Compare with the date in the serial number of the root zone (YYYYMMDDNN)."""
+    soa = " ".join(facts.zones.ask(".", "SOA").records)
+    match = re.search(r" (20\d\d)(\d\d)(\d\d)\d\d ", soa)
+    if match is not None:
+        with contextlib.suppress(ValueError):
+            import calendar  # only here
+
+            there = calendar.timegm((*map(int, match.groups()), 0, 0, 0))
+            if abs(facts.world.now() - there) > _CLOCK_TOLERANCE:
+                text = "the clock is wrong by days, so signatures and certificates fail"
+                yield mend(text, "sudo timedatectl set-ntp true")
+                return
+    if facts.world.machine().synchronised is False:
+        text = "no time service keeps the clock; when it is wrong, signatures fail"
+        yield advice(text, "sudo timedatectl set-ntp true")
+
+
+def _check_disk(facts: Facts) -> Iterator[Finding]:
+    machine, config = facts.world.machine(), facts.config
+    needed = min(config.min_free_disk_mb * 1024 * 1024, machine.disk // 10)
+    left = f"{machine.free // (1024 * 1024)} MB are free for {config.data_dir}"
+    fix = f"sudo du -xh --max-depth=2 {config.data_dir} | sort -h | tail, and make room"
+    if machine.free < needed:
+        yield mend(f"only {left}: all mail is refused for now", fix)
+    elif machine.free < 2 * needed:
+        yield advice(f"only {left}: soon all mail is refused", fix)
+
+
+def _check_memory(facts: Facts) -> Iterator[Finding]:
+    memory = facts.world.machine().memory
+    if 0 < memory < _LITTLE_MEMORY:
+        text = f"only {memory // (1024 * 1024)} MB of memory are available; a login takes 16 MB"
+        yield advice(text, "see what takes it: ps -eo rss,cmd --sort=-rss | head")
+
+
+def _check_name_servers(facts: Facts) -> Iterator[Finding]:
+    told: set[str] = set()
+    for name in reversed(facts.zones.own):
+        if any(f".{name}".endswith(f".{above}") for above in told):
+            continue
+        try:
+            authority = facts.zones.authority(name)
+        except Unasked as error:
+            yield mend(str(error), error.fix)
+            told.add(name)
+            if not facts.zones.resolver_works:
+                return
+            continue
+        if authority.zone not in told:
+            told.add(authority.zone)
+            yield from _of_name_servers(authority)
+
+
+def _of_name_servers(authority: Authority) -> Iterator[Finding]:
+    zone = authority.zone
+    if not authority.addresses:
+        why = "; ".join(why for _, why in authority.silent) or "none is known"
+        text = f"no name server of {zone} can be asked from here, so what follows may be old: {why}"
+        yield not_known(text, f"dig +trace {zone} SOA")
+        return
+    for server, why in authority.silent:
+        text = f"{server}, a name server of {zone}, is no help, which delays mail: {why}"
+        yield advice(text, "have its provider mend it, or take it out of the NS records")
+    if len({serial for _, serial in authority.serials}) > 1:
+        versions = ", ".join(f"{server} has {serial}" for server, serial in authority.serials)
+        text = f"the name servers of {zone} have different versions of it: {versions}"
+        yield advice(text, "wait some minutes, or have the provider mend the transfer")
+
+
+def _check_address(facts: Facts) -> Iterator[Finding]:
+    host, own, found = facts.host, facts.world.addresses(), facts.zones.addresses(facts.host)
+    if not found:
+        text = f"{host} has no address in the DNS, so nobody finds this host"
+        if re.search(rf"\s{re.escape(host)}(\s|$)", facts.world.machine().hosts):
+            text += "; it stands only in /etc/hosts, which nobody else reads"
+        yield mend(text, publish_line(facts, facts.record("address")))
+        return
+    for ip in found:
+        if not is_public_address(ip):
+            if facts.config.trusted_relay:
+                return  # the host in front may know another way here
+            text = f"{host} is {ip} in the DNS, an address that nobody can reach from outside"
+            known = [other for other in own if (":" in other) == (":" in ip)]
+            kind = "AAAA" if ":" in ip else "A"
+            fix = publish_line(facts, DnsRecord(host, kind, known[0] if known else "", "address"))
+            yield mend(text, fix if known else f"{fix}; if there is none: {_front_host(facts)}")
+            return
+    for ip in own:
+        kind = "AAAA" if ":" in ip else "A"
+        if ip in found or not facts.sends_directly and kind == "AAAA":
+            continue
+        others = ", ".join(other for other in found if (":" in other) == (":" in ip))
+        text = f"this host sends from {ip}, but the DNS says that {host} is {others or 'elsewhere'}"
+        fix = publish_line(facts, DnsRecord(host, kind, ip, "address"))
+        if others:
+            fix += f"; if the address changes by itself: {_front_host(facts)}"
+        yield mend(f"{text}: others refuse its mail", fix)
+
+
+def _check_ptr(facts: Facts) -> Iterator[Finding]:
+    import ipaddress  # only here
+
+    if not facts.sends_directly:
+        return
+    for ip in facts.sending:
+        answer = facts.zones.ask(ipaddress.ip_address(ip).reverse_pointer, "PTR")
+        names = [record.rstrip(".").lower() for record in answer.records]
+        fix = f"ask the provider of {ip}, or its web form, to set its PTR record to {facts.host}"
+        otherwise = f"{fix}; if it does not: {_home_line(facts)}"
+        confirmed = [name for name in names[:10] if ip in facts.zones.addresses(name)]
+        if not names:
+            yield mend(f"{ip} has no PTR record, so many servers refuse mail from it", otherwise)
+        elif not confirmed:
+            text = f"the PTR record of {ip} is {names[0]}, which is not {ip} in the DNS"
+            yield mend(f"{text}, so many servers refuse mail from it", otherwise)
+        elif facts.host not in confirmed:
+            text = f"the PTR record of {ip} is {names[0]}, which looks like a line of a household"
+            yield advice(text, fix)
+
+
+def _check_outward(facts: Facts) -> Iterator[Finding]:
+    config = facts.config
+    if config.smarthost:
+        host, port = host_and_port(config.smarthost, 25)
+        try:
+            ips = [host] if is_ip_address(host) else facts.zones.addresses(host)
+            if not ips:
+                raise Disconnected(f"{host} has no address")
+            facts.world.talk(ips[0], port, name=host, tls=port == 465)
+        except (Disconnected, TLSFailed, TemporaryFailure) as error:
+            text = f"the smarthost {config.smarthost} cannot be reached, so mail waits: {error}"
+            yield mend(text, "correct smarthost in chasquid.conf, or ask its provider")
+    if not facts.sends_directly:
+        return
+    places = [ip for domain in _ELSEWHERE for ip in _servers_of(facts, domain)]
+    failures = in_parallel([functools.partial(_failure, facts, ip) for ip in places])
+    if not places:
+        yield not_known(f"port 25 outward is not tried: {_ELSEWHERE[0]} is not in this DNS")
+    elif all(failures):
+        text = f"port 25 of other servers cannot be reached, so no mail leaves: {failures[0]}"
+        yield mend(text, f"ask the provider to open it, or {_home_line(facts)}")
+
+
+def _servers_of(facts: Facts, domain: str) -> Iterator[str]:
+    """Yield an address for each family that this host has; none if they cannot be looked up."""
+    kinds = ["A"] + ["AAAA"] * any(":" in ip for ip in facts.world.addresses())
+    with contextlib.suppress(TemporaryFailure):
+        for record in sorted(facts.zones.ask(domain, "MX").records)[:1]:
+            for kind in kinds:
+                yield from facts.zones.ask(record.split()[1], kind).records[:1]
+
+
+def _failure(facts: Facts, ip: str) -> str:
+    """Return why a server cannot be reached; "" if it can."""
+    try:
+        facts.world.talk(ip, facts.config.outgoing_smtp_port)
+    except Disconnected as error:
+        return str(error)
+    except ChasquidError:
+        pass  # whatever it says, somebody is there
+    return ""
+
+
+def _check_reachable(facts: Facts) -> Iterator[Finding]:
+    """What cannot be known from inside: whether others get through to port 25."""
+    ips = facts.sending
+    try:
+        sessions = facts.world.ask_server("sessions")
+    except ChasquidError:
+        return  # the check of the server says it
+    if sessions is None or not ips:
+        return
+    peers = [line.split()[-1] for line in sessions if line.startswith(f"{SMTP_PORT.name} ")]
+    if any(is_ip_address(peer) and is_public_address(peer) and peer not in ips for peer in peers):
+        return
+    if not facts.world.addresses():  # behind NAT; some routers let us in by our public address
+        try:
+            talk = facts.world.talk(ips[0], 25)
+        except ChasquidError:
+            text = "whether port 25 is forwarded to this host cannot be seen from here"
+            fix = "forward 25, 465, 587 and 993 in the router to this host; then, from elsewhere"
+            yield not_known(text, f"{fix}: nc {facts.host} 25")
+            return
+        if not _is_ours(facts, talk):
+            text = f"at {ips[0]}, port 25, another server answers: {talk.replies[0]!r}"
+            yield mend(printable(text), "forward port 25 in the router to this host")
+        return
+    text = "nobody from outside has come to port 25 yet, so it may be closed by a firewall"
+    yield not_known(text, f"from elsewhere, this must show 220 {facts.host}: nc {facts.host} 25")
+
+
+def _check_block_lists(facts: Facts) -> Iterator[Finding]:
+    """A list has three answers: listed, not listed, and that we may not ask (RFC 5782)."""
+    import ipaddress  # only here
+
+    ips = [ip for ip in facts.sending if ":" not in ip] if facts.sends_directly else []
+    for (zone, url), ip in itertools.product(_BLOCK_LISTS, ips):
+        name = ipaddress.ip_address(ip).reverse_pointer.replace("in-addr.arpa", zone)
+        try:
+            records = facts.zones.ask(name, "A").records
+        except TemporaryFailure as failure:
+            yield _may_not_ask(zone, str(failure))
+            continue
+        if any(record.startswith("127.255.255.") for record in records):
+            yield _may_not_ask(zone, f"it answers {records[0]}, which means that")
+        elif any(record in _HOME_LINE for record in records):
+            text = f"{ip} is listed as a line that should not send mail ({zone})"
+            yield mend(text, f"{url} says more; {_home_line(facts)}")
+        elif any(record.startswith("127.") for record in records):
+            text = f"{ip} is on the block list {zone} ({records[0]}), so its mail is refused"
+            yield mend(text, f"{url}: see why, mend it, and ask to be taken off")
+        elif records:
+            yield _may_not_ask(zone, f"the name server invents the answer {records[0]}")
+
+
+def _may_not_ask(zone: str, why: str) -> Finding:
+    text = f"{zone} does not answer us, as with public name servers: {why}"
+    return not_known(text, 'sudo apt install unbound; in chasquid.conf: dns_server: "127.0.0.1"')
+
+
+def _check_dane(facts: Facts) -> Iterator[Finding]:
+    """Compare TLSA records, if there are any, with what port 25 shows; RFC 7672."""
+    name = f"_25._tcp.{facts.host}"
+    tlsa = [record for record in map(parse_tlsa, facts.zones.ask(name, "TLSA").records) if record]
+    port = next(_ports(facts.config), None)
+    if not tlsa or port is None or not _runs(facts):
+        return
+    zone = facts.zones.authority(facts.host).zone
+    if not facts.zones.is_signed(zone):
+        text = f"there are TLSA records, but {zone} is not signed (DNSSEC), so nobody heeds them"
+        yield advice(text, f"have {zone} signed at the DNS provider, or remove them")
+        return
+    try:
+        talk = facts.world.talk(port.host, port.number, ("EHLO localhost", "STARTTLS"), facts.host)
+    except ChasquidError:
+        return  # the check of ports says it
+    chain = talk.certificates
+    if chain and not any(
+        record.matches(shown) for record in tlsa
+        for shown in (chain[:1] if record.usage == 3 else chain)
+    ):  # fmt: skip
+        import hashlib  # only here
+
+        digest = hashlib.sha256(public_key_info(chain[0])).hexdigest()
+        text = f"no TLSA record of {name} fits the certificate, so servers with DANE send nothing"
+        yield mend(text, f"publish: {name}.  TLSA  3 1 1 {digest}")
+
+
+class Check(NamedTuple):
+    """A row of a table of checks."""
+
+    name: str
+    help: str
+    function: Callable[[Facts], Iterable[Finding]]
+
+
+HOST_CHECKS = (
+    Check("files", "the configuration directory", _check_files),
+    Check("modes", "who may read keys and passwords", _check_modes),
+    Check("certificates", "names and ends", _check_certificates),
+    Check("server", "whether it runs", _check_server),
+    Check("ports", "what answers at 25, 587 and 465", _check_ports),
+    Check("relay", "whether strangers can send through us", _check_relay),
+    Check("imap", "whether mail can be read", _check_imap),
+    Check("clock", "time", _check_clock),
+    Check("disk", "room for mail", _check_disk),
+    Check("memory", "room for logins", _check_memory),
+    Check("name servers", "who answers for our names", _check_name_servers),
+    Check("address", "A and AAAA of the host", _check_address),
+    Check("ptr", "names of our addresses, and back", _check_ptr),
+    Check("outward", "port 25 of others, or the smarthost", _check_outward),
+    Check("reachable", "port 25 from outside", _check_reachable),
+    Check("block lists", "whether our addresses are on one", _check_block_lists),
+    Check("dane", "TLSA records and the certificate", _check_dane),
+)
+
+
+# ======================================================================================
+# ROOM: DOMAIN CHECKS
+#
+# Whether the DNS of a domain says what mail needs. It is held against `domain_records`, but any
+# other way that serves is well: another MX that leads here, an SPF record with other terms, any
+# policy of DMARC. What is optional there need not be there; if it is, it must be right.
+#
+# - The habits are those of HOST CHECKS. So a domain without an MX is not also told that "mx" in
+#   its SPF record lets nobody send.
+# - Forms of DNS providers make the same mistakes again and again: the domain doubled, quotes in
+#   the text, a text cut short. A record that is missing is looked for where they put it.
+# ======================================================================================
+
+_TAG = re.compile(r"(\w+)\s*=\s*([^;]*)")
+
+
+def _check_mx(facts: Facts) -> Iterator[Finding]:
+    """RFC 5321, 5.1: what leads here, by whatever name and preference, is well."""
+    domain, host, zones = facts.domain, facts.host, facts.zones
+    fix = publish_line(facts, facts.record("MX"))
+    names = [record.split()[-1].rstrip(".").lower() for record in zones.ask(domain, "MX").records]
+    if not names and not facts.is_here(zones.addresses(domain)):
+        yield mend(f"{domain} has no MX record, so its mail does not come here", fix)
+    if names == [""]:
+        yield mend(f"{domain} says that it takes no mail (null MX, RFC 7505)", fix)
+        return
+    ours = not names
+    for name in names:
+        if host != domain and name.endswith(f".{domain}.{domain}") or name == f"{host}.{domain}":
+            text = f"the MX record leads to {name}: the form has added the domain to the name"
+            yield mend(text, f"enter the host with a final dot: 10 {host}.")
+            return
+        if is_ip_address(name):
+            yield mend(f"the MX record is {name}, but it must be a name (RFC 5321, 5.1)", fix)
+            return
+        if zones.ask(name, "A").canonical:
+            text = f"the mail exchanger {name} is an alias (CNAME), which not all servers follow"
+            yield mend(
+                text, f"publish its addresses in place of the CNAME (RFC 2181, 10.3), or {fix}"
+            )
+            return
+        addresses = zones.addresses(name)
+        if not addresses and name != host:
+            yield mend(f"the mail exchanger {name} has no address", fix)
+            return
+        ours = ours or name == host or facts.is_here(addresses)
+    if not ours:
+        yield mend(f"mail for {domain} goes to {', '.join(names)}, not to this host", fix)
+
+
+def _check_spf(facts: Facts) -> Iterator[Finding]:
+    domain, wanted = facts.domain, facts.record("SPF", facts.domain)
+    texts = facts.texts(domain, "v=spf1")
+    if not texts:
+        why = "others cannot tell its mail from forgeries"
+        yield _absent(facts, wanted, why)
+        return
+    if len(texts) > 1:
+        text = f"{domain} has {len(texts)} SPF records, which makes all of them void"
+        fix = f"remove all but one (RFC 7208, 4.5), which may be: {wanted.value}"
+        yield mend(text, fix)
+        return
+    if re.search(r"\s\+?all\b", texts[0], re.IGNORECASE):
+        text = f"the SPF record of {domain} lets anybody send its mail: {texts[0]}"
+        yield mend(text, publish_line(facts, wanted, "put in its place"))
+        return
+    for ip in facts.sending if facts.sends_directly else ["127.0.0.1"]:
+        finding = _spf_finding(facts, ip, texts[0])
+        if finding is not None:
+            yield finding
+            return
+
+
+def _spf_finding(facts: Facts, ip: str, text: str) -> Finding | None:
+    domain = facts.domain
+    spf = _spf_of(facts, ip)
+    if spf.result == "temperror":
+        return not_known(f"the SPF record of {domain} leads to names that nobody could look up")
+    if spf.result == "permerror":
+        why = spf.explanation or "it is malformed, or needs more than ten look-ups"
+        wanted = facts.record("SPF", domain)
+        said = f"the SPF record of {domain} is void: {why}"
+        return mend(said, publish_line(facts, wanted, "put in its place"))
+    if facts.sends_directly and spf.result != "pass":
+        mended = re.sub(r"(?i)^v=spf1", f"v=spf1 a:{facts.host}", text)
+        fix = publish_line(facts, DnsRecord(domain, "TXT", mended, "SPF"), "change it to")
+        said = f"the SPF record of {domain} does not let this host send from {ip} ({spf.result})"
+        return mend(f"{said}: its mail is refused, or junk", fix)
+    return None
+
+
+def _spf_of(facts: Facts, ip: str) -> Spf:
+    """Evaluate the record, as if the MX record were as it should be, of which another tells."""
+    mx = facts.record("MX")
+
+    async def ask(name: str, kind: str) -> Answer:
+        answer = facts.zones.ask(name, kind)
+        if (name, kind) == (mx.name, "MX"):
+            return answer._replace(exists=True, records=(*answer.records, f"{mx.value}."))
+        return answer
+
+    sender = f"postmaster@{facts.domain}"
+    return run_apart(
+        lambda loop: check_spf(
+            Names(loop, ask), loop, ip=ip, sender=sender, hello=facts.host, host=facts.host
+        ),
+        30.0,
+    )
+
+
+def _absent(facts: Facts, record: DnsRecord, why: str) -> Finding:
+    """Say that a text is not there, and look for where it was put instead."""
+    begin = record.value.partition(";")[0].split()[0]
+    what = f"{record.purpose} record"
+    doubled = f"{record.name}.{facts.domain}"
+    if any('"' in text for text in facts.zones.ask(record.name, "TXT").records):
+        text = f"the {what} at {record.name} has quotes in its text, which counts as none"
+        return mend(f"{text}, so {why}", publish_line(facts, record, "enter it without quotes"))
+    if record.name != facts.domain and facts.texts(doubled, begin):
+        text = f"the {what} stands at {doubled}: the form adds the domain by itself"
+        return mend(f"{text}, so {why}", publish_line(facts, record, "enter the name without it"))
+    return mend(f"there is no {what} at {record.name}, so {why}", publish_line(facts, record))
+
+
+def _check_dkim(facts: Facts) -> Iterator[Finding]:
+    domain = domain_to_unicode(facts.domain)
+    keys = facts.examined.domains.keys.get(domain, ())
+    if not keys and domain in facts.examined.domains.each:
+        text = f"{domain} has no DKIM key, so its mail is not signed, and more often junk"
+        yield advice(text, f"sudo -u {SERVICE} chasquid dkim-keygen {domain}")
+    for key in keys:
+        record = DnsRecord(key.name, "TXT", key.record, "DKIM")
+        published = facts.zones.ask(key.name, "TXT").records
+        texts = [text for text in published if "p=" in text and not text.startswith('"')]
+        if not texts:
+            waits = key.name in facts.examined.domains.unseen
+            broken = "the signatures of its mail count as broken"
+            yield _absent(facts, record, "the key does not sign yet" if waits else broken)
+        elif len(texts) > 1:
+            text = f"there are {len(texts)} DKIM records at {key.name}, so no signature counts"
+            yield mend(text, publish_line(facts, record, "remove all but this one"))
+        else:
+            yield from _of_dkim_record(facts, record, texts[0])
+
+
+def _of_dkim_record(facts: Facts, record: DnsRecord, text: str) -> Iterator[Finding]:
+    """Compare the key that is published with that on disk; RFC 6376, 3.6.1."""
+    there, here = _tags(text), _tags(record.value)
+    key, ours = there.get("p", ""), here["p"]
+    fix = publish_line(facts, record, "put in its place")
+    broken = "so all signatures are broken"
+    if key == ours and there.get("k", "rsa") == here["k"]:
+        if "y" in there.get("t", "").split(":"):
+            said = f"the DKIM record at {record.name} says that it is a test (t=y): nobody heeds it"
+            yield advice(said, fix)
+    elif not key:
+        yield mend(f"the DKIM record at {record.name} revokes the key (p=), {broken}", fix)
+    elif ours.startswith(key):
+        yield mend(f"the DKIM record at {record.name} is cut short, {broken}", fix)
+    else:
+        yield mend(f"the DKIM record at {record.name} is of another key, {broken}", fix)
+
+
+def _tags(text: str) -> dict[str, str]:
+    """Return the tags of a record, without blanks in their values; RFC 6376, 3.2."""
+    return {key.lower(): re.sub(r"[\s\\]", "", value) for key, value in _TAG.findall(text)}
+
+
+def _check_dmarc(facts: Facts) -> Iterator[Finding]:
+    record = facts.record("DMARC")
+    texts = facts.texts(record.name, "v=DMARC1")
+    if not texts:
+        above = facts.domain.partition(".")[2]
+        while "." in above:  # RFC 9989: the record of a domain above covers this one
+            if facts.texts(f"_dmarc.{above}", "v=DMARC1"):
+                return
+            above = above.partition(".")[2]
+        yield _absent(facts, record, "large providers distrust its mail")
+    elif len(texts) > 1:
+        text = f"there are {len(texts)} DMARC records at {record.name}, so none of them counts"
+        yield mend(text, publish_line(facts, record, "remove all but one, which may be"))
+    else:
+        tags = _tags(texts[0])
+        if tags.get("p", "").lower() not in ("none", "quarantine", "reject") and not (
+            tags.get("rua") and "p" not in tags
+        ):
+            text = f"the DMARC record at {record.name} has no valid policy, so it is void"
+            yield mend(text, publish_line(facts, record, "put in its place"))
+
+
+def _check_mta_sts(facts: Facts) -> Iterator[Finding]:
+    """It need not be there; but if it is announced, it must be right (RFC 8461)."""
+    domain, name = facts.domain, f"_mta-sts.{facts.domain}"
+    texts = facts.texts(name, "v=STSv1")
+    if not texts:
+        return
+    ids = [_tags(text).get("id", "") for text in texts]
+    if len(ids) > 1 or not re.fullmatch(r"[A-Za-z0-9]{1,32}", ids[0]):
+        text = f"there must be one record at {name}, with a valid id, or the policy is ignored"
+        yield mend(text, f'have only: {name}.  TXT  "v=STSv1; id=1"')
+        return
+    place = f"https://mta-sts.{domain}/.well-known/mta-sts.txt"
+    try:
+        served = facts.world.fetch_policy(domain)
+        policy = parse_sts_policy(served, ids[0], facts.world.now())
+    except (ChasquidError, ValueError) as error:
+        text = f"the MTA-STS policy is announced, but cannot be had from {place}: {reason(error)}"
+        yield mend(text, f"serve it there, with a valid certificate, or remove {name}")
+        return
+    by_us = [sts_policy_text([facts.host], mode) for mode in ("enforce", "testing")]
+    id = sts_policy_id(served.decode("utf-8", "replace"))
+    if served.decode("utf-8", "replace") in by_us and ids[0] != id:
+        record = DnsRecord(name, "TXT", f"v=STSv1; id={id}", "MTA-STS")
+        text = f"the id at {name} is that of an older policy, so others keep to that"
+        yield advice(text, publish_line(facts, record, "put in its place"))
+    names = [record.split()[-1].rstrip(".").lower() for record in
+             facts.zones.ask(domain, "MX").records]  # fmt: skip
+    missing = [host for host in names if host and not policy.allows(host)]
+    if missing and policy.mode != "none":
+        text = f"the MTA-STS policy of {domain} does not name the mail exchanger {missing[0]}"
+        if policy.mode == "enforce":
+            yield mend(f"{text}, so nothing is sent there", f"add to {place}: mx: {missing[0]}")
+        else:
+            yield advice(text, f"add to {place}: mx: {missing[0]}")
+    certificates = facts.examined.certificates.loaded.values()
+    for name in names if policy.mode == "enforce" and certificates else ():
+        covered = any(certificate.covers(name) for certificate in certificates)
+        if name != facts.host and not covered and facts.is_here(facts.zones.addresses(name)):
+            text = f"no certificate is for {name}, but the MTA-STS policy demands one"
+            yield mend(text, f"sudo certbot certonly --standalone -d {facts.host} -d {name}")
+
+
+def _check_tlsrpt(facts: Facts) -> Iterator[Finding]:
+    """It need not be there; RFC 8460, 3."""
+    name = f"_smtp._tls.{facts.domain}"
+    texts = facts.texts(name, "v=TLSRPTv1")
+    reports = [_tags(text).get("rua", "") for text in texts]
+    if len(texts) > 1 or not all(re.match(r"mailto:\S+@|https:", to) for to in reports):
+        text = f"there must be one record at {name}, with rua=, or no reports on TLS are sent"
+        yield advice(text, publish_line(facts, facts.record("TLSRPT"), "put in its place"))
+
+
+def _check_postmaster(facts: Facts) -> Iterator[Finding]:
+    """RFC 5321, 4.5.1: it must be there, and is where others write to about mail."""
+    domain, domains = domain_to_unicode(facts.domain), facts.examined.domains
+    if domain not in domains.each or not knows_everybody(facts.config):
+        return
+    try:
+        domains.aliases.expand(f"postmaster@{domain}")
+    except NoSuchUser:
+        user = next(iter(domains.each[domain].users), "USER")
+        text = f"there is no postmaster@{domain}, to whom others write if something is wrong"
+        path = f"{facts.config.config_dir}/domains/{domain}/aliases"
+        import shlex  # only here
+
+        line, path = shlex.quote(f"postmaster: {user}"), shlex.quote(path)
+        yield advice(text, f"echo {line} | sudo tee -a {path}")
+    except ChasquidError:
+        return  # the check of files says it
+
+
+DOMAIN_CHECKS = (
+    Check("mx", "where mail for the domain goes", _check_mx),
+    Check("spf", "whether this host may send for the domain", _check_spf),
+    Check("dkim", "keys on disk and in the DNS", _check_dkim),
+    Check("dmarc", "the policy", _check_dmarc),
+    Check("mta-sts", "the policy, if there is one", _check_mta_sts),
+    Check("tlsrpt", "where reports go, if anywhere", _check_tlsrpt),
+    Check("postmaster", "whether it is there", _check_postmaster),
+)
+
+
+# ======================================================================================
+# ROOM: DOCTOR
+#
+# All checks, of the host and of its domains, run side by side, and told to a person.
+#
+# A check that breaks is one thing more that is unknown, and stops no other. Nothing here changes
+# anything: whoever reads a finding does what it says, and asks again.
+# ======================================================================================
+
+
+def diagnose(
+    facts: Facts,
+    domains: Sequence[str] | None = None,
+    on_done: Callable[[Check], object] = lambda check: None,
+) -> list[Finding]:
+    """Run all checks, and return what they say, in the order of the tables.
+
+    `domains` are those to check, in A-labels, or None for all; `on_done` hears of each check
+    that has ended, in any thread. A check that finds nothing has one finding that says so.
+    """
+    jobs = [(check, facts) for check in HOST_CHECKS]
+    for domain in facts.domains if domains is None else domains:
+        jobs += [(check, facts._replace(domain=domain)) for check in DOMAIN_CHECKS]
+
+    def run(check: Check, facts: Facts) -> list[Finding]:
+        found = _run(check, facts)
+        on_done(check)
+        return found
+
+    found = in_parallel([functools.partial(run, *job) for job in jobs])
+    return list(itertools.chain.from_iterable(found))
+
+
+def _run(check: Check, facts: Facts) -> list[Finding]:
+    try:
+        found = list(check.function(facts))
+    except Unasked:
+        return []  # the check of name servers says why
+    except ChasquidError as error:
+        found = [not_known(f"it could not be checked: {error}")]
+    except Exception as error:
+        text = f"the check itself has failed: {type(error).__name__}: {error}"
+        found = [not_known(text, "report it to the authors of chasquid")]
+    found = found or [Finding("", Level.OK)]
+    return [
+        Finding(
+            check.name,
+            finding.level,
+            printable(finding.text, _FINDING_LIMIT),
+            "\n".join(printable(line, _FIX_LIMIT) for line in finding.fix.split("\n")),
+            domain=facts.domain,
+        )
+        for finding in found  # what others have written may be in it
+    ]
+
+
+def to_mend(findings: Iterable[Finding]) -> list[Finding]:
+    """Return those without which mail suffers."""
+    return [finding for finding in findings if finding.level is Level.MEND]
+
+
+def watch(
+    diagnose: Callable[[], list[Finding]],
+    tell: Callable[[list[Finding]], object],
+    sleep: Callable[[float], object] = time.sleep,
+) -> list[Finding]:
+    """Diagnose until nothing must be mended, and return the last findings.
+
+    `tell` is called with the first findings, and whenever they have changed. Pauses, in
+    seconds, grow: what is entered at a DNS provider may take minutes to be there.
+    """
+    told: list[Finding] = []
+    for pause in itertools.chain(_WATCH_PAUSES, itertools.repeat(_WATCH_PAUSES[-1])):
+        findings = diagnose()
+        if findings != told:
+            tell(findings)
+        if not to_mend(findings):
+            break
+        told = findings
+        sleep(pause)
+    return findings
+
+
+_WATCH_PAUSES = (5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 300.0)  # seconds; the last is kept
+_FINDING_LIMIT, _FIX_LIMIT = 1000, 2000  # characters, the latter of a line
+_LEVEL_TEXT = {Level.MEND: "must be mended", Level.ADVICE: "advice", Level.UNKNOWN: "unknown"}
+
+
+def report(findings: Iterable[Finding]) -> Iterator[str]:
+    """Yield findings as lines for a person: what is well in one line, then the rest."""
+    findings = list(findings)
+    for domain in dict.fromkeys(finding.domain for finding in findings):
+        here = [finding for finding in findings if finding.domain == domain]
+        well = ", ".join(finding.check for finding in here if finding.level is Level.OK)
+        yield f"{domain or 'this host'}: {f'well are {well}' if well else 'nothing is well'}"
+        for check, level, text, fix, _ in here:
+            if level is not Level.OK:
+                yield f"  {_LEVEL_TEXT[level]}  {check}: {text}"
+                if fix:
+                    yield "    -> " + fix.replace("\n", "\n       ")
+
+
+# ======================================================================================
+# ROOM: SMTP CHECK
+#
+# How the servers of another domain look from here: what a delivery would find there, and how
+# safe its connection would be. It asks and connects as COURIERS does, by the same code, and then
+# says QUIT.
+#
+# Nothing is written down: what this sees is not remembered as the security level of a domain,
+# and a policy is not kept.
+#
+# Sending something there is a matter of SENDMAIL.
+# ======================================================================================
+
+_SURVEY_SECONDS = 90.0
+
+
+class _Remarks(Sink):
+    """A log that keeps the sentences which the courier says beside its result."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def write(self, text: str) -> None:
+        """See `Sink`."""
+        self.texts.append(parse_event(text)[1].get("text", ""))
+
+    def reopen(self) -> None:
+        """See `Sink`."""
+
+    def close(self) -> None:
+        """See `Sink`."""
+
+
+def check_servers(config: Config, domain: str, tell: Callable[[str], object]) -> bool:
+    """Look at the servers of `domain`, in Unicode, and tell of them line by line.
+
+    Returns whether mail could be delivered to one of them. Raises ChasquidError.
+    """
+    import tempfile  # only here
+
+    with tempfile.TemporaryDirectory(prefix="chasquid-") as directory:
+        return run_apart(
+            lambda loop: _Survey(loop, config, directory, tell).of(domain), _SURVEY_SECONDS
+        )
+
+
+class _Survey:
+    """The parts of a delivery, put together as DAEMON does, with nothing that lasts."""
+
+    def __init__(
+        self, loop: Loop, config: Config, directory: str, tell: Callable[[str], object]
+    ) -> None:
+        self._remarks = _Remarks()
+        log = Log(self._remarks, self._remarks)
+        context = functools.cache(lambda: client_tls_context(verify=True))
+        self._names = names = Names(
+            loop, DnsClient(loop, config.dns_server, config.dns_trust_ad).ask
+        )
+        fetch = HttpsPolicies(loop, names, context).fetch
+        self._sts = StsPolicies(loop, log, names, fetch=fetch, directory=directory)
+        levels = SecurityLevels(loop, log, os.path.join(config.data_dir, DOMAIN_INFO_DIRECTORY))
+        self._policies = TlsPolicies(names, levels, self._sts)
+        self._courier = SmtpCourier(
+            loop,
+            names,
+            log=log,
+            policies=self._policies,
+            hostname=domain_to_ascii(config.hostname),
+            port=config.outgoing_smtp_port,
+            random=random_fraction,
+        )
+        self._port = config.outgoing_smtp_port
+        self._tell = tell
+
+    def _say(self, text: str, indent: str = "") -> None:
+        self._tell(indent + printable(text, 1000))  # servers may say anything
+
+    async def of(self, domain: str) -> bool:
+        """See `check_servers`."""
+        ascii = domain_to_ascii(domain)
+        exchangers = await self._names.mail_exchangers(ascii)
+        policy = await self._sts.policy(ascii)
+        if policy is not None:
+            self._say(f"MTA-STS: {policy.mode}, for {', '.join(policy.mx) or 'no server'}")
+        else:
+            said = f": {self._remarks.texts[-1]}" if self._remarks.texts else ""
+            self._say(f"MTA-STS: none{said}")
+        levels = [level for pair in exchangers for level in await self._look_at(domain, *pair)]
+        if levels:  # the first server that talks to us gets the mail
+            self._say(f"mail to {domain} would go there with {levels[0]}")
+        else:
+            self._say(f"no server of {domain} would get mail from here")
+        return bool(levels)
+
+    async def _look_at(self, domain: str, preference: int, host: str) -> list[str]:
+        """Tell of one server; return the level that is reached at each of its addresses."""
+        try:
+            requirement = await self._policies.requirement(domain, host, self._port, by_mx=True)
+            ips = await self._names.addresses(host)
+        except (TemporaryFailure, ValueError) as error:
+            self._say(f"MX {preference} {host}: not to be used: {error}")
+            return []
+        least = f"at least {requirement.level} ({requirement.why})" if requirement.why else "any"
+        self._say(f"MX {preference} {host}: {least}" + ("" if ips else "; it has no address"))
+        levels = []
+        for ip in ips:
+            self._remarks.texts.clear()
+            try:
+                level, tls = await self._courier.probe(host, ip, requirement)
+            except (TemporaryFailure, PermanentFailure, Disconnected, TLSFailed, Expired) as error:
+                self._say(f"{ip}: {error}", indent="  ")
+                continue
+            level = "DANE" if requirement.tlsa else level
+            beside = "; ".join(dict.fromkeys(self._remarks.texts))
+            beside = f"; {beside}" if beside else ""
+            self._say(f"{ip}: {level}, {tls or 'no TLS'}{beside}", indent="  ")
+            levels.append(level)
+        return levels
+
+
+# ======================================================================================
+# ROOM: CHANGES
+#
+# How a command changes the system that it runs on: a `Host` is that system, as far as it is
+# looked at; `Changes` are made one by one and can be taken back; a `Step` is what a person is
+# told of.
+#
+# - All that is outside the configuration directory (programs, units, users of the system,
+#   other servers) is reached through a `Host`, which tests replace.
+# - Every change knows how it is undone, and what has failed half way is undone as well. A
+#   directory that meanwhile holds something stays.
+#
+# What is to be changed is not known here.
+# ======================================================================================
+
+SERVER_USER = "chasquid"  # the user of the system that the server runs as
+_CHANGE_SECONDS = 180.0  # for a program
+_UNIT_DIRECTORY = "/etc/systemd/system"
+
+
+class Host:
+    """The system that is set up: its files are below `prefix`, "" for the one that we are on."""
+
+    def __init__(self, prefix: str = "") -> None:
+        self.prefix = prefix
+        self.is_root = os.geteuid() == 0
+        self.has_systemd = os.path.isdir(self.path("/run/systemd/system"))
+
+    def path(self, path: str) -> str:
+        """Return where `path` of that system is for us."""
+        below = not self.prefix or path.startswith(f"{self.prefix}/")
+        return path if below else self.prefix + path
+
+    def run(self, *argv: str) -> Outcome:
+        """Run a program to its end; status 127 if it is not there. Raises ChasquidError."""
+        import subprocess  # only here
+
+        try:
+            done = subprocess.run(
+                argv, capture_output=True, stdin=subprocess.DEVNULL, timeout=_CHANGE_SECONDS
+            )
+        except FileNotFoundError:
+            return Outcome(127, b"", f"{argv[0]} is not installed".encode())
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise ChasquidError(f"{' '.join(argv)}: {reason(error)}") from error
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    def ids(self, user: str) -> tuple[int, int] | None:
+        """Return the numbers of a user of the system and of its group; None if there is none."""
+        import pwd
+
+        try:
+            entry = pwd.getpwnam(user)
+        except KeyError:
+            return None
+        return entry.pw_uid, entry.pw_gid
+
+    def chown(self, path: str, owner: tuple[int, int]) -> None:
+        """Give `path` to another user and group. Raises OSError."""
+        os.chown(path, *owner, follow_symlinks=False)
+
+    def names(self) -> list[str]:
+        """Return what the host calls itself, also in /etc/hosts; no name server is asked."""
+        name = socket.gethostname()
+        lines = read_file(self.path("/etc/hosts"), missing=b"").decode("utf-8", "replace")
+        words = [line.partition("#")[0].split()[1:] for line in lines.splitlines()]
+        return [name, *(word for row in words if name in row for word in row)]
+
+    def addresses(self) -> list[str]:
+        """Return the public addresses; none behind NAT."""
+        return public_addresses()
+
+    def port_is_free(self, port: int) -> bool:
+        """Tell whether nobody listens on `port`."""
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as raw:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                raw.bind(("", port))
+            except OSError as error:
+                return error.errno != errno.EADDRINUSE
+        return True
+
+    def archive(self) -> str:
+        """Return the path of the archive that we run from; "" if it is none."""
+        return str(getattr(getattr(sys.modules[__name__].__spec__, "loader", None), "archive", ""))
+
+    def template(self, name: str) -> bytes:
+        """Return a file of sample-config, which the archive has too. Raises ChasquidError."""
+        path = os.path.join(self.archive() or os.path.dirname(__file__), "sample-config", name)
+        try:
+            if not self.archive():
+                return read_file(path)
+            loader: Any = sys.modules[__name__].__spec__.loader  # type: ignore[union-attr]
+            return bytes(loader.get_data(path))
+        except (OSError, ConfigError) as error:
+            raise ChasquidError(f"the installation is not complete: {reason(error)}") from error
+
+
+class Changes:
+    """What one run changes, and how each change is taken back, the last one first."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._undo: list[tuple[str, Callable[[], object]]] = []
+
+    def directory(self, path: str, mode: int, owner: tuple[int, int] | None = None) -> None:
+        """Make a directory and those above it, if they are missing. Raises OSError."""
+        path = self._host.path(path)
+        if os.path.isdir(path):
+            return
+        if not os.path.isdir(os.path.dirname(path)):
+            self.directory(os.path.dirname(path), 0o755)
+        os.mkdir(path, 0o700)
+        self._undo.append((f"the directory {path}", lambda: os.rmdir(path)))
+        if owner is not None:
+            self._host.chown(path, owner)
+        os.chmod(path, mode)
+        sync_directory(os.path.dirname(path))
+
+    def write(
+        self, path: str, data: bytes, mode: int = 0o644, owner: tuple[int, int] | None = None
+    ) -> None:
+        """Write a file, or replace what it holds; then mode and owner stay. Raises OSError."""
+        path = self._host.path(path)
+        if os.path.islink(path):  # a directory of the server's user could hold any
+            raise ChasquidError(f"{path} is a link, and is not written through")
+        before = read_file(path) if os.path.exists(path) else None
+        if before is None:
+            self._undo.append((path, lambda: discard_names(path)))
+        else:
+            self._undo.append((path, lambda: replace_durably(path, before)))
+        replace_durably(path, data, mode)
+        if before is None and owner is not None:
+            self._host.chown(path, owner)
+
+    def link(self, path: str, target: str) -> None:
+        """Make a symbolic link, which must not be there, by a relative path. Raises OSError."""
+        path = self._host.path(path)
+        os.symlink(os.path.relpath(self._host.path(target), os.path.dirname(path)), path)
+        self._undo.append((path, lambda: os.unlink(path)))
+
+    def run(self, *argv: str, undo: Sequence[str] = ()) -> None:
+        """Run a program that must succeed. Raises ChasquidError with the last line it said."""
+        if undo:
+            self.later(*undo)
+        done = self._host.run(*argv)
+        if done.status:
+            said = (done.errors or done.output).decode("utf-8", "replace").strip().splitlines()
+            why = said[-1] if said else f"exit status {done.status}"
+            raise ChasquidError(f"{' '.join(argv)} has failed: {printable(why)}")
+
+    def later(self, *argv: str) -> None:
+        """Have a program run when what came before is taken back."""
+        self._undo.append((" ".join(argv), lambda: self._host.run(*argv)))
+
+    def take_back(self) -> list[str]:
+        """Undo everything; return what could not be undone."""
+        left = []
+        while self._undo:
+            what, undo = self._undo.pop()
+            try:
+                undo()
+            except (OSError, ChasquidError):
+                left.append(what)
+        return left
+
+
+class Step(NamedTuple):
+    """One thing that is to be there."""
+
+    what: str
+    is_done: Callable[[], bool]
+    make: Callable[[Changes], None]
+
+
+class Systemd:
+    """The units of a host."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def are(self, state: str, *units: str) -> bool:
+        """Tell whether all are "active", or all "enabled"."""
+        said = self._host.run("systemctl", f"is-{state}", *units)
+        return said.output.decode("utf-8", "replace").split() == [state] * len(units)
+
+    def has(self, *names: str) -> bool:
+        """Tell whether all are there as files of the operator."""
+        return all(os.path.exists(self._path(name)) for name in names)
+
+    def text(self, name: str) -> str:
+        """Return the file of the operator, or "" without one. Raises ConfigError."""
+        return read_file(self._path(name), missing=b"").decode("utf-8", "replace")
+
+    def add(self, changes: Changes, units: Mapping[str, bytes]) -> None:
+        """Write units, in place of what is there. Raises OSError, ChasquidError."""
+        changes.later("systemctl", "daemon-reload")  # runs when the files are gone again
+        for name, data in units.items():
+            changes.write(self._path(name), data)
+        changes.run("systemctl", "daemon-reload")
+
+    def enable(self, changes: Changes, *units: str) -> None:
+        """Start units, now and with the system. Raises ChasquidError."""
+        undo = ("systemctl", "disable", "--now", *units)
+        changes.run("systemctl", "enable", "--now", *units, undo=undo)
+
+    def _path(self, name: str) -> str:
+        return self._host.path(os.path.join(_UNIT_DIRECTORY, name))
+
+
+# ======================================================================================
+# ROOM: IMAP
+#
+# Reading mail over IMAP is Dovecot's; here is what it is given for that: a complete
+# configuration, and a file of users and passwords.
+#
+# - There is one password. Dovecot's file follows from the users files alone, each hash written
+#   as crypt(3) writes the same scrypt, so it can be made anew at any time; whatever changes
+#   users calls `write_dovecot_users`.
+# - If crypt(3) cannot write the salt of a hash (one of an earlier version, or of chasquid in
+#   Go), the user gets mail, and cannot log in to Dovecot before a new password is set; whoever
+#   asked hears of it.
+# - Dovecot 2.3 and 2.4 have different names for the same settings.
+#
+# The directory dovecot in config_dir says that Dovecot is to be served. Its group is Dovecot's,
+# and is handed on to the files in it (setgid), since the server's user could not give it.
+# ======================================================================================
+
+DOVECOT_CONF = "/etc/dovecot/dovecot.conf"
+_UCF_SUMS = "/var/lib/ucf/hashfile"
+_RENEWAL_UNITS = ("chasquid-dovecot.path", "chasquid-dovecot.service")
+_SAMPLE_CERTIFICATE = b"/etc/chasquid/certs/mail.example.com"  # in the first of them
+_DOVECOT_MARK = '# Made by "chasquid init" for Dovecot '
+# A hash that no password has: its key is all zero.
+_NO_PASSWORD = "{CRYPT}$7$C6..../....none$" + "." * 43
+IMAPS_PORT = 993
+_IMAP_SECONDS = 10.0
+
+_DOVECOT_2_3 = """\
+{mark}2.3; it is made anew only if it is removed.
+protocols = imap
+ssl = required
+ssl_cert = <{chain}
+ssl_key = <{key}
+
+# Users and passwords are those of chasquid, which writes this file.
+auth_username_chars =
+passdb {{
+  driver = passwd-file
+  args = scheme=CRYPT username_format=%u {users}
+}}
+userdb {{
+  driver = passwd-file
+  args = username_format=%u {users}
+}}
+
+# A home must not be the Maildir itself. The user of a system has a low number.
+mail_uid = chasquid
+mail_gid = chasquid
+first_valid_uid = 100
+mail_home = {data_dir}/dovecot/%d/%n
+mail_location = maildir:{maildir}
+{folders}"""
+
+_DOVECOT_2_4 = """\
+dovecot_config_version = 2.4.0
+dovecot_storage_version = 2.4.0
+{mark}2.4; it is made anew only if it is removed.
+protocols = imap
+ssl = required
+ssl_server_cert_file = {chain}
+ssl_server_key_file = {key}
+
+# Users and passwords are those of chasquid, which writes this file.
+auth_username_chars =
+passdb passwd-file {{
+  default_password_scheme = CRYPT
+  passwd_file_path = {users}
+}}
+userdb passwd-file {{
+  passwd_file_path = {users}
+}}
+
+# A home must not be the Maildir itself. The user of a system has a low number.
+mail_uid = chasquid
+mail_gid = chasquid
+first_valid_uid = 100
+mail_home = {data_dir}/dovecot/%{{user | domain}}/%{{user | username}}
+mail_driver = maildir
+mail_path = {maildir}
+{folders}"""
+
+_FOLDERS = "".join(
+    f"  mailbox {name} {{\n    special_use = \\{name}\n    auto = subscribe\n  }}\n"
+    for name in ("Junk", "Drafts", "Sent", "Trash")
+)
+
+
+def dovecot_configuration(version: str, config: Config, certificate: str) -> str:
+    """Return a complete dovecot.conf; `version` begins with "2.3" or "2.4".
+
+    `certificate` is a directory with fullchain.pem and privkey.pem.
+    """
+    old = version.startswith("2.3")
+    user, domain = ("%n", "%d") if old else ("%{user | username}", "%{user | domain}")
+    maildir = config.maildir.replace("%data_dir%", config.data_dir)
+    maildir = maildir.replace("%to_user%", user).replace("%to_domain%", domain)
+    return (_DOVECOT_2_3 if old else _DOVECOT_2_4).format(
+        mark=_DOVECOT_MARK,
+        chain=os.path.join(certificate, "fullchain.pem"),
+        key=os.path.join(certificate, "privkey.pem"),
+        users=dovecot_users_path(config.config_dir),
+        data_dir=config.data_dir,
+        maildir=maildir.replace("%to%", "%u" if old else "%{user}"),
+        folders=f"namespace inbox {{\n  inbox = yes\n{_FOLDERS}}}\n",
+    )
+
+
+def dovecot_users_path(config_dir: str) -> str:
+    """Return where the file of Dovecot's users is."""
+    return os.path.join(config_dir, "dovecot", "users")
+
+
+def dovecot_users(domains: Mapping[str, str]) -> tuple[bytes, list[str]]:
+    """Return Dovecot's file for the users of `domains` (name, directory).
+
+    A line is that of a passwd-file: the address, the hash, six fields that are empty, and for
+    an address in A-labels the one that it stands for. Also returns who has a password that
+    cannot be written so. Raises ConfigError.
+    """
+    lines, without = [], []
+    for domain, directory in sorted(domains.items()):
+        for user, password in sorted(load_users(directory).items()):
+            address, known = f"{user}@{domain}", _dovecot_hash(password)
+            if known == _NO_PASSWORD and not isinstance(password, Denied):
+                without.append(address)
+            lines.append(f"{address}:{known}::::::\n")
+            if (ascii_address := address_to_ascii(address)) != address:
+                lines.append(f"{ascii_address}:{known}::::::user={address}\n")
+    return "".join(lines).encode(), without
+
+
+def _dovecot_hash(password: Password) -> str:
+    if isinstance(password, Plain):
+        return "{PLAIN.b64}" + base64.b64encode(password.password).decode("ascii")
+    known = crypt_hash(password) if isinstance(password, Scrypt) else ""
+    return "{CRYPT}" + known if known else _NO_PASSWORD
+
+
+def write_dovecot_users(config_dir: str) -> list[str]:
+    """Write Dovecot's file anew, if it is to be served; return who cannot log in there.
+
+    Raises ChasquidError.
+    """
+    path = dovecot_users_path(config_dir)
+    if not os.path.isdir(os.path.dirname(path)):
+        return []
+    data, without = dovecot_users(domain_directories(config_dir, []))
+    try:
+        replace_durably(path, data, 0o640)
+    except OSError as error:
+        raise ChasquidError(f"{path} cannot be written: {reason(error)}") from error
+    return without
+
+
+def imap_login(
+    address: str, password: str, port: int = IMAPS_PORT, seconds: float = _IMAP_SECONDS
+) -> str:
+    """Log in over IMAP with TLS on this host; return "" if that works, else why not. Blocks."""
+    import imaplib  # only here
+
+    end, refusals = time.monotonic() + seconds, 0
+    secret = f"\0{address}\0{password}".encode()
+    while True:
+        try:
+            with imaplib.IMAP4_SSL(
+                "127.0.0.1", port, ssl_context=client_tls_context(False), timeout=seconds
+            ) as imap:
+                imap.authenticate("PLAIN", lambda _: secret)
+                return ""
+        except ConnectionRefusedError as error:  # it may just have been started
+            if time.monotonic() > end:
+                return reason(error)
+        except imaplib.IMAP4.error as error:  # Dovecot looks at its file once in a second
+            refusals += 1
+            if refusals > 1:
+                return reason(error)
+        except OSError as error:
+            return reason(error)
+        time.sleep(1.1 if refusals else 0.1)
+
+
+class DovecotSetup:
+    """What there is of Dovecot on a host, and the steps that make its users and configuration.
+
+    Only a configuration that is missing, ours, or as Debian brought it is touched (`is_ours`);
+    the file of users is there for any. `version` is "" without Dovecot.
+    """
+
+    def __init__(self, host: Host, config_dir: str) -> None:
+        self._host = host
+        self._systemd = Systemd(host)
+        self._config_dir = config_dir
+        self._conf = host.path(DOVECOT_CONF)
+        said = host.run("dovecot", "--version")
+        self.version = said.output.decode("ascii", "replace").partition(" ")[0].strip()
+        self.is_ours = self.version.startswith(("2.3", "2.4")) and (
+            not self._text() or _DOVECOT_MARK in self._text() or self._is_untouched()
+        )
+
+    def steps(
+        self, config: Callable[[], Config], certificate: Callable[[], str], made: Sequence[str]
+    ) -> list[Step]:
+        """Return the steps; `made` is what the whole run has made when they are asked."""
+        if not self.version:
+            return []
+        users = Step(dovecot_users_path(self._config_dir), self._has_users, self._make_users)
+        if not self.is_ours:
+            return [users]
+        return [
+            users,
+            Step(
+                DOVECOT_CONF,
+                lambda: self._has_conf(certificate()),
+                lambda changes: self._make_conf(changes, config(), certificate()),
+            ),
+            Step(
+                "units that tell Dovecot of a new certificate",
+                lambda: f"={certificate()}/" in self._systemd.text(_RENEWAL_UNITS[0]),
+                lambda changes: self._make_renewal(changes, certificate()),
+            ),
+            Step(
+                "the running Dovecot",
+                lambda: DOVECOT_CONF not in made and self._systemd.are("active", "dovecot.service"),
+                self._start,
+            ),
+        ]
+
+    def without_hash(self) -> list[str]:
+        """Return the users whose hash Dovecot cannot read. Raises ConfigError."""
+        return dovecot_users(domain_directories(self._config_dir, []))[1]
+
+    def _text(self) -> str:
+        return read_file(self._conf, missing=b"").decode("utf-8", "replace")
+
+    def _is_untouched(self) -> bool:
+        """Tell whether each file of Dovecot's configuration is as the packages brought it."""
+        import glob  # both only here
+        import hashlib
+
+        sums = self._sums_of_packages()
+        return all(
+            sums.get(path) == hashlib.md5(read_file(path), usedforsecurity=False).hexdigest()
+            for pattern in ("*.conf", "conf.d/*.conf", "conf.d/*.ext")
+            for path in glob.glob(os.path.join(os.path.dirname(self._conf), pattern))
+        )
+
+    def _sums_of_packages(self) -> dict[str, str]:
+        """Return the MD5 of the files that packages of Debian have brought; dpkg(1), ucf(1)."""
+        query = ("dpkg-query", "-W", "-f", "${Conffiles}\\n", "dovecot-core", "dovecot-imapd")
+        text = self._host.run(*query).output.decode("utf-8", "replace")
+        sums = dict(re.findall(r"^ (/\S+) ([0-9a-f]{32})$", text, re.MULTILINE))
+        text = read_file(self._host.path(_UCF_SUMS), missing=b"").decode("utf-8", "replace")
+        for known, path in re.findall(r"^([0-9a-f]{32})  (/\S+)$", text, re.MULTILINE):
+            sums[path] = known
+        return {self._host.path(path): known for path, known in sums.items()}
+
+    def _has_users(self) -> bool:
+        path = dovecot_users_path(self._config_dir)
+        wanted, _ = dovecot_users(domain_directories(self._config_dir, []))
+        return os.path.exists(path) and read_file(path) == wanted
+
+    def _make_users(self, changes: Changes) -> None:
+        server, dovecot = self._host.ids(SERVER_USER), self._host.ids("dovecot")
+        if server is None or dovecot is None:
+            raise ChasquidError("Dovecot is installed, but there is no user dovecot")
+        path, owner = dovecot_users_path(self._config_dir), (server[0], dovecot[1])
+        changes.directory(os.path.dirname(path), 0o2750, owner)
+        data, _ = dovecot_users(domain_directories(self._config_dir, []))
+        changes.write(path, data, 0o640, owner)
+
+    def _has_conf(self, certificate: str) -> bool:
+        text = self._text()
+        return _DOVECOT_MARK + self.version[:3] in text and f"{certificate}/privkey.pem" in text
+
+    def _make_conf(self, changes: Changes, config: Config, certificate: str) -> None:
+        original = f"{self._conf}.orig"
+        if self._text() and not (os.path.exists(original) or _DOVECOT_MARK in self._text()):
+            changes.write(original, read_file(self._conf))
+        changes.later("systemctl", "try-restart", "dovecot.service")  # with the old one again
+        text = dovecot_configuration(self.version, config, certificate)
+        changes.write(self._conf, text.encode())
+        changes.run("doveconf", "-n")
+
+    def _make_renewal(self, changes: Changes, certificate: str) -> None:
+        units = {name: self._host.template(f"systemd/{name}") for name in _RENEWAL_UNITS}
+        units = {
+            name: data.replace(_SAMPLE_CERTIFICATE, os.fsencode(certificate))
+            for name, data in units.items()
+        }
+        self._systemd.add(changes, units)
+        self._systemd.enable(changes, _RENEWAL_UNITS[0])
+        changes.run("systemctl", "restart", _RENEWAL_UNITS[0])
+
+    def _start(self, changes: Changes) -> None:
+        service = "dovecot.service"
+        if not self._systemd.are("enabled", service):
+            self._systemd.enable(changes, service)
+        changes.run("systemctl", "restart", service)
+
+
+# ======================================================================================
+# ROOM: SETUP
+#
+# Everything that a domain needs on this host, made by one command: `Setup` has the list of
+# steps, `carry_out` goes through it.
+#
+# - A step says what it is about and whether that is there already. What is there is kept, even
+#   if it is not as it would be made today; so the same command can be given at any time.
+# - Nothing is half done: if a step fails, everything that this run has changed is taken back.
+# - A new DKIM key gets a mark in data_dir/dkim-unseen, made before the key: the server signs
+#   with the key once it has seen the record in the DNS, and removes the mark.
+#
+# What is still to be done elsewhere is said at the end: `remaining_records`, `remaining_notes`.
+# ======================================================================================
+
+_SYSTEM_CONFIG_DIR = "/etc/chasquid"
+_PROGRAM_LINK = "/usr/local/bin/chasquid"
+_PROGRAM_DIRECTORY = "/usr/local/lib/chasquid"
+_SOCKETS = ("chasquid-smtp.socket", "chasquid-submission.socket", "chasquid-submission_tls.socket")
+_WEB_SOCKET = "chasquid-web.socket"
+_SERVICE = "chasquid.service"
+_PORTS = {
+    "chasquid-smtp.socket": (25,), "chasquid-submission.socket": (587,),
+    "chasquid-submission_tls.socket": (465,), _WEB_SOCKET: (80, 443),
+}  # fmt: skip
+_WHO_HAS_IT = (
+    "which 'ss -ltnp' names (for port 25, Debian may have installed Exim: 'apt purge exim4-base';"
+    " for port 80, leave out --acme-agree); stop it, and begin again"
+)
+_SERVER_STEP = "the running server"
+_OWNED_ALIASES = ("postmaster", "abuse", "root")  # RFC 2142, 5 and 4; and who gets cron's mail
+_PORT_LINES = "".join(
+    f'{key}: ":{port}"\n'
+    for key, port in (
+        ("smtp_address", 25),
+        ("submission_address", 587),
+        ("submission_over_tls_address", 465),
+    )
+)
+
+
+class SetupRequest(NamedTuple):
+    """What a person wants: an address and where it is to be, as `init` takes it.
+
+    User and domain are normalised, `host` and `smarthost` may be "". `acme` agrees to the
+    terms of the authority at `acme_url`, "" for the usual one.
+    """
+
+    user: str
+    domain: str
+    config_dir: str
+    host: str = ""
+    smarthost: str = ""
+    password: str = ""
+    acme: bool = False
+    acme_url: str = ""
+    no_acme: bool = False
+
+    @property
+    def address(self) -> str:
+        """The whole address."""
+        return f"{self.user}@{self.domain}"
+
+
+class Setup:
+    """The steps for an address.
+
+    `made` is what this run has made so far, `new_password` the one that was made up for a new
+    user. `make_key` takes its time for RSA.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        request: SetupRequest,
+        now: float,
+        make_key: Callable[[str], PrivateKey] = new_key,
+    ) -> None:
+        self._host = host
+        self._request = request
+        self._now = now
+        self._make_new_key = make_key
+        self._program = host.path(_PROGRAM_LINK)
+        self.config_dir = os.path.abspath(host.path(request.config_dir))
+        self._conf = os.path.join(self.config_dir, "chasquid.conf")
+        usual = self.config_dir == host.path(_SYSTEM_CONFIG_DIR)
+        self._in_usual_place = host.is_root and usual
+        self.is_system = self._in_usual_place and host.has_systemd
+        self.made: list[str] = []
+        self.new_password = ""
+        self.hostname = self._choose_hostname()
+        self._systemd = Systemd(host)
+        self.dovecot = DovecotSetup(host, self.config_dir) if self.is_system else None
+
+    # --- what is there, and what it will be called ---
+
+    def config(self) -> Config:
+        """Return the configuration, as it is or as it will be. Raises ConfigError."""
+        if os.path.exists(self._conf):
+            return load_config(self.config_dir)
+        data_dir = Config("").data_dir
+        if not self._in_usual_place:
+            data_dir = os.path.join(self.config_dir, "data")
+        return Config(self.config_dir, hostname=self.hostname, data_dir=data_dir)
+
+    def _choose_hostname(self) -> str:
+        """Return the name in chasquid.conf, or else the one asked for, or a likely one."""
+        wanted, domain = self._request.host, self._request.domain
+        if os.path.exists(self._conf):
+            known = load_config(self.config_dir).hostname
+            if wanted and domain_to_ascii(wanted) != domain_to_ascii(known):
+                text = f"hostname is {known!r}, not {wanted!r}; if it is to change, change it there"
+                raise ConfigError(self._conf, 0, text)
+            return known
+        own = (name for name in self._host.names() if name.lower().endswith(f".{domain}"))
+        return wanted or next(own, f"mail.{domain}").lower()
+
+    def _domain_directory(self, domain: str) -> str:
+        known = domain_directories(self.config_dir, []).get(domain)
+        return known or os.path.join(self.config_dir, "domains", domain)
+
+    def _data_path(self, *parts: str) -> str:
+        return os.path.join(self._host.path(self.config().data_dir), *parts)
+
+    def _owner(self) -> tuple[int, int] | None:
+        """Return whose the server's files are; None for whoever runs this."""
+        return self._host.ids(SERVER_USER) if self.is_system else None
+
+    def _roots_for_server(self) -> tuple[int, int] | None:
+        """Return the owner of files that the server reads, and cannot change."""
+        owner = self._owner()
+        return (0, owner[1]) if owner else None
+
+    @property
+    def certificate(self) -> str:
+        """The directory of the host's certificate, which is there or will be.
+
+        One that was put into certs wins, but for one that was made here if ACME is on.
+        """
+        config, host = self.config(), domain_to_ascii(self.hostname)
+        by_acme = config.acme or self._request.acme
+        for known in Certificates(config).loaded.values():
+            if known.covers(host) and not known.is_fetched and (known.proven or not by_acme):
+                return os.path.join(self.config_dir, "certs", known.directory)
+        if by_acme:
+            return self._data_path(FETCHED_CERTIFICATES, host)
+        return os.path.join(self.config_dir, "certs", host)
+
+    def dkim_keys(self) -> tuple[DkimKey, ...]:
+        """Return the domain's DKIM keys. Raises ConfigError."""
+        domain = self._request.domain
+        return load_dkim_keys(self._domain_directory(domain), domain)
+
+    def needs(self) -> DnsNeeds:
+        """Return what decides on the records that the domain needs. Raises ConfigError."""
+        addresses = self._host.addresses()
+        return needs_of(self.config(), self._request.domain, self.dkim_keys(), addresses)
+
+    # --- the steps ---
+
+    def steps(self) -> list[Step]:
+        """Return the steps, in their order. Raises ChasquidError if it cannot be begun."""
+        address, host = self._request.address, self.hostname
+        system = self._system_steps() if self.is_system else []
+        if self.is_system:
+            self._look_for_ports()
+        domains = dict.fromkeys((self._request.domain, domain_to_unicode(host)))
+        return [
+            *system,
+            Step(f"{self._conf} for {host}", self._has_conf, self._make_conf),
+            *self._setting_steps(),
+            Step(f"domain {self._request.domain}", self._has_domain, self._make_domain),
+            Step(f"user {address}", self._has_user, self._make_user),
+            *(self._alias_step(domain) for domain in domains),
+            self._key_step("RSA 2048", "rsa2048", "r", RsaKey),
+            self._key_step("Ed25519", "ed25519", "e", Ed25519Key),
+            Step(f"certificate for {host}", self._has_certificate, self._make_certificate),
+            *self._dovecot_steps(),
+            *(self._service_steps() if self.is_system else []),
+        ]
+
+    def _look_for_ports(self) -> None:
+        for unit in self._units():
+            for port in () if self._systemd.are("active", unit) else _PORTS.get(unit, ()):
+                if not self._host.port_is_free(port):
+                    raise ChasquidError(f"port {port} is taken by another program, {_WHO_HAS_IT}")
+
+    # --- the system ---
+
+    def _system_steps(self) -> list[Step]:
+        data_dir = self.config().data_dir
+        return [
+            Step(f"user {SERVER_USER} of the system", self._has_owner, self._make_owner),
+            Step(_PROGRAM_LINK, self._has_program, self._install_program),
+            self._directory_step(self.config_dir, 0o755, lambda: None),
+            self._directory_step(self.config_dir + "/domains", 0o755, self._owner),
+            self._directory_step(self.config_dir + "/certs", 0o750, self._roots_for_server),
+            self._directory_step(self._host.path(data_dir), 0o700, self._owner),
+        ]
+
+    def _directory_step(
+        self, path: str, mode: int, owner: Callable[[], tuple[int, int] | None]
+    ) -> Step:
+        return Step(
+            path,
+            lambda: os.path.isdir(path),
+            lambda changes: changes.directory(path, mode, owner()),
+        )
+
+    def _has_owner(self) -> bool:
+        return self._host.ids(SERVER_USER) is not None
+
+    def _make_owner(self, changes: Changes) -> None:
+        options = ("--system", "--user-group", "--home-dir", Config("").data_dir)
+        shell = ("--shell", "/usr/sbin/nologin", SERVER_USER)
+        changes.run("useradd", *options, *shell, undo=("userdel", SERVER_USER))
+        if not self._has_owner():
+            raise ChasquidError("useradd has made no user")
+
+    def _has_program(self) -> bool:
+        import zipfile  # only here
+
+        if not os.path.lexists(self._program):
+            return False
+        if not zipfile.is_zipfile(self._program):
+            raise ChasquidError(
+                f"{self._program} is another program; move it away, and begin again"
+            )
+        return True
+
+    def _install_program(self, changes: Changes) -> None:
+        import hashlib  # only here
+
+        archive = self._host.archive()
+        if not archive:
+            text = "this is no archive that could be installed; make one with build_zipapp.py"
+            raise ChasquidError(f"{text}, and give the command to it")
+        data = read_file(archive)
+        name = f"chasquid-{__version__}-{hashlib.sha256(data).hexdigest()[:8]}.pyz"
+        changes.directory(_PROGRAM_DIRECTORY, 0o755)
+        changes.write(os.path.join(_PROGRAM_DIRECTORY, name), data, 0o755)
+        changes.link(_PROGRAM_LINK, os.path.join(_PROGRAM_DIRECTORY, name))
+
+    def _service_steps(self) -> list[Step]:
+        return [
+            Step("units of systemd", lambda: self._systemd.has(*self._units()), self._make_units),
+            Step(_SERVER_STEP, self._is_up_to_date, self._start),
+        ]
+
+    def _units(self) -> list[str]:
+        """Return what is to run: the socket of the web listener too, if that is served by it."""
+        with_web = self._request.acme or "systemd" in self.config().web_address
+        return [*_SOCKETS, *((_WEB_SOCKET,) if with_web else ()), _SERVICE]
+
+    def _make_units(self, changes: Changes) -> None:
+        names = [name for name in self._units() if not self._systemd.has(name)]
+        units = {name: self._host.template(f"systemd/{name}") for name in names}
+        if not os.path.exists(self._host.path("/usr/bin/python3")):
+            python = os.fsencode(sys.executable)
+            units = {
+                name: unit.replace(b"/usr/bin/python3", python) for name, unit in units.items()
+            }
+        self._systemd.add(changes, units)
+
+    def _stopped(self) -> list[str]:
+        """Return the units that do not run, or would not after the next boot."""
+        return [
+            unit
+            for unit in self._units()
+            if not (self._systemd.are("active", unit) and self._systemd.are("enabled", unit))
+        ]
+
+    def _is_up_to_date(self) -> bool:
+        """Tell whether the server runs, with what it reads only at its start."""
+        changed = any(what.startswith(("units ", self._conf, "key ")) for what in self.made)
+        return not changed and not self._stopped()
+
+    def _start(self, changes: Changes) -> None:
+        stopped = self._stopped()
+        if stopped and _SERVICE not in stopped:  # no socket can be opened for it while it runs
+            changes.run("systemctl", "stop", _SERVICE, undo=("systemctl", "start", _SERVICE))
+        if stopped:
+            self._systemd.enable(changes, *stopped)
+        if _SERVICE not in stopped:
+            changes.run("systemctl", "restart", _SERVICE)
+
+    def _dovecot_steps(self) -> list[Step]:
+        if self.dovecot is None:
+            return []
+        return self.dovecot.steps(self.config, lambda: self.certificate, self.made)
+
+    # --- the configuration directory ---
+
+    def _has_conf(self) -> bool:
+        return os.path.exists(self._conf)
+
+    def _make_conf(self, changes: Changes) -> None:
+        lines = '# Made by "chasquid init"; "chasquid print-config" explains every key.\n'
+        lines += f"hostname: {quote(self.hostname)}\n"
+        if not self._in_usual_place:
+            lines += 'data_dir: "data"\n'
+        if not self.is_system:
+            lines += _PORT_LINES
+        changes.directory(self.config_dir, 0o755)
+        changes.write(self._conf, lines.encode())
+
+    def _setting_steps(self) -> list[Step]:
+        return [self._setting_step(key, value) for key, value in self._settings()]
+
+    def _settings(self) -> Iterator[tuple[str, str | bool]]:
+        """Yield the keys that the request asks for, and their values."""
+        request = self._request
+        if request.smarthost:
+            yield "smarthost", request.smarthost
+        if request.acme and request.acme_url:
+            yield "acme_url", request.acme_url
+        if request.acme:
+            yield "acme", True
+        if request.acme and self.is_system:
+            yield "web_address", "systemd"
+
+    def _setting_step(self, key: str, value: str | bool) -> Step:
+        text = f"{key}: {str(value).lower() if isinstance(value, bool) else quote(value)}"
+
+        def is_done() -> bool:
+            known = getattr(self.config(), key)
+            if isinstance(known, tuple):
+                return bool(known)
+            if known != value and key in changed_keys(self.config()):
+                raise ConfigError(self._conf, 0, f"{key} is {known!r}; change it there")
+            return bool(known == value)
+
+        def make(changes: Changes) -> None:
+            changes.write(self._conf, read_file(self._conf).rstrip(b"\n") + f"\n{text}\n".encode())
+            load_config(self.config_dir)
+
+        return Step(f"key {text}", is_done, make)
+
+    def _has_domain(self) -> bool:
+        return self._request.domain in domain_directories(self.config_dir, [])
+
+    def _make_domain(self, changes: Changes) -> None:
+        changes.directory(self._domain_directory(self._request.domain), 0o755, self._owner())
+
+    def _has_user(self) -> bool:
+        return self._request.user in load_users(self._domain_directory(self._request.domain))
+
+    def _make_user(self, changes: Changes) -> None:
+        if not self._request.password:
+            self.new_password = _easy_password()
+        directory = self._domain_directory(self._request.domain)
+        known = new_password(os.fsencode(self._request.password or self.new_password))
+        users = format_users({**load_users(directory), self._request.user: known})
+        changes.write(os.path.join(directory, "users"), users, 0o600, self._owner())
+
+    def _alias_step(self, domain: str) -> Step:
+        names = ", ".join(_OWNED_ALIASES)
+        return Step(
+            f"aliases {names} of {domain}",
+            lambda: not self._missing_aliases(domain),
+            lambda changes: self._make_aliases(changes, domain),
+        )
+
+    def _missing_aliases(self, domain: str) -> list[str]:
+        directory = self._domain_directory(domain)
+        known = {*load_aliases(directory, domain), *load_users(directory)}
+        return [] if "*" in known else [name for name in _OWNED_ALIASES if name not in known]
+
+    def _make_aliases(self, changes: Changes, domain: str) -> None:
+        directory = self._domain_directory(domain)
+        path, request = os.path.join(directory, "aliases"), self._request
+        to = request.user if domain == request.domain else request.address
+        text = "".join(f"{name}: {to}\n" for name in self._missing_aliases(domain))
+        before = read_file(path, missing=b"")
+        data = (before.rstrip(b"\n") + b"\n" if before else b"") + text.encode()
+        parse_aliases(data, path, domain)
+        changes.directory(directory, 0o755, self._owner())
+        changes.write(path, data, 0o644, self._owner())
+
+    def _key_step(self, kind: str, algorithm: str, letter: str, type_: type) -> Step:
+        year = time.gmtime(self._now).tm_year
+        selector = f"{letter}{year}"
+
+        def make(changes: Changes) -> None:
+            domain, key = self._request.domain, self._make_new_key(algorithm)
+            path = os.path.join(self._domain_directory(domain), f"dkim:{selector}.pem")
+            if os.path.exists(path):
+                raise ChasquidError(f"{path} exists, and is of another kind")
+            mark = DkimKey(domain_to_ascii(domain), selector, key).name
+            changes.directory(self._data_path(), 0o700, self._owner())
+            changes.directory(self._data_path(UNSEEN_DIRECTORY), 0o700, self._owner())
+            changes.write(self._data_path(UNSEEN_DIRECTORY, mark), b"", 0o600, self._owner())
+            changes.write(path, key.to_pem().encode(), 0o600, self._owner())
+
+        what = f"{kind} key for DKIM of {self._request.domain}"
+        return Step(what, lambda: any(isinstance(key.key, type_) for key in self.dkim_keys()), make)
+
+    def _has_certificate(self) -> bool:
+        return os.path.lexists(self.certificate)
+
+    def _make_certificate(self, changes: Changes) -> None:
+        """Make one that nobody trusts, so that TLS and logins work until there is another."""
+        chain, key = self_signed_certificate([domain_to_ascii(self.hostname)], self._now)
+        directory, mode, owner = self.certificate, 0o640, self._roots_for_server()
+        if directory.startswith(self._data_path("")):  # the server will replace it
+            mode, owner = 0o600, self._owner()
+            for above in ("", "acme", FETCHED_CERTIFICATES):
+                changes.directory(self._data_path(above).rstrip("/"), 0o700, owner)
+        changes.directory(directory, 0o750, owner)
+        changes.write(os.path.join(directory, "privkey.pem"), key.encode(), mode, owner)
+        changes.write(os.path.join(directory, "fullchain.pem"), chain.encode(), 0o644, owner)
+
+    def _is_self_signed(self) -> bool:
+        """Tell whether the host's certificate is still the one that was made here."""
+        pem = read_file(os.path.join(self.certificate, "fullchain.pem"), missing=b"")
+        return is_self_signed(pem)
+
+    def reload(self) -> list[str]:
+        """Have a running server read the files again; return what is wrong with them."""
+        if not self.made or _SERVER_STEP in self.made:
+            return []
+        try:
+            return ask_running_server(self._data_path(), "reload", "") or []
+        except ChasquidError as error:
+            return [str(error)]
+
+    def try_imap(self, log_in: Callable[[str, str], str] = imap_login) -> str:
+        """Log in over IMAP, if the password is known; return a sentence, or ""."""
+        address, password = self._request.address, self.new_password or self._request.password
+        if not (self.dovecot and self.dovecot.is_ours and password):
+            return ""
+        why = log_in(address, password)
+        if why:
+            return f"IMAP: {address} cannot log in: {why}; 'journalctl -u dovecot' may say more."
+        return f"IMAP: {address} can log in with the password, on port {IMAPS_PORT}."
+
+    @property
+    def program(self) -> str:
+        """How a person calls the program from now on."""
+        if self.is_system:
+            return "sudo chasquid"
+        called = f"python3 {self._host.archive() or os.path.abspath(__file__)}"
+        return called if self._in_usual_place else f"{called} --config-dir {self.config_dir}"
+
+    def notes(self) -> Iterator[str]:
+        """Yield what is still to be done on this host, a sentence each."""
+        config = self.config()
+        if not self.is_system:
+            yield (
+                f"Start the server with '{self.program} serve'; its ports are below 1024, for "
+                "which it needs root, or 'sysctl net.ipv4.ip_unprivileged_port_start=25'."
+            )
+        if self._is_self_signed() and config.acme:
+            yield (
+                f"A certificate for {self.hostname} is fetched once its address is in the DNS and "
+                "port 80 can be reached from outside. Until then it has one that nobody trusts."
+            )
+        elif self._is_self_signed():
+            way = "put another in its place"
+            if not self._request.no_acme:
+                way += (
+                    ", or give '--acme-agree' to have the server fetch one from Let's Encrypt "
+                    "(you accept its terms by that)"
+                )
+            yield f"Nobody else trusts the certificate in {self.certificate}: {way}."
+        if config.smarthost and not config.smarthost_user:
+            yield (
+                f"If {config.smarthost} wants a login, add smarthost_user and "
+                f"smarthost_password_file to {self._conf}."
+            )
+        if self.dovecot:
+            yield from self._imap_notes(self.dovecot)
+
+    @property
+    def ports(self) -> str:
+        """The ports that others must reach, for a person."""
+        return f"25, 465, 587{', 80, 443' if self.config().acme else ''} and {IMAPS_PORT}"
+
+    def _imap_notes(self, dovecot: DovecotSetup) -> Iterator[str]:
+        if not dovecot.version:
+            yield (
+                "To read mail over IMAP: 'apt install dovecot-imapd', then "
+                f"'{self.program} init {self._request.address}' once more."
+            )
+        elif not dovecot.is_ours:
+            yield (
+                "Dovecot has a configuration of its own, which is kept. For one that fits, move "
+                f"{DOVECOT_CONF} away, and give this command again; or have yours use the users "
+                f"and passwords in {dovecot_users_path(self.config_dir)}."
+            )
+        for user in dovecot.without_hash() if dovecot.version else ():
+            yield f"IMAP: {user} needs a new password for it: '{self.program} user-add {user}'."
+
+
+def carry_out(
+    setup: Setup, host: Host, tell: Callable[[str, str], object], dry_run: bool = False
+) -> None:
+    """Make what is missing; `tell` gets "made", "kept" or "would make", and what.
+
+    If anything fails, all is taken back. Raises ChasquidError.
+    """
+    changes, step = Changes(host), None
+    try:
+        for step in setup.steps():
+            if step.is_done():
+                tell("kept", step.what)
+            elif dry_run:
+                tell("would make", step.what)
+            else:
+                step.make(changes)
+                setup.made.append(step.what)
+                tell("made", step.what)
+    except BaseException as error:
+        left = changes.take_back()
+        if step is None or not isinstance(error, (ChasquidError, OSError)):
+            raise
+        text = f"{step.what}: {reason(error)}"
+        if setup.made or left:
+            text += "; what was made before is taken back"
+        text += f", but for {', '.join(left)}" if left else ""
+        raise ChasquidError(text) from error
+
+
+def _easy_password() -> str:
+    """Return a password of 80 random bits that a person can type."""
+    text = base64.b32encode(os.urandom(10)).decode("ascii").lower()
+    return "-".join(text[start : start + 4] for start in range(0, 16, 4))
+
+
+# --- what is still to be done elsewhere ---
+
+_RECORDS_SECONDS = 6.0
+
+
+class Seen(NamedTuple):
+    """What the DNS has of what is needed.
+
+    `nameless` are addresses whose PTR record does not name the host. `other_policy` says that
+    the domain has an SPF record that is not about its MX; `failure` is why not all could be
+    asked.
+    """
+
+    there: frozenset[DnsRecord]
+    nameless: tuple[str, ...] = ()
+    other_policy: bool = False
+    failure: str = ""
+
+    def with_published(self, records: Iterable[DnsRecord], lines: Iterable[str]) -> Seen:
+        """Return the same with what `publish` says that it has made or changed."""
+        made = {
+            tuple(line.split()[1:3]) for line in lines if line.startswith(("made ", "changed "))
+        }
+        there = {record for record in records if (record.name, record.kind) in made}
+        return self._replace(there=self.there | there)
+
+
+async def look_records_up(names: Names, loop: Loop, needs: DnsNeeds) -> Seen:
+    """Ask the DNS, at most for some seconds, what is there of the records of `needs`."""
+    there: set[DnsRecord] = set()
+    nameless: list[str] = []
+    texts: list[str] = []
+
+    async def look_up(record: DnsRecord) -> None:
+        values = (await names.query(record.name, record.kind)).records
+        if record.name == needs.domain and record.purpose == "SPF":
+            texts.extend(values)
+        if any(_is_as_good(record, value) for value in values):
+            there.add(record)
+
+    async def look_back(address: str) -> None:
+        import ipaddress  # only here
+
+        name = ipaddress.ip_address(address).reverse_pointer
+        found = (await names.query(name, "PTR")).records
+        if needs.host not in (value.rstrip(".").lower() for value in found):
+            nameless.append(address)
+
+    failure = ""
+    try:
+        with loop.deadline(_RECORDS_SECONDS):
+            records = domain_records(needs)
+            await together(loop, [*map(look_up, records), *map(look_back, needs.addresses)])
+    except (TemporaryFailure, Expired) as error:
+        failure = str(error) or "no answer in time"
+    other = any(map(_is_policy, texts)) and not any(
+        record.purpose == "SPF" and record.name == needs.domain for record in there
+    )
+    return Seen(frozenset(there), tuple(sorted(nameless)), other, failure)
+
+
+def _is_policy(text: str) -> bool:
+    return text.lower().split(" ")[0] == "v=spf1"
+
+
+def _is_as_good(record: DnsRecord, value: str) -> bool:
+    """Tell whether what the DNS has does what `record` is for."""
+    wanted, found = record.value.split(), value.split()
+    if record.kind in ("MX", "SRV"):
+        return wanted[-1] == found[-1].rstrip(".").lower()
+    if record.purpose == "SPF":
+        return _is_policy(value) and bool({wanted[1], f"+{wanted[1]}"} & set(found))
+    if record.purpose == "DKIM":
+        return _public_key(record.value) == _public_key(value)
+    if record.kind == "TXT":
+        return wanted[0].rstrip(";") == re.split(r"[\s;]", value, maxsplit=1)[0]
+    return not wanted or value.rstrip(".").lower() == record.value
+
+
+def _public_key(record: str) -> str:
+    found = re.search(r"(?:^|;)\s*p\s*=([^;]*)", record)
+    return re.sub(r"\s", "", found[1]) if found else ""
+
+
+def remaining_records(needs: DnsNeeds, seen: Seen) -> list[DnsRecord]:
+    """Return the records that are still to be published."""
+    return [record for record in domain_records(needs) if record not in seen.there]
+
+
+def remaining_notes(setup: Setup, needs: DnsNeeds, seen: Seen) -> Iterator[str]:
+    """Yield what is to be done or known beside the DNS records, a sentence each."""
+    if seen.failure:
+        yield f"The DNS could not be asked ({seen.failure}); some records may be there already."
+    if seen.other_policy:
+        yield f"{needs.domain} has an SPF record, and may have only one: put 'mx' into that."
+    for address in seen.nameless:
+        yield f"Ask whoever provides {address} for its PTR record: {needs.host}"
+    if not needs.addresses:
+        yield (
+            f"This host has no public address. Behind a router, forward the ports {setup.ports} "
+            "to it; on a home line, port 25 to the outside is often closed, and "
+            "mail leaves through a smarthost (--smarthost HOST:PORT)."
+        )
+    yield from setup.notes()
+
+
+def remaining_text(
+    records: Sequence[DnsRecord], notes: Sequence[str], domain: str, doctor: str
+) -> list[str]:
+    """Return the lines that say what is still to be done; `doctor` is the command to end with."""
+    lines: list[str] = []
+    for optional, heading in (
+        (False, f"To be published in the DNS of {domain}:"),
+        (True, "Optional there:"),
+    ):
+        rows = record_table([row for row in records if row.optional == optional], domain)
+        lines += ["", heading, "", *(f"  {row}" for row in rows)] if rows else []
+    lines += ["", *(f"- {note}" for note in notes)] if notes else []
+    return [*lines, "", f"This tells when all is well:  {doctor}"]
 
 
 # ======================================================================================
@@ -15786,7 +20938,7 @@ class ReadMessage:
         self.html = (html[0].text or "")[:_TEXT_LIMIT] if html else ""
         texts = [part.text for part in readable if part not in html]
         self.text = "\n".join(text for text in texts if text)[:_TEXT_LIMIT]
-        self._ids = {_unquoted(id) for id in CID.findall(self.html)}
+        self._ids = {_percent_decoded(id) for id in CID.findall(self.html)}
 
     def header(self, name: str) -> str:
         """Return the first header field of this name, on one line, or ""."""
@@ -15831,7 +20983,7 @@ class ReadMessage:
 CID = re.compile(r"cid:([^\s\"'<>()]{1,998})", re.IGNORECASE)  # RFC 2392
 
 
-def _unquoted(text: str) -> str:
+def _percent_decoded(text: str) -> str:
     from urllib.parse import unquote  # 5 ms; only who looks into a message needs it
 
     return unquote(text)
@@ -18785,40 +23937,160 @@ def _serve(arguments: argparse.Namespace) -> int:
     config = _load(arguments)
     write_no_core()
     account = account_of_server(config) if os.geteuid() == 0 else None
-    run_daemon(Daemon(config, account=account))
+
+    def examine() -> Sequence[Finding]:
+        return diagnose(facts_of(examine_files(config, ()), RealWorld(config)))
+
+    run_daemon(Daemon(config, examine=examine, account=account))
     return 0
 
 
 def _check(arguments: argparse.Namespace) -> int:
     """Print everything that is wrong with the configuration, and what is doubtful."""
-    problems: list[ConfigError] = []
-    config = load_config(arguments.config_dir, arguments.config_overrides, problems)
-    with collected(problems):
-        smarthost_login(config)
-    with collected(problems):
-        account_of_server(config)
-    domains, certificates = load_domains(config), Certificates(config)
-    wrong = [str(problem) for problem in problems]
-    wrong += [*domains.problems, *certificates.problems]
-    doubtful = [*setting_warnings(config)]
-    everybody = not (config.dovecot_auth or hook_path(config.config_dir, "alias-resolve"))
-    for name, domain in domains.each.items():
-        for finding in domains.aliases.findings(name, domain.users, everybody):
-            (wrong if finding.wrong else doubtful).append(finding.text)
-    doubtful += certificates.warnings(time.time(), [domain_to_ascii(config.hostname)])
-    if not domains.each and not domains.broken:
-        doubtful.append(f"no domain in {config.config_dir}/domains: all mail for here is refused")
+    config, domains, certificates, wrong, doubtful = _examine(arguments)
+    keys = itertools.chain.from_iterable(domains.keys.values())
+    warnings = [f"{key.unseen_text}; see dkim-dns" for key in keys if key.name in domains.unseen]
+    warnings += certificates.warnings(time.time(), [domain_to_ascii(config.hostname)])
+    warnings += exposure_warnings(config)
     if not certificates.loaded:
         top = f"{config.config_dir}/certs/NAME/"
-        doubtful.append(f"no certificate in {top}: TLS is off, and nobody can log in")
+        warnings.append(f"no certificate in {top}: TLS is off, and nobody can log in")
     for text in wrong:
         print(text)
-    for text in doubtful:
+    for text in (*doubtful, *warnings):
         print(f"warning: {text}")
     if not wrong:
         served = ", ".join(domains.each) or "no domain"
         print(f"The configuration in {config.config_dir} can be used; it serves {served}.")
     return 1 if wrong else 0
+
+
+def _examine(arguments: argparse.Namespace) -> Examined:
+    problems: list[ConfigError] = []
+    config = load_config(arguments.config_dir, arguments.config_overrides, problems)
+    return examine_files(config, problems)
+
+
+# --- doctor ---
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    def tell(findings: list[Finding]) -> None:
+        count = len(to_mend(findings))
+        end = f"{plural(count, 'finding')} must be mended." if count else "Nothing must be mended."
+        print("\n".join([*report(findings), end]), flush=True)
+
+    def be_silent(findings: list[Finding]) -> None:
+        """For programs, which get only what holds at the end."""
+
+    if arguments.wait:
+        told = be_silent if arguments.json else tell
+        findings = watch(lambda: _diagnose(arguments), told)
+    else:
+        findings = _diagnose(arguments)
+    if arguments.json:
+        print(json.dumps([finding._asdict() for finding in findings], indent=2))
+    elif not arguments.wait:
+        tell(findings)
+    return 1 if to_mend(findings) else 0
+
+
+def _diagnose(arguments: argparse.Namespace) -> list[Finding]:
+    """Check everything, with progress on a terminal."""
+    examined = _examine(arguments)
+    facts = facts_of(examined, RealWorld(examined.config))
+    wanted = domain_to_ascii(_parse_domain_name(arguments.domain)) if arguments.domain else ""
+    if wanted and wanted not in facts.domains:
+        raise ChasquidError(f"{arguments.domain} is no domain of this server")
+    domains = [wanted] if wanted else facts.domains
+    left = itertools.count(len(HOST_CHECKS) + len(domains) * len(DOMAIN_CHECKS) - 1, -1)
+    shown = sys.stderr.isatty() and not arguments.json
+
+    def on_done(check: Check) -> None:
+        number = next(left)
+        if shown:
+            text = f"\r\033[K{number} left; seen: {check.help}"
+            print(text, end="", file=sys.stderr, flush=True)
+
+    findings = diagnose(facts, domains, on_done)
+    if shown:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    return findings
+
+
+# --- init ---
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    user, domain = _split_user(arguments.address)
+    host = Host()
+    request = SetupRequest(
+        user, domain, arguments.config_dir, host=arguments.host or "",
+        smarthost=arguments.smarthost or "", password=arguments.password or "",
+        acme=arguments.acme_agree, acme_url=arguments.acme or "", no_acme=arguments.no_acme,
+    )  # fmt: skip
+    setup = Setup(host, request, time.time())
+    out = sys.stderr if arguments.zone or arguments.json else sys.stdout
+    steps: list[dict[str, str]] = []
+
+    def tell(state: str, what: str) -> None:
+        steps.append({"state": state, "what": what})
+        print(f"{state}  {what}", file=out, flush=True)
+
+    carry_out(setup, host, tell, arguments.dry_run)
+    if arguments.dry_run:
+        return 0
+    needs = setup.needs()
+    imap = setup.try_imap()
+    notes = [*setup.reload(), *filter(None, [imap])]
+    if arguments.acme_agree or arguments.acme:
+        notes += _terms(setup.config(), arguments)
+    published = _published_by_init(arguments, setup.config(), domain_records(needs))
+    for line in published:
+        print(line, file=out)
+    seen = _with_names(arguments, lambda names, loop: look_records_up(names, loop, needs))
+    seen = seen.with_published(domain_records(needs), published)
+    records = remaining_records(needs, seen)
+    notes += remaining_notes(setup, needs, seen)
+    doctor = f"{setup.program} doctor --wait"
+    if arguments.json:
+        print(json.dumps({
+            "address": request.address, "password": setup.new_password, "host": needs.host,
+            "steps": steps, "published": published, "notes": notes, "then": doctor,
+            "records": [record._asdict() for record in records],
+        }, indent=2))  # fmt: skip
+        return 0
+    if setup.new_password:
+        text = f"The password of {request.address} is  {setup.new_password}"
+        print(f"\n{text}\nIt is shown this once; 'user-add' sets another.", file=out)
+    if arguments.zone:
+        print(zone_file(domain_records(needs)), end="")
+        records = []
+    print("\n".join(remaining_text(records, notes, needs.domain, doctor)), file=out)
+    return 0
+
+
+def _published_by_init(
+    arguments: argparse.Namespace, config: Config, records: Sequence[DnsRecord]
+) -> list[str]:
+    """Publish what can be, if there is a key for it; what is made on this host stays anyway."""
+    if not arguments.dns_key:
+        return []
+    try:
+        return _published(arguments, config, records)
+    except ChasquidError as error:
+        return [f"failed to publish: {error}"]
+
+
+def _terms(config: Config, arguments: argparse.Namespace) -> Iterator[str]:
+    """Yield where the terms of the authority are."""
+    try:
+        terms = acme_terms(arguments.acme or config.acme_url)
+    except ChasquidError as error:
+        yield f"The authority for certificates cannot be asked for its terms: {error}"
+    else:
+        agreed = "which you have accepted" if config.acme else "accept them with --acme-agree"
+        yield f"The terms of the authority for certificates, {agreed}: {terms or 'none'}"
 
 
 # --- try ---
@@ -19182,6 +24454,7 @@ def _user_add(arguments: argparse.Namespace) -> int:
         password = new_password(_ask_password(arguments, twice=True))
     existed = user in users
     _write_users(directory, {**users, user: password})
+    write_dovecot_users(config.config_dir)
     print(f"{user}@{domain} {'has a new password' if existed else 'is added'}")
     _tell_of_new_domain(domain, is_new)
     _put_in_force(config, domain)
@@ -19226,6 +24499,7 @@ def _user_remove(arguments: argparse.Namespace) -> int:
         raise ChasquidError(f"{directory}/users: there is no user {user!r}")
     del users[user]
     _write_users(directory, users)
+    write_dovecot_users(config.config_dir)
     print(f"{user}@{domain} is removed; the mail in the Maildir is kept")
     _put_in_force(config, domain)
     return 0
@@ -19251,7 +24525,7 @@ def _check_userdb(arguments: argparse.Namespace) -> int:
             raise ChasquidError(f"there is no domain {wanted}")
         names = [wanted]
         problems = _problems_of(wanted, config, problems)
-    everybody = not (config.dovecot_auth or hook_path(config.config_dir, "alias-resolve"))
+    everybody = knows_everybody(config)
     for problem in problems:
         print(f"chasquid: {problem}", file=sys.stderr)
     wrong = bool(problems)
@@ -19312,8 +24586,139 @@ def _domaininfo_remove(arguments: argparse.Namespace) -> int:
     return _change(config, "domaininfo-remove", domain, offline=offline, done=text)
 
 
+# --- DNS records ---
+
+
+def _dns(arguments: argparse.Namespace) -> int:
+    config = _load(arguments)
+    if not all(map(is_ip_address, arguments.address)):
+        raise ChasquidError(f"expected IP addresses, found {' '.join(arguments.address)}")
+    each = _records_of_ours(arguments, config)
+    records = [record for domain in each.values() for record in domain]
+    if arguments.action == "publish":
+        return _publish(arguments, config, records)
+    if arguments.zone:
+        print(zone_file(reconciled(records)), end="")
+        return 0
+    for domain, found in each.items():
+        for title, optional in (("needs", False), ("may have", True)):
+            lines = record_table([row for row in found if row.optional == optional], domain)
+            print("\n".join([f"{domain} {title}:", *(f"  {line}" for line in lines), ""]))
+    return 0
+
+
+def _records_of_ours(arguments: argparse.Namespace, config: Config) -> dict[str, list[DnsRecord]]:
+    """Return the records of each domain that is meant; names are A-labels."""
+    domains = load_domains(config)
+    names = published_domains(domains.each, config.hostname)
+    if arguments.domain:
+        names = [_parse_domain_name(arguments.domain)]
+    elif domains.broken:
+        raise ChasquidError(domains.problems[0])
+    if not domains.each.keys() >= set(names):
+        broken = names[0] in domains.broken
+        why = domains.problems[0] if broken else f"{names[0]} is not served here"
+        raise ChasquidError(why)
+    addresses = arguments.address or public_addresses()
+    needs = [needs_of(config, name, domains.each[name].keys, addresses) for name in names]
+    return {need.domain: domain_records(need) for need in needs}
+
+
+def _publish(arguments: argparse.Namespace, config: Config, records: Sequence[DnsRecord]) -> int:
+    if not arguments.dns_key:
+        raise ChasquidError("expected --dns-key FILE, with the key that the name server knows")
+    lines = _published(arguments, config, records)
+    print("\n".join(lines))
+    return 1 if any(line.startswith("failed ") for line in lines) else 0
+
+
+def _published(
+    arguments: argparse.Namespace, config: Config, records: Sequence[DnsRecord]
+) -> list[str]:
+    """Publish records with the key that the arguments name. Raises ChasquidError."""
+    lines = publish(
+        records, read_tsig_key(arguments.dns_key), config.data_dir,
+        resolve=blocking_resolver(config.dns_server), dry_run=arguments.dry_run,
+    )  # fmt: skip
+    if not arguments.dry_run:  # whoever waits for the record of a key looks again
+        with contextlib.suppress(ChasquidError):
+            ask_running_server(config.data_dir, "reload", "")
+    return lines
+
+
+# --- sendmail ---
+
+
+def _smtp_check(arguments: argparse.Namespace) -> int:
+    config = _load(arguments)
+    address = arguments.address if "@" in arguments.address else f"postmaster@{arguments.address}"
+    _, domain = _split_user(address)
+    if config.smarthost:
+        print(f"mail from here goes through {config.smarthost}; seen without it:")
+    reached = check_servers(config, domain, print)
+    if not arguments.send:
+        return 0 if reached else 1
+    return _send_test(config, address)
+
+
+def _send_test(config: Config, address: str) -> int:
+    """Send a test message from a user of ours, and tell its story as it happens."""
+    sender = f"postmaster@{domain_of_host(config)}"
+    text = (
+        f"From: <{address_to_ascii(sender)}>\r\nTo: <{address_to_ascii(address)}>\r\n"
+        "Subject: A test by chasquid\r\nAuto-Submitted: auto-generated\r\n\r\n"
+        f"Somebody at {config.hostname} tries whether mail from there arrives.\r\n"
+    )
+    said = send_letter(config, Letter(sender, (address,), text.encode()))
+    found = re.search(r"queued as (\w+)", said)
+    if found is None:
+        raise ChasquidError(f"the server has not put the message into the queue: {said}")
+    told, end = 0, time.monotonic() + _STORY_SECONDS
+    while True:
+        events = [event for event in _mail_events(config) if event.id == found[1]]
+        lines = list(_story(found[1], events, None))
+        for line in lines[told:]:
+            print(line, flush=True)
+        told = len(lines)
+        kinds = {event.fields["event"] for event in events}
+        if kinds & {Events.DONE.name, Events.NEXT_ATTEMPT.name} or time.monotonic() > end:
+            return 0 if Events.DELIVERED.name in kinds else 1
+        time.sleep(_STORY_PAUSE)
+
+
+_STORY_SECONDS, _STORY_PAUSE = 60.0, 0.5
+
+
+def _sendmail(arguments: argparse.Namespace) -> int:
+    """Take a message from a program; the exit status is of sysexits.h."""
+    try:
+        options = parse_sendmail_options(arguments.words)
+        config = _load(arguments)
+        user, domain = _login_name(), domain_of_host(config)
+        letter = make_letter(sys.stdin.buffer.read(), options, user, domain)
+        said = send_letter(config, letter)
+    except ChasquidError as error:
+        print(f"sendmail: {error}", file=sys.stderr)
+        if isinstance(error, NotSent):
+            return error.status
+        return os.EX_CONFIG if isinstance(error, ConfigError) else os.EX_TEMPFAIL
+    if options.verbose:
+        print(said)
+    return 0
+
+
+def _login_name() -> str:
+    import pwd  # only here
+
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return f"uid-{os.getuid()}"
+
+
 # --- DKIM ---
 
+_LOOK_UP_SECONDS = 60.0
 _DKIM_ALGORITHMS = ("rsa2048", "rsa3072", "rsa4096", "ed25519")
 
 
@@ -19430,20 +24835,16 @@ def _with_names(
         strings = re.findall(r'"([^"]*)"', arguments.txt)  # as dkim-dns and zone files have it
         return Answer(True, ("".join(strings) or arguments.txt,), 60.0)
 
-    def on_crash(name: str, error: BaseException) -> None:
-        raise error
+    servers: tuple[str, ...] = ()
+    if os.path.exists(os.path.join(arguments.config_dir, "chasquid.conf")):
+        servers = _load(arguments).dns_server
 
-    workers = Workers(1)
-    loop = Loop(Clock(), workers, on_crash)
-    try:
-        servers: tuple[str, ...] = ()
-        if os.path.exists(os.path.join(arguments.config_dir, "chasquid.conf")):
-            servers = _load(arguments).dns_server
-        names = Names(loop, tell if arguments.txt else DnsClient(loop, servers).ask)
-        return loop.run(use(names, loop))
-    finally:
-        loop.close()
-        workers.close()
+    told = getattr(arguments, "txt", None)
+
+    async def with_names(loop: Loop) -> T:
+        return await use(Names(loop, tell if told else DnsClient(loop, servers).ask), loop)
+
+    return run_apart(with_names, _LOOK_UP_SECONDS)
 
 
 def _queue_directory(config: Config) -> str:
@@ -19747,6 +25148,62 @@ def _arrival(queued: Mapping[str, str]) -> str:
     return sentence
 
 
+# --- upkeep ---
+
+
+def _upgrade(arguments: argparse.Namespace) -> int:
+    config = _load(arguments)
+    check = ["--config-dir", config.config_dir]
+    check += ["--config-overrides", arguments.config_overrides, "check"]
+    service = SystemdService() if os.path.isdir("/run/systemd/system") else None
+    for line in Upgrade(config, check, service).run(arguments.file):
+        print(line, flush=True)
+    return 0
+
+
+def _backup(arguments: argparse.Namespace) -> int:
+    if arguments.restore:
+        overrides = arguments.config_overrides
+        print("\n".join(restore_backup(arguments.file, arguments.config_dir, overrides)))
+    elif arguments.file == "-":
+        said = write_backup(_load(arguments), sys.stdout.buffer, [], arguments.mail)
+        print(said, file=sys.stderr)
+    else:
+        print(back_up(_load(arguments), arguments.file, arguments.mail))
+    return 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    config = _load(arguments)
+    if arguments.source == "maildir":
+        if len(arguments.what) != 2:
+            raise ChasquidError("expected: import maildir USER@DOMAIN DIR")
+        user, domain = _split_user(arguments.what[0])
+        work = import_maildir(config, f"{user}@{domain}", arguments.what[1])
+        print(f"{plural(work.copied, 'message')} copied, {work.known} were there already")
+        left = work.left
+    else:
+        domain = _parse_domain_name(arguments.domain or domain_of_host(config))
+        files = PostfixFiles(
+            domain,
+            aliases=arguments.aliases,
+            virtual=arguments.virtual,
+            mailboxes=arguments.mailboxes,
+            passwords=arguments.passwords,
+        )
+        if arguments.what or not any(files[1:]):
+            raise ChasquidError("expected --aliases, --virtual, --mailboxes or --passwords")
+        report = import_postfix(config, files, arguments.dry_run)
+        print("\n".join(report.done))
+        left = report.left
+    if left:
+        print("\nNot carried over, or changed:\n" + "\n".join(f"  {line}" for line in left))
+    if arguments.source == "postfix" and not arguments.dry_run:
+        _put_in_force(config, domain)
+        print("Now look at: chasquid check-userdb")
+    return 0
+
+
 def _version(arguments: argparse.Namespace) -> int:
     import importlib.metadata  # only here
 
@@ -19792,6 +25249,23 @@ _DKIM_KEY = (
     ("key", {"nargs": "?", "metavar": "KEY.pem", "help": "instead of the domain's directory"}),
 )
 _VERBS: dict[str, _Verb] = {
+    "init": _Verb(
+        _init,
+        (
+            ("address", {"metavar": "ADDRESS"}),
+            ("--host", {"metavar": "NAME", "help": "of this host (default: mail.DOMAIN)"}),
+            ("--smarthost", {"metavar": "HOST:PORT", "help": "through which mail leaves"}),
+            ("--password", {"help": "of the user, instead of one that is made up"}),
+            ("--acme-agree", {"action": "store_true", "help": "fetch certificates; accept terms"}),
+            ("--acme", {"metavar": "URL", "help": "of the authority (default: Let's Encrypt)"}),
+            ("--no-acme", {"action": "store_true", "help": "do not speak of --acme-agree"}),
+            ("--dns-key", {"metavar": "FILE", "help": "publish the records with it; see dns"}),
+            ("--zone", {"action": "store_true", "help": "show the records as a zone file"}),
+            ("--dry-run", {"action": "store_true", "help": "only say what would be made"}),
+            ("--json", {"action": "store_true", "help": "for programs"}),
+        ),
+        "make everything that a domain needs, and say what is left to do; again at any time",
+    ),
     "serve": _Verb(_serve, (), "run the server"),
     "try": _Verb(
         _try,
@@ -19915,6 +25389,51 @@ _VERBS: dict[str, _Verb] = {
         (("--txt", {"metavar": "RECORD", "help": "the key's record, instead of the DNS"}),),
         "check the signatures of the message on standard input",
     ),
+    "dns": _Verb(
+        _dns,
+        (
+            ("action", {"choices": ("show", "publish")}),
+            ("domain", {"nargs": "?", "metavar": "DOMAIN", "help": "default: all domains"}),
+            (
+                "--address",
+                {
+                    "action": "append",
+                    "default": [],
+                    "metavar": "IP",
+                    "help": "of this host, if it is behind NAT; may be repeated",
+                },
+            ),
+            ("--zone", {"action": "store_true", "help": "show a part of a zone file"}),
+            (
+                "--dns-key",
+                {"metavar": "FILE", "help": "a key for DNS updates (TSIG), as of tsig-keygen"},
+            ),
+            ("--dry-run", {"action": "store_true", "help": "say what would be published"}),
+        ),
+        "show the DNS records that domains need, or publish them",
+    ),
+    "doctor": _Verb(
+        _doctor,
+        (
+            ("domain", {"nargs": "?", "metavar": "DOMAIN", "help": "default: all"}),
+            ("--wait", {"action": "store_true", "help": "until nothing must be mended"}),
+            ("--json", {"action": "store_true", "help": "for programs"}),
+        ),
+        "check files, server, DNS and what else mail needs, and say how to mend it",
+    ),
+    "smtp-check": _Verb(
+        _smtp_check,
+        (
+            ("address", {"metavar": "DOMAIN|ADDRESS"}),
+            ("--send", {"action": "store_true", "help": "a test message, and tell its story"}),
+        ),
+        "show how the servers of another domain look from here, and how safe mail to them is",
+    ),
+    "sendmail": _Verb(
+        _sendmail,
+        (("words", {"nargs": "*", "metavar": "ARGUMENT"}),),
+        "take a message on standard input, as programs call sendmail: -t, -f, -i, -F, recipients",
+    ),
     "check": _Verb(_check, (), "check the whole configuration, and show all mistakes at once"),
     "print-config": _Verb(
         _print_config,
@@ -19936,6 +25455,34 @@ _VERBS: dict[str, _Verb] = {
         _explain,
         (("what", {"metavar": "ID|ADDRESS"}),),
         "tell the story of a message, or of the last ones of an address",
+    ),
+    "import": _Verb(
+        _import,
+        (
+            ("source", {"choices": ("postfix", "maildir")}),
+            ("what", {"nargs": "*", "metavar": "USER@DOMAIN DIR", "help": "for maildir"}),
+            ("--aliases", {"metavar": "FILE", "default": "", "help": "as /etc/aliases"}),
+            ("--virtual", {"metavar": "FILE", "default": "", "help": "a virtual alias map"}),
+            ("--mailboxes", {"metavar": "FILE", "default": "", "help": "a virtual mailbox map"}),
+            ("--passwords", {"metavar": "FILE", "default": "", "help": "of Dovecot, or shadow"}),
+            ("--domain", {"metavar": "DOMAIN", "help": "of names without one"}),
+            ("--dry-run", {"action": "store_true", "help": "write nothing"}),
+        ),
+        "take over users and aliases of Postfix, or a Maildir",
+    ),
+    "backup": _Verb(
+        _backup,
+        (
+            ("file", {"metavar": "FILE", "help": "a tar; - is standard output"}),
+            ("--mail", {"action": "store_true", "help": "the mailboxes too"}),
+            ("--restore", {"action": "store_true", "help": "make a server from FILE instead"}),
+        ),
+        "write configuration, keys, users and queue into a tar",
+    ),
+    "upgrade": _Verb(
+        _upgrade,
+        (("file", {"metavar": "FILE", "help": "the new chasquid.pyz"}),),
+        "install another version, start it, and go back if it does not come up",
     ),
     "version": _Verb(
         _version,
@@ -19996,7 +25543,7 @@ def _in_our_spelling(words: Sequence[str]) -> tuple[list[str], list[str]]:
     queue = collections.deque(words)
     while queue:
         word = queue.popleft()
-        if word == "--":
+        if word == "--" or (word == "sendmail" and all(one.startswith("-") for one in rest)):
             rest += [word, *queue]
             break
         name, equals, value = word.partition("=")
@@ -20043,13 +25590,15 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         parser.error(str(error))
     position = next((at for at, word in enumerate(rest) if not word.startswith("-")), None)
     if position is not None:
-        command, options = rest[position], rest[:position]
+        command, options, own = rest[position], rest[:position], rest[position + 1 :]
         if command not in (*_VERBS, "help"):
             if options:
                 _unknown(parser, "option", options[0].partition("=")[0], _GLOBAL_OPTIONS)
             _unknown(parser, "command", command, _VERBS)
-        rest = [command, *options, *rest[position + 1 :]]
+        rest = [command, *options, *(own if command != "sendmail" else ())]
     arguments, unknown = parser.parse_known_args(first + rest)
+    if arguments.verb == "sendmail":
+        arguments.words = own  # its options are not ours
     if unknown:
         subs.get(arguments.verb, parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     if arguments.verb == "help":
@@ -20072,6 +25621,8 @@ def _unknown(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
     words = sys.argv[1:] if argv is None else argv
+    if argv is None and os.path.basename(sys.argv[0]) == "sendmail":
+        words = ["sendmail", *words]
     arguments = _plain_serve(words) or _parse(words)
     config_dir = arguments.config_dir
     if arguments.verb is None:

@@ -295,7 +295,7 @@ class Server:
     `Daemon` takes go there, all others into chasquid.conf.
     """
 
-    _FOR_DAEMON = frozenset(("clock", "ask", "spawn", "random", "remote", "on_result"))
+    _FOR_DAEMON = frozenset(("clock", "ask", "spawn", "random", "remote", "on_result", "examine"))
 
     def __init__(
         self,

@@ -45,6 +45,7 @@ __version__ = "7.8.9"
 def main():
     import importlib.metadata, json, os, sys
     import dkim, dns.asyncresolver, dns.name, dns.resolver, dns.update, idna, precis_i18n, spf
+    import dns.query, dns.tsig
     os.chdir("/")  # what is loaded from here on is found all the same
     import idna.uts46data
     names = "chasquid dnspython dkimpy pyspf idna precis-i18n".split()
@@ -725,7 +726,7 @@ def test_without_an_archive_there_is_no_list() -> None:
 
 
 def test_the_archive_is_small(server: Path) -> None:
-    assert server.stat().st_size <= 1_200_000
+    assert server.stat().st_size <= 1_450_000  # a thousand lines of the module are 25 kB
 
 
 LOAD_ALL = """\

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Room DKIM: signatures, those of others verified and our own made.
+"""Rooms DKIM, KEY WATCH: signatures, those of others verified and our own made.
 
 What is verified here was signed by dkimpy or by `signed`, which follows RFC 6376 without
 either library and signs whatever it is told to.
@@ -26,6 +26,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from support import (
+    DOWN,
     HOST,
     MODULE,
     CommandLine,
@@ -40,6 +41,7 @@ from support import (
     searched,
     searched_briefly,
     trusting,
+    turns,
     wait_for,
 )
 
@@ -1426,9 +1428,137 @@ def test_what_cannot_be_signed_is_a_temporary_failure(tmp_path: Path, error: Exc
     assert "event=crash " in (tmp_path / "server.log").read_text()
 
 
-# --- in a server --------------------------------------------------------------------------------
+# --- keys whose records are not there yet -------------------------------------------------------
 
 OUR_KEYS = keys(rsa(), ED25519)
+
+
+def watched(
+    directory: Path,
+    answers: Mapping[tuple[str, str], Sequence[str] | Exception],
+    use: Callable[[chasquid.KeyWatch, chasquid.Signer], Any],
+    *made: chasquid.DkimKey,
+    mark: bool = True,
+) -> Any:
+    """Run `use` with a watch over keys that have all a marker."""
+    for key in made if mark else ():
+        chasquid.mark_unseen(str(directory), key.name)
+
+    async def main(loop: chasquid.Loop) -> Any:
+        log, zone = record(directory, loop.clock), Zone(answers)
+        try:
+            signer = chasquid.Signer(loop, log, {"here.example": made})
+            signer.unseen = chasquid.unseen_keys(str(directory))
+            watch = chasquid.KeyWatch(loop, log, zone.ask, signer=signer, data_dir=str(directory))
+            return await use(watch, signer)
+        finally:
+            log.close()
+
+    return run(main, clock=FakeClock(NOW), workers=Inline())
+
+
+async def look_and_sign(watch: chasquid.KeyWatch, signer: chasquid.Signer) -> bytes:
+    await watch.look()
+    return await signer.sign("here.example", HEADER, lambda: [BODY])
+
+
+def test_a_marker_is_for_the_owner_alone_and_may_be_made_twice(tmp_path: Path) -> None:
+    for _ in range(2):
+        chasquid.mark_unseen(str(tmp_path), "a._domainkey.here.example")
+    assert chasquid.unseen_keys(str(tmp_path)) == {"a._domainkey.here.example"}
+    assert (tmp_path / "dkim-unseen").stat().st_mode & 0o777 == 0o700
+    assert chasquid.unseen_keys(str(tmp_path / "none")) == frozenset()
+
+
+def test_a_key_signs_when_its_record_is_there_and_its_marker_goes(tmp_path: Path) -> None:
+    made = keys(rsa(), ED25519)
+    field = watched(tmp_path, {(made[1].name, "TXT"): (made[1].record,)}, look_and_sign, *made)
+    assert tags_of(field)["s"] == "k1" and field.count(b"DKIM-Signature") == 1
+    assert chasquid.unseen_keys(str(tmp_path)) == {made[0].name}
+    log = (tmp_path / "server.log").read_text()
+    assert log.count("event=key-seen domain=here.example selector=k1\n") == 1
+    assert "selector=k0" not in log
+
+
+def spelt_otherwise(key: chasquid.DkimKey) -> str:
+    """The same record in another order, with blanks, and a tag more."""
+    tags = dict(tag.split("=", 1) for tag in key.record.split("; "))
+    p = tags["p"][:40] + " " + tags["p"][40:]
+    return f"v=DKIM1;p={p} ; s=email;k={tags['k']};"
+
+
+@pytest.mark.parametrize("key", OUR_KEYS, ids=["rsa", "ed25519"])
+def test_a_record_is_compared_by_what_it_says(key: chasquid.DkimKey) -> None:
+    other = keys(chasquid.new_key("rsa1024"), chasquid.Ed25519Key(bytes(32)))[OUR_KEYS.index(key)]
+    assert chasquid.publishes(key, key.record)
+    assert chasquid.publishes(key, spelt_otherwise(key))
+    for record_ in (
+        other.record, "", "v=spf1 -all", "v=DKIM1; p=", "v=DKIM1; k=rsa; p=x", key.record[:-8],
+        key.record + "; s=other", key.record + "; h=sha1", key.record.replace("DKIM1", "DKIM2"),
+    ):  # fmt: skip
+        assert not chasquid.publishes(key, record_), record_
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (),
+        ("v=spf1 -all",),
+        (OUR_KEYS[0].record, "v=DKIM1; p="),  # which of them counts is open
+        DOWN,
+    ],
+)
+def test_a_key_without_its_record_does_not_sign(tmp_path: Path, answer: Any) -> None:
+    key = OUR_KEYS[0]
+    assert watched(tmp_path, {(key.name, "TXT"): answer}, look_and_sign, key) == b""
+    assert chasquid.unseen_keys(str(tmp_path)) == {key.name}
+
+
+def test_a_marker_that_cannot_be_removed_is_told(tmp_path: Path) -> None:
+    key = OUR_KEYS[0]
+    path = tmp_path / "dkim-unseen" / key.name
+    path.mkdir(parents=True)
+    (path / "file").touch()
+
+    answers = {(key.name, "TXT"): (key.record,)}
+    assert watched(tmp_path, answers, look_and_sign, key, mark=False) == b""
+    assert (
+        f"{path} cannot be removed, so the key does not sign: "
+        in (tmp_path / "server.log").read_text()
+    )
+
+
+def test_records_are_looked_for_at_growing_intervals_and_when_asked(tmp_path: Path) -> None:
+    clock = FakeClock(NOW)
+    key = OUR_KEYS[0]
+    chasquid.mark_unseen(str(tmp_path), key.name)
+    looked: list[float] = []
+
+    async def ask(name: str, kind: str) -> chasquid.Answer:
+        looked.append(clock.now - NOW)
+        return chasquid.Answer(False, (), 86400.0)
+
+    async def main(loop: chasquid.Loop) -> None:
+        log = record(tmp_path, clock)
+        signer = chasquid.Signer(loop, log, {"here.example": (key,)})
+        signer.unseen = chasquid.unseen_keys(str(tmp_path))
+        watch = chasquid.KeyWatch(loop, log, ask, signer=signer, data_dir=str(tmp_path))
+        task = loop.spawn(watch.run(), "watch")
+        for _ in range(600):
+            clock.advance(30)
+            await turns(loop)
+        watch.look_now()
+        await turns(loop)
+        task.cancel()
+        log.close()
+
+    run(main, clock=clock, workers=Inline())
+    pauses = [round(b - a) for a, b in zip(looked, looked[1:], strict=False)]
+    assert pauses[:6] == [60, 120, 240, 480, 960, 1920] and pauses[6] == 3600
+    assert looked[-1] == 18000.0  # when asked
+
+
+# --- in a server --------------------------------------------------------------------------------
 
 
 class Outbox:
@@ -1452,10 +1582,13 @@ class Outbox:
 class Signing:
     """A server with keys for here.example, and a client that has logged in there."""
 
-    def __init__(self, directory: Path, files: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, directory: Path, files: Mapping[str, str] | None = None, **keywords: Any
+    ) -> None:
         self.outbox = Outbox()
         self.server = Server(
             directory,
+            **keywords,
             remote=self.outbox,
             users={"here.example": {"ana": "secret"}, "else.example": {"eva": "secret"}},
         )
@@ -1680,6 +1813,46 @@ def test_keys_are_read_again(tmp_path: Path) -> None:
         assert_signed(signing.sent(FULL + b"\r\nHello\r\n"))
 
 
+def test_a_new_key_with_a_marker_signs_once_its_record_is_there(tmp_path: Path) -> None:
+    table: dict[tuple[str, str], Sequence[str] | Exception] = {}
+    with Signing(tmp_path, {}, ask=Zone(table).ask) as signing:
+        for key in OUR_KEYS:
+            chasquid.mark_unseen(str(signing.server.data_dir), key.name)
+            name = f"domains/here.example/dkim:{key.selector}.pem"
+            signing.server.write(name, key.key.to_pem().encode())
+        signing.server.daemon.reload()
+        wait_for(lambda: "event=reloaded" in signing.server.log, "the keys to be read")
+        assert "dkim-signature" not in field_names(signing.sent(FULL + b"\r\nHello\r\n"))
+        assert "the DNS record of k0, k1 is not there yet" in chasquid.page(
+            signing.server.daemon._status()
+        )
+        table.update({(key.name, "TXT"): (key.record,) for key in OUR_KEYS})
+        signing.server.daemon.reload()
+        wait_for(lambda: signing.server.log.count("event=key-seen") == 2, "the records to be seen")
+        assert_signed(signing.sent(FULL + b"\r\nHello\r\n"))
+        assert "is not there yet" not in chasquid.page(signing.server.daemon._status())
+
+
+def test_at_the_start_the_log_and_check_say_which_keys_do_not_sign_yet(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    for key in OUR_KEYS:
+        server.write(f"domains/here.example/dkim:{key.selector}.pem", key.key.to_pem().encode())
+    chasquid.mark_unseen(str(server.data_dir), OUR_KEYS[0].name)
+    with server:
+        assert 'text="mail of here.example is signed with k1"' in server.log
+        text = "the key k0 of here.example signs once k0._domainkey.here.example is in the DNS"
+        assert f'text="{text}"' in server.log
+
+
+def test_markers_that_cannot_be_read_are_told_and_keys_sign(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dkim-unseen").write_text("no directory")
+    files = {f"here.example/dkim:{key.selector}.pem": key.key.to_pem() for key in OUR_KEYS}
+    with Signing(tmp_path, files) as signing:
+        assert "dkim-unseen: Not a directory; all keys sign" in signing.server.log
+        assert_signed(signing.sent(FULL + b"\r\nHello\r\n"))
+
+
 def test_with_a_broken_key_nothing_of_its_domain_leaves_unsigned(tmp_path: Path) -> None:
     users = {"here.example": {"ana": "secret"}, "else.example": {"eva": "secret"}}
     server = Server(tmp_path, users=users)
@@ -1844,6 +2017,15 @@ def test_without_a_selector_it_is_the_date(commands: CommandLine) -> None:
     after = time.strftime("%Y%m%d", time.gmtime())
     assert ended.status == 0
     assert os.listdir(commands.domain_dir)[0] in (f"dkim:{before}.pem", f"dkim:{after}.pem")
+
+
+def test_check_names_keys_that_do_not_sign_yet(commands: CommandLine) -> None:
+    (commands.domain_dir / "dkim:k0.pem").write_text(ED25519.to_pem())
+    assert "dkim" not in commands.run("check").out
+    chasquid.mark_unseen(str(commands.data_dir), "k0._domainkey.here.example")
+    ended = commands.run("check")
+    text = "the key k0 of here.example signs once k0._domainkey.here.example is in the DNS"
+    assert f"warning: {text}; see dkim-dns" in ended.out and ended.status == 0
 
 
 def test_a_key_is_never_overwritten(commands: CommandLine) -> None:

@@ -87,7 +87,7 @@ def test_scrypt_is_that_of_its_standard():
 def test_a_new_password_has_the_costs_of_the_go_server_and_a_salt_of_its_own():
     one, other = chasquid.new_password(b"x"), chasquid.new_password(b"x")
     assert one[:4] == (14, 8, 1, 32)
-    assert (len(one.salt), len(one.encrypted)) == (16, 32)
+    assert (len(one.salt), len(one.encrypted)) == (22, 32)
     assert one.salt != other.salt and one.encrypted != other.encrypted
     assert chasquid.check_password(one, b"x")
     assert not chasquid.check_password(one, b"y")

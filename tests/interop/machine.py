@@ -146,6 +146,11 @@ class Machine:
         for group in self._groups:
             wait_for(lambda group=group: _remove_group(group), f"the end of {group}")
 
+    @property
+    def pid(self) -> int:
+        """Its systemd, as this system sees it."""
+        return self._pid
+
     def log(self) -> str:
         """Return what systemd said at the boot, and the end of the journal."""
         said = self._output.read_text("utf-8", "replace")

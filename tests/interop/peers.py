@@ -26,6 +26,7 @@ import dns.exception
 import dns.flags
 import dns.message
 import dns.name
+import dns.query
 import dns.rcode
 import dns.rdataclass
 import dns.rdatatype
@@ -735,10 +736,11 @@ class Nsd(Peer):
         *,
         unsigned: Iterable[str] = (),
         expired: Iterable[str] = (),
+        port: int = 0,
     ) -> None:
         super().__init__(directory)
         self._nsd = program("nsd")
-        self.port = free_port()
+        self.port = port or free_port()
         self.zones = list(zones)
         self.anchors = directory / "anchors"
         self.anchors.touch()
@@ -1023,6 +1025,120 @@ class Haproxy(Peer):
 
     def start(self) -> None:
         self._run([self._haproxy, "-db", "-f", self.directory / "haproxy.cfg"], *self.ports)
+
+
+class UpdatedNames(Peer):
+    """A name server whose zones may be changed with the key in the file `key`.
+
+    `zones` has for the name of each zone its records as in a zone file; SOA and NS are added.
+    Those in `closed` are served, but not changed with that key.
+    """
+
+    def __init__(
+        self, directory: Path, zones: Mapping[str, str], *, closed: Iterable[str] = ()
+    ) -> None:
+        super().__init__(directory)
+        self.port = free_port()
+        self.zones, self.closed = dict(zones), set(closed)
+        for zone, records in zones.items():
+            (directory / f"{zone}.zone").write_text(_ZONE.format(zone=zone) + records)
+        self.key = directory / "update.key"
+        made = self._make_key()
+        self.key.write_text(f"{made}\n# server {LOOPBACK}:{self.port}\n")
+        self._configure(made)
+
+    def _make_key(self) -> str:
+        raise NotImplementedError
+
+    def _configure(self, key: str) -> None:
+        raise NotImplementedError
+
+    def ask(self, name: str, kind: str) -> list[str]:
+        """Return what the server has, each record as in a zone file."""
+        query = dns.message.make_query(name, kind)
+        answer = dns.query.tcp(query, LOOPBACK, timeout=10, port=self.port).answer
+        return sorted(record.to_text() for rrset in answer for record in rrset)
+
+
+class Bind(UpdatedNames):
+    """BIND, which takes changes as its update-policy says."""
+
+    policy = "grant update zonesub ANY;"
+
+    def _make_key(self) -> str:
+        return run(program("tsig-keygen"), "update").stdout
+
+    def _configure(self, key: str) -> None:
+        conf = _NAMED_CONF.format(directory=self.directory, port=self.port) + key
+        for zone in self.zones:
+            policy = "" if zone in self.closed else f"update-policy {{ {self.policy} }};"
+            file = self.directory / f"{zone}.zone"
+            conf += f'zone "{zone}" {{ type primary; file "{file}"; {policy} }};\n'
+        (self.directory / "named.conf").write_text(conf)
+
+    def start(self) -> None:
+        conf = self.directory / "named.conf"
+        self._run([program("named"), "-g", "-n", "1", "-c", conf], self.port)
+
+
+_NAMED_CONF = """\
+options {{
+  directory "{directory}";
+  pid-file none;
+  session-keyfile none;
+  lock-file none;
+  listen-on port {port} {{ 127.0.0.1; }};
+  listen-on-v6 {{ none; }};
+  recursion no;
+  dnssec-validation no;
+  notify no;
+}};
+controls {{ }};
+"""
+
+
+class Knot(UpdatedNames):
+    """Knot, which takes changes as its acl says."""
+
+    def _make_key(self) -> str:
+        return run(program("keymgr"), "-t", "update", "hmac-sha512").stdout
+
+    def _configure(self, key: str) -> None:
+        (self.directory / "db").mkdir()
+        conf = _KNOT_CONF.format(directory=self.directory, port=self.port, key=key)
+        for zone in self.zones:
+            acl = "" if zone in self.closed else "    acl: update\n"
+            conf += f"  - domain: {zone}\n    file: {zone}.zone\n{acl}"
+        (self.directory / "knot.conf").write_text(conf)
+
+    def start(self) -> None:
+        self._run([program("knotd"), "-c", self.directory / "knot.conf"], self.port)
+
+
+_KNOT_CONF = """\
+server:
+  rundir: {directory}
+  listen: 127.0.0.1@{port}
+  udp-workers: 1
+  tcp-workers: 1
+  background-workers: 1
+log:
+  - target: stderr
+    any: info
+database:
+  storage: {directory}/db
+{key}
+acl:
+  - id: update
+    key: update
+    action: update
+template:
+  - id: default
+    storage: {directory}
+    zonefile-sync: -1
+    journal-content: changes
+zone:
+"""
 
 
 class Pebble(Peer):

@@ -142,6 +142,27 @@ class TestCertificatesInTheDns:
         chasquid.submit(ANA, [DORA], message)
         postfix.wait_for_letters(DORA)
 
+    def test_smtp_check_tells_of_it_and_sends_a_message(self, start, resolve):
+        postfix = start(Postfix)
+        records = RECORDS + tlsa(postfix.port, "3 1 1", postfix.certificate)
+        resolver = resolve({"dest.example": records})
+        chasquid = start(Chasquid, resolver, outgoing_smtp_port=postfix.port)
+        chasquid.command("dkim-keygen", "here.example", "r1")
+        done = chasquid.command("smtp-check", "--send", DORA)
+        assert "MX 10 mx.dest.example: at least TLS_SECURE (DANE)" in done.stdout
+        assert "  127.0.0.1: DANE, TLSv1.3 " in done.stdout
+        assert f"For {DORA}: delivered." in done.stdout
+        [arrived] = postfix.wait_for_letters(DORA)
+        assert "d=here.example;" in arrived["DKIM-Signature"]
+
+    def test_smtp_check_says_why_nothing_would_be_sent(self, start, resolve):
+        postfix = start(Postfix)
+        resolver = resolve({"dest.example": RECORDS + wrong_tlsa(postfix.port)})
+        chasquid = start(Chasquid, resolver, outgoing_smtp_port=postfix.port)
+        done = chasquid.command("smtp-check", "dest.example", check=False)
+        assert done.returncode == 1
+        assert "the certificate matches no TLSA record; less is not safe (DANE)" in done.stdout
+
 
 class TestAuthoritiesInTheDns:
     def start_postfix(self, start, certificate):
