@@ -15467,8 +15467,11 @@ def _named_in(fields: Sequence[Field]) -> list[str]:
     for field in fields:
         if field.name in names:
             text = field.value.decode("utf-8", "replace").replace("\r\n", "").strip()
-            here = [address.addr_spec for address in getattr(make("to", text), "addresses", ())]
-            if not _are_all(here, text):
+            here: list[str] | None = None
+            with contextlib.suppress(Exception):  # a malformed field has the library fail variously
+                read = make("to", without_comments(text))  # it takes long for nested ones
+                here = [address.addr_spec for address in getattr(read, "addresses", ())]
+            if here is None or not _are_all(here, text):
                 shown = printable(text, 100)
                 raise NotSent(f"{field.name}: expected addresses, found {shown!r}", os.EX_DATAERR)
             found += here
@@ -16371,18 +16374,20 @@ class _Converter:
             return
         if found == [f"{name}@{domain}"]:
             return  # it stands for itself: in Postfix, an exception to a catch-all
-        table = self.aliases.setdefault(domain, {})
+        made: dict[str, str] = {}
         pipes = [value for value in found if value.startswith("|")]
         if pipes and len(found) > 1:
             for count, pipe in enumerate(pipes, 1):
                 own = f"{name}-pipe{count if count > 1 else ''}"
-                table[own] = pipe
+                made[own] = pipe
                 found[found.index(pipe)] = f"{own}@{domain}"
-        table[name] = ", ".join(found)
+        made[name] = ", ".join(found)
+        lines = "".join(f"{key}: {right}\n" for key, right in made.items())
+        table = self.aliases.setdefault(domain, {})
         try:
-            parse_aliases(f"{name}: {table[name]}".encode(), at[0], domain)
+            parse_aliases(lines.encode(), at[0], domain)
+            table |= made
         except ConfigError as error:
-            del table[name]
             self._leave(*at, str(error).partition(": ")[2])
 
     def _right_side(

@@ -18,6 +18,7 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import shutil
 import socket
 import sys
 import tempfile
@@ -37,7 +38,7 @@ import chasquid
 
 CORPUS = Path(__file__).resolve().parent / "data" / "corpus"
 LIMIT = 0.05  # seconds of processor time for each kB, and for an input of less
-LARGEST = 30_000  # octets of an input
+LARGEST = 40_000  # octets of an input
 NOW = 1_700_000_000.0
 DOMAIN = "there.example"
 TOKENS = [
@@ -314,6 +315,33 @@ def log_line(data: bytes) -> None:
         chasquid.addresses_in(value)
 
 
+def postfix(data: bytes) -> None:
+    """The file in the place of each of those that are read."""
+    path = place() / "postfix"
+    path.write_bytes(data.replace(b"/", b"."))  # it may name others to be read
+    for kind in ("aliases", "virtual", "mailboxes", "passwords"):
+        with contextlib.suppress(chasquid.ChasquidError):
+            files = chasquid.PostfixFiles("here.example", **{kind: str(path)})
+            chasquid.import_postfix(chasquid.load_config(str(place())), files, dry_run=True)
+
+
+def letter(data: bytes) -> None:
+    """Words for the command sendmail, one a line, and below an empty line the message."""
+    said, _, message = data.partition(b"\n\n")
+    options = chasquid.parse_sendmail_options(text(said).split("\n"))
+    chasquid.make_letter(message, options, "ana", "here.example")
+
+
+def backup(data: bytes) -> None:
+    path, top = place() / "backup.tar", place() / "restored"
+    path.write_bytes(data)
+    kept = f'data_dir: "{top}/data"\nmaildir: "{top}/mail/%to%"\n'
+    try:
+        chasquid.restore_backup(str(path), str(top / "config"), kept)
+    finally:
+        shutil.rmtree(top, ignore_errors=True)
+
+
 # --- whole servers ---
 
 
@@ -379,6 +407,7 @@ PARSERS = {
         words("via | , : # * ana ben@there.example / mx:25"),
     ),
     "author": Parser(author, (), MAIL_WORDS),
+    "backup": Parser(backup, (chasquid.ChasquidError,), (b"config/", b"data/", b"ustar\x0000")),
     "certificate": Parser(certificate_file),
     "command": Parser(command, (chasquid.Refused,), SMTP_WORDS),
     "config": Parser(config, (chasquid.ConfigError,), words("hostname: data_dir: \" { } < > [ ]")),
@@ -395,8 +424,14 @@ PARSERS = {
     ),
     "header": Parser(header, (ValueError, chasquid.Refused), MAIL_WORDS),
     "http": Parser(http, (), words("GET POST /metrics HTTP/1.1 Content-Length: Host: Expect:")),
+    "letter": Parser(
+        letter, (chasquid.NotSent,), MAIL_WORDS + words("-t -i -f -F -bm -- Bcc: Cc: Resent-To:")
+    ),
     "log": Parser(log_line, (), words('event= id= text=" to=<a@b> \\" \\\\ "')),
     "message": Parser(message, (), MAIL_WORDS),
+    "postfix": Parser(
+        postfix, (), words("ana: ben, @there.example :include: | {SCRYPT} {CRYPT} :")
+    ),
     "private-key": Parser(private_key),
     "proxy": Parser(
         chasquid.parse_proxy_header,
@@ -526,7 +561,7 @@ def main() -> int:
         try:
             for _, tried in attempt_for(arguments.seconds / len(names), [name]):
                 print(f"{name}: {tried} inputs", flush=True)
-        except Mistake as mistake:
+        except Exception as mistake:  # a Mistake, or that one does not come each time
             status = 1
             kept = CORPUS / name / hashlib.sha256(failed.data).hexdigest()[:12]
             kept.parent.mkdir(parents=True, exist_ok=True)
