@@ -27,6 +27,9 @@ The work has five steps, and this file tells them in this order.
 
 To get somebody else's archive bit by bit, name the same interpreters with `--pythons`, or
 none with `--no-bytecode`, on a Python whose zlib compresses alike.
+
+pip and build find their hooks here too, so `pip install .` needs no other package to build
+the one that it installs.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ import argparse
 import ast
 import base64
 import email
+import gzip
 import hashlib
 import importlib.util
 import inspect
@@ -802,10 +806,10 @@ def contents(own: Files, packages: Files, pythons: Sequence[Interpreter]) -> Fil
     return files | compiled | {"__main__.py": main.encode()}
 
 
-def archived(files: Files, date: float) -> bytes:
+def archived(files: Files, date: float, start: bytes = SHEBANG) -> bytes:
     """The bytes of the archive, which depend on nothing but the arguments."""
     stream = io.BytesIO()
-    stream.write(SHEBANG)
+    stream.write(start)
     with zipfile.ZipFile(stream, "w") as archive:
         for name in sorted(files):
             entry = zipfile.ZipInfo(name, time.gmtime(date)[:6])
@@ -836,6 +840,103 @@ def write(path: Path, data: bytes) -> None:
         os.replace(fresh, path)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+# --- The package -----------------------------------------------------------------------
+
+# What pyproject.toml names as its build-backend (PEP 517, PEP 660). A type checker looks for
+# the types of an installed package, never of a single module (PEP 561), so a wheel holds
+# the module as the one file of a package, and py.typed beside it.
+START = b"""\
+# SPDX-License-Identifier: Apache-2.0
+import sys
+
+from chasquid import main
+
+sys.exit(main())
+"""
+TAG = "py3-none-any"
+
+
+def build_wheel(
+    wheel_directory: str, config_settings: object = None, metadata_directory: str | None = None
+) -> str:
+    """Write a wheel into a folder (PEP 517); its name."""
+    module = (HERE / "chasquid.py").read_bytes()
+    files = {"__init__.py": module, "__main__.py": START, "py.typed": b""}
+    package = {f"chasquid/{name}": data for name, data in files.items()}
+    return write_wheel(Path(wheel_directory), package)
+
+
+def build_editable(
+    wheel_directory: str, config_settings: object = None, metadata_directory: str | None = None
+) -> str:
+    """Write a wheel that has the module imported from where it lies (PEP 660); its name."""
+    return write_wheel(Path(wheel_directory), {"chasquid.pth": f"{HERE}\n".encode()})
+
+
+def build_sdist(sdist_directory: str, config_settings: object = None) -> str:
+    """Write a source distribution, what a wheel is built from (PEP 517); its name."""
+    about, files = package_metadata()
+    root, date = about.removesuffix(".dist-info"), int(date_of_entries())
+    names = ("README.md", "build_zipapp.py", "chasquid.py", "pyproject.toml")
+    sources = {name: (HERE / name).read_bytes() for name in names}
+    sources["PKG-INFO"] = files["METADATA"]
+    stream = io.BytesIO()
+    with (
+        gzip.GzipFile("", "wb", fileobj=stream, mtime=date) as packed,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        for name, data in sorted(sources.items()):
+            entry = tarfile.TarInfo(f"{root}/{name}")
+            entry.size, entry.mtime = len(data), date
+            tar.addfile(entry, io.BytesIO(data))
+    (Path(sdist_directory) / f"{root}.tar.gz").write_bytes(stream.getvalue())
+    return f"{root}.tar.gz"
+
+
+def write_wheel(folder: Path, package: Files) -> str:
+    """Write a wheel with these files and our metadata; its name."""
+    about, files = package_metadata()
+    wheel = f"Wheel-Version: 1.0\nGenerator: build_zipapp\nRoot-Is-Purelib: true\nTag: {TAG}\n"
+    files["WHEEL"] = wheel.encode()
+    package = package | {f"{about}/{name}": data for name, data in files.items()}
+    record = "".join(map(recorded, package, package.values())) + f"{about}/RECORD,,\n"
+    package[f"{about}/RECORD"] = record.encode()
+    name = f"{about.removesuffix('.dist-info')}-{TAG}.whl"
+    (folder / name).write_bytes(archived(package, date_of_entries(), b""))
+    return name
+
+
+def recorded(name: str, data: bytes) -> str:
+    """The line of a file in RECORD, by which pip checks and removes what it has installed."""
+    digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+    return f"{name},sha256={digest},{len(data)}\n"
+
+
+def package_metadata() -> tuple[str, Files]:
+    """The name of the dist-info folder, and its files but WHEEL and RECORD."""
+    import tomllib  # older Pythons lack it, and have been told above
+
+    project = tomllib.loads((HERE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    own = own_files(HERE / "chasquid.py")
+    [about] = {name.partition("/")[0] for name in own if ".dist-info/" in name}
+    needs = [f"Requires-Dist: {need}\n" for need in project["dependencies"]]
+    for extra, more in project["optional-dependencies"].items():
+        needs.append(f"Provides-Extra: {extra}\n")
+        needs += [f"Requires-Dist: {need}; extra == '{extra}'\n" for need in more]
+    kind = "Description-Content-Type: text/markdown\nLicense-File: NOTICE\n\n"
+    readme = (HERE / project["readme"]).read_bytes()
+    groups = {"console_scripts": project["scripts"], **project["entry-points"]}
+    points = [
+        f"[{group}]\n" + "".join(f"{name} = {what}\n" for name, what in rows.items())
+        for group, rows in groups.items()
+    ]
+    return about, {
+        "METADATA": own[f"{about}/METADATA"] + ("".join(needs) + kind).encode() + readme,
+        "entry_points.txt": "\n".join(points).encode(),
+        "licenses/NOTICE": NOTICE.encode(),
+    }
 
 
 # --- The command -----------------------------------------------------------------------

@@ -32,7 +32,8 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     COURIERS       Maildir, delivery agent, pipe, LMTP, SMTP by MX, via and smarthost
     ITEMS          a message in the queue: its envelope, journal and file, and how it comes in
     NOTIFICATIONS  delivery status notifications as messages (RFC 3464)
-    QUEUE          the schedule: attempts, pauses, the end
+    WAITING        the messages that wait: their files, when each is due, and for which place
+    QUEUE          attempts, pauses, the end
     RATE LIMITS    how much a client or a user may do
     SESSION        the dialogue: connection, transaction, command table
     RECEPTION      the receiver of the mail server: who may send what to whom
@@ -2491,6 +2492,32 @@ def replace_durably(path: str, data: bytes, mode: int = 0o600) -> None:
         if os.path.exists(temporary):
             os.unlink(temporary)
         raise
+
+
+_FREE_SPACE_SECONDS = 2.0  # how long what was seen of a disk is good enough
+
+
+class FreeSpace:
+    """Whether so many octets are free where `directory` is; a tenth of a disk is enough."""
+
+    def __init__(self, clock: Clock, directory: str, octets: int) -> None:
+        self._clock = clock
+        self._directory = directory
+        self._octets = octets
+        self._seen = float("-inf")
+        self._enough = True
+
+    def is_enough(self) -> bool:
+        """Tell whether that much was free within the last seconds."""
+        now = self._clock.monotonic()
+        if self._octets and now >= self._seen + _FREE_SPACE_SECONDS:
+            try:
+                status = os.statvfs(self._directory)
+            except OSError:
+                return True  # what is wrong shows when something is written
+            needed = min(self._octets, status.f_blocks * status.f_frsize // 10)
+            self._seen, self._enough = now, status.f_bavail * status.f_frsize >= needed
+        return self._enough
 
 
 _DISK_THREADS = 8  # at most
@@ -8705,8 +8732,9 @@ class Couriers:
 # A message of the queue as a file, and what can be read from it: the message as received
 # (CRLF), then JSON lines: the envelope, and one whenever something is done or put off while
 # more is left to do. The size of the message stands in the name ("ID,S=1234", as Maildir++
-# has it), so the journal is found without reading it. Which directory a file lies in, and
-# what a crash leaves there, is a table in QUEUE.
+# has it), so the journal is found without reading it. While it waits for its next attempt, the
+# file's time of modification says when that is due, as in Postfix's queue. Which directory a
+# file lies in, and what a crash leaves there, is a table in QUEUE.
 #
 # - A journal line counts when it is synced. A torn line is ignored: each line begins with
 #   the newline that ends what a crash may have left before it.
@@ -8829,7 +8857,7 @@ class Item:
 
     __slots__ = (
         "again", "attempts", "delay_reported", "due", "envelope", "message", "next_attempt",
-        "nudge", "recipients", "removed", "since", "task", "waited",
+        "recipients", "removed", "since", "task", "unwritten", "waited",
     )  # fmt: skip
 
     def __init__(self, envelope: Envelope, message: Message) -> None:
@@ -8845,7 +8873,7 @@ class Item:
         self.waited = 0.0
         self.since = 0.0
         self.removed = False
-        self.nudge: Event | None = None
+        self.unwritten = False  # its file does not say all of this: the disk refused
         self.again = False  # to be attempted once more when the attempt under way has ended
         self.task: Task | None = None
 
@@ -9089,21 +9117,23 @@ def _journal_from_version_0(old: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_item(path: str) -> Item:
-    """Read a file of the queue, whose name is ID,S=SIZE, in octets of the message.
-
-    Raises NewerItem, UnreadableItem, OSError.
-    """
+def parse_item_name(path: str) -> tuple[str, int]:
+    """Return the id of a message, and its octets. Raises UnreadableItem."""
     match = re.fullmatch(r"([a-z0-9]+),S=(\d+)", os.path.basename(path))
     if match is None:
         raise UnreadableItem(f"{path}: expected a name like ID,S=SIZE")
-    size = int(match[2])
+    return match[1], int(match[2])
+
+
+def read_item(path: str) -> Item:
+    """Read a file of the queue. Raises NewerItem, UnreadableItem, OSError."""
+    id, size = parse_item_name(path)
     try:
         with open(path, "rb") as file:
             file.seek(size)
             lines = file.read().split(b"\n")
         envelope = Envelope.from_line(lines[0])
-        if envelope.id != match[1]:
+        if envelope.id != id:
             raise ValueError("its name is not the id of its envelope")
         item = Item(envelope, Message(envelope.prefix, path, size))
         for line in filter(None, lines[1:]):
@@ -9213,40 +9243,6 @@ def _recipient_from_go(entry: Entry, path: str) -> tuple[FinalRecipient, bool]:
         raise ConfigError(path, entry.line, "expected a recipient with address, type, status")
     destination = Destination(kind, address, fields.texts("via"))
     return FinalRecipient(destination, fields.text("original_address") or address), status == "SENT"
-
-
-class QueueContents(NamedTuple):
-    """The items of a queue, and the paths of its other files, with reasons."""
-
-    items: list[Item]
-    unreadable: list[tuple[str, str]]  # they are no items
-    unread: list[tuple[str, str]]  # they could not be read now, but may be later
-    newer: list[tuple[str, str]]  # only a newer program knows what they say
-
-
-def read_queue(directory: str) -> QueueContents:
-    """Read the queue below `directory`. Raises ChasquidError."""
-    contents = QueueContents([], [], [], [])
-    for place in (Place.NEW, Place.CUR):
-        try:
-            names = sorted(os.listdir(os.path.join(directory, place)))
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise ChasquidError(f"the queue cannot be read: {reason(error)}") from error
-        for name in names:
-            path = os.path.join(directory, place, name)
-            try:
-                contents.items.append(read_item(path))
-            except UnreadableItem as error:
-                contents.unreadable.append((path, str(error)))
-            except NewerItem as error:
-                contents.newer.append((path, str(error)))
-            except FileNotFoundError:
-                pass  # delivered meanwhile
-            except OSError as error:
-                contents.unread.append((path, reason(error)))
-    return contents
 
 
 class Draft:
@@ -9666,6 +9662,440 @@ def _returned_content(item: Item, action: Action, utf8: bool) -> bytes:
     return _part(kind, content)
 
 
+def dsn_by_destination(
+    group: Sequence[Recipient], with_success: bool
+) -> dict[Destination, DsnParameters]:
+    """Return what was asked for each destination: all that any of those who meet there want.
+
+    Without `with_success` that a delivery be reported is left out (RFC 3461).
+    """
+    dsn_parameters: dict[Destination, DsnParameters] = {}
+    for recipient in group:
+        dsn = recipient.dsn
+        other = dsn_parameters.get(recipient.destination)
+        if other is not None and other != dsn:
+            words = tuple(
+                word
+                for word in (Notify.SUCCESS, Notify.FAILURE, Notify.DELAY)
+                if dsn.wants(word) or other.wants(word)
+            )
+            dsn = DsnParameters(words or (Notify.NEVER,), other.orcpt or dsn.orcpt)
+        dsn_parameters[recipient.destination] = dsn
+    if with_success:
+        return dsn_parameters
+    return {
+        destination: dsn._replace(
+            notify=tuple(word for word in dsn.notify if word != Notify.SUCCESS) or (Notify.NEVER,)
+        )
+        if dsn.notify
+        else dsn
+        for destination, dsn in dsn_parameters.items()
+    }
+
+
+# ======================================================================================
+# ROOM: WAITING
+#
+# The messages of the queue that wait, as their directories and our memory know them: some
+# 500 octets each, without a task and without an open file. So a queue of 100,000 messages is
+# listed in a fraction of a second, and a message is read when it is its turn.
+#
+#     a message is in    and waits for                 until
+#     -----------------  ----------------------------  ---------------------------------
+#     the heap           its time                      it is due
+#     a line, or two     a place on one of its routes  half of the places there are free
+#     neither            nothing: it is attempted, and QUEUE has its item
+#
+# - What counts is the entry under the message's id. Another one that is met in the heap or in
+#   a line was replaced or taken out, and is passed over.
+# - A line is in the order in which its messages became due.
+# - At the start a message is known by its name, and by its file's time of modification, which
+#   is a hint: what is due by it is read first, and then, whenever nothing is due, some of the
+#   others. The journal decides. (A crash leaves an older time, a copy may have a later one.)
+#
+# One task, the schedule, reads what is due, some files at a time in a worker thread. It is the
+# only one to do so, but for what an operator asks for, which takes turns with it.
+#
+# What becomes of a message that was read belongs to QUEUE.
+# ======================================================================================
+
+RouteKey = tuple[str, ...]
+_READ_AT_A_TIME = 32  # files
+_READ_AGAIN_SECONDS = 20 * 60.0  # after a fault of ours
+_SETTLING = 64  # items whose results wait for the disk, before no more files are read
+
+
+class FoundFile(NamedTuple):
+    """A file of the queue, unopened. `changed` is in seconds since 1970."""
+
+    id: str
+    path: str
+    changed: float
+
+
+class QueueFiles(NamedTuple):
+    """The files of a queue, and the paths of what are none, with reasons."""
+
+    found: list[FoundFile]
+    unreadable: list[tuple[str, str]]
+
+
+def list_queue(directory: str, place: Place) -> QueueFiles:
+    """List what is in one place of the queue below `directory`. Raises ChasquidError."""
+    files = QueueFiles([], [])
+    try:
+        with os.scandir(os.path.join(directory, place)) as entries:
+            for entry in entries:
+                _list_file(entry, files)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise ChasquidError(f"the queue cannot be read: {reason(error)}") from error
+    return files
+
+
+def _list_file(entry: os.DirEntry[str], files: QueueFiles) -> None:
+    try:
+        id, _ = parse_item_name(entry.path)
+        changed = entry.stat(follow_symlinks=False).st_mtime
+    except UnreadableItem as error:
+        files.unreadable.append((entry.path, str(error)))
+    except FileNotFoundError:
+        pass  # delivered meanwhile
+    else:
+        files.found.append(FoundFile(id, entry.path, changed))
+
+
+class QueueContents(NamedTuple):
+    """The items of a queue, and the paths of its other files, with reasons."""
+
+    items: list[Item]
+    unreadable: list[tuple[str, str]]  # they are no items
+    unread: list[tuple[str, str]]  # they could not be read now, but may be later
+    newer: list[tuple[str, str]]  # only a newer program knows what they say
+
+
+def read_queue(directory: str) -> QueueContents:
+    """Read the queue below `directory`. Raises ChasquidError."""
+    contents = QueueContents([], [], [], [])
+    for place in (Place.NEW, Place.CUR):  # in this order, in which a running server moves them
+        files = list_queue(directory, place)
+        contents.unreadable.extend(files.unreadable)
+        for path in sorted(file.path for file in files.found):
+            try:
+                contents.items.append(read_item(path))
+            except UnreadableItem as error:
+                contents.unreadable.append((path, str(error)))
+            except NewerItem as error:
+                contents.newer.append((path, str(error)))
+            except FileNotFoundError:
+                pass  # delivered meanwhile
+            except OSError as error:
+                contents.unread.append((path, reason(error)))
+    return contents
+
+
+def recover_queue(directory: str, log: Log, now: float) -> list[FoundFile]:
+    """Make the directories of a queue, sweep tmp, and return what is in new and cur.
+
+    `now` is in seconds since 1970. Raises ConfigError if the directory cannot be used, and as
+    `list_queue`.
+    """
+    try:
+        for place in Place:
+            make_directory(os.path.join(directory, place))
+        for name in os.listdir(os.path.join(directory, Place.TMP)):
+            _sweep(os.path.join(directory, Place.TMP, name), log)
+        _take_over(directory, log, now)
+    except OSError as error:
+        text = f"the queue cannot be written: {error.strerror}"
+        raise ConfigError(error.filename or directory, 0, text) from error
+    found: list[FoundFile] = []
+    for place in (Place.NEW, Place.CUR):
+        files = list_queue(directory, place)
+        found += files.found
+        for path, why in files.unreadable:
+            set_aside(directory, log, path, why)
+    return found
+
+
+def set_aside(directory: str, log: Log, path: str, why: str) -> None:
+    """Move what cannot be read to bad, and say so; if that fails it stays."""
+    log.error("queue", f"set aside in bad: {why}")
+    try:
+        os.rename(path, os.path.join(directory, Place.BAD, os.path.basename(path)))
+    except OSError as error:
+        log.error("queue", f"{path} stays where it is: {reason(error)}")
+
+
+def _sweep(path: str, log: Log) -> None:
+    try:
+        os.unlink(path)
+    except OSError as error:
+        log.error("queue", f"{path} cannot be removed: {reason(error)}")
+
+
+def _take_over(directory: str, log: Log, now: float) -> None:
+    """Make items of the messages that chasquid in Go has left; each once, or it stays.
+
+    Raises OSError if one cannot be written.
+    """
+    for name in sorted(os.listdir(directory)):
+        path = os.path.join(directory, name)
+        if not name.startswith("m:") or not os.path.isfile(path):
+            continue
+        try:
+            id, (size, chunks) = item_from_go(read_file(path), path, now)
+        except ConfigError as error:
+            log.error("queue", f"not taken over from chasquid in Go: {error}")
+            continue
+        places = {place: os.path.join(directory, place, f"{id},S={size}") for place in Place}
+        if not any(map(os.path.exists, places.values())):  # or we died before it was removed
+            path_for = functools.partial(_always, places[Place.CUR])
+            create_durably(os.path.join(directory, Place.TMP, id), chunks, path_for)
+        os.unlink(path)
+        sync_directory(directory)
+        log.event(Events.TAKEN_OVER, id=id, file=name)
+
+
+def _always(path: str, size: int) -> str:
+    return path
+
+
+class WaitingMessage(NamedTuple):
+    """A message that waits. `due` comes first, so that a heap of these is in its order.
+
+    `since`, as `due`, is on the monotonic clock: the time at which its file was right about
+    how long it had waited. `found`: at the start, by its name; its file was not read yet.
+    """
+
+    due: float
+    id: str
+    path: str
+    received: float  # in seconds since 1970
+    since: float
+    found: bool = False
+
+
+class Waiting:
+    """Messages that wait, and how many are under way on each route.
+
+    `most` tells how many may be under way on a route; the others wait in its line.
+    """
+
+    def __init__(self, most: Callable[[RouteKey], int]) -> None:
+        self._most = most
+        self._messages: dict[str, WaitingMessage] = {}
+        self._heap: list[WaitingMessage] = []
+        self._found: list[WaitingMessage] = []
+        self._lines: dict[RouteKey, list[WaitingMessage]] = {}
+        self._under_way: collections.Counter[RouteKey] = collections.Counter()
+
+    def __len__(self) -> int:
+        return len(self._messages)
+
+    def __iter__(self) -> Iterator[WaitingMessage]:
+        return iter(self._messages.values())
+
+    def get(self, id: str) -> WaitingMessage | None:
+        """Return what is known of a message that waits."""
+        return self._messages.get(id)
+
+    def has(self, message: WaitingMessage) -> bool:
+        """Tell whether `message` still waits as it is here."""
+        return self._messages.get(message.id) is message
+
+    def add(self, message: WaitingMessage) -> None:
+        """Have a message wait until it is due, instead of what was known of it before."""
+        self._messages[message.id] = message
+        heapq.heappush(self._heap, message)
+
+    def add_found(self, message: WaitingMessage) -> None:
+        """As `add`, at the start; it is also one of the `unread`."""
+        self.add(message)
+        self._found.append(message)
+
+    def line_up(self, message: WaitingMessage, routes: Iterable[RouteKey]) -> None:
+        """Have a message wait for a place on one of `routes`, whichever comes first."""
+        self._messages[message.id] = message
+        for route in routes:
+            heapq.heappush(self._lines.setdefault(route, []), message)
+
+    def remove(self, id: str) -> WaitingMessage | None:
+        """Take a message out, and return what was known of it."""
+        return self._messages.pop(id, None)
+
+    def next_due(self) -> float:
+        """Return when the next message is due, on the monotonic clock; infinity if none is."""
+        while self._heap and not self.has(self._heap[0]):
+            heapq.heappop(self._heap)
+        return self._heap[0].due if self._heap else float("inf")
+
+    def due(self, now: float, count: int) -> list[WaitingMessage]:
+        """Return up to `count` messages that are due, the longest overdue first.
+
+        They wait no more for their time, but still are here until they are removed.
+        """
+        for route, line in list(self._lines.items()):
+            if self._may_go_on(route):
+                self._release(route, line)
+        found: list[WaitingMessage] = []
+        while len(found) < count and self.next_due() <= now:
+            found.append(heapq.heappop(self._heap))
+        return found
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether there may be something `unread`."""
+        return bool(self._found)
+
+    def unread(self, count: int) -> list[WaitingMessage]:
+        """Return up to `count` messages of those that were found and not read yet."""
+        messages: list[WaitingMessage] = []
+        while self._found and len(messages) < count:
+            message = self._found.pop()
+            if self.has(message):
+                messages.append(message)
+        return messages
+
+    def _may_go_on(self, route: RouteKey) -> bool:
+        return self._under_way[route] <= self._most(route) // 2
+
+    def _release(self, route: RouteKey, line: list[WaitingMessage]) -> None:
+        free = self._most(route) - self._under_way[route]
+        while line and free:
+            message = heapq.heappop(line)
+            if self.has(message):
+                self.add(message._replace())  # in another line it counts no more
+                free -= 1
+        if not line:
+            del self._lines[route]
+
+    def begin(self, routes: Iterable[RouteKey]) -> None:
+        """Count an attempt on each of `routes`."""
+        self._under_way.update(routes)
+
+    def end(self, routes: Iterable[RouteKey]) -> bool:
+        """Count its end; tell whether somebody in a line may go on, who is due then."""
+        go_on = False
+        for route in routes:
+            self._under_way[route] -= 1
+            go_on = go_on or (route in self._lines and self._may_go_on(route))
+            if not self._under_way[route]:
+                del self._under_way[route]
+        return go_on
+
+    def under_way(self, route: RouteKey) -> int:
+        """Return how many attempts are under way on a route."""
+        return self._under_way[route]
+
+    def must_wait(self, route: RouteKey, message: WaitingMessage) -> bool:
+        """Tell whether a route is full, or some in its line have been due for longer."""
+        if self._under_way[route] >= self._most(route):
+            return True
+        line = self._lines.get(route, [])
+        while line and not self.has(line[0]):
+            heapq.heappop(line)
+        return bool(line) and line[0] < message
+
+    def length(self, route: RouteKey) -> int:
+        """Return how many messages want a route now: under way, or in its line."""
+        return self._under_way[route] + len(self._lines.get(route, ()))
+
+
+class Schedule:
+    """The task that reads messages when they are due.
+
+    `opened` gets each with its item, or with why there is none. `unwritten` has items whose
+    files do not say all of them; they are taken instead.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        log: Log,
+        waiting: Waiting,
+        opened: Callable[[WaitingMessage, Item | Exception], None],
+    ) -> None:
+        self.unwritten: dict[str, Item] = {}
+        self.reading = Slots(loop, 1)  # held by who reads files of messages that wait
+        self.is_reading = False  # whether some that are due are being read
+        self._loop = loop
+        self._log = log
+        self._waiting = waiting
+        self._opened = opened
+        self.is_closing = False
+        self._settling = 0
+        self._go_on = Event(loop)
+        self._task: Task | None = None
+
+    def go_on(self) -> None:
+        """Look again at what is due."""
+        self._go_on.set()
+        if not self.is_closing and (self._task is None or self._task.done):
+            self._task = self._loop.spawn(self._run(), "queue")
+
+    def close(self) -> None:
+        """Read no more."""
+        self.is_closing = True
+        self._go_on.set()
+
+    def hold(self) -> None:
+        """Count an item whose results are being written down: the disk may be slow."""
+        self._settling += 1
+
+    def release(self) -> None:
+        """Count the end of that."""
+        self._settling -= 1
+        if self._settling == _SETTLING - 1:
+            self.go_on()
+
+    async def read(self, messages: Sequence[WaitingMessage]) -> list[Item | Exception]:
+        """Return the item of each message, or why there is none. `reading` must be held."""
+
+        def read(message: WaitingMessage) -> Item | Exception:
+            try:
+                return self.unwritten.get(message.id) or read_item(message.path)
+            except Exception as error:
+                return error
+
+        try:
+            return await self._loop.work(lambda: list(map(read, messages)))
+        except ChasquidError as error:  # there is no thread
+            failure = OSError(errno.EAGAIN, f"the queue was not read: {error}")
+            return [failure] * len(messages)
+
+    async def _run(self) -> None:
+        while not self.is_closing:
+            self._go_on.clear()
+            count = _READ_AT_A_TIME if self._settling < _SETTLING else 0
+            messages = self._waiting.due(self._loop.clock.monotonic(), count)
+            messages = messages or self._waiting.unread(count)
+            self.is_reading = bool(messages)
+            if messages:
+                await self._open(messages)
+            else:
+                await self._until(self._waiting.next_due() if count else float("inf"))
+
+    async def _until(self, when: float) -> None:
+        try:
+            with self._loop.deadline(when - self._loop.clock.monotonic()):
+                await self._go_on.wait()
+        except Expired:
+            pass
+
+    async def _open(self, messages: Sequence[WaitingMessage]) -> None:
+        async with self.reading:
+            messages = list(filter(self._waiting.has, messages))
+            for message, item in zip(messages, await self.read(messages), strict=True):
+                try:
+                    self._opened(message, item)
+                except Exception as error:  # a fault of ours must not hold up the others
+                    self._log.crash(f"queue {message.id}", error)
+                    due = self._loop.clock.monotonic() + _READ_AGAIN_SECONDS
+                    self._waiting.add(message._replace(due=due))
+
+
 # ======================================================================================
 # ROOM: QUEUE
 #
@@ -9684,6 +10114,20 @@ def _returned_content(item: Item, action: Action, utf8: bool) -> bytes:
 # A file moves from tmp to new when it is whole and synced, and from new to cur after its
 # journal is; that move is not synced, as the journal counts in either. Files in new and cur
 # that a newer version wrote are reported and left alone.
+#
+# In memory a message is in one of these (an item is what ITEMS reads from a file):
+#
+#     known as                means                         ends with
+#     ----------------------  ----------------------------  --------------------------------
+#     a message in WAITING    it is not due, or all its     its file is read, and it is
+#                             routes are full               attempted, or waits on
+#     an item in _active      it is attempted, or what      it is removed, or written down
+#                             came of that is written down  and waits again
+#     both that and an item   its file does not say what    as above, with this item instead
+#     in `unwritten`          came of it: the disk refuses  of the one in the file
+#
+# After an attempt a file's time of modification is set to the next one, unsynced: a hint for
+# the next start (WAITING).
 #
 # - 250 means that file and directory are synced.
 # - Mail for a few mailboxes here has no file here: it is written straight into them before its
@@ -9705,6 +10149,7 @@ def _returned_content(item: Item, action: Action, utf8: bool) -> bytes:
 
 _PAUSES = (60.0, 300.0, 600.0, 1200.0)  # seconds after the 1st, 2nd, 3rd, any later attempt
 _JITTER = 60.0
+_LONGEST_PAUSE = _PAUSES[-1] + _JITTER
 _LOCAL_SLOTS = 16  # attempts at a time, each kind for itself: slow servers elsewhere must
 _REMOTE_SLOTS = 100  # not hold up mail that is delivered here
 _PIPE_SLOTS = 4  # runs of one command at a time; of the delivery agent, as many as local ones
@@ -9712,10 +10157,16 @@ _LOCAL_BACKLOG = 64  # deliveries here that may wait before their senders are sl
 _CATCH_UP_SECONDS = 2.0  # at most by this for each message
 _CATCH_UP_STEPS = 100
 _DIRECT_RECIPIENTS = 16  # who get a message before its 250; for more that would take too long
-_DISK_SECONDS = 2.0  # how long what was seen of the disk is good enough
 _DELAY_NOTICE_SECONDS = 4 * 3600.0  # after which a sender hears that it takes longer
 _DESTINATION_SLOTS = 5  # attempts at a time for one destination elsewhere
 _SLOTS = {RouteKind.LOCAL: _LOCAL_SLOTS, RouteKind.PIPE: _PIPE_SLOTS}
+_ANY_REMOTE: RouteKey = ()  # the route of all that is not local
+_READY = 4  # messages read for each place, so that another is at hand when one is free
+
+
+def _slots(route: RouteKey) -> int:
+    """Return how many attempts there may be at a time on a route."""
+    return _SLOTS.get(RouteKind(route[0]), _DESTINATION_SLOTS) if route else _REMOTE_SLOTS
 
 
 _RESULT_EVENTS = {
@@ -9729,15 +10180,33 @@ class QueueFull(TemporaryFailure):
     """There is no room for another message, by number or on the disk."""
 
 
-def _always(path: str, size: int) -> str:
-    return path
+def _no_such_message(id: str) -> ChasquidError:
+    return ChasquidError(f"there is no message {printable(id, 40)} in the queue")
+
+
+def _as_waiting(item: Item) -> WaitingMessage:
+    return WaitingMessage(
+        item.due, item.id, item.message.path, item.envelope.received, since=item.since
+    )
+
+
+class _Group(NamedTuple):
+    """Recipients of a message that travel together, and under which reverse-path."""
+
+    route: Route
+    sender: str
+    recipients: list[Recipient]
+
+    @property
+    def routes(self) -> tuple[RouteKey, ...]:
+        return (self.route.key,) if self.route.local else (self.route.key, _ANY_REMOTE)
 
 
 Sign = Callable[[bytes, Callable[[], Iterable[bytes]]], Awaitable[bytes]]
 
 
 class Queue:
-    """The messages that we answer for, and the tasks that deliver them.
+    """The messages that we answer for, and their delivery.
 
     `is_local` tells whether a domain is served here, `expand` what an address stands for.
     `sign` returns the fields to put in front of a notification's header, given that and the
@@ -9768,98 +10237,129 @@ class Queue:
         self._on_result = on_result
         self._remote_slots = Slots(loop, _REMOTE_SLOTS)
         self._destinations: dict[tuple[str, ...], Slots] = {}
-        # by route, deliveries that wait for a place or are being made
-        self._under_way: collections.Counter[tuple[str, ...]] = collections.Counter()
-        self._closing = False
-        self._disk_seen = float("-inf")
-        self._has_room = True
+        self._waiting = Waiting(lambda route: _READY * _slots(route))
+        self._active: dict[str, Item] = {}
+        self._schedule = Schedule(loop, log, self._waiting, self._opened)
+        self._free_space = FreeSpace(loop.clock, settings.directory, settings.min_free_disk)
         self.expand = expand
-        self.items: dict[str, Item] = {}
 
     def recover(self) -> None:
-        """Make the directories, sweep tmp, and take up what is in new and cur.
+        """Take up what is in the queue, each message when it is due.
 
-        Raises ConfigError if the directory cannot be used.
+        Raises ConfigError if its directory cannot be used, ChasquidError if it cannot be read.
         """
-        directory = self._settings.directory
+        now, today = self._loop.clock.monotonic(), self._loop.clock.time()
+        for file in recover_queue(self._settings.directory, self._log, today):
+            pause = file.changed - today
+            due = now + (pause if pause <= _LONGEST_PAUSE else 0.0)
+            received = min(file.changed, today)  # or before that
+            self._waiting.add_found(
+                WaitingMessage(due, file.id, file.path, received, since=now, found=True)
+            )
+        self._schedule.go_on()
+
+    # --- what is due ---
+
+    def _opened(self, message: WaitingMessage, item: Item | Exception) -> None:
+        if isinstance(item, Item):
+            self._take_up(message, item)
+        elif isinstance(item, OSError) and not isinstance(item, FileNotFoundError):
+            self._log.error("queue", f"{reason(item)}; reading it again in a minute")
+            due = self._loop.clock.monotonic() + _PAUSES[0]
+            self._waiting.add(message._replace(due=due))
+        elif isinstance(item, (ChasquidError, FileNotFoundError)):
+            self._waiting.remove(message.id)
+            self._report_unread(message, item)
+        else:
+            raise item
+
+    def _report_unread(self, message: WaitingMessage, error: Exception) -> None:
+        if isinstance(error, UnreadableItem):
+            set_aside(self._settings.directory, self._log, message.path, str(error))
+        elif isinstance(error, NewerItem):
+            self._log.error("queue", f"left where it is, and not delivered: {error}")
+        else:
+            self._report_loss(message.id)
+
+    def _report_loss(self, id: str) -> None:
+        self._log.event(Events.LOST, id=id, text="its file is gone from the queue")
+
+    def _take_up(self, message: WaitingMessage, item: Item) -> None:
+        """Attempt what was read, if it is due and there is a place for it."""
+        now = self._loop.clock.monotonic()
+        item.since, item.due = message.since, min(message.due, now)
+        if message.found:
+            self._log.event(Events.FOUND, id=item.id, from_=item.envelope.sender)
+            pause = item.next_attempt - self._loop.clock.time()
+            if pause > 0:
+                item.due = now + min(pause, _LONGEST_PAUSE)
+                self._waiting.add(_as_waiting(item))
+                return
+        self._begin_or_line_up(item)
+
+    def _start(self, item: Item) -> None:
+        """Attempt a message that was accepted now."""
+        item.since = item.due = self._loop.clock.monotonic()
+        self._begin_or_line_up(item)
+
+    def _begin_or_line_up(self, item: Item) -> None:
+        """Attempt `item`, unless there is a place on none of its routes."""
+        groups, message = self._groups(item), _as_waiting(item)
+        if self._schedule.is_closing:
+            self._waiting.add(message)
+            return
+        full = [
+            next((route for route in group.routes if self._waiting.must_wait(route, message)), None)
+            for group in groups
+        ]
+        if groups and None not in full:
+            routes = [route for route in dict.fromkeys(full) if route is not None]
+            self._waiting.line_up(message, routes)
+            self._schedule.go_on()
+        else:
+            self._begin(item, groups)
+
+    def _groups(self, item: Item) -> list[_Group]:
+        """Return the open recipients of a message, those together who travel together."""
+        groups: dict[tuple[str, ...], _Group] = {}
+        for recipient in item.recipients:
+            if recipient.is_open:
+                route = self._couriers.route(recipient.destination, item.attempts)
+                sender = self._sender_for(item, recipient)
+                group = groups.setdefault((*route.key, sender), _Group(route, sender, []))
+                group.recipients.append(recipient)
+        return list(groups.values())
+
+    def _begin(self, item: Item, groups: Sequence[_Group]) -> None:
+        self._waiting.remove(item.id)
+        self._active[item.id] = item
+        for group in groups:
+            self._waiting.begin(group.routes)
+        item.task = self._loop.spawn(self._run(item, groups), f"queue {item.id}")
+
+    async def _run(self, item: Item, groups: Sequence[_Group]) -> None:
+        """Attempt once, write down what came of it, and have what is left wait."""
         try:
-            for place in Place:
-                make_directory(os.path.join(directory, place))
-            for name in os.listdir(os.path.join(directory, Place.TMP)):
-                self._sweep(os.path.join(directory, Place.TMP, name))
-            self._take_over(directory)
-        except OSError as error:
-            text = f"the queue cannot be written: {error.strerror}"
-            raise ConfigError(error.filename or directory, 0, text) from error
-        contents = read_queue(directory)
-        for path, why in contents.unreadable:
-            self._set_aside(path, why)
-        for _, why in contents.newer:
-            self._leave(why)
-        for path, why in contents.unread:
-            self._log.error("queue", f"{why}; reading it again in a minute")
-            self._loop.spawn(self._read_later(path), f"reading of {path}")
-        for item in contents.items:
-            self._take_up(item)
-
-    def _set_aside(self, path: str, why: str) -> None:
-        self._log.error("queue", f"set aside in bad: {why}")
-        target = os.path.join(self._settings.directory, Place.BAD, os.path.basename(path))
-        try:
-            os.rename(path, target)
-        except OSError as error:
-            self._log.error("queue", f"{path} stays where it is: {reason(error)}")
-
-    def _leave(self, why: str) -> None:
-        self._log.error("queue", f"left where it is, and not delivered: {why}")
-
-    def _sweep(self, path: str) -> None:
-        try:
-            os.unlink(path)
-        except OSError as error:
-            self._log.error("queue", f"{path} cannot be removed: {reason(error)}")
-
-    def _take_over(self, directory: str) -> None:
-        """Make items of the messages that chasquid in Go has left; each once, or it stays.
-
-        Raises OSError if one cannot be written.
-        """
-        now = self._loop.clock.time()
-        for name in sorted(os.listdir(directory)):
-            path = os.path.join(directory, name)
-            if not name.startswith("m:") or not os.path.isfile(path):
-                continue
+            await self._attempt(item, groups)
+            self._schedule.hold()
             try:
-                id, (size, chunks) = item_from_go(read_file(path), path, now)
-            except ConfigError as error:
-                self._log.error("queue", f"not taken over from chasquid in Go: {error}")
-                continue
-            places = {place: os.path.join(directory, place, f"{id},S={size}") for place in Place}
-            if not any(map(os.path.exists, places.values())):  # or we died before it was removed
-                path_for = functools.partial(_always, places[Place.CUR])
-                create_durably(os.path.join(directory, Place.TMP, id), chunks, path_for)
-            os.unlink(path)
-            sync_directory(directory)
-            self._log.event(Events.TAKEN_OVER, id=id, file=name)
+                over = await self._settle(item)
+            finally:
+                self._schedule.release()
+        finally:
+            del self._active[item.id]
+            self._schedule.unwritten.pop(item.id, None)
+        if not over and not item.removed:
+            self._wait(item)
 
-    def _take_up(self, item: Item) -> None:
-        self._log.event(Events.FOUND, id=item.id, from_=item.envelope.sender)
-        self._start(item)
+    def _wait(self, item: Item) -> None:
+        if item.unwritten:
+            item.message = item.message._replace(data=None)
+            self._schedule.unwritten[item.id] = item
+        self._waiting.add(_as_waiting(item))
+        self._schedule.go_on()
 
-    async def _read_later(self, path: str) -> None:
-        while True:
-            await self._loop.sleep(_PAUSES[0])
-            try:
-                self._take_up(read_item(path))
-                return
-            except UnreadableItem as error:
-                self._set_aside(path, str(error))
-                return
-            except NewerItem as error:
-                self._leave(str(error))
-                return
-            except OSError as error:
-                self._log.error("queue", f"{reason(error)}; reading it again in a minute")
+    # --- what comes in ---
 
     def draft(self) -> Draft:
         """Return a message to be filled. Raises QueueFull."""
@@ -9872,22 +10372,10 @@ class Queue:
 
     def check_room(self) -> None:
         """Raise QueueFull if the queue takes no more messages from outside."""
-        if len(self.items) >= self._settings.limit:
+        if self.count >= self._settings.limit:
             raise QueueFull(f"the queue is full ({self._settings.limit} messages)", "4.3.1")
-        if self._settings.min_free_disk and not self._disk_has_room():
+        if not self._free_space.is_enough():
             raise QueueFull("the disk is nearly full", "4.3.1")
-
-    def _disk_has_room(self) -> bool:
-        """Tell whether enough was free within the last seconds; a tenth of a disk is enough."""
-        now = self._loop.clock.monotonic()
-        if now >= self._disk_seen + _DISK_SECONDS:
-            try:
-                status = os.statvfs(self._settings.directory)
-            except OSError:
-                return True  # what is wrong shows when something is written
-            enough = min(self._settings.min_free_disk, status.f_blocks * status.f_frsize // 10)
-            self._disk_seen, self._has_room = now, status.f_bavail * status.f_frsize >= enough
-        return self._has_room
 
     async def accept(self, draft: Draft, envelope: Envelope, trace: Mapping[str, str]) -> Item:
         """Store a message durably and start to deliver it, or deliver it. Raises QueueFull.
@@ -9956,7 +10444,7 @@ class Queue:
     def _check_programs(self, routes: Iterable[Route]) -> None:
         """Raise QueueFull while half of the queue waits for a program that is asked for."""
         for route in routes:
-            if route.program and self._under_way[route.key] > self._settings.limit // 2:
+            if route.program and self._waiting.length(route.key) > self._settings.limit // 2:
                 raise QueueFull("too much mail is waiting for a program here", "4.3.2")
 
     async def _let_deliveries_catch_up(self, routes: Iterable[Route]) -> None:
@@ -9966,114 +10454,150 @@ class Queue:
         """
         most = min(_LOCAL_BACKLOG, self._settings.limit)
         for _ in range(_CATCH_UP_STEPS):
-            if all(self._under_way[route.key] < most for route in routes if route.local):
+            lengths = (self._waiting.length(route.key) for route in routes if route.local)
+            if all(length <= most for length in lengths):
                 return
             await self._loop.sleep(_CATCH_UP_SECONDS / _CATCH_UP_STEPS)
 
-    def retry(self, item: Item) -> None:
-        """Attempt `item` now instead of when it is due."""
-        item.next_attempt = item.due = 0.0
-        if item.nudge is not None:
-            item.nudge.set()
-        else:
-            item.again = True  # an attempt is under way, and would put it off at its end
+    # --- what operators ask for: it raises ChasquidError if there is no such message ---
 
-    async def retry_as_asked(self, item: Item) -> None:
-        """As `retry`, and let the file say so too, which is what people are shown."""
-        item.next_attempt = 0.0
-        await self._write_progress(item)
-        self.retry(item)
+    async def retry(self, id: str) -> None:
+        """Attempt a message now instead of when it is due.
 
-    async def bounce(self, item: Item) -> None:
-        """Give `item` up now: its sender is told, as if its time had passed.
+        Its file says so too, which is what people are shown.
+        """
+        async with self._schedule.reading:
+            item = self._active.get(id)
+            if item is not None:
+                item.again = True  # the attempt under way would put it off at its end
+                return
+            item = await self._read_waiting(id)
+            item.due, item.next_attempt = self._loop.clock.monotonic(), 0.0
+            await self._write_progress(item)
+            self._wait(item)
+
+    async def retry_all(self) -> int:
+        """As `retry`, of each message; return how many there are."""
+        count = 0
+        for id in [*self._active, *(message.id for message in self._waiting)]:
+            with contextlib.suppress(ChasquidError):  # it is gone meanwhile
+                await self.retry(id)
+                count += 1
+        return count
+
+    async def _read_waiting(self, id: str) -> Item:
+        """Read a message that waits; `reading` is held."""
+        message = self._waiting.get(id)
+        if message is None:
+            raise _no_such_message(id)
+        [item] = await self._schedule.read([message])
+        if not isinstance(item, Item):
+            raise ChasquidError(f"{id} cannot be read: {reason(item)}") from item
+        item.since = message.since
+        return item
+
+    async def bounce(self, id: str) -> Item:
+        """Give a message up now: its sender is told, as if its time had passed.
 
         Returns when that is done, or put off.
         """
-        self._give_up(item, "given up by the operator", "5.0.0")
-        self.retry(item)
+        async with self._schedule.reading:
+            if id in self._active:
+                raise ChasquidError(f"{id} is being attempted; try again in a moment")
+            item = await self._read_waiting(id)
+            self._give_up(item, "given up by the operator", "5.0.0")
+            self._begin(item, ())
         if item.task is not None:
             await item.task.join()
+        return item
 
-    async def remove(self, item: Item) -> None:
-        """Take `item` out of the queue, delivered or not; the sender is not told.
+    async def remove(self, id: str) -> None:
+        """Take a message out of the queue, delivered or not; the sender is not told.
 
         Raises ChasquidError if its file cannot be removed; then it stays.
         """
-        item.removed = True
-        self.retry(item)
-        if item.task is not None:
+        async with self._schedule.reading:  # not while it is being read
+            item, message = self._active.get(id), self._waiting.remove(id)
+        if item is not None and item.task is not None:
+            item.removed = True
             await item.task.join()
+            item.removed, message = False, _as_waiting(item)
+        if message is None:
+            raise _no_such_message(id)
         try:
-            await self._disk.remove(item.message.path)
+            await self._disk.remove(message.path)
         except OSError as error:
-            item.removed = False
-            if any(recipient.is_open for recipient in item.recipients):
-                self._start(item)  # it is still there, and would be delivered after a restart
-            raise ChasquidError(f"{item.id} cannot be removed: {reason(error)}") from error
-        self._log.event(Events.REMOVED, id=item.id)
+            if item is None:
+                self._waiting.add(message)  # it would be delivered after a restart
+                self._schedule.go_on()
+            elif any(recipient.is_open for recipient in item.recipients):
+                self._wait(item)
+            raise ChasquidError(f"{id} cannot be removed: {reason(error)}") from error
+        self._schedule.unwritten.pop(id, None)
+        self._log.event(Events.REMOVED, id=id)
+
+    # --- what there is ---
+
+    @property
+    def count(self) -> int:
+        """How many messages are in the queue."""
+        return len(self._active) + len(self._waiting)
+
+    def oldest(self) -> float | None:
+        """Return when the oldest message came, in seconds since 1970; None if there is none."""
+        active = (item.envelope.received for item in self._active.values())
+        waiting = (message.received for message in self._waiting)
+        return min(itertools.chain(active, waiting), default=None)
+
+    def look(self, most: int | None = None) -> list[Item]:
+        """Read messages, at most so many; those that are being attempted come first."""
+        items = list(itertools.islice(self._active.values(), most))
+        left = None if most is None else most - len(items)
+        for message in itertools.islice(self._waiting, left):
+            with contextlib.suppress(ChasquidError, OSError):  # reported when it is due
+                items.append(self._schedule.unwritten.get(message.id) or read_item(message.path))
+        return items
+
+    def next_due(self) -> float:
+        """Return when there is something to do, on the monotonic clock.
+
+        That is infinity if the queue is empty, minus infinity while something is done.
+        """
+        due, now = self._waiting.next_due(), self._loop.clock.monotonic()
+        reading = self._schedule.is_reading or self._waiting.has_unread
+        return float("-inf") if self._active or reading or due <= now else due
+
+    # --- the end ---
 
     def begin_closing(self) -> None:
         """Begin no more attempts."""
-        self._closing = True
-        for item in self.items.values():
-            if item.nudge is not None:
-                item.nudge.set()
+        self._schedule.close()
 
     async def close(self) -> None:
         """Let attempts under way end; what is left stays on the disk."""
         self.begin_closing()
-        for item in list(self.items.values()):
+        for item in list(self._active.values()):
             if item.task is not None:
                 await item.task.join()
 
-    def _start(self, item: Item) -> None:
-        self.items[item.id] = item
-        item.since = self._loop.clock.monotonic()
-        pause = item.next_attempt - self._loop.clock.time()
-        item.due = item.since + min(max(0.0, pause), _PAUSES[-1] + _JITTER)
-        item.task = self._loop.spawn(self._deliver_all(item), f"queue {item.id}")
+    # --- an attempt ---
 
-    async def _deliver_all(self, item: Item) -> None:
-        """Attempt until nothing is pending, pausing in between."""
-        try:
-            while not item.removed and not self._closing:
-                if item.due <= self._loop.clock.monotonic():
-                    item.again = False
-                    await self._attempt(item)
-                    if await self._settle(item):
-                        return
-                else:
-                    await self._wait(item)
-        finally:
-            del self.items[item.id]
-
-    async def _wait(self, item: Item) -> None:
-        item.nudge = Event(self._loop)
-        try:
-            with self._loop.deadline(item.due - self._loop.clock.monotonic()):
-                await item.nudge.wait()
-        except Expired:
-            pass
-        item.nudge = None
-
-    async def _attempt(self, item: Item) -> None:
+    async def _attempt(self, item: Item, groups: Sequence[_Group]) -> None:
         """Try each open recipient once; those that travel together in one go.
 
         If some are done while others still wait for a slow server, that is written down.
         """
-        groups: dict[tuple[str, ...], list[Recipient]] = {}
-        for recipient in item.recipients:
-            if recipient.is_open:
-                key = self._couriers.route(recipient.destination, item.attempts).key
-                groups.setdefault((*key, self._sender_for(item, recipient)), []).append(recipient)
         if not groups:
             return  # all that is left is to report
-        first, *others = groups.values()
+        first, *others = groups
         under_way = 1 + len(others)
 
-        async def deliver(group: list[Recipient]) -> None:
+        async def deliver(group: _Group) -> None:
             nonlocal under_way
-            await self._deliver(item, group)
+            try:
+                await self._deliver(item, group)
+            finally:
+                self._end(group)
             under_way -= 1
             if under_way:
                 await self._write_progress(item)
@@ -10093,20 +10617,25 @@ class Queue:
         except OSError as error:
             self._log.error("queue", f"{item.id} cannot be written: {reason(error)}")
 
-    async def _deliver(self, item: Item, group: list[Recipient]) -> None:
-        route = self._couriers.route(group[0].destination, item.attempts)
-        sender = self._sender_for(item, group[0])
-        delivery = self._delivery(item, group, sender)
+    def _end(self, group: _Group) -> None:
+        if self._waiting.end(group.routes):
+            self._schedule.go_on()
+        if not self._waiting.under_way(group.route.key):
+            self._destinations.pop(group.route.key, None)
+
+    async def _deliver(self, item: Item, group: _Group) -> None:
+        route, sender, recipients = group
+        delivery = self._delivery(item, recipients, sender)
         async with self._places(route):
             found = await self._results(item, route.courier, delivery)
-        for recipient in group:
+        for recipient in recipients:
             result = found[recipient.destination]
             if sender != item.envelope.sender:  # who stands in for the sender would hear of it
                 result = result._replace(passed_on=False)
             recipient.result = result
             self._tell(item, recipient, route.key[0], sender)
 
-    def _delivery(self, item: Item, group: Sequence[Recipient], sender: str) -> Delivery:
+    def _delivery(self, item: Item, recipients: Sequence[Recipient], sender: str) -> Delivery:
         envelope = item.envelope
         return Delivery(
             item.id,
@@ -10119,7 +10648,7 @@ class Queue:
             tls_optional=envelope.tls_optional,
             ret=envelope.ret,
             envid=envelope.envid,
-            dsn_parameters=self._dsn_by_destination(group, sender == envelope.sender),
+            dsn_parameters=dsn_by_destination(recipients, sender == envelope.sender),
         )
 
     async def _results(
@@ -10150,51 +10679,17 @@ class Queue:
         )
         self._on_result(item, recipient)
 
-    @staticmethod
-    def _dsn_by_destination(
-        group: Sequence[Recipient], with_success: bool
-    ) -> dict[Destination, DsnParameters]:
-        """Return what was asked for each destination: all that any of those who meet there want."""
-        dsn_parameters: dict[Destination, DsnParameters] = {}
-        for recipient in group:
-            dsn = recipient.dsn
-            other = dsn_parameters.get(recipient.destination)
-            if other is not None and other != dsn:
-                words = tuple(
-                    word
-                    for word in (Notify.SUCCESS, Notify.FAILURE, Notify.DELAY)
-                    if dsn.wants(word) or other.wants(word)
-                )
-                dsn = DsnParameters(words or (Notify.NEVER,), other.orcpt or dsn.orcpt)
-            dsn_parameters[recipient.destination] = dsn
-        if with_success:
-            return dsn_parameters
-        return {
-            destination: dsn._replace(
-                notify=tuple(word for word in dsn.notify if word != Notify.SUCCESS)
-                or (Notify.NEVER,)
-            )
-            if dsn.notify
-            else dsn
-            for destination, dsn in dsn_parameters.items()
-        }
-
     @contextlib.asynccontextmanager
     async def _places(self, route: Route) -> AsyncIterator[None]:
         """Hold one of the few places of a destination, and one of those for all elsewhere.
 
         Mailboxes and each program have places of their own, so that nobody waits for them.
         """
-        few = _SLOTS.get(route.key[0], _DESTINATION_SLOTS)
-        slots = self._destinations.setdefault(route.key, Slots(self._loop, few))
-        self._under_way[route.key] += 1
-        try:
-            async with slots, contextlib.nullcontext() if route.local else self._remote_slots:
-                yield
-        finally:
-            self._under_way[route.key] -= 1
-            if not self._under_way[route.key]:
-                del self._under_way[route.key], self._destinations[route.key]
+        slots = self._destinations.get(route.key)
+        if slots is None:
+            slots = self._destinations[route.key] = Slots(self._loop, _slots(route.key))
+        async with slots, contextlib.nullcontext() if route.local else self._remote_slots:
+            yield
 
     async def _settle(self, item: Item) -> bool:
         """Report failures, then write down what is left, or remove; true when it is over.
@@ -10214,14 +10709,17 @@ class Queue:
                 return True
             if item.waited >= _DELAY_NOTICE_SECONDS and not item.delay_reported:
                 await self._report_delay(item)
-            self._postpone(item, self._pause(item.attempts))
+            pause = self._postpone(item, self._pause(item.attempts))
             await self._write_down(item)
+            item.unwritten = False
         except OSError as error:
+            item.unwritten = True
             self._log.error("queue", f"{item.id} cannot be written: {reason(error)}")
-            self._postpone(item, _PAUSES[0])
+            pause = self._postpone(item, _PAUSES[0])
             if not os.path.exists(item.message.path):
-                self._log.event(Events.LOST, id=item.id, text="its file is gone from the queue")
+                self._report_loss(item.id)
                 return True
+        self._log.event(Events.NEXT_ATTEMPT, id=item.id, pause=duration_text(pause))
         return False
 
     async def _remove_file(self, item: Item) -> None:
@@ -10241,12 +10739,13 @@ class Queue:
         item.waited += now - item.since
         item.since = now
 
-    def _postpone(self, item: Item, seconds: float) -> None:
+    def _postpone(self, item: Item, seconds: float) -> float:
+        """Put `item` off; return for how many seconds."""
         if item.again:
             item.again, seconds = False, 0.0
         item.next_attempt = self._loop.clock.time() + seconds
         item.due = self._loop.clock.monotonic() + seconds
-        self._log.event(Events.NEXT_ATTEMPT, id=item.id, pause=duration_text(seconds))
+        return seconds
 
     def _pause(self, attempts: int) -> float:
         return _PAUSES[min(attempts, len(_PAUSES)) - 1] + self._random() * _JITTER
@@ -10270,9 +10769,10 @@ class Queue:
             append_synced(path, line)
             if path != target:
                 os.rename(path, target)  # need not be synced: the journal is in the file
+            with contextlib.suppress(OSError):  # it is a hint
+                os.utime(target, (item.next_attempt, item.next_attempt))
 
         await self._loop.work(write)
-        # a message that waits is read from the disk again, not kept in memory
         item.message = item.message._replace(path=target, data=None)
 
     def _sender_for(self, item: Item, recipient: Recipient) -> str:
@@ -14698,18 +15198,13 @@ class Daemon:
             listening=tuple(
                 f"{port.name} on [{host}]:{number}" for port, host, number in self.addresses
             ),
-            queue=tuple(
-                queue_line(item, now)
-                for item in itertools.islice(self.queue.items.values(), _SHOWN_MESSAGES)
-            ),
+            queue=tuple(queue_line(item, now) for item in self.queue.look(_SHOWN_MESSAGES)),
             queue_limit=self.config.max_queue_items,
             counters=self.log.counters,
             dialogues=tuple(self.log.dialogues),
             config=config_text(self.config),
-            queued=len(self.queue.items),
-            oldest=max(
-                (now - item.envelope.received for item in self.queue.items.values()), default=0.0
-            ),
+            queued=self.queue.count,
+            oldest=max(0.0, now - (self.queue.oldest() or now)),
             reloaded=self._reloaded,
             problems=(*self.problems, *(self._acme.problems if self._acme else ())),
             certificates=tuple(
@@ -15239,22 +15734,20 @@ class _Requests:
         ]
 
     async def _queue_retry(self, id: str) -> list[str]:
-        items = list(self._daemon.queue.items.values()) if id == "all" else [self._item(id)]
-        for item in items:
-            await self._daemon.queue.retry_as_asked(item)
-        return [f"{plural(len(items), 'message')} will be attempted now"]
+        queue, count = self._daemon.queue, 1
+        if id == "all":
+            count = await queue.retry_all()
+        else:
+            await queue.retry(id)
+        return [f"{plural(count, 'message')} will be attempted now"]
 
     async def _queue_bounce(self, id: str) -> list[str]:
-        item = self._item(id)
-        if item.nudge is None:
-            raise ChasquidError(f"{item.id} is being attempted; try again in a moment")
-        await self._daemon.queue.bounce(item)
+        item = await self._daemon.queue.bounce(id)
         return [f"{item.id} went back to {item.envelope.sender or 'nobody: its sender is <>'}"]
 
     async def _queue_remove(self, id: str) -> list[str]:
-        item = self._item(id)
-        await self._daemon.queue.remove(item)
-        return [f"{item.id} is removed"]
+        await self._daemon.queue.remove(id)
+        return [f"{id} is removed"]
 
     async def _domaininfo_remove(self, domain: str) -> list[str]:
         try:
@@ -15264,12 +15757,6 @@ class _Requests:
         if not known:
             raise ChasquidError(DOMAIN_UNKNOWN.format(domain))
         return [DOMAIN_FORGOTTEN.format(domain)]
-
-    def _item(self, id: str) -> Item:
-        item = self._daemon.queue.items.get(id)
-        if item is None:
-            raise ChasquidError(f"there is no message {printable(id, 40)} in the queue")
-        return item
 
 
 def notify_systemd(state: str) -> None:
@@ -15382,13 +15869,18 @@ class Letter(NamedTuple):
 
 
 def domain_of_host(config: Config) -> str:
-    """Return the domain of addresses that have none: that of the host, or else our first one."""
+    """Return the domain of addresses that have none: that of the host, or else our first one.
+
+    One with users, if there is any: the host's own may have aliases alone, for its programs.
+    """
     host = domain_to_unicode(config.hostname)
     try:
         domains = domain_directories(config.config_dir, [])
     except ConfigError:
         return host  # whoever calls us may not look there
-    return host if host in domains else next(iter(domains), host)
+    with_users = [name for name, path in domains.items() if os.path.exists(f"{path}/users")]
+    names = with_users or list(domains) or [host]
+    return host if host in names else names[0]
 
 
 _PROGRAM_HEADER = re.compile(rb"(?:[!-9;-~]+[ \t]*:[^\n]*\n(?:[ \t][^\n]*\n)*)*")
@@ -15718,15 +16210,20 @@ def archive_version(path: str) -> str:
     raise ChasquidError(f"{path}: expected an archive of chasquid; this is another one")
 
 
+def archive_name(archive: str) -> str:
+    """Return the name under which an archive is kept beside others. Raises ChasquidError."""
+    import hashlib  # only here
+
+    digest = hashlib.sha256(read_file(archive)).hexdigest()
+    return f"chasquid-{archive_version(archive)}-{digest[:8]}.pyz"
+
+
 def install_archive(archive: str, places: ProgramPlaces = USUAL_PLACES) -> str:
     """Copy an archive to library/chasquid-VERSION-HASH8.pyz, durably; return that path.
 
     If it is there, it is left alone; the link is not touched. Raises ChasquidError.
     """
-    import hashlib  # only here
-
-    version, data = archive_version(archive), read_file(archive)
-    name = f"chasquid-{version}-{hashlib.sha256(data).hexdigest()[:8]}.pyz"
+    name, data = archive_name(archive), read_file(archive)
     path = os.path.join(places.library, name)
     try:
         if read_file(path, missing=b"") != data:
@@ -16145,8 +16642,11 @@ class _Restore:
                 os.rmdir(path) if os.path.isdir(path) else os.unlink(path)
 
 
-def _config_in_backup(path: str, config_dir: str, overrides: str) -> Config:
-    """Return the configuration that a backup holds, as it will be in `config_dir`."""
+def config_in_backup(path: str, config_dir: str, overrides: str) -> Config:
+    """Return the configuration that a backup holds, as it will be in `config_dir`.
+
+    `overrides` is text in the format of chasquid.conf. Raises ChasquidError.
+    """
     import tempfile
 
     for name, _, contents in _BackupReader(path).members():
@@ -16167,7 +16667,7 @@ def restore_backup(path: str, config_dir: str, overrides: str = "") -> list[str]
     of data_dir and Maildirs are those of the chasquid.conf in it, and of `overrides`, text in
     its format. Returns what was made, as lines. Raises ChasquidError.
     """
-    config = _config_in_backup(path, os.path.abspath(config_dir), overrides)
+    config = config_in_backup(path, os.path.abspath(config_dir), overrides)
     restore = _Restore(path, config)
     for name, member, _ in _BackupReader(path).members():
         restore.check(name, member)
@@ -19494,8 +19994,6 @@ class DovecotSetup:
 # ======================================================================================
 
 _SYSTEM_CONFIG_DIR = "/etc/chasquid"
-_PROGRAM_LINK = "/usr/local/bin/chasquid"
-_PROGRAM_DIRECTORY = "/usr/local/lib/chasquid"
 _SOCKETS = ("chasquid-smtp.socket", "chasquid-submission.socket", "chasquid-submission_tls.socket")
 _WEB_SOCKET = "chasquid-web.socket"
 _SERVICE = "chasquid.service"
@@ -19523,7 +20021,8 @@ class SetupRequest(NamedTuple):
     """What a person wants: an address and where it is to be, as `init` takes it.
 
     User and domain are normalised, `host` and `smarthost` may be "". `acme` agrees to the
-    terms of the authority at `acme_url`, "" for the usual one.
+    terms of the authority at `acme_url`, "" for the usual one. What is in a file that `backup`
+    names is made first.
     """
 
     user: str
@@ -19535,6 +20034,7 @@ class SetupRequest(NamedTuple):
     acme: bool = False
     acme_url: str = ""
     no_acme: bool = False
+    backup: str = ""
 
     @property
     def address(self) -> str:
@@ -19560,7 +20060,7 @@ class Setup:
         self._request = request
         self._now = now
         self._make_new_key = make_key
-        self._program = host.path(_PROGRAM_LINK)
+        self._program = host.path(USUAL_PLACES.link)
         self.config_dir = os.path.abspath(host.path(request.config_dir))
         self._conf = os.path.join(self.config_dir, "chasquid.conf")
         usual = self.config_dir == host.path(_SYSTEM_CONFIG_DIR)
@@ -19578,6 +20078,8 @@ class Setup:
         """Return the configuration, as it is or as it will be. Raises ConfigError."""
         if os.path.exists(self._conf):
             return load_config(self.config_dir)
+        if self._request.backup:
+            return config_in_backup(self._request.backup, self.config_dir, "")
         data_dir = Config("").data_dir
         if not self._in_usual_place:
             data_dir = os.path.join(self.config_dir, "data")
@@ -19586,8 +20088,8 @@ class Setup:
     def _choose_hostname(self) -> str:
         """Return the name in chasquid.conf, or else the one asked for, or a likely one."""
         wanted, domain = self._request.host, self._request.domain
-        if os.path.exists(self._conf):
-            known = load_config(self.config_dir).hostname
+        if os.path.exists(self._conf) or self._request.backup:
+            known = self.config().hostname
             if wanted and domain_to_ascii(wanted) != domain_to_ascii(known):
                 text = f"hostname is {known!r}, not {wanted!r}; if it is to change, change it there"
                 raise ConfigError(self._conf, 0, text)
@@ -19647,6 +20149,7 @@ class Setup:
         domains = dict.fromkeys((self._request.domain, domain_to_unicode(host)))
         return [
             *system,
+            *self._restore_steps(),
             Step(f"{self._conf} for {host}", self._has_conf, self._make_conf),
             *self._setting_steps(),
             Step(f"domain {self._request.domain}", self._has_domain, self._make_domain),
@@ -19671,7 +20174,7 @@ class Setup:
         data_dir = self.config().data_dir
         return [
             Step(f"user {SERVER_USER} of the system", self._has_owner, self._make_owner),
-            Step(_PROGRAM_LINK, self._has_program, self._install_program),
+            Step(USUAL_PLACES.link, self._has_program, self._install_program),
             self._directory_step(self.config_dir, 0o755, lambda: None),
             self._directory_step(self.config_dir + "/domains", 0o755, self._owner),
             self._directory_step(self.config_dir + "/certs", 0o750, self._roots_for_server),
@@ -19698,28 +20201,24 @@ class Setup:
             raise ChasquidError("useradd has made no user")
 
     def _has_program(self) -> bool:
-        import zipfile  # only here
-
         if not os.path.lexists(self._program):
             return False
-        if not zipfile.is_zipfile(self._program):
-            raise ChasquidError(
-                f"{self._program} is another program; move it away, and begin again"
-            )
+        try:
+            archive_version(self._program)
+        except ChasquidError as error:
+            text = f"{self._program} is another program; move it away, and begin again"
+            raise ChasquidError(text) from error
         return True
 
     def _install_program(self, changes: Changes) -> None:
-        import hashlib  # only here
-
         archive = self._host.archive()
         if not archive:
             text = "this is no archive that could be installed; make one with build_zipapp.py"
             raise ChasquidError(f"{text}, and give the command to it")
-        data = read_file(archive)
-        name = f"chasquid-{__version__}-{hashlib.sha256(data).hexdigest()[:8]}.pyz"
-        changes.directory(_PROGRAM_DIRECTORY, 0o755)
-        changes.write(os.path.join(_PROGRAM_DIRECTORY, name), data, 0o755)
-        changes.link(_PROGRAM_LINK, os.path.join(_PROGRAM_DIRECTORY, name))
+        path = os.path.join(USUAL_PLACES.library, archive_name(archive))
+        changes.directory(USUAL_PLACES.library, 0o755)
+        changes.write(path, read_file(archive), 0o755)
+        changes.link(USUAL_PLACES.link, path)
 
     def _service_steps(self) -> list[Step]:
         return [
@@ -19770,6 +20269,17 @@ class Setup:
         return self.dovecot.steps(self.config, lambda: self.certificate, self.made)
 
     # --- the configuration directory ---
+
+    def _restore_steps(self) -> list[Step]:
+        """A restored server stays if a later step fails: the next run keeps it, and goes on."""
+        backup = self._request.backup
+        if not backup:
+            return []
+
+        def restore(changes: Changes) -> None:
+            restore_backup(backup, self.config_dir)
+
+        return [Step(f"what is in {backup}", self._has_conf, restore)]
 
     def _has_conf(self) -> bool:
         return os.path.exists(self._conf)
@@ -19847,10 +20357,13 @@ class Setup:
         return [] if "*" in known else [name for name in _OWNED_ALIASES if name not in known]
 
     def _make_aliases(self, changes: Changes, domain: str) -> None:
+        """Add those that are missing; a host without users has the names of the domain."""
         directory = self._domain_directory(domain)
         path, request = os.path.join(directory, "aliases"), self._request
         to = request.user if domain == request.domain else request.address
         text = "".join(f"{name}: {to}\n" for name in self._missing_aliases(domain))
+        if domain != request.domain and not load_users(directory):
+            text = f"*: *@{request.domain}\n"
         before = read_file(path, missing=b"")
         data = (before.rstrip(b"\n") + b"\n" if before else b"") + text.encode()
         parse_aliases(data, path, domain)
@@ -20145,9 +20658,11 @@ def remaining_text(
 # session that has it happen.
 # ======================================================================================
 
-STAGES = ("connect", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "message")
+STAGES = ("connect", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "message",
+          "RSET", "NOOP", "VRFY", "EXPN", "HELP", "QUIT")  # fmt: skip
 CERTIFICATE_FAULTS = ("expired", "wrong-name", "untrusted", "broken")
 _ADDRESSED_STAGES = frozenset(("MAIL", "RCPT", "DATA", "message"))
+_WITHOUT_EFFECT = frozenset(("NOOP", "VRFY", "EXPN", "HELP"))  # a reply is all that they do
 _EXTENSIONS = frozenset((
     "PIPELINING", "8BITMIME", "SMTPUTF8", "SIZE", "ENHANCEDSTATUSCODES", "CHUNKING", "LIMITS",
     "DSN", "HELP", "REQUIRETLS", "AUTH", "STARTTLS",
@@ -20171,11 +20686,11 @@ class Fault(NamedTuple):
 
     What happens: a `reply` ("451 4.2.1 busy") instead of doing what was asked for; a
     `delay` before the answer; the answer octet by octet, with `drip` between two; the
-    connection is dropped (`drop`), or dropped once so many octets of the message have come
-    (`drop_after`, at DATA); no answer at all (`hang`); a `certificate` of
-    `CERTIFICATE_FAULTS`; extensions that EHLO does not offer (`without`). With `per_second`
-    the rule acts only on what comes beyond so many a second, with 421 where no reply is given;
-    with `probability`, in so many percent of the cases.
+    connection is dropped (`drop`), after the `reply` or `raw` if there is one, or once so many
+    octets of the message have come (`drop_after`, at DATA); no answer at all (`hang`); a
+    `certificate` of `CERTIFICATE_FAULTS`; extensions that EHLO does not offer (`without`). With
+    `per_second` the rule acts only on what comes beyond so many a second, with 421 where no
+    reply is given; with `probability`, in so many percent of the cases.
 
     A `reply` of 2xx or 3xx is given for what has been done, "\\n" in it begins a further line,
     and at "connect" it is the greeting; `raw` are octets that are sent instead of a reply.
@@ -20383,9 +20898,11 @@ class Script:
             raise FaultError("expected one of nth, times and per_second")
         if not all(0 <= seconds <= _LONGEST for seconds in (fault.delay, fault.drip)):
             raise FaultError(f"expected a time of 0 to {_LONGEST:g} seconds")
-        instead = (fault.reply, fault.raw, fault.drop, fault.hang, fault.drop_after)
-        if sum(map(bool, instead)) > 1:
-            raise FaultError("expected one of reply, raw, drop, drop_after and hang")
+        answers = (fault.reply, fault.raw, fault.hang, fault.drop_after)
+        ends = (fault.drop, fault.hang, fault.drop_after)
+        if sum(map(bool, answers)) > 1 or sum(map(bool, ends)) > 1:
+            raise FaultError("expected one of reply, raw, drop, drop_after and hang, or drop after"
+                             " one of the first two")  # fmt: skip
         self._check_place(fault)
         return _reply_of(fault)
 
@@ -20585,6 +21102,7 @@ class FaultInjection:
         self._stream = stream
         self._tls_context_of = tls_context_of
         self._without: frozenset[str] = frozenset()
+        self._drop = False  # after the answer
 
     async def __call__(
         self,
@@ -20594,6 +21112,22 @@ class FaultInjection:
         act: Callable[[], Awaitable[Reply | None]],
     ) -> Reply | None:
         """See `Hook`. Raises Dropped, and what `act` raises."""
+        self._drop = False
+        reply = await self._answer(session, stage, argument, act)
+        if self._drop:
+            if reply is not None:
+                session.say(reply)
+            await self._stream.flush()
+            raise Dropped
+        return reply
+
+    async def _answer(
+        self,
+        session: Session,
+        stage: str,
+        argument: str,
+        act: Callable[[], Awaitable[Reply | None]],
+    ) -> Reply | None:
         await self._check_offered(session, stage, argument)
         name = {"HELO": "EHLO", "BDAT": "DATA"}.get(stage, stage)
         if name == "EHLO":
@@ -20607,9 +21141,12 @@ class FaultInjection:
                 scripted = await self._inject(session, name, addresses)
             except _Answered:
                 return None
-        if scripted is not None and not scripted.is_error and stage not in ("DATA", "STARTTLS"):
+        acts = stage not in ("DATA", "STARTTLS") and stage not in _WITHOUT_EFFECT
+        if scripted is not None and not scripted.is_error and acts:
             reply = await act()
-            return reply if reply is None or reply.is_error else scripted
+            if reply is None or reply.is_error:
+                return reply
+            return scripted._replace(close=scripted.close or reply.close)
         if scripted is not None and stage not in ("connect", "BDAT"):
             session.say(scripted)  # what is not returned is no error of the client
             return None
@@ -20656,17 +21193,18 @@ class FaultInjection:
             await session.loop.sleep(fault.delay)
         while fault.hang:
             await self._stream.read_some()
-        if fault.drop:
-            raise Dropped
         if fault.certificate:
             await self._spoil_handshake(session, fault.certificate)
         self._stream.drip = fault.drip
         self._stream.drop_after = fault.drop_after
         self._without |= frozenset(fault.without)
+        self._drop = fault.drop
         if fault.raw:
             session.dialogue.add("S", fault.raw)
             self._stream.write(fault.raw.encode("utf-8", "surrogateescape"))
             raise _Answered
+        if fault.drop and reply is None:
+            raise Dropped
         return reply
 
     async def _spoil_handshake(self, session: Session, certificate: str) -> None:
@@ -22064,6 +22602,17 @@ class CaptureServer:
         if found is None:
             self._miss(what, seconds)
         return found
+
+    if TYPE_CHECKING:
+
+        @overload
+        async def arrived(
+            self, what: int = 1, timeout: float | None = None
+        ) -> list[CapturedMessage]: ...
+        @overload
+        async def arrived(
+            self, what: Callable[[CapturedMessage], object], timeout: float | None = None
+        ) -> CapturedMessage: ...
 
     async def arrived(
         self, what: int | Callable[[CapturedMessage], object] = 1, timeout: float | None = None
@@ -24033,6 +24582,7 @@ def _init(arguments: argparse.Namespace) -> int:
         user, domain, arguments.config_dir, host=arguments.host or "",
         smarthost=arguments.smarthost or "", password=arguments.password or "",
         acme=arguments.acme_agree, acme_url=arguments.acme or "", no_acme=arguments.no_acme,
+        backup=arguments.source or "",
     )  # fmt: skip
     setup = Setup(host, request, time.time())
     out = sys.stderr if arguments.zone or arguments.json else sys.stdout
@@ -25204,6 +25754,7 @@ def _import(arguments: argparse.Namespace) -> int:
     if left:
         print("\nNot carried over, or changed:\n" + "\n".join(f"  {line}" for line in left))
     if arguments.source == "postfix" and not arguments.dry_run:
+        write_dovecot_users(config.config_dir)
         _put_in_force(config, domain)
         print("Now look at: chasquid check-userdb")
     return 0
@@ -25265,6 +25816,10 @@ _VERBS: dict[str, _Verb] = {
             ("--acme", {"metavar": "URL", "help": "of the authority (default: Let's Encrypt)"}),
             ("--no-acme", {"action": "store_true", "help": "do not speak of --acme-agree"}),
             ("--dns-key", {"metavar": "FILE", "help": "publish the records with it; see dns"}),
+            (
+                "--from",
+                {"dest": "source", "metavar": "FILE", "help": "a backup, of which to begin with"},
+            ),
             ("--zone", {"action": "store_true", "help": "show the records as a zone file"}),
             ("--dry-run", {"action": "store_true", "help": "only say what would be made"}),
             ("--json", {"action": "store_true", "help": "for programs"}),

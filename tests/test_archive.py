@@ -781,6 +781,33 @@ def test_pip_installs_the_same_packages() -> None:
     )
 
 
+def test_a_wheel_has_the_module_as_a_package_with_types(tmp_path: Path) -> None:
+    name = builder.build_wheel(str(tmp_path))
+    version = builder.checked_version("", ast.parse((HERE / "chasquid.py").read_text()))
+    assert name == f"chasquid-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(tmp_path / name) as wheel:
+        files = {name: wheel.read(name) for name in wheel.namelist()}
+    about = f"chasquid-{version}.dist-info"
+    assert files["chasquid/__init__.py"] == (HERE / "chasquid.py").read_bytes()
+    assert files["chasquid/py.typed"] == b""
+    assert b"chasquid = chasquid:main\n" in files[f"{about}/entry_points.txt"]
+    assert b"[pytest11]\nchasquid = chasquid:pytest_plugin\n" in files[f"{about}/entry_points.txt"]
+    recorded = {line.split(",")[0] for line in files[f"{about}/RECORD"].decode().splitlines()}
+    assert recorded == set(files)
+
+
+def test_a_wheel_of_the_source_distribution_is_the_same(tmp_path: Path) -> None:
+    name = builder.build_wheel(str(tmp_path))
+    source = builder.build_sdist(str(tmp_path))
+    root = source.removesuffix(".tar.gz")
+    with tarfile.open(tmp_path / source) as packed:
+        packed.extractall(tmp_path, filter="data")
+    script = "import build_zipapp; build_zipapp.build_wheel('.')"
+    done = run(sys.executable, "-c", script, cwd=tmp_path / root)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / root / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
 @pytest.mark.interop
 def test_the_pinned_packages_can_be_fetched(tmp_path: Path) -> None:
     script = checkout(tmp_path / "checkout")

@@ -39,7 +39,8 @@ def send(server: CaptureServer, *to: str) -> dict[str, tuple[int, bytes]]:
 @pytest.mark.parametrize(
     "rule, sentence",
     [
-        ({"stage": "QUIT", "drop": True}, "'QUIT' is no stage; expected one of connect, EHLO"),
+        ({"stage": "ETRN", "drop": True}, "'ETRN' is no stage; expected one of connect, EHLO"),
+        ({"stage": "QUIT", "drop": True, "hang": True}, "expected one of reply, raw, drop"),
         ({"stage": "RCPT"}, "the rule does nothing: give it a reply, a delay, a drop"),
         ({"stage": "RCPT", "times": 3}, "the rule does nothing"),
         ({"stage": "RCPT", "reply": "650 fine"}, "expected a reply, like '451'"),
@@ -582,6 +583,35 @@ def test_raw_octets_instead_of_a_reply() -> None:
         server.fault("connect", raw="SSH-2.0-OpenSSH\r\n")
         server.fault("EHLO", raw="250-a\r\n550 b\r\n")
         assert say(server, b"EHLO a.example") == [b"SSH-2.0-OpenSSH\r\n", b"250-a\r\n550 b\r\n"]
+
+
+@pytest.mark.parametrize("stage", ["NOOP", "RSET", "VRFY", "EXPN", "HELP", "QUIT"])
+def test_commands_that_are_no_part_of_a_message(stage: str) -> None:
+    with CaptureServer() as server:
+        server.fault(stage, reply="250 fine", nth=2)
+        command = {"VRFY": b"VRFY ana", "EXPN": b"EXPN all"}.get(stage, stage.encode())
+        commands = [b"HELO a.example", b"MAIL FROM:<a@a.example>", command]
+        assert say(server, *commands)[-1] != b"250 fine\r\n"
+        assert say(server, *commands)[-1] == b"250 fine\r\n"
+
+
+def test_quit_ends_the_session_whatever_it_says() -> None:
+    with CaptureServer(faults=Fault("QUIT", reply="221 bye")) as server:
+        assert say(server, b"QUIT", b"NOOP")[1:] == [b"221 bye\r\n", b""]
+
+
+def test_the_connection_is_dropped_after_a_reply() -> None:
+    with CaptureServer() as server:
+        server.fault("message", reply="250 2.0.0 got it", drop=True, times=1)
+        server.fault("DATA", reply="354 go on", drop=True, nth=2)
+        server.fault("RCPT", raw="250 \udcff\r\n", drop=True, nth=3)
+        to = [b"HELO a.example", b"MAIL FROM:<a@a.example>", b"RCPT TO:<b@b.example>"]
+        message = b"Subject: x\r\n\r\nx\r\n."
+        assert say(server, *to, b"DATA", message, b"NOOP")[-2:] == [b"250 2.0.0 got it\r\n", b""]
+        assert len(server.messages) == 1  # what was not refused is done
+        assert say(server, *to, b"DATA", b"x")[-2:] == [b"354 go on\r\n", b""]
+        assert say(server, *to, b"NOOP")[-2:] == [b"250 \xff\r\n", b""]
+        assert len(server.messages) == 1
 
 
 def test_probability_is_left_to_the_dice() -> None:

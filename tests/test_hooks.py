@@ -955,7 +955,6 @@ def test_a_report_waits_for_a_hook_that_fails_for_now(serve: Serve, tmp_path: Pa
     wait_for(lambda: "the notification must wait" in server.log, "the report to wait")
     assert len(server.queued()) == 1
     down.unlink()
-    (item,) = server.daemon.queue.items.values()
-    server.daemon.loop.post(lambda: server.daemon.queue.retry(item))
+    chasquid.ask_running_server(str(server.data_dir), "queue-retry", "all")
     (report,) = server.mail("ben")
     assert b"Final-Recipient" in report

@@ -584,7 +584,7 @@ def test_metrics_count_what_happens(serve: Serve) -> None:
     mail(server, "eva@there.example", "ana@here.example")
     mail(server, "ana@here.example", "eva@there.example", login=True)
     wait_for(lambda: server.queued("cur") and not server.queued("new"), "the attempts")
-    wait_for(lambda: len(server.daemon.queue.items) == 1, "the end of the one that is delivered")
+    wait_for(lambda: server.daemon.queue.count == 1, "the end of the one that is delivered")
     with server.connect() as wire:
         wire.reply()
         wire.ask("EHLO x")

@@ -346,7 +346,7 @@ def test_what_was_asked_for_is_in_the_queues_file(serve: Serve) -> None:
     send(server, ANA, ALL_OF_IT, parameters="RET=hdrs ENVID=QQ+20314")
     wait_for(lambda: server.queued("cur"), "the first attempt")
     (path,) = (server.data_dir / "queue" / "cur").iterdir()
-    lines = path.read_bytes()[int(path.name.partition("S=")[2]) :].split(b"\n")
+    lines = path.read_bytes()[int(path.name.split(",")[1].removeprefix("S=")) :].split(b"\n")
     envelope = json.loads(lines[0])
     assert (envelope["ret"], envelope["envid"]) == ("HDRS", "QQ+20314")
     assert envelope["recipients"] == [
@@ -922,7 +922,7 @@ def test_the_notice_of_delay_is_not_repeated_after_a_restart(tmp_path: Path) -> 
 
     async def second(bench: Bench) -> None:
         await bench.quiet()
-        (item,) = bench.queue.items.values()
+        (item,) = bench.queue.look()
         assert item.delay_reported
         await wait(bench, 5 * HOUR)
         assert len(far.came) > 20
@@ -1169,7 +1169,7 @@ def test_a_failure_is_reported_once_where_the_report_of_a_success_cannot_be_stor
         bench.queue._new_draft = sometimes  # type: ignore[method-assign]
         item = await accept_with(store(), bench, to(EVA), to(BEN, "SUCCESS"))
         await bench.quiet()
-        bench.queue.retry(item)
+        await bench.queue.retry(item.id)
         await wait(bench, 2000)
         assert bench.files() == []
         found = outcomes(reports(bench.local.contents))

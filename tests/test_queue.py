@@ -156,7 +156,7 @@ class Bench:
 
     async def quiet(self) -> None:
         """Let everything happen that happens without time passing."""
-        await self.until(lambda: all(item.nudge is not None for item in self.queue.items.values()))
+        await self.until(lambda: self.queue.next_due() > float("-inf"))
 
     async def advance(self, seconds: float) -> None:
         self.clock.advance(seconds)
@@ -174,7 +174,7 @@ class Bench:
     def journal(self, item: Item) -> list[dict[str, Any]]:
         """Return the envelope and the journal of an item as they are in its file."""
         path = self.path(item)
-        size = int(path.name.partition("S=")[2])
+        size = size_in_name(path)
         return [json.loads(line) for line in path.read_bytes()[size:].split(b"\n") if line]
 
     @property
@@ -184,6 +184,10 @@ class Bench:
     @property
     def log(self) -> str:
         return (self.directory.parent / "server.log").read_text()
+
+
+def size_in_name(path: Path) -> int:
+    return int(path.name.split(",")[1].removeprefix("S="))
 
 
 def files(directory: Path, *places: str) -> list[str]:
@@ -238,7 +242,7 @@ def test_a_delivered_message_is_gone(tmp_path: Path) -> None:
         await bench.accept("ben@here.example", "eva@there.example", Destination("pipe", "cat"))
         await bench.quiet()
         assert bench.files() == []
-        assert bench.queue.items == {}
+        assert bench.queue.count == 0
         assert bench.local.contents == bench.remote.contents == [b"Received: by us\r\n" + MESSAGE]
         assert bench.pipe.deliveries[0][1:] == ("cat", State.SENT)
         assert "attempts=1" in bench.mail_log
@@ -676,7 +680,7 @@ def test_an_item_is_retried_when_the_operator_says_so(tmp_path: Path) -> None:
         bench.remote.plan = {"eva@there.example": [State.DEFERRED]}
         item = await bench.accept("eva@there.example")
         await bench.quiet()
-        bench.queue.retry(item)
+        await bench.queue.retry(item.id)
         await bench.until(lambda: len(bench.remote.deliveries) == 2)
         await bench.quiet()
         assert bench.files() == []
@@ -689,9 +693,9 @@ def test_an_item_is_removed_when_the_operator_says_so(tmp_path: Path) -> None:
         bench.remote.plan = {"eva@there.example": [State.DEFERRED]}
         item = await bench.accept("eva@there.example")
         await bench.quiet()
-        await bench.queue.remove(item)
+        await bench.queue.remove(item.id)
         assert bench.files() == []
-        assert bench.queue.items == {}
+        assert bench.queue.count == 0
         assert len(bench.remote.deliveries) == 1
         assert bench.local.messages == []
 
@@ -704,7 +708,7 @@ def test_an_item_is_removed_when_its_attempt_has_ended(tmp_path: Path) -> None:
         bench.remote.hold.append(slow)
         bench.remote.plan = {"eva@there.example": [State.DEFERRED]}
         item = await bench.accept("eva@there.example")
-        removal = bench.loop.spawn(bench.queue.remove(item), "removal")
+        removal = bench.loop.spawn(bench.queue.remove(item.id), "removal")
         for _ in range(5):
             await bench.loop.turn()
         slow.set()
@@ -748,7 +752,7 @@ def test_a_queue_that_closes_keeps_what_is_left(tmp_path: Path) -> None:
 
     async def again(bench: Bench) -> None:
         await bench.quiet()
-        assert len(bench.queue.items) == 1
+        assert bench.queue.count == 1
         await bench.advance(100)
         assert bench.files() == []
 
@@ -771,6 +775,242 @@ def test_the_end_does_not_wait_for_what_was_accepted_last(tmp_path: Path, turns:
     assert not thread.is_alive(), "the loop does not end"
     # it was accepted or not, but it is not half of either
     assert files(tmp_path / "queue", "tmp", "bad") == []
+
+
+# --- what waits ---
+
+
+def waiting_file(tmp_path: Path, content: bytes, *, changed: float, name: str = NAME) -> Path:
+    """Put a file into cur that was last changed so many seconds after the start."""
+    path = tmp_path / "queue" / "cur" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    time = FakeClock().time() + changed
+    os.utime(path, (time, time))
+    return path
+
+
+def test_the_time_of_a_file_says_when_it_is_due(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED]}
+        item = await bench.accept("eva@there.example")
+        await bench.quiet()
+        due = bench.path(item).stat().st_mtime
+        assert due == pytest.approx(bench.clock.time() + 90, abs=0.001)
+
+    on_bench(tmp_path, test)
+
+
+def test_what_waits_is_read_once_at_the_start_and_then_when_it_is_due(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, reads = chasquid.read_item, []
+
+    def counted(path: str) -> Item:
+        reads.append(os.path.basename(path)[:3])
+        return read(path)
+
+    monkeypatch.setattr(chasquid, "read_item", counted)
+    for number, changed in enumerate([100.0, 1000.0, -1.0]):
+        line = journal_line(State.DEFERRED, next_attempt=FakeClock().time() + changed)
+        content = item_file("0@here.example", id=f"{number:03}", journal=line)
+        waiting_file(
+            tmp_path, content, changed=changed, name=f"{number:03},S={len(MESSAGE)}"
+        )  # fmt: skip
+
+    async def test(bench: Bench) -> None:
+        assert bench.queue.count == 3  # at once, as for the 250 it counts
+        await bench.quiet()
+        assert reads[0] == "002" and sorted(reads) == ["000", "001", "002"]
+        await bench.advance(101)
+        assert reads[3:] == ["000"]
+        assert [id for id, _, _ in bench.local.deliveries] == ["002", "000"]
+
+    on_bench(tmp_path, test)
+
+
+def test_the_oldest_message_is_known_after_the_start(tmp_path: Path) -> None:
+    line = journal_line(State.DEFERRED, next_attempt=FakeClock().time() + 100)
+    text = item_file("0@here.example", journal=line)
+    received = FakeClock().time() - 500
+    text = text.replace(str(FakeClock().time()).encode(), str(received).encode(), 1)
+    waiting_file(tmp_path, text, changed=100)
+
+    async def test(bench: Bench) -> None:
+        await bench.quiet()
+        assert bench.queue.oldest() == received
+        await bench.advance(101)
+        assert bench.queue.oldest() is None
+
+    on_bench(tmp_path, test)
+
+
+@pytest.mark.parametrize("changed", [-1000, 5, 1e7], ids=["early", "late", "no pause is so long"])
+def test_what_the_journal_says_decides_when_it_is_attempted(tmp_path: Path, changed: float) -> None:
+    line = journal_line(State.DEFERRED, next_attempt=FakeClock().time() + 100)
+    waiting_file(tmp_path, item_file("0@here.example", journal=line), changed=changed)
+
+    async def test(bench: Bench) -> None:
+        await bench.advance(99)
+        assert bench.local.deliveries == []
+        await bench.advance(2)
+        assert bench.local.deliveries == [("abc", "0@here.example", State.SENT)]
+        assert bench.mail_log.count("event=found") == 1
+
+    on_bench(tmp_path, test)
+
+
+def test_a_clock_that_is_set_while_a_message_waits_does_not_put_it_off(tmp_path: Path) -> None:
+    class Set(FakeClock):
+        behind = 0.0
+
+        def time(self) -> float:
+            return super().time() - self.behind
+
+    clock = Set()
+
+    async def test(bench: Bench) -> None:
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED]}
+        await bench.accept("eva@there.example")
+        await bench.quiet()
+        clock.behind = 1e8
+        await bench.advance(91)
+        assert len(bench.remote.deliveries) == 2
+
+    on_bench(tmp_path, test, clock)
+
+
+def test_the_time_that_a_message_waited_counts_until_it_is_given_up(tmp_path: Path) -> None:
+    line = journal_line(State.DEFERRED).replace(b'"waited":0.0', b'"waited":71000.0')
+    waiting_file(tmp_path, item_file("a@there.example", journal=line), changed=1100)
+
+    async def test(bench: Bench) -> None:
+        bench.remote.plan = {"a@there.example": [State.DEFERRED]}
+        await bench.advance(1101)
+        assert "event=given-up" in bench.mail_log  # 71,000 and 1,101 of 72,000
+
+    on_bench(tmp_path, test)
+
+
+def test_a_message_whose_file_is_gone_is_told_of(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED]}
+        item = await bench.accept("eva@there.example")
+        await bench.quiet()
+        bench.path(item).unlink()
+        await bench.advance(100)
+        assert f"event=lost id={item.id}" in bench.mail_log
+        assert bench.queue.count == 0
+
+    on_bench(tmp_path, test)
+
+
+MANY = 100
+
+
+async def burst(bench: Bench) -> list[str]:
+    """Accept many messages for a slow destination; return their ids."""
+    sent = []
+    for _ in range(MANY):
+        bench.clock.advance(0.01)
+        sent.append((await bench.accept("eva@slow.example")).id)
+    return sent
+
+
+def test_of_many_messages_for_a_slow_destination_few_are_in_memory(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        bench.remote.hold.append(chasquid.Event(bench.loop))
+        sent = await burst(bench)
+        for _ in range(20):
+            await bench.loop.turn()
+        assert bench.queue.count == MANY
+        assert len(bench.queue._active) == 20  # four for each of the five places
+        assert bench.remote.messages == []
+        # nobody else waits for them
+        await bench.accept("ben@here.example")
+        await bench.until(lambda: bench.local.deliveries)
+        bench.remote.hold[0].set()
+        await bench.quiet()
+        delivered = [id for id, _, _ in bench.remote.deliveries]
+        assert sorted(delivered[:5]) == sorted(sent[:5])  # those that were held, in any order
+        assert delivered[5:] == sent[5:]
+        assert bench.files() == []
+
+    on_bench(tmp_path, test)
+
+
+def test_a_message_for_two_is_delivered_to_the_one_that_has_a_place(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        bench.remote.hold.append(chasquid.Event(bench.loop))
+        await burst(bench)
+        await bench.accept("eva@slow.example", "ben@here.example")
+        await bench.until(lambda: bench.local.deliveries)
+        bench.remote.hold[0].set()
+        await bench.quiet()
+        assert len(bench.remote.deliveries) == MANY + 1 and len(bench.local.deliveries) == 1
+        assert bench.files() == []
+
+    on_bench(tmp_path, test)
+
+
+@pytest.mark.parametrize("action", ["retry", "remove", "bounce"])
+def test_what_waits_for_a_place_is_at_hand_for_the_operator(tmp_path: Path, action: str) -> None:
+    async def test(bench: Bench) -> None:
+        bench.remote.hold.append(chasquid.Event(bench.loop))
+        sent = await burst(bench)
+        await getattr(bench.queue, action)(sent[-1])
+        assert bench.queue.count == MANY - (action != "retry")
+        bench.remote.hold[0].set()
+        await bench.quiet()
+        delivered = [id for id, _, _ in bench.remote.deliveries]
+        assert sorted(delivered) == sorted(sent if action == "retry" else sent[:-1])
+        assert len(bench.local.contents) == (action == "bounce")
+        assert bench.files() == []
+
+    on_bench(tmp_path, test)
+
+
+def test_many_that_are_found_at_the_start_are_attempted_in_turn(tmp_path: Path) -> None:
+    for number in range(MANY):
+        content = item_file("a@there.example", id=f"{number:03}")
+        waiting_file(tmp_path, content, changed=-number, name=f"{number:03},S={len(MESSAGE)}")
+    most = 0
+
+    async def test(bench: Bench) -> None:
+        deliver = bench.remote.deliver
+
+        async def counted(*arguments: Any) -> Any:
+            nonlocal most
+            most = max(most, len(bench.queue._active))
+            await bench.loop.turn()
+            return await deliver(*arguments)
+
+        bench.remote.deliver = counted  # type: ignore[method-assign]
+        await bench.quiet()
+        delivered = [id for id, _, _ in bench.remote.deliveries]
+        # what has waited longest comes first
+        assert delivered == [f"{number:03}" for number in reversed(range(MANY))]
+        assert 5 <= most < 60
+        assert bench.files() == []
+
+    on_bench(tmp_path, test)
+
+
+def test_what_is_read_while_the_queue_closes_is_not_attempted(tmp_path: Path) -> None:
+    waiting_file(tmp_path, item_file("a@there.example"), changed=-1)
+
+    async def test(bench: Bench) -> None:
+        bench.loop.spawn(bench.queue.close(), "end")
+        for _ in range(20):
+            await bench.loop.turn()
+        assert bench.remote.messages == []
+        await bench.accept("b@there.example")
+        for _ in range(20):
+            await bench.loop.turn()
+        assert bench.remote.messages == []
+        assert len(bench.files("new", "cur")) == 2
+
+    on_bench(tmp_path, test)
 
 
 # --- forwarding ---
@@ -1141,7 +1381,7 @@ def test_a_message_that_cannot_be_stored_is_refused(tmp_path: Path, place: str) 
             await bench.accept("ben@here.example")
         mend()
         assert bench.files() == []
-        assert bench.queue.items == {}
+        assert bench.queue.count == 0
         await bench.accept("ben@here.example")
         await bench.quiet()
         assert len(bench.local.deliveries) == 1
@@ -1370,8 +1610,13 @@ class QueueMachine(RuleBasedStateMachine):
     def let_time_pass(self, seconds: float) -> None:
         self.clock.advance(seconds)
 
-    @rule(turns=st.integers(0, 12), cut=st.integers(0, 40), tear=st.booleans())
-    def crash(self, turns: int, cut: int, tear: bool) -> None:
+    @rule(
+        turns=st.integers(0, 12),
+        cut=st.integers(0, 40),
+        tear=st.booleans(),
+        changed=st.sampled_from([None, -1000.0, 500.0, 1e8]),
+    )
+    def crash(self, turns: int, cut: int, tear: bool, changed: float | None) -> None:
         self.go_on(turns)
         old, new = self._directory, self._home / str(next(self._numbers))
         shutil.copytree(old, new)
@@ -1382,6 +1627,10 @@ class QueueMachine(RuleBasedStateMachine):
         shutil.rmtree(old)
         if tear:
             self._tear(new / "queue", cut)
+        if changed is not None:  # the times of files are hints, and no more
+            time = self.clock.time() + changed
+            for path in _paths(new / "queue"):
+                os.utime(path, (time, time))
         self._directory = new
         self.this_life.clear()
         self.life = self._new_life()
@@ -1450,8 +1699,8 @@ class Written:
     """What a file of the queue says, read as its format is described and by nobody else."""
 
     def __init__(self, path: Path) -> None:
-        self.id, _, size = path.name.partition(",S=")
-        lines = [line for line in path.read_bytes()[int(size) :].split(b"\n") if line]
+        self.id = path.name.partition(",")[0]
+        lines = [line for line in path.read_bytes()[size_in_name(path) :].split(b"\n") if line]
         recipients = json.loads(lines[0])["recipients"]
         names = [recipient["destination"]["value"] for recipient in recipients]
         self.lines = len(lines)
@@ -1467,7 +1716,7 @@ def _paths(directory: Path) -> list[Path]:
 
 
 async def _is_quiet(bench: Bench) -> bool:
-    return all(item.nudge is not None for item in bench.queue.items.values())
+    return bench.queue.next_due() > float("-inf")
 
 
 def _reported(content: bytes) -> set[Debt]:
@@ -1514,7 +1763,7 @@ def lines(bench: Bench, id: str) -> list[str]:
 def test_what_is_for_mailboxes_here_is_delivered_when_it_is_accepted(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
         item = await bench.accept(*BOTH)
-        assert bench.files() == [] and not bench.queue.items
+        assert bench.files() == [] and not bench.queue.count
         assert [called for _, called in bench.local.messages] == [list(BOTH)]
         assert bench.local.contents == [b"Received: by us\r\n" + MESSAGE]
         assert bench.results == [(name, State.SENT) for name in BOTH]
@@ -1631,7 +1880,7 @@ def test_what_can_be_neither_delivered_nor_stored_is_refused(tmp_path: Path) -> 
         (bench.directory / "new").rmdir()
         with pytest.raises(chasquid.QueueFull):
             await bench.accept(*BOTH)
-        assert not bench.queue.items and bench.results == []
+        assert not bench.queue.count and bench.results == []
         assert "event=queued" not in bench.mail_log and "event=delivered" not in bench.mail_log
 
     on_bench(tmp_path, test, durable=True)
@@ -1842,7 +2091,7 @@ def test_what_turns_out_to_be_newer_when_it_can_be_read_is_left_alone(
     monkeypatch.setattr(chasquid, "read_item", read_once_in_vain)
 
     async def test(bench: Bench) -> None:
-        await bench.loop.turn()
+        await bench.quiet()
         assert "reading it again in a minute" in bench.log
         await bench.advance(61)
         assert f"left where it is, and not delivered: {path}" in bench.log
@@ -1912,7 +2161,7 @@ def test_a_file_of_version_0_is_attempted_and_goes_on_in_version_1(tmp_path: Pat
             "eva@there.example", "žofie@there.example", "late@there.example"
         }  # fmt: skip
         assert [name for _, name, _ in bench.pipe.deliveries] == ["/usr/bin/filter -x"]
-        (item,) = bench.queue.items.values()
+        (item,) = bench.queue.look()
         assert bench.journal(item)[-1]["v"] == 1 and "v" not in bench.journal(item)[0]
 
     async def finish(bench: Bench) -> None:
@@ -2139,8 +2388,8 @@ def test_a_message_that_is_given_up_by_the_operator_goes_back(tmp_path: Path) ->
     async def test(bench: Bench) -> None:
         bench.remote.plan = {"eva@there.example": [State.DEFERRED] * 9}
         item = await bench.accept("eva@there.example")
-        await bench.until(lambda: item.nudge)
-        await bench.queue.bounce(item)
+        await bench.quiet()
+        await bench.queue.bounce(item.id)
         await bench.quiet()
         [content] = bench.local.contents
         assert b"eva@there.example" in content and b"Mail delivery failed" in content
@@ -2155,9 +2404,9 @@ def test_after_a_retry_the_file_says_that_it_is_due(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
         bench.remote.plan = {"eva@there.example": [State.DEFERRED] * 9}
         item = await bench.accept("eva@there.example")
-        await bench.until(lambda: item.nudge)
+        await bench.quiet()
         assert chasquid.read_item(item.message.path).next_attempt > bench.clock.time()
-        await bench.queue.retry_as_asked(item)
+        await bench.queue.retry(item.id)
         assert chasquid.read_item(item.message.path).next_attempt == 0.0
 
     on_bench(tmp_path, test)
@@ -2170,13 +2419,13 @@ def test_a_retry_during_an_attempt_is_not_lost_and_makes_one_more(tmp_path: Path
 
         async def retried_meanwhile(*arguments: Any) -> Any:
             if not bench.remote.messages:
-                for item in bench.queue.items.values():
-                    bench.queue.retry(item)
+                for item in bench.queue.look():
+                    await bench.queue.retry(item.id)
             return await deliver(*arguments)
 
         bench.remote.deliver = retried_meanwhile  # type: ignore[method-assign]
-        item = await bench.accept("eva@there.example")
-        await bench.until(lambda: item.attempts == 2 and item.nudge)
+        await bench.accept("eva@there.example")
+        await bench.quiet()
         assert len(bench.remote.messages) == 2
 
     on_bench(tmp_path, test)
@@ -2191,13 +2440,13 @@ def test_a_message_whose_file_cannot_be_removed_stays_in_the_queue(
     async def test(bench: Bench) -> None:
         bench.remote.plan = {"eva@there.example": [State.DEFERRED] * 9}
         item = await bench.accept("eva@there.example")
-        await bench.until(lambda: item.nudge)
+        await bench.quiet()
         with monkeypatch.context() as patched:
             patched.setattr(chasquid.Disk, "remove", refuse)
             with pytest.raises(chasquid.ChasquidError, match=f"{item.id} cannot be removed"):
-                await bench.queue.remove(item)
-        assert list(bench.queue.items) == [item.id]
-        await bench.queue.remove(item)
+                await bench.queue.remove(item.id)
+        assert [found.id for found in bench.queue.look()] == [item.id]
+        await bench.queue.remove(item.id)
         assert bench.files() == []
 
     on_bench(tmp_path, test)

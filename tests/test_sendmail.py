@@ -166,6 +166,10 @@ def test_the_domain_is_that_of_the_host_if_it_is_served_else_the_first(tmp_path)
     assert chasquid.domain_of_host(config) == AT
     (tmp_path / "domains" / HOST).mkdir()
     assert chasquid.domain_of_host(config) == HOST
+    (tmp_path / "domains" / AT / "users").touch()
+    assert chasquid.domain_of_host(config) == AT  # the host's own has aliases for programs alone
+    (tmp_path / "domains" / HOST / "users").touch()
+    assert chasquid.domain_of_host(config) == HOST
 
 
 # --- into the server ---

@@ -56,7 +56,7 @@ class FakeHost(chasquid.Host):
         self._archive.parent.mkdir(parents=True, exist_ok=True)
         if not self._archive.exists():
             with zipfile.ZipFile(self._archive, "w") as archive:
-                archive.writestr("chasquid.py", "")
+                archive.writestr(f"chasquid-{chasquid.__version__}.dist-info/METADATA", "")
         (prefix / "usr/local/bin").mkdir(parents=True, exist_ok=True)
         (prefix / "etc/systemd/system").mkdir(parents=True, exist_ok=True)
 
@@ -213,9 +213,16 @@ def test_an_empty_host_gets_everything(host):
     domains = chasquid.load_domains(config)
     assert domains.problems == ()
     assert domains.accounts.authenticate(ANA, ran.setup.new_password.encode()) == ANA
-    for address in ("postmaster@example.com", "abuse@example.com", "root@mail.example.com"):
+    for address in (
+        "postmaster@example.com",
+        "abuse@example.com",
+        "root@mail.example.com",
+        "ana@mail.example.com",
+    ):
         [destination] = domains.aliases.expand(address)
         assert destination.value == ANA
+    with pytest.raises(chasquid.NoSuchUser):
+        domains.aliases.expand("nobody@mail.example.com")
     kinds = [type(key.key).__name__ for key in domains.keys["example.com"]]
     assert sorted(kinds) == ["Ed25519Key", "RsaKey"]
     certificates = chasquid.Certificates(config)
@@ -470,6 +477,16 @@ def test_an_internationalised_address(host):
     marks = os.listdir(host.path("/var/lib/chasquid/dkim-unseen"))
     assert sorted(marks) == sorted(key.name for key in needs.keys)
     assert init(host, "jürgen@münchen.example").made == []
+
+
+def test_a_host_with_users_of_its_own_gets_no_catch_all(host):
+    init(host, "ben@mail.example.com", host="mail.example.com")
+    init(host)
+    domains = chasquid.load_domains(chasquid.load_config(host.path("/etc/chasquid")))
+    [root] = domains.aliases.expand("root@mail.example.com")
+    assert root.value == "ben@mail.example.com"
+    with pytest.raises(chasquid.NoSuchUser):
+        domains.aliases.expand("ana@mail.example.com")
 
 
 def test_a_catch_all_needs_no_more_aliases(host):
@@ -872,3 +889,29 @@ def test_the_command_only_says_what_it_would_do(tmp_path, capsys):
 def test_an_address_must_be_one(tmp_path, capsys, address):
     done = run_command(capsys, tmp_path, "init", address)
     assert done.status == 1 and done.err.startswith("chasquid: ")
+
+
+def test_a_backup_may_be_what_it_begins_with(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "other").mkdir()
+    one = FakeHost(tmp_path / "one", is_root=False, has_systemd=False)
+    before = init(one, host="mx.here.example", config_dir="/srv/mail").setup
+    backup = str(tmp_path / "backup.tar")
+    chasquid.back_up(before.config(), backup, mail=False)
+    other = FakeHost(tmp_path / "other", is_root=False, has_systemd=False)
+    ran = init(other, config_dir="/srv/mail", backup=backup)
+    assert ran.made == [f"what is in {backup}"]
+    assert ran.setup.config().hostname == "mx.here.example"
+    users = f"srv/mail/domains/{ANA.partition(chr(64))[2]}/users"
+    assert (other_users := tmp_path / "other" / users).read_bytes()
+    assert other_users.read_bytes() == (tmp_path / "one" / users).read_bytes()
+    assert [key.record for key in ran.setup.dkim_keys()] == [k.record for k in before.dkim_keys()]
+    assert init(other, config_dir="/srv/mail", backup=backup).made == []
+
+
+def test_a_backup_that_is_none_makes_nothing(tmp_path: Path) -> None:
+    host = FakeHost(tmp_path, is_root=False, has_systemd=False)
+    (tmp_path / "backup.tar").write_bytes(b"no tar")
+    with pytest.raises(chasquid.ChasquidError, match="is no whole backup"):
+        init(host, config_dir="/srv/mail", backup=str(tmp_path / "backup.tar"))
+    assert not (tmp_path / "srv").exists()

@@ -467,7 +467,7 @@ class WorldServer:
                     item.id, item.envelope.sender, item.attempts, item.envelope.received,
                     item.next_attempt, states(item),
                 )
-                for item in self.daemon.queue.items.values()
+                for item in self.daemon.queue.look()
             ]  # fmt: skip
 
         def states(item: Item) -> tuple[tuple[str, str], ...]:
@@ -528,10 +528,9 @@ class WorldServer:
 
     def activity(self) -> Activity:
         """Return what is under way; to be called on the server's loop."""
-        daemon, busy = self.daemon, float("-inf")
-        due = [item.due if item.nudge else busy for item in daemon.queue.items.values()]
+        daemon = self.daemon
         begun = sum(daemon.log.counters.values())
-        return Activity(daemon.session_count, begun, min(due, default=float("inf")))
+        return Activity(daemon.session_count, begun, daemon.queue.next_due())
 
     def on_loop(self, call: Callable[[], T]) -> T:
         """Have `call` called on the server's loop; return or raise what it did."""
@@ -571,7 +570,7 @@ class WorldServer:
 
         def look() -> list[QueueLine]:
             now = self.daemon.loop.clock.time()
-            return [queue_line(item, now) for item in self.daemon.queue.items.values()]
+            return [queue_line(item, now) for item in self.daemon.queue.look()]
 
         lines = []
         queue = self.on_loop(look) if self._thread.is_alive() else []

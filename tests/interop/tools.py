@@ -10,6 +10,7 @@ import random
 import shutil
 import socket
 import subprocess
+import sys
 from email.message import EmailMessage
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -103,6 +104,17 @@ def run(
             f"{' '.join(command)}: exit status {done.returncode}\n{done.stdout}{done.stderr}"
         )
     return done
+
+
+def make_environment(directory: Path, *packages: str) -> Path:
+    """Make a virtual environment with packages from pip's index; return its Python."""
+    run(sys.executable, "-m", "venv", str(directory), seconds=120)
+    python = directory / "bin/python"
+    if packages:
+        done = run(str(python), "-m", "pip", "install", "-q", *packages, check=False, seconds=300)
+        if done.returncode:
+            unavailable(f"pip cannot install {', '.join(packages)}: {done.stderr[-500:]}")
+    return python
 
 
 def letter(subject: str, sender: str, *recipients: str, body: str = "Hello.\n") -> EmailMessage:
