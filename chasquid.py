@@ -681,6 +681,8 @@ class _Relative(str):
 def _text(value: Value) -> str:
     if not isinstance(value, bytes):
         raise _WrongValue("expected a string in quotes")
+    if b"\0" in value:
+        raise _WrongValue("expected a string without NUL")
     try:
         return value.decode()
     except UnicodeDecodeError:
@@ -971,6 +973,8 @@ def read_file(path: str, missing: bytes | None = None) -> bytes:
         if missing is not None and isinstance(error, FileNotFoundError):
             return missing
         raise ConfigError(path, 0, f"it cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(printable(path), 0, "it cannot be read: NUL is in its name") from error
 
 
 def domain_directories(
