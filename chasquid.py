@@ -16587,11 +16587,11 @@ class _BackupReader:
 class _Restore:
     """Makes files of the members of a backup, below the places of config, data and mail."""
 
-    def __init__(self, path: str, config: Config) -> None:
+    def __init__(self, path: str, config: Config, made: list[str]) -> None:
         top, _ = _maildir_pattern(config)
         self._path = path
         self.places = {"config": config.config_dir, "data": config.data_dir, "mail": top}
-        self._made: list[str] = []
+        self._made = made
         self.counts: collections.Counter[str] = collections.Counter()
         self.unknown: set[str] = set()  # owners whom this system does not have
 
@@ -16639,17 +16639,18 @@ class _Restore:
             self.unknown.add(f"{member.uname}:{member.gname}")
             return os.geteuid(), os.getegid()
 
-    def undo(self) -> None:
-        """Take away what was made."""
-        for path in reversed(self._made):
-            with contextlib.suppress(OSError):
-                os.rmdir(path) if os.path.isdir(path) else os.unlink(path)
+
+def undo_restore(made: Sequence[str]) -> None:
+    """Take away what was made of a backup, the last first."""
+    for path in reversed(made):
+        with contextlib.suppress(OSError):
+            os.rmdir(path) if os.path.isdir(path) else os.unlink(path)
 
 
 def config_in_backup(path: str, config_dir: str, overrides: str) -> Config:
     """Return the configuration that a backup holds, as it will be in `config_dir`.
 
-    `overrides` is text in the format of chasquid.conf. Raises ChasquidError.
+    Raises ChasquidError.
     """
     import tempfile
 
@@ -16664,15 +16665,19 @@ def config_in_backup(path: str, config_dir: str, overrides: str) -> Config:
     raise ChasquidError(f"{path}: it holds no chasquid.conf")
 
 
-def restore_backup(path: str, config_dir: str, overrides: str = "") -> list[str]:
+def restore_backup(
+    path: str, config_dir: str, overrides: str = "", made: list[str] | None = None
+) -> list[str]:
     """Make a configuration, data_dir and mailboxes from the backup at `path`.
 
     Nothing that is there is replaced, and if it fails, what was made is taken away. The places
     of data_dir and Maildirs are those of the chasquid.conf in it, and of `overrides`, text in
-    its format. Returns what was made, as lines. Raises ChasquidError.
+    its format. Returns what was made, as lines; the paths are added to `made`, for
+    `undo_restore`. Raises ChasquidError.
     """
+    made = [] if made is None else made
     config = config_in_backup(path, os.path.abspath(config_dir), overrides)
-    restore = _Restore(path, config)
+    restore = _Restore(path, config, made)
     for name, member, _ in _BackupReader(path).members():
         restore.check(name, member)
     with contextlib.ExitStack() as held:
@@ -16685,7 +16690,7 @@ def restore_backup(path: str, config_dir: str, overrides: str = "") -> list[str]
                 restore.make(name, member, contents)
             os.sync()
         except BaseException as error:
-            restore.undo()
+            undo_restore(made)
             if isinstance(error, OSError):
                 raise ChasquidError(f"nothing was restored: {reason(error)}") from error
             raise
@@ -19622,6 +19627,20 @@ class Changes:
             why = said[-1] if said else f"exit status {done.status}"
             raise ChasquidError(f"{' '.join(argv)} has failed: {printable(why)}")
 
+    def adjust(self, path: str, mode: int, owner: tuple[int, int]) -> None:
+        """Give what is there another mode and owner. Raises OSError."""
+        path = self._host.path(path)
+        before = os.lstat(path)
+        ids, bits = (before.st_uid, before.st_gid), stat.S_IMODE(before.st_mode)
+        self._undo.append((path, lambda: os.chmod(path, bits)))
+        self._undo.append((path, lambda: self._host.chown(path, ids)))
+        self._host.chown(path, owner)
+        os.chmod(path, mode)
+
+    def undoable(self, what: str, undo: Callable[[], object]) -> None:
+        """Have `undo` called when all is taken back, for what is changed in another way."""
+        self._undo.append((what, undo))
+
     def later(self, *argv: str) -> None:
         """Have a program run when what came before is taken back."""
         self._undo.append((" ".join(argv), lambda: self._host.run(*argv)))
@@ -19703,6 +19722,7 @@ DOVECOT_CONF = "/etc/dovecot/dovecot.conf"
 _UCF_SUMS = "/var/lib/ucf/hashfile"
 _RENEWAL_UNITS = ("chasquid-dovecot.path", "chasquid-dovecot.service")
 _SAMPLE_CERTIFICATE = b"/etc/chasquid/certs/mail.example.com"  # in the first of them
+_DOVECOT_MODE = 0o2750  # of the directory of its users
 _DOVECOT_MARK = '# Made by "chasquid init" for Dovecot '
 # A hash that no password has: its key is all zero.
 _NO_PASSWORD = "{CRYPT}$7$C6..../....none$" + "." * 43
@@ -19941,16 +19961,20 @@ class DovecotSetup:
     def _has_users(self) -> bool:
         path = dovecot_users_path(self._config_dir)
         wanted, _ = dovecot_users(domain_directories(self._config_dir, []))
-        return os.path.exists(path) and read_file(path) == wanted
+        if not os.path.exists(path) or read_file(path) != wanted:
+            return False
+        return stat.S_IMODE(os.stat(os.path.dirname(path)).st_mode) == _DOVECOT_MODE
 
     def _make_users(self, changes: Changes) -> None:
         server, dovecot = self._host.ids(SERVER_USER), self._host.ids("dovecot")
         if server is None or dovecot is None:
             raise ChasquidError("Dovecot is installed, but there is no user dovecot")
         path, owner = dovecot_users_path(self._config_dir), (server[0], dovecot[1])
-        changes.directory(os.path.dirname(path), 0o2750, owner)
+        changes.directory(os.path.dirname(path), _DOVECOT_MODE, owner)
+        changes.adjust(os.path.dirname(path), _DOVECOT_MODE, owner)
         data, _ = dovecot_users(domain_directories(self._config_dir, []))
         changes.write(path, data, 0o640, owner)
+        changes.adjust(path, 0o640, owner)
 
     def _has_conf(self, certificate: str) -> bool:
         text = self._text()
@@ -20025,8 +20049,8 @@ class SetupRequest(NamedTuple):
     """What a person wants: an address and where it is to be, as `init` takes it.
 
     User and domain are normalised, `host` and `smarthost` may be "". `acme` agrees to the
-    terms of the authority at `acme_url`, "" for the usual one. What is in a file that `backup`
-    names is made first.
+    terms of the authority at `acme_url`, "" for the usual one. `backup` is the path of one that
+    is to be restored first, or "".
     """
 
     user: str
@@ -20152,8 +20176,9 @@ class Setup:
             self._look_for_ports()
         domains = dict.fromkeys((self._request.domain, domain_to_unicode(host)))
         return [
-            *system,
-            *self._restore_steps(),
+            *system[:1],  # the user, whose files are in a backup
+            *([self._restore_step()] if self._request.backup else []),
+            *system[1:],
             Step(f"{self._conf} for {host}", self._has_conf, self._make_conf),
             *self._setting_steps(),
             Step(f"domain {self._request.domain}", self._has_domain, self._make_domain),
@@ -20272,18 +20297,16 @@ class Setup:
             return []
         return self.dovecot.steps(self.config, lambda: self.certificate, self.made)
 
+    def _restore_step(self) -> Step:
+        def make(changes: Changes) -> None:
+            made: list[str] = []
+            changes.undoable(f"what {self._request.backup} holds", lambda: undo_restore(made))
+            data_dir = f"data_dir: {quote(self._data_path())}"
+            restore_backup(self._request.backup, self.config_dir, data_dir, made)
+
+        return Step(f"what {self._request.backup} holds", self._has_conf, make)
+
     # --- the configuration directory ---
-
-    def _restore_steps(self) -> list[Step]:
-        """A restored server stays if a later step fails: the next run keeps it, and goes on."""
-        backup = self._request.backup
-        if not backup:
-            return []
-
-        def restore(changes: Changes) -> None:
-            restore_backup(backup, self.config_dir)
-
-        return [Step(f"what is in {backup}", self._has_conf, restore)]
 
     def _has_conf(self) -> bool:
         return os.path.exists(self._conf)
@@ -24586,7 +24609,7 @@ def _init(arguments: argparse.Namespace) -> int:
         user, domain, arguments.config_dir, host=arguments.host or "",
         smarthost=arguments.smarthost or "", password=arguments.password or "",
         acme=arguments.acme_agree, acme_url=arguments.acme or "", no_acme=arguments.no_acme,
-        backup=arguments.source or "",
+        backup=arguments.backup or "",
     )  # fmt: skip
     setup = Setup(host, request, time.time())
     out = sys.stderr if arguments.zone or arguments.json else sys.stdout
@@ -25820,10 +25843,7 @@ _VERBS: dict[str, _Verb] = {
             ("--acme", {"metavar": "URL", "help": "of the authority (default: Let's Encrypt)"}),
             ("--no-acme", {"action": "store_true", "help": "do not speak of --acme-agree"}),
             ("--dns-key", {"metavar": "FILE", "help": "publish the records with it; see dns"}),
-            (
-                "--from",
-                {"dest": "source", "metavar": "FILE", "help": "a backup, of which to begin with"},
-            ),
+            ("--from", {"dest": "backup", "metavar": "FILE", "help": "restore a backup first"}),
             ("--zone", {"action": "store_true", "help": "show the records as a zone file"}),
             ("--dry-run", {"action": "store_true", "help": "only say what would be made"}),
             ("--json", {"action": "store_true", "help": "for programs"}),

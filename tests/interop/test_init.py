@@ -155,6 +155,33 @@ def test_from_an_archive_to_a_mail_that_was_read(fresh: Fresh) -> None:
     assert states(fresh.init(*acme)) == {"kept"}
 
 
+WIPE = """\
+systemctl disable --now chasquid.service chasquid-smtp.socket chasquid-submission.socket \\
+    chasquid-submission_tls.socket chasquid-dovecot.path
+rm -rf /etc/chasquid /var/lib/chasquid /usr/local/lib/chasquid /usr/local/bin/chasquid
+rm /etc/systemd/system/chasquid* /etc/dovecot/dovecot.conf
+mv /etc/dovecot/dovecot.conf.orig /etc/dovecot/dovecot.conf
+systemctl daemon-reload
+useradd --system --user-group other && userdel chasquid
+"""
+
+
+def test_a_backup_with_its_mail_on_another_host(fresh: Fresh) -> None:
+    password = password_in(fresh.init())
+    fresh.send(password, "kept")
+    wait_for(lambda: fresh.read(password), "the message")
+    fresh.root("chasquid backup /root/backup.tar --mail", True)
+    fresh.root(WIPE, True)
+    text = fresh.init("--from", "/root/backup.tar")
+    assert "made  what /root/backup.tar holds" in text and "password of" not in text
+    assert "Subject: kept" in wait_for(lambda: fresh.read(password), "the message again")
+    fresh.send(password, "new")
+    assert "Subject: new" in wait_for(lambda: fresh.read(password, 2), "the second message")
+    fresh.root("sudo -u chasquid chasquid user-add ana@example.com --password 'quite new'", True)
+    wait_for(lambda: fresh.read("quite new"), "the new password")
+    assert states(fresh.init("--from", "/root/backup.tar")) == {"kept"}
+
+
 def test_a_server_that_does_not_start_leaves_nothing_behind(fresh: Fresh) -> None:
     before = fresh.files()
     units = "systemctl list-unit-files --no-legend 'chasquid*' | wc -l"
