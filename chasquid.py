@@ -43,6 +43,7 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     WEB            challenges, MTA-STS policies and autoconfig over HTTP and HTTPS
     ACME           certificates from an authority, and their renewal (RFC 8555)
     CONTROL        the lock on data_dir; the sockets for commands, and for mail of this host
+    PRIVILEGES     from root to a user of its own, and whether secrets lie open
     DAEMON         the wiring diagram, reload, the end
     SENDMAIL       mail from programs of this host, with a server or without
     UPKEEP         versions of the program side by side; backup and restore
@@ -56,6 +57,7 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     CHANGES        what a command changes on this system, and how it is taken back
     IMAP           Dovecot's configuration and users, from ours
     SETUP          what a domain needs on this host, made by one command
+    SELFTEST       proof that a kill loses no message, on the user's own disk
     FAULTS         fault injection, by a script
     READER         what a person reads in a message: text, files, links, codes
     CAPTURE        a server that keeps what it is sent, for tests
@@ -680,6 +682,8 @@ class _Relative(str):
 def _text(value: Value) -> str:
     if not isinstance(value, bytes):
         raise _WrongValue("expected a string in quotes")
+    if b"\0" in value:
+        raise _WrongValue("expected a string without NUL")
     try:
         return value.decode()
     except UnicodeDecodeError:
@@ -970,6 +974,8 @@ def read_file(path: str, missing: bytes | None = None) -> bytes:
         if missing is not None and isinstance(error, FileNotFoundError):
             return missing
         raise ConfigError(path, 0, f"it cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(printable(path), 0, "it cannot be read: NUL is in its name") from error
 
 
 def domain_directories(
@@ -1055,6 +1061,8 @@ class Config(NamedTuple):
         "The Maildir of a user, if neither a program nor LMTP takes the mail; %to% is the address.")
     data_dir: str = _key(_directory, "/var/lib/chasquid",
         "Where the queue, the Maildirs, and what is known of other domains are.")
+    user: str = _key(_text, "chasquid",
+        "Whom a server that root has started becomes once its ports are open; if empty, nobody.")
     suffix_separators: str = _key(_text, "+",
         "What follows one of these characters in a local part is ignored: ana+shop@ is ana@.")
     drop_characters: str = _key(_text, ".",
@@ -2337,7 +2345,7 @@ def sync_directory(path: str) -> None:
     try:
         os.fsync(fd)
     finally:
-        os.close(fd)
+        close_written(fd)
 
 
 # A directory that is not ours to sync, or on a file system that does not know how.
@@ -2369,9 +2377,14 @@ def make_directory(path: str, mode: int = 0o700) -> None:
     except FileExistsError:
         if not os.path.isdir(path):
             raise
-    if os.geteuid() == 0:
-        os.chown(path, *owner_above(path), follow_symlinks=False)
-    sync_directory(parent)
+    try:
+        if os.geteuid() == 0:
+            os.chown(path, *owner_above(path), follow_symlinks=False)
+        sync_directory(parent)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.rmdir(path)  # a sync that failed may say nothing the next time: begin anew then
+        raise
 
 
 def owner_above(path: str) -> tuple[int, int]:
@@ -2403,7 +2416,7 @@ def create_synced(
         discard_names(path)
         raise
     finally:
-        os.close(fd)
+        close_written(fd)
 
 
 def move_synced(source: str, target: str) -> None:
@@ -2468,7 +2481,7 @@ def append_synced(path: str, data: bytes) -> None:
         write_all(fd, data)
         os.fsync(fd)
     finally:
-        os.close(fd)
+        close_written(fd)
 
 
 def replace_durably(path: str, data: bytes, mode: int = 0o600) -> None:
@@ -8006,6 +8019,7 @@ class MaildirCourier:
         self._user_exists = user_exists
         self._number = 0
         self._made: set[str] = set()  # Maildirs whose directories are known to be durable
+        self._making = Slots(loop, 1)  # or the failed sync of one would hide what others have made
 
     async def deliver(
         self, delivery: Delivery, destinations: Sequence[Destination]
@@ -8065,8 +8079,9 @@ class MaildirCourier:
             return await self._write(directory, name, delivery=delivery, address=address)
 
     async def _make(self, directory: str, junk: bool) -> None:
-        for part in ("tmp", "new", "cur"):
-            await self._loop.work(functools.partial(make_directory, f"{directory}/{part}"))
+        async with self._making:
+            for part in ("tmp", "new", "cur"):
+                await self._loop.work(functools.partial(make_directory, f"{directory}/{part}"))
         self._made.add(directory)
         if junk:  # by which tools know a subfolder in Maildir++
             marker = os.path.join(directory, "maildirfolder")
@@ -8134,7 +8149,8 @@ class AgentCourier(_ProgramCourier):
     """Hands each local message to a mail delivery agent, one run for each recipient.
 
     %from%, %from_user%, %from_domain%, %to%, %to_user% and %to_domain% in its arguments
-    are filled in, without the characters that mean something to a shell.
+    are filled in, without the characters that mean something to a shell, and without a "-" in
+    front, so that none is taken for an option.
     """
 
     DEFAULT_ARGUMENTS = ("-f", "%from%", "-d", "%to_user%")
@@ -8160,7 +8176,8 @@ class AgentCourier(_ProgramCourier):
         for name, whole in (("from", sender), ("to", address)):
             parts = (whole, *split_address(whole))
             keys = (f"%{name}%", f"%{name}_user%", f"%{name}_domain%")
-            values.update(zip(keys, (self._UNSAFE.sub("", part) for part in parts), strict=True))
+            safe = (self._UNSAFE.sub("", part).lstrip("-") for part in parts)
+            values.update(zip(keys, safe, strict=True))
         return [
             re.sub(r"%\w+%", lambda match: values.get(match[0], match[0]), argument)
             for argument in self._arguments
@@ -13225,12 +13242,15 @@ class Certificates:
     stays as it was in `before`, if it was there.
     """
 
-    def __init__(self, config: Config, before: Certificates | None = None) -> None:
+    def __init__(
+        self, config: Config, before: Certificates | None = None, *, fetched: bool = True
+    ) -> None:
         self.problems: list[str] = []
         self.loaded: dict[str, Certificate] = {}
         self._contexts: dict[str, ssl.SSLContext] = {}
         self._load_below(config.config_dir, "certs", before)
-        self._load_below(config.data_dir, FETCHED_CERTIFICATES, before)
+        if fetched:
+            self._load_below(config.data_dir, FETCHED_CERTIFICATES, before)
         for certificate in sorted(self.loaded.values(), key=lambda found: not found.proven):
             for host in certificate.names | {os.path.basename(certificate.directory).lower()}:
                 self._contexts.setdefault(host, certificate.context)
@@ -13239,7 +13259,16 @@ class Certificates:
 
     def _load_below(self, base: str, top: str, before: Certificates | None) -> None:
         directory = os.path.join(base, top)
-        for name in sorted(os.listdir(directory)) if os.path.isdir(directory) else []:
+        try:
+            names = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
+        except OSError as error:
+            self.problems.append(f"{directory}: it cannot be read: {error.strerror}")
+            names = [
+                os.path.basename(certificate.directory)
+                for certificate in (before.loaded.values() if before else ())
+                if certificate.is_fetched == (top == FETCHED_CERTIFICATES)
+            ]
+        for name in names:
             known = name if top != FETCHED_CERTIFICATES else f"{top}/{name}"
             certificate = self._load(known, os.path.join(directory, name))
             if certificate is None and before is not None:
@@ -13345,8 +13374,7 @@ class Listeners:
     submission, submission_tls, monitoring, web; see sd_listen_fds(3).
     """
 
-    def __init__(self, config: Config, loop: Loop) -> None:
-        self._loop = loop
+    def __init__(self, config: Config) -> None:
         self.sockets: list[tuple[Port, socket.socket]] = []
         inherited = self._inherited()
         kinds = (
@@ -13381,12 +13409,12 @@ class Listeners:
             text = "expected smtp_address or another address to listen on, or systemd's sockets"
             raise ConfigError(path, 0, text)
 
-    def close(self) -> None:
-        """Close all sockets; connections that were accepted stay."""
+    def close(self, loop: Loop | None = None) -> None:
+        """Close all sockets, which `loop` may wait for; connections that were accepted stay."""
         for raw in [*self.web, *self.monitoring, *(raw for _, raw in self.sockets)]:
-            if raw.fileno() >= 0:
-                self._loop.forget(raw.fileno())
-                raw.close()
+            if loop is not None and raw.fileno() >= 0:
+                loop.forget(raw.fileno())
+            raw.close()
 
     @staticmethod
     def _inherited() -> dict[str, list[socket.socket]]:
@@ -13762,7 +13790,7 @@ class AcmeAnswer(NamedTuple):
         """Return the JSON object in it. Raises AcmeFailed."""
         try:
             value = json.loads(self.body)
-        except ValueError:
+        except (ValueError, RecursionError):  # of what is nested deeply
             value = None
         if not isinstance(value, dict):
             raise AcmeFailed("the authority answers with what is no JSON object")
@@ -13775,8 +13803,11 @@ class AcmeAnswer(NamedTuple):
         value = self.headers.get("retry-after", "")
         if re.fullmatch(r"[0-9]{1,9}", value):
             return float(value)
-        date = parsedate_tz(value)
-        return max(0.0, mktime_tz(date) - now) if date else -1.0
+        try:
+            date = parsedate_tz(value)
+            return max(0.0, mktime_tz(date) - now) if date else -1.0
+        except (ValueError, OverflowError):  # of a year or a number that there is not
+            return -1.0
 
 
 AcmeCall = Callable[[str, str, bytes], AcmeAnswer]  # method, URL, body; blocks
@@ -14386,7 +14417,7 @@ class DataDirectory:
             make_directory(self.path)
             path = os.path.join(self.path, "lock")
             existed = os.path.exists(path)
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             if not existed and os.geteuid() == 0:
                 os.fchown(self._fd, *owner_above(path))
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -14628,6 +14659,180 @@ def connect_as_program(data_dir: str) -> socket.socket | None:
 
 
 # ======================================================================================
+# ROOM: PRIVILEGES
+#
+# What the server may do on this machine, and who else may see its secrets or change what it
+# runs.
+#
+# - Started by root, it opens its ports, reads the certificates with their keys, and becomes
+#   another user for good. All that comes later is done as that user: logs are opened, users
+#   and DKIM keys are read, octets of strangers are parsed, programs are run.
+# - As root it opens nothing in a directory of that user, who could lead it elsewhere by a
+#   symbolic link; but for the lock, which is never opened through one.
+# - A secret that lies open is a warning with the command that mends it. A group may read, for
+#   so the certificates of others come to the server.
+#
+# These are the only functions that change the whole process, so they are called by DAEMON for
+# a command that says so, and by nobody else.
+# ======================================================================================
+
+
+class Account(NamedTuple):
+    """A user of this machine; the name is "" if it has none."""
+
+    name: str
+    uid: int
+    gid: int
+    home: str
+
+
+def account_of_server(config: Config) -> Account | None:
+    """Return whom a server that root starts becomes; None if it stays root.
+
+    Only the user of the default need not exist. Raises ConfigError.
+    """
+    import pwd  # only here
+
+    if not config.user:
+        return None
+    try:
+        found = pwd.getpwnam(config.user)
+    except (KeyError, ValueError):
+        if "user" not in changed_keys(config):
+            return None
+        path = os.path.join(config.config_dir, "chasquid.conf")
+        text = f"user: expected a user of this machine, found {printable(config.user, 40)}"
+        raise ConfigError(path, 0, text) from None
+    return Account(found.pw_name, found.pw_uid, found.pw_gid, found.pw_dir)
+
+
+def account_of_owner(status: os.stat_result) -> Account:
+    """Return the user and the group that a file belongs to."""
+    import pwd  # only here
+
+    try:
+        found = pwd.getpwuid(status.st_uid)
+    except KeyError:
+        return Account("", status.st_uid, status.st_gid, "/")
+    return Account(found.pw_name, status.st_uid, status.st_gid, found.pw_dir)
+
+
+def give_directory(path: str, account: Account) -> None:
+    """Make the directory `path` for `account`, if it is missing or empty. Raises ConfigError.
+
+    Of one that holds something, nothing is given away: it must be theirs.
+    """
+    try:
+        make_directory(path)
+        if not os.listdir(path):
+            os.chown(path, account.uid, account.gid)
+        owner = os.stat(path).st_uid
+    except OSError as error:
+        text = f"data_dir cannot be used: {error.strerror}"
+        raise ConfigError(error.filename or path, 0, text) from error
+    if owner != account.uid:
+        told = f"data_dir belongs to another user than {account.name}, whom the server becomes"
+        remedy = f"chown -R {account.name}: {_word(path)}, or set the key user"
+        raise ConfigError(path, 0, f"{told}: {remedy}")
+
+
+def become(account: Account, system: Any = os) -> None:
+    """Become another user, for good; `system` is the module os. Raises ChasquidError.
+
+    Groups go first, for later there is no right to. That root cannot be had back is tried.
+    """
+    uid, gid = account.uid, account.gid
+    try:
+        if account.name:
+            system.initgroups(account.name, gid)
+        else:
+            system.setgroups([gid])
+        system.setgid(gid)
+        system.setuid(uid)
+    except OSError as error:
+        text = f"the server cannot become the user {account.name}: {error.strerror}"
+        raise ChasquidError(text) from error
+    if uid:
+        with contextlib.suppress(OSError):
+            system.setuid(0)
+    now = (system.getuid(), system.geteuid(), system.getgid(), system.getegid())
+    if now != (uid, uid, gid, gid):
+        raise ChasquidError(f"the server did not become the user {account.name} for good")
+    system.environ.update(HOME=account.home, USER=account.name, LOGNAME=account.name)
+
+
+def write_no_core() -> None:
+    """Have a crash of this process leave no core file: passwords and keys would be in it."""
+    import resource
+
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def exposure_warnings(config: Config) -> Iterator[str]:
+    """Yield which secrets everybody on this machine can read, and what everybody can change."""
+    told = set()
+    for path in _secret_paths(config):
+        if _is_open(path, stat.S_IROTH | stat.S_IWOTH):
+            told.add(path)
+            yield f"{path} is secret, and everybody can read it: chmod o= {_word(path)}"
+    for path in (config.config_dir, *_governing_paths(config)):
+        if path not in told and _is_open(path, stat.S_IWOTH):
+            yield f"{path} can be changed by everybody: chmod o-w {_word(path)}"
+
+
+def _word(path: str) -> str:
+    """Return `path` as a person can give it to a shell."""
+    import shlex  # only for warnings
+
+    return shlex.quote(path)
+
+
+def _secret_paths(config: Config) -> Iterator[str]:
+    """Yield the files that hold passwords and private keys, and data_dir with all the mail."""
+    yield config.data_dir
+    if config.smarthost_password_file:
+        yield config.smarthost_password_file
+    for top, _, files in _files_below(config, "domains"):
+        for name in files:
+            if name == "users" or name.startswith("dkim:"):
+                yield os.path.join(top, name)
+    for top, _, files in _files_below(config, "certs"):
+        for name in files:
+            if name == "privkey.pem" or name.endswith(".key"):
+                yield os.path.join(top, name)
+
+
+def _governing_paths(config: Config) -> Iterator[str]:
+    """Yield what says who has a mailbox here, where mail goes, and what is run."""
+    yield os.path.join(config.config_dir, "chasquid.conf")
+    for directory in ("domains", "certs", "hooks"):
+        for top, _, files in _files_below(config, directory):
+            yield top
+            for name in files:
+                yield os.path.join(top, name)
+
+
+def _files_below(config: Config, name: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    return os.walk(os.path.join(config.config_dir, name), followlinks=True)
+
+
+def _is_open(path: str, bits: int) -> bool:
+    """Tell whether others than owner and group have one of `bits`, and can get there."""
+    try:
+        path = os.path.realpath(path)
+        if not os.stat(path).st_mode & bits:
+            return False
+        while path != (above := os.path.dirname(path)):
+            if not os.stat(above).st_mode & stat.S_IXOTH:
+                return False
+            path = above
+    except OSError:
+        return False
+    return True
+
+
+# ======================================================================================
 # ROOM: DAEMON
 #
 # One complete server, put together. `Daemon.__init__` is the wiring diagram: who gets
@@ -14661,11 +14866,17 @@ DOMAIN_FORGOTTEN = "what was seen of {} is forgotten"
 DOMAIN_UNKNOWN = "nothing was known of {}"
 
 
-def load_late_modules() -> None:
-    """Load what a server would import when it is first used. Raises ChasquidError."""
+def load_libraries() -> None:
+    """Load the libraries, and have them read their tables. Raises ChasquidError."""
     load_modules(_LATE_MODULES)
-    load_spf()
-    load_dkim()
+    try:
+        load_spf()
+        load_dkim()
+        domain_to_ascii("bücher.example")  # idna and precis-i18n read tables at first
+        normalize_user("É")
+    except Exception as error:
+        text = f"a library cannot be loaded: {type(error).__name__}: {error}"
+        raise ChasquidError(f"{text}; is the installation complete?") from error
 
 
 def random_fraction() -> float:
@@ -14812,8 +15023,9 @@ def file_signature(config_dir: str) -> tuple[tuple[str, int, int, int], ...]:
 class Daemon:
     """One server: made from a configuration, run by `run`, ended by `stop`.
 
-    Sockets are bound when it is made, so that their numbers are known. Unless it is to
-    `deliver`, it attempts nothing of what is in the queue. Raises ConfigError.
+    Sockets are bound when it is made, so that their numbers are known; then the process becomes
+    `account`, if there is one. Unless it is to `deliver`, it attempts nothing of what is in the
+    queue. Raises ConfigError.
     """
 
     def __init__(
@@ -14828,11 +15040,13 @@ class Daemon:
         fetch_policy: FetchPolicy | None = None,
         on_result: Callable[[Item, Recipient], None] = lambda item, recipient: None,
         connect: Connect = connect,
+        account: Account | None = None,
         deliver: bool = True,
         examine: Callable[[], Sequence[Finding]] | None = None,
     ) -> None:
         self.config = config
         self._connect = connect
+        self._account = account
         self._deliver = deliver
         self._examine = examine  # once a day, in a worker thread
         self._findings: tuple[Finding, ...] = ()
@@ -14866,15 +15080,14 @@ class Daemon:
         self._hostname = domain_to_ascii(config.hostname)
         self._own_domain = domain_to_unicode(self._hostname)
         lock = DataDirectory(config.data_dir)
-        lock.take()
         undo.callback(lock.release)
+        self._certificates = certificates = self._take_as_root(undo, lock)
         self.log = Log(Sink(config.log_path, clock), Sink(config.mail_log_path, clock))
         undo.callback(self.log.close)
         workers = Workers(_WORKER_COUNT)
         undo.callback(workers.close)
         self.loop = loop = Loop(clock, workers, self.log.crash)
         undo.callback(loop.close)
-        self._certificates = certificates = Certificates(config)
         self._domains = load_domains(config)
         self._loading = Slots(loop, 1)
         self._reloaded = (clock.time(), not self.problems)
@@ -14946,8 +15159,6 @@ class Daemon:
             dovecot=self._dovecot,
             limits=self._limits,
         )
-        self._listeners = Listeners(config, loop)
-        undo.callback(self._listeners.close)
         self._started = clock.time()
         self._monitor = Monitor(
             loop, self.log, config.hostname, status=self._status, stop=self._stop_from_inside
@@ -14969,6 +15180,21 @@ class Daemon:
         self._reopen_logs = False
         self._report_start(certificates)
         self._report_settings()
+
+    def _take_as_root(self, undo: contextlib.ExitStack, lock: DataDirectory) -> Certificates:
+        """Take what only root may have, if it is root who runs this, and give root up."""
+        config, account = self.config, self._account
+        if account is not None:
+            give_directory(config.data_dir, account)
+        lock.take()
+        self._listeners = Listeners(config)
+        undo.callback(self._listeners.close)
+        if account is None:
+            return Certificates(config)
+        certificates = Certificates(config, fetched=False)
+        load_libraries()  # the user may not be able to read them, or the archive
+        become(account)
+        return Certificates(config, certificates)  # what cannot be read again stays as it is
 
     def _stop_from_inside(self) -> None:
         self._stopping.set()
@@ -15213,7 +15439,12 @@ class Daemon:
 
     def _report_settings(self) -> None:
         log, config = self.log, self.config
-        for warning in setting_warnings(config):
+        if self._account is not None:
+            log.info("daemon", f"started by root, and now the user {self._account.name} for good")
+        elif os.geteuid() == 0:
+            text = "running as root; a user of its own is safer: see the key user"
+            log.warning("daemon", text)
+        for warning in (*setting_warnings(config), *exposure_warnings(config)):
             log.warning("daemon", warning)
         if config.smarthost:
             after = f" after {plural(config.smarthost_after, 'attempt')}"
@@ -15279,7 +15510,7 @@ class Daemon:
         self.log.event(Events.STOPPING)
         for task in tasks:
             task.cancel()
-        self._listeners.close()
+        self._listeners.close(self.loop)
         self._control.close()
         self._programs.close()
         await self._wind_up()
@@ -15287,17 +15518,9 @@ class Daemon:
 
     def _load_libraries(self) -> None:
         """Load all that may be needed later. Computes; raises ChasquidError."""
-        load_modules(_LATE_MODULES)
-        try:
-            load_spf()
-            load_dkim()
-            domain_to_ascii("bücher.example")  # idna and precis-i18n read tables at first
-            normalize_user("É")
-            with contextlib.suppress(TemporaryFailure):  # no name server is known, or not yet
-                self._dns.set_up()
-        except Exception as error:
-            text = f"a library cannot be loaded: {type(error).__name__}: {error}"
-            raise ChasquidError(f"{text}; is the installation complete?") from error
+        load_libraries()
+        with contextlib.suppress(TemporaryFailure):  # no name server is known, or not yet
+            self._dns.set_up()
 
     async def _wind_up(self) -> None:
         self._context.closing = True
@@ -15748,8 +15971,11 @@ def _named_in(fields: Sequence[Field]) -> list[str]:
     for field in fields:
         if field.name in names:
             text = field.value.decode("utf-8", "replace").replace("\r\n", "").strip()
-            here = [address.addr_spec for address in getattr(make("to", text), "addresses", ())]
-            if not _are_all(here, text):
+            here: list[str] | None = None
+            with contextlib.suppress(Exception):  # a malformed field has the library fail variously
+                read = make("to", without_comments(text))  # it takes long for nested ones
+                here = [address.addr_spec for address in getattr(read, "addresses", ())]
+            if here is None or not _are_all(here, text):
                 shown = printable(text, 100)
                 raise NotSent(f"{field.name}: expected addresses, found {shown!r}", os.EX_DATAERR)
             found += here
@@ -15900,7 +16126,7 @@ def _put_into_queue(config: Config, letter: Letter) -> str:
 
     So the message is judged, signed and written as any other. Raises ChasquidError.
     """
-    load_late_modules()  # whom we become may not be able to read them
+    load_libraries()  # whom we become may not be able to read them
     _become_owner(config.data_dir)
     for place in Place:
         make_directory(os.path.join(config.data_dir, "queue", place))
@@ -15934,20 +16160,13 @@ def _put_into_queue(config: Config, letter: Letter) -> str:
 
 def _become_owner(data_dir: str) -> None:
     """As root, become the server's user, or it could not read what we write. Raises NotSent."""
-    import pwd  # only here
-
     try:
         owner = os.stat(data_dir)
     except OSError as error:
         text = f"no server is running, and there is no queue: {reason(error)}"
         raise NotSent(text, os.EX_TEMPFAIL) from None
     if os.geteuid() == 0 and owner.st_uid:
-        try:
-            os.initgroups(pwd.getpwuid(owner.st_uid).pw_name, owner.st_gid)
-        except KeyError:
-            os.setgroups([owner.st_gid])
-        os.setgid(owner.st_gid)
-        os.setuid(owner.st_uid)
+        become(account_of_owner(owner))
     elif os.geteuid() != owner.st_uid:
         text = "no server is running, and only root and its user can reach the queue"
         raise NotSent(text, os.EX_TEMPFAIL)
@@ -16672,18 +16891,20 @@ class _Converter:
             return
         if found == [f"{name}@{domain}"]:
             return  # it stands for itself: in Postfix, an exception to a catch-all
-        table = self.aliases.setdefault(domain, {})
+        made: dict[str, str] = {}
         pipes = [value for value in found if value.startswith("|")]
         if pipes and len(found) > 1:
             for count, pipe in enumerate(pipes, 1):
                 own = f"{name}-pipe{count if count > 1 else ''}"
-                table[own] = pipe
+                made[own] = pipe
                 found[found.index(pipe)] = f"{own}@{domain}"
-        table[name] = ", ".join(found)
+        made[name] = ", ".join(found)
+        lines = "".join(f"{key}: {right}\n" for key, right in made.items())
+        table = self.aliases.setdefault(domain, {})
         try:
-            parse_aliases(f"{name}: {table[name]}".encode(), at[0], domain)
+            parse_aliases(lines.encode(), at[0], domain)
+            table |= made
         except ConfigError as error:
-            del table[name]
             self._leave(*at, str(error).partition(": ")[2])
 
     def _right_side(
@@ -18127,11 +18348,11 @@ class Examined(NamedTuple):
 
 def examine_files(config: Config, problems: Sequence[ConfigError]) -> Examined:
     """Read all files; `problems` are those of chasquid.conf. Raises ConfigError."""
+    problems = [*problems]
+    for check in (smarthost_login, account_of_server):
+        with collected(problems):
+            check(config)
     wrong = [str(problem) for problem in problems]
-    try:
-        smarthost_login(config)
-    except ConfigError as error:
-        wrong.append(str(error))
     domains, certificates = load_domains(config), Certificates(config)
     wrong += [*domains.problems, *certificates.problems]
     doubtful = [*setting_warnings(config)]
@@ -18242,7 +18463,7 @@ def _home_line(facts: Facts) -> str:
 
 def _front_host(facts: Facts) -> str:
     """Return how to receive on a line that nobody can connect to, or whose address changes."""
-    domains = list(facts.examined.domains.each) or ["DOMAIN"]
+    domains = [domain_to_unicode(name) for name in facts.domains] or ["DOMAIN"]
     return (
         "have a small host with a fixed address as MX, whose chasquid passes mail on; there:\n"
         + "".join(f"domains/{name}/aliases: *: *@{name} via {facts.host}\n" for name in domains)
@@ -18335,11 +18556,15 @@ def _get_certificate(facts: Facts) -> str:
     """Return how to get a certificate for the host."""
     if facts.config.acme:
         return f"the log says why none has come: sudo journalctl -u {SERVICE} --grep acme"
-    path = os.path.join(facts.config.config_dir, "chasquid.conf")
-    return (
-        "have it fetched, which accepts the terms of Let's Encrypt: "
-        f"echo 'acme: true' | sudo tee -a {path} && sudo systemctl restart {SERVICE}"
-    )
+    terms = "have it fetched, which accepts the terms of Let's Encrypt"
+    return f"{terms}: sudo chasquid init {_first_user(facts)} --acme-agree"
+
+
+def _first_user(facts: Facts) -> str:
+    """Return the address of a user, for the command that sets a host up."""
+    each = facts.examined.domains.each
+    addresses = (f"{user}@{name}" for name, domain in each.items() for user in domain.users)
+    return next(addresses, "ADDRESS")
 
 
 def _check_certificates(facts: Facts) -> Iterator[Finding]:
@@ -18485,7 +18710,8 @@ def _check_imap(facts: Facts) -> Iterator[Finding]:
     if not facts.config.lmtp_address.startswith("/") and facts.config.lmtp_address:
         return  # the mailboxes are on another host
     text = "no IMAP server answers at port 993 or 143, so no mail program can read the mail"
-    yield advice(text, "sudo apt install dovecot-imapd && sudo chasquid init ADDRESS")
+    init = f"sudo chasquid init {_first_user(facts)}"
+    yield advice(text, f"sudo apt install dovecot-imapd && {init}")
 
 
 # --- the machine and its line ---
@@ -20456,6 +20682,552 @@ def remaining_text(
 
 
 # ======================================================================================
+# ROOM: SELFTEST
+#
+# Proof, on the user's own machine and disk, that what was answered with 250 is not lost. Two
+# servers are killed at random moments, also while they start, as several clients send to them.
+# In the end each message is accounted for:
+#
+#     recipient  stands for                              where it must be in the end
+#     ---------  --------------------------------------  ---------------------------
+#     ana        a mailbox                               in the Maildir
+#     team       ana and bob                             in both Maildirs
+#     program    a pipe                                  in a directory
+#     relayed    a mailbox of the second server          at the LMTP server of this room
+#     waiting    an address via a port that is closed    in the queue
+#     gone       a pipe that fails for good              in a notification to the sender
+#
+# - A message says itself what it must be: its first line has its id and the hash of all that
+#   follows, so what was cut short or mixed up is seen wherever it is found.
+# - After a 250, each final recipient must be found: delivered, reported to the sender, or still
+#   in the queue. Without one nothing is owed, but what arrives must be whole.
+# - After a crash a message may be delivered twice. That is counted, and no failure.
+# - What a process has written is kept by the system when the process is killed. So this says
+#   nothing of a power cut.
+#
+# The servers run `serve` as anybody's do: the room reaches them by ports, signals, the control
+# socket and their files, and by nothing that was made for it.
+# ======================================================================================
+
+_SELFTEST_SENDER = "sender@here.test"
+_SELFTEST_SESSIONS = 6
+_SELFTEST_START_SECONDS = 60.0
+_SELFTEST_IDLE_SECONDS = 60.0  # how long the queues may stand still in the end
+_LMTP_REFUSALS = 0.2  # of the messages, until the end
+_SECOND_KILLS = 0.3  # of the kills, while the server starts again
+_SELFTEST_SHOWN = 20  # sentences on what is wrong
+_PIPE_SCRIPT = 'file=$(mktemp "$1/tmp/XXXXXXXXXX") && cat >"$file" && mv "$file" "$1/new/"\n'
+
+# Each recipient: its final recipients, and how often it is chosen.
+_SELFTEST_RECIPIENTS: Mapping[str, tuple[tuple[str, ...], int]] = {
+    "ana": (("ana@here.test",), 20),
+    "team": (("ana@here.test", "bob@here.test"), 8),
+    "program": (("program",), 3),
+    "relayed": (("lmtp@there.test",), 8),
+    "waiting": (("waiting@nowhere.test",), 1),
+    "gone": (("gone@here.test",), 1),
+}
+
+
+class Found(enum.StrEnum):
+    """How a message was found for a final recipient; the first counts that holds."""
+
+    DELIVERED = "delivered"
+    REPORTED = "reported"  # the sender was told that it failed
+    QUEUED = "queued"
+
+
+class SelftestReport(NamedTuple):
+    """What came of a self-test: figures by what they count, and sentences on what is wrong."""
+
+    figures: Mapping[str, int]
+    wrong: tuple[str, ...]
+
+    @property
+    def accepted(self) -> int:
+        """How many messages got their 250; without any, nothing is proven."""
+        return self.figures["messages accepted with 250"]
+
+    @property
+    def text(self) -> str:
+        """All of it, for people."""
+        rows = [f"{count:8}  {what}" for what, count in self.figures.items()]
+        return "\n".join([*rows, *self.wrong[:_SELFTEST_SHOWN]])
+
+
+def selftest_message(id: str, body: bytes) -> bytes:
+    """Return a message whose first line has its id and the SHA-256 of what follows, with LF."""
+    import hashlib  # loads OpenSSL's hashes; only for this
+
+    head = f"From: <{_SELFTEST_SENDER}>\r\nSubject: selftest {id}\r\n\r\n".encode()
+    rest = head + body
+    digest = hashlib.sha256(rest.replace(b"\r\n", b"\n")).hexdigest()
+    return f"X-Selftest: {id} {digest}\r\n".encode() + rest
+
+
+_SELFTEST_MARK = re.compile(rb"^X-Selftest: ([0-9a-f]{16}) ([0-9a-f]{64})\r?\n", re.MULTILINE)
+
+
+class Ledger:
+    """Which messages are owed to whom, and what was found of them."""
+
+    def __init__(self) -> None:
+        self.broken = 0  # connections
+        self._owed: dict[str, set[str]] = {}
+        self._found: dict[tuple[str, str], collections.Counter[Found]] = {}
+        self._damaged: list[str] = []
+
+    @property
+    def messages(self) -> int:
+        """How many are owed."""
+        return len(self._owed)
+
+    def owe(self, id: str, recipients: Iterable[str]) -> None:
+        """Write down that a message was answered with 250 for these final recipients."""
+        self._owed.setdefault(id, set()).update(recipients)
+
+    def find(self, data: bytes, recipient: str, how: Found, where: str) -> None:
+        """Write down that a message was found for a final recipient, if it is whole."""
+        import hashlib
+
+        mark = _SELFTEST_MARK.search(data)
+        if mark is None:
+            self.damage(f"{where}: {len(data)} octets without the line that every message has")
+            return
+        rest = data[mark.end() :].replace(b"\r\n", b"\n")
+        if hashlib.sha256(rest).hexdigest().encode() != mark[2]:
+            self.damage(f"{where}: {len(data)} octets, and not those that were sent")
+            return
+        self._count(mark[1], recipient, how)
+
+    def find_notification(self, data: bytes, where: str) -> None:
+        """Write down what a notification to the sender reports (RFC 3464)."""
+        mark = _SELFTEST_MARK.search(data)
+        failed = re.findall(rb"^Final-Recipient: rfc822; ?(\S+?)\r?$", data, re.MULTILINE)
+        if mark is None or not failed:
+            self.damage(f"{where}: a notification that does not say about what")
+            return
+        for recipient in failed:
+            self._count(mark[1], recipient.decode("ascii", "replace"), Found.REPORTED)
+
+    def damage(self, sentence: str) -> None:
+        """Write down that something is not what it must be."""
+        self._damaged.append(sentence)
+
+    def _count(self, id: bytes, recipient: str, how: Found) -> None:
+        key = (id.decode(), recipient)
+        self._found.setdefault(key, collections.Counter())[how] += 1
+
+    def report(self, rounds: int, kills: int) -> SelftestReport:
+        """Return what is to be said of all of it."""
+        ends: collections.Counter[Found] = collections.Counter()
+        lost = []
+        for id, recipient in ((id, name) for id, names in self._owed.items() for name in names):
+            found = self._found.get((id, recipient))
+            if found is None:
+                lost.append(f"lost: {id} for {recipient}")
+            else:
+                ends[next(how for how in Found if found[how])] += 1
+        copies = [found[Found.DELIVERED] for found in self._found.values()]
+        figures = {
+            "rounds": rounds,
+            "kills": kills,
+            "messages accepted with 250": self.messages,
+            "connections that broke before an answer": self.broken,
+            "recipients of accepted messages: delivered whole": ends[Found.DELIVERED],
+            "still in the queue, whole": ends[Found.QUEUED],
+            "reported to the sender": ends[Found.REPORTED],
+            "lost": len(lost),
+            "damaged": len(self._damaged),
+            "delivered twice, which a crash may do": sum(count - 1 for count in copies if count),
+        }
+        return SelftestReport(figures, (*lost, *self._damaged))
+
+
+def own_program() -> tuple[list[str], str]:
+    """Return the command line that runs this program, archive or module, and from where."""
+    path = os.path.abspath(__file__)
+    while not os.path.isfile(path):  # inside an archive
+        path = os.path.dirname(path)
+    if path.endswith(".py"):
+        return [sys.executable, "-m", "chasquid"], os.path.dirname(path)
+    return [sys.executable, path], os.path.dirname(path)
+
+
+class SelftestServer:
+    """A server with its own configuration below `directory`, as a child process."""
+
+    def __init__(self, directory: str, port: int) -> None:
+        self.directory = directory
+        self.port = port
+        self.data_dir = os.path.join(directory, "data")
+        self.log_path = os.path.join(directory, "server.log")
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def configure(self, domain: str, users: Sequence[str], aliases: str, settings: str) -> None:
+        """Write the configuration. Raises OSError."""
+        place = os.path.join(self.directory, "domains", domain)
+        make_directory(place)
+        replace_durably(
+            os.path.join(place, "users"), format_users(dict.fromkeys(users, Denied()))
+        )  # fmt: skip
+        replace_durably(os.path.join(place, "aliases"), aliases.encode())
+        text = (
+            f'hostname: "mail.{domain}"\n'
+            f'smtp_address: "127.0.0.1:{self.port}"\n'
+            f"data_dir: {quote(self.data_dir)}\n"
+            f"log_path: {quote(self.log_path)}\n"
+            f"mail_log_path: {quote(os.path.join(self.directory, 'mail.log'))}\n"
+            f"max_queue_items: 1000000\n{settings}"
+        )
+        replace_durably(os.path.join(self.directory, "chasquid.conf"), text.encode())
+
+    def start(self) -> None:
+        """Start the process, without waiting until it is ready. Raises OSError."""
+        import subprocess  # only here
+
+        command, place = own_program()
+        with open(self.log_path, "ab") as log:
+            self._process = subprocess.Popen(
+                [*command, "--config-dir", self.directory, "serve"],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=place,
+                start_new_session=True,  # Ctrl-C is for us alone
+            )  # fmt: skip
+
+    def end(self, number: signal.Signals) -> None:
+        """Send a signal, and wait until the process has ended; nothing if it runs no more."""
+        if self._process is not None:
+            self._process.send_signal(number)
+            self._process.wait()
+            self._process = None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the process has not ended by itself."""
+        return self._process is not None and self._process.poll() is None
+
+
+class Selftest:
+    """One self-test below `directory`, which is empty. `progress` is told how far it is."""
+
+    def __init__(
+        self, directory: str, rounds: int, seconds: float, progress: Callable[[str], object]
+    ) -> None:
+        import random  # only here
+
+        self._random = random.Random()
+        self._directory = directory
+        self._rounds = rounds
+        self._seconds = seconds
+        self._progress = progress
+        self._ledger = Ledger()
+        self._kills = 0
+        self._is_ending = False
+        self._body = b"".join(os.urandom(36).hex().encode() + b"\r\n" for _ in range(5000))
+
+    def run(self) -> SelftestReport:
+        """Send, kill, start and count. Raises ChasquidError, OSError."""
+        crashes: list[str] = []
+        workers = Workers(2)
+        loop = self._loop = Loop(
+            Clock(), workers, lambda name, error: crashes.append(f"{name}: {reason(error)}")
+        )
+        try:
+            with contextlib.ExitStack() as undo:
+                loop.run(self._main(undo))
+        finally:
+            workers.close()
+            loop.close()
+        if crashes:
+            raise ChasquidError(f"the test itself has failed: {crashes[0]}")
+        self._collect()
+        return self._ledger.report(self._rounds, self._kills)
+
+    async def _main(self, undo: contextlib.ExitStack) -> None:
+        sockets = self._sockets(undo)
+        self._servers = self._configure(*(raw.getsockname()[1] for raw in sockets))
+        for raw in sockets[:2]:  # the servers' own: from here on they are to take them
+            raw.close()
+        for server in self._servers:
+            undo.callback(server.end, signal.SIGKILL)
+        lmtp = self._loop.spawn(self._serve_lmtp(sockets[3]), "LMTP server")
+        await self._restart(self._servers)
+        sessions = [self._loop.spawn(self._send(), "client") for _ in range(_SELFTEST_SESSIONS)]
+        for number in range(1, self._rounds + 1):
+            await self._round()
+            done = f"round {number} of {self._rounds}, {plural(self._kills, 'kill')}"
+            self._progress(f"{done}, {plural(self._ledger.messages, 'message')} accepted")
+        self._is_ending = True
+        for session in sessions:
+            await session.join()
+        await self._settle()
+        for server in self._servers:
+            await self._loop.work(functools.partial(server.end, signal.SIGTERM))
+        lmtp.cancel()
+
+    def _sockets(self, undo: contextlib.ExitStack) -> list[socket.socket]:
+        """Return sockets for two servers, for nobody, and for LMTP."""
+        sockets = [undo.enter_context(socket.socket()) for _ in range(4)]
+        for raw in sockets:
+            raw.bind(("127.0.0.1", 0))
+            raw.setblocking(False)
+        sockets[3].listen(64)
+        return sockets
+
+    def _configure(
+        self, here_port: int, there_port: int, closed: int, lmtp: int
+    ) -> tuple[SelftestServer, SelftestServer]:
+        import shlex  # only here
+
+        script = os.path.join(self._directory, "pipe")
+        replace_durably(script, _PIPE_SCRIPT.encode())
+        for part in ("tmp", "new"):
+            make_directory(self._path("program", part))
+        command = f"/bin/sh {shlex.quote(script)} {shlex.quote(self._path('program'))}"
+        here = SelftestServer(self._path("here"), here_port)
+        aliases = (
+            f"team: ana, bob\nprogram: | {command}\n"
+            f"relayed: lmtp@there.test via 127.0.0.1:{there_port}\n"
+            f"waiting: waiting@nowhere.test via 127.0.0.1:{closed}\n"
+            "gone: | false\n"
+        )
+        # whom they trust they do not judge: no name server is asked
+        settings = f'trusted_relay: "127.0.0.1"\ndns_server: "127.0.0.1:{closed}"\n'
+        here.configure("here.test", ["ana", "bob", "sender"], aliases=aliases, settings=settings)
+        there = SelftestServer(self._path("there"), there_port)
+        settings += f'lmtp_address: "127.0.0.1:{lmtp}"\n'
+        there.configure("there.test", ["lmtp"], aliases="", settings=settings)
+        return here, there
+
+    def _path(self, *parts: str) -> str:
+        return os.path.join(self._directory, *parts)
+
+    # --- killing ---
+
+    async def _round(self) -> None:
+        await self._loop.sleep(self._seconds * self._random.random())
+        here, there = self._servers
+        victims = self._random.choice([[here], [here], [there], [here, there]])
+        self._kill(victims)
+        while self._random.random() < _SECOND_KILLS:
+            for server in victims:
+                server.start()
+            await self._loop.sleep(self._random.random())
+            self._kill(victims)
+        await self._restart(victims)
+
+    def _kill(self, servers: Sequence[SelftestServer]) -> None:
+        for server in servers:
+            server.end(signal.SIGKILL)
+            self._kills += 1
+
+    async def _restart(self, servers: Sequence[SelftestServer]) -> None:
+        """Start servers and wait until they greet. Raises ChasquidError."""
+        for server in servers:
+            server.start()
+        for server in servers:
+            end = self._loop.clock.monotonic() + _SELFTEST_START_SECONDS
+            while not await self._greets(server):
+                if not server.is_running or self._loop.clock.monotonic() > end:
+                    text = "a server of the test does not start; its log says why"
+                    raise ChasquidError(f"{text}: {server.log_path}")
+                await self._loop.sleep(0.02)
+
+    async def _greets(self, server: SelftestServer) -> bool:
+        try:
+            client = await self._connect(server)
+        except ChasquidError:
+            return False
+        await client.quit()
+        return True
+
+    # --- sending ---
+
+    async def _connect(self, server: SelftestServer) -> Client:
+        stream = await connect(self._loop, "127.0.0.1", server.port)
+        client = Client(self._loop, stream, "the server")
+        try:
+            await client.greet("client.test")
+        except BaseException:
+            client.close()
+            raise
+        return client
+
+    async def _send(self) -> None:
+        """Send messages until the end, on a new connection after some, or when it breaks."""
+        while not self._is_ending:
+            try:
+                client = await self._connect(self._servers[0])
+            except ChasquidError:
+                await self._loop.sleep(0.02)
+                continue
+            try:
+                for _ in range(20):
+                    await self._send_message(client)
+                await client.quit()
+            except ChasquidError:
+                self._ledger.broken += 1
+            finally:
+                client.close()
+
+    async def _send_message(self, client: Client) -> None:
+        if self._is_ending:
+            return
+        known, weights = zip(
+            *((name, weight) for name, (_, weight) in _SELFTEST_RECIPIENTS.items()), strict=True
+        )
+        count = self._random.choice([1, 1, 1, 2, 3])
+        chosen = sorted(set(self._random.choices(known, weights, k=count)))
+        id = new_id()
+        lines = self._random.choice([10, 20, 50, 100, 100, 3000])
+        start = 74 * self._random.randrange(1000)
+        data = selftest_message(id, self._body[start : start + 74 * lines])
+        delivery = Delivery(id, _SELFTEST_SENDER, Message(b"", "", len(data), data))
+        addresses = [f"{name}@here.test" for name in chosen]
+        destinations = [Destination(DestinationKind.ADDRESS, address) for address in addresses]
+        results = await client.transfer(delivery, addresses, destinations)
+        for name, result in zip(chosen, results, strict=True):
+            if result.state == State.SENT:
+                self._ledger.owe(id, _SELFTEST_RECIPIENTS[name][0])
+        if all(result.status == "4.4.2" for result in results):  # nothing after the final dot
+            raise Disconnected("the connection broke before the answer")
+        if any(result.state == State.DEFERRED for result in results):
+            await self._loop.sleep(0.1)
+
+    # --- what the servers need around them ---
+
+    async def _serve_lmtp(self, listener: socket.socket) -> None:
+        while True:
+            await self._loop.readable(listener.fileno())
+            with contextlib.suppress(OSError):
+                stream = Stream(self._loop, listener.accept()[0])
+                self._loop.spawn(self._speak_lmtp(stream), "LMTP session")
+
+    async def _speak_lmtp(self, stream: Stream) -> None:
+        """Take mail over LMTP (RFC 2033), and refuse some of it for now."""
+        recipients: list[str] = []
+        stream.write(b"220 selftest\r\n")
+        try:
+            while (line := (await stream.read_line()).decode("ascii"))[:4] != "QUIT":
+                if line == "DATA":
+                    stream.write(b"354 go on\r\n")
+                    data = await self._read_data(stream)
+                    stream.write(b"".join(self._take(data, name) for name in recipients))
+                    recipients.clear()
+                    continue
+                if line.startswith("RCPT TO:<"):
+                    recipients.append(line[9:].partition(">")[0])
+                stream.write(b"250 2.0.0 OK\r\n")
+            stream.write(b"221 2.0.0 bye\r\n")
+            await stream.flush()
+        except Disconnected:
+            pass
+        finally:
+            stream.close()
+
+    async def _read_data(self, stream: Stream) -> bytes:
+        decoder, pieces = DataDecoder(), []
+        while not decoder.done:
+            pieces.append(decoder.feed(await stream.read_some()))
+        stream.unread(decoder.rest)
+        return b"".join(pieces)
+
+    def _take(self, data: bytes, recipient: str) -> bytes:
+        if not self._is_ending and self._random.random() < _LMTP_REFUSALS:
+            return b"451 4.2.0 not now\r\n"
+        self._ledger.find(data, recipient, Found.DELIVERED, "at the LMTP server")
+        return b"250 2.0.0 OK\r\n"
+
+    # --- the end ---
+
+    async def _settle(self) -> None:
+        """Let the servers deliver all that can be, until that is done or stands still."""
+        before, since = -1, self._loop.clock.monotonic()
+        while self._loop.clock.monotonic() < since + _SELFTEST_IDLE_SECONDS:
+            for server in self._servers:
+                await self._loop.work(
+                    functools.partial(ask_running_server, server.data_dir, "queue-retry", "all")
+                )
+            await self._loop.sleep(1.0)
+            left = await self._loop.work(self._undelivered)
+            if not left:
+                return
+            self._progress(f"{plural(left, 'recipient')} still to be served")
+            if left != before:
+                before, since = left, self._loop.clock.monotonic()
+
+    def _undelivered(self) -> int:
+        (waiting,), _ = _SELFTEST_RECIPIENTS["waiting"]
+        return sum(
+            recipient.is_open and recipient.destination.value != waiting
+            for server in self._servers
+            for item in read_queue(os.path.join(server.data_dir, "queue")).items
+            for recipient in item.recipients
+        )
+
+    def _collect(self) -> None:
+        """Write down what is in the Maildirs, the pipe's directory and the queues."""
+        mail = os.path.join(self._servers[0].data_dir, "mail", "here.test")
+        places = {f"{user}@here.test": os.path.join(mail, user) for user in ("ana", "bob")}
+        for recipient, place in {**places, "program": self._path("program")}.items():
+            for path in _files(os.path.join(place, "new")):
+                self._ledger.find(read_file(path), recipient, Found.DELIVERED, where=path)
+        for path in _files(os.path.join(mail, "sender", "new")):
+            self._ledger.find_notification(read_file(path), path)
+        for server in self._servers:
+            queue = os.path.join(server.data_dir, "queue")
+            contents = read_queue(queue)
+            for item in contents.items:
+                self._collect_item(item)
+            for path in _files(os.path.join(queue, Place.BAD)):
+                self._ledger.damage(f"{path}: set aside as unreadable")
+            for _, why in contents.unreadable + contents.unread + contents.newer:
+                self._ledger.damage(why)
+
+    def _collect_item(self, item: Item) -> None:
+        data = b"".join(item.message.chunks())
+        if not item.envelope.sender:
+            self._ledger.find_notification(data, item.message.path)
+            return
+        for recipient in item.recipients:
+            if recipient.is_open:
+                kind, value, _ = recipient.destination
+                name = "program" if kind == DestinationKind.PIPE else value
+                self._ledger.find(data, name, Found.QUEUED, where=item.message.path)
+
+
+def _files(directory: str) -> list[str]:
+    try:
+        return [entry.path for entry in os.scandir(directory)]
+    except FileNotFoundError:
+        return []
+
+
+def run_selftest(
+    directory: str | None, rounds: int, seconds: float, progress: Callable[[str], object]
+) -> tuple[SelftestReport, str]:
+    """Run a self-test in a new directory below `directory`, or that for temporary files.
+
+    `seconds` is how long the servers run before each kill, at most. Returns also the directory,
+    which is removed if nothing was wrong. Raises ChasquidError.
+    """
+    import shutil  # only here
+    import tempfile
+
+    try:
+        place = os.path.abspath(tempfile.mkdtemp(prefix="chasquid-selftest-", dir=directory))
+        report = Selftest(place, rounds, seconds, progress).run()
+        if report.accepted and not report.wrong:
+            shutil.rmtree(place)
+    except (KeyboardInterrupt, SystemExit):
+        shutil.rmtree(place)
+        raise
+    except OSError as error:
+        raise ChasquidError(f"the self-test cannot be run: {reason(error)}") from error
+    return report, place
+
+
+# ======================================================================================
 # ROOM: FAULTS
 #
 # Failures on purpose, for tests of what has to live with them: a script of rules, each
@@ -21307,7 +22079,11 @@ class ReadMessage:
         from email.utils import getaddresses  # only who looks into a message needs it
 
         values = [value for key, value in self.headers if key.lower() == name.lower()]
-        return [(who, address) for who, address in getaddresses(values) if address or who]
+        try:
+            found = getaddresses(values)
+        except RecursionError:  # of groups in groups, which no field may hold
+            found = [("", value) for value in values]
+        return [(who, address) for who, address in found if address or who]
 
     def is_inline(self, part: Part) -> bool:
         """Tell whether the HTML shows a part, as an image of its own."""
@@ -24299,15 +25075,13 @@ def _serve(arguments: argparse.Namespace) -> int:
     # whoever sees the ports open may ask for a reload, which would end us before it is minded
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
     config = _load(arguments)
+    write_no_core()
+    account = account_of_server(config) if os.geteuid() == 0 else None
 
     def examine() -> Sequence[Finding]:
         return diagnose(facts_of(examine_files(config, ()), RealWorld(config)))
 
-    daemon = Daemon(config, examine=examine)
-    if os.geteuid() == 0 and sys.stderr.isatty():
-        text = "running as root; a user of its own is safer, as the unit for systemd has it"
-        print(f"chasquid: warning: {text}", file=sys.stderr)
-    run_daemon(daemon)
+    run_daemon(Daemon(config, examine=examine, account=account))
     return 0
 
 
@@ -24317,6 +25091,7 @@ def _check(arguments: argparse.Namespace) -> int:
     keys = itertools.chain.from_iterable(domains.keys.values())
     warnings = [f"{key.unseen_text}; see dkim-dns" for key in keys if key.name in domains.unseen]
     warnings += certificates.warnings(time.time(), [domain_to_ascii(config.hostname)])
+    warnings += exposure_warnings(config)
     if not certificates.loaded:
         top = f"{config.config_dir}/certs/NAME/"
         warnings.append(f"no certificate in {top}: TLS is off, and nobody can log in")
@@ -24777,6 +25552,8 @@ def _ask_password(arguments: argparse.Namespace, twice: bool) -> bytes:
     Raises ChasquidError.
     """
     if arguments.password is not None:
+        text = "warning: --password can be seen in the list of processes; without it you are asked"
+        print(f"chasquid: {text}", file=sys.stderr)
         password = os.fsencode(arguments.password)
     elif sys.stdin.isatty():
         import getpass  # only for a terminal
@@ -25512,6 +26289,30 @@ def _arrival(queued: Mapping[str, str]) -> str:
     return sentence
 
 
+def _selftest(arguments: argparse.Namespace) -> int:
+    """Prove that a kill loses nothing; SIGTERM ends the servers too."""
+    if arguments.rounds < 1 or not 0 < arguments.seconds <= 3600:
+        raise ChasquidError("expected --rounds of at least 1, and --seconds from 0 to 3600")
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    shown = sys.stdout.isatty()
+
+    def progress(text: str) -> None:
+        if shown:
+            print(f"\r\x1b[K{text}", end="", flush=True)
+
+    try:
+        report, place = run_selftest(arguments.dir, arguments.rounds, arguments.seconds, progress)
+    finally:
+        progress("")
+        signal.signal(signal.SIGTERM, before)
+    print(report.text)
+    if report.accepted and not report.wrong:
+        print("Nothing that was accepted is lost.")
+        return 0
+    why = "messages are lost or damaged" if report.wrong else "no message was accepted"
+    raise ChasquidError(f"{why}; what there is, logs too, is kept in {place}")
+
+
 # --- upkeep ---
 
 
@@ -25572,6 +26373,8 @@ def _import(arguments: argparse.Namespace) -> int:
 def _version(arguments: argparse.Namespace) -> int:
     import importlib.metadata  # only here
 
+    if getattr(arguments, "sbom", False):
+        return _print_sbom()
     print(f"chasquid {__version__}")
     print(f"Python {sys.version.split()[0]} ({sys.executable or 'unknown'})")
     for package in ("dnspython", "dkimpy", "pyspf", "idna", "precis-i18n"):
@@ -25579,6 +26382,19 @@ def _version(arguments: argparse.Namespace) -> int:
             print(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             print(f"{package} is not installed")
+    return 0
+
+
+def _print_sbom() -> int:
+    """Print the list that build_zipapp.py has put into the archive (SPDX 2.3; PEP 770)."""
+    import importlib.metadata  # only here
+
+    text = None
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        text = importlib.metadata.distribution("chasquid").read_text("sboms/chasquid.spdx.json")
+    if text is None:
+        raise ChasquidError("only an archive that build_zipapp.py has made holds such a list")
+    print(text, end="")
     return 0
 
 
@@ -25807,6 +26623,26 @@ _VERBS: dict[str, _Verb] = {
         (("what", {"metavar": "ID|ADDRESS"}),),
         "tell the story of a message, or of the last ones of an address",
     ),
+    "selftest": _Verb(
+        _selftest,
+        (
+            ("--rounds", {"type": int, "default": 20, "metavar": "N", "help": "default 20"}),
+            (
+                "--seconds",
+                {
+                    "type": float,
+                    "default": 3.0,
+                    "metavar": "S",
+                    "help": "from a start to a kill, at most (default 3)",
+                },
+            ),
+            (
+                "--dir",
+                {"metavar": "DIR", "help": "on the disk to test; default: as for temporary files"},
+            ),
+        ),
+        "kill servers under load, and prove that nothing accepted is lost",
+    ),
     "import": _Verb(
         _import,
         (
@@ -25835,7 +26671,16 @@ _VERBS: dict[str, _Verb] = {
         (("file", {"metavar": "FILE", "help": "the new chasquid.pyz"}),),
         "install another version, start it, and go back if it does not come up",
     ),
-    "version": _Verb(_version, (), "show the version and what is bundled"),
+    "version": _Verb(
+        _version,
+        (
+            (
+                "--sbom",
+                {"action": "store_true", "help": "all files with hashes and licences (SPDX)"},
+            ),
+        ),
+        "show the version and what is bundled",
+    ),
 }
 
 
