@@ -57,6 +57,7 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     CHANGES        what a command changes on this system, and how it is taken back
     IMAP           Dovecot's configuration and users, from ours
     SETUP          what a domain needs on this host, made by one command
+    SELFTEST       proof that a kill loses no message, on the user's own disk
     FAULTS         fault injection, by a script
     READER         what a person reads in a message: text, files, links, codes
     CAPTURE        a server that keeps what it is sent, for tests
@@ -2344,7 +2345,7 @@ def sync_directory(path: str) -> None:
     try:
         os.fsync(fd)
     finally:
-        os.close(fd)
+        close_written(fd)
 
 
 # A directory that is not ours to sync, or on a file system that does not know how.
@@ -2376,9 +2377,14 @@ def make_directory(path: str, mode: int = 0o700) -> None:
     except FileExistsError:
         if not os.path.isdir(path):
             raise
-    if os.geteuid() == 0:
-        os.chown(path, *owner_above(path), follow_symlinks=False)
-    sync_directory(parent)
+    try:
+        if os.geteuid() == 0:
+            os.chown(path, *owner_above(path), follow_symlinks=False)
+        sync_directory(parent)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.rmdir(path)  # a sync that failed may say nothing the next time: begin anew then
+        raise
 
 
 def owner_above(path: str) -> tuple[int, int]:
@@ -2410,7 +2416,7 @@ def create_synced(
         discard_names(path)
         raise
     finally:
-        os.close(fd)
+        close_written(fd)
 
 
 def move_synced(source: str, target: str) -> None:
@@ -2475,7 +2481,7 @@ def append_synced(path: str, data: bytes) -> None:
         write_all(fd, data)
         os.fsync(fd)
     finally:
-        os.close(fd)
+        close_written(fd)
 
 
 def replace_durably(path: str, data: bytes, mode: int = 0o600) -> None:
@@ -8013,6 +8019,7 @@ class MaildirCourier:
         self._user_exists = user_exists
         self._number = 0
         self._made: set[str] = set()  # Maildirs whose directories are known to be durable
+        self._making = Slots(loop, 1)  # or the failed sync of one would hide what others have made
 
     async def deliver(
         self, delivery: Delivery, destinations: Sequence[Destination]
@@ -8072,8 +8079,9 @@ class MaildirCourier:
             return await self._write(directory, name, delivery=delivery, address=address)
 
     async def _make(self, directory: str, junk: bool) -> None:
-        for part in ("tmp", "new", "cur"):
-            await self._loop.work(functools.partial(make_directory, f"{directory}/{part}"))
+        async with self._making:
+            for part in ("tmp", "new", "cur"):
+                await self._loop.work(functools.partial(make_directory, f"{directory}/{part}"))
         self._made.add(directory)
         if junk:  # by which tools know a subfolder in Maildir++
             marker = os.path.join(directory, "maildirfolder")
@@ -18455,7 +18463,7 @@ def _home_line(facts: Facts) -> str:
 
 def _front_host(facts: Facts) -> str:
     """Return how to receive on a line that nobody can connect to, or whose address changes."""
-    domains = list(facts.examined.domains.each) or ["DOMAIN"]
+    domains = [domain_to_unicode(name) for name in facts.domains] or ["DOMAIN"]
     return (
         "have a small host with a fixed address as MX, whose chasquid passes mail on; there:\n"
         + "".join(f"domains/{name}/aliases: *: *@{name} via {facts.host}\n" for name in domains)
@@ -18548,11 +18556,15 @@ def _get_certificate(facts: Facts) -> str:
     """Return how to get a certificate for the host."""
     if facts.config.acme:
         return f"the log says why none has come: sudo journalctl -u {SERVICE} --grep acme"
-    path = os.path.join(facts.config.config_dir, "chasquid.conf")
-    return (
-        "have it fetched, which accepts the terms of Let's Encrypt: "
-        f"echo 'acme: true' | sudo tee -a {path} && sudo systemctl restart {SERVICE}"
-    )
+    terms = "have it fetched, which accepts the terms of Let's Encrypt"
+    return f"{terms}: sudo chasquid init {_first_user(facts)} --acme-agree"
+
+
+def _first_user(facts: Facts) -> str:
+    """Return the address of a user, for the command that sets a host up."""
+    each = facts.examined.domains.each
+    addresses = (f"{user}@{name}" for name, domain in each.items() for user in domain.users)
+    return next(addresses, "ADDRESS")
 
 
 def _check_certificates(facts: Facts) -> Iterator[Finding]:
@@ -18698,7 +18710,8 @@ def _check_imap(facts: Facts) -> Iterator[Finding]:
     if not facts.config.lmtp_address.startswith("/") and facts.config.lmtp_address:
         return  # the mailboxes are on another host
     text = "no IMAP server answers at port 993 or 143, so no mail program can read the mail"
-    yield advice(text, "sudo apt install dovecot-imapd && sudo chasquid init ADDRESS")
+    init = f"sudo chasquid init {_first_user(facts)}"
+    yield advice(text, f"sudo apt install dovecot-imapd && {init}")
 
 
 # --- the machine and its line ---
@@ -20666,6 +20679,552 @@ def remaining_text(
         lines += ["", heading, "", *(f"  {row}" for row in rows)] if rows else []
     lines += ["", *(f"- {note}" for note in notes)] if notes else []
     return [*lines, "", f"This tells when all is well:  {doctor}"]
+
+
+# ======================================================================================
+# ROOM: SELFTEST
+#
+# Proof, on the user's own machine and disk, that what was answered with 250 is not lost. Two
+# servers are killed at random moments, also while they start, as several clients send to them.
+# In the end each message is accounted for:
+#
+#     recipient  stands for                              where it must be in the end
+#     ---------  --------------------------------------  ---------------------------
+#     ana        a mailbox                               in the Maildir
+#     team       ana and bob                             in both Maildirs
+#     program    a pipe                                  in a directory
+#     relayed    a mailbox of the second server          at the LMTP server of this room
+#     waiting    an address via a port that is closed    in the queue
+#     gone       a pipe that fails for good              in a notification to the sender
+#
+# - A message says itself what it must be: its first line has its id and the hash of all that
+#   follows, so what was cut short or mixed up is seen wherever it is found.
+# - After a 250, each final recipient must be found: delivered, reported to the sender, or still
+#   in the queue. Without one nothing is owed, but what arrives must be whole.
+# - After a crash a message may be delivered twice. That is counted, and no failure.
+# - What a process has written is kept by the system when the process is killed. So this says
+#   nothing of a power cut.
+#
+# The servers run `serve` as anybody's do: the room reaches them by ports, signals, the control
+# socket and their files, and by nothing that was made for it.
+# ======================================================================================
+
+_SELFTEST_SENDER = "sender@here.test"
+_SELFTEST_SESSIONS = 6
+_SELFTEST_START_SECONDS = 60.0
+_SELFTEST_IDLE_SECONDS = 60.0  # how long the queues may stand still in the end
+_LMTP_REFUSALS = 0.2  # of the messages, until the end
+_SECOND_KILLS = 0.3  # of the kills, while the server starts again
+_SELFTEST_SHOWN = 20  # sentences on what is wrong
+_PIPE_SCRIPT = 'file=$(mktemp "$1/tmp/XXXXXXXXXX") && cat >"$file" && mv "$file" "$1/new/"\n'
+
+# Each recipient: its final recipients, and how often it is chosen.
+_SELFTEST_RECIPIENTS: Mapping[str, tuple[tuple[str, ...], int]] = {
+    "ana": (("ana@here.test",), 20),
+    "team": (("ana@here.test", "bob@here.test"), 8),
+    "program": (("program",), 3),
+    "relayed": (("lmtp@there.test",), 8),
+    "waiting": (("waiting@nowhere.test",), 1),
+    "gone": (("gone@here.test",), 1),
+}
+
+
+class Found(enum.StrEnum):
+    """How a message was found for a final recipient; the first counts that holds."""
+
+    DELIVERED = "delivered"
+    REPORTED = "reported"  # the sender was told that it failed
+    QUEUED = "queued"
+
+
+class SelftestReport(NamedTuple):
+    """What came of a self-test: figures by what they count, and sentences on what is wrong."""
+
+    figures: Mapping[str, int]
+    wrong: tuple[str, ...]
+
+    @property
+    def accepted(self) -> int:
+        """How many messages got their 250; without any, nothing is proven."""
+        return self.figures["messages accepted with 250"]
+
+    @property
+    def text(self) -> str:
+        """All of it, for people."""
+        rows = [f"{count:8}  {what}" for what, count in self.figures.items()]
+        return "\n".join([*rows, *self.wrong[:_SELFTEST_SHOWN]])
+
+
+def selftest_message(id: str, body: bytes) -> bytes:
+    """Return a message whose first line has its id and the SHA-256 of what follows, with LF."""
+    import hashlib  # loads OpenSSL's hashes; only for this
+
+    head = f"From: <{_SELFTEST_SENDER}>\r\nSubject: selftest {id}\r\n\r\n".encode()
+    rest = head + body
+    digest = hashlib.sha256(rest.replace(b"\r\n", b"\n")).hexdigest()
+    return f"X-Selftest: {id} {digest}\r\n".encode() + rest
+
+
+_SELFTEST_MARK = re.compile(rb"^X-Selftest: ([0-9a-f]{16}) ([0-9a-f]{64})\r?\n", re.MULTILINE)
+
+
+class Ledger:
+    """Which messages are owed to whom, and what was found of them."""
+
+    def __init__(self) -> None:
+        self.broken = 0  # connections
+        self._owed: dict[str, set[str]] = {}
+        self._found: dict[tuple[str, str], collections.Counter[Found]] = {}
+        self._damaged: list[str] = []
+
+    @property
+    def messages(self) -> int:
+        """How many are owed."""
+        return len(self._owed)
+
+    def owe(self, id: str, recipients: Iterable[str]) -> None:
+        """Write down that a message was answered with 250 for these final recipients."""
+        self._owed.setdefault(id, set()).update(recipients)
+
+    def find(self, data: bytes, recipient: str, how: Found, where: str) -> None:
+        """Write down that a message was found for a final recipient, if it is whole."""
+        import hashlib
+
+        mark = _SELFTEST_MARK.search(data)
+        if mark is None:
+            self.damage(f"{where}: {len(data)} octets without the line that every message has")
+            return
+        rest = data[mark.end() :].replace(b"\r\n", b"\n")
+        if hashlib.sha256(rest).hexdigest().encode() != mark[2]:
+            self.damage(f"{where}: {len(data)} octets, and not those that were sent")
+            return
+        self._count(mark[1], recipient, how)
+
+    def find_notification(self, data: bytes, where: str) -> None:
+        """Write down what a notification to the sender reports (RFC 3464)."""
+        mark = _SELFTEST_MARK.search(data)
+        failed = re.findall(rb"^Final-Recipient: rfc822; ?(\S+?)\r?$", data, re.MULTILINE)
+        if mark is None or not failed:
+            self.damage(f"{where}: a notification that does not say about what")
+            return
+        for recipient in failed:
+            self._count(mark[1], recipient.decode("ascii", "replace"), Found.REPORTED)
+
+    def damage(self, sentence: str) -> None:
+        """Write down that something is not what it must be."""
+        self._damaged.append(sentence)
+
+    def _count(self, id: bytes, recipient: str, how: Found) -> None:
+        key = (id.decode(), recipient)
+        self._found.setdefault(key, collections.Counter())[how] += 1
+
+    def report(self, rounds: int, kills: int) -> SelftestReport:
+        """Return what is to be said of all of it."""
+        ends: collections.Counter[Found] = collections.Counter()
+        lost = []
+        for id, recipient in ((id, name) for id, names in self._owed.items() for name in names):
+            found = self._found.get((id, recipient))
+            if found is None:
+                lost.append(f"lost: {id} for {recipient}")
+            else:
+                ends[next(how for how in Found if found[how])] += 1
+        copies = [found[Found.DELIVERED] for found in self._found.values()]
+        figures = {
+            "rounds": rounds,
+            "kills": kills,
+            "messages accepted with 250": self.messages,
+            "connections that broke before an answer": self.broken,
+            "recipients of accepted messages: delivered whole": ends[Found.DELIVERED],
+            "still in the queue, whole": ends[Found.QUEUED],
+            "reported to the sender": ends[Found.REPORTED],
+            "lost": len(lost),
+            "damaged": len(self._damaged),
+            "delivered twice, which a crash may do": sum(count - 1 for count in copies if count),
+        }
+        return SelftestReport(figures, (*lost, *self._damaged))
+
+
+def own_program() -> tuple[list[str], str]:
+    """Return the command line that runs this program, archive or module, and from where."""
+    path = os.path.abspath(__file__)
+    while not os.path.isfile(path):  # inside an archive
+        path = os.path.dirname(path)
+    if path.endswith(".py"):
+        return [sys.executable, "-m", "chasquid"], os.path.dirname(path)
+    return [sys.executable, path], os.path.dirname(path)
+
+
+class SelftestServer:
+    """A server with its own configuration below `directory`, as a child process."""
+
+    def __init__(self, directory: str, port: int) -> None:
+        self.directory = directory
+        self.port = port
+        self.data_dir = os.path.join(directory, "data")
+        self.log_path = os.path.join(directory, "server.log")
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def configure(self, domain: str, users: Sequence[str], aliases: str, settings: str) -> None:
+        """Write the configuration. Raises OSError."""
+        place = os.path.join(self.directory, "domains", domain)
+        make_directory(place)
+        replace_durably(
+            os.path.join(place, "users"), format_users(dict.fromkeys(users, Denied()))
+        )  # fmt: skip
+        replace_durably(os.path.join(place, "aliases"), aliases.encode())
+        text = (
+            f'hostname: "mail.{domain}"\n'
+            f'smtp_address: "127.0.0.1:{self.port}"\n'
+            f"data_dir: {quote(self.data_dir)}\n"
+            f"log_path: {quote(self.log_path)}\n"
+            f"mail_log_path: {quote(os.path.join(self.directory, 'mail.log'))}\n"
+            f"max_queue_items: 1000000\n{settings}"
+        )
+        replace_durably(os.path.join(self.directory, "chasquid.conf"), text.encode())
+
+    def start(self) -> None:
+        """Start the process, without waiting until it is ready. Raises OSError."""
+        import subprocess  # only here
+
+        command, place = own_program()
+        with open(self.log_path, "ab") as log:
+            self._process = subprocess.Popen(
+                [*command, "--config-dir", self.directory, "serve"],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=place,
+                start_new_session=True,  # Ctrl-C is for us alone
+            )  # fmt: skip
+
+    def end(self, number: signal.Signals) -> None:
+        """Send a signal, and wait until the process has ended; nothing if it runs no more."""
+        if self._process is not None:
+            self._process.send_signal(number)
+            self._process.wait()
+            self._process = None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the process has not ended by itself."""
+        return self._process is not None and self._process.poll() is None
+
+
+class Selftest:
+    """One self-test below `directory`, which is empty. `progress` is told how far it is."""
+
+    def __init__(
+        self, directory: str, rounds: int, seconds: float, progress: Callable[[str], object]
+    ) -> None:
+        import random  # only here
+
+        self._random = random.Random()
+        self._directory = directory
+        self._rounds = rounds
+        self._seconds = seconds
+        self._progress = progress
+        self._ledger = Ledger()
+        self._kills = 0
+        self._is_ending = False
+        self._body = b"".join(os.urandom(36).hex().encode() + b"\r\n" for _ in range(5000))
+
+    def run(self) -> SelftestReport:
+        """Send, kill, start and count. Raises ChasquidError, OSError."""
+        crashes: list[str] = []
+        workers = Workers(2)
+        loop = self._loop = Loop(
+            Clock(), workers, lambda name, error: crashes.append(f"{name}: {reason(error)}")
+        )
+        try:
+            with contextlib.ExitStack() as undo:
+                loop.run(self._main(undo))
+        finally:
+            workers.close()
+            loop.close()
+        if crashes:
+            raise ChasquidError(f"the test itself has failed: {crashes[0]}")
+        self._collect()
+        return self._ledger.report(self._rounds, self._kills)
+
+    async def _main(self, undo: contextlib.ExitStack) -> None:
+        sockets = self._sockets(undo)
+        self._servers = self._configure(*(raw.getsockname()[1] for raw in sockets))
+        for raw in sockets[:2]:  # the servers' own: from here on they are to take them
+            raw.close()
+        for server in self._servers:
+            undo.callback(server.end, signal.SIGKILL)
+        lmtp = self._loop.spawn(self._serve_lmtp(sockets[3]), "LMTP server")
+        await self._restart(self._servers)
+        sessions = [self._loop.spawn(self._send(), "client") for _ in range(_SELFTEST_SESSIONS)]
+        for number in range(1, self._rounds + 1):
+            await self._round()
+            done = f"round {number} of {self._rounds}, {plural(self._kills, 'kill')}"
+            self._progress(f"{done}, {plural(self._ledger.messages, 'message')} accepted")
+        self._is_ending = True
+        for session in sessions:
+            await session.join()
+        await self._settle()
+        for server in self._servers:
+            await self._loop.work(functools.partial(server.end, signal.SIGTERM))
+        lmtp.cancel()
+
+    def _sockets(self, undo: contextlib.ExitStack) -> list[socket.socket]:
+        """Return sockets for two servers, for nobody, and for LMTP."""
+        sockets = [undo.enter_context(socket.socket()) for _ in range(4)]
+        for raw in sockets:
+            raw.bind(("127.0.0.1", 0))
+            raw.setblocking(False)
+        sockets[3].listen(64)
+        return sockets
+
+    def _configure(
+        self, here_port: int, there_port: int, closed: int, lmtp: int
+    ) -> tuple[SelftestServer, SelftestServer]:
+        import shlex  # only here
+
+        script = os.path.join(self._directory, "pipe")
+        replace_durably(script, _PIPE_SCRIPT.encode())
+        for part in ("tmp", "new"):
+            make_directory(self._path("program", part))
+        command = f"/bin/sh {shlex.quote(script)} {shlex.quote(self._path('program'))}"
+        here = SelftestServer(self._path("here"), here_port)
+        aliases = (
+            f"team: ana, bob\nprogram: | {command}\n"
+            f"relayed: lmtp@there.test via 127.0.0.1:{there_port}\n"
+            f"waiting: waiting@nowhere.test via 127.0.0.1:{closed}\n"
+            "gone: | false\n"
+        )
+        # whom they trust they do not judge: no name server is asked
+        settings = f'trusted_relay: "127.0.0.1"\ndns_server: "127.0.0.1:{closed}"\n'
+        here.configure("here.test", ["ana", "bob", "sender"], aliases=aliases, settings=settings)
+        there = SelftestServer(self._path("there"), there_port)
+        settings += f'lmtp_address: "127.0.0.1:{lmtp}"\n'
+        there.configure("there.test", ["lmtp"], aliases="", settings=settings)
+        return here, there
+
+    def _path(self, *parts: str) -> str:
+        return os.path.join(self._directory, *parts)
+
+    # --- killing ---
+
+    async def _round(self) -> None:
+        await self._loop.sleep(self._seconds * self._random.random())
+        here, there = self._servers
+        victims = self._random.choice([[here], [here], [there], [here, there]])
+        self._kill(victims)
+        while self._random.random() < _SECOND_KILLS:
+            for server in victims:
+                server.start()
+            await self._loop.sleep(self._random.random())
+            self._kill(victims)
+        await self._restart(victims)
+
+    def _kill(self, servers: Sequence[SelftestServer]) -> None:
+        for server in servers:
+            server.end(signal.SIGKILL)
+            self._kills += 1
+
+    async def _restart(self, servers: Sequence[SelftestServer]) -> None:
+        """Start servers and wait until they greet. Raises ChasquidError."""
+        for server in servers:
+            server.start()
+        for server in servers:
+            end = self._loop.clock.monotonic() + _SELFTEST_START_SECONDS
+            while not await self._greets(server):
+                if not server.is_running or self._loop.clock.monotonic() > end:
+                    text = "a server of the test does not start; its log says why"
+                    raise ChasquidError(f"{text}: {server.log_path}")
+                await self._loop.sleep(0.02)
+
+    async def _greets(self, server: SelftestServer) -> bool:
+        try:
+            client = await self._connect(server)
+        except ChasquidError:
+            return False
+        await client.quit()
+        return True
+
+    # --- sending ---
+
+    async def _connect(self, server: SelftestServer) -> Client:
+        stream = await connect(self._loop, "127.0.0.1", server.port)
+        client = Client(self._loop, stream, "the server")
+        try:
+            await client.greet("client.test")
+        except BaseException:
+            client.close()
+            raise
+        return client
+
+    async def _send(self) -> None:
+        """Send messages until the end, on a new connection after some, or when it breaks."""
+        while not self._is_ending:
+            try:
+                client = await self._connect(self._servers[0])
+            except ChasquidError:
+                await self._loop.sleep(0.02)
+                continue
+            try:
+                for _ in range(20):
+                    await self._send_message(client)
+                await client.quit()
+            except ChasquidError:
+                self._ledger.broken += 1
+            finally:
+                client.close()
+
+    async def _send_message(self, client: Client) -> None:
+        if self._is_ending:
+            return
+        known, weights = zip(
+            *((name, weight) for name, (_, weight) in _SELFTEST_RECIPIENTS.items()), strict=True
+        )
+        count = self._random.choice([1, 1, 1, 2, 3])
+        chosen = sorted(set(self._random.choices(known, weights, k=count)))
+        id = new_id()
+        lines = self._random.choice([10, 20, 50, 100, 100, 3000])
+        start = 74 * self._random.randrange(1000)
+        data = selftest_message(id, self._body[start : start + 74 * lines])
+        delivery = Delivery(id, _SELFTEST_SENDER, Message(b"", "", len(data), data))
+        addresses = [f"{name}@here.test" for name in chosen]
+        destinations = [Destination(DestinationKind.ADDRESS, address) for address in addresses]
+        results = await client.transfer(delivery, addresses, destinations)
+        for name, result in zip(chosen, results, strict=True):
+            if result.state == State.SENT:
+                self._ledger.owe(id, _SELFTEST_RECIPIENTS[name][0])
+        if all(result.status == "4.4.2" for result in results):  # nothing after the final dot
+            raise Disconnected("the connection broke before the answer")
+        if any(result.state == State.DEFERRED for result in results):
+            await self._loop.sleep(0.1)
+
+    # --- what the servers need around them ---
+
+    async def _serve_lmtp(self, listener: socket.socket) -> None:
+        while True:
+            await self._loop.readable(listener.fileno())
+            with contextlib.suppress(OSError):
+                stream = Stream(self._loop, listener.accept()[0])
+                self._loop.spawn(self._speak_lmtp(stream), "LMTP session")
+
+    async def _speak_lmtp(self, stream: Stream) -> None:
+        """Take mail over LMTP (RFC 2033), and refuse some of it for now."""
+        recipients: list[str] = []
+        stream.write(b"220 selftest\r\n")
+        try:
+            while (line := (await stream.read_line()).decode("ascii"))[:4] != "QUIT":
+                if line == "DATA":
+                    stream.write(b"354 go on\r\n")
+                    data = await self._read_data(stream)
+                    stream.write(b"".join(self._take(data, name) for name in recipients))
+                    recipients.clear()
+                    continue
+                if line.startswith("RCPT TO:<"):
+                    recipients.append(line[9:].partition(">")[0])
+                stream.write(b"250 2.0.0 OK\r\n")
+            stream.write(b"221 2.0.0 bye\r\n")
+            await stream.flush()
+        except Disconnected:
+            pass
+        finally:
+            stream.close()
+
+    async def _read_data(self, stream: Stream) -> bytes:
+        decoder, pieces = DataDecoder(), []
+        while not decoder.done:
+            pieces.append(decoder.feed(await stream.read_some()))
+        stream.unread(decoder.rest)
+        return b"".join(pieces)
+
+    def _take(self, data: bytes, recipient: str) -> bytes:
+        if not self._is_ending and self._random.random() < _LMTP_REFUSALS:
+            return b"451 4.2.0 not now\r\n"
+        self._ledger.find(data, recipient, Found.DELIVERED, "at the LMTP server")
+        return b"250 2.0.0 OK\r\n"
+
+    # --- the end ---
+
+    async def _settle(self) -> None:
+        """Let the servers deliver all that can be, until that is done or stands still."""
+        before, since = -1, self._loop.clock.monotonic()
+        while self._loop.clock.monotonic() < since + _SELFTEST_IDLE_SECONDS:
+            for server in self._servers:
+                await self._loop.work(
+                    functools.partial(ask_running_server, server.data_dir, "queue-retry", "all")
+                )
+            await self._loop.sleep(1.0)
+            left = await self._loop.work(self._undelivered)
+            if not left:
+                return
+            self._progress(f"{plural(left, 'recipient')} still to be served")
+            if left != before:
+                before, since = left, self._loop.clock.monotonic()
+
+    def _undelivered(self) -> int:
+        (waiting,), _ = _SELFTEST_RECIPIENTS["waiting"]
+        return sum(
+            recipient.is_open and recipient.destination.value != waiting
+            for server in self._servers
+            for item in read_queue(os.path.join(server.data_dir, "queue")).items
+            for recipient in item.recipients
+        )
+
+    def _collect(self) -> None:
+        """Write down what is in the Maildirs, the pipe's directory and the queues."""
+        mail = os.path.join(self._servers[0].data_dir, "mail", "here.test")
+        places = {f"{user}@here.test": os.path.join(mail, user) for user in ("ana", "bob")}
+        for recipient, place in {**places, "program": self._path("program")}.items():
+            for path in _files(os.path.join(place, "new")):
+                self._ledger.find(read_file(path), recipient, Found.DELIVERED, where=path)
+        for path in _files(os.path.join(mail, "sender", "new")):
+            self._ledger.find_notification(read_file(path), path)
+        for server in self._servers:
+            queue = os.path.join(server.data_dir, "queue")
+            contents = read_queue(queue)
+            for item in contents.items:
+                self._collect_item(item)
+            for path in _files(os.path.join(queue, Place.BAD)):
+                self._ledger.damage(f"{path}: set aside as unreadable")
+            for _, why in contents.unreadable + contents.unread + contents.newer:
+                self._ledger.damage(why)
+
+    def _collect_item(self, item: Item) -> None:
+        data = b"".join(item.message.chunks())
+        if not item.envelope.sender:
+            self._ledger.find_notification(data, item.message.path)
+            return
+        for recipient in item.recipients:
+            if recipient.is_open:
+                kind, value, _ = recipient.destination
+                name = "program" if kind == DestinationKind.PIPE else value
+                self._ledger.find(data, name, Found.QUEUED, where=item.message.path)
+
+
+def _files(directory: str) -> list[str]:
+    try:
+        return [entry.path for entry in os.scandir(directory)]
+    except FileNotFoundError:
+        return []
+
+
+def run_selftest(
+    directory: str | None, rounds: int, seconds: float, progress: Callable[[str], object]
+) -> tuple[SelftestReport, str]:
+    """Run a self-test in a new directory below `directory`, or that for temporary files.
+
+    `seconds` is how long the servers run before each kill, at most. Returns also the directory,
+    which is removed if nothing was wrong. Raises ChasquidError.
+    """
+    import shutil  # only here
+    import tempfile
+
+    try:
+        place = os.path.abspath(tempfile.mkdtemp(prefix="chasquid-selftest-", dir=directory))
+        report = Selftest(place, rounds, seconds, progress).run()
+        if report.accepted and not report.wrong:
+            shutil.rmtree(place)
+    except (KeyboardInterrupt, SystemExit):
+        shutil.rmtree(place)
+        raise
+    except OSError as error:
+        raise ChasquidError(f"the self-test cannot be run: {reason(error)}") from error
+    return report, place
 
 
 # ======================================================================================
@@ -25728,6 +26287,30 @@ def _arrival(queued: Mapping[str, str]) -> str:
     return sentence
 
 
+def _selftest(arguments: argparse.Namespace) -> int:
+    """Prove that a kill loses nothing; SIGTERM ends the servers too."""
+    if arguments.rounds < 1 or not 0 < arguments.seconds <= 3600:
+        raise ChasquidError("expected --rounds of at least 1, and --seconds from 0 to 3600")
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    shown = sys.stdout.isatty()
+
+    def progress(text: str) -> None:
+        if shown:
+            print(f"\r\x1b[K{text}", end="", flush=True)
+
+    try:
+        report, place = run_selftest(arguments.dir, arguments.rounds, arguments.seconds, progress)
+    finally:
+        progress("")
+        signal.signal(signal.SIGTERM, before)
+    print(report.text)
+    if report.accepted and not report.wrong:
+        print("Nothing that was accepted is lost.")
+        return 0
+    why = "messages are lost or damaged" if report.wrong else "no message was accepted"
+    raise ChasquidError(f"{why}; what there is, logs too, is kept in {place}")
+
+
 # --- upkeep ---
 
 
@@ -26037,6 +26620,26 @@ _VERBS: dict[str, _Verb] = {
         _explain,
         (("what", {"metavar": "ID|ADDRESS"}),),
         "tell the story of a message, or of the last ones of an address",
+    ),
+    "selftest": _Verb(
+        _selftest,
+        (
+            ("--rounds", {"type": int, "default": 20, "metavar": "N", "help": "default 20"}),
+            (
+                "--seconds",
+                {
+                    "type": float,
+                    "default": 3.0,
+                    "metavar": "S",
+                    "help": "from a start to a kill, at most (default 3)",
+                },
+            ),
+            (
+                "--dir",
+                {"metavar": "DIR", "help": "on the disk to test; default: as for temporary files"},
+            ),
+        ),
+        "kill servers under load, and prove that nothing accepted is lost",
     ),
     "import": _Verb(
         _import,

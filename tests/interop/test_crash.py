@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
+import re
 import smtplib
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -226,6 +230,62 @@ def fill(disk: Path) -> Path:
     return filler
 
 
+class Load:
+    """Four clients that send without pause, messages of all sizes, until the end.
+
+    `accepted` has the subjects of what got its 250. A body says how long it is.
+    """
+
+    def __init__(self, chasquid: Chasquid) -> None:
+        self._chasquid = chasquid
+        self._ended = threading.Event()
+        self._threads = [threading.Thread(target=self._send, args=(n,)) for n in range(4)]
+        self.accepted: set[str] = set()
+        self.refused = 0
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _send(self, client_number: int) -> None:
+        numbers = itertools.count()
+        while not self._ended.is_set():
+            with (
+                contextlib.suppress(OSError, smtplib.SMTPException),
+                self._chasquid.smtp() as client,
+            ):
+                while not self._ended.is_set():
+                    octets = (1000, 4000, 20_000, 100_000)[next(numbers) % 4]
+                    self._send_one(client, f"{client_number}-{next(numbers)}-{octets}", octets)
+
+    def _send_one(self, client: smtplib.SMTP, subject: str, octets: int) -> None:
+        recipient = ("ana@here.example", "bob@here.example")[octets % 3 == 1]
+        try:
+            client.sendmail("carl@client.example", [recipient], self._text(subject, octets))
+        except smtplib.SMTPResponseException as error:
+            self.refused += error.smtp_code // 100 == 4
+            raise
+        self.accepted.add(subject)
+
+    @staticmethod
+    def _text(subject: str, octets: int) -> str:
+        return f"Subject: {subject}\n\n" + ("x" * 79 + "\n") * (octets // 80) + "end\n"
+
+    def subject(self, message: bytes) -> str:
+        """Return the subject of a message, which must be whole."""
+        match = re.search(rb"^Subject: (\S+-(\d+))$", message, re.MULTILINE)
+        assert match, message[:500]
+        subject = match[1].decode()
+        assert message.endswith(self._text(subject, int(match[2])).encode()), subject
+        return subject
+
+
 class TestFullDisk:
     # the disk stands before `start`, so that it outlives what is started on it
     @pytest.mark.parametrize("octets", [1000, 200_000], ids=["small", "large"])
@@ -270,6 +330,38 @@ class TestFullDisk:
         assert b"Subject: accepted\n" in path.read_bytes()
         assert not list((new.parent / "tmp").iterdir())
         wait_for(lambda: not chasquid.queue_ids(), "an empty queue")
+
+    def test_it_fills_up_under_load_is_emptied_and_nothing_is_lost(self, small_disk, start, names):
+        chasquid = start(
+            Chasquid, names, users=USERS, data_dir=str(small_disk / "data"), min_free_disk_mb=0
+        )
+        load = Load(chasquid)
+        found: list[str] = []
+
+        def empty() -> None:
+            for path in small_disk.glob("data/mail/here.example/*/new/*"):
+                found.append(load.subject(path.read_bytes()))
+                path.unlink()
+
+        with load:
+            for _ in range(3):
+                refused = load.refused
+                wait_for(lambda refused=refused: load.refused >= refused + 8, "a full disk", 60)
+                chasquid.kill()
+                chasquid.start()  # it must be able to on a full disk, too
+                empty()
+                accepted = len(load.accepted)
+                wait_for(
+                    lambda accepted=accepted: len(load.accepted) >= accepted + 20, "space again"
+                )
+        empty()
+        chasquid.command("queue", "retry", "all")
+        wait_for(lambda: not chasquid.queue_ids(), "an empty queue", 60)
+        empty()
+        assert load.accepted <= set(found), "what was accepted is lost"
+        assert len(load.accepted) > 100
+        assert not list(small_disk.glob("data/queue/*/*"))
+        assert not list(small_disk.glob("data/mail/here.example/*/tmp/*"))
 
     def test_a_disk_that_fills_between_attempts_loses_nothing(self, small_disk, start, names):
         names.records["dest.example"] = {"A": ["127.0.0.1"]}
