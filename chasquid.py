@@ -10731,6 +10731,8 @@ class Queue:
             if not os.path.exists(item.message.path):
                 self._report_loss(item.id)
                 return True
+        if item.again:  # that was asked for while it was written down
+            pause = self._postpone(item, pause)
         self._log.event(Events.NEXT_ATTEMPT, id=item.id, pause=duration_text(pause))
         return False
 
