@@ -7,7 +7,7 @@
 That writes `chasquid.pyz` beside this file. It takes CPython 3.11 or later, and pip the
 first time, to fetch five packages into `.cache/`; from then on no network.
 
-The work has four steps, and this file tells them in this order.
+The work has five steps, and this file tells them in this order.
 
 1. *Fetch.* Every package is pinned to one version and one SHA-256, and its bytes are
    checked each time they are read. Nothing that is fetched is ever run here: modules are
@@ -15,12 +15,14 @@ The work has four steps, and this file tells them in this order.
 2. *Take.* Of each package come the modules that a mail server needs, a few lines of
    METADATA (so that `importlib.metadata` can name it) and its licence. Some of the
    modules are altered; each alteration says why, there and in the archive.
-3. *Compile.* An archive cannot keep bytecode from one start to the next, so bytecode goes
+3. *List.* What is in the archive stands in it as SPDX 2.3, where PEP 770 has it: packages,
+   versions, licences, and the hashes of all files. `version --sbom` prints it.
+4. *Compile.* An archive cannot keep bytecode from one start to the next, so bytecode goes
    in: a tree that is named by the cache tag of its interpreter (`cpython-311/`). The
    source stays at the root, with what only a reader needs, and for any other Python. Only
    an interpreter can write its own bytecode: there is one tree, for the interpreter that
    runs this, or one for each version that is found on this machine (`--all-pythons`).
-4. *Write.* The same input gives the same bytes: sorted names, one date
+5. *Write.* The same input gives the same bytes: sorted names, one date
    (SOURCE_DATE_EPOCH, else 1980), fixed permissions.
 
 To get somebody else's archive bit by bit, name the same interpreters with `--pythons`, or
@@ -51,7 +53,7 @@ import tempfile
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
@@ -78,7 +80,8 @@ class Package(NamedTuple):
     `take` is a list of patterns for the modules that go into the archive; as in a
     .gitignore, `!` leaves out and the last pattern that matches decides. `licence` is the
     file with its terms, below the root of a source distribution or the dist-info folder of
-    a wheel; where that is one of the modules, the terms are its docstring.
+    a wheel; where that is one of the modules, the terms are its docstring. `spdx` names those
+    terms in the SPDX licence list.
     """
 
     name: str
@@ -87,6 +90,7 @@ class Package(NamedTuple):
     sha256: str
     take: str
     licence: str
+    spdx: str = "NOASSERTION"
 
     @property
     def is_source(self) -> bool:
@@ -124,6 +128,7 @@ PACKAGES = (
         dns/rdtypes/ANY/CAA.py dns/rdtypes/ANY/OPT.py dns/rdtypes/ANY/TSIG.py
         """,
         "licenses/LICENSE",
+        "ISC",
     ),
     Package(
         "dkimpy",
@@ -137,6 +142,7 @@ PACKAGES = (
         !dkim/dkimsign.py !dkim/dkimverify.py !dkim/dknewkey.py
         """,
         "LICENSE",
+        "Zlib",
     ),
     Package(
         "pyspf",
@@ -145,6 +151,7 @@ PACKAGES = (
         "57a7ef01bda090173aafb6af0106251686ed73f03db4e911fcd34c57fc347186",
         "spf.py",
         "spf.py",
+        "Python-2.0",
     ),
     Package(
         "idna",
@@ -153,6 +160,7 @@ PACKAGES = (
         "ab7ae7122974553370f0bdb919e1a960b2cd1bc1ef0276416d896db81c14582c",
         "idna/*.py !idna/__main__.py !idna/cli.py !idna/codec.py !idna/compat.py",
         "licenses/LICENSE.md",
+        "BSD-3-Clause",
     ),
     Package(
         "precis-i18n",
@@ -161,6 +169,7 @@ PACKAGES = (
         "8e6cce33bdd8cb6289b9e85cdd7be74c30a1111cadb9d759492349c8c10b0840",
         "precis_i18n/*.py !precis_i18n/codec.py",
         "licenses/LICENSE.txt",
+        "MIT",
     ),
 )
 
@@ -349,15 +358,15 @@ METADATA_FIELDS = (
 )
 
 
-def taken(packages: Sequence[Package], cache: Path) -> Files:
-    """Modules, metadata and licences of all packages."""
-    files: Files = {}
+def taken(packages: Sequence[Package], cache: Path) -> dict[Package, Files]:
+    """Modules, metadata and licence of each package."""
+    files: dict[Package, Files] = {}
     for package in packages:
         data = cached(package, cache)
         if data is None:
             raise Unable(f"{cache / package.file} is missing or has changed: run this once more")
         try:
-            files |= taken_from(package, unpacked(package, data))
+            files[package] = taken_from(package, unpacked(package, data))
         except KeyError as missing:
             raise Unable(f"{package.file} holds no {missing}: adapt its entry") from None
     return files
@@ -493,7 +502,125 @@ def checked_version(name: str, module: ast.Module) -> str:
     raise Unable(f'{name} does not state its version: add a line __version__ = "…"')
 
 
-# --- 3. Compile ------------------------------------------------------------------------
+# --- 3. List ---------------------------------------------------------------------------
+
+OF_TREES = (
+    "The folders cpython-* hold the modules once more, compiled by the interpreters that they are"
+    " named after, and __main__.py picks one of them. They depend on who builds, and this list"
+    " does not."
+)
+
+
+class Part(NamedTuple):
+    """A package as the list names it: `about` is the start of its identifiers."""
+
+    about: str
+    name: str
+    version: str
+    spdx: str
+    files: Files
+    extra: dict[str, object]
+
+
+def sbom(own: Files, packages: Mapping[Package, Files], date: float) -> Files:
+    """The list of what is in the archive, as a file of it: SPDX 2.3 in JSON.
+
+    Nothing in it depends on the Python that builds.
+    """
+    about = next(name for name in own if name.endswith("/METADATA")).partition("/")[0]
+    version = about.removeprefix("chasquid-").removesuffix(".dist-info")
+    parts = [Part("chasquid", "chasquid", version, "Apache-2.0", own, {})]
+    for package, files in packages.items():
+        extra: dict[str, object] = {
+            "checksums": [{"algorithm": "SHA256", "checksumValue": package.sha256}],
+            "packageFileName": package.file,
+            "comment": f"Part of {package.file}, whose hash this is; its modules are altered,"
+            " and say so at their end or beginning.",
+            "externalRefs": [
+                {
+                    "referenceCategory": "PACKAGE-MANAGER",
+                    "referenceType": "purl",
+                    "referenceLocator": f"pkg:pypi/{package.name}@{package.version}",
+                }
+            ],
+        }
+        parts.append(Part(package.name, package.name, package.version, package.spdx, files, extra))
+    listed = [listed_file(part, name) for part in parts for name in sorted(part.files)]
+    digest = hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
+    document = {
+        "spdxVersion": "SPDX-2.3",
+        "dataLicense": "CC0-1.0",
+        "SPDXID": "SPDXRef-DOCUMENT",
+        "name": f"chasquid.pyz-{version}",
+        "documentNamespace": f"urn:sha256:{digest}",
+        "comment": OF_TREES,
+        "creationInfo": {
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(date)),
+            "creators": ["Tool: build_zipapp.py"],
+        },
+        "packages": [listed_package(part) for part in parts],
+        "files": listed,
+        "relationships": [
+            {
+                "spdxElementId": "SPDXRef-DOCUMENT",
+                "relationshipType": "DESCRIBES",
+                "relatedSpdxElement": "SPDXRef-chasquid",
+            },
+            *(
+                {
+                    "spdxElementId": "SPDXRef-chasquid",
+                    "relationshipType": "CONTAINS",
+                    "relatedSpdxElement": f"SPDXRef-{part.about}",
+                }
+                for part in parts[1:]
+            ),
+        ],
+    }
+    text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+    return {f"{about}/sboms/chasquid.spdx.json": text.encode()}
+
+
+def file_id(part: Part, name: str) -> str:
+    """The identifier of a file, of letters, digits, "." and "-"."""
+    return f"SPDXRef-{part.about}-{re.sub('[^A-Za-z0-9.-]', '-', name)}"
+
+
+def listed_file(part: Part, name: str) -> dict[str, object]:
+    """A file with its hashes; SPDX 2.3 asks for SHA-1, those who check will take SHA-256."""
+    data = part.files[name]
+    return {
+        "SPDXID": file_id(part, name),
+        "fileName": f"./{name}",
+        "checksums": [
+            {"algorithm": "SHA1", "checksumValue": hashlib.sha1(data).hexdigest()},
+            {"algorithm": "SHA256", "checksumValue": hashlib.sha256(data).hexdigest()},
+        ],
+        "licenseConcluded": part.spdx,
+        "copyrightText": "NOASSERTION",
+    }
+
+
+def listed_package(part: Part) -> dict[str, object]:
+    """A package with its files."""
+    digests = sorted(hashlib.sha1(data).hexdigest() for data in part.files.values())
+    return {
+        "SPDXID": f"SPDXRef-{part.about}",
+        "name": part.name,
+        "versionInfo": part.version,
+        "downloadLocation": "NOASSERTION",
+        "filesAnalyzed": True,
+        "packageVerificationCode": {
+            "packageVerificationCodeValue": hashlib.sha1("".join(digests).encode()).hexdigest()
+        },
+        "licenseConcluded": part.spdx,
+        "licenseDeclared": part.spdx,
+        "copyrightText": "NOASSERTION",
+        "hasFiles": [file_id(part, name) for name in sorted(part.files)],
+        **part.extra,
+    }
+
+
+# --- 4. Compile ------------------------------------------------------------------------
 
 PROBE = """\
 import importlib.util, sys
@@ -612,7 +739,7 @@ def bytecode(python: Interpreter, files: Files) -> Files:
     return {f"{python.tag}/{name}": base64.b64decode(text) for name, text in compiled.items()}
 
 
-# --- 4. Write --------------------------------------------------------------------------
+# --- 5. Write --------------------------------------------------------------------------
 
 # The first lines must make sense to any Python that might be called python3, or even
 # python, so they are written for 2.7. What is imported later is not: hence no import of
@@ -820,7 +947,9 @@ def build(output: Path, cache: Path, pythons: Sequence[Interpreter]) -> str:
     date = date_of_entries()
     own = own_files(HERE / "chasquid.py")
     fetch(PACKAGES, cache)
-    data = archived(contents(own, taken(PACKAGES, cache), pythons), date)
+    packages = taken(PACKAGES, cache)
+    files = {name: data for part in packages.values() for name, data in part.items()}
+    data = archived(contents(own | sbom(own, packages, date), files, pythons), date)
     write(output, data)
     versions = ", ".join(python.version for python in pythons)
     what = f"bytecode of CPython {versions}" if versions else "no bytecode"

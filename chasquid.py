@@ -43,6 +43,7 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     WEB            challenges, MTA-STS policies and autoconfig over HTTP and HTTPS
     ACME           certificates from an authority, and their renewal (RFC 8555)
     CONTROL        the lock on data_dir; the sockets for commands, and for mail of this host
+    PRIVILEGES     from root to a user of its own, and whether secrets lie open
     DAEMON         the wiring diagram, reload, the end
     SENDMAIL       mail from programs of this host, with a server or without
     UPKEEP         versions of the program side by side; backup and restore
@@ -681,6 +682,8 @@ class _Relative(str):
 def _text(value: Value) -> str:
     if not isinstance(value, bytes):
         raise _WrongValue("expected a string in quotes")
+    if b"\0" in value:
+        raise _WrongValue("expected a string without NUL")
     try:
         return value.decode()
     except UnicodeDecodeError:
@@ -971,6 +974,8 @@ def read_file(path: str, missing: bytes | None = None) -> bytes:
         if missing is not None and isinstance(error, FileNotFoundError):
             return missing
         raise ConfigError(path, 0, f"it cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(printable(path), 0, "it cannot be read: NUL is in its name") from error
 
 
 def domain_directories(
@@ -1056,6 +1061,8 @@ class Config(NamedTuple):
         "The Maildir of a user, if neither a program nor LMTP takes the mail; %to% is the address.")
     data_dir: str = _key(_directory, "/var/lib/chasquid",
         "Where the queue, the Maildirs, and what is known of other domains are.")
+    user: str = _key(_text, "chasquid",
+        "Whom a server that root has started becomes once its ports are open; if empty, nobody.")
     suffix_separators: str = _key(_text, "+",
         "What follows one of these characters in a local part is ignored: ana+shop@ is ana@.")
     drop_characters: str = _key(_text, ".",
@@ -8142,7 +8149,8 @@ class AgentCourier(_ProgramCourier):
     """Hands each local message to a mail delivery agent, one run for each recipient.
 
     %from%, %from_user%, %from_domain%, %to%, %to_user% and %to_domain% in its arguments
-    are filled in, without the characters that mean something to a shell.
+    are filled in, without the characters that mean something to a shell, and without a "-" in
+    front, so that none is taken for an option.
     """
 
     DEFAULT_ARGUMENTS = ("-f", "%from%", "-d", "%to_user%")
@@ -8168,7 +8176,8 @@ class AgentCourier(_ProgramCourier):
         for name, whole in (("from", sender), ("to", address)):
             parts = (whole, *split_address(whole))
             keys = (f"%{name}%", f"%{name}_user%", f"%{name}_domain%")
-            values.update(zip(keys, (self._UNSAFE.sub("", part) for part in parts), strict=True))
+            safe = (self._UNSAFE.sub("", part).lstrip("-") for part in parts)
+            values.update(zip(keys, safe, strict=True))
         return [
             re.sub(r"%\w+%", lambda match: values.get(match[0], match[0]), argument)
             for argument in self._arguments
@@ -13233,12 +13242,15 @@ class Certificates:
     stays as it was in `before`, if it was there.
     """
 
-    def __init__(self, config: Config, before: Certificates | None = None) -> None:
+    def __init__(
+        self, config: Config, before: Certificates | None = None, *, fetched: bool = True
+    ) -> None:
         self.problems: list[str] = []
         self.loaded: dict[str, Certificate] = {}
         self._contexts: dict[str, ssl.SSLContext] = {}
         self._load_below(config.config_dir, "certs", before)
-        self._load_below(config.data_dir, FETCHED_CERTIFICATES, before)
+        if fetched:
+            self._load_below(config.data_dir, FETCHED_CERTIFICATES, before)
         for certificate in sorted(self.loaded.values(), key=lambda found: not found.proven):
             for host in certificate.names | {os.path.basename(certificate.directory).lower()}:
                 self._contexts.setdefault(host, certificate.context)
@@ -13247,7 +13259,16 @@ class Certificates:
 
     def _load_below(self, base: str, top: str, before: Certificates | None) -> None:
         directory = os.path.join(base, top)
-        for name in sorted(os.listdir(directory)) if os.path.isdir(directory) else []:
+        try:
+            names = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
+        except OSError as error:
+            self.problems.append(f"{directory}: it cannot be read: {error.strerror}")
+            names = [
+                os.path.basename(certificate.directory)
+                for certificate in (before.loaded.values() if before else ())
+                if certificate.is_fetched == (top == FETCHED_CERTIFICATES)
+            ]
+        for name in names:
             known = name if top != FETCHED_CERTIFICATES else f"{top}/{name}"
             certificate = self._load(known, os.path.join(directory, name))
             if certificate is None and before is not None:
@@ -13353,8 +13374,7 @@ class Listeners:
     submission, submission_tls, monitoring, web; see sd_listen_fds(3).
     """
 
-    def __init__(self, config: Config, loop: Loop) -> None:
-        self._loop = loop
+    def __init__(self, config: Config) -> None:
         self.sockets: list[tuple[Port, socket.socket]] = []
         inherited = self._inherited()
         kinds = (
@@ -13389,12 +13409,12 @@ class Listeners:
             text = "expected smtp_address or another address to listen on, or systemd's sockets"
             raise ConfigError(path, 0, text)
 
-    def close(self) -> None:
-        """Close all sockets; connections that were accepted stay."""
+    def close(self, loop: Loop | None = None) -> None:
+        """Close all sockets, which `loop` may wait for; connections that were accepted stay."""
         for raw in [*self.web, *self.monitoring, *(raw for _, raw in self.sockets)]:
-            if raw.fileno() >= 0:
-                self._loop.forget(raw.fileno())
-                raw.close()
+            if loop is not None and raw.fileno() >= 0:
+                loop.forget(raw.fileno())
+            raw.close()
 
     @staticmethod
     def _inherited() -> dict[str, list[socket.socket]]:
@@ -13770,7 +13790,7 @@ class AcmeAnswer(NamedTuple):
         """Return the JSON object in it. Raises AcmeFailed."""
         try:
             value = json.loads(self.body)
-        except ValueError:
+        except (ValueError, RecursionError):  # of what is nested deeply
             value = None
         if not isinstance(value, dict):
             raise AcmeFailed("the authority answers with what is no JSON object")
@@ -13783,8 +13803,11 @@ class AcmeAnswer(NamedTuple):
         value = self.headers.get("retry-after", "")
         if re.fullmatch(r"[0-9]{1,9}", value):
             return float(value)
-        date = parsedate_tz(value)
-        return max(0.0, mktime_tz(date) - now) if date else -1.0
+        try:
+            date = parsedate_tz(value)
+            return max(0.0, mktime_tz(date) - now) if date else -1.0
+        except (ValueError, OverflowError):  # of a year or a number that there is not
+            return -1.0
 
 
 AcmeCall = Callable[[str, str, bytes], AcmeAnswer]  # method, URL, body; blocks
@@ -14394,7 +14417,7 @@ class DataDirectory:
             make_directory(self.path)
             path = os.path.join(self.path, "lock")
             existed = os.path.exists(path)
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             if not existed and os.geteuid() == 0:
                 os.fchown(self._fd, *owner_above(path))
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -14636,6 +14659,180 @@ def connect_as_program(data_dir: str) -> socket.socket | None:
 
 
 # ======================================================================================
+# ROOM: PRIVILEGES
+#
+# What the server may do on this machine, and who else may see its secrets or change what it
+# runs.
+#
+# - Started by root, it opens its ports, reads the certificates with their keys, and becomes
+#   another user for good. All that comes later is done as that user: logs are opened, users
+#   and DKIM keys are read, octets of strangers are parsed, programs are run.
+# - As root it opens nothing in a directory of that user, who could lead it elsewhere by a
+#   symbolic link; but for the lock, which is never opened through one.
+# - A secret that lies open is a warning with the command that mends it. A group may read, for
+#   so the certificates of others come to the server.
+#
+# These are the only functions that change the whole process, so they are called by DAEMON for
+# a command that says so, and by nobody else.
+# ======================================================================================
+
+
+class Account(NamedTuple):
+    """A user of this machine; the name is "" if it has none."""
+
+    name: str
+    uid: int
+    gid: int
+    home: str
+
+
+def account_of_server(config: Config) -> Account | None:
+    """Return whom a server that root starts becomes; None if it stays root.
+
+    Only the user of the default need not exist. Raises ConfigError.
+    """
+    import pwd  # only here
+
+    if not config.user:
+        return None
+    try:
+        found = pwd.getpwnam(config.user)
+    except (KeyError, ValueError):
+        if "user" not in changed_keys(config):
+            return None
+        path = os.path.join(config.config_dir, "chasquid.conf")
+        text = f"user: expected a user of this machine, found {printable(config.user, 40)}"
+        raise ConfigError(path, 0, text) from None
+    return Account(found.pw_name, found.pw_uid, found.pw_gid, found.pw_dir)
+
+
+def account_of_owner(status: os.stat_result) -> Account:
+    """Return the user and the group that a file belongs to."""
+    import pwd  # only here
+
+    try:
+        found = pwd.getpwuid(status.st_uid)
+    except KeyError:
+        return Account("", status.st_uid, status.st_gid, "/")
+    return Account(found.pw_name, status.st_uid, status.st_gid, found.pw_dir)
+
+
+def give_directory(path: str, account: Account) -> None:
+    """Make the directory `path` for `account`, if it is missing or empty. Raises ConfigError.
+
+    Of one that holds something, nothing is given away: it must be theirs.
+    """
+    try:
+        make_directory(path)
+        if not os.listdir(path):
+            os.chown(path, account.uid, account.gid)
+        owner = os.stat(path).st_uid
+    except OSError as error:
+        text = f"data_dir cannot be used: {error.strerror}"
+        raise ConfigError(error.filename or path, 0, text) from error
+    if owner != account.uid:
+        told = f"data_dir belongs to another user than {account.name}, whom the server becomes"
+        remedy = f"chown -R {account.name}: {_word(path)}, or set the key user"
+        raise ConfigError(path, 0, f"{told}: {remedy}")
+
+
+def become(account: Account, system: Any = os) -> None:
+    """Become another user, for good; `system` is the module os. Raises ChasquidError.
+
+    Groups go first, for later there is no right to. That root cannot be had back is tried.
+    """
+    uid, gid = account.uid, account.gid
+    try:
+        if account.name:
+            system.initgroups(account.name, gid)
+        else:
+            system.setgroups([gid])
+        system.setgid(gid)
+        system.setuid(uid)
+    except OSError as error:
+        text = f"the server cannot become the user {account.name}: {error.strerror}"
+        raise ChasquidError(text) from error
+    if uid:
+        with contextlib.suppress(OSError):
+            system.setuid(0)
+    now = (system.getuid(), system.geteuid(), system.getgid(), system.getegid())
+    if now != (uid, uid, gid, gid):
+        raise ChasquidError(f"the server did not become the user {account.name} for good")
+    system.environ.update(HOME=account.home, USER=account.name, LOGNAME=account.name)
+
+
+def write_no_core() -> None:
+    """Have a crash of this process leave no core file: passwords and keys would be in it."""
+    import resource
+
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def exposure_warnings(config: Config) -> Iterator[str]:
+    """Yield which secrets everybody on this machine can read, and what everybody can change."""
+    told = set()
+    for path in _secret_paths(config):
+        if _is_open(path, stat.S_IROTH | stat.S_IWOTH):
+            told.add(path)
+            yield f"{path} is secret, and everybody can read it: chmod o= {_word(path)}"
+    for path in (config.config_dir, *_governing_paths(config)):
+        if path not in told and _is_open(path, stat.S_IWOTH):
+            yield f"{path} can be changed by everybody: chmod o-w {_word(path)}"
+
+
+def _word(path: str) -> str:
+    """Return `path` as a person can give it to a shell."""
+    import shlex  # only for warnings
+
+    return shlex.quote(path)
+
+
+def _secret_paths(config: Config) -> Iterator[str]:
+    """Yield the files that hold passwords and private keys, and data_dir with all the mail."""
+    yield config.data_dir
+    if config.smarthost_password_file:
+        yield config.smarthost_password_file
+    for top, _, files in _files_below(config, "domains"):
+        for name in files:
+            if name == "users" or name.startswith("dkim:"):
+                yield os.path.join(top, name)
+    for top, _, files in _files_below(config, "certs"):
+        for name in files:
+            if name == "privkey.pem" or name.endswith(".key"):
+                yield os.path.join(top, name)
+
+
+def _governing_paths(config: Config) -> Iterator[str]:
+    """Yield what says who has a mailbox here, where mail goes, and what is run."""
+    yield os.path.join(config.config_dir, "chasquid.conf")
+    for directory in ("domains", "certs", "hooks"):
+        for top, _, files in _files_below(config, directory):
+            yield top
+            for name in files:
+                yield os.path.join(top, name)
+
+
+def _files_below(config: Config, name: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    return os.walk(os.path.join(config.config_dir, name), followlinks=True)
+
+
+def _is_open(path: str, bits: int) -> bool:
+    """Tell whether others than owner and group have one of `bits`, and can get there."""
+    try:
+        path = os.path.realpath(path)
+        if not os.stat(path).st_mode & bits:
+            return False
+        while path != (above := os.path.dirname(path)):
+            if not os.stat(above).st_mode & stat.S_IXOTH:
+                return False
+            path = above
+    except OSError:
+        return False
+    return True
+
+
+# ======================================================================================
 # ROOM: DAEMON
 #
 # One complete server, put together. `Daemon.__init__` is the wiring diagram: who gets
@@ -14669,11 +14866,17 @@ DOMAIN_FORGOTTEN = "what was seen of {} is forgotten"
 DOMAIN_UNKNOWN = "nothing was known of {}"
 
 
-def load_late_modules() -> None:
-    """Load what a server would import when it is first used. Raises ChasquidError."""
+def load_libraries() -> None:
+    """Load the libraries, and have them read their tables. Raises ChasquidError."""
     load_modules(_LATE_MODULES)
-    load_spf()
-    load_dkim()
+    try:
+        load_spf()
+        load_dkim()
+        domain_to_ascii("bücher.example")  # idna and precis-i18n read tables at first
+        normalize_user("É")
+    except Exception as error:
+        text = f"a library cannot be loaded: {type(error).__name__}: {error}"
+        raise ChasquidError(f"{text}; is the installation complete?") from error
 
 
 def random_fraction() -> float:
@@ -14820,8 +15023,9 @@ def file_signature(config_dir: str) -> tuple[tuple[str, int, int, int], ...]:
 class Daemon:
     """One server: made from a configuration, run by `run`, ended by `stop`.
 
-    Sockets are bound when it is made, so that their numbers are known. Unless it is to
-    `deliver`, it attempts nothing of what is in the queue. Raises ConfigError.
+    Sockets are bound when it is made, so that their numbers are known; then the process becomes
+    `account`, if there is one. Unless it is to `deliver`, it attempts nothing of what is in the
+    queue. Raises ConfigError.
     """
 
     def __init__(
@@ -14836,11 +15040,13 @@ class Daemon:
         fetch_policy: FetchPolicy | None = None,
         on_result: Callable[[Item, Recipient], None] = lambda item, recipient: None,
         connect: Connect = connect,
+        account: Account | None = None,
         deliver: bool = True,
         examine: Callable[[], Sequence[Finding]] | None = None,
     ) -> None:
         self.config = config
         self._connect = connect
+        self._account = account
         self._deliver = deliver
         self._examine = examine  # once a day, in a worker thread
         self._findings: tuple[Finding, ...] = ()
@@ -14874,15 +15080,14 @@ class Daemon:
         self._hostname = domain_to_ascii(config.hostname)
         self._own_domain = domain_to_unicode(self._hostname)
         lock = DataDirectory(config.data_dir)
-        lock.take()
         undo.callback(lock.release)
+        self._certificates = certificates = self._take_as_root(undo, lock)
         self.log = Log(Sink(config.log_path, clock), Sink(config.mail_log_path, clock))
         undo.callback(self.log.close)
         workers = Workers(_WORKER_COUNT)
         undo.callback(workers.close)
         self.loop = loop = Loop(clock, workers, self.log.crash)
         undo.callback(loop.close)
-        self._certificates = certificates = Certificates(config)
         self._domains = load_domains(config)
         self._loading = Slots(loop, 1)
         self._reloaded = (clock.time(), not self.problems)
@@ -14954,8 +15159,6 @@ class Daemon:
             dovecot=self._dovecot,
             limits=self._limits,
         )
-        self._listeners = Listeners(config, loop)
-        undo.callback(self._listeners.close)
         self._started = clock.time()
         self._monitor = Monitor(
             loop, self.log, config.hostname, status=self._status, stop=self._stop_from_inside
@@ -14977,6 +15180,21 @@ class Daemon:
         self._reopen_logs = False
         self._report_start(certificates)
         self._report_settings()
+
+    def _take_as_root(self, undo: contextlib.ExitStack, lock: DataDirectory) -> Certificates:
+        """Take what only root may have, if it is root who runs this, and give root up."""
+        config, account = self.config, self._account
+        if account is not None:
+            give_directory(config.data_dir, account)
+        lock.take()
+        self._listeners = Listeners(config)
+        undo.callback(self._listeners.close)
+        if account is None:
+            return Certificates(config)
+        certificates = Certificates(config, fetched=False)
+        load_libraries()  # the user may not be able to read them, or the archive
+        become(account)
+        return Certificates(config, certificates)  # what cannot be read again stays as it is
 
     def _stop_from_inside(self) -> None:
         self._stopping.set()
@@ -15221,7 +15439,12 @@ class Daemon:
 
     def _report_settings(self) -> None:
         log, config = self.log, self.config
-        for warning in setting_warnings(config):
+        if self._account is not None:
+            log.info("daemon", f"started by root, and now the user {self._account.name} for good")
+        elif os.geteuid() == 0:
+            text = "running as root; a user of its own is safer: see the key user"
+            log.warning("daemon", text)
+        for warning in (*setting_warnings(config), *exposure_warnings(config)):
             log.warning("daemon", warning)
         if config.smarthost:
             after = f" after {plural(config.smarthost_after, 'attempt')}"
@@ -15287,7 +15510,7 @@ class Daemon:
         self.log.event(Events.STOPPING)
         for task in tasks:
             task.cancel()
-        self._listeners.close()
+        self._listeners.close(self.loop)
         self._control.close()
         self._programs.close()
         await self._wind_up()
@@ -15295,17 +15518,9 @@ class Daemon:
 
     def _load_libraries(self) -> None:
         """Load all that may be needed later. Computes; raises ChasquidError."""
-        load_modules(_LATE_MODULES)
-        try:
-            load_spf()
-            load_dkim()
-            domain_to_ascii("bücher.example")  # idna and precis-i18n read tables at first
-            normalize_user("É")
-            with contextlib.suppress(TemporaryFailure):  # no name server is known, or not yet
-                self._dns.set_up()
-        except Exception as error:
-            text = f"a library cannot be loaded: {type(error).__name__}: {error}"
-            raise ChasquidError(f"{text}; is the installation complete?") from error
+        load_libraries()
+        with contextlib.suppress(TemporaryFailure):  # no name server is known, or not yet
+            self._dns.set_up()
 
     async def _wind_up(self) -> None:
         self._context.closing = True
@@ -15756,8 +15971,11 @@ def _named_in(fields: Sequence[Field]) -> list[str]:
     for field in fields:
         if field.name in names:
             text = field.value.decode("utf-8", "replace").replace("\r\n", "").strip()
-            here = [address.addr_spec for address in getattr(make("to", text), "addresses", ())]
-            if not _are_all(here, text):
+            here: list[str] | None = None
+            with contextlib.suppress(Exception):  # a malformed field has the library fail variously
+                read = make("to", without_comments(text))  # it takes long for nested ones
+                here = [address.addr_spec for address in getattr(read, "addresses", ())]
+            if here is None or not _are_all(here, text):
                 shown = printable(text, 100)
                 raise NotSent(f"{field.name}: expected addresses, found {shown!r}", os.EX_DATAERR)
             found += here
@@ -15908,7 +16126,7 @@ def _put_into_queue(config: Config, letter: Letter) -> str:
 
     So the message is judged, signed and written as any other. Raises ChasquidError.
     """
-    load_late_modules()  # whom we become may not be able to read them
+    load_libraries()  # whom we become may not be able to read them
     _become_owner(config.data_dir)
     for place in Place:
         make_directory(os.path.join(config.data_dir, "queue", place))
@@ -15942,20 +16160,13 @@ def _put_into_queue(config: Config, letter: Letter) -> str:
 
 def _become_owner(data_dir: str) -> None:
     """As root, become the server's user, or it could not read what we write. Raises NotSent."""
-    import pwd  # only here
-
     try:
         owner = os.stat(data_dir)
     except OSError as error:
         text = f"no server is running, and there is no queue: {reason(error)}"
         raise NotSent(text, os.EX_TEMPFAIL) from None
     if os.geteuid() == 0 and owner.st_uid:
-        try:
-            os.initgroups(pwd.getpwuid(owner.st_uid).pw_name, owner.st_gid)
-        except KeyError:
-            os.setgroups([owner.st_gid])
-        os.setgid(owner.st_gid)
-        os.setuid(owner.st_uid)
+        become(account_of_owner(owner))
     elif os.geteuid() != owner.st_uid:
         text = "no server is running, and only root and its user can reach the queue"
         raise NotSent(text, os.EX_TEMPFAIL)
@@ -16680,18 +16891,20 @@ class _Converter:
             return
         if found == [f"{name}@{domain}"]:
             return  # it stands for itself: in Postfix, an exception to a catch-all
-        table = self.aliases.setdefault(domain, {})
+        made: dict[str, str] = {}
         pipes = [value for value in found if value.startswith("|")]
         if pipes and len(found) > 1:
             for count, pipe in enumerate(pipes, 1):
                 own = f"{name}-pipe{count if count > 1 else ''}"
-                table[own] = pipe
+                made[own] = pipe
                 found[found.index(pipe)] = f"{own}@{domain}"
-        table[name] = ", ".join(found)
+        made[name] = ", ".join(found)
+        lines = "".join(f"{key}: {right}\n" for key, right in made.items())
+        table = self.aliases.setdefault(domain, {})
         try:
-            parse_aliases(f"{name}: {table[name]}".encode(), at[0], domain)
+            parse_aliases(lines.encode(), at[0], domain)
+            table |= made
         except ConfigError as error:
-            del table[name]
             self._leave(*at, str(error).partition(": ")[2])
 
     def _right_side(
@@ -18135,11 +18348,11 @@ class Examined(NamedTuple):
 
 def examine_files(config: Config, problems: Sequence[ConfigError]) -> Examined:
     """Read all files; `problems` are those of chasquid.conf. Raises ConfigError."""
+    problems = [*problems]
+    for check in (smarthost_login, account_of_server):
+        with collected(problems):
+            check(config)
     wrong = [str(problem) for problem in problems]
-    try:
-        smarthost_login(config)
-    except ConfigError as error:
-        wrong.append(str(error))
     domains, certificates = load_domains(config), Certificates(config)
     wrong += [*domains.problems, *certificates.problems]
     doubtful = [*setting_warnings(config)]
@@ -18250,7 +18463,7 @@ def _home_line(facts: Facts) -> str:
 
 def _front_host(facts: Facts) -> str:
     """Return how to receive on a line that nobody can connect to, or whose address changes."""
-    domains = list(facts.examined.domains.each) or ["DOMAIN"]
+    domains = [domain_to_unicode(name) for name in facts.domains] or ["DOMAIN"]
     return (
         "have a small host with a fixed address as MX, whose chasquid passes mail on; there:\n"
         + "".join(f"domains/{name}/aliases: *: *@{name} via {facts.host}\n" for name in domains)
@@ -18343,11 +18556,15 @@ def _get_certificate(facts: Facts) -> str:
     """Return how to get a certificate for the host."""
     if facts.config.acme:
         return f"the log says why none has come: sudo journalctl -u {SERVICE} --grep acme"
-    path = os.path.join(facts.config.config_dir, "chasquid.conf")
-    return (
-        "have it fetched, which accepts the terms of Let's Encrypt: "
-        f"echo 'acme: true' | sudo tee -a {path} && sudo systemctl restart {SERVICE}"
-    )
+    terms = "have it fetched, which accepts the terms of Let's Encrypt"
+    return f"{terms}: sudo chasquid init {_first_user(facts)} --acme-agree"
+
+
+def _first_user(facts: Facts) -> str:
+    """Return the address of a user, for the command that sets a host up."""
+    each = facts.examined.domains.each
+    addresses = (f"{user}@{name}" for name, domain in each.items() for user in domain.users)
+    return next(addresses, "ADDRESS")
 
 
 def _check_certificates(facts: Facts) -> Iterator[Finding]:
@@ -18493,7 +18710,8 @@ def _check_imap(facts: Facts) -> Iterator[Finding]:
     if not facts.config.lmtp_address.startswith("/") and facts.config.lmtp_address:
         return  # the mailboxes are on another host
     text = "no IMAP server answers at port 993 or 143, so no mail program can read the mail"
-    yield advice(text, "sudo apt install dovecot-imapd && sudo chasquid init ADDRESS")
+    init = f"sudo chasquid init {_first_user(facts)}"
+    yield advice(text, f"sudo apt install dovecot-imapd && {init}")
 
 
 # --- the machine and its line ---
@@ -21861,7 +22079,11 @@ class ReadMessage:
         from email.utils import getaddresses  # only who looks into a message needs it
 
         values = [value for key, value in self.headers if key.lower() == name.lower()]
-        return [(who, address) for who, address in getaddresses(values) if address or who]
+        try:
+            found = getaddresses(values)
+        except RecursionError:  # of groups in groups, which no field may hold
+            found = [("", value) for value in values]
+        return [(who, address) for who, address in found if address or who]
 
     def is_inline(self, part: Part) -> bool:
         """Tell whether the HTML shows a part, as an image of its own."""
@@ -24853,15 +25075,13 @@ def _serve(arguments: argparse.Namespace) -> int:
     # whoever sees the ports open may ask for a reload, which would end us before it is minded
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
     config = _load(arguments)
+    write_no_core()
+    account = account_of_server(config) if os.geteuid() == 0 else None
 
     def examine() -> Sequence[Finding]:
         return diagnose(facts_of(examine_files(config, ()), RealWorld(config)))
 
-    daemon = Daemon(config, examine=examine)
-    if os.geteuid() == 0 and sys.stderr.isatty():
-        text = "running as root; a user of its own is safer, as the unit for systemd has it"
-        print(f"chasquid: warning: {text}", file=sys.stderr)
-    run_daemon(daemon)
+    run_daemon(Daemon(config, examine=examine, account=account))
     return 0
 
 
@@ -24871,6 +25091,7 @@ def _check(arguments: argparse.Namespace) -> int:
     keys = itertools.chain.from_iterable(domains.keys.values())
     warnings = [f"{key.unseen_text}; see dkim-dns" for key in keys if key.name in domains.unseen]
     warnings += certificates.warnings(time.time(), [domain_to_ascii(config.hostname)])
+    warnings += exposure_warnings(config)
     if not certificates.loaded:
         top = f"{config.config_dir}/certs/NAME/"
         warnings.append(f"no certificate in {top}: TLS is off, and nobody can log in")
@@ -25331,6 +25552,8 @@ def _ask_password(arguments: argparse.Namespace, twice: bool) -> bytes:
     Raises ChasquidError.
     """
     if arguments.password is not None:
+        text = "warning: --password can be seen in the list of processes; without it you are asked"
+        print(f"chasquid: {text}", file=sys.stderr)
         password = os.fsencode(arguments.password)
     elif sys.stdin.isatty():
         import getpass  # only for a terminal
@@ -26150,6 +26373,8 @@ def _import(arguments: argparse.Namespace) -> int:
 def _version(arguments: argparse.Namespace) -> int:
     import importlib.metadata  # only here
 
+    if getattr(arguments, "sbom", False):
+        return _print_sbom()
     print(f"chasquid {__version__}")
     print(f"Python {sys.version.split()[0]} ({sys.executable or 'unknown'})")
     for package in ("dnspython", "dkimpy", "pyspf", "idna", "precis-i18n"):
@@ -26157,6 +26382,19 @@ def _version(arguments: argparse.Namespace) -> int:
             print(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             print(f"{package} is not installed")
+    return 0
+
+
+def _print_sbom() -> int:
+    """Print the list that build_zipapp.py has put into the archive (SPDX 2.3; PEP 770)."""
+    import importlib.metadata  # only here
+
+    text = None
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        text = importlib.metadata.distribution("chasquid").read_text("sboms/chasquid.spdx.json")
+    if text is None:
+        raise ChasquidError("only an archive that build_zipapp.py has made holds such a list")
+    print(text, end="")
     return 0
 
 
@@ -26433,7 +26671,16 @@ _VERBS: dict[str, _Verb] = {
         (("file", {"metavar": "FILE", "help": "the new chasquid.pyz"}),),
         "install another version, start it, and go back if it does not come up",
     ),
-    "version": _Verb(_version, (), "show the version and what is bundled"),
+    "version": _Verb(
+        _version,
+        (
+            (
+                "--sbom",
+                {"action": "store_true", "help": "all files with hashes and licences (SPDX)"},
+            ),
+        ),
+        "show the version and what is bundled",
+    ),
 }
 
 

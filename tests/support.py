@@ -205,11 +205,12 @@ def run_command(
 
 
 def complaint(ended: Ended) -> str:
-    """Return the one line with which a command has failed."""
+    """Return the one line with which a command has failed; warnings may stand before it."""
     assert (ended.status, ended.out) == (1, ""), ended
-    assert ended.err.startswith("chasquid: ")
-    assert ended.err.count("\n") == 1 and ended.err.endswith("\n")
-    return ended.err.removeprefix("chasquid: ").strip()
+    text = re.sub(r"^chasquid: warning: .*\n", "", ended.err, flags=re.MULTILINE)
+    assert text.startswith("chasquid: ")
+    assert text.count("\n") == 1 and text.endswith("\n")
+    return text.removeprefix("chasquid: ").strip()
 
 
 class CommandLine:

@@ -182,7 +182,8 @@ def test_without_pip_one_sentence_says_what_to_do(tmp_path: Path) -> None:
 
 def test_of_a_package_come_modules_metadata_and_licence(tmp_path: Path) -> None:
     packages = [source_package(tmp_path, tmp_path / "marker"), wheel_package(tmp_path)]
-    files = builder.taken(packages, tmp_path)
+    sweet, sour = builder.taken(packages, tmp_path).values()
+    files = sweet | sour
     assert files["sweet-1.5.dist-info/METADATA"] == (
         b"Metadata-Version: 1.1\nName: sweet\nVersion: 1.5\nLicense: MIT\n"
     )
@@ -657,6 +658,71 @@ def test_the_server_tells_its_version(server: Path) -> None:
     for package in builder.PACKAGES:
         assert package.name in done.stdout
         assert package.version in done.stdout
+
+
+def test_the_server_lists_what_is_in_its_archive(server: Path) -> None:
+    done = run(sys.executable, "-I", "-S", server, "version", "--sbom")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert (said["spdxVersion"], said["dataLicense"]) == ("SPDX-2.3", "CC0-1.0")
+    packages = {package["name"]: package for package in said["packages"]}
+    assert {name: package["versionInfo"] for name, package in packages.items()} == {
+        "chasquid": chasquid_version(),
+        **{package.name: package.version for package in builder.PACKAGES},
+    }
+    assert "NOASSERTION" not in {package["licenseDeclared"] for package in said["packages"]}
+    for package in builder.PACKAGES:
+        [checksum] = packages[package.name]["checksums"]
+        assert checksum == {"algorithm": "SHA256", "checksumValue": package.sha256}
+    ids = [file["SPDXID"] for file in said["files"]]
+    assert len(set(ids)) == len(ids)
+    assert ids == [name for package in said["packages"] for name in package["hasFiles"]]
+
+
+def chasquid_version() -> str:
+    tree = ast.parse((HERE / "chasquid.py").read_text(encoding="utf-8"))
+    return str(builder.checked_version("chasquid.py", tree))
+
+
+def test_the_list_has_the_hash_of_each_file(server: Path) -> None:
+    with zipfile.ZipFile(server) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    [listing] = [name for name in files if name.endswith(".spdx.json")]
+    said = json.loads(files[listing])
+    hashes = {
+        file["fileName"].removeprefix("./"): dict(map(dict.values, file["checksums"]))
+        for file in said["files"]
+    }
+    left_out = {name for name in files if name.startswith("cpython-")} | {"__main__.py", listing}
+    assert set(hashes) == set(files) - left_out
+    for name, checksums in hashes.items():
+        for kind in ("sha1", "sha256"):
+            assert checksums[kind.upper()] == hashlib.new(kind, files[name]).hexdigest(), name
+
+
+@pytest.mark.parametrize("command", ["python3.11", "python3.12", "python3.13"])
+def test_each_python_makes_the_same_list(command: str, server: Path, cache: Path) -> None:
+    found = [path for path in builder.candidates() if Path(path).name == command]
+    if not found:
+        pytest.skip(f"there is no {command}")
+    path = server.with_name(f"{command}.pyz")
+    builds = [HERE / "build_zipapp.py", "--cache", cache, "--no-bytecode", "--output", path]
+    done = run(found[-1], *builds)
+    assert done.returncode == 0, done.stderr
+    lists = []
+    for archive in (server, path):
+        with zipfile.ZipFile(archive) as opened:
+            [name] = [name for name in opened.namelist() if name.endswith(".spdx.json")]
+            lists.append(opened.read(name))
+    assert lists[0] == lists[1]
+
+
+def test_without_an_archive_there_is_no_list() -> None:
+    done = run(sys.executable, HERE / "chasquid.py", "version", "--sbom")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "chasquid: only an archive that build_zipapp.py has made holds such a list\n"
+    )
 
 
 def test_the_archive_is_small(server: Path) -> None:

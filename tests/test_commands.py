@@ -386,7 +386,7 @@ def test_a_user_is_added_with_a_password_that_works(commands: CommandLine) -> No
     assert ended[:2] == (0, f"ben@here.example is added\n{told}")
     assert set(commands.users()) == {"ana", "ben"}
     assert isinstance(commands.users()["ben"], chasquid.Scrypt)
-    assert commands.run("authenticate", "ben@here.example", "--password", "geheim") == (
+    assert commands.run("authenticate", "ben@here.example", data=b"geheim\n") == (
         0, "ben@here.example may log in with this password\n", ""
     )  # fmt: skip
     error = commands.fails("authenticate", "ben@here.example", "--password", "Geheim")

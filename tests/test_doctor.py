@@ -190,7 +190,7 @@ class Setup:
             self.aliases.pop(name, None)
             self.dns[name, kind] = (value,)
             self.dns.pop((f"{name}.{DOMAIN}", kind), None)
-        elif fix.startswith("sudo certbot") or "acme: true" in fix:
+        elif fix.startswith("sudo certbot") or "--acme-agree" in fix:
             self.renew()
             self.tls_problem = ""
         elif fix.startswith("sudo systemctl"):

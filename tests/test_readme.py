@@ -168,3 +168,15 @@ def test_the_table_of_events_is_that_of_the_module():
     }
     assert len(events) > 20
     assert {row for row in rows if row[0] in chasquid.Events.BY_NAME} == events
+
+
+@pytest.mark.parametrize("row", table("promise"), ids=lambda row: row[0][:40])
+def test_what_shows_a_promise_is_there(row):
+    names = re.findall(r"`([\w/.]+)`(?: \(([\w ,-]+)\))?", row[1])
+    assert names
+    for name, suites in names:
+        path = TOP / "tests" / name
+        assert path.exists(), name
+        texts = [path.read_text()] if path.is_file() else sorted(os.listdir(path))
+        for suite in filter(None, suites.split(", ")):
+            assert any(f"# --- {suite}" in text or text == f"{suite}.txt" for text in texts), suite

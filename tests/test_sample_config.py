@@ -7,7 +7,7 @@ import configparser
 import re
 import shutil
 import socket
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -141,10 +141,7 @@ def test_the_server_takes_the_sockets_by_the_names_in_the_units(config_dir):
             def _inherited():
                 return {name: [raw] for name, raw in raws.items()}
 
-        loop = stack.enter_context(
-            closing(chasquid.Loop(chasquid.Clock(), chasquid.Workers(1), print))
-        )
-        taken = FromSystemd(config, loop).sockets
+        taken = FromSystemd(config).sockets
         assert {port: names[name] for port, raw in taken for name in raws if raws[name] is raw} == {
             chasquid.SMTP_PORT: 25,
             chasquid.SUBMISSION_PORT: 587,
