@@ -130,6 +130,7 @@ class Below:
     def mkdir(self, path: str, mode: int = 0o777) -> None:
         self._do("mkdir", path, lambda: os.mkdir(path, mode))
         self._made(path)
+        time.sleep(0.003)  # so that two meet who make directories at the same time
 
     def unlink(self, path: str) -> None:
         self._do("unlink", path, lambda: os.unlink(path))
