@@ -25553,8 +25553,6 @@ def _ask_password(arguments: argparse.Namespace, twice: bool) -> bytes:
     Raises ChasquidError.
     """
     if arguments.password is not None:
-        text = "warning: --password can be seen in the list of processes; without it you are asked"
-        print(f"chasquid: {text}", file=sys.stderr)
         password = os.fsencode(arguments.password)
     elif sys.stdin.isatty():
         import getpass  # only for a terminal
@@ -26820,6 +26818,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(_BEGIN.format(version=__version__, program=begin, config_dir=config_dir), end="")
             return 0
         arguments.verb = "serve"
+    if getattr(arguments, "password", None) is not None:
+        text = "warning: --password can be seen in the list of processes"
+        print(f"chasquid: {text}", file=sys.stderr)
     try:
         return _VERBS[arguments.verb].action(arguments)
     except ChasquidError as error:

@@ -524,15 +524,22 @@ def attempt_many(name: str, count: int, seed: int, before: float = 1e18) -> int:
         if time.monotonic() < before:
             tried += 1
             failed.data = data
-            attempt(name, data)
+            try:
+                attempt(name, data)
+            except Mistake as mistake:
+                if not failed.told:
+                    print(f"{mistake}; it is made smaller now", file=sys.stderr, flush=True)
+                failed.told = True
+                raise
 
-    failed.data = b""
+    failed.data, failed.told = b"", False
     search()
     return tried
 
 
 class _Failed:
     data = b""
+    told = False
 
 
 failed = _Failed()  # what was tried last: if a search has failed, the smallest input that fails
