@@ -20880,6 +20880,7 @@ class SelftestServer:
             f"data_dir: {quote(self.data_dir)}\n"
             f"log_path: {quote(self.log_path)}\n"
             f"mail_log_path: {quote(os.path.join(self.directory, 'mail.log'))}\n"
+            'user: ""\n'  # whoever runs this owns the files
             f"max_queue_items: 1000000\n{settings}"
         )
         replace_durably(os.path.join(self.directory, "chasquid.conf"), text.encode())

@@ -130,6 +130,7 @@ class Below:
     def mkdir(self, path: str, mode: int = 0o777) -> None:
         self._do("mkdir", path, lambda: os.mkdir(path, mode))
         self._made(path)
+        time.sleep(0.003)  # so that two meet who make directories at the same time
 
     def unlink(self, path: str) -> None:
         self._do("unlink", path, lambda: os.unlink(path))
@@ -311,9 +312,8 @@ class Attempt:
         reply = send(self.wire, self.data, recipient, self.case.sender)
         self.id = reply.rpartition(" ")[2] if reply.startswith("250 ") else ""
         if self.id:
-            wait_for(
-                lambda: {"done", "next-attempt"} & set(server.events(self.id)), f"{self.id} {reply}"
-            )
+            ends = {"done", "next-attempt", "lost"}  # if its file is removed, but not without error
+            wait_for(lambda: ends & set(server.events(self.id)), f"an attempt of {self.id}")
         else:
             assert reply[:3] in ("451", "452"), (reply, below.hit)
         server.rest()

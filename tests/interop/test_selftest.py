@@ -31,8 +31,8 @@ LIES = {
         "            create_synced(self.temporary, [self.data[:cut]])\n",
     ),
     "what waits is forgotten at the start": (
-        "        for item in contents.items:\n            self._take_up(item)\n",
-        "        for item in contents.items:\n            os.unlink(item.message.path)\n",
+        "            pause = file.changed - today\n",
+        "            os.unlink(file.path)\n            pause = 0.0\n",
     ),
 }
 
