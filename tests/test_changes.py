@@ -43,6 +43,8 @@ def test_all_is_taken_back(host, changes, tmp_path):
     changes.write("/etc/a/b/new", b"new", 0o600)
     changes.write("/etc/old", b"changed")
     changes.link("/etc/link", "/etc/old")
+    changes.adjust("/etc/old", 0o2711, (os.geteuid(), os.getegid()))
+    assert stat.S_IMODE((tmp_path / "etc/old").stat().st_mode) == 0o2711
     changes.run("true", undo=["touch", str(tmp_path / "undone")])
     assert stat.S_IMODE((tmp_path / "etc/a/b").stat().st_mode) == 0o750
     assert stat.S_IMODE((tmp_path / "etc/a/b/new").stat().st_mode) == 0o600

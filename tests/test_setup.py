@@ -532,6 +532,15 @@ def test_dovecot_gets_a_configuration_and_the_users(host):
     assert init(host).made == []
 
 
+def test_the_directory_of_dovecots_users_hands_its_group_on(host):
+    with_dovecot(host)
+    init(host)
+    place = host.path("/etc/chasquid/dovecot")
+    os.chmod(place, 0o750)  # as after a restored backup
+    assert init(host).made == [f"{place}/users"]
+    assert mode_of(host, place) == 0o2750
+
+
 def test_a_user_more_is_known_to_dovecot(host):
     with_dovecot(host)
     init(host)
