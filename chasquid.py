@@ -15925,7 +15925,10 @@ def make_letter(data: bytes, options: SendmailOptions, user: str, domain: str) -
         _completed(field, domain) for field in fields if field.name not in ("bcc", "resent-bcc")
     ]
     if not any(field.name == "from" for field in fields):
-        kept.insert(0, _author(options.full_name, sender or own))
+        try:
+            kept.insert(0, _author(options.full_name, sender or own))
+        except ValueError as error:
+            raise NotSent(f"{sender or own} cannot be the author: {error}", os.EX_USAGE) from None
     message = b"".join(kept) + b"\r\n" + body
     return Letter(sender, tuple(dict.fromkeys(recipients)), message)
 
