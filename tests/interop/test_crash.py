@@ -188,6 +188,7 @@ class TestHup:
                 assert client.noop()[0] == 250
 
     def test_a_mistake_leaves_the_old_in_force(self, chasquid):
+        chasquid.wait_for_log("event=ready")  # the ports are open before the files are read
         aliases = chasquid.config_dir / "domains" / "here.example" / "aliases"
         aliases.write_text("this is no alias\n")
         chasquid.hang_up()
