@@ -1144,7 +1144,7 @@ zone:
 class Pebble(Peer):
     """Let's Encrypt's small ACME server for tests; it validates at ports of its own.
 
-    `http_port` and `tls_port` are where it looks for answers to challenges. Half of all nonces
+    `http_port` and `tls_port` are where it looks for answers to challenges. A fifth of all nonces
     are refused. `issued_for` is how long its certificates are valid, in seconds.
     """
 
@@ -1179,7 +1179,7 @@ class Pebble(Peer):
         surroundings = {
             **os.environ,
             "PEBBLE_VA_NOSLEEP": "1",
-            "PEBBLE_WFE_NONCEREJECT": "50",
+            "PEBBLE_WFE_NONCEREJECT": "20",
             "PEBBLE_AUTHZREUSE": "0",
         }
         dns = ["-dnsserver", self._names.address]
