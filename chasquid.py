@@ -1005,6 +1005,12 @@ def domain_directories(
     return domains
 
 
+def domain_directory(config_dir: str, domain: str) -> str:
+    """Return the directory of `domain` (in Unicode), whether it exists or not."""
+    known = domain_directories(config_dir, []).get(domain)
+    return known or os.path.join(config_dir, "domains", domain)
+
+
 # --- The keys ---
 
 
@@ -20143,10 +20149,6 @@ class Setup:
         own = (name for name in self._host.names() if name.lower().endswith(f".{domain}"))
         return wanted or next(own, f"mail.{domain}").lower()
 
-    def _domain_directory(self, domain: str) -> str:
-        known = domain_directories(self.config_dir, []).get(domain)
-        return known or os.path.join(self.config_dir, "domains", domain)
-
     def _data_path(self, *parts: str) -> str:
         return os.path.join(self._host.path(self.config().data_dir), *parts)
 
@@ -20177,7 +20179,7 @@ class Setup:
     def dkim_keys(self) -> tuple[DkimKey, ...]:
         """Return the domain's DKIM keys. Raises ConfigError."""
         domain = self._request.domain
-        return load_dkim_keys(self._domain_directory(domain), domain)
+        return load_dkim_keys(domain_directory(self.config_dir, domain), domain)
 
     def needs(self) -> DnsNeeds:
         """Return what decides on the records that the domain needs. Raises ConfigError."""
@@ -20375,15 +20377,19 @@ class Setup:
         return self._request.domain in domain_directories(self.config_dir, [])
 
     def _make_domain(self, changes: Changes) -> None:
-        changes.directory(self._domain_directory(self._request.domain), 0o755, self._owner())
+        changes.directory(
+            domain_directory(self.config_dir, self._request.domain), 0o755, self._owner()
+        )
 
     def _has_user(self) -> bool:
-        return self._request.user in load_users(self._domain_directory(self._request.domain))
+        return self._request.user in load_users(
+            domain_directory(self.config_dir, self._request.domain)
+        )
 
     def _make_user(self, changes: Changes) -> None:
         if not self._request.password:
             self.new_password = _easy_password()
-        directory = self._domain_directory(self._request.domain)
+        directory = domain_directory(self.config_dir, self._request.domain)
         known = new_password(os.fsencode(self._request.password or self.new_password))
         users = format_users({**load_users(directory), self._request.user: known})
         changes.write(os.path.join(directory, "users"), users, 0o600, self._owner())
@@ -20397,13 +20403,13 @@ class Setup:
         )
 
     def _missing_aliases(self, domain: str) -> list[str]:
-        directory = self._domain_directory(domain)
+        directory = domain_directory(self.config_dir, domain)
         known = {*load_aliases(directory, domain), *load_users(directory)}
         return [] if "*" in known else [name for name in _OWNED_ALIASES if name not in known]
 
     def _make_aliases(self, changes: Changes, domain: str) -> None:
         """Add those that are missing; a host without users has the names of the domain."""
-        directory = self._domain_directory(domain)
+        directory = domain_directory(self.config_dir, domain)
         path, request = os.path.join(directory, "aliases"), self._request
         to = request.user if domain == request.domain else request.address
         text = "".join(f"{name}: {to}\n" for name in self._missing_aliases(domain))
@@ -20421,7 +20427,7 @@ class Setup:
 
         def make(changes: Changes) -> None:
             domain, key = self._request.domain, self._make_new_key(algorithm)
-            path = os.path.join(self._domain_directory(domain), f"dkim:{selector}.pem")
+            path = os.path.join(domain_directory(self.config_dir, domain), f"dkim:{selector}.pem")
             if os.path.exists(path):
                 raise ChasquidError(f"{path} exists, and is of another kind")
             mark = DkimKey(domain_to_ascii(domain), selector, key).name
@@ -22073,7 +22079,7 @@ class ReadMessage:
         self.html = (html[0].text or "")[:_TEXT_LIMIT] if html else ""
         texts = [part.text for part in readable if part not in html]
         self.text = "\n".join(text for text in texts if text)[:_TEXT_LIMIT]
-        self._ids = {_percent_decoded(id) for id in CID.findall(self.html)}
+        self._ids = {percent_decoded(id) for id in CID.findall(self.html)}
 
     def header(self, name: str) -> str:
         """Return the first header field of this name, on one line, or ""."""
@@ -22118,7 +22124,8 @@ class ReadMessage:
 CID = re.compile(r"cid:([^\s\"'<>()]{1,998})", re.IGNORECASE)  # RFC 2392
 
 
-def _percent_decoded(text: str) -> str:
+def percent_decoded(text: str) -> str:
+    """Return what a part of a URL stands for; RFC 3986, 2.1."""
     from urllib.parse import unquote  # 5 ms; only who looks into a message needs it
 
     return unquote(text)
@@ -24633,9 +24640,7 @@ def _framed(content: ReadMessage, remote: bool) -> bytes:
 
     def image(match: re.Match[str]) -> str:
         nonlocal left
-        from urllib.parse import unquote
-
-        part = by_id.get(unquote(match[1]))
+        part = by_id.get(percent_decoded(match[1]))
         if part is None or not re.fullmatch(r"image/[a-z0-9.+-]+", part.content_type):
             return match[0]
         left -= len(part.data)
@@ -25543,12 +25548,6 @@ def _split_user(text: str) -> tuple[str, str]:
     return user, domain
 
 
-def _domain_directory(config: Config, domain: str) -> str:
-    """Return the directory of `domain`, whether it exists or not."""
-    known = domain_directories(config.config_dir, []).get(domain)
-    return known or os.path.join(config.config_dir, "domains", domain)
-
-
 _SHORT_PASSWORD = 8
 
 
@@ -25589,7 +25588,7 @@ def _write_users(directory: str, users: Mapping[str, Password]) -> None:
 def _user_add(arguments: argparse.Namespace) -> int:
     config = _load(arguments)
     user, domain = _split_user(arguments.user)
-    directory = _domain_directory(config, domain)
+    directory = domain_directory(config.config_dir, domain)
     is_new = not os.path.isdir(directory)
     users = load_users(directory)
     password: Password = Denied()
@@ -25626,7 +25625,7 @@ def _put_in_force(config: Config, domain: str, file: IO[str] | None = None) -> N
 
 def _problems_of(domain: str, config: Config, problems: Sequence[str]) -> list[str]:
     """Return those of `problems` that are about the files of `domain`."""
-    place = f"/domains/{os.path.basename(_domain_directory(config, domain))}"
+    place = f"/domains/{os.path.basename(domain_directory(config.config_dir, domain))}"
     return [problem for problem in problems if f"{place}/" in problem or f"{place}:" in problem]
 
 
@@ -25638,7 +25637,7 @@ def _tell_of_new_domain(domain: str, is_new: bool) -> None:
 def _user_remove(arguments: argparse.Namespace) -> int:
     user, domain = _split_user(arguments.user)
     config = _load(arguments)
-    directory = _domain_directory(config, domain)
+    directory = domain_directory(config.config_dir, domain)
     users = load_users(directory)
     if user not in users:
         raise ChasquidError(f"{directory}/users: there is no user {user!r}")
@@ -25652,7 +25651,7 @@ def _user_remove(arguments: argparse.Namespace) -> int:
 
 def _authenticate(arguments: argparse.Namespace) -> int:
     user, domain = _split_user(arguments.user)
-    known = load_users(_domain_directory(_load(arguments), domain)).get(user, Denied())
+    known = load_users(domain_directory(_load(arguments).config_dir, domain)).get(user, Denied())
     if check_password(known, _ask_password(arguments, twice=False)):
         print(f"{user}@{domain} may log in with this password")
         return 0
@@ -25894,7 +25893,9 @@ def _dkim_path(arguments: argparse.Namespace, domain: str, selector: str) -> str
         raise ChasquidError(f"expected a selector, found {printable(selector, 80)!r}")
     if arguments.key:
         return os.path.abspath(str(arguments.key))
-    return os.path.join(_domain_directory(_load(arguments), domain), f"dkim:{selector}.pem")
+    return os.path.join(
+        domain_directory(_load(arguments).config_dir, domain), f"dkim:{selector}.pem"
+    )
 
 
 def _dkim_keys(arguments: argparse.Namespace) -> tuple[DkimKey, ...]:
@@ -25903,7 +25904,7 @@ def _dkim_keys(arguments: argparse.Namespace) -> tuple[DkimKey, ...]:
     if arguments.selector:
         path = _dkim_path(arguments, domain, arguments.selector)
         return (load_dkim_key(path, domain, arguments.selector),)
-    directory = _domain_directory(_load(arguments), domain)
+    directory = domain_directory(_load(arguments).config_dir, domain)
     keys = load_dkim_keys(directory, domain)
     if not keys:
         text = f"there is no dkim:SELECTOR.pem in {directory}; make one with dkim-keygen"

@@ -175,6 +175,11 @@ def warnings(top):
     )
 
 
+def warnings_after(place, command):
+    subprocess.run(shlex.split(command), check=True)
+    return warnings(place)
+
+
 def test_nothing_is_said_if_secrets_are_for_owner_and_group(place):
     assert warnings(place) == []
 
@@ -185,8 +190,7 @@ def test_a_secret_that_everybody_can_read_is_told_of_once_with_what_mends_it(pla
     path.chmod(path.stat().st_mode | 0o006)
     [warning] = warnings(place)
     assert warning == f"{path} is secret, and everybody can read it: chmod o= {path}"
-    subprocess.run(shlex.split(warning.rpartition(": ")[2]), check=True)
-    assert warnings(place) == []
+    assert warnings_after(place, warning.rpartition(": ")[2]) == []
 
 
 @pytest.mark.parametrize("name", GOVERNING)
@@ -195,8 +199,7 @@ def test_what_governs_the_server_must_not_be_writable_for_everybody(place, name)
     path.chmod(path.stat().st_mode | 0o002)
     [warning] = warnings(place)
     assert warning == f"{path} can be changed by everybody: chmod o-w {path}"
-    subprocess.run(shlex.split(warning.rpartition(": ")[2]), check=True)
-    assert warnings(place) == []
+    assert warnings_after(place, warning.rpartition(": ")[2]) == []
 
 
 def test_a_directory_that_nobody_else_can_enter_protects_what_is_in_it(place):

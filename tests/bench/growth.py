@@ -48,8 +48,9 @@ class Row(NamedTuple):
     allowed: float
 
 
-def calls_of(job: Callable[[], object]) -> int:
-    """Return how many functions, ours and those in C, are called meanwhile."""
+@contextlib.contextmanager
+def counting() -> Iterator[Callable[[], int]]:
+    """Count the functions, ours and those in C, that are called in the block; yield the count."""
     count = 0
 
     def note(frame: object, event: str, argument: object) -> None:
@@ -58,10 +59,16 @@ def calls_of(job: Callable[[], object]) -> int:
 
     sys.setprofile(note)
     try:
-        job()
+        yield lambda: count
     finally:
         sys.setprofile(None)
-    return count
+
+
+def calls_of(job: Callable[[], object]) -> int:
+    """Return how many functions are called by a job."""
+    with counting() as count:
+        job()
+    return count()
 
 
 def octets_of(job: Callable[[], object]) -> int:
@@ -114,18 +121,9 @@ def measure_expansion(directory: Path, size: int) -> dict[str, float]:
 
 async def counted(wait: Awaitable[object]) -> int:
     """As `calls_of`, for something that is awaited."""
-    count = 0
-
-    def note(frame: object, event: str, argument: object) -> None:
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    sys.setprofile(note)
-    try:
+    with counting() as count:
         await wait
-    finally:
-        sys.setprofile(None)
-    return count
+    return count()
 
 
 # --- deliveries ---
