@@ -333,7 +333,7 @@ def test_the_page_of_a_server_that_has_done_nothing(serve: Serve) -> None:
 
 
 def test_the_page_shows_what_waits_and_why(serve: Serve) -> None:
-    server = monitored(serve, remote=Refusing())
+    server = monitored(serve, remote=Refusing(), random=lambda: 0.5)  # pauses without chance
     mail(server, "ana@here.example", "eva@there.example", login=True)
     wait_for(lambda: server.queued("cur"), "the first attempt")
     page = ask(server).body
@@ -341,7 +341,7 @@ def test_the_page_shows_what_waits_and_why(serve: Serve) -> None:
     assert f"<code>{file[4:20]}</code> from &lt;ana@here.example&gt;" in page
     assert "<b>eva@there.example</b>" in page
     assert f"<span class=wait>deferred</span>: mx.there.example says 450 {ESCAPED}" in page
-    assert re.search(r"next attempt in 1m|next attempt in \d+s", page)
+    assert "next attempt in 1m" in page
 
 
 def test_the_page_counts(serve: Serve) -> None:
