@@ -11469,7 +11469,7 @@ class _MessageReader:
             transaction.fail(Refused(Reply(452, "4.3.1", "the message cannot be stored now")))
 
 
-_Act = Callable[[], Awaitable[Reply | None]]
+Act = Callable[[], Awaitable[Reply | None]]
 
 
 class Hook(Protocol):
@@ -11481,7 +11481,7 @@ class Hook(Protocol):
     """
 
     async def __call__(
-        self, session: Session, stage: str, argument: str, act: _Act
+        self, session: Session, stage: str, argument: str, act: Act
     ) -> Reply | None: ...
 
 
@@ -11642,7 +11642,7 @@ class Session:
             raise Refused(Reply(501, "5.5.4", f"expected {command.help}"))
         return await self._staged(verb, argument, lambda: command.action(self, argument))
 
-    def _staged(self, stage: str, argument: str, act: _Act) -> Awaitable[Reply | None]:
+    def _staged(self, stage: str, argument: str, act: Act) -> Awaitable[Reply | None]:
         """Return what `act` does at this stage, or what stands between us and the client."""
         return act() if self._hook is None else self._hook(self, stage, argument, act)
 
@@ -21273,6 +21273,13 @@ class FaultError(ChasquidError, ValueError):
     """A rule that says nothing sensible, or could never act."""
 
 
+def refuse_first(error: type[ChasquidError], checks: Iterable[tuple[object, str]]) -> None:
+    """Raise `error` with the sentence of the first check that has found something."""
+    for found, sentence in checks:
+        if found:
+            raise error(sentence)
+
+
 class Fault(NamedTuple):
     """What fails, where, and when; times are in seconds.
 
@@ -21310,11 +21317,6 @@ class Fault(NamedTuple):
     probability: int = 100
     raw: str = ""
 
-    @property
-    def always_ends_it(self) -> bool:
-        """Whether nothing that comes after this rule could act on what it matches."""
-        return not (self.nth or self.times or self.per_second) and self.probability == 100
-
 
 class Effect(NamedTuple):
     """What is to happen now; `reply` is None if the command takes its course."""
@@ -21333,11 +21335,7 @@ class _Rule:
         self.seen = 0
         self.acted = 0
         self._matches = re.compile(fnmatch.translate(effect.fault.address.lower())).match
-        self._recent: collections.deque[float] = collections.deque()
-
-    def forget(self) -> None:
-        self.seen = self.acted = 0
-        self._recent.clear()
+        self._recent: list[float] = []  # of the last second, what was not too fast
 
     def applies(self, stage: str, addresses: Sequence[str], now: float) -> bool:
         """Count what matches; tell whether the rule acts on it."""
@@ -21349,18 +21347,21 @@ class _Rule:
             return False
         self.seen += 1
         if fault.per_second:
-            return self._is_too_fast(now)
+            self._recent = [at for at in self._recent if at > now - 1.0]
+            too_fast = len(self._recent) >= fault.per_second
+            self._recent += [] if too_fast else [now]
+            return too_fast
         if fault.nth:
             return self.seen == fault.nth
         return not fault.times or self.acted < fault.times
 
-    def _is_too_fast(self, now: float) -> bool:
-        while self._recent and self._recent[0] <= now - 1.0:
-            self._recent.popleft()
-        if len(self._recent) >= self.effect.fault.per_second:
-            return True
-        self._recent.append(now)
-        return False
+    def hides(self, later: Fault) -> bool:
+        """Tell whether nothing that a later rule matches is ever left to it."""
+        fault = self.effect.fault
+        if fault.stage != later.stage or fault.address not in ("*", later.address):
+            return False
+        always = not (fault.nth or fault.times or fault.per_second) and fault.probability == 100
+        return always or (self.seen == 0 and 0 < later.nth <= fault.times)
 
 
 class Script:
@@ -21390,42 +21391,28 @@ class Script:
 
     def add(self, fault: Fault) -> str:
         """Add a rule behind the others; return its id. Raises FaultError."""
-        reply: Any = fault.reply
-        if type(reply) is int:
-            fault = fault._replace(reply=str(reply))
-        stages = {stage.lower(): stage for stage in STAGES}
-        fault = fault._replace(stage=stages.get(str(fault.stage).lower(), fault.stage))
-        if isinstance(fault.without, (str, list)):
-            words = [fault.without] if isinstance(fault.without, str) else fault.without
-            fault = fault._replace(without=tuple(words))
-        _check_kinds(fault._asdict())
-        rule = _Rule(Effect(fault, self._check(fault)))
+        fault = _as_declared(fault)
+        self._check(fault)
+        rule = _Rule(Effect(fault, _reply_of(fault)))
         with self._lock:
-            for id, other in self._rules.items():
-                earlier = other.effect.fault
-                covers = earlier.address in ("*", fault.address)
-                taken = other.seen == 0 and 0 < fault.nth <= earlier.times
-                hides = earlier.always_ends_it or taken
-                if earlier.stage == fault.stage and covers and hides:
-                    text = (
-                        f"the rule can never act: rule {id} for {earlier.stage} always comes first"
-                    )
-                    raise FaultError(text)
+            hiding = [id for id, earlier in self._rules.items() if earlier.hides(fault)]
+            if hiding:
+                where = f"rule {hiding[0]} for {fault.stage}"
+                raise FaultError(f"the rule can never act: {where} always comes first")
             id = str(next(self._number))
             self._rules[id] = rule
         return id
 
     def add_rule(self, rule: Mapping[str, Any]) -> str:
         """Add a rule that came as JSON; return its id. Raises FaultError."""
-        for name in rule:
-            if name not in Fault._fields:
-                expected = ", ".join(Fault._fields)
-                raise FaultError(f"a rule has no {printable(name, 40)!r}; it may have {expected}")
-        if "stage" not in rule:
-            raise FaultError(f"a rule needs a stage: {', '.join(STAGES)}")
-        for name in ("nth", "times"):
-            if name in rule and rule[name] == 0:
-                raise FaultError(f"{name}: expected a number from 1, found {rule[name]!r}")
+        fields = ", ".join(Fault._fields)
+        refuse_first(FaultError, (
+            *((name not in Fault._fields,
+               f"a rule has no {printable(name, 40)!r}; it may have {fields}") for name in rule),
+            ("stage" not in rule, f"a rule needs a stage: {', '.join(STAGES)}"),
+            *((rule.get(name) == 0, f"{name}: expected a number from 1, found {rule.get(name)!r}")
+              for name in ("nth", "times")),
+        ))  # fmt: skip
         return self.add(Fault(**rule))
 
     def remove_rule(self, id: str) -> bool:
@@ -21441,8 +21428,7 @@ class Script:
     def rewind(self) -> None:
         """Let all rules count from the beginning."""
         with self._lock:
-            for rule in self._rules.values():
-                rule.forget()
+            self._rules = {id: _Rule(rule.effect) for id, rule in self._rules.items()}
 
     def describe(self) -> list[dict[str, Any]]:
         """Return the rules as JSON has them: what differs from the defaults, and how often
@@ -21471,85 +21457,77 @@ class Script:
             found = next(filter(None, effects), None)
         return found
 
-    def _check(self, fault: Fault) -> Reply | None:
-        """Return the reply. Raises FaultError if the rule could never act."""
-        stage = fault.stage
-        if stage not in STAGES:
-            raise FaultError(
-                f"{printable(str(stage), 40)!r} is no stage; expected one of {', '.join(STAGES)}"
-            )
-        if stage not in self._stages:
-            how = 'tls="starttls"' if stage == "STARTTLS" else "TLS, or login_in_the_clear=True"
-            raise FaultError(f"{stage} never comes up at this server: make it with {how}")
-        if fault.address != "*" and stage not in _ADDRESSED_STAGES:
-            raise FaultError(f"the rule can never match: there is no address at {stage}")
-        if not re.search(r"[@*?\[]", fault.address) and fault.address:
-            raise FaultError(
-                f"the rule can never match: {fault.address!r} is no address; "
-                f"write {fault.address + '@*'!r} for any domain"
-            )
-        if min(fault.nth, fault.times, fault.per_second, fault.drop_after) < 0:
-            raise FaultError("a rule counts from 1: expected no number below")
-        if not 1 <= fault.probability <= 100:
-            raise FaultError("probability: expected a number of percent from 1 to 100")
-        if sum(1 for number in (fault.nth, fault.times, fault.per_second) if number) > 1:
-            raise FaultError("expected one of nth, times and per_second")
-        if not all(0 <= seconds <= _LONGEST for seconds in (fault.delay, fault.drip)):
-            raise FaultError(f"expected a time of 0 to {_LONGEST:g} seconds")
+    def _check(self, fault: Fault) -> None:
+        """Raise FaultError if the rule makes no sense, or could never act here."""
+        stage, address, certificate, handshake = (
+            fault.stage, fault.address, fault.certificate, self._handshake
+        )  # fmt: skip
+        counts = (fault.nth, fault.times, fault.per_second)
         answers = (fault.reply, fault.raw, fault.hang, fault.drop_after)
         ends = (fault.drop, fault.hang, fault.drop_after)
-        if sum(map(bool, answers)) > 1 or sum(map(bool, ends)) > 1:
-            raise FaultError("expected one of reply, raw, drop, drop_after and hang, or drop after"
-                             " one of the first two")  # fmt: skip
-        self._check_place(fault)
-        return _reply_of(fault)
+        how = 'tls="starttls"' if stage == "STARTTLS" else "TLS, or login_in_the_clear=True"
+        unknown = min(set(fault.without) - _EXTENSIONS, default=None)
+        missing = min({"STARTTLS", "AUTH"} & set(fault.without) - set(self._stages), default=None)
+        never = "the rule can never act"
+        refuse_first(FaultError, (
+            (stage not in STAGES,
+             f"{printable(stage, 40)!r} is no stage; expected one of {', '.join(STAGES)}"),
+            (stage not in self._stages,
+             f"{stage} never comes up at this server: make it with {how}"),
+            (address != "*" and stage not in _ADDRESSED_STAGES,
+             f"the rule can never match: there is no address at {stage}"),
+            (address and not re.search(r"[@*?\[]", address),
+             f"the rule can never match: {address!r} is no address; "
+             f"write {address + '@*'!r} for any domain"),
+            (min(*counts, fault.drop_after) < 0, "a rule counts from 1: expected no number below"),
+            (not 1 <= fault.probability <= 100,
+             "probability: expected a number of percent from 1 to 100"),
+            (sum(map(bool, counts)) > 1, "expected one of nth, times and per_second"),
+            (not all(0 <= seconds <= _LONGEST for seconds in (fault.delay, fault.drip)),
+             f"expected a time of 0 to {_LONGEST:g} seconds"),
+            (sum(map(bool, answers)) > 1 or sum(map(bool, ends)) > 1,
+             "expected one of reply, raw, drop, drop_after and hang, or drop after"
+             " one of the first two"),
+            (certificate and certificate not in CERTIFICATE_FAULTS,
+             f"certificate: expected one of {', '.join(CERTIFICATE_FAULTS)}"),
+            (certificate and not handshake, f"{never}: this server does no TLS"),
+            (certificate and stage != handshake,
+             f"{never}: the handshake is at {handshake}, not at {stage}"),
+            (unknown is not None,
+             f"EHLO never offers {unknown!r}; it may offer {', '.join(sorted(_EXTENSIONS))}"),
+            (missing, f"{never}: this server does not offer {missing}"),
+            (fault.without and stage != "EHLO",
+             f"{never}: extensions are offered at EHLO, not at {stage}"),
+            (fault.drop_after and stage != "DATA",
+             f"{never}: drop_after counts octets of a message, at DATA"),
+        ))  # fmt: skip
 
-    def _check_place(self, fault: Fault) -> None:
-        """Raise FaultError if the stage has no such thing."""
-        if fault.certificate:
-            if fault.certificate not in CERTIFICATE_FAULTS:
-                raise FaultError(f"certificate: expected one of {', '.join(CERTIFICATE_FAULTS)}")
-            if not self._handshake:
-                raise FaultError("the rule can never act: this server does no TLS")
-            if fault.stage != self._handshake:
-                text = f"the handshake is at {self._handshake}, not at {fault.stage}"
-                raise FaultError(f"the rule can never act: {text}")
-        unknown = sorted(set(fault.without) - _EXTENSIONS)
-        if unknown:
-            known = ", ".join(sorted(_EXTENSIONS))
-            raise FaultError(f"EHLO never offers {unknown[0]!r}; it may offer {known}")
-        for name in ("STARTTLS", "AUTH"):
-            if name in fault.without and name not in self._stages:
-                raise FaultError(f"the rule can never act: this server does not offer {name}")
-        if fault.without and fault.stage != "EHLO":
-            raise FaultError(
-                f"the rule can never act: extensions are offered at EHLO, not at {fault.stage}"
-            )
-        if fault.drop_after and fault.stage != "DATA":
-            raise FaultError(
-                "the rule can never act: drop_after counts octets of a message, at DATA"
-            )
+
+_KINDS: dict[type, str] = {
+    str: "text", int: "a number", float: "seconds", bool: "true or false", tuple: "a list"
+}  # fmt: skip
 
 
-def _check_kinds(rule: Mapping[str, Any]) -> None:
-    """Raise FaultError if a value is of the wrong kind."""
-    for name, value in rule.items():
+def _as_declared(fault: Fault) -> Fault:
+    """Return a rule with its values as they are declared; 451, "rcpt" and ["SIZE"] will do.
+
+    Raises FaultError if one is of another kind.
+    """
+    given: dict[str, Any] = fault._asdict()
+    if type(given["reply"]) is int:
+        given["reply"] = str(fault.reply)
+    if isinstance(fault.without, (str, list)):
+        given["without"] = tuple(
+            [fault.without] if isinstance(fault.without, str) else fault.without
+        )
+    for name, value in given.items():
         kind = type(Fault._field_defaults.get(name, ""))
-        wanted = (int, float) if kind is float else kind
-        right = isinstance(value, wanted) and (kind is bool or not isinstance(value, bool))
-        if kind is tuple:
-            right = right and all(isinstance(text, str) for text in value)
-        if not right:
-            raise FaultError(f"{name} of a rule: expected {_RULE_VALUES[kind]}")
-
-
-_RULE_VALUES: dict[type, str] = {
-    str: "text",
-    int: "a number",
-    float: "seconds",
-    bool: "true or false",
-    tuple: "a list",
-}
+        right = isinstance(value, (int, float) if kind is float else kind)
+        right = right and (kind is bool or not isinstance(value, bool))
+        if not right or (kind is tuple and not all(isinstance(text, str) for text in value)):
+            raise FaultError(f"{name} of a rule: expected {_KINDS[kind]}")
+    stages = {stage.lower(): stage for stage in STAGES}
+    return Fault(**{**given, "stage": stages.get(fault.stage.lower(), fault.stage)})
 
 
 def _differences(fault: Fault) -> dict[str, Any]:
@@ -21563,16 +21541,16 @@ def _differences(fault: Fault) -> dict[str, Any]:
 
 def _reply_of(fault: Fault) -> Reply | None:
     """Return the reply that `fault` names, None if it names none. Raises FaultError."""
-    if not fault.reply:
-        if fault.per_second:
-            text = f"more than {fault.per_second} a second; try again later"
-            return Reply(421, "4.7.0", text, close=True)
-        if not _differences(fault).keys() - {"stage", "address", "nth", "times", "probability"}:
-            raise FaultError("the rule does nothing: give it a reply, a delay, a drop, …")
-        return None
-    reply = parse_scripted(fault.reply)
-    ends = fault.stage == "connect" and reply.is_error
-    return reply._replace(close=reply.close or ends)
+    if fault.reply:
+        reply = parse_scripted(fault.reply)
+        ends = fault.stage == "connect" and reply.is_error
+        return reply._replace(close=reply.close or ends)
+    if fault.per_second:
+        text = f"more than {fault.per_second} a second; try again later"
+        return Reply(421, "4.7.0", text, close=True)
+    if not _differences(fault).keys() - {"stage", "address", "nth", "times", "probability"}:
+        raise FaultError("the rule does nothing: give it a reply, a delay, a drop, …")
+    return None
 
 
 def parse_scripted(text: str) -> Reply:
@@ -21584,17 +21562,17 @@ def parse_scripted(text: str) -> Reply:
         r"([2-5][0-9]{2})(?: ([245]\.[0-9]{1,3}\.[0-9]{1,3}))?(?: (.+))?", text, re.DOTALL
     )
     if match is None:
+        shown = printable(text, 80)
         raise FaultError(
-            f"expected a reply, like '451' or '550 5.1.1 no such user'; "
-            f"found {printable(text, 80)!r}"
+            f"expected a reply, like '451' or '550 5.1.1 no such user'; found {shown!r}"
         )
-    code, status, words = match.groups()
+    code, status, words = match.groups("")
     if status and status[0] != code[0]:
         raise FaultError(f"{code} and {status} do not fit: both begin with the same digit")
-    if code[0] in "45":
-        status = status or f"{code[0]}.0.0"
-    usual = "a failure on purpose" if code[0] in "45" else "OK"
-    return Reply(int(code), status or "", words or usual, close=code in ("421", "521"))
+    refuses = code[0] in "45"
+    status = status or (f"{code[0]}.0.0" if refuses else "")
+    words = words or ("a failure on purpose" if refuses else "OK")
+    return Reply(int(code), status, words, close=code in ("421", "521"))
 
 
 # The last part of the local part, after a "+":
@@ -21634,10 +21612,6 @@ class Dropped(Disconnected):
 
     def __init__(self) -> None:
         super().__init__("the connection was dropped on purpose")
-
-
-class _Answered(Exception):
-    """The client has its answer; nothing more is to be said."""
 
 
 class FaultyStream(Stream):
@@ -21700,112 +21674,95 @@ class FaultInjection:
         self._stream = stream
         self._tls_context_of = tls_context_of
         self._without: frozenset[str] = frozenset()
-        self._drop = False  # after the answer
 
-    async def __call__(
-        self,
-        session: Session,
-        stage: str,
-        argument: str,
-        act: Callable[[], Awaitable[Reply | None]],
-    ) -> Reply | None:
+    async def __call__(self, session: Session, stage: str, argument: str, act: Act) -> Reply | None:
         """See `Hook`. Raises Dropped, and what `act` raises."""
-        self._drop = False
-        reply = await self._answer(session, stage, argument, act)
-        if self._drop:
+        await self._check_offered(session, stage, argument)
+        if stage in ("EHLO", "HELO"):
+            self._without = frozenset()
+        elif stage == "MAIL":
+            self._stream.drop_after = 0  # it was about the message before
+        effect = self._effect(session, stage, argument)
+        if effect is None:
+            reply = await self._act(session, stage, act)
+        else:
+            reply = await self._inject(session, stage, effect, act)
+        if stage == "EHLO" and reply is not None and (effect is None or effect.reply is None):
+            first, *keywords = reply.text.split("\n")
+            kept = [line for line in keywords if line.split(" ")[0] not in self._without]
+            reply = reply._replace(text="\n".join([first, *kept]))
+        if effect is not None and effect.fault.drop:
             if reply is not None:
                 session.say(reply)
             await self._stream.flush()
             raise Dropped
         return reply
 
-    async def _answer(
-        self,
-        session: Session,
-        stage: str,
-        argument: str,
-        act: Callable[[], Awaitable[Reply | None]],
-    ) -> Reply | None:
-        await self._check_offered(session, stage, argument)
-        name = {"HELO": "EHLO", "BDAT": "DATA"}.get(stage, stage)
-        if name == "EHLO":
-            self._without = frozenset()
-        elif name == "MAIL":
-            self._stream.drop_after = 0  # it was about the message before
-        scripted = self._asked(stage, argument)
-        if scripted is None and name in STAGES and self._is_begun(session, stage):
-            addresses = self._addresses(session, stage, argument)
-            try:
-                scripted = await self._inject(session, name, addresses)
-            except _Answered:
-                return None
-        acts = stage not in ("DATA", "STARTTLS") and stage not in _WITHOUT_EFFECT
-        if scripted is not None and not scripted.is_error and acts:
-            reply = await act()
-            if reply is None or reply.is_error:
-                return reply
-            return scripted._replace(close=scripted.close or reply.close)
-        if scripted is not None and stage not in ("connect", "BDAT"):
-            session.say(scripted)  # what is not returned is no error of the client
-            return None
-        try:
-            if scripted is not None and session.transaction is not None:
-                session.transaction.failure = Refused(scripted)  # the chunk is read all the same
-            reply = await act()
-        except Refused as refused:
-            if scripted is not None and refused.reply is scripted:
-                session.say(scripted)
-                return None
-            raise
-        except (TLSFailed, Disconnected) as error:
-            if stage in ("connect", "STARTTLS") and not isinstance(error, Dropped):
-                session.dialogue.client_spoke = True
-                session.dialogue.add("*", f"no TLS came about: {error}; {_TRUST}")
-            raise
-        if stage == "connect" and scripted is not None:
-            return scripted
-        return self._offered(reply) if stage == "EHLO" and reply is not None else reply
+    def _effect(self, session: Session, stage: str, argument: str) -> Effect | None:
+        """Return what the test's own function answers, else what the script says.
 
-    def _asked(self, stage: str, argument: str) -> Reply | None:
-        """Return what the test's own function answers. Raises FaultError."""
+        Raises FaultError.
+        """
         ask = self._script.on_command
         text = ask(stage, argument) if ask and stage not in ("connect", "message") else None
-        return None if text is None else parse_scripted(str(text))
+        if text is not None:
+            return Effect(Fault(stage), parse_scripted(str(text)))
+        if stage == "BDAT" and session.phase is not Phase.RECIPIENTS:
+            return None  # of a message in chunks, the first is the place
+        addresses: Sequence[str] = session.transaction.recipients if session.transaction else ()
+        if stage in ("MAIL", "RCPT"):
+            try:
+                addresses = [parse_path(argument, "FROM:" if stage == "MAIL" else "TO:").written]
+            except Refused:
+                addresses = ()  # the command is refused when it is obeyed
+        return self._script.effect({"HELO": "EHLO", "BDAT": "DATA"}.get(stage, stage), addresses)
 
-    @staticmethod
-    def _is_begun(session: Session, stage: str) -> bool:
-        """Whether this is the place of its stage: of a message in chunks, the first."""
-        return stage != "BDAT" or session.phase is Phase.RECIPIENTS
-
-    async def _inject(self, session: Session, stage: str, addresses: Sequence[str]) -> Reply | None:
-        """Have happen what the script has for this place; return its reply.
-
-        Raises Dropped, _Answered.
-        """
-        effect = self._script.effect(stage, addresses)
-        if effect is None:
-            return None
-        fault, reply = effect
-        session.event(Events.FAULT, stage=stage)
+    async def _inject(self, session: Session, stage: str, effect: Effect, act: Act) -> Reply | None:
+        """Have it happen; return the reply if it has not been said. Raises Dropped."""
+        fault, scripted = effect
+        session.event(Events.FAULT, stage=fault.stage)
         if fault.delay:
             await session.loop.sleep(fault.delay)
         while fault.hang:
             await self._stream.read_some()
         if fault.certificate:
-            await self._spoil_handshake(session, fault.certificate)
+            self._spoil_handshake(session, fault.certificate)
         self._stream.drip = fault.drip
         self._stream.drop_after = fault.drop_after
         self._without |= frozenset(fault.without)
-        self._drop = fault.drop
         if fault.raw:
             session.dialogue.add("S", fault.raw)
             self._stream.write(fault.raw.encode("utf-8", "surrogateescape"))
-            raise _Answered
-        if fault.drop and reply is None:
+            return None
+        if scripted is None and fault.drop:
             raise Dropped
-        return reply
+        if scripted is None:
+            return await self._act(session, stage, act)
+        done = stage not in ("DATA", "STARTTLS") and stage not in _WITHOUT_EFFECT
+        if stage == "connect" or (done and not scripted.is_error):
+            reply = await self._act(session, stage, act)
+            if reply is None or reply.is_error:
+                return reply
+            return scripted._replace(close=scripted.close or reply.close)
+        if stage == "BDAT" and session.transaction is not None:
+            session.transaction.failure = Refused(scripted)
+            with contextlib.suppress(Refused):
+                await act()  # the chunk is read all the same
+        session.say(scripted)  # what is not returned is no error of the client
+        return None
 
-    async def _spoil_handshake(self, session: Session, certificate: str) -> None:
+    @staticmethod
+    async def _act(session: Session, stage: str, act: Act) -> Reply | None:
+        """Do what is to be done; of a handshake that fails there is a note in the dialogue."""
+        try:
+            return await act()
+        except (TLSFailed, Disconnected) as error:
+            if stage in ("connect", "STARTTLS"):
+                session.dialogue.client_spoke = True
+                session.dialogue.add("*", f"no TLS came about: {error}; {_TRUST}")
+            raise
+
+    def _spoil_handshake(self, session: Session, certificate: str) -> None:
         """Raises Dropped if it is to be broken altogether."""
         if certificate != "broken":
             session.tls_context = self._tls_context_of(certificate)
@@ -21814,23 +21771,6 @@ class FaultInjection:
             session.say(Reply(220, "2.0.0", "Ready to start TLS"))
         self._stream.write(b"\x16\x03\x03\x00\x05 oops")
         raise Dropped
-
-    def _offered(self, reply: Reply) -> Reply:
-        """Return the reply to EHLO without what is not to be offered."""
-        first, *keywords = reply.text.split("\n")
-        kept = [keyword for keyword in keywords if keyword.split(" ")[0] not in self._without]
-        return reply._replace(text="\n".join([first, *kept]))
-
-    @staticmethod
-    def _addresses(session: Session, stage: str, argument: str) -> Sequence[str]:
-        try:
-            if stage == "MAIL":
-                return [parse_path(argument, "FROM:").written]
-            if stage == "RCPT":
-                return [parse_path(argument, "TO:").written]
-        except Refused:
-            return []  # the command is refused when it is obeyed
-        return session.transaction.recipients if session.transaction is not None else []
 
     async def _check_offered(self, session: Session, stage: str, argument: str) -> None:
         """Refuse what EHLO was not to offer. Raises Refused."""
