@@ -22330,7 +22330,6 @@ _JOIN_SECONDS = 10.0
 _CAPTURE_WORKERS = 4
 _SHOWN = 10  # messages in an error
 CAPTURE_SIZE = 50 * 1024 * 1024
-_USUAL_USERS = {"user": "password"}
 _CERTIFICATE_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
@@ -22365,7 +22364,6 @@ class Captured:
         self.login = login  # "" if nobody logged in
         self.smtputf8 = smtputf8
         self._dialogue = dialogue
-        self._message: Any = None
 
     @property
     def transcript(self) -> str:
@@ -22377,64 +22375,32 @@ class Captured:
         """The message as a person reads it, read when it is first asked for."""
         return ReadMessage(self.raw)
 
-    @property
+    @functools.cached_property
     def message(self) -> CapturedMessage:
         """The message, parsed when it is first asked for, its lines ended by LF."""
-        if self._message is None:
-            from email.parser import BytesParser  # 25 ms; who only counts needs none of it
+        from email.parser import BytesParser  # 25 ms; who only counts needs none of it
 
-            kind, policy = _message_kind()
-            message = BytesParser(policy=policy).parsebytes(self.raw.replace(b"\r\n", b"\n"))
-            message.__class__ = kind  # its parts are not captured themselves
-            message.captured = self
-            self._message = message
-        return self._message  # type: ignore[no-any-return]
+        kind, policy = _message_kind()
+        message: Any = BytesParser(policy=policy).parsebytes(self.raw.replace(b"\r\n", b"\n"))
+        message.__class__ = kind  # its parts are not captured themselves
+        message.captured, message.rcpt_tos = self, list(self.rcpt_tos)
+        for name in MessageDetails.__annotations__.keys() - {"captured", "rcpt_tos"}:
+            setattr(message, name, getattr(self, name))
+        return message  # type: ignore[no-any-return]
 
 
 class MessageDetails:
     """What a captured message has beyond `email.message.EmailMessage`."""
 
     captured: Captured
-
-    @property
-    def mail_from(self) -> str:
-        """The reverse-path as it was written, "" for <>."""
-        return self.captured.mail_from
-
-    @property
-    def rcpt_tos(self) -> list[str]:
-        """The recipients of the envelope, as they were written."""
-        return list(self.captured.rcpt_tos)
-
-    @property
-    def peer(self) -> str:
-        """The IP address of the client."""
-        return self.captured.peer
-
-    @property
-    def hello(self) -> str:
-        """What the client called itself."""
-        return self.captured.hello
-
-    @property
-    def tls(self) -> str:
-        """Version and cipher, as in "TLSv1.3 TLS_AES_256_GCM_SHA384"; "" without TLS."""
-        return self.captured.tls
-
-    @property
-    def login(self) -> str:
-        """The user who had logged in, "" for nobody."""
-        return self.captured.login
-
-    @property
-    def smtputf8(self) -> bool:
-        """Whether MAIL said SMTPUTF8 (RFC 6531)."""
-        return self.captured.smtputf8
-
-    @property
-    def raw(self) -> bytes:
-        """The octets as they came, with CRLF."""
-        return self.captured.raw
+    mail_from: str  # the reverse-path as it was written, "" for <>
+    rcpt_tos: list[str]  # the recipients of the envelope, as they were written
+    peer: str  # the IP address of the client
+    hello: str  # what the client called itself
+    tls: str  # version and cipher, as in "TLSv1.3 TLS_AES_256_GCM_SHA384"; "" without TLS
+    login: str  # the user who had logged in, "" for nobody
+    smtputf8: bool  # whether MAIL said SMTPUTF8 (RFC 6531)
+    raw: bytes  # the octets as they came, with CRLF
 
     @property
     def transcript(self) -> str:
@@ -22489,6 +22455,9 @@ if TYPE_CHECKING:
     class CapturedMessage(MessageDetails, EmailMessage):
         """A message that was captured, with its envelope."""
 
+    Messages = list[CapturedMessage]
+    Criterion = Callable[[CapturedMessage], object]
+
 
 @functools.cache
 def _message_kind() -> tuple[type[CapturedMessage], Any]:
@@ -22529,114 +22498,79 @@ class Mailbox:
     """
 
     def __init__(self, keep: int = 0, keep_octets: int = 0) -> None:
-        self._keep = keep or sys.maxsize
-        self._keep_octets = keep_octets or sys.maxsize
-        self._octets = 0
         self._messages: dict[str, Captured] = {}
-        self._changed = threading.Condition()
-        self._watchers: list[Callable[[], None]] = []
-
-    def add(self, captured: Captured) -> None:
-        """Keep a message, and let the oldest go beyond what may be kept."""
-        with self._changed:
-            self._messages[captured.id] = captured
-            self._octets += len(captured.raw)
-            while len(self._messages) > 1 and (
-                len(self._messages) > self._keep or self._octets > self._keep_octets
-            ):
-                oldest = self._messages.pop(next(iter(self._messages)))
-                self._octets -= len(oldest.raw)
-        self._tell()
+        self._octets = 0
+        self._watchers: list[Callable[[], object]] = []
+        self._lock = threading.Lock()
+        self.limit(keep, keep_octets)
 
     def limit(self, keep: int, keep_octets: int) -> None:
         """Keep no more than so much from the next message on."""
-        with self._changed:
-            self._keep, self._keep_octets = keep or sys.maxsize, keep_octets or sys.maxsize
+        self._limits = keep or sys.maxsize, keep_octets or sys.maxsize
+
+    def add(self, captured: Captured) -> None:
+        """Keep a message, and let the oldest go beyond what may be kept."""
+        with self._lock:
+            self._messages[captured.id] = captured
+            self._octets += len(captured.raw)
+            most, most_octets = self._limits
+            while len(self._messages) > 1 and (
+                len(self._messages) > most or self._octets > most_octets
+            ):
+                self._forget(next(iter(self._messages)))
+        self.tell()
 
     def all(self) -> list[Captured]:
         """Return what is kept, the oldest first."""
-        with self._changed:
+        with self._lock:
             return list(self._messages.values())
 
     def get(self, id: str) -> Captured | None:
         """Return a message by its id; None if it is not kept."""
-        with self._changed:
-            return self._messages.get(id)
+        return self._messages.get(id)
 
-    def remove(self, id: str) -> bool:
-        """Forget a message; false if there is none."""
-        with self._changed:
-            removed = self._messages.pop(id, None)
-            self._octets -= len(removed.raw) if removed is not None else 0
-        if removed is not None:
-            self._tell()
+    def remove(self, ids: Iterable[str]) -> int:
+        """Forget messages; return how many of them there were."""
+        with self._lock:
+            removed = sum(self._forget(id) for id in ids)
+        self.tell()
+        return removed
+
+    def _forget(self, id: str) -> bool:
+        removed = self._messages.pop(id, None)
+        self._octets -= len(removed.raw) if removed is not None else 0
         return removed is not None
 
-    def clear(self) -> None:
-        """Forget all messages."""
-        with self._changed:
-            self._messages.clear()
-            self._octets = 0
-        self._tell()
+    def tell(self) -> None:
+        """Have those who watch look again."""
+        for call in list(self._watchers):
+            call()
 
-    def watch(self, call: Callable[[], None]) -> Callable[[], None]:
-        """Have `call` called after each change, in the thread that made it.
-
-        Returns what ends that.
-        """
-        with self._changed:
-            self._watchers.append(call)
-
-        def end() -> None:
-            with self._changed, contextlib.suppress(ValueError):
-                self._watchers.remove(call)
-
-        return end
+    @contextlib.contextmanager
+    def watched(self, call: Callable[[], object]) -> Iterator[None]:
+        """Have `call` called after each change, in the thread that made it."""
+        self._watchers.append(call)
+        try:
+            yield
+        finally:
+            self._watchers.remove(call)
 
     def wait(
-        self,
-        look: Callable[[list[Captured]], T | None],
-        seconds: float,
-        is_over: Callable[[], bool],
+        self, look: Callable[[], T | None], seconds: float, is_over: Callable[[], bool]
     ) -> T | None:
-        """Return what `look` makes of the messages as soon as that is something.
+        """Return what `look` finds here as soon as that is something.
 
         None if it is nothing after so many seconds, or nothing more can come.
         """
         end = time.monotonic() + seconds
-        while True:
-            with self._changed:
-                seen = list(self._messages.values())
-            found = look(seen)
-            if found is not None:
-                return found
-            with self._changed:
-                if list(self._messages.values()) != seen:
-                    continue  # more has come while we looked
-                left = end - time.monotonic()
-                if left <= 0 or is_over():
+        changed = threading.Event()
+        with self.watched(changed.set):
+            while (found := look()) is None:
+                left = 0.0 if is_over() else max(0.0, end - time.monotonic())
+                if not changed.wait(left):  # if more has come while we looked, it is set
                     return None
-                self._changed.wait(left)
-
-    def wake(self) -> None:
-        """Have those who wait look again."""
-        with self._changed:
-            self._changed.notify_all()
-
-    def _tell(self) -> None:
-        self.wake()
-        for call in list(self._watchers):
-            call()
-
-
-def _first(
-    condition: Callable[[CapturedMessage], object], seen: list[Captured]
-) -> CapturedMessage | None:
-    return next((captured.message for captured in seen if condition(captured.message)), None)
-
-
-def _at_least(count: int, seen: list[Captured]) -> list[CapturedMessage] | None:
-    return [captured.message for captured in seen] if len(seen) >= count else None
+                changed.clear()
+        return found
 
 
 class _Lines(Sink):
@@ -22648,12 +22582,6 @@ class _Lines(Sink):
     def write(self, text: str) -> None:
         self.lines.append(text)
 
-    def reopen(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
 
 class CaptureSettings(NamedTuple):
     """How a server that captures behaves. `size_limit` is in octets, `name` what it calls itself.
@@ -22664,7 +22592,8 @@ class CaptureSettings(NamedTuple):
     instead of a port. `lenient` takes messages whose header is none.
 
     `tls` is "off", "starttls" or "implicit". `users` are names and passwords, or tells
-    whether a password is right; None is {"user": "password"}.
+    whether a password is right; None is {"user": "password"}. `magic` lets recipients name a
+    failure ("ana+450@here.example"), and `timeout` is how many seconds `wait_for` waits.
     """
 
     name: str = "localhost"
@@ -22680,14 +22609,74 @@ class CaptureSettings(NamedTuple):
     client_ca: str = ""
     path: str = ""
     lenient: bool = False
+    magic: bool = True
+    timeout: float = 5.0
 
     @property
     def port(self) -> Port:
         """What a session knows of the port that it came by."""
         return Port("smtp", self.login_required, self.tls == "implicit")
 
+    @property
+    def logins(self) -> Mapping[str, str] | Callable[[str, str], bool]:
+        """Who may log in."""
+        return {"user": "password"} if self.users is None else self.users
 
-_FIXED_SETTINGS = ("tls", "tls_context", "client_ca", "path", "name")  # while a server runs
+    @property
+    def handshake(self) -> str:
+        """The stage with the TLS handshake, "" if there is none."""
+        return {"starttls": "STARTTLS", "implicit": "connect"}.get(self.tls, "")
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages that come up; see FAULTS."""
+        missing = {"STARTTLS": self.tls != "starttls",
+                   "AUTH": self.tls == "off" and not self.login_in_the_clear}  # fmt: skip
+        return [stage for stage in STAGES if not missing.get(stage)]
+
+    def check(self) -> None:
+        """Raises ChasquidError if they make no sense."""
+        users, values, off = self.users, self._asdict(), self.tls == "off"
+        least = {"size_limit": 1, "keep": 0, "keep_octets": 0}
+        refuse_first(ChasquidError, (
+            (not (users is None or callable(users) or isinstance(users, Mapping)),
+             "users: expected names and passwords ({'ana': 'secret'}) or a function"),
+            (not isinstance(self.name, str) or not is_host_name(self.name),
+             f"name: expected the name of a host, found {self.name!r}"),
+            *((type(values[key]) is not int or values[key] < number,
+               f"{key}: expected a number from {number}, found {values[key]!r}")
+              for key, number in least.items()),
+            (not isinstance(self.timeout, (int, float)) or not self.timeout >= 0,
+             f"timeout: expected seconds, found {self.timeout!r}"),
+            (not isinstance(self.magic, bool),
+             f"magic: expected True or False, found {self.magic!r}"),
+            (self.tls not in ("off", "starttls", "implicit"),
+             f'tls: expected "off", "starttls" or "implicit", found {self.tls!r}'),
+            *((off and values[key], f'{key} needs tls="starttls" or "implicit"')
+              for key in ("client_ca", "tls_context", "tls_required")),
+            (self.login_required and "AUTH" not in self.stages,
+             'login_required: nobody logs in without TLS; add tls="starttls" or '
+             "login_in_the_clear=True"),
+        ))  # fmt: skip
+
+    def server_context(self) -> ssl.SSLContext | None:
+        """Return what TLS is done with; None without TLS. Raises ChasquidError."""
+        if self.tls == "off":
+            return None
+        context = self.tls_context or tls_context_of("good")
+        if self.client_ca:
+            if self.tls_context is None:
+                context = tls_context_of.__wrapped__("good")  # the usual one is shared
+            try:
+                context.load_verify_locations(self.client_ca)
+            except (OSError, ssl.SSLError) as error:
+                text = f"client_ca: {self.client_ca} cannot be used: {reason(error)}"
+                raise ChasquidError(text) from error
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
+
+_FIXED_SETTINGS = ("tls", "tls_context", "client_ca", "path", "name", "magic")  # of who runs
 Command = collections.namedtuple("Command", "verb argument reply")
 
 
@@ -22727,7 +22716,7 @@ class _CaptureReceiver:
                 *(["AUTH PLAIN LOGIN"] if login else [])]  # fmt: skip
 
     async def authenticate(self, client: ClientInfo, login: str, password: bytes) -> Login:
-        users = _USUAL_USERS if self._settings.users is None else self._settings.users
+        users = self._settings.logins
         try:
             said = password.decode()
         except UnicodeDecodeError:
@@ -22790,10 +22779,10 @@ class _CaptureReceiver:
 _MAKING_CERTIFICATES = threading.Lock()
 
 
-def _certificates() -> tuple[str, dict[str, str]]:
-    """Return a file of certificates to trust, and the paths of all, by kind.
+def _certificates() -> dict[str, str]:
+    """Return the paths of PEM files: of certificates, each with its key, by kind, and "trusted".
 
-    They are made once in a process. A key stands behind its certificate. Raises ChasquidError.
+    They are made once in a process. Raises ChasquidError.
     """
     with _MAKING_CERTIFICATES:
         try:
@@ -22804,7 +22793,7 @@ def _certificates() -> tuple[str, dict[str, str]]:
 
 
 @functools.cache
-def _make_certificates() -> tuple[str, dict[str, str]]:
+def _make_certificates() -> dict[str, str]:
     import atexit
     import shutil
     import tempfile
@@ -22825,23 +22814,20 @@ def _make_certificates() -> tuple[str, dict[str, str]]:
         "wrong-name": (("wrong.invalid",), now),
         "untrusted": (("untrusted.invalid", *_CERTIFICATE_NAMES), now),
     }
-    paths, trusted = {}, ""
-    for kind, (names, at) in kinds.items():
-        chain, key = self_signed_certificate(names, at)
-        paths[kind] = os.path.join(directory, f"{kind}.pem")
+    made = {kind: self_signed_certificate(names, at) for kind, (names, at) in kinds.items()}
+    texts = {kind: chain + key for kind, (chain, key) in made.items()}
+    texts["trusted"] = "".join(made[kind][0] for kind in kinds if kind != "untrusted")
+    paths = {kind: os.path.join(directory, f"{kind}.pem") for kind in texts}
+    for kind, text in texts.items():
         with open(os.open(paths[kind], os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
-            file.write(chain + key)
-        trusted += "" if kind == "untrusted" else chain
-    bundle = os.path.join(directory, "trusted.pem")
-    with open(bundle, "w") as file:
-        file.write(trusted)
-    return bundle, paths
+            file.write(text)
+    return paths
 
 
 @functools.cache
 def tls_context_of(kind: str) -> ssl.SSLContext:
     """Return the server's side of TLS with a certificate: "good", or of `CERTIFICATE_FAULTS`."""
-    path = _certificates()[1][kind]
+    path = _certificates()[kind]
     return server_tls_context(path, path)
 
 
@@ -22884,20 +22870,11 @@ class Releaser:
         return "; ".join(told)
 
 
-def _check_names(settings: Mapping[str, Any]) -> None:
-    """Raise ChasquidError if there is no such setting."""
-    unknown = sorted(set(settings) - set(CaptureSettings._fields))
-    if unknown:
-        known = ", ".join(("host", "port", "faults", "magic", "timeout", *CaptureSettings._fields))
-        raise ChasquidError(f"there is no setting {unknown[0]!r}; there are {known}")
-
-
 class CaptureServer:
     """A real SMTP server for tests: it takes mail in, and shows it.
 
     `port` 0 lets the system choose. The keywords are those of `CaptureSettings`; `faults`
-    are rules that are there from the start, `magic` lets recipients name a failure
-    ("ana+450@here.example"), and `timeout` is how many seconds `wait_for` waits.
+    are rules that are there from the start.
 
     Raises ChasquidError if the port is taken or the settings make no sense.
     """
@@ -22910,25 +22887,20 @@ class CaptureServer:
         port: int = 0,
         *,
         faults: Iterable[Fault | Mapping[str, Any]] | Fault = (),
-        magic: bool = True,
-        timeout: float = 5.0,
         **settings: Any,
     ) -> None:
-        _check_names(settings)
         if settings.get("tls_context") is not None:
             settings.setdefault("tls", "starttls")
-        self.settings = CaptureSettings(**settings)
+        self.settings = self._changed(CaptureSettings(), settings)
         self.hostname = host
         self._wanted_port = port
-        self._timeout = timeout
-        self._magic = magic
         self._log = _Lines()
         self.server_log = Log(self._log, self._log)
         self.server_log.dialogues = collections.deque(maxlen=_TRANSCRIPTS)
-        stages, handshake = self._check_settings()
         self.mailbox = Mailbox(self.settings.keep, self.settings.keep_octets)
         self._faults = (faults,) if isinstance(faults, (Fault, str, Mapping)) else tuple(faults)
-        self.script = Script(Clock(), stages, handshake, magic)
+        stages, handshake = self.settings.stages, self.settings.handshake
+        self.script = Script(Clock(), stages, handshake, self.settings.magic)
         self._add_faults()
         self._on_message: Callable[[CapturedMessage], str | None] | None = None
         self._run: _CaptureRun | None = None
@@ -22961,20 +22933,19 @@ class CaptureServer:
         with self._changing:
             if self._run is not None:
                 raise ChasquidError(f"the server is running already, at port {self._run.port}")
-            self._run = _CaptureRun(self)
+            self._run = _CaptureRun(self, self._wanted_port)
             self._was_started = True
         return self
 
     def stop(self) -> None:
         """End the server; what was captured stays. Nothing if it is stopped already."""
-        run = self._run
-        if run is not None and run.is_own_thread():
+        if self._run is not None and self._run.thread is threading.current_thread():
             raise ChasquidError("the server cannot be stopped from its own thread")
         with self._changing:
             if self._run is not None:
                 self._run.stop()
                 self._run = None
-        self.mailbox.wake()
+        self.mailbox.tell()
 
     @property
     def is_running(self) -> bool:
@@ -22996,16 +22967,21 @@ class CaptureServer:
         fixed = sorted(set(changes) & set(_FIXED_SETTINGS))
         if fixed:
             raise ChasquidError(f"{fixed[0]} is decided when the server is made")
-        _check_names(changes)
-        before, self.settings = self.settings, self.settings._replace(**changes)
-        try:
-            self._check_settings()
-        except ChasquidError:
-            self.settings = before
-            raise
+        self.settings = self._changed(self.settings, changes)
         self.mailbox.limit(self.settings.keep, self.settings.keep_octets)
         if self._run is not None:
-            self._run.take_settings(self.settings)
+            self._run.context.size_limit = self.settings.size_limit
+
+    @staticmethod
+    def _changed(settings: CaptureSettings, changes: Mapping[str, Any]) -> CaptureSettings:
+        """Return the settings with these changes. Raises ChasquidError."""
+        unknown = sorted(set(changes) - set(CaptureSettings._fields))
+        if unknown:
+            known = ", ".join(("host", "port", "faults", *CaptureSettings._fields))
+            raise ChasquidError(f"there is no setting {unknown[0]!r}; there are {known}")
+        changed = settings._replace(**changes)
+        changed.check()
+        return changed
 
     @property
     def run(self) -> _CaptureRun:
@@ -23021,7 +22997,7 @@ class CaptureServer:
         """The path of a PEM file with what a client has to trust."""
         if self.settings.tls == "off":
             raise ChasquidError('the server does no TLS: make it with tls="starttls" or "implicit"')
-        return _certificates()[0]
+        return _certificates()["trusted"]
 
     def client_context(self) -> ssl.SSLContext:
         """Return a context for the client side that trusts the server and nobody else."""
@@ -23041,7 +23017,7 @@ class CaptureServer:
 
     @property
     def _user(self) -> tuple[str, str]:
-        users = _USUAL_USERS if self.settings.users is None else self.settings.users
+        users = self.settings.logins
         if callable(users) or not users:
             raise ChasquidError("the server was given no list of users, so there is no first one")
         return next(iter(users.items()))
@@ -23113,17 +23089,11 @@ class CaptureServer:
     if TYPE_CHECKING:
 
         @overload
-        def wait_for(
-            self, what: int = 1, timeout: float | None = None
-        ) -> list[CapturedMessage]: ...
+        def wait_for(self, what: int = 1, timeout: float | None = None) -> Messages: ...
         @overload
-        def wait_for(
-            self, what: Callable[[CapturedMessage], object], timeout: float | None = None
-        ) -> CapturedMessage: ...
+        def wait_for(self, what: Criterion, timeout: float | None = None) -> CapturedMessage: ...
 
-    def wait_for(
-        self, what: int | Callable[[CapturedMessage], object] = 1, timeout: float | None = None
-    ) -> list[CapturedMessage] | CapturedMessage:
+    def wait_for(self, what: int | Criterion = 1, timeout: float | None = None) -> Any:
         """Wait for a number of messages, or for one that `what` is true of.
 
         Returns all messages as soon as there are so many, or that one. Raises NotArrived
@@ -23132,81 +23102,67 @@ class CaptureServer:
         """
         __tracebackhide__ = True
         look = self._look_for(what)
-        seconds = self._timeout if timeout is None else timeout
-        found: list[CapturedMessage] | CapturedMessage | None = look(self.mailbox.all())
+        found = look()
         if found is None and _is_in_event_loop():
             text = "wait_for would block the event loop: say await server.arrived(…) instead"
             raise ChasquidError(text)
+        seconds = self.settings.timeout if timeout is None else timeout
         found = self.mailbox.wait(look, seconds, self._is_over) if found is None else found
-        if found is None:
-            self._miss(what, seconds)
-        return found
+        return self._miss(what, seconds) if found is None else found
 
     if TYPE_CHECKING:
 
         @overload
-        async def arrived(
-            self, what: int = 1, timeout: float | None = None
-        ) -> list[CapturedMessage]: ...
+        async def arrived(self, what: int = 1, timeout: float | None = None) -> Messages: ...
         @overload
         async def arrived(
-            self, what: Callable[[CapturedMessage], object], timeout: float | None = None
+            self, what: Criterion, timeout: float | None = None
         ) -> CapturedMessage: ...
 
-    async def arrived(
-        self, what: int | Callable[[CapturedMessage], object] = 1, timeout: float | None = None
-    ) -> Any:
+    async def arrived(self, what: int | Criterion = 1, timeout: float | None = None) -> Any:
         """Wait as `wait_for` does, without holding up asyncio's event loop."""
         import asyncio
 
         __tracebackhide__ = True
         look = self._look_for(what)
-        seconds = self._timeout if timeout is None else timeout
+        seconds = self.settings.timeout if timeout is None else timeout
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
-
-        def tell() -> None:
-            loop.call_soon_threadsafe(changed.set)
-
-        end = self.mailbox.watch(tell)
-        try:
-            async with asyncio.timeout(seconds):
-                while (found := look(self.mailbox.all())) is None and not self._is_over():
-                    await changed.wait()
-                    changed.clear()
-        except TimeoutError:
-            found = look(self.mailbox.all())
-        finally:
-            end()
-        if found is None:
-            self._miss(what, seconds)
-        return found
+        with self.mailbox.watched(lambda: loop.call_soon_threadsafe(changed.set)):
+            try:
+                async with asyncio.timeout(seconds):
+                    while (found := look()) is None and not self._is_over():
+                        await changed.wait()
+                        changed.clear()
+            except TimeoutError:
+                found = look()
+        return self._miss(what, seconds) if found is None else found
 
     def expect_nothing(self, seconds: float = 0.5) -> None:
         """Wait so long; raise Unexpected if a message comes, or had come since `reset`."""
         __tracebackhide__ = True
-        if self.mailbox.wait(functools.partial(_at_least, 1), seconds, self._is_over):
+        if self.mailbox.wait(self._look_for(1), seconds, self._is_over):
             raise Unexpected(self._not_arrived(1, "nothing was to arrive; looked"))
 
-    def _look_for(self, what: Any) -> Callable[[list[Captured]], Any]:
+    def _look_for(self, what: Any) -> Callable[[], Any]:
+        """Return what finds that in the mailbox, or None. Raises ChasquidError."""
         if callable(what):
-            return functools.partial(_first, what)
+            seen = self.mailbox.all
+            return lambda: next(filter(what, (captured.message for captured in seen())), None)
         if type(what) is not int or what < 1:
             raise ChasquidError(
                 f"expected a number of messages from 1, or a condition; found {what!r}. "
                 "That nothing arrives is what expect_nothing() is for"
             )
-        return functools.partial(_at_least, what)
+        return lambda: self.messages if len(self.mailbox.all()) >= what else None
 
     def _miss(self, what: Any, seconds: float) -> NoReturn:
         """Raise what says that something did not arrive."""
         __tracebackhide__ = True
-        if self._run is None:
-            begin = "not started: call start(), or use it in a with block"
-            state = "stopped" if self._was_started else begin
-            raise ChasquidError(
-                self._not_arrived(what, f"the server is {state}; it is vain to wait")
-            )
-        raise NotArrived(self._not_arrived(what, f"waited {seconds:g} s in vain"))
+        if self._run is not None:
+            raise NotArrived(self._not_arrived(what, f"waited {seconds:g} s in vain"))
+        begin = "not started: call start(), or use it in a with block"
+        state = "stopped" if self._was_started else begin
+        raise ChasquidError(self._not_arrived(what, f"the server is {state}; it is vain to wait"))
 
     def _is_over(self) -> bool:
         return self._run is None
@@ -23214,7 +23170,7 @@ class CaptureServer:
     def reset(self) -> None:
         """Forget messages and transcripts, and rules and functions added since the start."""
         self._on_message = self.script.on_command = None
-        self.mailbox.clear()
+        self.mailbox.remove([captured.id for captured in self.mailbox.all()])
         self.server_log.dialogues.clear()
         self._log.lines.clear()
         self.script.clear()
@@ -23239,19 +23195,17 @@ class CaptureServer:
             else:
                 raise FaultError(f"faults: expected chasquid.Fault objects, found {fault!r}")
 
-    def _not_arrived(self, what: object, how: str) -> str:
+    def _not_arrived(self, what: Any, how: str) -> str:
         if callable(what):
             wanted = f"a message that {getattr(what, '__name__', 'the condition')} is true of"
         else:
-            wanted = plural(what, "message")  # type: ignore[arg-type]
+            wanted = plural(what, "message")
         seen = self.mailbox.all()
         lines = [f"{how} for {wanted}; arrived: {plural(len(seen), 'message')}"]
         for number, captured in enumerate(seen[-_SHOWN:], max(1, len(seen) - _SHOWN + 1)):
             subject = printable(str(captured.message.get("Subject", "")), 100)
-            lines.append(
-                f"  {number}. from <{captured.mail_from}> "
-                f"to {', '.join(captured.rcpt_tos)}: {subject!r}"
-            )
+            to = ", ".join(captured.rcpt_tos)
+            lines.append(f"  {number}. from <{captured.mail_from}> to {to}: {subject!r}")
         transcripts = self.transcripts[-3:]
         lines += ["the last sessions:"] if transcripts else ["nobody has connected"]
         for transcript in transcripts:
@@ -23260,75 +23214,16 @@ class CaptureServer:
         crashes = [line for line in self.log if parse_event(line)[1].get("event") in serious]
         return "\n".join(lines + crashes)
 
-    def _check_settings(self) -> tuple[list[str], str]:
-        """Return the stages that come up, and which has the handshake. Raises ChasquidError."""
-        settings = self.settings
-        users = settings.users
-        if not (users is None or callable(users) or isinstance(users, Mapping)):
-            raise ChasquidError(
-                "users: expected names and passwords ({'ana': 'secret'}) or a function"
-            )
-        if not isinstance(settings.name, str) or not is_host_name(settings.name):
-            raise ChasquidError(f"name: expected the name of a host, found {settings.name!r}")
-        for key, least in (("size_limit", 1), ("keep", 0), ("keep_octets", 0)):
-            value = getattr(settings, key)
-            if type(value) is not int or value < least:
-                raise ChasquidError(f"{key}: expected a number from {least}, found {value!r}")
-        if not isinstance(self._timeout, (int, float)) or not self._timeout >= 0:
-            raise ChasquidError(f"timeout: expected seconds, found {self._timeout!r}")
-        if not isinstance(self._magic, bool):
-            raise ChasquidError(f"magic: expected True or False, found {self._magic!r}")
-        if settings.tls not in ("off", "starttls", "implicit"):
-            raise ChasquidError(
-                f'tls: expected "off", "starttls" or "implicit", found {settings.tls!r}'
-            )
-        if settings.client_ca and settings.tls == "off":
-            raise ChasquidError('client_ca needs tls="starttls" or "implicit"')
-        if settings.tls_context is not None and settings.tls == "off":
-            raise ChasquidError('tls_context needs tls="starttls" or "implicit"')
-        login = settings.tls != "off" or settings.login_in_the_clear
-        if settings.login_required and not login:
-            raise ChasquidError(
-                'login_required: nobody logs in without TLS; add tls="starttls" or '
-                "login_in_the_clear=True"
-            )
-        if settings.tls_required and settings.tls == "off":
-            raise ChasquidError('tls_required needs tls="starttls" or "implicit"')
-        without = set()
-        if settings.tls != "starttls":
-            without.add("STARTTLS")
-        if not login:
-            without.add("AUTH")
-        handshake = {"off": "", "starttls": "STARTTLS", "implicit": "connect"}[settings.tls]
-        return [stage for stage in STAGES if stage not in without], handshake
 
-    def make_listeners(self) -> list[socket.socket]:
-        """Return listening sockets, for a name those of all its addresses. Raises ChasquidError."""
-        if self.settings.path:
-            return [_listen_at_path(self.settings.path)]
-        host = self.hostname or "0.0.0.0"
-        if self._wanted_port:
-            with contextlib.suppress(ChasquidError):  # one of the families may be missing
-                return listen(host, self._wanted_port)
-        return listen(host, self._wanted_port, once=True)
-
-    def server_context(self) -> ssl.SSLContext | None:
-        """Return what TLS is done with; None without TLS. Raises ChasquidError."""
-        settings = self.settings
-        if settings.tls == "off":
-            return None
-        context = settings.tls_context or tls_context_of("good")
-        if settings.client_ca:
-            if settings.tls_context is None:
-                path = _certificates()[1]["good"]
-                context = server_tls_context(path, path)  # the usual one is shared
-            try:
-                context.load_verify_locations(settings.client_ca)
-            except (OSError, ssl.SSLError) as error:
-                text = f"client_ca: {settings.client_ca} cannot be used: {reason(error)}"
-                raise ChasquidError(text) from error
-            context.verify_mode = ssl.CERT_REQUIRED
-        return context
+def _listeners_at(host: str, port: int, path: str) -> list[socket.socket]:
+    """Return listening sockets, for a name those of all its addresses. Raises ChasquidError."""
+    if path:
+        return [_listen_at_path(path)]
+    host = host or "0.0.0.0"
+    if port:
+        with contextlib.suppress(ChasquidError):  # one of the families may be missing
+            return listen(host, port)
+    return listen(host, port, once=True)
 
 
 def _listen_at_path(path: str) -> socket.socket:
@@ -23357,21 +23252,20 @@ def _is_in_event_loop() -> bool:
 class _CaptureRun:
     """One run of a server, from its start to its end: the thread, and what lives in it."""
 
-    def __init__(self, server: CaptureServer) -> None:
+    def __init__(self, server: CaptureServer, port: int) -> None:
         self._server = server
         self._sessions: dict[Session, Task] = {}
-        self._others: list[socket.socket] = []
+        self._accepting: list[Task] = []
+        settings = server.settings
         with contextlib.ExitStack() as undo:  # if the start fails, nothing is left behind
-            tls_context = server.server_context()
-            self._listeners = server.make_listeners()
+            tls_context = settings.server_context()
+            self._listeners = _listeners_at(server.hostname, port, settings.path)
             undo.callback(self._close_listeners)
-            self.port: int = 0 if server.settings.path else self._listeners[0].getsockname()[1]
+            self.port: int = 0 if settings.path else self._listeners[0].getsockname()[1]
             self._workers = Workers(_CAPTURE_WORKERS, f"chasquid-{self.port}-worker")
             self.loop = Loop(Clock(), self._workers, server.server_log.crash)
             undo.callback(self.loop.close)
-            settings = server.settings
-            self._script = server.script
-            self._context = ServerContext(
+            self.context = ServerContext(
                 self.loop,
                 server.server_log,
                 Limits(self.loop.clock, Config("", settings.name)),
@@ -23382,31 +23276,19 @@ class _CaptureRun:
             )
             self._receiver = _CaptureReceiver(self.loop, server)
             self._stopping = Event(self.loop)
-            self._thread = threading.Thread(
-                target=self._serve, name=f"chasquid-{self.port}", daemon=True
-            )
-            self._thread.start()
+            for listener in self._listeners:
+                self._accept_at(listener, "smtp", self._begin_session)
+            name = f"chasquid-{self.port}"
+            self.thread = threading.Thread(target=self._serve, name=name, daemon=True)
+            self.thread.start()
             undo.pop_all()
 
     def stop(self) -> None:
         """End it and wait until it has ended. Raises ChasquidError if it does not end."""
         self.loop.post(self._stopping.set)
-        self._thread.join(_JOIN_SECONDS)
-        if self._thread.is_alive():
+        self.thread.join(_JOIN_SECONDS)
+        if self.thread.is_alive():
             raise ChasquidError(f"the server did not end within {_JOIN_SECONDS:g} s")
-
-    def take_settings(self, settings: CaptureSettings) -> None:
-        self._context.size_limit = settings.size_limit
-
-    def _close_listeners(self) -> None:
-        for listener in self._listeners:
-            listener.close()
-        if self._server.settings.path:
-            with contextlib.suppress(OSError):
-                os.unlink(self._server.settings.path)
-
-    def is_own_thread(self) -> bool:
-        return threading.current_thread() is self._thread
 
     def also_listen(
         self, host: str, port: int, answer: Callable[[Stream], Coroutine[Any, Any, None]]
@@ -23415,64 +23297,73 @@ class _CaptureRun:
 
         Raises ChasquidError if it is taken, or the server has ended.
         """
-        if not self._thread.is_alive():
+        if not self.thread.is_alive():
             raise ChasquidError("the server is not running any more")
         [listener] = listen(host or "0.0.0.0", port, once=True)
-        self._others.append(listener)
+        self._listeners.append(listener)
 
-        async def accept() -> None:
-            async for raw, _ in connections(self.loop, self._server.server_log, "http", listener):
-                self.loop.spawn(answer(Stream(self.loop, raw)), "http request")
+        def begin(raw: socket.socket, peer: Any) -> None:
+            self.loop.spawn(answer(Stream(self.loop, raw)), "http request")
 
-        self.loop.post(lambda: self.loop.spawn(accept(), "http listener"))
+        self._accept_at(listener, "http", begin)
         return int(listener.getsockname()[1])
+
+    def _close_listeners(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+        if self._server.settings.path:
+            with contextlib.suppress(OSError):
+                os.unlink(self._server.settings.path)
 
     def _serve(self) -> None:
         try:
             self.loop.run(self._main())
         finally:
-            for listener in self._others:
-                listener.close()
             self._close_listeners()
             self.loop.close()
             self._workers.close()
 
     async def _main(self) -> None:
-        accepting = [
-            self.loop.spawn(self._accept(listener), "listener") for listener in self._listeners
-        ]
         await self._stopping.wait()
-        for task in accepting:
-            task.cancel()
-            await ended(task)
+        for accepting in self._accepting:
+            accepting.cancel()
+            await ended(accepting)
         for listener in self._listeners:
             self.loop.forget(listener.fileno())
         self._close_listeners()
-        self._context.closing = True
+        self.context.closing = True
         tasks = list(self._sessions.values())
         for task in tasks:
             task.cancel()
-        try:
-            with self.loop.deadline(_STOP_WAIT):
-                for task in tasks:
-                    await ended(task)
-        except Expired:
-            pass  # a client that does not go; its connection is closed with the loop
+        # a client may not go; its connection is closed with the loop
+        with contextlib.suppress(Expired), self.loop.deadline(_STOP_WAIT):
+            for task in tasks:
+                await ended(task)
 
-    async def _accept(self, listener: socket.socket) -> None:
-        async for raw, peer in connections(self.loop, self._server.server_log, "smtp", listener):
-            if raw.family != socket.AF_UNIX:
-                send_at_once(raw)
-            stream = FaultyStream(self.loop, raw)
-            session = Session(
-                self._context,
-                self._receiver,
-                stream,
-                port=self._server.settings.port,
-                peer=clean_peer(str(peer[0])) if peer else "local",
-                hook=FaultInjection(self._script, stream, tls_context_of),
-            )
-            self._sessions[session] = self.loop.spawn(self._hold(session), f"session {session.id}")
+    def _accept_at(
+        self, listener: socket.socket, name: str, begin: Callable[[socket.socket, Any], None]
+    ) -> None:
+        async def accept() -> None:
+            async for raw, peer in connections(self.loop, self._server.server_log, name, listener):
+                begin(raw, peer)
+
+        self.loop.post(
+            lambda: self._accepting.append(self.loop.spawn(accept(), f"{name} listener"))
+        )
+
+    def _begin_session(self, raw: socket.socket, peer: Any) -> None:
+        if raw.family != socket.AF_UNIX:
+            send_at_once(raw)
+        stream = FaultyStream(self.loop, raw)
+        session = Session(
+            self.context,
+            self._receiver,
+            stream,
+            port=self._server.settings.port,
+            peer=clean_peer(str(peer[0])) if peer else "local",
+            hook=FaultInjection(self._server.script, stream, tls_context_of),
+        )
+        self._sessions[session] = self.loop.spawn(self._hold(session), f"session {session.id}")
 
     async def _hold(self, session: Session) -> None:
         try:
@@ -23493,22 +23384,13 @@ class _CaptureRun:
 #   pytest, not a traceback.
 # ======================================================================================
 
-_PYTEST_OPTIONS = {
-    "mail_server_hostname": ("127.0.0.1", "where the servers of the tests listen"),
-    "mail_server_port": ("0", "their port; 0 lets the system choose, a port for each"),
-    "mail_server_login": ("user:password", "who may log in at secure_mail_server"),
-    "mail_server_timeout": ("5", "seconds that wait_for waits"),
-    "mail_server_size_limit": (str(CAPTURE_SIZE), "octets of the largest message"),
-    "mail_server_magic": ("true", "whether recipients may name a failure (ana+450@…)"),
-}
-
 
 class _PytestPlugin:
     """What pytest registers: options, fixtures, and a report of what was said."""
 
     def pytest_addoption(self, parser: Any) -> None:
-        for name, (default, help) in _PYTEST_OPTIONS.items():
-            parser.addini(name, f"{help} (default: {default})", default=default)
+        for name, (_, default, _, help) in _PYTEST_OPTIONS.items():
+            parser.addini(f"mail_server_{name}", f"{help} (default: {default})", default=default)
 
     def pytest_configure(self, config: Any) -> None:
         import pytest
@@ -23528,26 +23410,15 @@ class _PytestPlugin:
 
 
 def _pytest_settings(config: Any) -> dict[str, Any]:
-    """Return what the configuration of pytest says of servers. Raises pytest's UsageError."""
-    import pytest
-
-    def read(name: str, kind: Callable[[str], Any], expected: str) -> Any:
-        value = str(config.getini(name)).strip()
+    """Return what the configuration of pytest says of servers. Raises ChasquidError."""
+    settings = {}
+    for name, (setting, _, read, help) in _PYTEST_OPTIONS.items():
+        value = str(config.getini(f"mail_server_{name}")).strip()
         try:
-            return kind(value)
+            settings[setting] = read(value)
         except (ValueError, KeyError, OSError):
-            text = f"{name}: expected {expected}, found {value!r}"
-            raise pytest.UsageError(text) from None
-
-    login = read("mail_server_login", _parse_login, "user:password")
-    return {
-        "host": read("mail_server_hostname", _resolved, "an address of this host"),
-        "port": read("mail_server_port", int, "a number"),
-        "users": {login[0]: login[1]},
-        "timeout": read("mail_server_timeout", float, "seconds"),
-        "size_limit": read("mail_server_size_limit", int, "a number of octets"),
-        "magic": read("mail_server_magic", lambda word: _SWITCH[word.lower()], "true or false"),
-    }
+            raise ChasquidError(f"{name}: expected {help}; found {value!r}") from None
+    return settings
 
 
 def _resolved(host: str) -> str:
@@ -23555,15 +23426,26 @@ def _resolved(host: str) -> str:
     return host
 
 
-def _parse_login(text: str) -> tuple[str, str]:
+def _parse_login(text: str) -> dict[str, str]:
     user, _, password = text.partition(":")
     if not user or not password:
         raise ValueError
-    return user, password
+    return {user: password}
 
 
 _SWITCH = {"true": True, "yes": True, "on": True, "1": True,
            "false": False, "no": False, "off": False, "0": False}  # fmt: skip
+# the setting of a server that each sets, its default, what reads it, and what it must be
+_PYTEST_OPTIONS: dict[str, tuple[str, str, Callable[[str], Any], str]] = {
+    "hostname": ("host", "127.0.0.1", _resolved, "the address to listen at"),
+    "port": ("port", "0", int, "a port; 0 lets the system choose one for each"),
+    "login": ("users", "user:password", _parse_login,
+              "user:password, who may log in at secure_mail_server"),
+    "timeout": ("timeout", "5", float, "seconds that wait_for waits"),
+    "size_limit": ("size_limit", str(CAPTURE_SIZE), int, "octets of the largest message"),
+    "magic": ("magic", "true", lambda word: _SWITCH[word.lower()],
+              "true or false: whether recipients may name a failure (ana+450@…)"),
+}  # fmt: skip
 
 
 def _pytest_fixtures() -> Any:
@@ -23831,12 +23713,13 @@ class _Changes:
         self._gone = False
 
     async def __aenter__(self) -> _Changes:
-        self._end = self._mailbox.watch(lambda: self._loop.post(self._something.set))
+        self._watch = self._mailbox.watched(lambda: self._loop.post(self._something.set))
+        self._watch.__enter__()
         self._listener = self._loop.spawn(self._listen(), "http client")
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._end()
+        self._watch.__exit__(None, None, None)
         self._listener.cancel()
         await self._loop.turn()  # let it stop listening before others listen
 
@@ -24109,7 +23992,7 @@ class Inbox:
         ids = list(ids)
         self._contents.forget(ids)
         self._read.difference_update(ids)
-        self._deleted += sum(self._mailbox.remove(id) for id in ids)
+        self._deleted += self._mailbox.remove(ids)
 
     async def _delete(self, asked: _Asked, stream: Stream) -> bytes:
         """Delete the messages that are named, or all; Mailpit's form."""
