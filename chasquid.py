@@ -22500,6 +22500,7 @@ class Mailbox:
     def __init__(self, keep: int = 0, keep_octets: int = 0) -> None:
         self._messages: dict[str, Captured] = {}
         self._octets = 0
+        self.removed = 0  # how many messages
         self._watchers: list[Callable[[], object]] = []
         self._lock = threading.Lock()
         self.limit(keep, keep_octets)
@@ -22529,12 +22530,11 @@ class Mailbox:
         """Return a message by its id; None if it is not kept."""
         return self._messages.get(id)
 
-    def remove(self, ids: Iterable[str]) -> int:
-        """Forget messages; return how many of them there were."""
+    def remove(self, ids: Iterable[str]) -> None:
+        """Forget messages."""
         with self._lock:
-            removed = sum(self._forget(id) for id in ids)
+            self.removed += sum(self._forget(id) for id in ids)
         self.tell()
-        return removed
 
     def _forget(self, id: str) -> bool:
         removed = self._messages.pop(id, None)
@@ -23530,8 +23530,9 @@ _LINK_LIMIT = 500
 _FORM_LIMIT = 16 * 1024  # octets of a form of the page
 _SOURCE_LIMIT = 1024 * 1024  # octets of a source that the page shows
 _INLINE_LIMIT = 16 * 1024 * 1024  # octets of images put into a page
-_KEPT_CONTENTS = 4  # messages that are kept as they were read …
-_KEPT_OCTETS = 64 * 1024 * 1024  # … of at most this size together
+_KEPT_CONTENTS = 4  # messages that are kept as they were read
+_PAGE_ENTRIES = 50  # of the list on the page
+_MOST = 10**9
 _BASE_HEADERS = (
     ("Referrer-Policy", "no-referrer"),
     ("Cross-Origin-Resource-Policy", "same-origin"),
@@ -23561,57 +23562,73 @@ def iso_time(seconds: float) -> str:
     return f"{whole}.{int(seconds % 1 * 1000):03}Z"
 
 
+class _Summary(NamedTuple):
+    """What lists and searches need to know of a message."""
+
+    entry: dict[str, Any]
+    fields: dict[str, str]
+
+
 def _people(pairs: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
     return [{"Name": name, "Address": address} for name, address in pairs]
 
 
-class _Summary:
-    """What lists and searches need to know of a message."""
-
-    __slots__ = ("entry", "fields")
-
-    def __init__(self, captured: Captured, content: ReadMessage) -> None:
-        to, cc = content.addresses("to"), content.addresses("cc")
-        named = {address.lower() for _, address in (*to, *cc)}
-        hidden = [("", path) for path in captured.rcpt_tos if path.lower() not in named]
-        sender = (content.addresses("from") or [("", captured.mail_from)])[0]
-        text = f"{content.text} {text_of_html(content.html[: 4 * _SEARCHED_LIMIT])}"
-        text = text[:_SEARCHED_LIMIT]
-        self.entry: dict[str, Any] = {
-            "ID": captured.id,
-            "MessageID": content.header("message-id").strip("<> "),
-            "From": _people([sender])[0],
-            "To": _people(to),
-            "Cc": _people(cc),
-            "Bcc": _people(hidden),
-            "ReplyTo": _people(content.addresses("reply-to")),
-            "Subject": content.header("subject"),
-            "Created": iso_time(captured.received),
-            "Tags": [],
-            "Size": len(captured.raw),
-            "Attachments": len(content.attachments),
-            "Snippet": printable(" ".join(content.shown_text[:2000].split()), _SNIPPET_LIMIT),
-            "Username": captured.login,
-        }
-        fields = {
-            "from": [captured.mail_from, *sender],
-            "to": [*captured.rcpt_tos, *itertools.chain(*to)],
-            "cc": itertools.chain(*cc),
-            "bcc": itertools.chain(*hidden),
-            "reply-to": itertools.chain(*content.addresses("reply-to")),
-            "subject": [self.entry["Subject"]],
-            "message-id": [self.entry["MessageID"]],
-            "": [text],
-        }
-        self.fields = {name: "\n".join(texts).casefold() for name, texts in fields.items()}
+def _summary(captured: Captured, content: ReadMessage) -> _Summary:
+    to, cc, reply_to = (content.addresses(name) for name in ("to", "cc", "reply-to"))
+    named = {address.lower() for _, address in (*to, *cc)}
+    hidden = [("", path) for path in captured.rcpt_tos if path.lower() not in named]
+    sender = (content.addresses("from") or [("", captured.mail_from)])[0]
+    text = f"{content.text} {text_of_html(content.html[: 4 * _SEARCHED_LIMIT])}"
+    entry: dict[str, Any] = {
+        "ID": captured.id,
+        "MessageID": content.header("message-id").strip("<> "),
+        "From": _people([sender])[0],
+        "To": _people(to),
+        "Cc": _people(cc),
+        "Bcc": _people(hidden),
+        "ReplyTo": _people(reply_to),
+        "Subject": content.header("subject"),
+        "Created": iso_time(captured.received),
+        "Tags": [],
+        "Size": len(captured.raw),
+        "Attachments": len(content.attachments),
+        "Snippet": printable(" ".join(content.shown_text[:2000].split()), _SNIPPET_LIMIT),
+        "Username": captured.login,
+    }
+    fields = {
+        "from": [captured.mail_from, *sender],
+        "to": [*captured.rcpt_tos, *itertools.chain(*to)],
+        "cc": itertools.chain(*cc),
+        "bcc": itertools.chain(*hidden),
+        "reply-to": itertools.chain(*reply_to),
+        "subject": [entry["Subject"]],
+        "message-id": [entry["MessageID"]],
+        "": [text[:_SEARCHED_LIMIT]],
+    }
+    return _Summary(entry, {name: "\n".join(all).casefold() for name, all in fields.items()})
 
 
 class _Seen(NamedTuple):
-    """A message that a search looks at."""
+    """A message as an inbox shows it; what takes time is done in a worker thread."""
 
+    inbox: Inbox
     captured: Captured
-    summary: _Summary
-    read: bool
+
+    @property
+    def content(self) -> ReadMessage:
+        return self.inbox.read(self.captured)
+
+    @property
+    def summary(self) -> _Summary:
+        return self.inbox.summary(self.captured)
+
+    @property
+    def is_read(self) -> bool:
+        return self.captured in self.inbox.looked_at
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        return {**self.summary.entry, "Read": self.is_read}
 
     def says(self, field: str, word: str) -> bool:
         """Tell whether a word is in a field, or in any if it is ""."""
@@ -23642,7 +23659,7 @@ def _condition(field: str, word: str, zone: str) -> _Condition:
     if field in ("from", "to", "cc", "bcc", "reply-to", "subject", "message-id"):
         return lambda seen: seen.says(field, word)
     if field == "is" and word in ("read", "unread"):
-        return lambda seen: seen.read == (word == "read")
+        return lambda seen: seen.is_read == (word == "read")
     if field == "has" and word in ("attachment", "attachments"):
         return lambda seen: seen.summary.entry["Attachments"] > 0
     if field in ("before", "after"):
@@ -23676,578 +23693,18 @@ def _size(text: str) -> float:
     return float(match[1]) * _SIZE_UNITS[match[2]]
 
 
-class _Contents:
-    """The messages last looked at, as they were read. Used by worker threads."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._kept: dict[str, tuple[int, ReadMessage]] = {}
-
-    def get(self, captured: Captured) -> ReadMessage:
-        with self._lock:
-            found = self._kept.pop(captured.id, None)
-        size, content = found or (len(captured.raw), ReadMessage(captured.raw))
-        with self._lock:
-            self._kept[captured.id] = size, content
-            while len(self._kept) > 1 and (
-                len(self._kept) > _KEPT_CONTENTS
-                or sum(size for size, _ in self._kept.values()) > _KEPT_OCTETS
-            ):
-                del self._kept[next(iter(self._kept))]
-        return content
-
-    def forget(self, ids: Iterable[str]) -> None:
-        with self._lock:
-            for id in ids:
-                self._kept.pop(id, None)
-
-
-class _Changes:
-    """Tells one connection of changes to the mailbox, for as long as its client is there."""
-
-    def __init__(self, loop: Loop, mailbox: Mailbox, stream: Stream) -> None:
-        self._loop = loop
-        self._mailbox = mailbox
-        self._stream = stream
-        self._something = Event(loop)
-        self._gone = False
-
-    async def __aenter__(self) -> _Changes:
-        self._watch = self._mailbox.watched(lambda: self._loop.post(self._something.set))
-        self._watch.__enter__()
-        self._listener = self._loop.spawn(self._listen(), "http client")
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._watch.__exit__(None, None, None)
-        self._listener.cancel()
-        await self._loop.turn()  # let it stop listening before others listen
-
-    async def _listen(self) -> None:
-        with contextlib.suppress(Disconnected):
-            await self._stream.read_some()  # nothing more is to come: what comes is the end
-        self._gone = True
-        self._something.set()
-
-    async def next(self, seconds: float) -> bool:
-        """Wait for a change; False if there was none. Raises Disconnected."""
-        try:
-            with self._loop.deadline(seconds):
-                await self._something.wait()
-        except Expired:
-            return False
-        if self._gone:
-            raise Disconnected("the client is gone")
-        self._something.clear()
-        return True
-
-
-class Inbox:
-    """Shows what a server captured over HTTP, one request a connection.
-
-    `release` sends a message on, to `release_to`, or is None if that is not possible. `smtp` is
-    where mail is to be sent, for people ("smtp://127.0.0.1:1025"). With a `login`, user and
-    password, whoever asks has to give them (RFC 7617).
-    """
-
-    def __init__(
-        self,
-        loop: Loop,
-        log: Log,
-        mailbox: Mailbox,
-        faults: Script,
-        *,
-        release: Release | None = None,
-        release_to: str = "",
-        smtp: str = "",
-        login: tuple[str, str] | None = None,
-    ) -> None:
-        self._loop = loop
-        self._log = log
-        self._mailbox = mailbox
-        self._faults = faults
-        self._release = release
-        self._release_to = release_to
-        self._smtp = smtp
-        self._login = login
-        self._summaries: dict[str, _Summary] = {}
-        self._read: set[str] = set()
-        self._contents = _Contents()
-        self._listening = 0  # pages that are told of changes
-        self._deleted = 0
-        self._began = loop.clock.monotonic()
-        self._chaos: dict[str, str] = {}  # the rules behind Mailpit's chaos, by its names
-
-    # --- a request ---
-
-    async def answer(self, stream: Stream) -> None:
-        """Read one request, answer it, and close."""
-        try:
-            with self._loop.deadline(HTTP_SECONDS):
-                request = await read_request(stream)
-                answer = await self._admit(stream, request)
-            if not isinstance(answer, bytes):
-                answer = await self._guarded(answer(stream))
-            await self._send(stream, without_body(answer) if request.method == "HEAD" else answer)
-        except Cancelled:
-            stream.close()
-            raise
-        except (Disconnected, Expired, LineTooLong, BareNewline, ValueError):
-            pass
-        except Exception as error:
-            self._log.crash("capture API", error)
-        finally:
-            await stream.finish()
-
-    async def _send(self, stream: Stream, answer: bytes) -> None:
-        for start in range(0, len(answer), CHUNK):
-            with self._loop.deadline(_API_SEND_SECONDS):
-                stream.write(answer[start : start + CHUNK])
-                await stream.be_fair()
-        with self._loop.deadline(_API_SEND_SECONDS):
-            await stream.flush()
-
-    async def _guarded(self, answer: Awaitable[bytes]) -> bytes:
-        """Return what is answered; if that fails, an answer that says so."""
-        try:
-            return await answer
-        except HttpRefused as refused:
-            return _refusal(refused)
-        except (Disconnected, Expired):
-            raise
-        except Exception as error:
-            self._log.crash("capture API", error)
-            return _refusal(
-                HttpRefused(500, "something went wrong here; the server's log says what")
-            )
-
-    async def _admit(
-        self, stream: Stream, request: HttpRequest
-    ) -> bytes | Callable[[Stream], Awaitable[bytes]]:
-        """Find who answers `request`, or refuse it."""
-        try:
-            self._check_host(request.headers.get("host", ""))
-            method = "GET" if request.method == "HEAD" else request.method
-            action, values = _route(method, request.path)
-            if action is not Inbox._alive:
-                self._check_login(request.headers.get("authorization", ""))
-            if request.method == "HEAD" and action is Inbox._events:
-                raise HttpRefused(405, "it has no end, and so nothing to be looked at beforehand")
-            private = method != "GET" or request.path.startswith("/api/")
-            if private and is_from_a_foreign_page(request.headers):  # even the time tells it much
-                raise HttpRefused(403, "a web page from elsewhere may neither look nor change")
-            body = await read_body(stream, request, _API_BODY_LIMIT)
-        except HttpRefused as refused:
-            return _refusal(refused)
-        asked = _Asked(values, _parameters(request.query), body)
-        return lambda stream: action(self, asked, stream)
-
-    def _check_host(self, host: str) -> None:
-        """Let through a name that no stranger's DNS could have given to our address.
-
-        A name without a dot, as containers have, is nobody's on the Internet. Raises HttpRefused.
-        """
-        if self._login is not None or is_our_name(host):  # a stranger's page has no password
-            return
-        with contextlib.suppress(ValueError):
-            if re.fullmatch(r"[a-z0-9_-]+", host_name(host)):
-                return
-        shown = printable(host, 100)
-        raise HttpRefused(421, f"this server has no name {shown!r}; ask localhost or an IP address")
-
-    def _check_login(self, authorization: str) -> None:
-        """Raises HttpRefused if a login is needed, and this is none."""
-        if self._login is None:
-            return
-        import hmac
-
-        scheme, _, given = authorization.partition(" ")
-        wanted = base64.b64encode(":".join(self._login).encode())
-        if scheme.lower() != "basic" or not hmac.compare_digest(given.strip().encode(), wanted):
-            challenge = ("WWW-Authenticate", 'Basic realm="chasquid", charset="UTF-8"')
-            raise HttpRefused(401, "a login is needed", challenge)
-
-    # --- messages ---
-
-    def _find(self, conditions: Sequence[_Condition]) -> list[Captured]:
-        """Return the messages that meet all conditions, the newest first. Called in a worker."""
-        found, known = [], {}
-        for captured in reversed(self._mailbox.all()):
-            id = captured.id
-            known[id] = self._summaries.get(id) or _Summary(captured, self._contents.get(captured))
-            seen = _Seen(captured, known[id], id in self._read)
-            if all(condition(seen) for condition in conditions):
-                found.append(captured)
-        self._summaries = known  # without what is gone
-        return found
-
-    def _entry(self, captured: Captured) -> dict[str, Any]:
-        summary = self._summaries.get(captured.id)
-        if summary is None:
-            summary = _Summary(captured, self._contents.get(captured))
-        return {**summary.entry, "Read": captured.id in self._read}
-
-    def _unread(self) -> int:
-        return sum(1 for captured in self._mailbox.all() if captured.id not in self._read)
-
-    def _listed(self, found: Sequence[Captured], start: int, limit: int) -> dict[str, Any]:
-        unread = sum(1 for captured in found if captured.id not in self._read)
-        return {
-            "total": len(self._mailbox.all()),
-            "unread": self._unread(),
-            "messages_count": len(found),
-            "messages_unread": unread,
-            "start": start,
-            "tags": [],
-            "messages": [self._entry(captured) for captured in found[start : start + limit]],
-        }
-
-    async def _list(self, asked: _Asked, stream: Stream) -> bytes:
-        start = asked.number("start", 0, 10**9)
-        limit = asked.number("limit", 50, _API_LIST_LIMIT)
-        conditions = asked.search()
-        make = functools.partial(self._find, conditions)
-        return await self._loop.work(lambda: _json(self._listed(make(), start, limit)))
-
-    def _captured(self, id: str) -> Captured:
-        """Return a message by its id, or "latest". Raises HttpRefused."""
-        captured = self._mailbox.get(id)
-        if captured is None and id == "latest":
-            captured = next(reversed(self._mailbox.all()), None)
-        if captured is None:
-            raise HttpRefused(404, "there is no such message; it may have been deleted")
-        return captured
-
-    async def _show(self, asked: _Asked, stream: Stream) -> bytes:
-        captured = self._captured(asked.values[0])
-        self._read.add(captured.id)
-        return await self._loop.work(lambda: _json(self._details(captured)))
-
-    def _details(self, captured: Captured) -> dict[str, Any]:
-        content = self._contents.get(captured)
-        entry = self._entry(captured)
-        for name in ("Created", "Snippet", "Read"):
-            del entry[name]
-        return {
-            **entry,
-            "Date": _date_of(content, captured.received),
-            "ReturnPath": captured.mail_from,
-            "ListUnsubscribe": _unsubscribing(content),
-            "Text": content.text,
-            "HTML": content.html,
-            "Attachments": [_file_entry(part) for part in content.attachments],
-            "Inline": [_file_entry(part) for part in content.inlines],
-            "Envelope": {"From": captured.mail_from, "To": list(captured.rcpt_tos)},
-            "Session": {"Peer": captured.peer, "Hello": captured.hello, "TLS": captured.tls},
-            "Links": content.links()[:_LINK_LIMIT],
-            "Code": code_in(content.shown_text) or "",
-        }
-
-    async def _headers(self, asked: _Asked, stream: Stream) -> bytes:
-        captured = self._captured(asked.values[0])
-        content = await self._loop.work(lambda: self._contents.get(captured))
-        headers: dict[str, list[str]] = {}
-        for name, value in content.headers:
-            headers.setdefault(name, []).append(value)
-        return _json(headers)
-
-    async def _dialogue(self, asked: _Asked, stream: Stream) -> bytes:
-        return http_response(
-            200, _TEXT, self._captured(asked.values[0]).transcript, headers=_BASE_HEADERS
-        )
-
-    async def _raw(self, asked: _Asked, stream: Stream) -> bytes:
-        captured = self._captured(asked.values[0])
-        inline = asked.query.get("dl", "0") in ("", "0")
-        return _file(_TEXT if inline else "message/rfc822", f"{captured.id}.eml", captured.raw)
-
-    async def _part(self, asked: _Asked, stream: Stream) -> bytes:
-        captured = self._captured(asked.values[0])
-        content = await self._loop.work(lambda: self._contents.get(captured))
-        index = int(asked.values[1])
-        if not 1 <= index <= len(content.parts):
-            raise HttpRefused(404, f"the message has no part {index}")
-        part = content.parts[index - 1]
-        kind = part.content_type if part.content_type in _SAFE_KINDS else "application/octet-stream"
-        return _file(kind, part.title, part.data)
-
-    async def _html(self, asked: _Asked, stream: Stream) -> bytes:
-        captured = self._captured(asked.values[0])
-        remote = asked.query.get("remote") == "1"
-
-        def make() -> bytes:
-            content = self._contents.get(captured)
-            if not content.html:
-                raise HttpRefused(404, "the message has no HTML")
-            return _framed(content, remote)
-
-        return await self._loop.work(make)
-
-    async def _text(self, asked: _Asked, stream: Stream) -> bytes:
-        captured = self._captured(asked.values[0])
-        content = await self._loop.work(lambda: self._contents.get(captured))
-        return http_response(200, _TEXT, content.text, headers=_BASE_HEADERS)
-
-    def _remove(self, ids: Iterable[str]) -> None:
-        ids = list(ids)
-        self._contents.forget(ids)
-        self._read.difference_update(ids)
-        self._deleted += self._mailbox.remove(ids)
-
-    async def _delete(self, asked: _Asked, stream: Stream) -> bytes:
-        """Delete the messages that are named, or all; Mailpit's form."""
-        ids = asked.ids()
-        self._remove(ids or [captured.id for captured in self._mailbox.all()])
-        return _OK
-
-    async def _delete_found(self, asked: _Asked, stream: Stream) -> bytes:
-        conditions = asked.search()
-        if not conditions:
-            raise HttpRefused(400, "expected a query, of what is to be deleted")
-        found = await self._loop.work(lambda: self._find(conditions))
-        self._remove(captured.id for captured in found)
-        return _OK
-
-    async def _mark(self, asked: _Asked, stream: Stream) -> bytes:
-        ids = asked.ids() or [captured.id for captured in self._mailbox.all()]
-        if asked.json().get("Read", False):
-            self._read.update(ids)
-        else:
-            self._read.difference_update(ids)
-        return _OK
-
-    async def _release_message(self, asked: _Asked, stream: Stream) -> bytes:
-        captured = self._captured(asked.values[0])
-        to = asked.json().get("To")
-        if not isinstance(to, list) or not to or not all(map(_is_address, to)):
-            raise HttpRefused(400, 'expected {"To": ["user@domain", …]}')
-        await self._release_to_others(captured, to)
-        return _OK
-
-    async def _release_to_others(self, captured: Captured, to: Sequence[str]) -> str:
-        """Send a message on; return what became of it. Raises HttpRefused."""
-        if self._release is None:
-            raise HttpRefused(400, "this server sends nothing on: it was started without --release")
-        try:
-            with self._loop.deadline(_API_RELEASE_SECONDS):
-                return await self._release(captured, to)
-        except Expired:
-            raise HttpRefused(504, "the other server did not answer in time") from None
-        except ChasquidError as error:
-            raise HttpRefused(502, str(error)) from error
-
-    async def _send_message(self, asked: _Asked, stream: Stream) -> bytes:
-        """Take in a message that is described in JSON, as if it had come by SMTP."""
-        described = asked.json()
-        now = self._loop.clock.time()
-        sender, to, raw = await self._loop.work(lambda: message_of_json(described, now))
-        dialogue = Dialogue("api", "", now)
-        captured = Captured(
-            new_id(), now, sender, rcpt_tos=to, raw=raw, peer="", port="api", hello="", tls="",
-            login="", smtputf8=not raw.isascii(), dialogue=dialogue,
-        )  # fmt: skip
-        self._mailbox.add(captured)
-        return _json({"ID": captured.id})
-
-    # --- the server ---
-
-    async def _alive(self, asked: _Asked, stream: Stream) -> bytes:
-        return _OK
-
-    async def _info(self, asked: _Asked, stream: Stream) -> bytes:
-        messages = self._mailbox.all()
-        size = sum(len(captured.raw) for captured in messages)
-        return _json({
-            "Version": f"chasquid {__version__}",
-            "LatestVersion": "",
-            "Database": "memory",
-            "DatabaseSize": size,
-            "Messages": len(messages),
-            "Unread": self._unread(),
-            "Tags": {},
-            "RuntimeStats": {
-                "Uptime": int(self._loop.clock.monotonic() - self._began),
-                "Memory": 0,
-                "MessagesDeleted": self._deleted,
-                "SMTPAccepted": len(messages) + self._deleted,
-                "SMTPAcceptedSize": size,
-                "SMTPRejected": 0,
-                "SMTPIgnored": 0,
-            },
-        })  # fmt: skip
-
-    async def _tags(self, asked: _Asked, stream: Stream) -> bytes:
-        return _json([])
-
-    async def _webui(self, asked: _Asked, stream: Stream) -> bytes:
-        return _json({
-            "Label": "",
-            "MessageRelay": {"Enabled": self._release is not None, "SMTPServer": self._release_to},
-            "SpamAssassin": False,
-            "ChaosEnabled": True,
-            "DuplicatesIgnored": False,
-        })  # fmt: skip
-
-    async def _wait(self, asked: _Asked, stream: Stream) -> bytes:
-        count = asked.number("count", 1, 10**6)
-        seconds = asked.seconds("timeout", 10.0, _API_WAIT_SECONDS)
-        end = self._loop.clock.monotonic() + seconds
-        find = functools.partial(self._find, asked.search())
-        async with _Changes(self._loop, self._mailbox, stream) as changes:
-            while True:
-                found = await self._loop.work(find)
-                if len(found) >= count:
-                    return _json(self._listed(found, 0, _API_LIST_LIMIT))
-                if not await changes.next(end - self._loop.clock.monotonic()):
-                    break
-        came = f"{len(found)} of {plural(count, 'message')} came within {seconds:g} s"
-        error = f"{came}; {len(self._mailbox.all())} are there in all"
-        return _json({"Error": error, **self._listed(found, 0, _API_LIST_LIMIT)}, 408)
-
-    async def _events(self, asked: _Asked, stream: Stream) -> bytes:
-        """Send an event at once and after each change; WHATWG HTML, 9.2."""
-        if self._listening >= _API_LISTENERS:
-            raise HttpRefused(503, "too many pages are open here already")
-        self._listening += 1
-        try:
-            await self._tell_events(stream)
-        finally:
-            self._listening -= 1
-        return b""
-
-    async def _tell_events(self, stream: Stream) -> None:
-        stream.write(http_head(200, "text/event-stream", None, headers=_BASE_HEADERS))
-        stream.write(b"retry: 2000\n\n")
-        changed = True
-        async with _Changes(self._loop, self._mailbox, stream) as changes:
-            while True:
-                data = json.dumps({"total": len(self._mailbox.all())})
-                event = f"event: change\ndata: {data}\n\n" if changed else ": nothing new\n\n"
-                stream.write(event.encode())
-                with self._loop.deadline(_API_SEND_SECONDS):
-                    await stream.flush()
-                await self._loop.sleep(0.1)  # many changes at once are one event
-                changed = await changes.next(_API_ALIVE_SECONDS)
-
-    # --- faults ---
-
-    async def _show_chaos(self, asked: _Asked, stream: Stream) -> bytes:
-        rules = {rule["id"]: rule for rule in self._faults.describe()}
-        return _json({name: _trigger(rules.get(self._chaos.get(name, ""))) for name in _TRIGGERS})
-
-    async def _set_chaos(self, asked: _Asked, stream: Stream) -> bytes:
-        """Replace the rules of Mailpit's chaos; a trigger that is not named is off."""
-        given = asked.json()
-        wanted = {name: _parse_trigger(name, given.get(name)) for name in _TRIGGERS}
-        for id in self._chaos.values():
-            self._faults.remove_rule(id)
-        self._chaos.clear()
-        for name, (code, probability) in wanted.items():
-            if probability:
-                with _told_as_refused():
-                    fault = Fault(_TRIGGERS[name], reply=str(code), probability=probability)
-                    self._chaos[name] = self._faults.add(fault)
-        return await self._show_chaos(asked, stream)
-
-    async def _list_faults(self, asked: _Asked, stream: Stream) -> bytes:
-        return _json({"faults": self._faults.describe()})
-
-    async def _add_fault(self, asked: _Asked, stream: Stream) -> bytes:
-        rule = asked.json()
-        with _told_as_refused():
-            return _json({"id": self._faults.add_rule(rule)}, 201)
-
-    async def _delete_fault(self, asked: _Asked, stream: Stream) -> bytes:
-        if not self._faults.remove_rule(asked.values[0]):
-            raise HttpRefused(404, "there is no such rule; it may have been deleted")
-        return _OK
-
-    async def _delete_faults(self, asked: _Asked, stream: Stream) -> bytes:
-        self._faults.clear()
-        return _OK
-
-    # --- the page ---
-
-    async def _page(self, asked: _Asked, stream: Stream) -> bytes:
-        """The list, and beside it the message that the path names."""
-        id = asked.values[0] if asked.values else ""
-        captured = self._captured(id) if id else None
-        if captured is not None:
-            self._read.add(captured.id)
-        conditions = asked.search()
-        return await self._loop.work(lambda: self._made_page(asked, captured, conditions))
-
-    def _made_page(
-        self, asked: _Asked, captured: Captured | None, conditions: Sequence[_Condition]
-    ) -> bytes:
-        nonce = new_id()
-        found = self._find(conditions)
-        start = asked.number("start", 0, 10**9)
-        entries = [self._entry(each) for each in found[start : start + _PAGE_ENTRIES]]
-        query = asked.query.get("query", "")
-        more = start + _PAGE_ENTRIES if len(found) > start + _PAGE_ENTRIES else 0
-        current = captured.id if captured else ""
-        body = page_list(entries, query, current=current, smtp=self._smtp, more=more)
-        if captured is not None:
-            content = self._contents.get(captured)
-            entry = self._entry(captured)
-            can_release = self._release is not None
-            body += page_message(captured, content, entry, asked, can_release=can_release)
-        unread = f"({count}) " if (count := self._unread()) else ""
-        text = _PAGE.format(
-            nonce=nonce, style=_PAGE_STYLE, script=_PAGE_SCRIPT, title=f"{unread}chasquid inbox",
-            kind="reading" if captured else "listing", total=len(self._mailbox.all()),
-            query=html_text(query), body=body,
-        )  # fmt: skip
-        policy = (
-            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
-            "connect-src 'self'; frame-src 'self'; img-src 'self' data:; "
-            "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-        )
-        headers = (
-            ("Referrer-Policy", "same-origin"),
-            *_BASE_HEADERS[1:],
-        )  # or a form has no Origin
-        return http_response(200, _HTML, text, policy=policy, headers=headers)
-
-    async def _page_delete(self, asked: _Asked, stream: Stream) -> bytes:
-        """Delete a message, and go to the one after it; or delete all."""
-        everything = [captured.id for captured in reversed(self._mailbox.all())]
-        if not asked.values:
-            self._remove(everything)
-            return _redirect("/")
-        id = self._captured(asked.values[0]).id
-        place = everything.index(id) if id in everything else 0
-        rest = [other for other in everything if other != id]
-        self._remove([id])
-        return _redirect(f"/message/{rest[min(place, len(rest) - 1)]}" if rest else "/")
-
-    async def _page_release(self, asked: _Asked, stream: Stream) -> bytes:
-        captured = self._captured(asked.values[0])
-        to = [each.strip() for each in asked.form().get("to", "").split(",") if each.strip()]
-        if not to or not all(map(_is_address, to)):
-            raise HttpRefused(400, "expected addresses, with commas between them")
-        said = await self._release_to_others(captured, to)
-        return http_response(200, _TEXT, f"{said}\n", headers=_BASE_HEADERS)
-
-
 class _Asked(NamedTuple):
     """What a request asks for: what stands in its path, its parameters, its body."""
 
     values: tuple[str, ...]
     query: Mapping[str, str]
     body: bytes
+    stream: Stream
 
-    def number(self, name: str, default: int, most: int) -> int:
+    def number(self, name: str, default: float, most: float) -> float:
         text = self.query.get(name, str(default))
-        if not re.fullmatch(r"[0-9]{1,10}", text):
-            raise HttpRefused(400, f"{name} must be a number from 0 to {most}")
-        return min(int(text), most)
-
-    def seconds(self, name: str, default: float, most: float) -> float:
-        text = self.query.get(name, str(default))
-        if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text):
-            raise HttpRefused(400, f"{name} must be a number of seconds up to {most:g}")
+        if not re.fullmatch(r"[0-9]{1,10}(\.[0-9]{1,6})?", text):
+            raise HttpRefused(400, f"{name} must be a number from 0 to {most:.0f}")
         return min(float(text), most)
 
     def search(self) -> list[_Condition]:
@@ -24282,29 +23739,442 @@ def _parameters(query: str) -> dict[str, str]:
         return {}
 
 
-_OK = http_response(200, "text/plain", "ok", headers=_BASE_HEADERS)
+def _answer(
+    body: str | bytes, kind: str = _TEXT, status: int = 200, headers: Iterable[tuple[str, str]] = ()
+) -> bytes:
+    return http_response(status, kind, body, headers=(*headers, *_BASE_HEADERS))
 
 
 def _json(value: object, status: int = 200) -> bytes:
-    return http_response(status, _JSON, json.dumps(value) + "\n", headers=_BASE_HEADERS)
+    return _answer(json.dumps(value) + "\n", _JSON, status)
 
 
-def _refusal(refused: HttpRefused) -> bytes:
-    headers = (*_BASE_HEADERS, *refused.headers)
-    return http_response(refused.status, _TEXT, f"{refused}\n", headers=headers)
+_OK = _answer("ok", "text/plain")
 
 
-def _redirect(path: str) -> bytes:
-    return http_response(303, _TEXT, "", headers=(("Location", path), *_BASE_HEADERS))
+@contextlib.asynccontextmanager
+async def _changes(
+    loop: Loop, mailbox: Mailbox, stream: Stream
+) -> AsyncIterator[Callable[[float], Awaitable[bool]]]:
+    """Give what waits so many seconds for a change to the mailbox; it returns False for none.
 
+    It raises Disconnected once the client is gone.
+    """
+    something, gone = Event(loop), Event(loop)
 
-@contextlib.contextmanager
-def _told_as_refused() -> Iterator[None]:
-    """Have a mistake in a rule answered as one of the request. Raises HttpRefused."""
+    async def listen() -> None:
+        with contextlib.suppress(Disconnected):
+            await stream.read_some()  # nothing more is to come: what comes is the end
+        gone.set()
+        something.set()
+
+    async def changed(seconds: float) -> bool:
+        try:
+            with loop.deadline(seconds):
+                await something.wait()
+        except Expired:
+            return False
+        if gone.is_set:
+            raise Disconnected("the client is gone")
+        something.clear()
+        return True
+
+    listener = loop.spawn(listen(), "http client")
     try:
-        yield
-    except FaultError as error:
-        raise HttpRefused(400, str(error)) from error
+        with mailbox.watched(lambda: loop.post(something.set)):
+            yield changed
+    finally:
+        listener.cancel()
+        await loop.turn()  # let it stop listening before others listen
+
+
+class Inbox:
+    """Shows what a server captured over HTTP, one request a connection.
+
+    `release` sends a message on, to `release_to`, or is None if that is not possible. `smtp` is
+    where mail is to be sent, for people ("smtp://127.0.0.1:1025"). With a `login`, user and
+    password, whoever asks has to give them (RFC 7617).
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        log: Log,
+        mailbox: Mailbox,
+        faults: Script,
+        *,
+        release: Release | None = None,
+        release_to: str = "",
+        smtp: str = "",
+        login: tuple[str, str] | None = None,
+    ) -> None:
+        import weakref  # only here: what is known of a message goes with it
+
+        self.loop = loop
+        self.looked_at: weakref.WeakSet[Captured] = weakref.WeakSet()
+        self.read = functools.lru_cache(_KEPT_CONTENTS)(_read)
+        self._log = log
+        self._mailbox = mailbox
+        self._faults = faults
+        self._release = release
+        self._release_to = release_to
+        self._smtp = smtp
+        self._login = login
+        self._summaries: weakref.WeakKeyDictionary[Captured, _Summary]
+        self._summaries = weakref.WeakKeyDictionary()
+        self._listening = 0  # pages that are told of changes
+        self._began = loop.clock.monotonic()
+        self._chaos: dict[str, str] = {}  # the rules behind Mailpit's chaos, by its names
+
+    # --- a request ---
+
+    async def answer(self, stream: Stream) -> None:
+        """Read one request, answer it, and close."""
+        try:
+            with self.loop.deadline(HTTP_SECONDS):
+                request = await read_request(stream)
+            answer = await self._answer_to(request, stream)
+            answer = without_body(answer) if request.method == "HEAD" else answer
+            for start in range(0, len(answer), CHUNK):
+                with self.loop.deadline(_API_SEND_SECONDS):
+                    stream.write(answer[start : start + CHUNK])
+                    await stream.be_fair()
+            with self.loop.deadline(_API_SEND_SECONDS):
+                await stream.flush()
+        except Cancelled:
+            stream.close()
+            raise
+        except (Disconnected, Expired, LineTooLong, BareNewline, ValueError):
+            pass
+        finally:
+            await stream.finish()
+
+    async def _answer_to(self, request: HttpRequest, stream: Stream) -> bytes:
+        """Return what is answered, or what says why not. Raises Disconnected, Expired."""
+        try:
+            with self.loop.deadline(HTTP_SECONDS):
+                action, asked = await self._admit(request, stream)
+            return await action(self, asked)
+        except HttpRefused as error:
+            refused = error
+        except (Disconnected, Expired):
+            raise
+        except Exception as error:
+            self._log.crash("capture API", error)
+            text = "something went wrong here; the server's log says what"
+            refused = HttpRefused(500, text)
+        return _answer(f"{refused}\n", status=refused.status, headers=refused.headers)
+
+    async def _admit(self, request: HttpRequest, stream: Stream) -> tuple[_Action, _Asked]:
+        """Find who answers `request`. Raises HttpRefused."""
+        self._check_host(request.headers.get("host", ""))
+        method = "GET" if request.method == "HEAD" else request.method
+        action, values = _route(method, request.path)
+        if action is not Inbox._alive:
+            self._check_login(request.headers.get("authorization", ""))
+        if request.method == "HEAD" and action is Inbox._events:
+            raise HttpRefused(405, "it has no end, and so nothing to be looked at beforehand")
+        private = method != "GET" or request.path.startswith("/api/")
+        if private and is_from_a_foreign_page(request.headers):  # even the time tells it much
+            raise HttpRefused(403, "a web page from elsewhere may neither look nor change")
+        body = await read_body(stream, request, _API_BODY_LIMIT)
+        return action, _Asked(values, _parameters(request.query), body, stream)
+
+    def _check_host(self, host: str) -> None:
+        """Let through a name that no stranger's DNS could have given to our address.
+
+        A name without a dot, as containers have, is nobody's on the Internet. Raises HttpRefused.
+        """
+        if self._login is not None or is_our_name(host):  # a stranger's page has no password
+            return
+        with contextlib.suppress(ValueError):
+            if re.fullmatch(r"[a-z0-9_-]+", host_name(host)):
+                return
+        shown = printable(host, 100)
+        raise HttpRefused(421, f"this server has no name {shown!r}; ask localhost or an IP address")
+
+    def _check_login(self, authorization: str) -> None:
+        """Raises HttpRefused if a login is needed, and this is none."""
+        if self._login is None:
+            return
+        import hmac
+
+        scheme, _, given = authorization.partition(" ")
+        wanted = base64.b64encode(":".join(self._login).encode())
+        if scheme.lower() != "basic" or not hmac.compare_digest(given.strip().encode(), wanted):
+            challenge = ("WWW-Authenticate", 'Basic realm="chasquid", charset="UTF-8"')
+            raise HttpRefused(401, "a login is needed", challenge)
+
+    # --- messages ---
+
+    def summary(self, captured: Captured) -> _Summary:
+        """Return what lists know of a message."""
+        found = self._summaries.get(captured)
+        if found is None:
+            found = self._summaries[captured] = _summary(captured, self.read(captured))
+        return found
+
+    def seen(self, id: str) -> _Seen:
+        """Return a message by its id, or "latest". Raises HttpRefused."""
+        captured = self._mailbox.get(id)
+        if captured is None and id == "latest":
+            captured = next(reversed(self._mailbox.all()), None)
+        if captured is None:
+            raise HttpRefused(404, "there is no such message; it may have been deleted")
+        return _Seen(self, captured)
+
+    def _find(self, conditions: Sequence[_Condition] = ()) -> list[_Seen]:
+        """Return the messages that meet all conditions, the newest first."""
+        everything = [_Seen(self, captured) for captured in reversed(self._mailbox.all())]
+        return [seen for seen in everything if all(wanted(seen) for wanted in conditions)]
+
+    def _unread(self, found: Sequence[_Seen] | None = None) -> int:
+        return sum(1 for seen in (self._find() if found is None else found) if not seen.is_read)
+
+    def _listed(self, found: Sequence[_Seen], start: int, limit: int) -> dict[str, Any]:
+        return {
+            "total": len(self._mailbox.all()),
+            "unread": self._unread(),
+            "messages_count": len(found),
+            "messages_unread": self._unread(found),
+            "start": start,
+            "tags": [],
+            "messages": [seen.entry for seen in found[start : start + limit]],
+        }
+
+    def _list(self, asked: _Asked) -> bytes:
+        start = int(asked.number("start", 0, _MOST))
+        limit = int(asked.number("limit", 50, _API_LIST_LIMIT))
+        return _json(self._listed(self._find(asked.search()), start, limit))
+
+    def _remove(self, found: Iterable[_Seen]) -> None:
+        self._mailbox.remove(seen.captured.id for seen in found)
+        self.read.cache_clear()
+
+    def _named(self, asked: _Asked) -> list[_Seen]:
+        """Return the messages that a request names, or all; Mailpit's form. Raises HttpRefused."""
+        ids = set(asked.ids())
+        return [seen for seen in self._find() if not ids or seen.captured.id in ids]
+
+    def _delete(self, asked: _Asked) -> bytes:
+        self._remove(self._named(asked))
+        return _OK
+
+    def _delete_found(self, asked: _Asked) -> bytes:
+        conditions = asked.search()
+        if not conditions:
+            raise HttpRefused(400, "expected a query, of what is to be deleted")
+        self._remove(self._find(conditions))
+        return _OK
+
+    def _mark(self, asked: _Asked) -> bytes:
+        mark = self.looked_at.add if asked.json().get("Read", False) else self.looked_at.discard
+        for seen in self._named(asked):
+            mark(seen.captured)
+        return _OK
+
+    async def _release_message(self, asked: _Asked) -> bytes:
+        await self._send_on(asked, asked.json().get("To"))
+        return _OK
+
+    async def _page_release(self, asked: _Asked) -> bytes:
+        to = [each.strip() for each in asked.form().get("to", "").split(",") if each.strip()]
+        return _answer(f"{await self._send_on(asked, to)}\n")
+
+    async def _send_on(self, asked: _Asked, to: object) -> str:
+        """Send a message on to these addresses; return what became of it. Raises HttpRefused."""
+        captured = self.seen(asked.values[0]).captured
+        if not isinstance(to, list) or not to or not all(map(_is_address, to)):
+            raise HttpRefused(400, 'To: expected addresses, such as ["ana@example.com"]')
+        if self._release is None:
+            raise HttpRefused(400, "this server sends nothing on: it was started without --release")
+        try:
+            with self.loop.deadline(_API_RELEASE_SECONDS):
+                return await self._release(captured, to)
+        except Expired:
+            raise HttpRefused(504, "the other server did not answer in time") from None
+        except ChasquidError as error:
+            raise HttpRefused(502, str(error)) from error
+
+    def _send_message(self, asked: _Asked) -> bytes:
+        """Take in a message that is described in JSON, as if it had come by SMTP."""
+        now = self.loop.clock.time()
+        sender, to, raw = message_of_json(asked.json(), now)
+        captured = Captured(
+            new_id(), now, sender, rcpt_tos=to, raw=raw, peer="", port="api", hello="", tls="",
+            login="", smtputf8=not raw.isascii(), dialogue=Dialogue("api", "", now),
+        )  # fmt: skip
+        self._mailbox.add(captured)
+        return _json({"ID": captured.id})
+
+    # --- the server ---
+
+    async def _alive(self, asked: _Asked) -> bytes:
+        return _OK
+
+    def _info(self, asked: _Asked) -> bytes:
+        messages, deleted = self._mailbox.all(), self._mailbox.removed
+        size = sum(len(captured.raw) for captured in messages)
+        return _json({
+            "Version": f"chasquid {__version__}",
+            "LatestVersion": "",
+            "Database": "memory",
+            "DatabaseSize": size,
+            "Messages": len(messages),
+            "Unread": self._unread(),
+            "Tags": {},
+            "RuntimeStats": {
+                "Uptime": int(self.loop.clock.monotonic() - self._began),
+                "Memory": 0,
+                "MessagesDeleted": deleted,
+                "SMTPAccepted": len(messages) + deleted,
+                "SMTPAcceptedSize": size,
+                "SMTPRejected": 0,
+                "SMTPIgnored": 0,
+            },
+        })  # fmt: skip
+
+    def _webui(self, asked: _Asked) -> bytes:
+        return _json({
+            "Label": "",
+            "MessageRelay": {"Enabled": self._release is not None, "SMTPServer": self._release_to},
+            "SpamAssassin": False,
+            "ChaosEnabled": True,
+            "DuplicatesIgnored": False,
+        })  # fmt: skip
+
+    async def _wait(self, asked: _Asked) -> bytes:
+        count = int(asked.number("count", 1, _MOST))
+        seconds = asked.number("timeout", 10, _API_WAIT_SECONDS)
+        end = self.loop.clock.monotonic() + seconds
+        find = functools.partial(self._find, asked.search())
+        more = True
+        async with _changes(self.loop, self._mailbox, asked.stream) as changed:
+            while len(found := await self.loop.work(find)) < count and more:
+                more = await changed(end - self.loop.clock.monotonic())
+        listed = await self.loop.work(lambda: self._listed(found, 0, _API_LIST_LIMIT))
+        if len(found) >= count:
+            return _json(listed)
+        came = f"{len(found)} of {plural(count, 'message')} came within {seconds:g} s"
+        return _json({"Error": f"{came}; {listed['total']} are there in all", **listed}, 408)
+
+    async def _events(self, asked: _Asked) -> bytes:
+        """Send an event at once and after each change; WHATWG HTML, 9.2."""
+        if self._listening >= _API_LISTENERS:
+            raise HttpRefused(503, "too many pages are open here already")
+        self._listening += 1
+        try:
+            await self._tell_events(asked.stream)
+        finally:
+            self._listening -= 1
+        return b""
+
+    async def _tell_events(self, stream: Stream) -> None:
+        stream.write(http_head(200, "text/event-stream", None, headers=_BASE_HEADERS))
+        stream.write(b"retry: 2000\n\n")
+        is_new = True
+        async with _changes(self.loop, self._mailbox, stream) as changed:
+            while True:
+                data = json.dumps({"total": len(self._mailbox.all())})
+                event = f"event: change\ndata: {data}\n\n" if is_new else ": nothing new\n\n"
+                stream.write(event.encode())
+                with self.loop.deadline(_API_SEND_SECONDS):
+                    await stream.flush()
+                await self.loop.sleep(0.1)  # many changes at once are one event
+                is_new = await changed(_API_ALIVE_SECONDS)
+
+    # --- faults ---
+
+    def _show_chaos(self, asked: _Asked) -> bytes:
+        rules = {rule["id"]: rule for rule in self._faults.describe()}
+        off = {"reply": 451, "probability": 0}
+        found = {name: rules.get(self._chaos.get(name, ""), off) for name in _TRIGGERS}
+        return _json({
+            name: {"ErrorCode": int(rule["reply"]), "Probability": rule.get("probability", 100)}
+            for name, rule in found.items()
+        })  # fmt: skip
+
+    async def _set_chaos(self, asked: _Asked) -> bytes:
+        """Replace the rules of Mailpit's chaos; a trigger that is not named is off."""
+        given = asked.json()
+        wanted = {name: _parse_trigger(name, given.get(name)) for name in _TRIGGERS}
+        for id in self._chaos.values():
+            self._faults.remove_rule(id)
+        self._chaos.clear()
+        for name, (code, probability) in wanted.items():
+            if probability:
+                fault = {"stage": _TRIGGERS[name], "reply": code, "probability": probability}
+                self._chaos[name] = self._add_rule(fault)
+        return self._show_chaos(asked)
+
+    def _add_rule(self, rule: Mapping[str, Any]) -> str:
+        try:
+            return self._faults.add_rule(rule)
+        except FaultError as error:
+            raise HttpRefused(400, str(error)) from error
+
+    def _list_faults(self, asked: _Asked) -> bytes:
+        return _json({"faults": self._faults.describe()})
+
+    def _add_fault(self, asked: _Asked) -> bytes:
+        return _json({"id": self._add_rule(asked.json())}, 201)
+
+    def _delete_fault(self, asked: _Asked) -> bytes:
+        if not self._faults.remove_rule(asked.values[0]):
+            raise HttpRefused(404, "there is no such rule; it may have been deleted")
+        return _OK
+
+    def _delete_faults(self, asked: _Asked) -> bytes:
+        self._faults.clear()
+        return _OK
+
+    # --- the page ---
+
+    def _page(self, asked: _Asked) -> bytes:
+        """The list, and beside it the message that the path names."""
+        seen = self.seen(asked.values[0]) if asked.values else None
+        if seen is not None:
+            self.looked_at.add(seen.captured)
+        found, query = self._find(asked.search()), asked.query.get("query", "")
+        start = int(asked.number("start", 0, _MOST))
+        more = start + _PAGE_ENTRIES if len(found) > start + _PAGE_ENTRIES else 0
+        body = _page_list(
+            [each.entry for each in found[start : start + _PAGE_ENTRIES]], query,
+            current=seen.captured.id if seen else "", smtp=self._smtp, more=more,
+        )  # fmt: skip
+        if seen is not None:
+            body += _page_message(seen, asked, can_release=self._release is not None)
+        nonce, unread = new_id(), self._unread()
+        text = _PAGE.format(
+            nonce=nonce, style=_PAGE_STYLE, script=_PAGE_SCRIPT, query=html_text(query), body=body,
+            title=f"({unread}) chasquid inbox" if unread else "chasquid inbox",
+            kind="reading" if seen else "listing", total=len(self._mailbox.all()),
+        )  # fmt: skip
+        policy = (
+            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
+            "connect-src 'self'; frame-src 'self'; img-src 'self' data:; "
+            "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+        )
+        headers = {
+            **dict(_BASE_HEADERS),
+            "Referrer-Policy": "same-origin",
+        }  # or a form has no Origin
+        return http_response(200, _HTML, text, policy=policy, headers=headers.items())
+
+    def _page_delete(self, asked: _Asked) -> bytes:
+        """Delete a message, and go to the one after it; or delete all."""
+        gone, following = self._find(), "/"
+        if asked.values:
+            everything, gone = gone, [self.seen(asked.values[0])]
+            place = next((n for n, seen in enumerate(everything) if seen == gone[0]), 0)
+            rest = [seen.captured.id for seen in everything if seen != gone[0]]
+            following = f"/message/{rest[min(place, len(rest) - 1)]}" if rest else "/"
+        self._remove(gone)
+        return _answer("", status=303, headers=[("Location", following)])
+
+
+def _read(captured: Captured) -> ReadMessage:
+    return ReadMessage(captured.raw)
 
 
 def _is_address(value: object) -> bool:
@@ -24313,48 +24183,7 @@ def _is_address(value: object) -> bool:
     return all(split_address(value)) and len(value) <= 500
 
 
-def _date_of(content: ReadMessage, received: float) -> str:
-    """Return the time in the Date field, else that of the arrival."""
-    from email.utils import parsedate_to_datetime
-
-    try:
-        return iso_time(parsedate_to_datetime(content.header("date")).timestamp())
-    except (ValueError, TypeError, OverflowError, IndexError):
-        return iso_time(received)
-
-
-def _unsubscribing(content: ReadMessage) -> dict[str, Any]:
-    """Return what List-Unsubscribe says; RFC 2369 and RFC 8058."""
-    header = content.header("list-unsubscribe")
-    return {
-        "Header": header,
-        "Links": re.findall(r"<\s*((?:https?|mailto):[^<>\s]{1,2000})\s*>", header),
-        "Errors": "",
-        "HeaderPost": content.header("list-unsubscribe-post"),
-    }
-
-
-def _file_entry(part: Part) -> dict[str, Any]:
-    import hashlib
-
-    sums = {name: hashlib.new(name, part.data).hexdigest() for name in ("md5", "sha1", "sha256")}
-    return {
-        "PartID": str(part.number),
-        "FileName": part.title,
-        "ContentType": part.content_type,
-        "ContentID": part.content_id,
-        "Size": len(part.data),
-        "Checksums": {name.upper(): value for name, value in sums.items()},
-    }
-
-
 _TRIGGERS = {"Authentication": "AUTH", "Recipient": "RCPT", "Sender": "MAIL"}
-
-
-def _trigger(rule: Mapping[str, Any] | None) -> dict[str, int]:
-    if rule is None:
-        return {"ErrorCode": 451, "Probability": 0}
-    return {"ErrorCode": int(rule["reply"]), "Probability": rule.get("probability", 100)}
 
 
 def _parse_trigger(name: str, given: object) -> tuple[int, int]:
@@ -24405,28 +24234,106 @@ def message_of_json(described: Mapping[str, Any], now: float) -> tuple[str, list
         for file in described.get("Attachments") or []:
             kind = str(file.get("ContentType") or "application/octet-stream")
             maintype, _, subtype = kind.partition("/")
-            cid = f"<{file['ContentID']}>" if file.get("ContentID") else None
-            data = base64.b64decode(file["Content"], validate=True)
             message.add_attachment(
-                data, maintype=maintype, subtype=subtype,
-                filename=str(file.get("Filename") or "unnamed"), cid=cid,
+                base64.b64decode(file["Content"], validate=True), maintype=maintype,
+                subtype=subtype, filename=str(file.get("Filename") or "unnamed"),
+                cid=f"<{file['ContentID']}>" if file.get("ContentID") else None,
             )  # fmt: skip
-        raw = message.as_bytes()
+        recipients = [address for name in ("To", "Cc", "Bcc") for _, address in people(name)]
+        return sender["Email"], recipients, message.as_bytes()
     except HttpRefused:
         raise
     except Exception as error:
-        raise HttpRefused(
-            400, f"no message comes of it: {printable(reason(error), 200)}"
-        ) from error
-    everybody = (*people("To"), *people("Cc"), *people("Bcc"))
-    return sender["Email"], [address for _, address in everybody], raw
+        text = f"no message comes of it: {printable(reason(error), 200)}"
+        raise HttpRefused(400, text) from error
+
+
+# --- what programs are shown of a message ---
+
+
+def _details(seen: _Seen, asked: _Asked) -> bytes:
+    captured, content = seen.captured, seen.content
+    seen.inbox.looked_at.add(captured)
+    hidden = ("Created", "Snippet", "Read")
+    return _json({
+        **{name: value for name, value in seen.entry.items() if name not in hidden},
+        "Date": _date_of(content, captured.received),
+        "ReturnPath": captured.mail_from,
+        "ListUnsubscribe": _unsubscribing(content),
+        "Text": content.text,
+        "HTML": content.html,
+        "Attachments": [_file_entry(part) for part in content.attachments],
+        "Inline": [_file_entry(part) for part in content.inlines],
+        "Envelope": {"From": captured.mail_from, "To": list(captured.rcpt_tos)},
+        "Session": {"Peer": captured.peer, "Hello": captured.hello, "TLS": captured.tls},
+        "Links": content.links()[:_LINK_LIMIT],
+        "Code": code_in(content.shown_text) or "",
+    })  # fmt: skip
+
+
+def _date_of(content: ReadMessage, received: float) -> str:
+    """Return the time in the Date field, else that of the arrival."""
+    from email.utils import parsedate_to_datetime
+
+    try:
+        return iso_time(parsedate_to_datetime(content.header("date")).timestamp())
+    except (ValueError, TypeError, OverflowError, IndexError):
+        return iso_time(received)
+
+
+def _unsubscribing(content: ReadMessage) -> dict[str, Any]:
+    """Return what List-Unsubscribe says; RFC 2369 and RFC 8058."""
+    header = content.header("list-unsubscribe")
+    return {
+        "Header": header,
+        "Links": re.findall(r"<\s*((?:https?|mailto):[^<>\s]{1,2000})\s*>", header),
+        "Errors": "",
+        "HeaderPost": content.header("list-unsubscribe-post"),
+    }
+
+
+def _file_entry(part: Part) -> dict[str, Any]:
+    import hashlib
+
+    sums = {name: hashlib.new(name, part.data).hexdigest() for name in ("MD5", "SHA1", "SHA256")}
+    return {
+        "PartID": str(part.number),
+        "FileName": part.title,
+        "ContentType": part.content_type,
+        "ContentID": part.content_id,
+        "Size": len(part.data),
+        "Checksums": sums,
+    }
+
+
+def _headers(seen: _Seen, asked: _Asked) -> bytes:
+    headers: dict[str, list[str]] = {}
+    for name, value in seen.content.headers:
+        headers.setdefault(name, []).append(value)
+    return _json(headers)
+
+
+def _raw(seen: _Seen, asked: _Asked) -> bytes:
+    inline = asked.query.get("dl", "0") in ("", "0")
+    kind = _TEXT if inline else "message/rfc822"
+    return _file(kind, f"{seen.captured.id}.eml", seen.captured.raw)
+
+
+def _part_file(seen: _Seen, asked: _Asked) -> bytes:
+    parts, number = seen.content.parts, int(asked.values[1])
+    if not 1 <= number <= len(parts):
+        raise HttpRefused(404, f"the message has no part {number}")
+    part = parts[number - 1]
+    kind = part.content_type if part.content_type in _SAFE_KINDS else "application/octet-stream"
+    return _file(kind, part.title, part.data)
 
 
 def _file(kind: str, name: str, data: bytes) -> bytes:
     """Return a response that a browser stores under a name which is nothing but a name."""
     from urllib.parse import quote
 
-    name = re.split(r"[/\\]", name)[-1].replace('"', "'").replace("\n", " ").replace("\r", " ")
+    name = re.split(r"[/\\]", name)[-1].replace('"', "'")
+    name = re.sub(r"[\r\n]", " ", name)
     name = UNPRINTABLE.sub(" ", name).strip(" .")[:150] or "unnamed"
     plain = "".join(c if c.isascii() and c not in "%;" else "_" for c in name)
     how = "inline" if kind == _TEXT else "attachment"
@@ -24444,14 +24351,17 @@ _FRAME_HEAD = (
 )
 
 
-def _framed(content: ReadMessage, remote: bool) -> bytes:
+def _html(seen: _Seen, asked: _Asked) -> bytes:
     """Return the HTML of a mail as a document that can do nothing but be looked at.
 
     In the sandbox its origin is nobody's, and 'self' would stand for that: so the images
     that came with the mail are put into the page itself. `<base>` of ours is the first,
     so links open in a tab of their own.
     """
-    images = "data: http: https:" if remote else "data:"
+    content, left = seen.content, _INLINE_LIMIT
+    if not content.html:
+        raise HttpRefused(404, "the message has no HTML")
+    images = "data: http: https:" if asked.query.get("remote") == "1" else "data:"
     policy = (
         "sandbox allow-popups allow-popups-to-escape-sandbox; default-src 'none'; "
         f"style-src 'unsafe-inline'; img-src {images}; font-src data:; "
@@ -24459,7 +24369,6 @@ def _framed(content: ReadMessage, remote: bool) -> bytes:
     )
     html = _ACTING_TAGS.sub("<!", content.html)  # a comment, up to the next ">"
     by_id = {part.content_id: part for part in content.parts if part.content_id}
-    left = _INLINE_LIMIT
 
     def image(match: re.Match[str]) -> str:
         nonlocal left
@@ -24478,12 +24387,8 @@ def _framed(content: ReadMessage, remote: bool) -> bytes:
 
 # --- what the page says ---
 
-_PAGE_ENTRIES = 50  # of the list
-_VIEWS = {"html": "HTML", "text": "Text", "headers": "Headers", "source": "Source",
-          "files": "Attachments", "checks": "Checks", "dialogue": "Dialogue"}  # fmt: skip
 
-
-def page_list(
+def _page_list(
     entries: Sequence[Mapping[str, Any]], query: str, current: str, smtp: str, more: int
 ) -> str:
     """Return the list of messages as HTML; `more` is where the next part of it begins, or 0."""
@@ -24492,12 +24397,8 @@ def page_list(
     search = f"?{urlencode({'query': query})}" if query else ""
     rows = "".join(_page_row(entry, current, search) for entry in entries)
     if not entries:
-        text = (
-            "No message has these words."
-            if query
-            else f"Send some to <code>{html_text(smtp)}</code>."
-        )
-        rows = f"<li class=empty>{text}</li>"
+        send = f"Send some to <code>{html_text(smtp)}</code>."
+        rows = f"<li class=empty>{'No message has these words.' if query else send}</li>"
     link = urlencode({"query": query, "start": more})
     tail = f'<a class=button href="/?{html_text(link)}">Older</a>' if more else ""
     return f'<nav id=side aria-label="Messages"><ol id=list>{rows}</ol>{tail}</nav>'
@@ -24518,21 +24419,16 @@ def _page_row(entry: Mapping[str, Any], current: str, search: str) -> str:
     )
 
 
-def page_message(
-    captured: Captured, content: ReadMessage, entry: Mapping[str, Any], asked: _Asked,
-    can_release: bool,
-) -> str:  # fmt: skip
+def _page_message(seen: _Seen, asked: _Asked, can_release: bool) -> str:
     """Return a message as HTML, in the view that was asked for."""
-    path = f"/message/{captured.id}"
-    views = [view for view in _VIEWS if (view != "html" or content.html)
-             and (view != "files" or content.attachments or content.inlines)]  # fmt: skip
+    captured, content, entry = seen.captured, seen.content, seen.entry
+    path, count = f"/message/{captured.id}", len(content.attachments) + len(content.inlines)
+    views = [name for name in _VIEWS if {"html": content.html, "files": count}.get(name, True)]
     view = asked.query.get("view", "")
     view = view if view in views else ("html" if content.html else "text")
-    count = len(content.attachments) + len(content.inlines)
-    labels = {**_VIEWS, "files": f"{_VIEWS['files']} ({count})"}
     tabs = "".join(
         f'<a href="{path}?view={name}"{" aria-current=page" if name == view else ""}>'
-        f"{labels[name]}</a>"
+        f"{_VIEWS[name][0]}{f' ({count})' if name == 'files' else ''}</a>"
         for name in views
     )
     to = ", ".join(f"<{recipient}>" for recipient in captured.rcpt_tos)
@@ -24561,77 +24457,85 @@ def page_message(
         f"{release if can_release else ''}</div>"
         f"<h2>{html_text(entry['Subject'] or '(no subject)')}</h2><dl>{shown}</dl>"
         f'<nav id=tabs aria-label="Views">{tabs}</nav>'
-        f"<div id=panel>{_PANELS[view](captured, content, asked)}</div></article>"
+        f"<div id=panel>{_VIEWS[view][1](seen, asked)}</div></article>"
     )
 
 
-def _html_panel(captured: Captured, content: ReadMessage, asked: _Asked) -> str:
-    note, remote = "", asked.query.get("remote") == "1"
-    if _REMOTE.search(content.html):
-        load = f'<a id=remote href="/message/{captured.id}?view=html&amp;remote=1">Load images</a>'
+def _html_panel(seen: _Seen, asked: _Asked) -> str:
+    id, remote = seen.captured.id, asked.query.get("remote") == "1"
+    note, query = "", "?remote=1" if remote else ""
+    if _REMOTE.search(seen.content.html):
+        load = f'<a id=remote href="/message/{id}?view=html&amp;remote=1">Load images</a>'
         note = "Remote images are loaded." if remote else f"Remote content is blocked. {load}"
         note = f"<p class=note role=status>{note}</p>"
-    query = "?remote=1" if remote else ""
     return (
         f'{note}<iframe title="The message" referrerpolicy=no-referrer '
         f'sandbox="allow-popups allow-popups-to-escape-sandbox" '
-        f'src="/view/{captured.id}.html{query}"></iframe>'
+        f'src="/view/{id}.html{query}"></iframe>'
     )
 
 
-def _text_panel(captured: Captured, content: ReadMessage, asked: _Asked) -> str:
-    pieces = re.split(r"(https?://[^\s<>\"']+[^\s<>\"'.,;:!?)\]])", content.text)
-    text = "".join(
-        f'<a href="{piece}" target=_blank rel="noopener noreferrer">{piece}</a>'
-        if number % 2
-        else piece
-        for number, piece in enumerate(map(html_text, pieces))
-    )
-    return f"<pre>{text or 'This message has no text.'}</pre>"
+def _text_panel(seen: _Seen, asked: _Asked) -> str:
+    pieces = re.split(r"(https?://[^\s<>\"']+[^\s<>\"'.,;:!?)\]])", seen.content.text)
+    for number, piece in enumerate(map(html_text, pieces)):
+        link = f'<a href="{piece}" target=_blank rel="noopener noreferrer">{piece}</a>'
+        pieces[number] = link if number % 2 else piece
+    return f"<pre>{''.join(pieces) or 'This message has no text.'}</pre>"
 
 
-def _headers_panel(captured: Captured, content: ReadMessage, asked: _Asked) -> str:
+def _headers_panel(seen: _Seen, asked: _Asked) -> str:
     rows = "".join(
         f"<tr><th scope=row>{html_text(name)}</th><td>{html_text(value)}</td></tr>"
-        for name, value in content.headers
+        for name, value in seen.content.headers
     )
     return f"<table>{rows}</table>"
 
 
-def _source_panel(captured: Captured, content: ReadMessage, asked: _Asked) -> str:
-    cut = "\n… (Download has all of it)" if len(captured.raw) > _SOURCE_LIMIT else ""
-    return f"<pre>{html_text(captured.raw[:_SOURCE_LIMIT].decode('utf-8', 'replace'))}{cut}</pre>"
+def _source_panel(seen: _Seen, asked: _Asked) -> str:
+    raw = seen.captured.raw
+    cut = "\n… (Download has all of it)" if len(raw) > _SOURCE_LIMIT else ""
+    return f"<pre>{html_text(raw[:_SOURCE_LIMIT].decode('utf-8', 'replace'))}{cut}</pre>"
 
 
-def _files_panel(captured: Captured, content: ReadMessage, asked: _Asked) -> str:
+def _files_panel(seen: _Seen, asked: _Asked) -> str:
     rows = "".join(
-        f'<li><a href="/api/v1/message/{captured.id}/part/{part.number}" download>'
+        f'<li><a href="/api/v1/message/{seen.captured.id}/part/{part.number}" download>'
         f"{html_text(part.title)}</a> <span class=soft>{html_text(part.content_type)}, "
         f"{plural(len(part.data), 'octet')}</span></li>"
-        for part in (*content.attachments, *content.inlines)
+        for part in (*seen.content.attachments, *seen.content.inlines)
     )
     return f"<ul>{rows}</ul>"
 
 
-def _checks_panel(captured: Captured, content: ReadMessage, asked: _Asked) -> str:
-    warnings = html_warnings(content.html) if content.html else ["the message has no HTML"]
-    found = "".join(f"<li>{html_text(text)}</li>" for text in warnings or ["nothing to warn of"])
-    links = "".join(f"<li>{html_text(link)}</li>" for link in content.links()[:_LINK_LIMIT])
-    code = code_in(content.shown_text)
-    return (
-        f"<h3>HTML</h3><ul>{found}</ul><h3>Links</h3><ul>{links or '<li>none</li>'}</ul>"
-        f"<h3>Code</h3><p>{html_text(code or 'none')}</p>"
+def _checks_panel(seen: _Seen, asked: _Asked) -> str:
+    html = seen.content.html
+    warnings = (
+        html_warnings(html) or ["nothing to warn of"] if html else ["the message has no HTML"]
+    )
+    lists = {
+        "HTML": warnings,
+        "Links": seen.content.links()[:_LINK_LIMIT] or ["none"],
+        "Code": [code_in(seen.content.shown_text) or "none"],
+    }
+    return "".join(
+        f"<h3>{title}</h3><ul>{''.join(f'<li>{html_text(text)}</li>' for text in texts)}</ul>"
+        for title, texts in lists.items()
     )
 
 
-def _dialogue_panel(captured: Captured, content: ReadMessage, asked: _Asked) -> str:
-    return f"<pre>{html_text(captured.transcript or 'Nothing was kept.')}</pre>"
+def _dialogue_panel(seen: _Seen, asked: _Asked) -> str:
+    return f"<pre>{html_text(seen.captured.transcript or 'Nothing was kept.')}</pre>"
 
 
-_PANELS = {
-    "html": _html_panel, "text": _text_panel, "headers": _headers_panel, "source": _source_panel,
-    "files": _files_panel, "checks": _checks_panel, "dialogue": _dialogue_panel,
-}  # fmt: skip
+_VIEWS: dict[str, tuple[str, Callable[[_Seen, _Asked], str]]] = {
+    "html": ("HTML", _html_panel),
+    "text": ("Text", _text_panel),
+    "headers": ("Headers", _headers_panel),
+    "source": ("Source", _source_panel),
+    "files": ("Attachments", _files_panel),
+    "checks": ("Checks", _checks_panel),
+    "dialogue": ("Dialogue", _dialogue_panel),
+}
 
 _PAGE = """<!doctype html>
 <html lang=en><head><meta charset=utf-8>
@@ -24735,38 +24639,49 @@ events.addEventListener("change", event => {
 events.onerror = () => { $("state").textContent = "The server does not answer."; };
 """
 
-_Action = Callable[[Inbox, _Asked, Stream], Awaitable[bytes]]
+_Action = Callable[[Inbox, _Asked], Awaitable[bytes]]
 
+
+def _made(make: Callable[[Inbox, _Asked], bytes]) -> _Action:
+    """Have the answer made in a worker thread, since mail may be large."""
+    return lambda inbox, asked: inbox.loop.work(lambda: make(inbox, asked))
+
+
+def _shows(show: Callable[[_Seen, _Asked], bytes]) -> _Action:
+    """Have the message shown that the path names."""
+    return _made(lambda inbox, asked: show(inbox.seen(asked.values[0]), asked))
+
+
+_MESSAGE = r"/api/v1/message/(\w{1,40})"
 _ROUTES: tuple[tuple[str, dict[str, _Action]], ...] = (
-    (r"/", {"GET": Inbox._page}),
-    (r"/delete", {"POST": Inbox._page_delete}),
-    (r"/message/(\w{1,40})", {"GET": Inbox._page}),
-    (r"/message/(\w{1,40})/delete", {"POST": Inbox._page_delete}),
+    (r"/", {"GET": _made(Inbox._page)}),
+    (r"/delete", {"POST": _made(Inbox._page_delete)}),
+    (r"/message/(\w{1,40})", {"GET": _made(Inbox._page)}),
+    (r"/message/(\w{1,40})/delete", {"POST": _made(Inbox._page_delete)}),
     (r"/message/(\w{1,40})/release", {"POST": Inbox._page_release}),
-    (r"/view/(\w{1,40})\.html", {"GET": Inbox._html}),
-    (r"/view/(\w{1,40})\.txt", {"GET": Inbox._text}),
+    (r"/view/(\w{1,40})\.html", {"GET": _shows(_html)}),
+    (r"/view/(\w{1,40})\.txt", {"GET": _shows(lambda seen, _: _answer(seen.content.text))}),
     (r"/(?:livez|readyz|health)", {"GET": Inbox._alive}),
-    (r"/api/v1/messages", {"GET": Inbox._list, "DELETE": Inbox._delete, "PUT": Inbox._mark}),
-    (r"/api/v1/search", {"GET": Inbox._list, "DELETE": Inbox._delete_found}),
-    (r"/api/v1/message/(\w{1,40})", {"GET": Inbox._show}),
-    (r"/api/v1/message/(\w{1,40})/headers", {"GET": Inbox._headers}),
-    (r"/api/v1/message/(\w{1,40})/raw", {"GET": Inbox._raw}),
-    (r"/api/v1/message/(\w{1,40})/dialogue", {"GET": Inbox._dialogue}),
-    (r"/api/v1/message/(\w{1,40})/part/([0-9]{1,6})", {"GET": Inbox._part}),
-    (r"/api/v1/message/(\w{1,40})/release", {"POST": Inbox._release_message}),
-    (r"/api/v1/send", {"POST": Inbox._send_message}),
-    (r"/api/v1/chaos", {"GET": Inbox._show_chaos, "PUT": Inbox._set_chaos}),
-    (r"/api/v1/info", {"GET": Inbox._info}),
-    (r"/api/v1/tags", {"GET": Inbox._tags}),
-    (r"/api/v1/webui", {"GET": Inbox._webui}),
+    (r"/api/v1/messages", {"GET": _made(Inbox._list), "DELETE": _made(Inbox._delete),
+                           "PUT": _made(Inbox._mark)}),
+    (r"/api/v1/search", {"GET": _made(Inbox._list), "DELETE": _made(Inbox._delete_found)}),
+    (_MESSAGE, {"GET": _shows(_details)}),
+    (_MESSAGE + "/headers", {"GET": _shows(_headers)}),
+    (_MESSAGE + "/raw", {"GET": _shows(_raw)}),
+    (_MESSAGE + "/dialogue", {"GET": _shows(lambda seen, _: _answer(seen.captured.transcript))}),
+    (_MESSAGE + "/part/([0-9]{1,6})", {"GET": _shows(_part_file)}),
+    (_MESSAGE + "/release", {"POST": Inbox._release_message}),
+    (r"/api/v1/send", {"POST": _made(Inbox._send_message)}),
+    (r"/api/v1/chaos", {"GET": _made(Inbox._show_chaos), "PUT": Inbox._set_chaos}),
+    (r"/api/v1/info", {"GET": _made(Inbox._info)}),
+    (r"/api/v1/tags", {"GET": _made(lambda inbox, asked: _json([]))}),
+    (r"/api/v1/webui", {"GET": _made(Inbox._webui)}),
     (r"/api/v1/wait", {"GET": Inbox._wait}),
     (r"/api/v1/events", {"GET": Inbox._events}),
-    (
-        r"/api/v1/faults",
-        {"GET": Inbox._list_faults, "POST": Inbox._add_fault, "DELETE": Inbox._delete_faults},
-    ),
-    (r"/api/v1/faults/([\w.-]{1,40})", {"DELETE": Inbox._delete_fault}),
-)
+    (r"/api/v1/faults", {"GET": _made(Inbox._list_faults), "POST": _made(Inbox._add_fault),
+                         "DELETE": _made(Inbox._delete_faults)}),
+    (r"/api/v1/faults/([\w.-]{1,40})", {"DELETE": _made(Inbox._delete_fault)}),
+)  # fmt: skip
 
 
 def _route(method: str, path: str) -> tuple[_Action, tuple[str, ...]]:
@@ -24848,7 +24763,7 @@ _CAPTURE_MODULES = (
     "_strptime", "datetime", "dns.asyncresolver", "email.generator", "email.headerregistry",
     "email.message", "email.parser", "email.policy", "email.utils", "encodings.idna", "fnmatch",
     "hashlib", "hmac", "html", "idna", "idna.uts46data", "ipaddress", "precis_i18n.profile",
-    "shutil", "tempfile", "urllib.parse", "zoneinfo",
+    "shutil", "tempfile", "urllib.parse", "weakref", "zoneinfo",
 )  # fmt: skip
 
 
