@@ -21318,28 +21318,27 @@ class Fault(NamedTuple):
     raw: str = ""
 
 
-class Effect(NamedTuple):
-    """What is to happen now; `reply` is None if the command takes its course."""
+class Effect:
+    """What a rule has happen; `reply` is None if the command takes its course.
 
-    fault: Fault
-    reply: Reply | None
+    `seen` and `acted` count what it matched, and how often it has come to that.
+    """
 
+    __slots__ = ("_matches", "_recent", "acted", "fault", "reply", "seen")
 
-class _Rule:
-    __slots__ = ("_matches", "_recent", "acted", "effect", "seen")
-
-    def __init__(self, effect: Effect) -> None:
+    def __init__(self, fault: Fault, reply: Reply | None) -> None:
         import fnmatch  # only if there are rules
 
-        self.effect = effect
+        self.fault = fault
+        self.reply = reply
         self.seen = 0
         self.acted = 0
-        self._matches = re.compile(fnmatch.translate(effect.fault.address.lower())).match
+        self._matches = re.compile(fnmatch.translate(fault.address.lower())).match
         self._recent: list[float] = []  # of the last second, what was not too fast
 
     def applies(self, stage: str, addresses: Sequence[str], now: float) -> bool:
         """Count what matches; tell whether the rule acts on it."""
-        fault = self.effect.fault
+        fault = self.fault
         if fault.stage != stage:
             return False
         matching = (self._matches(address.lower()) for address in addresses)
@@ -21357,7 +21356,7 @@ class _Rule:
 
     def hides(self, later: Fault) -> bool:
         """Tell whether nothing that a later rule matches is ever left to it."""
-        fault = self.effect.fault
+        fault = self.fault
         if fault.stage != later.stage or fault.address not in ("*", later.address):
             return False
         always = not (fault.nth or fault.times or fault.per_second) and fault.probability == 100
@@ -21372,20 +21371,16 @@ class Script:
     """
 
     def __init__(
-        self,
-        clock: Clock,
-        stages: Sequence[str],
-        handshake: str,
-        magic: bool = True,
+        self, clock: Clock, stages: Sequence[str], handshake: str, magic: bool = True,
         random: Callable[[], float] = random_fraction,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.on_command: Callable[[str, str], str | None] | None = None
         self._random = random
         self._clock = clock
         self._stages = stages
         self._handshake = handshake
         self._magic = magic
-        self._rules: dict[str, _Rule] = {}
+        self._rules: dict[str, Effect] = {}
         self._number = itertools.count(1)
         self._lock = threading.Lock()
 
@@ -21393,7 +21388,7 @@ class Script:
         """Add a rule behind the others; return its id. Raises FaultError."""
         fault = _as_declared(fault)
         self._check(fault)
-        rule = _Rule(Effect(fault, _reply_of(fault)))
+        rule = Effect(fault, _reply_of(fault))
         with self._lock:
             hiding = [id for id, earlier in self._rules.items() if earlier.hides(fault)]
             if hiding:
@@ -21428,14 +21423,14 @@ class Script:
     def rewind(self) -> None:
         """Let all rules count from the beginning."""
         with self._lock:
-            self._rules = {id: _Rule(rule.effect) for id, rule in self._rules.items()}
+            self._rules = {id: Effect(rule.fault, rule.reply) for id, rule in self._rules.items()}
 
     def describe(self) -> list[dict[str, Any]]:
         """Return the rules as JSON has them: what differs from the defaults, and how often
         each has matched and acted."""
         with self._lock:
             return [
-                {"id": id, **_differences(rule.effect.fault),
+                {"id": id, **_differences(rule.fault),
                  "matched": rule.seen, "acted": rule.acted}
                 for id, rule in self._rules.items()
             ]  # fmt: skip
@@ -21447,11 +21442,10 @@ class Script:
             now = self._clock.monotonic()
             for rule in self._rules.values():
                 if rule.applies(stage, addresses, now) and found is None:
-                    chance = rule.effect.fault.probability
-                    if chance < 100 and self._random() * 100 >= chance:
-                        continue
-                    rule.acted += 1
-                    found = rule.effect
+                    chance = rule.fault.probability
+                    if chance == 100 or self._random() * 100 < chance:
+                        rule.acted += 1
+                        found = rule
         if found is None and self._magic and stage in ("RCPT", "message"):
             effects = (_magic_effect(stage, address) for address in addresses)
             found = next(filter(None, effects), None)
@@ -21665,10 +21659,7 @@ class FaultInjection:
     """
 
     def __init__(
-        self,
-        script: Script,
-        stream: FaultyStream,
-        tls_context_of: Callable[[str], ssl.SSLContext],
+        self, script: Script, stream: FaultyStream, tls_context_of: Callable[[str], ssl.SSLContext]
     ) -> None:
         self._script = script
         self._stream = stream
@@ -21719,7 +21710,7 @@ class FaultInjection:
 
     async def _inject(self, session: Session, stage: str, effect: Effect, act: Act) -> Reply | None:
         """Have it happen; return the reply if it has not been said. Raises Dropped."""
-        fault, scripted = effect
+        fault, scripted = effect.fault, effect.reply
         session.event(Events.FAULT, stage=fault.stage)
         if fault.delay:
             await session.loop.sleep(fault.delay)
@@ -22349,26 +22340,21 @@ class Captured:
     """A message as it came in: its envelope, its octets, and what was said."""
 
     def __init__(
-        self, id: str, received: float, mail_from: str, rcpt_tos: Sequence[str], raw: bytes, *,
-        peer: str, port: str, hello: str, tls: str, login: str, smtputf8: bool, dialogue: Dialogue,
+        self, received: float, client: ClientInfo, mail_from: str, rcpt_tos: Sequence[str], *,
+        raw: bytes, smtputf8: bool,
     ) -> None:  # fmt: skip
-        self.id = id
+        self.id = new_id()
         self.received = received  # seconds since 1970
+        self.client = client
         self.mail_from = mail_from  # as it was written, "" for <>
         self.rcpt_tos = tuple(rcpt_tos)  # as they were written
         self.raw = raw  # with CRLF, as it came
-        self.peer = peer
-        self.port = port
-        self.hello = hello
-        self.tls = tls  # version and cipher, "" without TLS
-        self.login = login  # "" if nobody logged in
         self.smtputf8 = smtputf8
-        self._dialogue = dialogue
 
     @property
     def transcript(self) -> str:
         """The session up to now: lines that begin with "C: " or "S: "."""
-        return "\n".join(list(self._dialogue.lines))
+        return "\n".join(list(self.client.dialogue.lines))
 
     @functools.cached_property
     def content(self) -> ReadMessage:
@@ -22383,9 +22369,10 @@ class Captured:
         kind, policy = _message_kind()
         message: Any = BytesParser(policy=policy).parsebytes(self.raw.replace(b"\r\n", b"\n"))
         message.__class__ = kind  # its parts are not captured themselves
-        message.captured, message.rcpt_tos = self, list(self.rcpt_tos)
-        for name in MessageDetails.__annotations__.keys() - {"captured", "rcpt_tos"}:
-            setattr(message, name, getattr(self, name))
+        message.captured, message.raw, message.smtputf8 = self, self.raw, self.smtputf8
+        message.mail_from, message.rcpt_tos = self.mail_from, list(self.rcpt_tos)
+        message.peer, message.hello = self.client.peer, self.client.hello
+        message.tls, message.login = self.client.tls, self.client.user
         return message  # type: ignore[no-any-return]
 
 
@@ -22685,17 +22672,14 @@ class _Arrived:
 
     def __init__(self) -> None:
         self.size = 0
-        self._pieces: list[bytes] = []
+        self.pieces: list[bytes] = []
 
     async def add(self, piece: bytes) -> None:
         self.size += len(piece)
-        self._pieces.append(piece)
+        self.pieces.append(piece)
 
     def discard(self) -> None:
-        self._pieces.clear()
-
-    def octets(self) -> bytes:
-        return b"".join(self._pieces)
+        self.pieces.clear()
 
 
 class _CaptureReceiver:
@@ -22706,26 +22690,19 @@ class _CaptureReceiver:
         self._server = server
         self._max_received = Config("", "localhost").max_received_headers
 
-    @property
-    def _settings(self) -> CaptureSettings:
-        return self._server.settings
-
     def extensions(self, client: ClientInfo) -> list[str]:
-        login = client.tls or self._settings.login_in_the_clear
+        login = client.tls or self._server.settings.login_in_the_clear
         return ["DSN", *(["REQUIRETLS"] if client.tls else []),
                 *(["AUTH PLAIN LOGIN"] if login else [])]  # fmt: skip
 
     async def authenticate(self, client: ClientInfo, login: str, password: bytes) -> Login:
-        users = self._settings.logins
-        try:
-            said = password.decode()
-        except UnicodeDecodeError:
-            return Login(None)
+        users = self._server.settings.logins
+        said = password.decode("utf-8", "surrogateescape")
         right = users(login, said) if callable(users) else users.get(login) == said
         return Login(login if right else None)
 
     async def check_sender(self, client: ClientInfo, path: Path) -> Spf:
-        if self._settings.tls_required and not client.tls:
+        if self._server.settings.tls_required and not client.tls:
             raise Refused(Reply(530, "5.7.0", "Must issue a STARTTLS command first"))
         client.check_login()
         return Spf("none")
@@ -22743,35 +22720,22 @@ class _CaptureReceiver:
     async def accept(self, client: ClientInfo, transaction: Transaction) -> Reply:
         content = transaction.incoming
         assert isinstance(content, _Arrived)
-        raw = content.octets()
+        raw = b"".join(content.pieces)
         header = header_block(raw)
         block = raw if header is None else header
-        if not self._settings.lenient:
+        if not self._server.settings.lenient:
             check_header(lambda: header_fields(block), self._max_received, not client.user)
         captured = Captured(
-            new_id(),
-            self._loop.clock.time(),
-            transaction.path.written,
-            rcpt_tos=transaction.recipients,
-            raw=raw,
-            peer=client.peer,
-            port=client.port.name,
-            hello=client.hello,
-            tls=client.tls,
-            login=client.user,
-            smtputf8=transaction.smtputf8,
-            dialogue=client.dialogue,
-        )
+            self._loop.clock.time(), client, transaction.path.written, transaction.recipients,
+            raw=raw, smtputf8=transaction.smtputf8,
+        )  # fmt: skip
         answer = self._server.ask_about(captured)
         if answer is not None and answer.is_error:
             raise Refused(answer)
         self._server.server_log.event(
-            Events.CAPTURED,
-            id=captured.id,
-            peer=client.peer,
-            port=client.port.name,
+            Events.CAPTURED, id=captured.id, peer=client.peer, port=client.port.name,
             from_=captured.mail_from,
-        )
+        )  # fmt: skip
         self._server.mailbox.add(captured)
         return answer or Reply(250, "2.0.0", f"OK: queued as {captured.id}")
 
@@ -23266,14 +23230,10 @@ class _CaptureRun:
             self.loop = Loop(Clock(), self._workers, server.server_log.crash)
             undo.callback(self.loop.close)
             self.context = ServerContext(
-                self.loop,
-                server.server_log,
-                Limits(self.loop.clock, Config("", settings.name)),
-                hostname=settings.name,
-                size_limit=settings.size_limit,
-                tls_context=tls_context,
+                self.loop, server.server_log, Limits(self.loop.clock, Config("", settings.name)),
+                hostname=settings.name, size_limit=settings.size_limit, tls_context=tls_context,
                 dialogue_lines=_TRANSCRIPT_LINES,
-            )
+            )  # fmt: skip
             self._receiver = _CaptureReceiver(self.loop, server)
             self._stopping = Event(self.loop)
             for listener in self._listeners:
@@ -23356,13 +23316,10 @@ class _CaptureRun:
             send_at_once(raw)
         stream = FaultyStream(self.loop, raw)
         session = Session(
-            self.context,
-            self._receiver,
-            stream,
-            port=self._server.settings.port,
+            self.context, self._receiver, stream, port=self._server.settings.port,
             peer=clean_peer(str(peer[0])) if peer else "local",
             hook=FaultInjection(self._server.script, stream, tls_context_of),
-        )
+        )  # fmt: skip
         self._sessions[session] = self.loop.spawn(self._hold(session), f"session {session.id}")
 
     async def _hold(self, session: Session) -> None:
@@ -23593,7 +23550,7 @@ def _summary(captured: Captured, content: ReadMessage) -> _Summary:
         "Size": len(captured.raw),
         "Attachments": len(content.attachments),
         "Snippet": printable(" ".join(content.shown_text[:2000].split()), _SNIPPET_LIMIT),
-        "Username": captured.login,
+        "Username": captured.client.user,
     }
     fields = {
         "from": [captured.mail_from, *sender],
@@ -23797,22 +23754,15 @@ class Inbox:
     """
 
     def __init__(
-        self,
-        loop: Loop,
-        log: Log,
-        mailbox: Mailbox,
-        faults: Script,
-        *,
-        release: Release | None = None,
-        release_to: str = "",
-        smtp: str = "",
+        self, loop: Loop, log: Log, mailbox: Mailbox, faults: Script, *,
+        release: Release | None = None, release_to: str = "", smtp: str = "",
         login: tuple[str, str] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         import weakref  # only here: what is known of a message goes with it
 
         self.loop = loop
         self.looked_at: weakref.WeakSet[Captured] = weakref.WeakSet()
-        self.read = functools.lru_cache(_KEPT_CONTENTS)(_read)
+        self.read = functools.lru_cache(_KEPT_CONTENTS)(lambda captured: ReadMessage(captured.raw))
         self._log = log
         self._mailbox = mailbox
         self._faults = faults
@@ -24000,10 +23950,11 @@ class Inbox:
         """Take in a message that is described in JSON, as if it had come by SMTP."""
         now = self.loop.clock.time()
         sender, to, raw = message_of_json(asked.json(), now)
-        captured = Captured(
-            new_id(), now, sender, rcpt_tos=to, raw=raw, peer="", port="api", hello="", tls="",
-            login="", smtputf8=not raw.isascii(), dialogue=Dialogue("api", "", now),
+        client = ClientInfo(
+            Dialogue("api", "", now), Port("api", False, False), "", "",
+            extended=False, user="", tls="",
         )  # fmt: skip
+        captured = Captured(now, client, sender, to, raw=raw, smtputf8=not raw.isascii())
         self._mailbox.add(captured)
         return _json({"ID": captured.id})
 
@@ -24135,18 +24086,14 @@ class Inbox:
         seen = self.seen(asked.values[0]) if asked.values else None
         if seen is not None:
             self.looked_at.add(seen.captured)
-        found, query = self._find(asked.search()), asked.query.get("query", "")
-        start = int(asked.number("start", 0, _MOST))
-        more = start + _PAGE_ENTRIES if len(found) > start + _PAGE_ENTRIES else 0
-        body = _page_list(
-            [each.entry for each in found[start : start + _PAGE_ENTRIES]], query,
-            current=seen.captured.id if seen else "", smtp=self._smtp, more=more,
-        )  # fmt: skip
+        current = seen.captured.id if seen else ""
+        body = _page_list(self._find(asked.search()), asked, current, self._smtp)
         if seen is not None:
             body += _page_message(seen, asked, can_release=self._release is not None)
         nonce, unread = new_id(), self._unread()
         text = _PAGE.format(
-            nonce=nonce, style=_PAGE_STYLE, script=_PAGE_SCRIPT, query=html_text(query), body=body,
+            nonce=nonce, style=_PAGE_STYLE, script=_PAGE_SCRIPT, body=body,
+            query=html_text(asked.query.get("query", "")),
             title=f"({unread}) chasquid inbox" if unread else "chasquid inbox",
             kind="reading" if seen else "listing", total=len(self._mailbox.all()),
         )  # fmt: skip
@@ -24171,10 +24118,6 @@ class Inbox:
             following = f"/message/{rest[min(place, len(rest) - 1)]}" if rest else "/"
         self._remove(gone)
         return _answer("", status=303, headers=[("Location", following)])
-
-
-def _read(captured: Captured) -> ReadMessage:
-    return ReadMessage(captured.raw)
 
 
 def _is_address(value: object) -> bool:
@@ -24253,6 +24196,7 @@ def message_of_json(described: Mapping[str, Any], now: float) -> tuple[str, list
 
 def _details(seen: _Seen, asked: _Asked) -> bytes:
     captured, content = seen.captured, seen.content
+    client = captured.client
     seen.inbox.looked_at.add(captured)
     hidden = ("Created", "Snippet", "Read")
     return _json({
@@ -24265,7 +24209,7 @@ def _details(seen: _Seen, asked: _Asked) -> bytes:
         "Attachments": [_file_entry(part) for part in content.attachments],
         "Inline": [_file_entry(part) for part in content.inlines],
         "Envelope": {"From": captured.mail_from, "To": list(captured.rcpt_tos)},
-        "Session": {"Peer": captured.peer, "Hello": captured.hello, "TLS": captured.tls},
+        "Session": {"Peer": client.peer, "Hello": client.hello, "TLS": client.tls},
         "Links": content.links()[:_LINK_LIMIT],
         "Code": code_in(content.shown_text) or "",
     })  # fmt: skip
@@ -24388,19 +24332,19 @@ def _html(seen: _Seen, asked: _Asked) -> bytes:
 # --- what the page says ---
 
 
-def _page_list(
-    entries: Sequence[Mapping[str, Any]], query: str, current: str, smtp: str, more: int
-) -> str:
-    """Return the list of messages as HTML; `more` is where the next part of it begins, or 0."""
+def _page_list(found: Sequence[_Seen], asked: _Asked, current: str, smtp: str) -> str:
+    """Return the list of messages as HTML, or the part of it that was asked for."""
     from urllib.parse import urlencode
 
+    query, start = asked.query.get("query", ""), int(asked.number("start", 0, _MOST))
     search = f"?{urlencode({'query': query})}" if query else ""
-    rows = "".join(_page_row(entry, current, search) for entry in entries)
-    if not entries:
+    end = start + _PAGE_ENTRIES
+    rows = "".join(_page_row(seen.entry, current, search) for seen in found[start:end])
+    if not rows:
         send = f"Send some to <code>{html_text(smtp)}</code>."
         rows = f"<li class=empty>{'No message has these words.' if query else send}</li>"
-    link = urlencode({"query": query, "start": more})
-    tail = f'<a class=button href="/?{html_text(link)}">Older</a>' if more else ""
+    link = html_text(urlencode({"query": query, "start": end}))
+    tail = f'<a class=button href="/?{link}">Older</a>' if len(found) > end else ""
     return f'<nav id=side aria-label="Messages"><ol id=list>{rows}</ol>{tail}</nav>'
 
 
@@ -24432,14 +24376,14 @@ def _page_message(seen: _Seen, asked: _Asked, can_release: bool) -> str:
         for name in views
     )
     to = ", ".join(f"<{recipient}>" for recipient in captured.rcpt_tos)
-    how = captured.tls.split(" ")[0] or "without TLS"
-    who = f" as {captured.login}" if captured.login else ""
+    how = captured.client.tls.split(" ")[0] or "without TLS"
+    who = f" as {captured.client.user}" if captured.client.user else ""
     facts = {
         "From": content.header("from"),
         "To": content.header("to"),
         "Cc": content.header("cc"),
         "Envelope": f"<{captured.mail_from}> → {to}",
-        "Received": f"{entry['Created']} from {captured.peer or 'the API'} {how}{who}, "
+        "Received": f"{entry['Created']} from {captured.client.peer or 'the API'} {how}{who}, "
         f"{entry['Size']} octets",
     }
     shown = "".join(
