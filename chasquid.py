@@ -14,7 +14,9 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     CONFIG         the key/value text format, Config, domain directories
     LOG            events and metrics: each is declared here once
     LOOP           tasks on one selector, timers, worker threads, child processes
-    STORAGE        durable writes, directories that are synced
+    STORAGE        files and directories that are synced, one at a time
+    JOURNAL        many files by one sync; what a crash has left, replayed
+    DISK           durable writes on the loop, in batches
     STREAM         buffered sockets, TLS, deadlines
     DNS            look-ups on the loop, with a cache
     USERS          the users file, passwords
@@ -2331,15 +2333,11 @@ class Programs:
 # ======================================================================================
 # ROOM: STORAGE
 #
-# Every write that must outlive a power cut goes through this room. A file counts as
-# written when its data is synced and then the directory that names it; before that,
-# nobody is told that it exists.
+# Files that must outlive a power cut, one at a time: a file counts as written when its data is
+# synced and then the directory that names it; before that, nobody is told that it exists.
 #
-# The functions block, and are for commands and worker threads. `Disk` is for the loop.
-# What comes at the same time is one batch: all files are written and synced, all are renamed,
-# each directory is synced once, and what is done with is removed. So the device is asked
-# less often, and the loop and the threads change places less often, which costs more than
-# most system calls.
+# These functions block, and are for commands, worker threads and the rooms above; what comes
+# on the loop goes through DISK.
 # ======================================================================================
 
 CHUNK = 64 * 1024  # octets read or written at a time
@@ -2536,188 +2534,853 @@ class FreeSpace:
         return self._enough
 
 
-_DISK_THREADS = 8  # at most
-_QUICK_SYNC = 0.005  # seconds; a device that is no slower is served best by one thread
+# ======================================================================================
+# ROOM: JOURNAL
+#
+# One sync for many files. What is to be durable is first written, together with all that comes
+# at the same time, as one record into a file whose place on the disk is fixed; after one
+# sync of that, the files are made in their places and left to the system to write out.
+# Every few seconds all is synced at once, and the records are dropped.
+#
+#     step                             on the disk then          a power cut here leaves
+#     -------------------------------  ------------------------  ----------------------------
+#     a record is written, and synced  the record                all that it says, by replay;
+#                                                                nobody was answered yet
+#     the files are made, not synced;  the record, perhaps the   the same
+#     then those who wait are told     files, perhaps in part
+#     the file systems are synced      record and files          files that are right already
+#     the segment is dropped           the files                 nothing to replay
+#
+# - There are two segments below data_dir/journal, filled with zeros when they are made and
+#   overwritten in place, as a file that grows costs a second flush. While what one vouches
+#   for is synced and dropped, the other is written.
+# - A record holds epoch, length and CRC. What a segment held before has an older epoch, so the
+#   first record that does not fit ends it: that was torn, and nobody was answered.
+# - Replay makes each file as the records say, in their order, unless it is there with these
+#   octets: in new, or wherever in cur a mail reader or an attempt has moved it. The octets are
+#   compared, since after a cut a file can have its size and hold zeros.
+# - It is replayed after each end but an orderly one. (To trust in the files as long as the
+#   machine runs would lose mail if a disk was pulled out and came back.) So mail that somebody
+#   took away in the last seconds may come back, and a message may come twice; none is lost.
+# - A removal is in the journal before the file is removed, but nobody waits for its sync.
+# - A sync that has failed is not asked again: the next one would say that all is well of what is
+#   lost. The journal ends there, all that it vouches for is written anew, file by file,
+#   and until that has succeeded nothing more is taken.
+# - Only file systems of Linux that sync as a whole, and report what failed, are covered.
+#
+# The room knows of directories called new, cur and tmp, and nothing of queues and mail.
+# ======================================================================================
+
+SEGMENT_SIZE = 4 * 1024 * 1024  # octets; a multiple of CHUNK
+_SEGMENT_NAMES = ("0", "1")
+JOURNAL_DIRECTORY = "journal"  # below data_dir
+_RECORD_HEAD = 24  # octets: magic 8, epoch 8, length 4, CRC-32 4
+_MAGIC = b"journal\x01"
+_SYNC_WHOLE = {"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs"}
 
 
-class _Commit:
-    """A file on its way to its name: to be written, synced, renamed, its directory synced.
+class Change:
+    """Something that is to be durable: a file that is made, grows or goes.
 
-    `fd` is where `data` goes, -1 for a file that is to be made as `temporary`. `name` is
-    what it is called now, if anything. `safe` is set when all is done; `error` says why it
-    will not be.
+    `error` says why it was not done.
     """
 
-    __slots__ = ("data", "error", "fd", "name", "path", "safe", "temporary")
+    __slots__ = ("data", "error", "path")
 
-    def __init__(self, fd: int, data: bytes, temporary: str, path: str) -> None:
-        self.fd = fd
+    def __init__(self, path: str, data: bytes = b"") -> None:
+        self.path = path  # as it is called in the end
         self.data = data
-        self.temporary = temporary
-        self.path = path
-        self.name = temporary if fd >= 0 else ""
-        self.safe = False
         self.error: BaseException | None = None
 
-    def write(self) -> None:
-        """Write and sync. Raises OSError."""
-        if self.fd >= 0:
-            write_all(self.fd, self.data)
-            os.fsync(self.fd)
-        else:
-            create_synced(self.temporary, [self.data])
-            self.name = self.temporary
+    def entry(self) -> tuple[Any, ...]:
+        """Return what the journal says: kind, path as it is called at first, path, offset."""
+        raise NotImplementedError
 
-    def rename(self) -> None:
-        """Raises OSError."""
-        os.rename(self.temporary, self.path)
-        self.name = self.path
+    def make(self, synced: bool) -> None:
+        """Do it; sync the data too if that is asked for, and no directory. Raises OSError."""
+        raise NotImplementedError
+
+    def undo(self) -> None:
+        """Take back what could not be made durable."""
+
+    def attempt(self, synced: bool) -> None:
+        """As `make`, but note what fails."""
+        try:
+            if self.error is None:
+                self.make(synced)
+        except BaseException as error:
+            self.error = error
+
+
+class Creation(Change):
+    """A file that comes into being, by way of the name `temporary`."""
+
+    __slots__ = ("temporary",)
+
+    def __init__(self, temporary: str, data: bytes, path: str) -> None:
+        super().__init__(path, data)
+        self.temporary = temporary
+
+    def entry(self) -> tuple[Any, ...]:
+        """As `Change.entry`."""
+        return ("make", self.path, self.path, 0)
+
+    def make(self, synced: bool) -> None:
+        """As `Change.make`; neither name is left if that fails."""
+        fd = os.open(self.temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            write_all(fd, self.data)
+            if synced:
+                os.fsync(fd)
+            os.rename(self.temporary, self.path)
+        except BaseException:
+            discard_names(self.temporary)
+            raise
+        finally:
+            close_written(fd)
+
+    def undo(self) -> None:
+        """Remove the file."""
+        discard_names(self.path)
+
+
+class Growth(Change):
+    """A file that grows, and is called `path` from then on; `due` becomes its time."""
+
+    __slots__ = ("due", "offset", "source")
+
+    def __init__(self, source: str, data: bytes, path: str, due: float | None) -> None:
+        super().__init__(path, data)
+        self.source = source
+        self.due = due  # in seconds since 1970
+        self.offset = -1
+
+    def entry(self) -> tuple[Any, ...]:
+        """As `Change.entry`."""
+        return ("grow", self.source, self.path, self.offset)
+
+    def make(self, synced: bool) -> None:
+        """As `Change.make`."""
+        fd = os.open(self.source, os.O_WRONLY | os.O_APPEND)
+        try:
+            write_all(fd, self.data)
+            if synced:
+                os.fsync(fd)
+        finally:
+            close_written(fd)
+        if self.source != self.path:
+            os.rename(self.source, self.path)
+        if self.due is not None:
+            with contextlib.suppress(OSError):  # it is a hint
+                os.utime(self.path, (self.due, self.due))
+
+
+class Removal(Change):
+    """A file that goes, if it is there."""
+
+    __slots__ = ()
+
+    def entry(self) -> tuple[Any, ...]:
+        """As `Change.entry`."""
+        return ("remove", self.path, self.path, 0)
+
+    def make(self, synced: bool) -> None:
+        """As `Change.make`."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+
+
+def make_durably(changes: Sequence[Change]) -> None:
+    """Make changes durable file by file, removals apart and last; what fails is noted in each."""
+    directories: dict[str, list[Change]] = {}
+    for change in changes:
+        if not isinstance(change, Removal):
+            change.attempt(synced=True)
+        if isinstance(change, Creation) and change.error is None:
+            directories.setdefault(os.path.dirname(change.path), []).append(change)
+    for directory, made in directories.items():
+        try:
+            sync_directory(directory)
+        except BaseException as error:
+            for change in made:
+                change.error = error
+                change.undo()
+    for change in changes:
+        if isinstance(change, Removal):
+            change.attempt(synced=False)
+
+
+class _FileSystems:
+    """File systems that can be synced as a whole.
+
+    Of each a descriptor is held that is older than what is written: it hears of what fails.
+    """
+
+    def __init__(self) -> None:
+        self._syncfs = _load_syncfs()
+        self._fds: dict[int, int] = {}  # by device; -1: it cannot
+
+    def find(self, directory: str) -> int:
+        """Return the descriptor for what is in `directory`, or -1. Raises OSError."""
+        device = os.stat(directory).st_dev
+        if device not in self._fds:
+            can = self._syncfs is not None and _file_system_type(directory) in _SYNC_WHOLE
+            self._fds[device] = os.open(directory, os.O_RDONLY | os.O_DIRECTORY) if can else -1
+        return self._fds[device]
+
+    def sync(self, fd: int) -> None:
+        """Make all that is on a file system durable. Raises OSError."""
+        assert self._syncfs is not None
+        self._syncfs(fd)
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            if fd >= 0:
+                close_written(fd)
+
+
+def _load_syncfs() -> Callable[[int], None] | None:
+    """Return syncfs(2), which the module os does not have, if it reports failures."""
+    release = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    if sys.platform != "linux" or release is None:
+        return None
+    if (int(release[1]), int(release[2])) < (5, 8):
+        return None
+    import ctypes
+
+    call = ctypes.CDLL(None, use_errno=True).syncfs
+
+    def syncfs(fd: int) -> None:
+        if call(fd) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+
+    return syncfs
+
+
+def _file_system_type(path: str) -> str:
+    """Return the type of the file system that `path` is on, as proc_pid_mountinfo(5) tells."""
+    path, best, kind = os.path.join(os.path.realpath(path), ""), "", ""
+    for line in os.fsdecode(read_file("/proc/self/mountinfo", missing=b"")).splitlines():
+        left, _, right = line.partition(" - ")
+        point = left.split(" ")[4]
+        point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), point)
+        if path.startswith(os.path.join(point, "")) and len(point) >= len(best):
+            best, kind = point, right.partition(" ")[0]
+    return kind
+
+
+class _Entry(NamedTuple):
+    """What a record says of a file; `source` and `path` are its names before and after."""
+
+    kind: str
+    source: str
+    path: str
+    offset: int
+    data: bytes
+
+
+class Segment:
+    """A file of the journal, and which file systems hold what its records vouch for."""
+
+    def __init__(self, path: str) -> None:
+        head = read_file(path)[:_RECORD_HEAD]
+        if head[:7] == _MAGIC[:7] and head[:8] != _MAGIC:
+            text = "it is of a newer chasquid, which must be started first to take up what it holds"
+            raise ConfigError(path, 0, text)
+        self.epoch = int.from_bytes(head[8:16], "big") if head.startswith(_MAGIC) else 0
+        self.size = os.path.getsize(path)
+        self.offset = 0
+        self.file_systems: set[int] = set()
+        self._fd = os.open(path, os.O_RDWR)
+
+    def begin(self, epoch: int) -> None:
+        """Take records of a new epoch, from its beginning on."""
+        self.epoch, self.offset = epoch, 0
+        self.file_systems = set()
+
+    def append(self, entries: Sequence[tuple[tuple[Any, ...], bytes]], synced: bool) -> bool:
+        """Write a record; False if it has no room. Raises OSError.
+
+        Each entry is kind, names and offset, and the data.
+        """
+        table = [[*entry, len(data)] for entry, data in entries]
+        data = b"".join([json.dumps(table).encode(), b"\n", *(data for _, data in entries)])
+        if self.offset + _RECORD_HEAD + len(data) > self.size:
+            return False
+        record = _record_head(self.epoch, data) + data
+        if os.pwrite(self._fd, record, self.offset) != len(record):
+            raise OSError(errno.EIO, "the record was not written to its end")
+        if synced:
+            os.fdatasync(self._fd)
+        self.offset += len(record)
+        return True
+
+    def entries(self) -> Iterator[_Entry]:
+        """Yield what the records say, up to the first that is none. Raises OSError."""
+        offset = 0
+        while True:
+            head = os.pread(self._fd, _RECORD_HEAD, offset)
+            data = os.pread(self._fd, int.from_bytes(head[16:20], "big"), offset + len(head))
+            if not data or head != _record_head(self.epoch, data):
+                return
+            table, _, rest = data.partition(b"\n")
+            begin = 0
+            for kind, source, path, place, length in json.loads(table):
+                yield _Entry(kind, source, path, offset=place, data=rest[begin : begin + length])
+                begin += length
+            offset += len(head) + len(data)
+
+    def drop(self) -> None:
+        """Forget the records, durably. Raises OSError."""
+        os.pwrite(self._fd, _record_head(self.epoch, b""), 0)
+        os.fdatasync(self._fd)
+        self.offset = 0
+
+    def close(self) -> None:
+        """Close the file."""
+        close_written(self._fd)
+
+
+def _record_head(epoch: int, data: bytes) -> bytes:
+    start = _MAGIC + epoch.to_bytes(8, "big") + len(data).to_bytes(4, "big")
+    return start + binascii.crc32(data, binascii.crc32(start)).to_bytes(4, "big")
+
+
+class _FileState:
+    """What the records of the journal make of one file."""
+
+    __slots__ = ("base", "grown", "path", "removed")
+
+    def __init__(self) -> None:
+        self.path = ""
+        self.removed = False
+        self.base: bytes | None = None  # its octets when it was made, if the journal has them
+        self.grown: list[tuple[int, bytes]] = []  # offset, and what was written there
+
+    def add(self, entry: _Entry) -> None:
+        self.path = entry.path
+        self.removed = entry.kind == "remove"
+        if entry.kind == "make":
+            self.base, self.grown = entry.data, []
+        elif entry.kind == "grow":
+            self.grown.append((entry.offset, entry.data))
+
+    def find(self) -> str | None:
+        """Return what the file is called now: in new or cur, or with flags of a mail reader."""
+        above, name = os.path.split(self.path)
+        top = os.path.dirname(above)
+        for path in (self.path, os.path.join(top, "cur", name), os.path.join(top, "new", name)):
+            if os.path.exists(path):
+                return path
+        with contextlib.suppress(FileNotFoundError), os.scandir(os.path.join(top, "cur")) as there:
+            return next((entry.path for entry in there if entry.name.startswith(f"{name}:")), None)
+        return None
+
+    def restore(self, found: str | None, trusted: bool) -> bool:
+        """Make the file what it must be, durably; tell whether it had to be written.
+
+        If it is there with the right octets it is left alone, if what a file seems to hold is
+        `trusted`. If not, a sync has failed while we run, and what is gone was taken away.
+        Raises OSError.
+        """
+        if self.removed:
+            if found is not None:
+                os.unlink(found)
+            return False
+        if found is None and (self.base is None or not trusted):
+            return False  # it was removed; or a cut has taken the record of that
+        has_base = found is not None and self._has(found, 0, self.base or b"")
+        if found is None or not has_base or not trusted or not self._has_grown(found):
+            self._write(found or self.path, has_base)
+            return True
+        return False
+
+    def _has_grown(self, path: str) -> bool:
+        return all(self._has(path, offset, data) for offset, data in self.grown)
+
+    @staticmethod
+    def _has(path: str, offset: int, data: bytes) -> bool:
+        with open(path, "rb", buffering=0) as file:
+            return os.pread(file.fileno(), len(data), offset) == data
+
+    def _write(self, path: str, has_base: bool) -> None:
+        top = os.path.dirname(os.path.dirname(path))
+        temporary = os.path.join(top, "tmp", new_id())
+        for directory in (os.path.dirname(temporary), os.path.dirname(path)):
+            make_directory(directory)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            if has_base:
+                with open(path, "rb", buffering=0) as file:
+                    while chunk := file.read(CHUNK):
+                        write_all(fd, chunk)
+            else:
+                write_all(fd, self.base or b"")
+            for offset, data in self.grown:
+                os.lseek(fd, offset, os.SEEK_SET)
+                write_all(fd, data)
+            if os.geteuid() == 0:
+                os.fchown(fd, *owner_above(path))
+            os.fsync(fd)
+            move_synced(temporary, path)
+        except BaseException:
+            discard_names(temporary)
+            raise
+        finally:
+            close_written(fd)
+
+
+def _file_states(segments: Iterable[Segment]) -> dict[str, _FileState]:
+    """Return what the records make of each file, by its name without new or cur. Raises OSError."""
+    states: dict[str, _FileState] = {}
+    for segment in sorted(segments, key=lambda segment: segment.epoch):
+        for entry in segment.entries():
+            above, name = os.path.split(entry.path)
+            key = os.path.join(os.path.dirname(above), name)
+            states.setdefault(key, _FileState()).add(entry)
+    return states
+
+
+def replay_journal(directory: str) -> int:
+    """Make durable what the journal in `directory` vouches for, after a crash or a power cut.
+
+    Returns how many files were written anew. Raises ConfigError, after which nothing is lost.
+    """
+    paths = [os.path.join(directory, name) for name in _SEGMENT_NAMES]
+    segments = []
+    try:
+        segments = [Segment(path) for path in paths if os.path.exists(path)]
+        states = _file_states(segments)
+        written = 0
+        for state in states.values():
+            written += state.restore(state.find(), trusted=True)
+        _sync_all({os.path.dirname(state.find() or state.path) for state in states.values()})
+        for segment in segments:
+            segment.drop()
+    except OSError as error:
+        text = f"what it holds cannot be written to its place; mend that: {reason(error)}"
+        raise ConfigError(directory, 0, text) from error
+    finally:
+        for segment in segments:
+            segment.close()
+    return written
+
+
+def _sync_all(directories: Iterable[str]) -> None:
+    """Make all files in `directories` durable. Raises OSError."""
+    file_systems, whole = _FileSystems(), set()
+    try:
+        for directory in filter(os.path.isdir, directories):
+            fd = file_systems.find(directory)
+            if fd >= 0:
+                whole.add(fd)
+                continue
+            for entry in list(os.scandir(directory)):
+                if entry.is_file():
+                    with open(entry.path, "rb") as file:
+                        os.fsync(file.fileno())
+            sync_directory(directory)
+        for fd in whole:
+            file_systems.sync(fd)
+    finally:
+        file_systems.close()
+
+
+class Journal:
+    """The two segments of a running server. All of it blocks; one thread at a time may commit,
+    and another settle.
+
+    Raises OSError if there can be no journal in `directory`, ConfigError if there is one that
+    was not replayed.
+    """
+
+    def __init__(self, directory: str, segment_size: int) -> None:
+        self.failure: OSError | None = None  # nothing may be committed any more
+        make_directory(directory)
+        self.directory = directory
+        self.segment_size = segment_size
+        self._file_systems = _FileSystems()
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._file_systems.close)
+            if self._file_systems.find(directory) < 0:
+                raise OSError(errno.ENOTSUP, "the file system cannot be synced as a whole")
+            segments = []
+            for name in _SEGMENT_NAMES:
+                segments.append(_open_segment(os.path.join(directory, name), segment_size))
+                undo.callback(segments[-1].close)
+            self._resources = undo.pop_all()
+        self._active, self._other = segments
+        self._epoch = max(self._active.epoch, self._other.epoch, time.time_ns())
+        self._active.begin(self._epoch)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is vouched for since `switch`."""
+        return self._active.offset == 0
+
+    def commit(self, changes: Sequence[Change]) -> bool:
+        """Make changes, durable by one sync. False if that must wait for `switch`.
+
+        What fails is noted in each change; in all that is asked for after a sync has failed.
+        """
+        covered, others = self._divide(changes)
+        if sum(len(change.data) for change in covered) > self.segment_size // 2:
+            covered, others = [], [*covered, *others]
+        entries = [(change.entry(), change.data) for change in covered]
+        waits = any(not isinstance(change, Removal) for change in covered)
+        try:
+            if self.failure is not None:
+                raise self.failure
+            if entries and not self._active.append(entries, synced=waits):
+                return False
+        except OSError as error:
+            self.failure = error
+            for change in covered:
+                change.error = error
+        for change in covered:
+            change.attempt(synced=False)
+        self._take_back([change for change in covered if change.error is not None])
+        make_durably(others)
+        return True
+
+    def _divide(self, changes: Sequence[Change]) -> tuple[list[Change], list[Change]]:
+        """Return the changes that the journal covers, and those it does not."""
+        covered: list[Change] = []
+        others: list[Change] = []
+        ends: dict[str, int] = {}
+        for change in changes:
+            if change.error is not None:
+                continue
+            try:
+                fd = self._file_systems.find(os.path.dirname(change.path))
+                if isinstance(change, Growth):
+                    change.offset = ends.get(change.source) or os.stat(change.source).st_size
+                    ends[change.source] = change.offset + len(change.data)
+            except OSError as error:
+                change.error = error
+                continue
+            (covered if fd >= 0 else others).append(change)
+            if fd >= 0:
+                self._active.file_systems.add(fd)
+        return covered, others
+
+    def _take_back(self, failed: Sequence[Change]) -> None:
+        """Have no replay make or remove what somebody was told is not made, or not removed."""
+        kinds = {Creation: "remove", Removal: "keep"}
+        entries = [
+            ((kinds[type(change)], change.path, change.path, 0), b"")
+            for change in failed
+            if type(change) in kinds
+        ]
+        if entries and self.failure is None:
+            try:
+                self._active.append(entries, synced=False)  # without room, it may come twice
+            except OSError as error:
+                self.failure = error
+
+    def switch(self) -> Segment:
+        """Go on with the other segment, which is settled; return this one, to be settled."""
+        self._epoch += 1
+        self._other.begin(self._epoch)
+        self._active, self._other = self._other, self._active
+        return self._other
+
+    def settle(self, segment: Segment) -> None:
+        """Sync all that `segment` vouches for, and drop it. Raises OSError: the journal ends."""
+        try:
+            for fd in segment.file_systems:
+                self._file_systems.sync(fd)
+            segment.drop()
+        except OSError as error:
+            self.failure = error
+            raise
+
+    def end(self) -> None:
+        """Write anew all that a failed journal vouches for, and remove it. Raises OSError."""
+        states = _file_states([self._active, self._other])
+        for state in states.values():
+            state.restore(state.find(), trusted=False)
+        for name in _SEGMENT_NAMES:
+            remove_durably(os.path.join(self.directory, name))
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._resources.close()
+
+
+def _open_segment(path: str, size: int) -> Segment:
+    """Open a segment, made if it is missing or of another size. Raises OSError, ConfigError."""
+    if not os.path.exists(path) or os.path.getsize(path) != size:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        try:
+            create_synced(path, itertools.repeat(bytes(CHUNK), size // CHUNK))
+            sync_directory(os.path.dirname(path))
+        except OSError:
+            discard_names(path)
+            raise
+    segment = Segment(path)
+    if next(segment.entries(), None) is not None:
+        segment.close()
+        raise ConfigError(path, 0, "it was not replayed")
+    return segment
+
+
+# ======================================================================================
+# ROOM: DISK
+#
+# Durable writes, as tasks on the loop ask for them: when a call returns, what it asked for
+# survives a power cut. What comes at the same time is one batch, which one worker thread
+# makes durable: by the journal, or, where there is none, file by file. What is asked for while a
+# batch is under way goes into the next one: a sync that has begun may have missed it.
+#
+# - On a slow device a batch waits a little for those who were in the last one: each has just been
+#   answered, and is likely to come again.
+# - What is larger than the journal is for is written by a thread of its own, so that nobody else
+#   waits for it.
+# - If the journal has failed, all is refused until what it vouched for is safe.
+# ======================================================================================
+
+_BATCH_OCTETS = SEGMENT_SIZE // 8  # about what a batch may hold
+_SLOW_BATCH = 0.003  # seconds; from which on it pays to wait for others
+_LONGEST_WAIT = 0.02
+_SETTLE_SECONDS = 5.0  # after which what the journal vouches for is synced
+_RECOVERY_PAUSES = (1.0, 60.0)  # between attempts to save what it vouched for; it doubles
 
 
 class _Batch:
-    """What is done together, by worker threads, and who waits for it."""
+    """What is made durable together, and who waits for it."""
 
     def __init__(self, loop: Loop) -> None:
-        self.commits: list[_Commit] = []
-        self.removals: dict[str, OSError | None] = {}
+        self.changes: list[Change] = []
+        self.octets = 0
         self.done = Event(loop)
-        self.failure: OSError | None = None  # if the batch was not even begun
-        self._unwritten: list[_Commit] = []
-
-    def add(self, commit: _Commit) -> None:
-        self.commits.append(commit)
-        self._unwritten.append(commit)
-
-    def write(self) -> None:
-        """Write and sync the files that are left; several threads may do so at a time."""
-        while True:
-            try:
-                commit = self._unwritten.pop()
-            except IndexError:
-                return
-            try:
-                commit.write()
-            except BaseException as error:
-                commit.error = error
-
-    def finish(self) -> None:
-        """Write what is left, rename, sync each directory once, and remove."""
-        self.write()
-        directories: dict[str, list[_Commit]] = {}
-        for commit in self.commits:
-            try:
-                if commit.error is None:
-                    commit.rename()
-                    directories.setdefault(os.path.dirname(commit.path), []).append(commit)
-            except BaseException as error:
-                commit.error = error
-        for directory, commits in directories.items():
-            self._finish_directory(directory, commits)
-        for path in self.removals:
-            try:
-                os.unlink(path)
-            except OSError as error:
-                self.removals[path] = error
-
-    @staticmethod
-    def _finish_directory(directory: str, commits: list[_Commit]) -> None:
-        error: BaseException | None = None
-        try:
-            sync_directory(directory)
-        except BaseException as failure:
-            error = failure
-        for commit in commits:
-            commit.safe, commit.error = error is None, error
 
 
 class Disk:
-    """Durable writes on the loop. All of it raises OSError.
+    """Durable writes on the loop. All of it raises OSError."""
 
-    What is asked for while a batch is under way goes into the next one: a sync that has
-    begun may have missed what was just written.
-
-    A file system joins what several threads sync at the same time, which pays on a slow
-    device; on a quick one the threads would lose more by waiting for the interpreter. So
-    their number follows the time that a batch takes. The queue and the Maildirs have a
-    `Disk` each, so that what comes in and what is delivered do not wait for one another.
-    """
-
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: Loop, log: Log | None = None) -> None:
         self._loop = loop
-        self._next: _Batch | None = None
-        self._busy = False
-        self._usual = 0.0  # seconds that one file takes, averaged over the last batches
+        self._log = log
+        self._journal: Journal | None = None
+        self._batches: collections.deque[_Batch] = collections.deque()
+        self._worker: Task | None = None
+        self._usual = 0.0  # seconds that a batch takes, averaged over the last ones
+        self._last = 0  # changes in the last batch
+        self._settling: Task | None = None
+        self._timer: Task | None = None
+        self._recovery: Task | None = None
+        self._using = Slots(loop, 1)  # the journal
+        self._moving = Slots(loop, 1)  # a sync that fails must not hide what others have renamed
+
+    async def open_journal(self, directory: str, segment_size: int = SEGMENT_SIZE) -> None:
+        """Use a journal in `directory` from now on, if there can be one.
+
+        What is in it must have been replayed.
+        """
+        try:
+            self._journal = await self._loop.work(lambda: Journal(directory, segment_size))
+        except (ChasquidError, OSError) as error:
+            self._tell(f"each file is synced for itself, as there is no journal: {reason(error)}")
+
+    async def close(self) -> None:
+        """Wait for what is under way, and leave nothing to be replayed."""
+        while self._worker is not None:
+            await ended(self._worker)
+        for task in (self._timer, self._recovery):
+            if task is not None:
+                task.cancel()
+                await ended(task)
+        await self._settled()
+        journal, self._journal = self._journal, None
+        if journal is not None and journal.failure is None:
+            if not journal.is_empty:
+                self._settle(journal)
+                await self._settled()
+            journal.close()
 
     async def create(self, temporary: str, data: bytes, path: str) -> None:
-        """Make a file with `data` durable under the name `path`, by way of `temporary`.
+        """Make a file with `data` under the name `path`, by way of `temporary`.
 
         Neither name is left if that fails.
         """
-        await self._commit(_Commit(-1, data, temporary, path))
+        await self._do(Creation(temporary, data, path))
 
-    async def commit(self, fd: int, data: bytes, temporary: str, path: str) -> None:
-        """Write `data` to the end of the file behind `fd`, then as `create`."""
-        await self._commit(_Commit(fd, data, temporary, path))
+    async def append(self, source: str, data: bytes, path: str, due: float | None = None) -> None:
+        """Append to a file, which is called `path` then; its time of modification becomes `due`.
 
-    async def _commit(self, commit: _Commit) -> None:
-        batch = self._batch()
-        batch.add(commit)
-        await self._end_of(batch)
-        if not commit.safe:
-            discard_names(commit.name)
-            error = commit.error or batch.failure
-            if isinstance(error, OSError):
-                raise error
-            raise OSError(errno.EIO, f"the file was not written: {error}") from error
+        That is in seconds since 1970, and not durable.
+        """
+        await self._do(Growth(source, data, path, due))
 
     async def remove(self, path: str) -> None:
         """Remove a file, if it is there; that this is durable is not promised."""
-        batch = self._batch()
-        batch.removals[path] = None
-        await self._end_of(batch)
-        error = batch.removals[path] or batch.failure
-        if error is not None and not isinstance(error, FileNotFoundError):
-            raise error
+        await self._do(Removal(path))
 
-    def _batch(self) -> _Batch:
-        """Return the batch that begins next."""
-        if self._next is None:
-            self._next = _Batch(self._loop)
-            if not self._busy:
-                self._busy = True
-                self._loop.spawn(self._work(), "disk")
-        return self._next
+    async def commit(self, fd: int, data: bytes, temporary: str, path: str) -> None:
+        """Write `data` to the end of the file behind `fd`, then as `create`."""
 
-    async def _end_of(self, batch: _Batch) -> None:
+        def write() -> None:
+            write_all(fd, data)
+            os.fsync(fd)
+
+        try:
+            await self._loop.work(write)
+        except BaseException:
+            discard_names(temporary)
+            raise
+        await self.move(temporary, path)
+
+    async def move(self, source: str, path: str) -> None:
+        """Give a file that is synced another name; neither is left if that fails."""
+
+        def move() -> None:
+            try:
+                move_synced(source, path)
+            except BaseException:
+                discard_names(source, path)
+                raise
+
+        async with self._moving:
+            await self._loop.work(move)
+
+    # --- batches ---
+
+    async def _do(self, change: Change) -> None:
+        batch = self._batch(change)
         task = self._loop.current
         task.shielded = True  # the job cannot be taken back
         try:
             await batch.done.wait()
         finally:
             task.shielded = False
+        error = change.error
+        if isinstance(error, OSError):
+            raise error
+        if error is not None:
+            text = f"{change.path} was not written: {error}"
+            raise OSError(errno.EIO, text) from error
+
+    def _batch(self, change: Change) -> _Batch:
+        """Put a change into the batch that begins next, or a later one."""
+        last = self._batches[-1] if self._batches else None
+        if last is None or last.octets + len(change.data) > _BATCH_OCTETS:
+            self._batches.append(_Batch(self._loop))
+        batch = self._batches[-1]
+        batch.changes.append(change)
+        batch.octets += len(change.data)
+        if self._worker is None:
+            self._worker = self._loop.spawn(self._work(), "disk")
+        return batch
 
     async def _work(self) -> None:
         try:
-            while (batch := self._next) is not None:
-                self._next = None
-                await self._do(batch)
+            while self._batches:
+                await self._gather(self._batches[0])
+                await self._make(self._batches.popleft())
+                self._settle_in_time()
         finally:
-            self._busy = False
+            self._worker = None
 
-    async def _do(self, batch: _Batch) -> None:
-        count = max(1, len(batch.commits))
-        threads = min(count, _DISK_THREADS, 1 + int(self._usual / _QUICK_SYNC))
+    async def _gather(self, batch: _Batch) -> None:
+        """Let those join who were in the last batch, if the device is slow."""
+        pays = self._journal is not None and self._usual > _SLOW_BATCH
+        if pays and len(batch.changes) < self._last:
+            await self._loop.sleep(min(self._usual / 3, _LONGEST_WAIT))
+
+    async def _make(self, batch: _Batch) -> None:
         start = self._loop.clock.monotonic()
         try:
-            if threads > 1:
-                await self._loop.work_together(batch.write, threads)
-            await self._loop.work(batch.finish)
+            async with self._using:
+                await self._make_durable(batch.changes)
         except ChasquidError as error:  # there is no thread
-            batch.failure = OSError(errno.EAGAIN, f"the disk was not reached: {error}")
+            for change in batch.changes:
+                change.error = OSError(errno.EAGAIN, f"the disk was not reached: {error}")
         finally:
             batch.done.set()
-        seconds = (self._loop.clock.monotonic() - start) * threads / count
-        self._usual += (seconds - self._usual) / 8
+        self._last = len(batch.changes)
+        self._usual += (self._loop.clock.monotonic() - start - self._usual) / 8
+
+    async def _make_durable(self, changes: Sequence[Change]) -> None:
+        journal = self._journal
+        if journal is None:
+            await self._loop.work(lambda: make_durably(changes))
+            return
+        while not await self._loop.work(lambda: journal.commit(changes)):
+            await self._settled()
+            if journal.failure is None:
+                self._settle(journal)
+        if journal.failure is not None:
+            self._recover_soon(journal)
+
+    # --- what the journal vouches for ---
+
+    def _settle_in_time(self) -> None:
+        """Have what the journal vouches for synced soon, if that is not yet arranged."""
+        journal = self._journal
+        if journal is not None and self._timer is None and not journal.is_empty:
+            self._timer = self._loop.spawn(self._settle_later(journal), "journal")
+
+    async def _settle_later(self, journal: Journal) -> None:
+        try:
+            await self._loop.sleep(_SETTLE_SECONDS)
+            await self._settled()
+            async with self._using:
+                if journal.failure is None and not journal.is_empty and self._settling is None:
+                    self._settle(journal)
+        finally:
+            self._timer = None
+
+    def _settle(self, journal: Journal) -> None:
+        """Go on with the other segment, while all that this one vouches for is synced."""
+        segment = journal.switch()
+
+        async def settle() -> None:
+            try:
+                await self._loop.work(lambda: journal.settle(segment))
+            except (ChasquidError, OSError) as error:
+                journal.failure = OSError(errno.EIO, reason(error))
+                self._recover_soon(journal)
+            finally:
+                self._settling = None
+
+        self._settling = self._loop.spawn(settle(), "journal settles")
+
+    async def _settled(self) -> None:
+        """Wait until nothing is being synced."""
+        if self._settling is not None:
+            await ended(self._settling)
+
+    def _recover_soon(self, journal: Journal) -> None:
+        if self._recovery is None:
+            self._recovery = self._loop.spawn(self._recover(journal), "journal recovers")
+
+    async def _recover(self, journal: Journal) -> None:
+        """Save all that a failed journal vouches for, then begin a new one."""
+        failure: Exception | None = journal.failure
+        pause, longest = _RECOVERY_PAUSES
+        async with self._using:
+            while failure is not None:
+                text = "the disk has failed, and no mail is taken until all of the last seconds"
+                self._tell(f"{text} is written anew: {reason(failure)}")
+                await self._settled()
+                try:
+                    await self._loop.work(journal.end)
+                    failure = None
+                except (ChasquidError, OSError) as error:
+                    failure = error
+                    await self._loop.sleep(pause)
+                    pause = min(2 * pause, longest)
+            self._journal = None
+            await self.open_journal(journal.directory, journal.segment_size)
+        self._recovery = None
+
+    def _tell(self, text: str) -> None:
+        if self._log is not None:
+            self._log.error("disk", text)
 
 
 # ======================================================================================
@@ -8103,9 +8766,9 @@ class MaildirCourier:
             await self._disk.create(temporary, data, path)
         else:
             content = itertools.chain([head], with_lf(delivery.message.chunks()))
-            path = await self._loop.work(
-                lambda: create_durably(temporary, content, lambda size: f"{new},S={size}")
-            )
+            await self._loop.work(lambda: create_synced(temporary, content))
+            path = f"{new},S={os.path.getsize(temporary)}"
+            await self._disk.move(temporary, path)
         return path
 
 
@@ -10631,7 +11294,7 @@ class Queue:
     async def _write_progress(self, item: Item) -> None:
         path, line = item.message.path, item.journal_line(self._loop.clock.time())
         try:
-            await self._loop.work(lambda: append_synced(path, line))
+            await self._disk.append(path, line, path)
         except OSError as error:
             self._log.error("queue", f"{item.id} cannot be written: {reason(error)}")
 
@@ -10784,15 +11447,7 @@ class Queue:
     async def _write_down(self, item: Item) -> None:
         path, line = item.message.path, item.journal_line(self._loop.clock.time())
         target = os.path.join(self._settings.directory, Place.CUR, os.path.basename(path))
-
-        def write() -> None:
-            append_synced(path, line)
-            if path != target:
-                os.rename(path, target)  # need not be synced: the journal is in the file
-            with contextlib.suppress(OSError):  # it is a hint
-                os.utime(target, (item.next_attempt, item.next_attempt))
-
-        await self._loop.work(write)
+        await self._disk.append(path, line, target, item.next_attempt)
         item.message = item.message._replace(path=target, data=None)
 
     def _sender_for(self, item: Item, recipient: Recipient) -> str:
@@ -15050,8 +15705,10 @@ class Daemon:
         account: Account | None = None,
         deliver: bool = True,
         examine: Callable[[], Sequence[Finding]] | None = None,
+        segment_size: int = SEGMENT_SIZE,
     ) -> None:
         self.config = config
+        self._segment_size = segment_size
         self._connect = connect
         self._account = account
         self._deliver = deliver
@@ -15118,6 +15775,7 @@ class Daemon:
         hooks = Hooks(programs, self.log, config.config_dir)
         self._dovecot = self._ask_dovecot()
         self._hooks = hooks
+        self._disk = Disk(loop, self.log)
         self._lookups = ExternalLookups(
             hooks.alias_destinations, self._dovecot.exists if self._dovecot else None
         )
@@ -15132,7 +15790,7 @@ class Daemon:
         )
         self.queue = Queue(
             loop,
-            Disk(loop),
+            self._disk,
             log=self.log,
             settings=self._queue_settings(),
             couriers=couriers,
@@ -15319,7 +15977,7 @@ class Daemon:
             )
         return MaildirCourier(
             self.loop,
-            Disk(self.loop),
+            self._disk,
             config.maildir,
             data_dir=config.data_dir,
             hostname=config.hostname,
@@ -15481,6 +16139,10 @@ class Daemon:
 
     async def _main(self, on_ready: Callable[[], object]) -> None:
         self._sts.load()
+        journal = os.path.join(self.config.data_dir, JOURNAL_DIRECTORY)
+        if written := replay_journal(journal):
+            text = f"after a crash {plural(written, 'file')} of mail had to be written anew"
+            self.log.warning("disk", text)
         if self._deliver:
             self.queue.recover()
         else:
@@ -15506,6 +16168,7 @@ class Daemon:
             self.log.event(Events.LISTENING, port=port.name, address=f"[{host}]:{number}")
         await self.loop.work(self._load_libraries)
         self._loaded.set()
+        await self._disk.open_journal(journal, self._segment_size)
         tasks.append(self.loop.spawn(self._key_watch.run(), "records of DKIM keys"))
         if self._acme is not None:
             tasks.append(self.loop.spawn(self._acme.run(), "ACME"))
@@ -15521,6 +16184,7 @@ class Daemon:
         self._control.close()
         self._programs.close()
         await self._wind_up()
+        await self._disk.close()
         self.log.event(Events.STOPPED)
 
     def _load_libraries(self) -> None:
@@ -26087,6 +26751,7 @@ def _change(
         lock = DataDirectory(config.data_dir)
         lock.take()  # so that no server starts meanwhile
         try:
+            replay_journal(os.path.join(config.data_dir, JOURNAL_DIRECTORY))
             offline()
         except OSError as error:
             raise ChasquidError(f"data_dir cannot be written: {reason(error)}") from error

@@ -295,7 +295,9 @@ class Server:
     `Daemon` takes go there, all others into chasquid.conf.
     """
 
-    _FOR_DAEMON = frozenset(("clock", "ask", "spawn", "random", "remote", "on_result", "examine"))
+    _FOR_DAEMON = frozenset(
+        ("clock", "ask", "spawn", "random", "remote", "on_result", "examine", "segment_size")
+    )
 
     def __init__(
         self,
@@ -321,6 +323,7 @@ class Server:
         }
         self._daemon_keywords = {k: v for k, v in keywords.items() if k in self._FOR_DAEMON}
         self._daemon_keywords.setdefault("ask", Zone({}).ask)
+        self._daemon_keywords.setdefault("segment_size", 128 * 1024)  # which is made sooner
         settings |= {k: v for k, v in keywords.items() if k not in self._FOR_DAEMON}
         for domain, names in users.items():
             self.write(f"domains/{domain}/users", users_file(names))
