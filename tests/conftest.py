@@ -4,21 +4,23 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from support import CommandLine, Server  # it imports the module
 
-# A busy machine is no reason to fail.
-hypothesis.settings.register_profile("chasquid", deadline=None, print_blob=True)
-hypothesis.settings.load_profile("chasquid")
+
+def pytest_collection_finish() -> None:
+    """Spare the collector what stays until the end, or it would walk through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

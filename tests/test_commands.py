@@ -615,7 +615,7 @@ class Waiting:
 
     def send(self, subject: str = "hello") -> str:
         """Leave a message in the queue; return its id."""
-        before = len(self.server.queued("cur"))
+        before = self.server.mail_log.count("event=next-attempt ")
         with self.server.connect() as wire:
             wire.reply()
             wire.ask("EHLO client.example")
@@ -623,7 +623,7 @@ class Waiting:
             assert wire.ask("RCPT TO:<out@here.example>").startswith("250 ")
             wire.ask("DATA")
             id = wire.ask(f"Subject: {subject}\r\n\r\nbody\r\n.").split()[-1]
-        wait_for(lambda: len(self.server.queued("cur")) > before, "the first attempt")
+        self.server.wait_for_attempts(before + 1)
         return id
 
     def run(self, *arguments: str) -> Ended:
@@ -819,7 +819,7 @@ def test_the_queue_is_listed_for_programs_and_by_sender_and_domain(
                 assert wire.ask("DATA").startswith("354 ")
                 wire.send(b"Subject: x\r\n\r\nx\r\n.\r\n")
                 assert wire.reply().startswith("250 ")
-        wait_for(lambda: server.mail_log.count("event=next-attempt") == 2, "the first attempts")
+        server.wait_for_attempts(2)
     command = ["--config-dir", str(server.config_dir), "queue", "list", "--json"]
 
     def listed(*more: str) -> list[str]:
