@@ -48,7 +48,7 @@ T = TypeVar("T")
 Serve = Callable[..., "Server"]  # the fixture: it starts a server for a test
 
 MODULE = Path(chasquid.__file__).resolve()
-SECONDS = 20.0  # after which a test has waited long enough for anything
+SECONDS = 60.0  # after which a test has waited long enough for anything
 HOST = "mail.here.example"
 MESSAGE = b"Subject: hello\r\n\r\nIt works.\r\n"
 LETTER = b"From: eva@there.example\r\n" + MESSAGE

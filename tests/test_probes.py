@@ -205,7 +205,7 @@ def test_without_a_resolver_nothing_is_asked() -> None:
 
 
 def test_jobs_run_side_by_side_and_their_results_stay_in_order() -> None:
-    barrier = threading.Barrier(3, timeout=10)
+    barrier = threading.Barrier(3, timeout=60)
 
     def job(number: int) -> int:
         if number < 3:
