@@ -48,6 +48,12 @@ T = TypeVar("T")
 Serve = Callable[..., "Server"]  # the fixture: it starts a server for a test
 
 MODULE = Path(chasquid.__file__).resolve()
+#: Starts the program as its archive does, from what is compiled already; a script never is.
+PROGRAM = (
+    sys.executable, "-c",
+    f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import chasquid;"
+    "sys.exit(chasquid.main())",
+)  # fmt: skip
 SECONDS = 60.0  # after which a test has waited long enough for anything
 HOST = "mail.here.example"
 MESSAGE = b"Subject: hello\r\n\r\nIt works.\r\n"
@@ -491,7 +497,7 @@ def started_by_systemd(
     """Start a process with sockets of these names, as systemd does; give it and their ports."""
     words = [sys.executable, "-c", START_WITH_SOCKETS, ":".join(names)]
     process = subprocess.Popen(
-        [*words, MODULE, "--config-dir", server.config_dir, "serve"],
+        [*words, *PROGRAM[1:], "--config-dir", server.config_dir, "serve"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -15,7 +15,6 @@ import math
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from hypothesis import strategies as st
 from support import (
     DOWN,
     HOST,
-    MODULE,
+    PROGRAM,
     CommandLine,
     FakeClock,
     Inline,
@@ -2088,7 +2087,7 @@ def test_without_a_domain_that_of_from_signs(commands: CommandLine, tmp_path: Pa
     path = tmp_path / "key.pem"
     commands.run("dkim-keygen", "here.example", "s", str(path), "--algo", "ed25519")
     (commands.domain_dir / "dkim:s.pem").write_bytes(path.read_bytes())
-    words = [sys.executable, str(MODULE), "--config-dir", str(commands.config_dir), "dkim-sign"]
+    words = [*PROGRAM, "--config-dir", str(commands.config_dir), "dkim-sign"]
     text = "From: Ana <ana@here.example>\n\nhello\n"
     done = subprocess.run(words, input=text, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "d=here.example" in done.stdout

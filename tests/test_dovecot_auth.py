@@ -31,6 +31,8 @@ from support import (
 
 import chasquid
 
+pytestmark = pytest.mark.usefixtures("no_pause")
+
 DOV = "dov@here.example"
 USERDB = b"VERSION\t1\t1\nSPID\t123\n"
 CLIENT = (

@@ -406,6 +406,7 @@ PASSWORD = base64.b64encode(b"secret").decode()
         f"C: AUTH CRAM-MD5 {SECRET}\nS: 504 …",
     ],
 )
+@pytest.mark.usefixtures("no_pause")
 def test_the_page_shows_no_password(serve: Serve, lines: str) -> None:
     server = monitored(serve)
     hello = "S: 220 …\nC: EHLO client.example\nS: 250-…\nS: 250 AUTH PLAIN LOGIN"
