@@ -48,12 +48,7 @@ T = TypeVar("T")
 Serve = Callable[..., "Server"]  # the fixture: it starts a server for a test
 
 MODULE = Path(chasquid.__file__).resolve()
-#: Starts the program as its archive does, from what is compiled already; a script never is.
-PROGRAM = (
-    sys.executable, "-c",
-    f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import chasquid;"
-    "sys.exit(chasquid.main())",
-)  # fmt: skip
+PROGRAM = (sys.executable, str(Path(__file__).resolve().parent / "program.py"))
 SECONDS = 60.0  # after which a test has waited long enough for anything
 HOST = "mail.here.example"
 MESSAGE = b"Subject: hello\r\n\r\nIt works.\r\n"
