@@ -16710,9 +16710,9 @@ _SENDMAIL_STATUS = {
 class _ProgramDialogue:
     """The client's side of SMTP, as far as a program needs it; it blocks."""
 
-    def __init__(self, connected: socket.socket) -> None:
+    def __init__(self, connected: socket.socket, replies: IO[bytes]) -> None:
         self._socket = connected
-        self._replies = connected.makefile("rb")
+        self._replies = replies
 
     def say(self, *data: bytes) -> str:
         """Send a command, and return the text of the reply. Raises NotSent if it refuses."""
@@ -16744,8 +16744,9 @@ def hand_over(connected: socket.socket, letter: Letter) -> str:
     Then it is safe, for all recipients. Raises NotSent: no recipient gets it.
     """
     try:
-        with connected:
-            dialogue = _ProgramDialogue(connected)
+        # while either is open, the server waits for the end of the connection
+        with connected, connected.makefile("rb") as replies:
+            dialogue = _ProgramDialogue(connected, replies)
             dialogue.reply()
             dialogue.say(b"EHLO localhost\r\n")
             said = ""
