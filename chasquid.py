@@ -7037,6 +7037,10 @@ class StsPolicies:
         while True:
             await self._loop.sleep(_STS_REFRESH)
             now = self._loop.clock.time()
+            self._policies = {  # what came while the clock was ahead would hold for ever
+                domain: policy._replace(fetched=min(policy.fetched, now))
+                for domain, policy in self._policies.items()
+            }
             for domain, policy in list(self._policies.items()):
                 if now > policy.fetched + policy.max_age:
                     await self._drop(domain)
@@ -14148,13 +14152,16 @@ class FetchedCertificate(NamedTuple):
 
 
 class _Progress:
-    """How far a name has come: failures in a row, and not before when it is tried again."""
+    """How far a name has come: failures in a row, and not before when it is tried again.
+
+    That is on the monotonic clock: while the other one was wrong, an attempt may have failed.
+    """
 
     __slots__ = ("failures", "not_before", "problem", "unresolved")
 
-    def __init__(self, not_before: float = 0.0) -> None:
+    def __init__(self) -> None:
         self.failures = 0
-        self.not_before = not_before
+        self.not_before = 0.0
         self.problem = ""
         self.unresolved = False
 
@@ -14252,21 +14259,23 @@ class Acme:
             wanted = list(dict.fromkeys(self._wanted()))
             self._progress = {name: self._progress.get(name) or _Progress() for name in wanted}
             for name in wanted:
-                due = await self._attempt_if_due(name)
-                nearest = min(nearest, due - self._loop.clock.time())
+                nearest = min(nearest, await self._attempt_if_due(name))
         finally:
             self._looking = False
         return max(nearest, 1.0)
 
     async def _attempt_if_due(self, name: str) -> float:
-        """Return when there is something to do for `name`, which may be what has failed now."""
+        """Return in how many seconds there is something to do for `name`.
+
+        That may be what has failed now.
+        """
         files = FetchedCertificate(os.path.join(self._settings.directory, "certs", name))
-        ends = 0.0
+        clock, ends = self._loop.clock, 0.0
         try:
             due, ends = await self._loop.work(files.renewal)
-            due = max(due, self._progress[name].not_before)
-            if due > self._loop.clock.time():
-                return due
+            pause = max(due - clock.time(), self._progress[name].not_before - clock.monotonic())
+            if pause > 0:
+                return pause
             unresolved = await self._unresolved(name)
             if unresolved and not ends:
                 return self._skip(name, unresolved)
@@ -14278,10 +14287,12 @@ class Acme:
             return self._fail(name, ends, error)
         until = rfc5322_date(ends)
         self._log.info("acme", f"a certificate for {name} has come; it is valid until {until}")
-        now = self._loop.clock.time()
-        due = due if due > now else now + _ROUND_SECONDS  # whatever the authority means by that
-        self._progress[name] = _Progress(due)
-        return due
+        self._progress[name] = _Progress()
+        pause = due - clock.time()
+        if pause <= 0:  # whatever the authority means by that
+            pause = _ROUND_SECONDS
+            self._progress[name].not_before = clock.monotonic() + pause
+        return pause
 
     async def _unresolved(self, name: str) -> str:
         """Say why `name` cannot be shown to be ours, as far as the DNS tells; "" if it can."""
@@ -14301,16 +14312,16 @@ class Acme:
     def _skip(self, name: str, why: str) -> float:
         """Wait for a name to lead here: only the host itself must have a certificate."""
         is_host = name == self._settings.hostname
-        due = self._pause(name, longest=_HOST_PAUSE if is_host else _ACME_PAUSES[1])
+        pause = self._pause(name, longest=_HOST_PAUSE if is_host else _ACME_PAUSES[1])
         text = f"no certificate for {name} yet: {why}"
         self._progress[name].unresolved = True
         self._progress[name].problem = text if is_host else ""
         tell = self._log.warning if is_host else self._log.info
-        tell("acme", f"{text}; {self._next(due)}")
-        return due
+        tell("acme", f"{text}; next attempt in {duration_text(pause)}")
+        return pause
 
     def _fail(self, name: str, ends: float, error: Exception) -> float:
-        due = self._pause(name, asked=error.pause if isinstance(error, AcmeFailed) else 0.0)
+        pause = self._pause(name, asked=error.pause if isinstance(error, AcmeFailed) else 0.0)
         text = f"no certificate for {name}"
         if ends:
             left = ends - self._loop.clock.time()
@@ -14318,21 +14329,18 @@ class Acme:
             text = f"the certificate for {name} {when} and could not be renewed"
         text = f"{text}: {reason(error)}"
         self._progress[name].problem = text
-        self._log.warning("acme", f"{text}; {self._next(due)}")
-        return due
+        self._log.warning("acme", f"{text}; next attempt in {duration_text(pause)}")
+        return pause
 
     def _pause(self, name: str, asked: float = 0.0, longest: float = _ACME_PAUSES[1]) -> float:
-        """Return when `name` is tried again; `asked` is what the authority has asked for."""
+        """Put `name` off; return for how long. `asked` is what the authority has asked for."""
         progress = self._progress[name]
         pause = min(_ACME_PAUSES[0] * 2 ** min(progress.failures, 20), longest)
         progress.failures += 1
         progress.unresolved = False
         pause = max(pause, min(asked, _ACME_LONGEST_PAUSE))
-        progress.not_before = self._loop.clock.time() + pause
-        return progress.not_before
-
-    def _next(self, due: float) -> str:
-        return f"next attempt in {duration_text(due - self._loop.clock.time())}"
+        progress.not_before = self._loop.clock.monotonic() + pause
+        return pause
 
     async def _fetch(self, name: str, files: FetchedCertificate) -> None:
         """Have a certificate issued and keep it; by one challenge, or else by the other."""
