@@ -14288,11 +14288,10 @@ class Acme:
         until = rfc5322_date(ends)
         self._log.info("acme", f"a certificate for {name} has come; it is valid until {until}")
         self._progress[name] = _Progress()
-        pause = due - clock.time()
-        if pause <= 0:  # whatever the authority means by that
-            pause = _ROUND_SECONDS
-            self._progress[name].not_before = clock.monotonic() + pause
-        return pause
+        if due > clock.time():
+            return due - clock.time()
+        self._progress[name].not_before = clock.monotonic() + _ROUND_SECONDS
+        return _ROUND_SECONDS  # whatever the authority means by that
 
     async def _unresolved(self, name: str) -> str:
         """Say why `name` cannot be shown to be ours, as far as the DNS tells; "" if it can."""
@@ -14335,7 +14334,7 @@ class Acme:
     def _pause(self, name: str, asked: float = 0.0, longest: float = _ACME_PAUSES[1]) -> float:
         """Put `name` off; return for how long. `asked` is what the authority has asked for."""
         progress = self._progress[name]
-        pause = min(_ACME_PAUSES[0] * 2 ** min(progress.failures, 20), longest)
+        pause: float = min(_ACME_PAUSES[0] * 2 ** min(progress.failures, 20), longest)
         progress.failures += 1
         progress.unresolved = False
         pause = max(pause, min(asked, _ACME_LONGEST_PAUSE))

@@ -691,7 +691,7 @@ def test_the_authority_says_when_to_come_back(host: Host) -> None:
 
 
 @pytest.mark.parametrize("wrong", [-50, 0.3, 70], ids=["1970", "hours ahead", "decades ahead"])
-def test_what_failed_while_the_clock_was_wrong_is_tried_soon_after(host: Host, wrong: float) -> None:
+def test_what_failed_while_the_clock_was_wrong_is_tried_soon(host: Host, wrong: float) -> None:
     host.round()
     host.clock.advance(61 * DAY)
 
