@@ -149,6 +149,8 @@ class Talk:
     def reset(self) -> None:
         """End the connection with RST."""
         raw = self._writer.get_extra_info("socket")
+        if raw is None:  # the server was faster
+            return
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._writer.transport.abort()
 
