@@ -341,3 +341,196 @@ def test_a_server_that_answers_no_connection_is_left_after_half_a_minute(place: 
             with place.hurrying():
                 wait_for(lambda: f"event=next-attempt id={id}" in server.mail_log, "the time-out")
         assert "did not answer in time" in server.mail_log
+
+
+# --- programs that misbehave ---
+
+#: What a program does that never ends by itself; its marker says that it has begun.
+HANGING = {
+    "will not be ended": "trap '' TERM INT HUP; {begun}; sleep 1000",
+    "has stopped itself": "{begun}; kill -STOP $$",
+    "has closed everything": "{begun}; exec <&- >&- 2>&-; sleep 1000",
+    "floods its output": "{begun}; exec yes",
+    "floods its errors": "{begun}; exec yes >&2",
+    "left a child in another session": (
+        "setsid sh -c 'echo $$ >{child}; {begun}; exec sleep 1000' & sleep 1000"
+    ),
+}
+#: What ends by itself, in no way that means success.
+DYING = {
+    "dies by a signal": "kill -SEGV $$",
+    "dies as it floods": "head -c 5000000 /dev/zero; kill -ABRT $$",
+}
+ROLES = {"post-data": 60, "alias-resolve": 5, "pipe": 30, "agent": 30}  # with their seconds
+
+
+class Program:
+    """A shell script in one of the roles that programs have here."""
+
+    def __init__(self, place: Place, directory: Path, role: str) -> None:
+        self.place, self.role = place, role
+        self.path, self.begun = directory / "program", directory / "begun"
+        self.child = directory / "child"
+        settings: dict[str, Any] = {}
+        if role == "agent":
+            settings["mail_delivery_agent_bin"] = self.path
+        if role == "pipe":
+            settings["aliases"] = {"here.example": f"piped: | {self.path}\n"}
+        self.behave("exit 0")
+        self.server = place.start(**settings)
+        if role in ("post-data", "alias-resolve"):
+            hooks = self.server.config_dir / "hooks"
+            hooks.mkdir()
+            (hooks / role).symlink_to(self.path)
+
+    def behave(self, script: str) -> None:
+        """Be another program from now on."""
+        text = script.format(begun=f": >{self.begun}", child=self.child)
+        new = self.path.with_suffix(".new")
+        new.write_text(f"#!/bin/sh\n{text}\n")
+        new.chmod(0o755)
+        new.rename(self.path)
+
+    def send(self, wait: Callable[[], object]) -> tuple[str, bool]:
+        """Send a message; return the reply, and whether the message waits in the queue.
+
+        `wait` is called while the program runs, or should.
+        """
+        server, recipient = self.server, "piped" if self.role == "pipe" else "ana"
+        before = server.mail_log.count("event=next-attempt")
+        with greeted(server) as wire:
+            assert wire.ask("MAIL FROM:<>").startswith("250 ")
+            wire.say(f"RCPT TO:<{recipient}@here.example>")
+            if self.role == "alias-resolve":
+                wait()
+            reply = wire.reply()
+            if reply.startswith("250 "):
+                assert wire.ask("DATA").startswith("354 ")
+                wire.send(LETTER + b".\r\n")
+                if self.role == "post-data":
+                    wait()
+                reply = wire.reply()
+            assert wire.ask("NOOP").startswith("250 "), "the session goes on"
+        if self.role in ("pipe", "agent"):
+            wait()
+            wait_for(
+                lambda: server.mail_log.count("event=next-attempt") > before
+                or "event=done" in server.mail_log,
+                "what came of it",
+            )
+        return reply, bool(server.queued("new", "cur"))
+
+    def time_out(self) -> None:
+        """Wait until the program has begun, and its time is over."""
+        wait_for(self.begun.exists, "the program to begin")
+        self.server.settle()
+        self.place.clock.advance(ROLES[self.role] - 2)
+        self.server.settle()
+        assert "took more than" not in self.server.log + self.server.mail_log
+        self.place.clock.advance(3)
+
+    def check(self, script: str, wait: Callable[[], object]) -> None:
+        """Misbehave, and then be a program that works: the message arrives."""
+        with nothing_left(self.server, tasks=1):
+            self.behave(script)
+            reply, waits = self.send(wait)
+            refused = self.role in ("post-data", "alias-resolve")
+            assert reply.startswith("451 4." if refused else "250 2."), reply
+            assert waits is not refused
+            self.behave("exit 0")
+            if refused:
+                assert self.send(lambda: None) == (self.server_said, False)
+            self.place.clock.advance(61)
+            wait_for(lambda: "event=done" in self.server.mail_log, "the message to arrive")
+        assert not self.server.queued()
+
+    @property
+    def server_said(self) -> str:
+        """The reply to the last message that was accepted."""
+        ids = [line.split("id=")[1].split()[0] for line in self.server.mail_log.splitlines()
+               if "event=queued" in line]  # fmt: skip
+        return f"250 2.0.0 OK: queued as {ids[-1]}"
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("way", HANGING)
+def test_a_program_that_never_ends_is_ended(
+    place: Place, tmp_path: Path, role: str, way: str
+) -> None:
+    program = Program(place, tmp_path, role)
+    try:
+        program.check(HANGING[way], program.time_out)
+    finally:
+        if program.child.exists():  # which is none of the server's business any more
+            os.kill(int(program.child.read_text()), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("way", DYING)
+def test_a_program_that_dies_is_run_again_later(
+    place: Place, tmp_path: Path, role: str, way: str
+) -> None:
+    Program(place, tmp_path, role).check(DYING[way], lambda: None)
+
+
+# --- clocks that jump ---
+
+JUMPS = {
+    "to 1970": lambda: -time.time() + 60.0,
+    "a day back": lambda: -86400.0,
+    "a day ahead": lambda: 86400.0,
+    "twelve years ahead": lambda: 12 * YEAR,
+}
+
+
+def page_of(server: Server) -> str:
+    """Return the status page."""
+    [raw] = server.daemon._listeners.monitoring
+    with urllib.request.urlopen(f"http://127.0.0.1:{raw.getsockname()[1]}/", timeout=SECONDS) as page:
+        return str(page.read().decode())
+
+
+@pytest.mark.parametrize("jump", JUMPS)
+def test_a_clock_that_jumps_changes_nothing_of_what_waits(place: Place, jump: str) -> None:
+    remote = FakeCourier()
+    server = place.start(remote=remote, monitoring_address="127.0.0.1:0")
+    server.settle()
+    id = submit(server)
+    wait_for(lambda: f"event=next-attempt id={id}" in server.mail_log, "the first attempt")
+    with nothing_left(server), greeted(server) as wire:
+        for line in ("MAIL FROM:<>", f"RCPT TO:<{ANA}>", "DATA"):
+            assert wire.ask(line)[0] in "23"
+        wire.send(LETTER)
+        server.settle()
+        place.clock.jumped = JUMPS[jump]()
+        wire.send(b".\r\n")
+        assert wire.reply().startswith("250 ")
+        assert send(wire, LETTER).startswith("250 ")
+        assert "chasquid" in page_of(server)
+        place.clock.advance(50)
+        server.settle()
+        assert len(remote.deliveries) == 1, "its minute is not over"
+        place.clock.advance(15)
+        wait_for(lambda: server.mail_log.count("event=next-attempt") == 2, "the second attempt")
+        assert wire.ask("NOOP").startswith("421 "), "a minute is over for the client, too"
+    assert "event=given-up" not in server.mail_log
+    place.clock.jumped /= 2  # and a start, under a clock that has jumped again
+    server.stop()
+    remote.state = chasquid.State.SENT
+    server.start()
+    wait_for(lambda: f"event=found id={id}" in server.mail_log, "its file to be read")
+    server.settle()
+    place.clock.advance(22 * 60)  # no pause is longer
+    wait_for(lambda: f"event=done id={id} attempts=3" in server.mail_log, "its delivery")
+    assert not server.queued()
+    assert len(server.mail("ana")) == 2, "nobody was told of a failure"
+
+
+def test_all_messages_of_a_moment_that_comes_again_are_kept(place: Place) -> None:
+    server = place.start()
+    moment = time.time()
+    with greeted(server) as wire:
+        for _ in range(20):
+            place.clock.jumped = moment - time.time()
+            assert send(wire, LETTER).startswith("250 ")
+    assert len(server.mail("ana")) == 20
