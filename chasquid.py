@@ -8028,6 +8028,7 @@ class MaildirCourier:
         self._host = hostname.replace("/", r"\057").replace(":", r"\072")
         self._user_exists = user_exists
         self._number = 0
+        self._start = new_id()  # clock and process id may be the same again after the next one
         self._made: set[str] = set()  # Maildirs whose directories are known to be durable
         self._making = Slots(loop, 1)  # or the failed sync of one would hide what others have made
 
@@ -8079,7 +8080,8 @@ class MaildirCourier:
     async def _store(self, directory: str, delivery: Delivery, address: str) -> str:
         now = self._loop.clock.time()
         self._number += 1
-        name = f"{int(now)}.M{int(now % 1 * 1e6)}P{os.getpid()}Q{self._number}.{self._host}"
+        unique = f"M{int(now % 1 * 1e6)}P{os.getpid()}Q{self._number}R{self._start}"
+        name = f"{int(now)}.{unique}.{self._host}"
         if directory not in self._made:
             await self._make(directory, delivery.junk)
         try:
