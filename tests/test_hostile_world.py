@@ -177,7 +177,9 @@ OPENING = f"""
     S: 250-mx.there.example
     S: 250 STARTTLS
 """
-IN_THE_CLEAR = OPENING.replace("    S: 250-mx.there.example\n    S: 250 STARTTLS", "    S: 250 fine")
+IN_THE_CLEAR = OPENING.replace(
+    "    S: 250-mx.there.example\n    S: 250 STARTTLS", "    S: 250 fine"
+)
 ENVELOPE = f"""
     C: MAIL FROM:<{ANA}>
     S: 250 2.1.0 fine
@@ -414,8 +416,10 @@ class Program:
         if self.role in ("pipe", "agent"):
             wait()
             wait_for(
-                lambda: server.mail_log.count("event=next-attempt") > before
-                or "event=done" in server.mail_log,
+                lambda: (
+                    server.mail_log.count("event=next-attempt") > before
+                    or "event=done" in server.mail_log
+                ),
                 "what came of it",
             )
         return reply, bool(server.queued("new", "cur"))
@@ -486,7 +490,9 @@ JUMPS = {
 def page_of(server: Server) -> str:
     """Return the status page."""
     [raw] = server.daemon._listeners.monitoring
-    with urllib.request.urlopen(f"http://127.0.0.1:{raw.getsockname()[1]}/", timeout=SECONDS) as page:
+    with urllib.request.urlopen(
+        f"http://127.0.0.1:{raw.getsockname()[1]}/", timeout=SECONDS
+    ) as page:
         return str(page.read().decode())
 
 
@@ -538,3 +544,208 @@ def test_all_messages_of_a_moment_that_comes_again_are_kept(serve: Serve) -> Non
             assert send(wire, LETTER).startswith("250 ")
             assert send(wire, LETTER).startswith("250 ")
     assert len(server.mail("ana")) == 6
+
+
+# --- name servers that lie, or say nothing ---
+
+Datagrams = Callable[[bytes], list[bytes]]
+Streams = Callable[[socket.socket, bytes], None]
+
+
+class BadNameServer:
+    """A name server of which each octet is up to the test, over UDP and TCP at one port.
+
+    `over_udp` returns the datagrams that answer a question, `over_tcp` writes what it likes.
+    """
+
+    def __init__(self, over_udp: Datagrams, over_tcp: Streams) -> None:
+        self._over_udp, self._over_tcp = over_udp, over_tcp
+        while True:
+            self._tcp = socket.create_server(("127.0.0.1", 0))
+            self._udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            try:
+                self._udp.bind(self._tcp.getsockname())
+                break
+            except OSError:  # somebody has the port for UDP: another one
+                self._udp.close()
+                self._tcp.close()
+        self.place = "127.0.0.1:{}".format(self._udp.getsockname()[1])
+        self.asked = 0
+        self._over = False
+        self._threads = [
+            threading.Thread(target=target, name="name server", daemon=True)
+            for target in (self._datagrams, self._streams)
+        ]
+
+    def __enter__(self) -> BadNameServer:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over = True
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as bell:
+            bell.sendto(b"", self._udp.getsockname())
+        socket.create_connection(self._tcp.getsockname()).close()
+        for thread in self._threads:
+            thread.join()
+        self._udp.close()
+        self._tcp.close()
+
+    def _datagrams(self) -> None:
+        while True:
+            query, place = self._udp.recvfrom(65535)
+            if self._over:
+                return
+            self.asked += 1
+            for datagram in self._over_udp(query):
+                self._udp.sendto(datagram, place)
+
+    def _streams(self) -> None:
+        while True:
+            connection, _ = self._tcp.accept()
+            with connection, contextlib.suppress(OSError):
+                if self._over:
+                    return
+                connection.settimeout(SECONDS)
+                with connection.makefile("rb") as file:
+                    query = file.read(int.from_bytes(file.read(2), "big"))
+                if query:
+                    self._over_tcp(connection, query)
+
+
+def answer(query: bytes, *records: str, flags: int = 0, rcode: int = 0) -> dns.message.Message:
+    """Return an answer of "kind data" lines for the name that is asked for."""
+    asked = dns.message.from_wire(query)
+    response = dns.message.make_response(asked)
+    response.flags |= dns.flags.RA | flags
+    response.set_rcode(dns.rcode.Rcode(rcode))
+    for record in records:
+        kind, _, data = record.partition(" ")
+        name = asked.question[0].name
+        response.answer.append(dns.rrset.from_text(name, 60, "IN", kind, data))
+    return response
+
+
+def chain(query: bytes) -> dns.message.Message:
+    """Return an answer in which each name stands for another one, without an end."""
+    response = answer(query)
+    name = response.question[0].name.to_text()
+    for number in range(60):
+        following = f"x{number}.there.example."
+        response.answer.append(dns.rrset.from_text(name, 60, "IN", "CNAME", following))
+        name = following
+    response.answer.append(dns.rrset.from_text(name, 60, "IN", "CNAME", "x0.there.example."))
+    return response
+
+
+def wrong_id(query: bytes) -> bytes:
+    return bytes([query[0] ^ 1]) + answer(query, "A 127.0.0.1").to_wire()[1:]
+
+
+def wrong_question(query: bytes) -> bytes:
+    other = dns.message.make_query("other.example", "MX", id=struct.unpack(">H", query[:2])[0])
+    return answer(other.to_wire(), "MX 0 mx.there.example.").to_wire()
+
+
+def truncated(query: bytes) -> list[bytes]:
+    return [answer(query, flags=dns.flags.TC).to_wire()]
+
+
+def in_tcp(octets: bytes) -> bytes:
+    return struct.pack(">H", len(octets)) + octets
+
+
+def huge(query: bytes) -> bytes:
+    """Return an answer that is as large as one can be."""
+    response = answer(query)
+    record = "{0} {0} {0}".format("x" * 250)
+    for number in range(80):
+        name = f"n{number}.there.example."
+        response.answer.append(dns.rrset.from_text(name, 60, "IN", "TXT", record))
+    return response.to_wire(max_size=65535)
+
+
+def nothing(connection: socket.socket, query: bytes) -> None:
+    """Close at once."""
+
+
+def silent(connection: socket.socket, query: bytes) -> None:
+    """Say nothing until the other side has gone."""
+    connection.recv(1)
+
+
+def drip(connection: socket.socket, query: bytes) -> None:
+    """Say one octet after another, slowly, until the other side has gone."""
+    for octet in in_tcp(answer(query, "A 127.0.0.1").to_wire()):
+        connection.sendall(bytes([octet]))
+        time.sleep(0.01)
+
+
+class Lie(NamedTuple):
+    """What a name server does, and what becomes of mail to there.example in the first attempt."""
+
+    over_udp: Datagrams
+    over_tcp: Streams = nothing
+    outcome: str = "deferred"
+
+
+JUNK = random.Random(2)
+LIES = {
+    "it says nothing": Lie(lambda query: []),
+    "empty datagrams": Lie(lambda query: [b"", b""]),
+    "octets of no meaning": Lie(lambda query: [JUNK.randbytes(200), query[:2] + JUNK.randbytes(99)]),
+    "half of an answer": Lie(lambda query: [answer(query, "A 127.0.0.1").to_wire()[:-3]]),
+    "the question itself": Lie(lambda query: [query]),
+    "a name that points to itself": Lie(
+        lambda query: [query[:2] + b"\x81\x80" + query[4:6] + b"\0\1\0\0\0\0" + query[12:]
+                       + b"\xc0" + bytes([len(query)]) + b"\0\1\0\1"]
+    ),
+    "another id": Lie(lambda query: [wrong_id(query)] * 20),
+    "another question": Lie(lambda query: [wrong_question(query)] * 20),
+    "names that lead to names without an end": Lie(lambda query: [chain(query).to_wire()]),
+    "a name that leads to itself": Lie(
+        lambda query: [answer(query, f"CNAME {dns.message.from_wire(query).question[0].name}")
+                       .to_wire()]
+    ),
+    "cut short, and TCP is closed": Lie(truncated, nothing),
+    "cut short, and TCP is silent": Lie(truncated, silent),
+    "cut short, and TCP drips": Lie(truncated, drip),
+    "cut short, and TCP has no meaning": Lie(
+        truncated, lambda connection, query: connection.sendall(in_tcp(JUNK.randbytes(300)))
+    ),
+    "cut short, and TCP promises more than comes": Lie(
+        truncated, lambda connection, query: connection.sendall(b"\xff\xff" + b"x" * 500)
+    ),
+    "as much as TCP can hold": Lie(
+        truncated, lambda connection, query: connection.sendall(in_tcp(huge(query)))
+    ),
+    "it refuses": Lie(lambda query: [answer(query, rcode=dns.rcode.REFUSED).to_wire()]),
+    "an answer code that there is not": Lie(lambda query: [answer(query, rcode=14).to_wire()]),
+    "nothing exists": Lie(
+        lambda query: [answer(query, rcode=dns.rcode.NXDOMAIN).to_wire()], outcome="failed"
+    ),
+}  # fmt: skip
+SIGNED = (
+    b"DKIM-Signature: v=1; a=rsa-sha256; d=there.example; s=s; h=from; bh="
+    b"47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=; b=AAAA\r\n" + LETTER
+)
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_whatever_a_name_server_says_mail_comes_in_and_goes_out_later(
+    place: Place, lie: str
+) -> None:
+    over_udp, over_tcp, outcome = LIES[lie]
+    with BadNameServer(over_udp, over_tcp) as names:
+        server = place.start(ask=None, dns_server=names.place)
+        with nothing_left(server, tasks=1):
+            with greeted(server) as wire, place.hurrying():
+                reply = send(wire, SIGNED, sender=EVA)
+            assert reply.startswith("250 "), reply
+            assert names.asked
+            id = submit(server)
+            with place.hurrying():
+                wait_for(lambda: f"event={outcome} id={id} " in server.mail_log, "what comes of it")
+    found = [path.read_bytes() for path in server.maildir("ana").glob("new/*")]
+    assert any(b"DKIM-Signature" in message for message in found)
