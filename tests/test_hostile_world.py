@@ -569,7 +569,7 @@ class BadNameServer:
             except OSError:  # somebody has the port for UDP: another one
                 self._udp.close()
                 self._tcp.close()
-        self.place = "127.0.0.1:{}".format(self._udp.getsockname()[1])
+        self.place = f"127.0.0.1:{self._udp.getsockname()[1]}"
         self.asked = 0
         self._over = False
         self._threads = [
