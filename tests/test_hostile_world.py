@@ -177,9 +177,7 @@ OPENING = f"""
     S: 250-mx.there.example
     S: 250 STARTTLS
 """
-IN_THE_CLEAR = OPENING.replace(
-    "    S: 250-mx.there.example\n    S: 250 STARTTLS", "    S: 250 fine"
-)
+IN_THE_CLEAR = OPENING.replace("S: 250-mx", "# mx").replace("250 STARTTLS", "250 fine")
 ENVELOPE = f"""
     C: MAIL FROM:<{ANA}>
     S: 250 2.1.0 fine
@@ -694,7 +692,9 @@ JUNK = random.Random(2)
 LIES = {
     "it says nothing": Lie(lambda query: []),
     "empty datagrams": Lie(lambda query: [b"", b""]),
-    "octets of no meaning": Lie(lambda query: [JUNK.randbytes(200), query[:2] + JUNK.randbytes(99)]),
+    "octets of no meaning": Lie(
+        lambda query: [JUNK.randbytes(200), query[:2] + JUNK.randbytes(99)]
+    ),
     "half of an answer": Lie(lambda query: [answer(query, "A 127.0.0.1").to_wire()[:-3]]),
     "the question itself": Lie(lambda query: [query]),
     "a name that points to itself": Lie(
@@ -733,9 +733,7 @@ SIGNED = (
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_whatever_a_name_server_says_mail_comes_in_and_goes_out_later(
-    place: Place, lie: str
-) -> None:
+def test_whatever_a_name_server_says_mail_comes_in_and_waits(place: Place, lie: str) -> None:
     over_udp, over_tcp, outcome = LIES[lie]
     with BadNameServer(over_udp, over_tcp) as names:
         server = place.start(ask=None, dns_server=names.place)
