@@ -7700,6 +7700,10 @@ class StsPolicies:
         while True:
             await self._loop.sleep(_STS_REFRESH)
             now = self._loop.clock.time()
+            self._policies = {  # what came while the clock was ahead would hold for ever
+                domain: policy._replace(fetched=min(policy.fetched, now))
+                for domain, policy in self._policies.items()
+            }
             for domain, policy in list(self._policies.items()):
                 if now > policy.fetched + policy.max_age:
                     await self._drop(domain)
@@ -8687,6 +8691,7 @@ class MaildirCourier:
         self._host = hostname.replace("/", r"\057").replace(":", r"\072")
         self._user_exists = user_exists
         self._number = 0
+        self._start = new_id()  # clock and process id may be the same again after the next one
         self._made: set[str] = set()  # Maildirs whose directories are known to be durable
         self._making = Slots(loop, 1)  # or the failed sync of one would hide what others have made
 
@@ -8738,7 +8743,8 @@ class MaildirCourier:
     async def _store(self, directory: str, delivery: Delivery, address: str) -> str:
         now = self._loop.clock.time()
         self._number += 1
-        name = f"{int(now)}.M{int(now % 1 * 1e6)}P{os.getpid()}Q{self._number}.{self._host}"
+        unique = f"M{int(now % 1 * 1e6)}P{os.getpid()}Q{self._number}R{self._start}"
+        name = f"{int(now)}.{unique}.{self._host}"
         if directory not in self._made:
             await self._make(directory, delivery.junk)
         try:
@@ -14803,13 +14809,16 @@ class FetchedCertificate(NamedTuple):
 
 
 class _Progress:
-    """How far a name has come: failures in a row, and not before when it is tried again."""
+    """How far a name has come: failures in a row, and not before when it is tried again.
+
+    That is on the monotonic clock: while the other one was wrong, an attempt may have failed.
+    """
 
     __slots__ = ("failures", "not_before", "problem", "unresolved")
 
-    def __init__(self, not_before: float = 0.0) -> None:
+    def __init__(self) -> None:
         self.failures = 0
-        self.not_before = not_before
+        self.not_before = 0.0
         self.problem = ""
         self.unresolved = False
 
@@ -14907,21 +14916,23 @@ class Acme:
             wanted = list(dict.fromkeys(self._wanted()))
             self._progress = {name: self._progress.get(name) or _Progress() for name in wanted}
             for name in wanted:
-                due = await self._attempt_if_due(name)
-                nearest = min(nearest, due - self._loop.clock.time())
+                nearest = min(nearest, await self._attempt_if_due(name))
         finally:
             self._looking = False
         return max(nearest, 1.0)
 
     async def _attempt_if_due(self, name: str) -> float:
-        """Return when there is something to do for `name`, which may be what has failed now."""
+        """Return in how many seconds there is something to do for `name`.
+
+        That may be what has failed now.
+        """
         files = FetchedCertificate(os.path.join(self._settings.directory, "certs", name))
-        ends = 0.0
+        clock, ends = self._loop.clock, 0.0
         try:
             due, ends = await self._loop.work(files.renewal)
-            due = max(due, self._progress[name].not_before)
-            if due > self._loop.clock.time():
-                return due
+            pause = max(due - clock.time(), self._progress[name].not_before - clock.monotonic())
+            if pause > 0:
+                return pause
             unresolved = await self._unresolved(name)
             if unresolved and not ends:
                 return self._skip(name, unresolved)
@@ -14933,10 +14944,11 @@ class Acme:
             return self._fail(name, ends, error)
         until = rfc5322_date(ends)
         self._log.info("acme", f"a certificate for {name} has come; it is valid until {until}")
-        now = self._loop.clock.time()
-        due = due if due > now else now + _ROUND_SECONDS  # whatever the authority means by that
-        self._progress[name] = _Progress(due)
-        return due
+        self._progress[name] = _Progress()
+        if due > clock.time():
+            return due - clock.time()
+        self._progress[name].not_before = clock.monotonic() + _ROUND_SECONDS
+        return _ROUND_SECONDS  # whatever the authority means by that
 
     async def _unresolved(self, name: str) -> str:
         """Say why `name` cannot be shown to be ours, as far as the DNS tells; "" if it can."""
@@ -14956,16 +14968,16 @@ class Acme:
     def _skip(self, name: str, why: str) -> float:
         """Wait for a name to lead here: only the host itself must have a certificate."""
         is_host = name == self._settings.hostname
-        due = self._pause(name, longest=_HOST_PAUSE if is_host else _ACME_PAUSES[1])
+        pause = self._pause(name, longest=_HOST_PAUSE if is_host else _ACME_PAUSES[1])
         text = f"no certificate for {name} yet: {why}"
         self._progress[name].unresolved = True
         self._progress[name].problem = text if is_host else ""
         tell = self._log.warning if is_host else self._log.info
-        tell("acme", f"{text}; {self._next(due)}")
-        return due
+        tell("acme", f"{text}; next attempt in {duration_text(pause)}")
+        return pause
 
     def _fail(self, name: str, ends: float, error: Exception) -> float:
-        due = self._pause(name, asked=error.pause if isinstance(error, AcmeFailed) else 0.0)
+        pause = self._pause(name, asked=error.pause if isinstance(error, AcmeFailed) else 0.0)
         text = f"no certificate for {name}"
         if ends:
             left = ends - self._loop.clock.time()
@@ -14973,21 +14985,18 @@ class Acme:
             text = f"the certificate for {name} {when} and could not be renewed"
         text = f"{text}: {reason(error)}"
         self._progress[name].problem = text
-        self._log.warning("acme", f"{text}; {self._next(due)}")
-        return due
+        self._log.warning("acme", f"{text}; next attempt in {duration_text(pause)}")
+        return pause
 
     def _pause(self, name: str, asked: float = 0.0, longest: float = _ACME_PAUSES[1]) -> float:
-        """Return when `name` is tried again; `asked` is what the authority has asked for."""
+        """Put `name` off; return for how long. `asked` is what the authority has asked for."""
         progress = self._progress[name]
-        pause = min(_ACME_PAUSES[0] * 2 ** min(progress.failures, 20), longest)
+        pause: float = min(_ACME_PAUSES[0] * 2 ** min(progress.failures, 20), longest)
         progress.failures += 1
         progress.unresolved = False
         pause = max(pause, min(asked, _ACME_LONGEST_PAUSE))
-        progress.not_before = self._loop.clock.time() + pause
-        return progress.not_before
-
-    def _next(self, due: float) -> str:
-        return f"next attempt in {duration_text(due - self._loop.clock.time())}"
+        progress.not_before = self._loop.clock.monotonic() + pause
+        return pause
 
     async def _fetch(self, name: str, files: FetchedCertificate) -> None:
         """Have a certificate issued and keep it; by one challenge, or else by the other."""

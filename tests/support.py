@@ -928,16 +928,17 @@ def _server_context(names: tuple[str, ...]) -> ssl.SSLContext:
 
 
 class FakeClock(chasquid.Clock):
-    """A clock that stands until it is moved."""
+    """A clock that stands until it is moved; `jumped` is how far its wall time was set ahead."""
 
     def __init__(self, now: float = 1_700_000_000.0) -> None:
         self.now = now
+        self.jumped = 0.0
 
     def advance(self, seconds: float) -> None:
         self.now += seconds
 
     def time(self) -> float:
-        return self.now
+        return self.now + self.jumped
 
     def monotonic(self) -> float:
         return self.now
@@ -947,10 +948,12 @@ class RunningClock(chasquid.Clock):
     """The real clock, and what `advance` has put on top of it. For any thread.
 
     `moved` is called after each move: a loop that sleeps must look at its timers again.
+    `jumped` is how far the wall time was set ahead, as anybody may who sets a clock.
     """
 
     def __init__(self, moved: Callable[[], object] = lambda: None) -> None:
         self._moved = moved
+        self.jumped = 0.0
         self._ahead = 0.0
         self._lock = threading.Lock()
 
@@ -964,7 +967,7 @@ class RunningClock(chasquid.Clock):
         self._moved()
 
     def time(self) -> float:
-        return time.time() + self._ahead
+        return time.time() + self._ahead + self.jumped
 
     def monotonic(self) -> float:
         return time.monotonic() + self._ahead
