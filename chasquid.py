@@ -45,6 +45,7 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     CONTROL        the lock on data_dir; the sockets for commands, and for mail of this host
     PRIVILEGES     from root to a user of its own, and whether secrets lie open
     DAEMON         the wiring diagram, reload, the end
+    SERVE          the server as a process; the last room that it needs
     SENDMAIL       mail from programs of this host, with a server or without
     UPKEEP         versions of the program side by side; backup and restore
     IMPORT         users, aliases and Maildirs of another server
@@ -14867,7 +14868,6 @@ _LATE_MODULES = (
     "fcntl", "hashlib", "hmac", "http.client", "idna", "idna.uts46data", "io", "ipaddress",
     "precis_i18n.profile", "pwd", "resource", "shlex", "shutil", "subprocess", "tempfile",
     "unicodedata",
-    "calendar", "ctypes", "dns.query", "dns.resolver",  # for the daily check
 )  # fmt: skip
 DOMAIN_INFO_DIRECTORY = "domaininfo"  # below data_dir
 DOMAIN_FORGOTTEN = "what was seen of {} is forgotten"
@@ -15790,6 +15790,192 @@ def notify_systemd(state: str) -> None:
             raw.send(state.encode())
         except OSError:
             pass  # systemd notices by itself that it heard nothing
+
+
+# ======================================================================================
+# ROOM: SERVE
+#
+# The server as a process: what the command line says of it, its signals, its exit status.
+#
+# This is the last room that a running server needs. Those above are for other commands, which
+# are programs of their own: also the daily check of the set-up runs as one, so that a server
+# holds nothing of them in memory. The archive keeps their bytecode apart, and it is read when
+# one of their names is asked for; that no room names a higher one is what makes this possible.
+# ======================================================================================
+
+CONFIG_DIR = "/etc/chasquid"
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_EXAMINE_SECONDS = 3600.0  # a check waits for the network, host by host
+
+# Options that stand before or after the command, and how many words follow each.
+GLOBAL_OPTIONS = {"--config-dir": 1, "--config-overrides": 1, "--verbose": 0, "--version": 0}
+# As Go's flag package writes options, for the server and for chasquid-util.
+_GO_OPTIONS = {
+    "-C": "--config-dir", "-v": "--verbose", "-version": "--version", "-help": "--help",
+    "-config_dir": "--config-dir", "-config-dir": "--config-dir",
+    "-config_overrides": "--config-overrides", "-config-overrides": "--config-overrides",
+}  # fmt: skip
+
+
+def in_our_spelling(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the options for all commands, and the rest, with Go's spelling undone.
+
+    Raises ValueError if an option lacks its value.
+    """
+    first: list[str] = []
+    rest: list[str] = []
+    queue = collections.deque(words)
+    while queue:
+        word = queue.popleft()
+        if word == "--" or (word == "sendmail" and all(one.startswith("-") for one in rest)):
+            rest += [word, *queue]
+            break
+        name, equals, value = word.partition("=")
+        name = _GO_OPTIONS.get(name, name)
+        if name.startswith("--"):
+            name = name.replace("_", "-")
+        follow = GLOBAL_OPTIONS.get(name)
+        if follow is None:
+            rest.append(name + equals + value if word.startswith("-") else word)
+        elif not follow:
+            first.append(name)  # "-v=1" too
+        elif equals or queue:
+            first.append(f"{name}={value if equals else queue.popleft()}")
+        else:
+            raise ValueError(f"expected a value after {word}")
+    return first, rest
+
+
+def _plain_serve(words: Sequence[str]) -> Any:
+    """Parse what starts the server, without argparse, which would take as long as the start.
+
+    The value is None for anything else, mistakes too.
+    """
+    try:
+        first, rest = in_our_spelling(words)
+    except ValueError:
+        return None
+    options = dict(word.partition("=")[::2] for word in first)
+    if rest not in ([], ["serve"]) or "--version" in options:
+        return None
+    return types.SimpleNamespace(
+        verb="serve" if rest else None,
+        config_dir=options.get("--config-dir", CONFIG_DIR),
+        config_overrides=options.get("--config-overrides", ""),
+    )
+
+
+def own_program() -> tuple[list[str], str]:
+    """Return the command line that runs this program, archive or module, and from where."""
+    path = os.path.abspath(__file__)
+    while not os.path.isfile(path):  # inside an archive
+        path = os.path.dirname(path)
+    if path.endswith(".py"):
+        return [sys.executable, "-m", "chasquid"], os.path.dirname(path)
+    return [sys.executable, path], os.path.dirname(path)
+
+
+def _return_memory_at_once() -> None:
+    """Have glibc give large blocks back to the system as soon as they are free.
+
+    By itself it keeps what was freed, for each thread: after some logins, which take 16 MB
+    each, that would be 16 MB for every worker thread, for ever. See mallopt(3).
+    """
+    try:
+        import ctypes
+
+        mallopt = ctypes.CDLL(None).mallopt
+    except (ImportError, OSError, AttributeError):
+        return  # another C library, which does not keep them
+    mallopt(_M_MMAP_THRESHOLD, 1024 * 1024)
+    mallopt(_M_TRIM_THRESHOLD, 1024 * 1024)
+
+
+def run_daemon(daemon: Daemon, on_ready: Callable[[], object] = lambda: None) -> None:
+    """Run until SIGTERM or SIGINT; SIGHUP reads the files again. Raises ChasquidError.
+
+    Signals are minded before `on_ready` is called.
+    """
+    sys.setswitchinterval(0.0005)  # a finished fsync is noticed sooner while we compute
+    signal.set_wakeup_fd(daemon.loop.wakeup_fd, warn_on_full_buffer=False)
+    daemon.at_end(lambda: signal.set_wakeup_fd(-1))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: daemon.stop())
+    signal.signal(signal.SIGHUP, lambda *_: daemon.reload())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
+
+    def ready() -> None:
+        _return_memory_at_once()  # loads ctypes, which a client that waits need not wait for
+        on_ready()
+
+    daemon.run(ready)
+
+
+def exit_status(command: Callable[[], int]) -> int:
+    """Run a command; return its exit status, after a sentence on standard error if it failed."""
+    try:
+        return command()
+    except ChasquidError as error:
+        print(f"chasquid: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read our output has seen enough
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def examined_by_doctor(config: Config, overrides: str) -> list[Finding]:
+    """Have the set-up checked by the command `doctor`; return what it finds. Computes.
+
+    Raises ChasquidError if the command fails.
+    """
+    import subprocess  # loaded at the start
+
+    program, place = own_program()
+    options = ["--config-dir", os.path.abspath(config.config_dir), "--config-overrides", overrides]
+    try:
+        done = subprocess.run(
+            [*program, *options, "doctor", "--json"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_EXAMINE_SECONDS,
+            cwd=place,
+        )
+        found = [Finding(**finding) for finding in json.loads(done.stdout)]
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ChasquidError(f"doctor cannot be run: {reason(error)}") from error
+    except (ValueError, TypeError) as error:
+        said = done.stderr.decode("utf-8", "replace").strip() or "nothing that can be read"
+        raise ChasquidError(f"doctor says {printable(said, 500)}") from error
+    return [finding._replace(level=Level(finding.level)) for finding in found]
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Run the server; return its exit status. Raises ChasquidError."""
+    # whoever sees the ports open may ask for a reload, which would end us before it is minded
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+    config = load_config(arguments.config_dir, arguments.config_overrides)
+    write_no_core()
+    account = account_of_server(config) if os.geteuid() == 0 else None
+    examine = functools.partial(examined_by_doctor, config, arguments.config_overrides)
+    run_daemon(Daemon(config, examine=examine, account=account))
+    return 0
+
+
+def serve_if_asked(argv: Sequence[str] | None = None) -> int | None:
+    """Run the server if the command line asks for it, and return its exit status.
+
+    For anything else, mistakes too, the value is None; it is for `main` to see what to do.
+    """
+    if argv is None and os.path.basename(sys.argv[0]) == "sendmail":
+        return None
+    arguments = _plain_serve(sys.argv[1:] if argv is None else argv)
+    if arguments is None:
+        return None
+    if arguments.verb is None and not os.path.exists(f"{arguments.config_dir}/chasquid.conf"):
+        return None
+    return exit_status(lambda: serve(arguments))
 
 
 # ======================================================================================
@@ -20855,16 +21041,6 @@ class Ledger:
         return SelftestReport(figures, (*lost, *self._damaged))
 
 
-def own_program() -> tuple[list[str], str]:
-    """Return the command line that runs this program, archive or module, and from where."""
-    path = os.path.abspath(__file__)
-    while not os.path.isfile(path):  # inside an archive
-        path = os.path.dirname(path)
-    if path.endswith(".py"):
-        return [sys.executable, "-m", "chasquid"], os.path.dirname(path)
-    return [sys.executable, path], os.path.dirname(path)
-
-
 class SelftestServer:
     """A server with its own configuration below `directory`, as a child process."""
 
@@ -24968,10 +25144,9 @@ def _route(method: str, path: str) -> tuple[_Action, tuple[str, ...]]:
 # The command line. Exit status 0; 1 for "no" or failed, with one line on standard error;
 # 2 for wrong usage. A command does one thing and prints what a person wants to know.
 #
-# Only here are there signal handlers, arguments, and text for the terminal.
+# Only here, and in SERVE, are there signal handlers, arguments, and text for the terminal.
 # ======================================================================================
 
-_CONFIG_DIR = "/etc/chasquid"
 _TRY_DOMAIN = "try.test"
 _TRY_USER = f"you@{_TRY_DOMAIN}"
 _TRY_PORTS = (2525, 2587, 2465)
@@ -25029,9 +25204,6 @@ _CAPTURE_MODULES = (
 )  # fmt: skip
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-
-
 class _NowhereCourier:
     """Takes what is for other servers, and fails it."""
 
@@ -25042,58 +25214,8 @@ class _NowhereCourier:
         return [Result(State.FAILED, "5.7.1", text)] * len(destinations)
 
 
-def _return_memory_at_once() -> None:
-    """Have glibc give large blocks back to the system as soon as they are free.
-
-    By itself it keeps what was freed, for each thread: after some logins, which take 16 MB
-    each, that would be 16 MB for every worker thread, for ever. See mallopt(3).
-    """
-    try:
-        import ctypes
-
-        mallopt = ctypes.CDLL(None).mallopt
-    except (ImportError, OSError, AttributeError):
-        return  # another C library, which does not keep them
-    mallopt(_M_MMAP_THRESHOLD, 1024 * 1024)
-    mallopt(_M_TRIM_THRESHOLD, 1024 * 1024)
-
-
-def run_daemon(daemon: Daemon, on_ready: Callable[[], object] = lambda: None) -> None:
-    """Run until SIGTERM or SIGINT; SIGHUP reads the files again. Raises ChasquidError.
-
-    Signals are minded before `on_ready` is called.
-    """
-    sys.setswitchinterval(0.0005)  # a finished fsync is noticed sooner while we compute
-    signal.set_wakeup_fd(daemon.loop.wakeup_fd, warn_on_full_buffer=False)
-    daemon.at_end(lambda: signal.set_wakeup_fd(-1))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: daemon.stop())
-    signal.signal(signal.SIGHUP, lambda *_: daemon.reload())
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
-
-    def ready() -> None:
-        _return_memory_at_once()  # loads ctypes, which a client that waits need not wait for
-        on_ready()
-
-    daemon.run(ready)
-
-
 def _load(arguments: argparse.Namespace) -> Config:
     return load_config(arguments.config_dir, arguments.config_overrides)
-
-
-def _serve(arguments: argparse.Namespace) -> int:
-    # whoever sees the ports open may ask for a reload, which would end us before it is minded
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
-    config = _load(arguments)
-    write_no_core()
-    account = account_of_server(config) if os.geteuid() == 0 else None
-
-    def examine() -> Sequence[Finding]:
-        return diagnose(facts_of(examine_files(config, ()), RealWorld(config)))
-
-    run_daemon(Daemon(config, examine=examine, account=account))
-    return 0
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -26438,7 +26560,7 @@ _VERBS: dict[str, _Verb] = {
         ),
         "make everything that a domain needs, and say what is left to do; again at any time",
     ),
-    "serve": _Verb(_serve, (), "run the server"),
+    "serve": _Verb(serve, (), "run the server"),
     "try": _Verb(
         _try,
         (
@@ -26689,23 +26811,13 @@ _VERBS: dict[str, _Verb] = {
 }
 
 
-# Options that stand before or after the command, and how many words follow each.
-_GLOBAL_OPTIONS = {"--config-dir": 1, "--config-overrides": 1, "--verbose": 0, "--version": 0}
-# As Go's flag package writes options, for the server and for chasquid-util.
-_GO_OPTIONS = {
-    "-C": "--config-dir", "-v": "--verbose", "-version": "--version", "-help": "--help",
-    "-config_dir": "--config-dir", "-config-dir": "--config-dir",
-    "-config_overrides": "--config-overrides", "-config-overrides": "--config-overrides",
-}  # fmt: skip
-
-
 def _argument_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """Return the parser, and those of the commands."""
     import argparse  # 7 ms, and no business of those who import the module
 
     parser = argparse.ArgumentParser(prog="chasquid", description="A mail server in one file.")
     parser.add_argument(
-        "--config-dir", default=_CONFIG_DIR, metavar="DIR",
+        "--config-dir", default=CONFIG_DIR, metavar="DIR",
         help="where chasquid.conf is (default: %(default)s); also -C DIR",
     )  # fmt: skip
     parser.add_argument(
@@ -26725,59 +26837,11 @@ def _argument_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argu
     return parser, subs
 
 
-def _in_our_spelling(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the options for all commands, and the rest, with Go's spelling undone.
-
-    Raises ValueError if an option lacks its value.
-    """
-    first: list[str] = []
-    rest: list[str] = []
-    queue = collections.deque(words)
-    while queue:
-        word = queue.popleft()
-        if word == "--" or (word == "sendmail" and all(one.startswith("-") for one in rest)):
-            rest += [word, *queue]
-            break
-        name, equals, value = word.partition("=")
-        name = _GO_OPTIONS.get(name, name)
-        if name.startswith("--"):
-            name = name.replace("_", "-")
-        follow = _GLOBAL_OPTIONS.get(name)
-        if follow is None:
-            rest.append(name + equals + value if word.startswith("-") else word)
-        elif not follow:
-            first.append(name)  # "-v=1" too
-        elif equals or queue:
-            first.append(f"{name}={value if equals else queue.popleft()}")
-        else:
-            raise ValueError(f"expected a value after {word}")
-    return first, rest
-
-
-def _plain_serve(words: Sequence[str]) -> Any:
-    """Parse what starts the server, without argparse, which would take as long as the start.
-
-    The value is None for anything else, mistakes too.
-    """
-    try:
-        first, rest = _in_our_spelling(words)
-    except ValueError:
-        return None
-    options = dict(word.partition("=")[::2] for word in first)
-    if rest not in ([], ["serve"]) or "--version" in options:
-        return None
-    return types.SimpleNamespace(
-        verb="serve" if rest else None,
-        config_dir=options.get("--config-dir", _CONFIG_DIR),
-        config_overrides=options.get("--config-overrides", ""),
-    )
-
-
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     """Parse arguments. Raises SystemExit with status 2 after a word on what is wrong."""
     parser, subs = _argument_parser()
     try:
-        first, rest = _in_our_spelling(words)
+        first, rest = in_our_spelling(words)
     except ValueError as error:
         parser.error(str(error))
     position = next((at for at, word in enumerate(rest) if not word.startswith("-")), None)
@@ -26785,7 +26849,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         command, options, own = rest[position], rest[:position], rest[position + 1 :]
         if command not in (*_VERBS, "help"):
             if options:
-                _unknown(parser, "option", options[0].partition("=")[0], _GLOBAL_OPTIONS)
+                _unknown(parser, "option", options[0].partition("=")[0], GLOBAL_OPTIONS)
             _unknown(parser, "command", command, _VERBS)
         rest = [command, *options, *(own if command != "sendmail" else ())]
     arguments, unknown = parser.parse_known_args(first + rest)
@@ -26812,31 +26876,22 @@ def _unknown(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
+    if (status := serve_if_asked(argv)) is not None:
+        return status
     words = sys.argv[1:] if argv is None else argv
     if argv is None and os.path.basename(sys.argv[0]) == "sendmail":
         words = ["sendmail", *words]
-    arguments = _plain_serve(words) or _parse(words)
-    config_dir = arguments.config_dir
+    arguments = _parse(words)
     if arguments.verb is None:
-        if not os.path.exists(os.path.join(config_dir, "chasquid.conf")):
-            program = sys.argv[0] if sys.argv[0].endswith((".py", ".pyz")) else ""
-            begin = f"python3 {program}" if program else "chasquid"
-            print(_BEGIN.format(version=__version__, program=begin, config_dir=config_dir), end="")
-            return 0
-        arguments.verb = "serve"
+        program = sys.argv[0] if sys.argv[0].endswith((".py", ".pyz")) else ""
+        begin = f"python3 {program}" if program else "chasquid"
+        config_dir = arguments.config_dir
+        print(_BEGIN.format(version=__version__, program=begin, config_dir=config_dir), end="")
+        return 0
     if getattr(arguments, "password", None) is not None:
         text = "warning: --password can be seen in the list of processes"
         print(f"chasquid: {text}", file=sys.stderr)
-    try:
-        return _VERBS[arguments.verb].action(arguments)
-    except ChasquidError as error:
-        print(f"chasquid: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read our output has seen enough
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return exit_status(lambda: _VERBS[arguments.verb].action(arguments))
 
 
 if __name__ == "__main__":
