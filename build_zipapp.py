@@ -13,8 +13,9 @@ The work has five steps, and this file tells them in this order.
    checked each time they are read. Nothing that is fetched is ever run here: modules are
    taken out of wheels and source distributions as plain files.
 2. *Take.* Of each package come the modules that a mail server needs, a few lines of
-   METADATA (so that `importlib.metadata` can name it) and its licence. Some of the
-   modules are altered; each alteration says why, there and in the archive.
+   METADATA (so that `importlib.metadata` can name it) and its licence. Functions that
+   nothing calls are cut out of them, and comments. Some of the modules are altered
+   otherwise; each alteration says why, there and in the archive.
 3. *List.* What is in the archive stands in it as SPDX 2.3, where PEP 770 has it: packages,
    versions, licences, and the hashes of all files. `version --sbom` prints it.
 4. *Compile.* An archive cannot keep bytecode from one start to the next, so bytecode goes
@@ -52,12 +53,13 @@ import sys
 import tarfile
 import tempfile
 import time
+import tokenize
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 if sys.version_info < (3, 11):  # noqa: UP036 - who runs it with an older one should read this
     sys.exit("build_zipapp: needs Python 3.11 or later; this is " + sys.version.split()[0])
@@ -173,6 +175,62 @@ PACKAGES = (
         "MIT",
     ),
 )
+
+# Functions and classes that nothing in the archive calls: no remaining code has their names.
+LEFT_OUT = {
+    "dns/asyncquery.py": "inbound_xfr",
+    "dns/asyncresolver.py": """
+        Resolver.resolve_address Resolver.try_ddr resolve_address try_ddr zone_for_name
+        make_resolver_at resolve_at
+    """,
+    "dns/edns.py": "option_from_wire register_type",
+    "dns/message.py": """
+        Message.get_rrset Message.section_count Message.set_opcode from_file CopyMode
+        make_response
+    """,
+    "dns/name.py": """
+        Name.is_wild Name.is_superdomain Name.to_unicode Name.predecessor Name.successor
+        _pad_to_max_name _pad_to_max_label _absolute_predecessor _absolute_successor
+        _handle_relativity_and_call
+    """,
+    "dns/nameserver.py": "DoTNameserver DoQNameserver",
+    "dns/query.py": "_make_socket inbound_xfr",
+    "dns/rdata.py": """
+        _hexify _truncate_bitmap Rdata.extended_rdatatype Rdata._processing_order
+        RdatatypeExists register_type
+    """,
+    "dns/rdataset.py": "Rdataset.processing_order ImmutableRdataset",
+    "dns/rdatatype.py": "register_type",
+    "dns/rdtypes/mxbase.py": """
+        MXBase._processing_order
+        UncompressedMX DecompressionOnlyDowncasingMX UncompressedDowncasingMX
+    """,
+    "dns/rdtypes/IN/SRV.py": "SRV._processing_order",
+    "dns/rdtypes/util.py": """
+        Gateway Bitmap priority_processing_order weighted_processing_order
+        parse_formatted_hex
+    """,
+    "dns/renderer.py": """
+        Renderer.add_rdataset Renderer.add_edns Renderer.add_tsig Renderer.add_multi_tsig
+        Renderer._write_tsig
+    """,
+    "dns/resolver.py": """
+        CacheStatistics CacheBase Cache LRUCacheNode LRUCache Resolver.resolve_address
+        Resolver.try_ddr resolve_address try_ddr zone_for_name make_resolver_at resolve_at
+        _getaddrinfo _getnameinfo _getfqdn _gethostbyname _gethostbyname_ex _gethostbyaddr
+        override_system_resolver restore_system_resolver
+    """,
+    "dns/reversename.py": "to_address",
+    "dns/set.py": "Set.issubset Set.issuperset Set.isdisjoint",
+    "dns/tsig.py": "GSSTSigAdapter",
+    "dkim/__init__.py": "hash_headers_ed25519 DomainSigner.add_frozen",
+    "dkim/dnsplug.py": "get_txt_Milter_dns",
+    "spf.py": """
+        check2 query.parse_header_ar query.parse_header_spf query.parse_header
+        query.get_header query.get_header_comment quote_value
+    """,
+    "idna/intranges.py": "intranges_from_list",
+}
 
 # Before and after, each found exactly once. dkimpy's licence wants alterations marked.
 ALTERED = {
@@ -423,25 +481,57 @@ def altered(name: str, data: bytes) -> bytes:
     """The module as it goes into the archive."""
     if name in REPLACED:
         return REPLACED[name]
+    if name.endswith(".py"):
+        data = undocumented(data)
     if name in ALTERED:
         before, after = (text.encode() for text in ALTERED[name])
         if data.count(before) != 1:
             raise Unable(f"{name} is not the one that ALTERED was written for: adapt the entry")
         data = data.replace(before, after)
-    return undocumented(data) if name.endswith(".py") else data
+    return without(data, LEFT_OUT[name].split()) if name in LEFT_OUT else data
 
 
-UNDOCUMENTED = b"# Altered for chasquid.pyz: without the docstrings of functions.\n"
+SHORTENED = b"# Altered for chasquid.pyz: without what is not called.\n"
+
+
+def without(module: bytes, names: Sequence[str]) -> bytes:
+    """A module of a package without these functions and classes ("Class.method" too).
+
+    Every line that stays keeps its number.
+    """
+    found: dict[str, ast.stmt] = {}
+
+    def note(body: Sequence[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                found[prefix + node.name] = node
+            if isinstance(node, ast.ClassDef):
+                note(node.body, f"{prefix}{node.name}.")
+
+    with warnings.catch_warnings(action="ignore"):  # of a backslash in one of pyspf's
+        note(ast.parse(module).body, "")
+    lines = module.split(b"\n")
+    for name in names:
+        node: Any = found[name]
+        first = min(part.lineno for part in (node, *node.decorator_list)) - 1
+        lines[first : node.end_lineno] = [b""] * (node.end_lineno - first)
+    return b"\n".join(lines) + SHORTENED
+
+
+UNDOCUMENTED = b"# Altered for chasquid.pyz: without comments and the docstrings of functions.\n"
 
 
 def undocumented(module: bytes) -> bytes:
-    """A module of a package without its functions' docstrings, a sixth of all their source.
+    """A module of a package without comments and its functions' docstrings, a third of its source.
 
-    Every line keeps its number. The module's own docstring stays: it may hold the terms.
+    Every line keeps its number. What may be terms stays: the module's own docstring, and the
+    comments above the code, but of those that refer to LICENSE only who holds the copyright.
     """
     with warnings.catch_warnings(action="ignore"):  # of a backslash in one of pyspf's
         tree = ast.parse(module)
     lines = module.split(b"\n")
+    for row, column in comments(module):
+        lines[row] = lines[row][:column].rstrip()
     for node in ast.walk(tree):
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             continue
@@ -454,6 +544,18 @@ def undocumented(module: bytes) -> bytes:
         lines[first + 1 : last + 1] = [b""] * (last - first)
     short = b"\n".join(lines)
     return short if short == module else short + UNDOCUMENTED
+
+
+def comments(module: bytes) -> Iterator[tuple[int, int]]:
+    """Where comments begin that can go: line, and octet in it, both from 0."""
+    in_code, referred = False, b"see LICENSE for text" in module
+    for token in tokenize.tokenize(io.BytesIO(module).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            if in_code or (referred and "Copyright" not in token.string):
+                yield row - 1, len(token.line[:column].encode())
+        elif token.type not in (tokenize.ENCODING, tokenize.NL):
+            in_code = True
 
 
 def shortened(metadata: bytes) -> bytes:
