@@ -14781,7 +14781,7 @@ def write_no_core() -> None:
 def exposure_warnings(config: Config) -> Iterator[str]:
     """Yield which secrets everybody on this machine can read, and what everybody can change."""
     told = set()
-    for path in _secret_paths(config):
+    for path in (config.data_dir, *secret_files(config)):
         if _is_open(path, stat.S_IROTH | stat.S_IWOTH):
             told.add(path)
             yield f"{path} is secret, and everybody can read it: chmod o= {_word(path)}"
@@ -14797,9 +14797,8 @@ def _word(path: str) -> str:
     return shlex.quote(path)
 
 
-def _secret_paths(config: Config) -> Iterator[str]:
-    """Yield the files that hold passwords and private keys, and data_dir with all the mail."""
-    yield config.data_dir
+def secret_files(config: Config) -> Iterator[str]:
+    """Yield the files of the configuration that hold passwords and private keys."""
     if config.smarthost_password_file:
         yield config.smarthost_password_file
     for top, _, files in _files_below(config, "domains"):
@@ -18709,22 +18708,23 @@ def _check_modes(facts: Facts) -> Iterator[Finding]:
         yield mend(text, f"sudo chown {machine.user} {shlex.join(files)}")
 
 
-# Files that the server reads, below the configuration directory, and those that are secrets.
+# What else the server reads, below the configuration directory.
 _NEEDED = re.compile(r"chasquid\.conf|certs/.*/(fullchain\.pem|.*\.cer)|domains/.*/aliases")
-_SECRETS = re.compile(r"certs/.*/(privkey\.pem|.*\.key)|domains/.*/(users|dkim:.*\.pem)")
 
 
 def _needed_files(config: Config) -> Iterator[tuple[str, bool]]:
     """Yield the files that the server reads, and whether they hold keys or passwords."""
-    for directory, _, files in os.walk(config.config_dir, followlinks=True):
-        for name in sorted(files):
-            path = os.path.join(directory, name)
-            below = os.path.relpath(path, config.config_dir)
-            is_secret = _SECRETS.fullmatch(below) is not None
-            if (is_secret or _NEEDED.fullmatch(below)) and os.path.exists(path):
-                yield path, is_secret
-    if config.smarthost_password_file and os.path.exists(config.smarthost_password_file):
-        yield config.smarthost_password_file, True
+    secrets = set(secret_files(config))
+    paths = {
+        os.path.join(directory, name)
+        for directory, _, files in os.walk(config.config_dir, followlinks=True)
+        for name in files
+    }
+    for path in sorted(paths | secrets):
+        is_secret = path in secrets
+        is_needed = is_secret or _NEEDED.fullmatch(os.path.relpath(path, config.config_dir))
+        if is_needed and os.path.exists(path):
+            yield path, is_secret
 
 
 def _closed_at(path: str, top: str, machine: Machine) -> str:
