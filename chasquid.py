@@ -3113,15 +3113,20 @@ async def connect(loop: Loop, host: str, port: int) -> Stream:
 Connect = Callable[[Loop, str, int], Awaitable[Stream]]  # as `connect`
 
 
-def server_tls_context(fullchain: str, privkey: str) -> ssl.SSLContext:
+def server_tls_context(fullchain: str, privkey: str, tickets: bool = False) -> ssl.SSLContext:
     """Return a context for the server side. Raises ConfigError.
 
-    Session tickets are off: some large senders fail on them.
+    With `tickets`, a session can be resumed with one (RFC 8446, 4.6.1; RFC 5077), for two
+    hours at most. The keys that they are sealed with are those of the context, and never
+    leave it, so they last as long. Other servers get none: Microsoft's have been seen to break
+    off when one comes after STARTTLS, and their mail would not get here.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION
-    context.num_tickets = 0
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    if not tickets:
+        context.options |= ssl.OP_NO_TICKET
+    context.num_tickets = 1 if tickets else 0
     for path in (fullchain, privkey):
         read_file(path)
     try:
@@ -11169,10 +11174,11 @@ HOST_PORT = Port("sendmail of a user", submission=False, implicit_tls=False, pro
 
 
 class ServerContext:
-    """What all sessions of a server share. The daemon replaces `tls_context` and `closing`.
+    """What all sessions of a server share. The daemon replaces the TLS contexts and `closing`.
 
-    `size_limit` is in octets. A message may come in as slowly as `min_octets_per_second`;
-    0 means as slowly as it likes.
+    With `resuming_tls_context`, sessions on submission ports can be resumed (RFC 8446, 2.2).
+    `size_limit` is in octets. A message may come in as slowly as `min_octets_per_second`; 0
+    means as slowly as it likes.
     """
 
     def __init__(
@@ -11193,9 +11199,14 @@ class ServerContext:
         self.hostname = hostname
         self.size_limit = size_limit
         self.tls_context = tls_context
+        self.resuming_tls_context: ssl.SSLContext | None = None
         self.min_octets_per_second = min_octets_per_second
         self.dialogue_lines = dialogue_lines
         self.closing = False
+
+    def tls_context_for(self, port: Port) -> ssl.SSLContext | None:
+        """Return what TLS is done with on a port; None if there is none."""
+        return (self.resuming_tls_context if port.submission else None) or self.tls_context
 
     def new_dialogue(self, port: Port, peer: str) -> Dialogue:
         """Return the notes of a session, which `record` shows from now on."""
@@ -11507,7 +11518,7 @@ class Session:
         self.loop = context.loop
         self.stream = stream
         self.port = port
-        self.tls_context = context.tls_context
+        self.tls_context = context.tls_context_for(port)
         self.dialogue = Dialogue("", "", 0.0)
         self.transaction: Transaction | None = None
         self._receiver = receiver
@@ -13231,6 +13242,7 @@ class Certificate(NamedTuple):
     names: frozenset[str]
     expires: float
     context: ssl.SSLContext
+    files: tuple[str, str]  # chain and key
     proven: bool = True
 
     @property
@@ -13261,10 +13273,26 @@ class Certificates:
         if fetched:
             self._load_below(config.data_dir, FETCHED_CERTIFICATES, before)
         for certificate in sorted(self.loaded.values(), key=lambda found: not found.proven):
+            certificate.context.sni_callback = self._choose  # also of one that stays as it was
             for host in certificate.names | {os.path.basename(certificate.directory).lower()}:
                 self._contexts.setdefault(host, certificate.context)
         first = next((certificate.context for certificate in self.loaded.values()), None)
         self.default = self._find(domain_to_ascii(config.hostname)) or first
+        self.resuming = self.default
+        self.renew_ticket_keys()
+
+    def renew_ticket_keys(self) -> None:
+        """Make `resuming`: the default, with tickets that only this one can read.
+
+        A ticket of before leads to a full handshake, as any that cannot be read. What is said
+        here of tickets holds for the certificates of other names too, which are chosen later.
+        """
+        self.resuming = self.default
+        for certificate in self.loaded.values():
+            if certificate.context is self.default:
+                with contextlib.suppress(ConfigError):  # no tickets as long as that lasts
+                    self.resuming = server_tls_context(*certificate.files, tickets=True)
+                    self.resuming.sni_callback = self._choose
 
     def _load_below(self, base: str, top: str, before: Certificates | None) -> None:
         directory = os.path.join(base, top)
@@ -13296,12 +13324,12 @@ class Certificates:
                 return None
             context = server_tls_context(chain, key)
             pem = read_file(chain)
-            context.sni_callback = self._choose
             return Certificate(
                 name,
                 frozenset(certificate_names(pem)),
                 certificate_expiry(pem),
-                context,
+                context=context,
+                files=(chain, key),
                 proven=not is_self_signed(pem),
             )
         except (ConfigError, ValueError) as error:
@@ -14860,6 +14888,7 @@ _SHOWN_PROBLEMS = 20  # of a domain; the log gets them at each look
 _WORKER_COUNT = 8
 _STOP_SECONDS = 10.0
 _DAY = 86400.0
+_TICKET_KEY_SECONDS = 12 * 3600.0
 _EXAMINE_AFTER = 60.0  # seconds; the network may come up later than we do
 # Everything that is imported when it is first used; see `load_modules`.
 _LATE_MODULES = (
@@ -15152,6 +15181,7 @@ class Daemon:
             tls_context=certificates.default,
             min_octets_per_second=config.min_octets_per_second,
         )
+        self._context.resuming_tls_context = certificates.resuming
         self._receiver = MailReceiver(
             config,
             loop=loop,
@@ -15499,6 +15529,7 @@ class Daemon:
             self.loop.spawn(self._accept_programs(), "sendmail"),
             self.loop.spawn(self._reload_forever(), "reload"),
             self.loop.spawn(self._watch_certificates(), "certificates"),
+            self.loop.spawn(self._renew_ticket_keys(), "TLS ticket keys"),
             self.loop.spawn(self._sts.refresh_forever(), "MTA-STS policies"),
             self.loop.spawn(self._examine_daily(), "daily check"),
         ]
@@ -15672,6 +15703,7 @@ class Daemon:
         self._key_watch.look_now()
         if certificates.default is not None:
             self._context.tls_context = certificates.default
+            self._context.resuming_tls_context = certificates.resuming
         self._reloaded = (self.loop.clock.time(), not self.problems)
         self.log.event(Events.RELOADED, problems=len(self.problems))
         self._report_problems()
@@ -15684,6 +15716,15 @@ class Daemon:
             for warning in self._certificates.warnings(now, hosts):
                 self.log.warning("certificates", warning)
             await self.loop.sleep(_DAY)
+
+    async def _renew_ticket_keys(self) -> None:
+        """Let no key for TLS tickets live for longer than half a day (RFC 5077, 5.5)."""
+        while True:
+            await self.loop.sleep(_TICKET_KEY_SECONDS)
+            certificates = self._certificates
+            await self.loop.work(certificates.renew_ticket_keys)
+            if certificates is self._certificates:
+                self._context.resuming_tls_context = certificates.resuming
 
     async def _examine_daily(self) -> None:
         """Have the whole set-up checked each day, and warn of what must be mended."""
