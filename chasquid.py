@@ -47,6 +47,7 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     CONTROL        the lock on data_dir; the sockets for commands, and for mail of this host
     PRIVILEGES     from root to a user of its own, and whether secrets lie open
     DAEMON         the wiring diagram, reload, the end
+    SERVE          the server as a process; the last room that it needs
     SENDMAIL       mail from programs of this host, with a server or without
     UPKEEP         versions of the program side by side; backup and restore
     IMPORT         users, aliases and Maildirs of another server
@@ -3775,15 +3776,20 @@ async def connect(loop: Loop, host: str, port: int) -> Stream:
 Connect = Callable[[Loop, str, int], Awaitable[Stream]]  # as `connect`
 
 
-def server_tls_context(fullchain: str, privkey: str) -> ssl.SSLContext:
+def server_tls_context(fullchain: str, privkey: str, tickets: bool = False) -> ssl.SSLContext:
     """Return a context for the server side. Raises ConfigError.
 
-    Session tickets are off: some large senders fail on them.
+    With `tickets`, a session can be resumed with one (RFC 8446, 4.6.1; RFC 5077), for two
+    hours at most. The keys that they are sealed with are those of the context, and never
+    leave it, so they last as long. Other servers get none: Microsoft's have been seen to break
+    off when one comes after STARTTLS, and their mail would not get here.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION
-    context.num_tickets = 0
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    if not tickets:
+        context.options |= ssl.OP_NO_TICKET
+    context.num_tickets = 1 if tickets else 0
     for path in (fullchain, privkey):
         read_file(path)
     try:
@@ -11829,10 +11835,11 @@ HOST_PORT = Port("sendmail of a user", submission=False, implicit_tls=False, pro
 
 
 class ServerContext:
-    """What all sessions of a server share. The daemon replaces `tls_context` and `closing`.
+    """What all sessions of a server share. The daemon replaces the TLS contexts and `closing`.
 
-    `size_limit` is in octets. A message may come in as slowly as `min_octets_per_second`;
-    0 means as slowly as it likes.
+    With `resuming_tls_context`, sessions on submission ports can be resumed (RFC 8446, 2.2).
+    `size_limit` is in octets. A message may come in as slowly as `min_octets_per_second`; 0
+    means as slowly as it likes.
     """
 
     def __init__(
@@ -11853,9 +11860,14 @@ class ServerContext:
         self.hostname = hostname
         self.size_limit = size_limit
         self.tls_context = tls_context
+        self.resuming_tls_context: ssl.SSLContext | None = None
         self.min_octets_per_second = min_octets_per_second
         self.dialogue_lines = dialogue_lines
         self.closing = False
+
+    def tls_context_for(self, port: Port) -> ssl.SSLContext | None:
+        """Return what TLS is done with on a port; None if there is none."""
+        return (self.resuming_tls_context if port.submission else None) or self.tls_context
 
     def new_dialogue(self, port: Port, peer: str) -> Dialogue:
         """Return the notes of a session, which `record` shows from now on."""
@@ -12167,7 +12179,7 @@ class Session:
         self.loop = context.loop
         self.stream = stream
         self.port = port
-        self.tls_context = context.tls_context
+        self.tls_context = context.tls_context_for(port)
         self.dialogue = Dialogue("", "", 0.0)
         self.transaction: Transaction | None = None
         self._receiver = receiver
@@ -13891,6 +13903,7 @@ class Certificate(NamedTuple):
     names: frozenset[str]
     expires: float
     context: ssl.SSLContext
+    files: tuple[str, str]  # chain and key
     proven: bool = True
 
     @property
@@ -13921,10 +13934,26 @@ class Certificates:
         if fetched:
             self._load_below(config.data_dir, FETCHED_CERTIFICATES, before)
         for certificate in sorted(self.loaded.values(), key=lambda found: not found.proven):
+            certificate.context.sni_callback = self._choose  # also of one that stays as it was
             for host in certificate.names | {os.path.basename(certificate.directory).lower()}:
                 self._contexts.setdefault(host, certificate.context)
         first = next((certificate.context for certificate in self.loaded.values()), None)
         self.default = self._find(domain_to_ascii(config.hostname)) or first
+        self.resuming = self.default
+        self.renew_ticket_keys()
+
+    def renew_ticket_keys(self) -> None:
+        """Make `resuming`: the default, with tickets that only this one can read.
+
+        A ticket of before leads to a full handshake, as any that cannot be read. What is said
+        here of tickets holds for the certificates of other names too, which are chosen later.
+        """
+        self.resuming = self.default
+        for certificate in self.loaded.values():
+            if certificate.context is self.default:
+                with contextlib.suppress(ConfigError):  # no tickets as long as that lasts
+                    self.resuming = server_tls_context(*certificate.files, tickets=True)
+                    self.resuming.sni_callback = self._choose
 
     def _load_below(self, base: str, top: str, before: Certificates | None) -> None:
         directory = os.path.join(base, top)
@@ -13956,12 +13985,12 @@ class Certificates:
                 return None
             context = server_tls_context(chain, key)
             pem = read_file(chain)
-            context.sni_callback = self._choose
             return Certificate(
                 name,
                 frozenset(certificate_names(pem)),
                 certificate_expiry(pem),
-                context,
+                context=context,
+                files=(chain, key),
                 proven=not is_self_signed(pem),
             )
         except (ConfigError, ValueError) as error:
@@ -15523,6 +15552,7 @@ _SHOWN_PROBLEMS = 20  # of a domain; the log gets them at each look
 _WORKER_COUNT = 8
 _STOP_SECONDS = 10.0
 _DAY = 86400.0
+_TICKET_KEY_SECONDS = 12 * 3600.0
 _EXAMINE_AFTER = 60.0  # seconds; the network may come up later than we do
 # Everything that is imported when it is first used; see `load_modules`.
 _LATE_MODULES = (
@@ -15530,7 +15560,6 @@ _LATE_MODULES = (
     "fcntl", "hashlib", "hmac", "http.client", "idna", "idna.uts46data", "io", "ipaddress",
     "precis_i18n.profile", "pwd", "resource", "shlex", "shutil", "subprocess", "tempfile",
     "unicodedata",
-    "calendar", "ctypes", "dns.query", "dns.resolver",  # for the daily check
 )  # fmt: skip
 DOMAIN_INFO_DIRECTORY = "domaininfo"  # below data_dir
 DOMAIN_FORGOTTEN = "what was seen of {} is forgotten"
@@ -15819,6 +15848,7 @@ class Daemon:
             tls_context=certificates.default,
             min_octets_per_second=config.min_octets_per_second,
         )
+        self._context.resuming_tls_context = certificates.resuming
         self._receiver = MailReceiver(
             config,
             loop=loop,
@@ -16170,6 +16200,7 @@ class Daemon:
             self.loop.spawn(self._accept_programs(), "sendmail"),
             self.loop.spawn(self._reload_forever(), "reload"),
             self.loop.spawn(self._watch_certificates(), "certificates"),
+            self.loop.spawn(self._renew_ticket_keys(), "TLS ticket keys"),
             self.loop.spawn(self._sts.refresh_forever(), "MTA-STS policies"),
             self.loop.spawn(self._examine_daily(), "daily check"),
         ]
@@ -16345,6 +16376,7 @@ class Daemon:
         self._key_watch.look_now()
         if certificates.default is not None:
             self._context.tls_context = certificates.default
+            self._context.resuming_tls_context = certificates.resuming
         self._reloaded = (self.loop.clock.time(), not self.problems)
         self.log.event(Events.RELOADED, problems=len(self.problems))
         self._report_problems()
@@ -16357,6 +16389,15 @@ class Daemon:
             for warning in self._certificates.warnings(now, hosts):
                 self.log.warning("certificates", warning)
             await self.loop.sleep(_DAY)
+
+    async def _renew_ticket_keys(self) -> None:
+        """Let no key for TLS tickets live for longer than half a day (RFC 5077, 5.5)."""
+        while True:
+            await self.loop.sleep(_TICKET_KEY_SECONDS)
+            certificates = self._certificates
+            await self.loop.work(certificates.renew_ticket_keys)
+            if certificates is self._certificates:
+                self._context.resuming_tls_context = certificates.resuming
 
     async def _examine_daily(self) -> None:
         """Have the whole set-up checked each day, and warn of what must be mended."""
@@ -16462,6 +16503,192 @@ def notify_systemd(state: str) -> None:
             raw.send(state.encode())
         except OSError:
             pass  # systemd notices by itself that it heard nothing
+
+
+# ======================================================================================
+# ROOM: SERVE
+#
+# The server as a process: what the command line says of it, its signals, its exit status.
+#
+# This is the last room that a running server needs. Those above are for other commands, which
+# are programs of their own: also the daily check of the set-up runs as one, so that a server
+# holds nothing of them in memory. The archive keeps their bytecode apart, and it is read when
+# one of their names is asked for; that no room names a higher one is what makes this possible.
+# ======================================================================================
+
+CONFIG_DIR = "/etc/chasquid"
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_EXAMINE_SECONDS = 3600.0  # a check waits for the network, host by host
+
+# Options that stand before or after the command, and how many words follow each.
+GLOBAL_OPTIONS = {"--config-dir": 1, "--config-overrides": 1, "--verbose": 0, "--version": 0}
+# As Go's flag package writes options, for the server and for chasquid-util.
+_GO_OPTIONS = {
+    "-C": "--config-dir", "-v": "--verbose", "-version": "--version", "-help": "--help",
+    "-config_dir": "--config-dir", "-config-dir": "--config-dir",
+    "-config_overrides": "--config-overrides", "-config-overrides": "--config-overrides",
+}  # fmt: skip
+
+
+def in_our_spelling(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the options for all commands, and the rest, with Go's spelling undone.
+
+    Raises ValueError if an option lacks its value.
+    """
+    first: list[str] = []
+    rest: list[str] = []
+    queue = collections.deque(words)
+    while queue:
+        word = queue.popleft()
+        if word == "--" or (word == "sendmail" and all(one.startswith("-") for one in rest)):
+            rest += [word, *queue]
+            break
+        name, equals, value = word.partition("=")
+        name = _GO_OPTIONS.get(name, name)
+        if name.startswith("--"):
+            name = name.replace("_", "-")
+        follow = GLOBAL_OPTIONS.get(name)
+        if follow is None:
+            rest.append(name + equals + value if word.startswith("-") else word)
+        elif not follow:
+            first.append(name)  # "-v=1" too
+        elif equals or queue:
+            first.append(f"{name}={value if equals else queue.popleft()}")
+        else:
+            raise ValueError(f"expected a value after {word}")
+    return first, rest
+
+
+def _plain_serve(words: Sequence[str]) -> Any:
+    """Parse what starts the server, without argparse, which would take as long as the start.
+
+    The value is None for anything else, mistakes too.
+    """
+    try:
+        first, rest = in_our_spelling(words)
+    except ValueError:
+        return None
+    options = dict(word.partition("=")[::2] for word in first)
+    if rest not in ([], ["serve"]) or "--version" in options:
+        return None
+    return types.SimpleNamespace(
+        verb="serve" if rest else None,
+        config_dir=options.get("--config-dir", CONFIG_DIR),
+        config_overrides=options.get("--config-overrides", ""),
+    )
+
+
+def own_program() -> tuple[list[str], str]:
+    """Return the command line that runs this program, archive or module, and from where."""
+    path = os.path.abspath(__file__)
+    while not os.path.isfile(path):  # inside an archive
+        path = os.path.dirname(path)
+    if path.endswith(".py"):
+        return [sys.executable, "-m", "chasquid"], os.path.dirname(path)
+    return [sys.executable, path], os.path.dirname(path)
+
+
+def _return_memory_at_once() -> None:
+    """Have glibc give large blocks back to the system as soon as they are free.
+
+    By itself it keeps what was freed, for each thread: after some logins, which take 16 MB
+    each, that would be 16 MB for every worker thread, for ever. See mallopt(3).
+    """
+    try:
+        import ctypes
+
+        mallopt = ctypes.CDLL(None).mallopt
+    except (ImportError, OSError, AttributeError):
+        return  # another C library, which does not keep them
+    mallopt(_M_MMAP_THRESHOLD, 1024 * 1024)
+    mallopt(_M_TRIM_THRESHOLD, 1024 * 1024)
+
+
+def run_daemon(daemon: Daemon, on_ready: Callable[[], object] = lambda: None) -> None:
+    """Run until SIGTERM or SIGINT; SIGHUP reads the files again. Raises ChasquidError.
+
+    Signals are minded before `on_ready` is called.
+    """
+    sys.setswitchinterval(0.0005)  # a finished fsync is noticed sooner while we compute
+    signal.set_wakeup_fd(daemon.loop.wakeup_fd, warn_on_full_buffer=False)
+    daemon.at_end(lambda: signal.set_wakeup_fd(-1))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: daemon.stop())
+    signal.signal(signal.SIGHUP, lambda *_: daemon.reload())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
+
+    def ready() -> None:
+        _return_memory_at_once()  # loads ctypes, which a client that waits need not wait for
+        on_ready()
+
+    daemon.run(ready)
+
+
+def exit_status(command: Callable[[], int]) -> int:
+    """Run a command; return its exit status, after a sentence on standard error if it failed."""
+    try:
+        return command()
+    except ChasquidError as error:
+        print(f"chasquid: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read our output has seen enough
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def examined_by_doctor(config: Config, overrides: str) -> list[Finding]:
+    """Have the set-up checked by the command `doctor`; return what it finds. Computes.
+
+    Raises ChasquidError if the command fails.
+    """
+    import subprocess  # loaded at the start
+
+    program, place = own_program()
+    options = ["--config-dir", os.path.abspath(config.config_dir), "--config-overrides", overrides]
+    try:
+        done = subprocess.run(
+            [*program, *options, "doctor", "--json"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_EXAMINE_SECONDS,
+            cwd=place,
+        )
+        found = [Finding(**finding) for finding in json.loads(done.stdout)]
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ChasquidError(f"doctor cannot be run: {reason(error)}") from error
+    except (ValueError, TypeError) as error:
+        said = done.stderr.decode("utf-8", "replace").strip() or "nothing that can be read"
+        raise ChasquidError(f"doctor says {printable(said, 500)}") from error
+    return [finding._replace(level=Level(finding.level)) for finding in found]
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Run the server; return its exit status. Raises ChasquidError."""
+    # whoever sees the ports open may ask for a reload, which would end us before it is minded
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+    config = load_config(arguments.config_dir, arguments.config_overrides)
+    write_no_core()
+    account = account_of_server(config) if os.geteuid() == 0 else None
+    examine = functools.partial(examined_by_doctor, config, arguments.config_overrides)
+    run_daemon(Daemon(config, examine=examine, account=account))
+    return 0
+
+
+def serve_if_asked(argv: Sequence[str] | None = None) -> int | None:
+    """Run the server if the command line asks for it, and return its exit status.
+
+    For anything else, mistakes too, the value is None; it is for `main` to see what to do.
+    """
+    if argv is None and os.path.basename(sys.argv[0]) == "sendmail":
+        return None
+    arguments = _plain_serve(sys.argv[1:] if argv is None else argv)
+    if arguments is None:
+        return None
+    if arguments.verb is None and not os.path.exists(f"{arguments.config_dir}/chasquid.conf"):
+        return None
+    return exit_status(lambda: serve(arguments))
 
 
 # ======================================================================================
@@ -21529,16 +21756,6 @@ class Ledger:
         return SelftestReport(figures, (*lost, *self._damaged))
 
 
-def own_program() -> tuple[list[str], str]:
-    """Return the command line that runs this program, archive or module, and from where."""
-    path = os.path.abspath(__file__)
-    while not os.path.isfile(path):  # inside an archive
-        path = os.path.dirname(path)
-    if path.endswith(".py"):
-        return [sys.executable, "-m", "chasquid"], os.path.dirname(path)
-    return [sys.executable, path], os.path.dirname(path)
-
-
 class SelftestServer:
     """A server with its own configuration below `directory`, as a child process."""
 
@@ -25324,10 +25541,9 @@ def _route(method: str, path: str) -> tuple[_Action, tuple[str, ...]]:
 # The command line. Exit status 0; 1 for "no" or failed, with one line on standard error;
 # 2 for wrong usage. A command does one thing and prints what a person wants to know.
 #
-# Only here are there signal handlers, arguments, and text for the terminal.
+# Only here, and in SERVE, are there signal handlers, arguments, and text for the terminal.
 # ======================================================================================
 
-_CONFIG_DIR = "/etc/chasquid"
 _TRY_DOMAIN = "try.test"
 _TRY_USER = f"you@{_TRY_DOMAIN}"
 _TRY_PORTS = (2525, 2587, 2465)
@@ -25385,9 +25601,6 @@ _CAPTURE_MODULES = (
 )  # fmt: skip
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-
-
 class _NowhereCourier:
     """Takes what is for other servers, and fails it."""
 
@@ -25398,58 +25611,8 @@ class _NowhereCourier:
         return [Result(State.FAILED, "5.7.1", text)] * len(destinations)
 
 
-def _return_memory_at_once() -> None:
-    """Have glibc give large blocks back to the system as soon as they are free.
-
-    By itself it keeps what was freed, for each thread: after some logins, which take 16 MB
-    each, that would be 16 MB for every worker thread, for ever. See mallopt(3).
-    """
-    try:
-        import ctypes
-
-        mallopt = ctypes.CDLL(None).mallopt
-    except (ImportError, OSError, AttributeError):
-        return  # another C library, which does not keep them
-    mallopt(_M_MMAP_THRESHOLD, 1024 * 1024)
-    mallopt(_M_TRIM_THRESHOLD, 1024 * 1024)
-
-
-def run_daemon(daemon: Daemon, on_ready: Callable[[], object] = lambda: None) -> None:
-    """Run until SIGTERM or SIGINT; SIGHUP reads the files again. Raises ChasquidError.
-
-    Signals are minded before `on_ready` is called.
-    """
-    sys.setswitchinterval(0.0005)  # a finished fsync is noticed sooner while we compute
-    signal.set_wakeup_fd(daemon.loop.wakeup_fd, warn_on_full_buffer=False)
-    daemon.at_end(lambda: signal.set_wakeup_fd(-1))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: daemon.stop())
-    signal.signal(signal.SIGHUP, lambda *_: daemon.reload())
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
-
-    def ready() -> None:
-        _return_memory_at_once()  # loads ctypes, which a client that waits need not wait for
-        on_ready()
-
-    daemon.run(ready)
-
-
 def _load(arguments: argparse.Namespace) -> Config:
     return load_config(arguments.config_dir, arguments.config_overrides)
-
-
-def _serve(arguments: argparse.Namespace) -> int:
-    # whoever sees the ports open may ask for a reload, which would end us before it is minded
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
-    config = _load(arguments)
-    write_no_core()
-    account = account_of_server(config) if os.geteuid() == 0 else None
-
-    def examine() -> Sequence[Finding]:
-        return diagnose(facts_of(examine_files(config, ()), RealWorld(config)))
-
-    run_daemon(Daemon(config, examine=examine, account=account))
-    return 0
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -26795,7 +26958,7 @@ _VERBS: dict[str, _Verb] = {
         ),
         "make everything that a domain needs, and say what is left to do; again at any time",
     ),
-    "serve": _Verb(_serve, (), "run the server"),
+    "serve": _Verb(serve, (), "run the server"),
     "try": _Verb(
         _try,
         (
@@ -27046,23 +27209,13 @@ _VERBS: dict[str, _Verb] = {
 }
 
 
-# Options that stand before or after the command, and how many words follow each.
-_GLOBAL_OPTIONS = {"--config-dir": 1, "--config-overrides": 1, "--verbose": 0, "--version": 0}
-# As Go's flag package writes options, for the server and for chasquid-util.
-_GO_OPTIONS = {
-    "-C": "--config-dir", "-v": "--verbose", "-version": "--version", "-help": "--help",
-    "-config_dir": "--config-dir", "-config-dir": "--config-dir",
-    "-config_overrides": "--config-overrides", "-config-overrides": "--config-overrides",
-}  # fmt: skip
-
-
 def _argument_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """Return the parser, and those of the commands."""
     import argparse  # 7 ms, and no business of those who import the module
 
     parser = argparse.ArgumentParser(prog="chasquid", description="A mail server in one file.")
     parser.add_argument(
-        "--config-dir", default=_CONFIG_DIR, metavar="DIR",
+        "--config-dir", default=CONFIG_DIR, metavar="DIR",
         help="where chasquid.conf is (default: %(default)s); also -C DIR",
     )  # fmt: skip
     parser.add_argument(
@@ -27082,59 +27235,11 @@ def _argument_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argu
     return parser, subs
 
 
-def _in_our_spelling(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the options for all commands, and the rest, with Go's spelling undone.
-
-    Raises ValueError if an option lacks its value.
-    """
-    first: list[str] = []
-    rest: list[str] = []
-    queue = collections.deque(words)
-    while queue:
-        word = queue.popleft()
-        if word == "--" or (word == "sendmail" and all(one.startswith("-") for one in rest)):
-            rest += [word, *queue]
-            break
-        name, equals, value = word.partition("=")
-        name = _GO_OPTIONS.get(name, name)
-        if name.startswith("--"):
-            name = name.replace("_", "-")
-        follow = _GLOBAL_OPTIONS.get(name)
-        if follow is None:
-            rest.append(name + equals + value if word.startswith("-") else word)
-        elif not follow:
-            first.append(name)  # "-v=1" too
-        elif equals or queue:
-            first.append(f"{name}={value if equals else queue.popleft()}")
-        else:
-            raise ValueError(f"expected a value after {word}")
-    return first, rest
-
-
-def _plain_serve(words: Sequence[str]) -> Any:
-    """Parse what starts the server, without argparse, which would take as long as the start.
-
-    The value is None for anything else, mistakes too.
-    """
-    try:
-        first, rest = _in_our_spelling(words)
-    except ValueError:
-        return None
-    options = dict(word.partition("=")[::2] for word in first)
-    if rest not in ([], ["serve"]) or "--version" in options:
-        return None
-    return types.SimpleNamespace(
-        verb="serve" if rest else None,
-        config_dir=options.get("--config-dir", _CONFIG_DIR),
-        config_overrides=options.get("--config-overrides", ""),
-    )
-
-
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     """Parse arguments. Raises SystemExit with status 2 after a word on what is wrong."""
     parser, subs = _argument_parser()
     try:
-        first, rest = _in_our_spelling(words)
+        first, rest = in_our_spelling(words)
     except ValueError as error:
         parser.error(str(error))
     position = next((at for at, word in enumerate(rest) if not word.startswith("-")), None)
@@ -27142,7 +27247,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         command, options, own = rest[position], rest[:position], rest[position + 1 :]
         if command not in (*_VERBS, "help"):
             if options:
-                _unknown(parser, "option", options[0].partition("=")[0], _GLOBAL_OPTIONS)
+                _unknown(parser, "option", options[0].partition("=")[0], GLOBAL_OPTIONS)
             _unknown(parser, "command", command, _VERBS)
         rest = [command, *options, *(own if command != "sendmail" else ())]
     arguments, unknown = parser.parse_known_args(first + rest)
@@ -27169,31 +27274,22 @@ def _unknown(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
+    if (status := serve_if_asked(argv)) is not None:
+        return status
     words = sys.argv[1:] if argv is None else argv
     if argv is None and os.path.basename(sys.argv[0]) == "sendmail":
         words = ["sendmail", *words]
-    arguments = _plain_serve(words) or _parse(words)
-    config_dir = arguments.config_dir
+    arguments = _parse(words)
     if arguments.verb is None:
-        if not os.path.exists(os.path.join(config_dir, "chasquid.conf")):
-            program = sys.argv[0] if sys.argv[0].endswith((".py", ".pyz")) else ""
-            begin = f"python3 {program}" if program else "chasquid"
-            print(_BEGIN.format(version=__version__, program=begin, config_dir=config_dir), end="")
-            return 0
-        arguments.verb = "serve"
+        program = sys.argv[0] if sys.argv[0].endswith((".py", ".pyz")) else ""
+        begin = f"python3 {program}" if program else "chasquid"
+        config_dir = arguments.config_dir
+        print(_BEGIN.format(version=__version__, program=begin, config_dir=config_dir), end="")
+        return 0
     if getattr(arguments, "password", None) is not None:
         text = "warning: --password can be seen in the list of processes"
         print(f"chasquid: {text}", file=sys.stderr)
-    try:
-        return _VERBS[arguments.verb].action(arguments)
-    except ChasquidError as error:
-        print(f"chasquid: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read our output has seen enough
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return exit_status(lambda: _VERBS[arguments.verb].action(arguments))
 
 
 if __name__ == "__main__":
