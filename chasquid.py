@@ -2785,6 +2785,8 @@ class Segment:
     """A file of the journal, and which file systems hold what its records vouch for."""
 
     def __init__(self, path: str) -> None:
+        # names below data_dir are written without it: a disk may come back in another place
+        self._top = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(path))), "")
         head = read_file(path)[:_RECORD_HEAD]
         if head[:7] == _MAGIC[:7] and head[:8] != _MAGIC:
             text = "it is of a newer chasquid, which must be started first to take up what it holds"
@@ -2805,7 +2807,10 @@ class Segment:
 
         Each entry is kind, names and offset, and the data.
         """
-        table = [[*entry, len(data)] for entry, data in entries]
+        table = [
+            [kind, source.removeprefix(self._top), path.removeprefix(self._top), place, len(data)]
+            for (kind, source, path, place), data in entries
+        ]
         data = b"".join([json.dumps(table).encode(), b"\n", *(data for _, data in entries)])
         if self.offset + _RECORD_HEAD + len(data) > self.size:
             return False
@@ -2828,7 +2833,8 @@ class Segment:
             table, _, rest = data.partition(b"\n")
             begin = 0
             for kind, source, path, place, length in json.loads(table):
-                yield _Entry(kind, source, path, offset=place, data=rest[begin : begin + length])
+                names = os.path.join(self._top, source), os.path.join(self._top, path)
+                yield _Entry(kind, *names, offset=place, data=rest[begin : begin + length])
                 begin += length
             offset += len(head) + len(data)
 
@@ -3185,7 +3191,9 @@ class Disk:
         try:
             self._journal = await self._loop.work(lambda: Journal(directory, segment_size))
         except (ChasquidError, OSError) as error:
-            self._tell(f"each file is synced for itself, as there is no journal: {reason(error)}")
+            if self._log is not None:
+                text = f"there is no journal, so each file is synced for itself: {reason(error)}"
+                self._log.info("disk", text)
 
     async def close(self) -> None:
         """Wait for what is under way, and leave nothing to be replayed."""

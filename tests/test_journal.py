@@ -152,6 +152,16 @@ def test_a_cut_that_brings_a_removed_file_back_does_not_last(place):
     assert place.content() == {}
 
 
+def test_what_a_cut_takes_is_found_where_its_data_dir_is_now(place, tmp_path):
+    moved = tmp_path.with_name("moved")
+    commit(place.open(), place.creation("a", b"x"))
+    os.unlink(place.path("a"))
+    os.rename(tmp_path, moved)
+    assert chasquid.replay_journal(str(moved / "journal")) == 1
+    assert (moved / "mail" / "new" / "a").read_bytes() == b"x"
+    assert not tmp_path.exists()
+
+
 def test_what_could_not_be_removed_is_not_removed_by_a_replay(place, monkeypatch):
     journal = place.open()
     commit(journal, place.creation("a", b"x"))
@@ -192,7 +202,7 @@ def test_a_torn_record_ends_the_journal_and_one_of_before_is_not_taken_for_the_n
     assert place.content() == {"new/new0": b"n" * 100}
 
 
-@pytest.mark.parametrize("octet", [0, 9, 17, 21, 30, 150, 200])
+@pytest.mark.parametrize("octet", [0, 9, 17, 21, 30, 100, 150])
 def test_a_record_with_one_wrong_octet_does_not_count_nor_does_what_follows(place, octet):
     journal = place.open()
     commit(journal, place.creation("a", b"a" * 100))
@@ -215,7 +225,7 @@ def test_a_full_segment_says_so_and_the_other_goes_on(place):
     n = 0
     while journal.commit([place.creation(f"m{n}", bytes(10_000))]):
         n += 1
-    assert n == 12
+    assert 10 < n < 14
     first = journal.switch()
     commit(journal, place.creation(f"m{n}", b"in the other"))
     before = place.content()
