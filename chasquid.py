@@ -11088,15 +11088,19 @@ class Queue:
         }
         direct = draft.in_memory and self._is_direct(routes, envelope)
         item = Item(envelope, draft.message(envelope.prefix) if direct else Message(b"", "", 0))
+        sent: list[Recipient] = []
         try:
             self._check_programs(routes)
-            sent = await self._deliver_directly(item) if direct else []
+            if direct:
+                sent = await self._deliver_directly(item)
             if len(sent) < len(item.recipients):
                 journal = item.journal_line(self._loop.clock.time()) if sent else b""
                 item.message = await draft.store(envelope, journal)
         except OSError as error:
             draft.discard()
             self._log.error("queue", f"a message cannot be stored: {reason(error)}")
+            for recipient in sent:  # who will have it twice when it comes again
+                self._tell(item, recipient, RouteKind.LOCAL, envelope.sender)
             raise QueueFull("the message cannot be stored now", "4.3.1") from error
         except BaseException:
             draft.discard()
@@ -11418,7 +11422,10 @@ class Queue:
             self._log.error("queue", f"{item.id} cannot be written: {reason(error)}")
             pause = self._postpone(item, _PAUSES[0])
             if not os.path.exists(item.message.path):
-                self._report_loss(item.id)
+                if any(recipient.is_open for recipient in item.recipients):
+                    self._report_loss(item.id)
+                else:  # it was removed, although that was told to have failed
+                    self._log.event(Events.DONE, id=item.id, attempts=item.attempts)
                 return True
         if item.again:  # that was asked for while it was written down
             pause = self._postpone(item, pause)
