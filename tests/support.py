@@ -317,7 +317,9 @@ class Server:
     `Daemon` takes go there, all others into chasquid.conf.
     """
 
-    _FOR_DAEMON = frozenset(("clock", "ask", "spawn", "random", "remote", "on_result", "examine"))
+    _FOR_DAEMON = frozenset(
+        ("clock", "ask", "spawn", "random", "remote", "on_result", "examine", "segment_size")
+    )
 
     def __init__(
         self,
@@ -343,6 +345,7 @@ class Server:
         }
         self._daemon_keywords = {k: v for k, v in keywords.items() if k in self._FOR_DAEMON}
         self._daemon_keywords.setdefault("ask", Zone({}).ask)
+        self._daemon_keywords.setdefault("segment_size", 128 * 1024)  # which is made sooner
         settings |= {k: v for k, v in keywords.items() if k not in self._FOR_DAEMON}
         for domain, names in users.items():
             self.write(f"domains/{domain}/users", users_file(names))
@@ -925,16 +928,17 @@ def _server_context(names: tuple[str, ...]) -> ssl.SSLContext:
 
 
 class FakeClock(chasquid.Clock):
-    """A clock that stands until it is moved."""
+    """A clock that stands until it is moved; `jumped` is how far its wall time was set ahead."""
 
     def __init__(self, now: float = 1_700_000_000.0) -> None:
         self.now = now
+        self.jumped = 0.0
 
     def advance(self, seconds: float) -> None:
         self.now += seconds
 
     def time(self) -> float:
-        return self.now
+        return self.now + self.jumped
 
     def monotonic(self) -> float:
         return self.now
@@ -944,10 +948,12 @@ class RunningClock(chasquid.Clock):
     """The real clock, and what `advance` has put on top of it. For any thread.
 
     `moved` is called after each move: a loop that sleeps must look at its timers again.
+    `jumped` is how far the wall time was set ahead, as anybody may who sets a clock.
     """
 
     def __init__(self, moved: Callable[[], object] = lambda: None) -> None:
         self._moved = moved
+        self.jumped = 0.0
         self._ahead = 0.0
         self._lock = threading.Lock()
 
@@ -961,7 +967,7 @@ class RunningClock(chasquid.Clock):
         self._moved()
 
     def time(self) -> float:
-        return time.time() + self._ahead
+        return time.time() + self._ahead + self.jumped
 
     def monotonic(self) -> float:
         return time.monotonic() + self._ahead

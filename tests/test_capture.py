@@ -39,10 +39,12 @@ def send(server: CaptureServer, raw: bytes = SMALL, *to: str) -> None:
 
 def captured(raw: bytes) -> Any:
     """Return a message as a server that captured it shows it."""
-    dialogue = chasquid.Dialogue("", "", 0.0)
+    client = chasquid.ClientInfo(
+        chasquid.Dialogue("", "", 0.0), chasquid.SMTP_PORT, "", "", False, "", ""
+    )
     one = chasquid.Captured(
-        "id", 0.0, "a@a.example", ["ana@here.example"], raw.replace(b"\n", b"\r\n"), peer="",
-        port="smtp", hello="", tls="", login="", smtputf8=False, dialogue=dialogue,
+        0.0, client, "a@a.example", ["ana@here.example"], raw=raw.replace(b"\n", b"\r\n"),
+        smtputf8=False,
     )  # fmt: skip
     return one.message
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Room COMMANDS: each command, what it prints, and with which status it ends."""
+"""Rooms COMMANDS, SERVE: each command, what it prints, and with which status it ends."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -866,3 +867,22 @@ def test_a_plain_start_is_parsed_as_any_other(words: str) -> None:
 )
 def test_whatever_else_is_parsed_in_full(words: str) -> None:
     assert chasquid._plain_serve(words.split()) is None
+
+
+# --- the server's daily check, which is a command of its own ---
+
+
+def test_doctor_tells_the_server_what_it_finds(commands: CommandLine) -> None:
+    commands.configure(dns_server="127.0.0.1:1", no_such_key="x")
+    shutil.rmtree(commands.config_dir / "domains")
+    config = chasquid.Config(str(commands.config_dir))
+    files = chasquid.examined_by_doctor(config, "")[0]
+    assert (files.check, files.level, files.domain) == ("files", chasquid.Level.MEND, "")
+    assert isinstance(files.level, chasquid.Level)
+    assert "chasquid.conf:" in files.text
+    assert "no_such_key" in files.text
+
+
+def test_a_doctor_that_fails_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(chasquid.ChasquidError, match=r"doctor says chasquid: .*cannot be read"):
+        chasquid.examined_by_doctor(chasquid.Config(str(tmp_path)), "")
