@@ -17526,6 +17526,7 @@ class _Restore:
         self._path = path
         self.places = {"config": config.config_dir, "data": config.data_dir, "mail": top}
         self._made = made
+        self._new: set[str] = set()  # files in a directory "new"
         self.counts: collections.Counter[str] = collections.Counter()
         self.unknown: set[str] = set()  # owners whom this system does not have
 
@@ -17561,7 +17562,25 @@ class _Restore:
         create_synced(target, iter(lambda: contents.read(CHUNK), b""), mode, owner)
         self._made.append(target)
         os.utime(target, (member.mtime, member.mtime))
-        self.counts[name.partition("/")[0]] += 1
+        part = name.partition("/")[0]
+        self.counts[part] += 1
+        if part != "config":
+            self._note_move(target, part)
+
+    def _note_move(self, target: str, part: str) -> None:
+        """Keep one copy of a message that went from new to cur while the backup was made.
+
+        The one in cur says what was done since, or with its name who has read it.
+        """
+        above, directory = os.path.split(os.path.dirname(target))
+        if directory == "new":
+            self._new.add(target)
+        before = os.path.join(above, "new", os.path.basename(target).partition(":2,")[0])
+        if directory == "cur" and before in self._new:
+            self._new.remove(before)
+            os.unlink(before)
+            self._made.remove(before)
+            self.counts[part] -= 1
 
     def _owner(self, member: TarInfo) -> tuple[int, int]:
         import grp

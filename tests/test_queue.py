@@ -1681,6 +1681,8 @@ class QueueMachine(RuleBasedStateMachine):
 
             async def finish(bench: Bench) -> None:
                 for _ in range(20):
+                    if not files(self._directory / "queue"):
+                        break
                     self.clock.advance(2000)
                     for _ in range(60):
                         await bench.loop.turn()
