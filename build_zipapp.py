@@ -991,7 +991,7 @@ class Tree:
         if module.__name__ == "chasquid":
             self.run(self.read("server"), vars(module))
         else:
-            self.run(self.packages.pop(module.__name__)[2], vars(module))
+            self.run(self.packages[module.__name__][2], vars(module))
 
     def add_others(self, names):
         with self.lock:

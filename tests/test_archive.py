@@ -20,6 +20,7 @@ import json
 import marshal
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -679,6 +680,18 @@ except SystemExit as stop:
 """
 
 
+SERVE = """\
+import runpy, sys, zipimport
+get_data = zipimport.zipimporter.get_data
+def told(self, path):
+    print(path.rpartition("/")[2], flush=True)
+    return get_data(self, path)
+zipimport.zipimporter.get_data = told
+sys.argv = {words!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_a_file_of_a_tree_is_read_once_and_only_if_it_is_needed(built: Path) -> None:
     def read(*words: str) -> list[str]:
         done = run(sys.executable, "-I", "-S", "-c", READ, built, *words)
@@ -745,6 +758,28 @@ def test_the_server_tells_its_version(server: Path) -> None:
     for package in builder.PACKAGES:
         assert package.name in done.stdout
         assert package.version in done.stdout
+
+
+def test_the_server_starts_and_has_then_loaded_all(server: Path, tmp_path: Path) -> None:
+    """It is ready without the rooms of other commands, and without the archive from then on."""
+    archive = Path(shutil.copy(server, tmp_path))
+    config = f'smtp_address: "127.0.0.1:0"\ndata_dir: "{tmp_path}/data"\nhostname: "mail.example"\n'
+    (tmp_path / "chasquid.conf").write_text(config + f'log_path: "{tmp_path}/log"\n')
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(60)
+        code = SERVE.format(words=[str(archive), "--config-dir", str(tmp_path), "serve"])
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", code],
+            env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert systemd.recv(100) == b"READY=1"
+        archive.write_bytes(b"")
+        process.terminate()
+        assert process.communicate(timeout=60)[0].split() == ["server", "packages"]
+    assert "event=stopped" in (tmp_path / "log").read_text()
 
 
 def test_the_server_lists_what_is_in_its_archive(server: Path) -> None:
