@@ -483,7 +483,7 @@ def test_messages_are_attempted_again(serve: Serve) -> None:
     courier = FakeCourier()
     server = serve(remote=courier, aliases={"here.example": f"out: {EVE}\n"})
     ids = [send(server, "out@here.example") for _ in range(2)]
-    wait_for(lambda: len(server.queued("cur")) == 2, "the first attempts")
+    server.wait_for_attempts(2)
     assert ask(server, "queue-retry", ids[0]) == {"lines": ["1 message will be attempted now"]}
     wait_for(lambda: len(courier.deliveries) == 3, "another attempt")
     assert ask(server, "queue-retry", "all") == {"lines": ["2 messages will be attempted now"]}
@@ -493,7 +493,7 @@ def test_messages_are_attempted_again(serve: Serve) -> None:
 def test_a_message_is_removed(serve: Serve) -> None:
     server = serve(remote=FakeCourier(), aliases={"here.example": f"out: {EVE}\n"})
     id = send(server, "out@here.example")
-    wait_for(lambda: server.queued("cur"), "the first attempt")
+    server.wait_for_attempts()
     assert ask(server, "queue-remove", id) == {"lines": [f"{id} is removed"]}
     assert server.queued() == []
     assert "error" in ask(server, "queue-remove", id)
@@ -503,7 +503,8 @@ def test_a_message_is_removed(serve: Serve) -> None:
 def test_a_message_whose_file_is_gone_can_be_removed(serve: Serve) -> None:
     server = serve(remote=FakeCourier(), aliases={"here.example": f"out: {EVE}\n"})
     id = send(server, "out@here.example")
-    (name,) = wait_for(lambda: server.queued("cur"), "the first attempt")
+    server.wait_for_attempts()
+    (name,) = server.queued("cur")
     (server.data_dir / "queue" / name).unlink()
     assert ask(server, "queue-remove", id) == {"lines": [f"{id} is removed"]}
     assert "error" in ask(server, "queue-remove", id)
@@ -748,7 +749,7 @@ def test_what_is_not_delivered_is_kept_over_the_end(serve: Serve) -> None:
     courier = FakeCourier()
     server = serve(remote=courier, aliases={"here.example": f"out: {EVE}\n"})
     id = send(server, "out@here.example")
-    wait_for(lambda: server.queued("cur"), "the first attempt")
+    server.wait_for_attempts()
     server.stop()
     assert [name.partition(",")[0] for name in server.queued()] == [f"cur/{id}"]
     server.start()

@@ -665,6 +665,18 @@ def test_the_old_policy_holds_while_the_new_cannot_be_had_until_it_is_too_old(
     assert "the policy of there.example cannot be had" in (sts.directory / "server.log").read_text()
 
 
+def test_a_policy_that_came_while_the_clock_was_ahead_does_not_hold_for_ever(sts: Sts) -> None:
+    async def main() -> None:
+        sts.clock.jumped = 50 * 365 * 86400.0
+        assert await sts.mode() == "enforce"
+        sts.clock.jumped = 0.0
+        assert await sts.mode() == "enforce"
+        sts.records[ANNOUNCED] = []
+        await sts.follow(f"refresh; {SIX_HOURS}; enforce; wait 86401; no policy")
+
+    sts.live(main)
+
+
 def test_the_pause_is_of_one_domain_alone(sts: Sts) -> None:
     async def main() -> None:
         sts.announce("v=STSv1; id=1", domain="other.example")
