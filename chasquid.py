@@ -7833,30 +7833,84 @@ class HttpsPolicies:
 
     @staticmethod
     def _policy_in(response: bytes) -> bytes:
-        import http.client  # 22 ms, and only for domains with a policy
-        import io
-
-        class Connection:
-            def makefile(self, mode: str) -> io.BytesIO:
-                return io.BytesIO(response)
-
-        parsed = http.client.HTTPResponse(Connection())  # type: ignore[arg-type]
+        """Return the body of a response, if that is a policy. Raises ChasquidError."""
         try:
-            parsed.begin()
-            body = parsed.read(_STS_SIZE_LIMIT + 1)
-            complete = parsed.isclosed() or parsed.length in (0, None)
-        except (http.client.HTTPException, ValueError, OSError) as error:
+            status, headers, rest = _response_head(response)
+            if "transfer-encoding" in headers:
+                body, missing = _unchunked(rest, headers["transfer-encoding"]), 0
+            else:
+                text = headers.get("content-length", str(len(rest)))
+                if not re.fullmatch(r"[0-9]{1,15}", text):
+                    raise ValueError("its length is no number")
+                length = int(text)
+                body, missing = rest[:length], length - len(rest)
+        except ValueError as error:
             raise ChasquidError(f"the answer is no HTTP: {reason(error)}") from None
-        if parsed.status != 200:
-            raise ChasquidError(f"the web server answers with status {parsed.status}")
-        kind = (parsed.headers.get("content-type") or "").partition(";")[0]
+        if status != 200:
+            raise ChasquidError(f"the web server answers with status {status}")
+        kind = headers.get("content-type", "").partition(";")[0]
         if kind.strip().lower() != "text/plain":
             raise ChasquidError("the policy is not text/plain")
         if len(body) > _STS_SIZE_LIMIT:
             raise ChasquidError(f"the policy is larger than {_STS_SIZE_LIMIT // 1024} kB")
-        if not complete:
+        if missing > 0:
             raise ChasquidError("the policy was cut short")
         return body
+
+
+# The library's http.client reads responses too, and takes 1 MB, with what it loads of email.
+_STATUS_LINE = re.compile(r"HTTP/1\.[01] ([1-5][0-9]{2})(?: .*)?")
+_RESPONSE_FIELDS = 100
+
+
+def _response_head(data: bytes) -> tuple[int, dict[str, str], bytes]:
+    """Return status, fields with names in lower case, and what follows (RFC 9112, 4).
+
+    Responses that are only interim are passed over (RFC 9110, 15.2). Raises ValueError.
+    """
+    while True:
+        line, data = _line_of(data)
+        match = _STATUS_LINE.fullmatch(line)
+        if match is None:
+            raise ValueError("it does not begin with a status")
+        headers: dict[str, str] = {}
+        for _ in range(_RESPONSE_FIELDS):
+            line, data = _line_of(data)
+            if not line:
+                break
+            name, _, value = line.partition(":")
+            headers.setdefault(name.lower(), value.strip())
+        else:
+            raise ValueError("it has too many fields")
+        if int(match[1]) >= 200:
+            return int(match[1]), headers, data
+
+
+def _line_of(data: bytes) -> tuple[str, bytes]:
+    """Return the first line, and what follows; RFC 9112, 2.2 allows for a LF alone."""
+    line, newline, rest = data.partition(b"\n")
+    if not newline:
+        raise ValueError("it was cut short")
+    return line.removesuffix(b"\r").decode("latin-1"), rest
+
+
+def _unchunked(data: bytes, coding: str) -> bytes:
+    """Return what was sent in chunks (RFC 9112, 7.1). Raises ValueError."""
+    if coding.lower() != "chunked":
+        raise ValueError(f"the coding {printable(coding, 40)} was not asked for")
+    body = b""
+    while True:
+        line, data = _line_of(data)
+        size = re.match(r"[0-9A-Fa-f]{1,8}(?=[ \t;]|\Z)", line)
+        if size is None:
+            raise ValueError("a chunk has no size")
+        length = int(size[0], 16)
+        body += data[:length]
+        after, data = _line_of(data[length:])
+        if after and length:
+            raise ValueError("a chunk is longer than its size")
+        if not length:
+            return body
 
 
 # --- both, and the levels ---
@@ -14511,7 +14565,7 @@ class AcmeAnswer(NamedTuple):
 
     def pause(self, now: float) -> float:
         """Return the seconds that Retry-After asks for (RFC 9110, 10.2.3), or -1."""
-        from email.utils import mktime_tz, parsedate_tz  # http.client has loaded it
+        from email.utils import mktime_tz, parsedate_tz  # loaded at the start
 
         value = self.headers.get("retry-after", "")
         if re.fullmatch(r"[0-9]{1,9}", value):
@@ -15572,7 +15626,7 @@ _EXAMINE_AFTER = 60.0  # seconds; the network may come up later than we do
 # Everything that is imported when it is first used; see `load_modules`.
 _LATE_MODULES = (
     "base64", "difflib", "dns.asyncresolver", "dns.rcode", "encodings.ascii", "encodings.idna",
-    "fcntl", "hashlib", "hmac", "http.client", "idna", "idna.uts46data", "io", "ipaddress",
+    "fcntl", "hashlib", "hmac", "idna", "idna.uts46data", "io", "ipaddress",
     "precis_i18n.profile", "pwd", "resource", "shlex", "shutil", "subprocess", "tempfile",
     "unicodedata",
 )  # fmt: skip
@@ -16245,6 +16299,8 @@ class Daemon:
     def _load_libraries(self) -> None:
         """Load all that may be needed later. Computes; raises ChasquidError."""
         load_libraries()
+        if self._acme is not None:
+            load_modules(("email.utils", "http.client"))
         with contextlib.suppress(TemporaryFailure):  # no name server is known, or not yet
             self._dns.set_up()
 

@@ -20,6 +20,7 @@ import json
 import marshal
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -610,9 +611,10 @@ def test_comments_are_cut_out_and_terms_are_not() -> None:
 
 
 def test_alterations_are_marked(entries: dict[str, bytes]) -> None:
-    for name, (_, text) in builder.ALTERED.items():
-        assert "Altered for chasquid.pyz: " in text
-        assert text.encode() in entries[name]
+    for name, pairs in builder.ALTERED.items():
+        assert "Altered for chasquid.pyz: " in pairs[0][1]
+        for _, text in pairs:
+            assert text.encode() in entries[name]
     for name in builder.REPLACED:
         assert entries[name].count(b" Replaced for chasquid.pyz: ") == 1
 
@@ -677,6 +679,24 @@ try:
 except SystemExit as stop:
     print("", stop.code, *read.elements())
 """
+
+
+SERVE = """\
+import runpy, sys, zipimport
+get_data = zipimport.zipimporter.get_data
+def told(self, path):
+    print(path.rpartition("/")[2], flush=True)
+    return get_data(self, path)
+zipimport.zipimporter.get_data = told
+sys.argv = {words!r}
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("loaded", *sys.modules)
+"""
+
+# Each takes about 1 MB of memory with what it loads; a server can do without.
+HEAVY = {"argparse", "asyncio", "email", "http", "logging", "zipfile"}
 
 
 def test_a_file_of_a_tree_is_read_once_and_only_if_it_is_needed(built: Path) -> None:
@@ -745,6 +765,30 @@ def test_the_server_tells_its_version(server: Path) -> None:
     for package in builder.PACKAGES:
         assert package.name in done.stdout
         assert package.version in done.stdout
+
+
+def test_the_server_starts_and_has_then_loaded_all(server: Path, tmp_path: Path) -> None:
+    """It is ready without the rooms of other commands, and without the archive from then on."""
+    archive = Path(shutil.copy(server, tmp_path))
+    config = f'smtp_address: "127.0.0.1:0"\ndata_dir: "{tmp_path}/data"\nhostname: "mail.example"\n'
+    (tmp_path / "chasquid.conf").write_text(config + f'log_path: "{tmp_path}/log"\n')
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(60)
+        code = SERVE.format(words=[str(archive), "--config-dir", str(tmp_path), "serve"])
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", code],
+            env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert systemd.recv(100) == b"READY=1"
+        archive.write_bytes(b"")
+        process.terminate()
+        read, loaded = process.communicate(timeout=60)[0].split("loaded ")
+    assert read.split() == ["server", "packages"]
+    assert {name.partition(".")[0] for name in loaded.split()} & HEAVY == set()
+    assert "event=stopped" in (tmp_path / "log").read_text()
 
 
 def test_the_server_lists_what_is_in_its_archive(server: Path) -> None:
@@ -816,10 +860,21 @@ def test_the_archive_is_small(server: Path) -> None:
     assert server.stat().st_size <= 1_200_000  # a thousand lines of the module are 25 kB
 
 
+class WithoutAll(ast.NodeTransformer):
+    """Drops __all__, which matters to `import *` alone, and makes sure that there is none."""
+
+    def visit_Assign(self, node: ast.Assign) -> ast.AST | None:
+        return None if ast.unparse(node.targets[0]) == "__all__" else node
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST:
+        assert node.names[0].name != "*"
+        return node
+
+
 def words_in(module: bytes) -> set[str]:
     """Each name in a module that may be that of a function or class, in strings too."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(module)):
+    for node in ast.walk(WithoutAll().visit(ast.parse(module))):
         match node:
             case ast.Name(id=name) | ast.Attribute(attr=name):
                 found.add(name)
