@@ -66,7 +66,8 @@ class Below:
         self._paths: dict[int, str] = {}
         self._unsynced: dict[str, set[str]] = {}  # names by directory, since its last sync
         self._unwritten: set[str] = set()  # files that were made, and not synced yet
-        self._failed: set[str] = set()  # files whose sync failed
+        self._failed: set[str] = set()  # new files whose sync failed
+        self._dead: set[str] = set()  # files whose sync failed, until they are removed
         self.doubtful: set[str] = set()
         self.trusted: list[str] = []
         self.seen: list[tuple[str, str]] = []
@@ -110,16 +111,41 @@ class Below:
 
         return self._do("write", self._paths.get(fd, ""), lambda: os.write(fd, data), instead=half)
 
+    def pwrite(self, fd: int, data: bytes, offset: int) -> int:
+        path = self._paths.get(fd, "")
+        if path in self._dead:
+            self.trusted.append(path)
+
+        def half() -> int:
+            return os.pwrite(fd, data[: max(1, len(data) // 2)], offset)
+
+        return self._do("pwrite", path, lambda: os.pwrite(fd, data, offset), instead=half)
+
+    def syncfs(self, fd: int) -> None:
+        try:
+            self._do("syncfs", self._paths.get(fd, ""), lambda: None)
+        except OSError:
+            for names in self._unsynced.values():
+                self.doubtful |= names
+            self._unsynced.clear()
+            raise
+        self._unsynced.clear()
+        self._unwritten.clear()
+
     def fsync(self, fd: int) -> None:
         path = self._paths.get(fd, "")
+        if path in self._dead:
+            self.trusted.append(path)
         is_directory = stat.S_ISDIR(os.fstat(fd).st_mode)
         try:
             self._do("fsync", path, lambda: None)  # no power is cut here, and it takes long
         except OSError:
             if is_directory:
                 self.doubtful |= self._unsynced.pop(path, set())
-            elif path in self._unwritten:
-                self._failed.add(path)
+            else:
+                self._dead.add(path)
+                if path in self._unwritten:
+                    self._failed.add(path)
             raise
         self._unsynced.pop(path, None)
         self._unwritten.discard(path)
@@ -152,11 +178,13 @@ class Below:
         self._gone(path)
 
     def _made(self, path: str) -> None:
+        self.doubtful.discard(path)  # it is another file now
         self._unsynced.setdefault(os.path.dirname(path), set()).add(path)
 
     def _gone(self, path: str) -> None:
         self.doubtful.discard(path)
         self._failed.discard(path)
+        self._dead.discard(path)
         self._unwritten.discard(path)
 
     def _do(
@@ -196,6 +224,7 @@ def copy_of_module(below: Below) -> Any:
     finally:
         del sys.modules[spec.name]
     module.os = below
+    module._load_syncfs = lambda: below.syncfs
     return module
 
 
@@ -392,7 +421,13 @@ def held(server: Faulty) -> tuple[int, int]:
 @pytest.fixture
 def faulty(tmp_path: Path) -> Iterator[Callable[[str], Faulty]]:
     with contextlib.ExitStack() as stack:
-        yield lambda remote: stack.enter_context(Faulty(tmp_path, remote))
+
+        def start(remote: str) -> Faulty:
+            server = stack.enter_context(Faulty(tmp_path, remote))
+            wait_for(lambda: "event=ready" in server.log_text(), "the journal to be used")
+            return server
+
+        yield start
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -418,7 +453,7 @@ def test_a_call_fails_on_the_way_of_a_message(faulty, name):
             if not attempt.id:  # or three errors would end it
                 wire.close()
                 wire = greeted(server)
-    assert hits >= {"open", "write", "fsync", "rename", "close"}
+    assert hits >= {"open", "write", "pwrite", "fsync", "rename", "close"}
     waiting = deferred if case.remote == "deferred" else 0
 
     def given_back() -> bool:

@@ -909,7 +909,6 @@ ANSWERS: dict[str, tuple[Sequence[bytes], bytes | str]] = {
     "100": ([b"HTTP/1.1 100 Continue\r\n\r\n" + response()], POLICY),
     "LF": ([response().replace(b"\r\n", b"\n", 2)], POLICY),
     "empty": ([response(b"")], b""),
-    "a long field": ([response(X="y" * 70_000)], b""),  # the rest is not read
     "the largest": ([response(LARGEST)[start : start + 3000] for start in range(0, 11_000, 3000)],
                     LARGEST),
     "larger": ([response(LARGEST + b"\n")], TOO_LARGE),
@@ -925,7 +924,6 @@ ANSWERS: dict[str, tuple[Sequence[bytes], bytes | str]] = {
         f"the type {kind}": ([response(kind=kind)], "text/plain")
         for kind in ("text/html", "application/octet-stream", None, "", "policy", "text")
     },
-    "within the status line": ([b"HTTP/1.1 200"], "text/plain"),
     "cut short": ([response(Content_Length=len(POLICY) + 1)], "cut short"),
     **{
         what: ([answer], "no HTTP")
@@ -933,6 +931,12 @@ ANSWERS: dict[str, tuple[Sequence[bytes], bytes | str]] = {
             "within a chunk": chunked(POLICY)[:-20],
             "no last chunk": chunked(POLICY)[:-5],
             "no size of a chunk": response(b"zz\r\n" + POLICY, Transfer_Encoding="chunked"),
+            "a chunk of which less is said": chunked(POLICY).replace(b"\r\n\r\n", b"\r\n\r\n1", 1),
+            "another coding": response(Transfer_Encoding="gzip, chunked"),
+            "a length that is none": response(Content_Length="many"),
+            "a length below none": response(Content_Length=-1),
+            "a long field": response(X="y" * 70_000),  # the rest is not read
+            "within the status line": b"HTTP/1.1 200",
             "nothing": b"",
             "no status": b"HTTP/1.1 abc OK\r\n\r\n",
             "HTTP/7": response().replace(b"HTTP/1.1", b"HTTP/7"),
