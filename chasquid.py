@@ -11143,15 +11143,19 @@ class Queue:
         }
         direct = draft.in_memory and self._is_direct(routes, envelope)
         item = Item(envelope, draft.message(envelope.prefix) if direct else Message(b"", "", 0))
+        sent: list[Recipient] = []
         try:
             self._check_programs(routes)
-            sent = await self._deliver_directly(item) if direct else []
+            if direct:
+                sent = await self._deliver_directly(item)
             if len(sent) < len(item.recipients):
                 journal = item.journal_line(self._loop.clock.time()) if sent else b""
                 item.message = await draft.store(envelope, journal)
         except OSError as error:
             draft.discard()
             self._log.error("queue", f"a message cannot be stored: {reason(error)}")
+            for recipient in sent:  # who will have it twice when it comes again
+                self._tell(item, recipient, RouteKind.LOCAL, envelope.sender)
             raise QueueFull("the message cannot be stored now", "4.3.1") from error
         except BaseException:
             draft.discard()
@@ -11473,7 +11477,10 @@ class Queue:
             self._log.error("queue", f"{item.id} cannot be written: {reason(error)}")
             pause = self._postpone(item, _PAUSES[0])
             if not os.path.exists(item.message.path):
-                self._report_loss(item.id)
+                if any(recipient.is_open for recipient in item.recipients):
+                    self._report_loss(item.id)
+                else:  # it was removed, although that was told to have failed
+                    self._log.event(Events.DONE, id=item.id, attempts=item.attempts)
                 return True
         if item.again:  # that was asked for while it was written down
             pause = self._postpone(item, pause)
@@ -17576,6 +17583,7 @@ class _Restore:
         self._path = path
         self.places = {"config": config.config_dir, "data": config.data_dir, "mail": top}
         self._made = made
+        self._new: set[str] = set()  # files in a directory "new"
         self.counts: collections.Counter[str] = collections.Counter()
         self.unknown: set[str] = set()  # owners whom this system does not have
 
@@ -17611,7 +17619,25 @@ class _Restore:
         create_synced(target, iter(lambda: contents.read(CHUNK), b""), mode, owner)
         self._made.append(target)
         os.utime(target, (member.mtime, member.mtime))
-        self.counts[name.partition("/")[0]] += 1
+        part = name.partition("/")[0]
+        self.counts[part] += 1
+        if part != "config":
+            self._note_move(target, part)
+
+    def _note_move(self, target: str, part: str) -> None:
+        """Keep one copy of a message that went from new to cur while the backup was made.
+
+        The one in cur says what was done since, or with its name who has read it.
+        """
+        above, directory = os.path.split(os.path.dirname(target))
+        if directory == "new":
+            self._new.add(target)
+        before = os.path.join(above, "new", os.path.basename(target).partition(":2,")[0])
+        if directory == "cur" and before in self._new:
+            self._new.remove(before)
+            os.unlink(before)
+            self._made.remove(before)
+            self.counts[part] -= 1
 
     def _owner(self, member: TarInfo) -> tuple[int, int]:
         import grp

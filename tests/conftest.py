@@ -37,6 +37,29 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_synced() -> Iterator[None]:
+    """Have the calls that sync do nothing but look at their file: no power is cut here."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("fsync", "fdatasync"):
+            patch.setattr(os, name, lambda fd: os.fstat(fd) and None)
+        patch.setattr(os, "sync", lambda: None)
+        yield
+
+
+@pytest.fixture
+def cheap_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have new passwords cost next to nothing, where the costs are not what a test is about."""
+
+    def new_password(password: bytes) -> chasquid.Scrypt:
+        salt = os.urandom(11).hex().encode()
+        costs = chasquid.Scrypt(1, 8, 1, key_length=32, salt=salt, encrypted=b"")
+        encrypted = chasquid._derive(costs, chasquid._composed(password))
+        return costs._replace(encrypted=encrypted)
+
+    monkeypatch.setattr(chasquid, "new_password", new_password)
+
+
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     """Start a server for this test: `server = serve(max_queue_items=1)`."""

@@ -553,7 +553,9 @@ async def overload(server: Chasquid, far: Far, seconds: float, times: float) -> 
     done, left = await asyncio.wait(tasks, timeout=60 + seconds) if tasks else (set(), set())
     for task in left:
         task.cancel()
-    while server.queue_ids() and time.monotonic() < start + 3 * seconds + 120:
+    while (
+        any(server.data_dir.glob("queue/[nc]*/*")) and time.monotonic() < start + 3 * seconds + 120
+    ):
         await asyncio.sleep(0.5)
     after = await _quiet(server, before)
     wrong = [f"failed here: {task.exception()!r}" for task in done if task.exception()]

@@ -25,7 +25,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,6 +71,7 @@ class Below:
         self.doubtful: set[str] = set()
         self.trusted: list[str] = []
         self.seen: list[tuple[str, str]] = []
+        self._lasting: frozenset[str] = frozenset()
         self.arm(0, NO_FAULT)
 
     def __getattr__(self, name: str) -> Any:
@@ -82,6 +83,16 @@ class Below:
             self.seen = []
             self.hit: tuple[str, str] | None = None
             self._call, self._fault = call, fault
+
+    @contextlib.contextmanager
+    def failing(self, names: Iterable[str], fault: Fault) -> Iterator[None]:
+        """Let all calls of these names fail within the block."""
+        self.arm(0, fault)
+        self._lasting = frozenset(names)
+        try:
+            yield
+        finally:
+            self._lasting = frozenset()
 
     def open(self, path: str, flags: int, mode: int = 0o777) -> int:
         fd = self._do("open", path, lambda: os.open(path, flags, mode), undo=os.close)
@@ -190,7 +201,7 @@ class Below:
             return call()
         with self._lock:
             self.seen.append((name, path))
-            fails = len(self.seen) == self._call
+            fails = len(self.seen) == self._call or name in self._lasting
             if fails:
                 self.hit = (name, path)
         if not fails:
@@ -451,6 +462,78 @@ def test_a_call_fails_on_the_way_of_a_message(faulty, name):
 
     wait_for(given_back, f"descriptors and tasks to be {before} again")
     wire.close()
+
+
+LASTING = {
+    "no space": (("write",), errno.ENOSPC),
+    "no quota": (("write", "mkdir"), errno.EDQUOT),
+    "nothing can be synced": (("fsync",), errno.EIO),
+    "no descriptors": (("open",), errno.EMFILE),
+    "nothing can be renamed or removed": (("rename", "link", "unlink"), errno.EIO),
+    "nothing works": (("open", "write", "fsync", "rename", "link", "unlink", "mkdir"), errno.EIO),
+}
+
+
+@pytest.mark.parametrize("way", LASTING)
+def test_a_disk_fails_for_a_while(faulty, way):
+    """Nothing is taken meanwhile but what is stored; what waited before goes on afterwards."""
+    names, number = LASTING[way]
+    server = faulty("deferred")
+    kinds = (
+        "a mailbox",
+        "two mailboxes",
+        "a large message",
+        "a pipe",
+        "another server that is busy",
+    )
+    cases = {kind: CASES[kind]._replace(remote="deferred") for kind in kinds}
+    wires = {kind: greeted(server) for kind in kinds}
+    accepted: list[tuple[Case, bytes]] = []
+
+    def all_kinds(label: str) -> int:
+        before = len(accepted)
+        for kind, case in cases.items():
+            data = content(f"{label}, {kind}", case.octets)
+            reply = send(wires[kind], data, f"{case.recipient}@here.example")
+            assert reply[:3] in ("250", "451", "452"), reply
+            if reply.startswith("250 "):
+                accepted.append((case, data))
+        return len(accepted) - before
+
+    assert all_kinds("before") == len(kinds)
+    server.rest()
+    held_before = held(server)
+    with server.below.failing(names, Fault(number, False)):
+        assert all_kinds("meanwhile") < len(kinds)
+        with contextlib.suppress(chasquid.ChasquidError):
+            chasquid.ask_running_server(str(server.data_dir), "queue-retry", "all")
+        server.rest()
+        assert all_kinds("still") < len(kinds)
+    assert not server.below.trusted
+    assert all_kinds("after") == len(kinds)
+    server.remote.state = "sent"
+
+    def retried() -> bool:
+        with contextlib.suppress(chasquid.ChasquidError):
+            chasquid.ask_running_server(str(server.data_dir), "queue-retry", "all")
+        return not server.queued("new", "cur")
+
+    wait_for(retried, "an empty queue")
+    for case, data in accepted:
+        stored = data.replace(b"\r\n", b"\n")
+        for user in case.mailboxes:
+            found = [path.read_bytes() for path in server.maildir(user).glob("new/*")]
+            assert any(message.endswith(stored) for message in found), (user, data[:60])
+        if case.recipient == "far":
+            assert any(taken.endswith(data) for taken in server.remote.taken), data[:60]
+        if case.recipient == "pipe":
+            assert data in server.piped.read_bytes(), data[:60]
+    wait_for(
+        lambda: all(now <= then for now, then in zip(held(server), held_before, strict=True)),
+        f"descriptors and tasks to be {held_before} again",
+    )
+    for wire in wires.values():
+        wire.close()
 
 
 def started(server: Faulty) -> bool:

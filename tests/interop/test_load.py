@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import resource
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,8 +15,10 @@ from pathlib import Path
 import load
 import pytest
 from bench.growth import fill_queue
-from load import Far, Traffic, arrived, busy_server, held, misdelivered, overload
+from load import Far, Held, Traffic, arrived, busy_server, held, misdelivered, overload
 from support import wait_for
+
+from chasquid import ChasquidError, ask_running_server
 
 from .server import USERS, WORLD, Chasquid
 from .tools import free_port, unavailable
@@ -122,3 +126,48 @@ def test_a_hundred_thousand_waiting_messages_hold_up_nobody(memory_disk, start, 
     asyncio.run(asyncio.wait_for(served(200), 60))
     assert len(list((memory_disk / "queue" / "cur").iterdir())) == WAITING
     assert held(server.pid).memory < 100 + WAITING / 1024, "more than 1 kB for each"
+
+
+def waiting(server: Chasquid) -> list[Path]:
+    """Return the files of the queue."""
+    return [*server.data_dir.glob("queue/new/*"), *server.data_dir.glob("queue/cur/*")]
+
+
+def test_without_descriptors_mail_waits_and_nothing_breaks(start, names) -> None:
+    """The server may open so many files more, or none; then as many as it likes again."""
+    names.records.update(WORLD)
+    port = free_port()
+    server = start(Chasquid, names, users=USERS, outgoing_smtp_port=port)
+    hook = server.config_dir / "hooks" / "post-data"
+    hook.parent.mkdir()
+    hook.write_text("#!/bin/sh\nexec cat >/dev/null\n")
+    hook.chmod(0o755)
+    far, traffic = Far(), Traffic(server)
+
+    async def served() -> Held:
+        async with far.running(port):
+            await traffic.deliver(traffic.new_letter())
+            await traffic.deliver(traffic.new_letter(far=True))
+            before = held(server.pid)
+            for spare in (0, 1, 2, 3, 5, 8):
+                await fill(before.descriptors + spare)
+        return before
+
+    async def fill(limit: int) -> None:
+        soft, hard = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (limit, hard))
+        letters = [traffic.new_letter(far=bool(number % 2)) for number in range(10)]
+        tasks = [asyncio.create_task(traffic.deliver(letter)) for letter in letters]
+        await asyncio.sleep(1.5)
+        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (soft, hard))
+        await asyncio.gather(*tasks)
+        while waiting(server):
+            with contextlib.suppress(ChasquidError):
+                ask_running_server(str(server.data_dir), "queue-retry", "all")
+            await asyncio.sleep(0.1)
+
+    before = asyncio.run(asyncio.wait_for(served(), 120))
+    assert not misdelivered(traffic.letters, arrived(server) + far.taken)
+    wait_for(lambda: held(server.pid).descriptors <= before.descriptors, "all to be closed")
+    assert "event=crash" not in server.log()
+    assert traffic.codes["451"] and "Too many open files; pausing" in server.log()

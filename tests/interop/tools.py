@@ -41,6 +41,16 @@ def need_root() -> None:
         unavailable("this needs root")
 
 
+def need_disks() -> None:
+    """Ask for what `disks` needs."""
+    need_root()
+    for name in ("mkfs.ext4", "mount", "umount"):
+        program(name)
+    for path in ("/dev/fuse", "/dev/loop-control"):
+        if not os.access(path, os.R_OK | os.W_OK):
+            unavailable(f"{path} is missing, or not ours to use")
+
+
 # Below the range from which the system takes the ports of outgoing connections.
 _PORTS = range(20000, 32000)
 _given: set[int] = set()
