@@ -2788,7 +2788,8 @@ class Segment:
     def __init__(self, path: str) -> None:
         # names below data_dir are written without it: a disk may come back in another place
         self._top = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(path))), "")
-        head = read_file(path)[:_RECORD_HEAD]
+        with open(path, "rb") as file:
+            head = file.read(_RECORD_HEAD)
         if head[:7] == _MAGIC[:7] and head[:8] != _MAGIC:
             text = "it is of a newer chasquid, which must be started first to take up what it holds"
             raise ConfigError(path, 0, text)
