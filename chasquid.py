@@ -2875,16 +2875,25 @@ class _FileState:
         elif entry.kind == "grow":
             self.grown.append((entry.offset, entry.data))
 
-    def find(self) -> str | None:
-        """Return what the file is called now: in new or cur, or with flags of a mail reader."""
+    def names(self) -> list[str]:
+        """Return what the file is called now: in new or cur, or with flags of a mail reader.
+
+        A cut may have left it both names of a move, and they may be of two files if another
+        cut came when one of them was written anew. The first is then the one that counts.
+        """
         above, name = os.path.split(self.path)
         top = os.path.dirname(above)
-        for path in (self.path, os.path.join(top, "cur", name), os.path.join(top, "new", name)):
-            if os.path.exists(path):
-                return path
-        with contextlib.suppress(FileNotFoundError), os.scandir(os.path.join(top, "cur")) as there:
-            return next((entry.path for entry in there if entry.name.startswith(f"{name}:")), None)
-        return None
+        usual = (self.path, os.path.join(top, "cur", name), os.path.join(top, "new", name))
+        found = list(filter(os.path.exists, dict.fromkeys(usual)))
+        if not found:
+            cur = os.path.join(top, "cur")
+            with contextlib.suppress(FileNotFoundError), os.scandir(cur) as there:
+                found = [entry.path for entry in there if entry.name.startswith(f"{name}:")]
+        return found
+
+    def find(self) -> str | None:
+        """Return the name that counts, if the file is there."""
+        return next(iter(self.names()), None)
 
     def restore(self, found: str | None, trusted: bool) -> bool:
         """Make the file what it must be, durably; tell whether it had to be written.
@@ -2967,7 +2976,10 @@ def replay_journal(directory: str) -> int:
         with contextlib.suppress(OSError):  # what is on its way to the disk cannot be forgotten
             _sync_all(_directories(states.values()))
         for state in states.values():
-            written += state.restore(state.find(), trusted=True)
+            names = state.names()
+            written += state.restore(names[0] if names else None, trusted=True)
+            for other in names[1:]:
+                os.unlink(other)
         _sync_all(_directories(states.values()))
         for segment in segments:
             segment.drop()
@@ -10575,13 +10587,16 @@ def recover_queue(directory: str, log: Log, now: float) -> list[FoundFile]:
     except OSError as error:
         text = f"the queue cannot be written: {error.strerror}"
         raise ConfigError(error.filename or directory, 0, text) from error
-    found: list[FoundFile] = []
+    found: dict[str, FoundFile] = {}
     for place in (Place.NEW, Place.CUR):
         files = list_queue(directory, place)
-        found += files.found
+        for file in files.found:
+            if file.id in found:
+                _forget_old_name(found[file.id].path, file.path, log)
+            found[file.id] = file
         for path, why in files.unreadable:
             set_aside(directory, log, path, why)
-    return found
+    return list(found.values())
 
 
 def set_aside(directory: str, log: Log, path: str, why: str) -> None:
@@ -10591,6 +10606,16 @@ def set_aside(directory: str, log: Log, path: str, why: str) -> None:
         os.rename(path, os.path.join(directory, Place.BAD, os.path.basename(path)))
     except OSError as error:
         log.error("queue", f"{path} stays where it is: {reason(error)}")
+
+
+def _forget_old_name(old: str, new: str, log: Log) -> None:
+    """Remove the name that a file had before it moved, if a power cut has left it both.
+
+    Or it would be delivered once more, by the start after this one.
+    """
+    with contextlib.suppress(OSError):
+        if os.path.samefile(old, new):
+            _sweep(old, log)
 
 
 def _sweep(path: str, log: Log) -> None:
