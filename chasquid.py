@@ -14,7 +14,9 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     CONFIG         the key/value text format, Config, domain directories
     LOG            events and metrics: each is declared here once
     LOOP           tasks on one selector, timers, worker threads, child processes
-    STORAGE        durable writes, directories that are synced
+    STORAGE        files and directories that are synced, one at a time
+    JOURNAL        many files by one sync; what a crash has left, replayed
+    DISK           durable writes on the loop, in batches
     STREAM         buffered sockets, TLS, deadlines
     DNS            look-ups on the loop, with a cache
     USERS          the users file, passwords
@@ -45,6 +47,7 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     CONTROL        the lock on data_dir; the sockets for commands, and for mail of this host
     PRIVILEGES     from root to a user of its own, and whether secrets lie open
     DAEMON         the wiring diagram, reload, the end
+    SERVE          the server as a process; the last room that it needs
     SENDMAIL       mail from programs of this host, with a server or without
     UPKEEP         versions of the program side by side; backup and restore
     IMPORT         users, aliases and Maildirs of another server
@@ -2331,15 +2334,11 @@ class Programs:
 # ======================================================================================
 # ROOM: STORAGE
 #
-# Every write that must outlive a power cut goes through this room. A file counts as
-# written when its data is synced and then the directory that names it; before that,
-# nobody is told that it exists.
+# Files that must outlive a power cut, one at a time: a file counts as written when its data is
+# synced and then the directory that names it; before that, nobody is told that it exists.
 #
-# The functions block, and are for commands and worker threads. `Disk` is for the loop.
-# What comes at the same time is one batch: all files are written and synced, all are renamed,
-# each directory is synced once, and what is done with is removed. So the device is asked
-# less often, and the loop and the threads change places less often, which costs more than
-# most system calls.
+# These functions block, and are for commands, worker threads and the rooms above; what comes
+# on the loop goes through DISK.
 # ======================================================================================
 
 CHUNK = 64 * 1024  # octets read or written at a time
@@ -2536,188 +2535,861 @@ class FreeSpace:
         return self._enough
 
 
-_DISK_THREADS = 8  # at most
-_QUICK_SYNC = 0.005  # seconds; a device that is no slower is served best by one thread
+# ======================================================================================
+# ROOM: JOURNAL
+#
+# One sync for many files. What is to be durable is first written, together with all that comes
+# at the same time, as one record into a file whose place on the disk is fixed; after one
+# sync of that, the files are made in their places and left to the system to write out.
+# Every few seconds all is synced at once, and the records are dropped.
+#
+#     step                             on the disk then          a power cut here leaves
+#     -------------------------------  ------------------------  ----------------------------
+#     a record is written, and synced  the record                all that it says, by replay;
+#                                                                nobody was answered yet
+#     the files are made, not synced;  the record, perhaps the   the same
+#     then those who wait are told     files, perhaps in part
+#     the file systems are synced      record and files          files that are right already
+#     the segment is dropped           the files                 nothing to replay
+#
+# - There are two segments below data_dir/journal, filled with zeros when they are made and
+#   overwritten in place, as a file that grows costs a second flush. While what one vouches
+#   for is synced and dropped, the other is written.
+# - A record holds epoch, length and CRC. What a segment held before has an older epoch, so the
+#   first record that does not fit ends it: that was torn, and nobody was answered.
+# - Replay makes each file as the records say, in their order, unless it is there with these
+#   octets: in new, or wherever in cur a mail reader or an attempt has moved it. The octets are
+#   compared, since after a cut a file can have its size and hold zeros.
+# - It is replayed after each end but an orderly one. (To trust in the files as long as the
+#   machine runs would lose mail if a disk was pulled out and came back.) So mail that somebody
+#   took away in the last seconds may come back, and a message may come twice; none is lost.
+# - A removal is in the journal before the file is removed, but nobody waits for its sync.
+# - A sync that has failed is not asked again: the next one would say that all is well of what is
+#   lost. The journal ends there, all that it vouches for is written anew, file by file,
+#   and until that has succeeded nothing more is taken.
+# - Only file systems of Linux that sync as a whole, and report what failed, are covered.
+#
+# The room knows of directories called new, cur and tmp, and nothing of queues and mail.
+# ======================================================================================
+
+SEGMENT_SIZE = 4 * 1024 * 1024  # octets; a multiple of CHUNK
+_SEGMENT_NAMES = ("0", "1")
+JOURNAL_DIRECTORY = "journal"  # below data_dir
+_RECORD_HEAD = 24  # octets: magic 8, epoch 8, length 4, CRC-32 4
+_MAGIC = b"journal\x01"
+_SYNC_WHOLE = {"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs"}
 
 
-class _Commit:
-    """A file on its way to its name: to be written, synced, renamed, its directory synced.
+class Change:
+    """Something that is to be durable: a file that is made, grows or goes.
 
-    `fd` is where `data` goes, -1 for a file that is to be made as `temporary`. `name` is
-    what it is called now, if anything. `safe` is set when all is done; `error` says why it
-    will not be.
+    `error` says why it was not done.
     """
 
-    __slots__ = ("data", "error", "fd", "name", "path", "safe", "temporary")
+    __slots__ = ("data", "error", "path")
 
-    def __init__(self, fd: int, data: bytes, temporary: str, path: str) -> None:
-        self.fd = fd
+    def __init__(self, path: str, data: bytes = b"") -> None:
+        self.path = path  # as it is called in the end
         self.data = data
-        self.temporary = temporary
-        self.path = path
-        self.name = temporary if fd >= 0 else ""
-        self.safe = False
         self.error: BaseException | None = None
 
-    def write(self) -> None:
-        """Write and sync. Raises OSError."""
-        if self.fd >= 0:
-            write_all(self.fd, self.data)
-            os.fsync(self.fd)
-        else:
-            create_synced(self.temporary, [self.data])
-            self.name = self.temporary
+    def entry(self) -> tuple[Any, ...]:
+        """Return what the journal says: kind, path as it is called at first, path, offset."""
+        raise NotImplementedError
 
-    def rename(self) -> None:
-        """Raises OSError."""
-        os.rename(self.temporary, self.path)
-        self.name = self.path
+    def make(self, synced: bool) -> None:
+        """Do it; sync the data too if that is asked for, and no directory. Raises OSError."""
+        raise NotImplementedError
+
+    def undo(self) -> None:
+        """Take back what could not be made durable."""
+
+    def attempt(self, synced: bool) -> None:
+        """As `make`, but note what fails."""
+        try:
+            if self.error is None:
+                self.make(synced)
+        except BaseException as error:
+            self.error = error
+
+
+class Creation(Change):
+    """A file that comes into being, by way of the name `temporary`."""
+
+    __slots__ = ("temporary",)
+
+    def __init__(self, temporary: str, data: bytes, path: str) -> None:
+        super().__init__(path, data)
+        self.temporary = temporary
+
+    def entry(self) -> tuple[Any, ...]:
+        """As `Change.entry`."""
+        return ("make", self.path, self.path, 0)
+
+    def make(self, synced: bool) -> None:
+        """As `Change.make`; neither name is left if that fails."""
+        fd = os.open(self.temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            write_all(fd, self.data)
+            if synced:
+                os.fsync(fd)
+            os.rename(self.temporary, self.path)
+        except BaseException:
+            discard_names(self.temporary)
+            raise
+        finally:
+            close_written(fd)
+
+    def undo(self) -> None:
+        """Remove the file."""
+        discard_names(self.path)
+
+
+class Growth(Change):
+    """A file that grows, and is called `path` from then on; `due` becomes its time."""
+
+    __slots__ = ("due", "offset", "source")
+
+    def __init__(self, source: str, data: bytes, path: str, due: float | None) -> None:
+        super().__init__(path, data)
+        self.source = source
+        self.due = due  # in seconds since 1970
+        self.offset = -1
+
+    def entry(self) -> tuple[Any, ...]:
+        """As `Change.entry`."""
+        return ("grow", self.source, self.path, self.offset)
+
+    def make(self, synced: bool) -> None:
+        """As `Change.make`."""
+        fd = os.open(self.source, os.O_WRONLY | os.O_APPEND)
+        try:
+            write_all(fd, self.data)
+            if synced:
+                os.fsync(fd)
+        finally:
+            close_written(fd)
+        if self.source != self.path:
+            os.rename(self.source, self.path)
+        if self.due is not None:
+            with contextlib.suppress(OSError):  # it is a hint
+                os.utime(self.path, (self.due, self.due))
+
+
+class Removal(Change):
+    """A file that goes, if it is there."""
+
+    __slots__ = ()
+
+    def entry(self) -> tuple[Any, ...]:
+        """As `Change.entry`."""
+        return ("remove", self.path, self.path, 0)
+
+    def make(self, synced: bool) -> None:
+        """As `Change.make`."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+
+
+def make_durably(changes: Sequence[Change]) -> None:
+    """Make changes durable file by file, removals apart and last; what fails is noted in each."""
+    directories: dict[str, list[Change]] = {}
+    for change in changes:
+        if not isinstance(change, Removal):
+            change.attempt(synced=True)
+        if isinstance(change, Creation) and change.error is None:
+            directories.setdefault(os.path.dirname(change.path), []).append(change)
+    for directory, made in directories.items():
+        try:
+            sync_directory(directory)
+        except BaseException as error:
+            for change in made:
+                change.error = error
+                change.undo()
+    for change in changes:
+        if isinstance(change, Removal):
+            change.attempt(synced=False)
+
+
+class _FileSystems:
+    """File systems that can be synced as a whole.
+
+    Of each a descriptor is held that is older than what is written: it hears of what fails.
+    """
+
+    def __init__(self) -> None:
+        self._syncfs = _load_syncfs()
+        self._fds: dict[int, int] = {}  # by device; -1: it cannot
+
+    def find(self, directory: str) -> int:
+        """Return the descriptor for what is in `directory`, or -1. Raises OSError."""
+        device = os.stat(directory).st_dev
+        if device not in self._fds:
+            can = self._syncfs is not None and _file_system_type(directory) in _SYNC_WHOLE
+            self._fds[device] = os.open(directory, os.O_RDONLY | os.O_DIRECTORY) if can else -1
+        return self._fds[device]
+
+    def sync(self, fd: int) -> None:
+        """Make all that is on a file system durable. Raises OSError."""
+        assert self._syncfs is not None
+        self._syncfs(fd)
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            if fd >= 0:
+                close_written(fd)
+
+
+def _load_syncfs() -> Callable[[int], None] | None:
+    """Return syncfs(2), which the module os does not have, if it reports failures."""
+    release = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    if sys.platform != "linux" or release is None:
+        return None
+    if (int(release[1]), int(release[2])) < (5, 8):
+        return None
+    import ctypes
+
+    call = ctypes.CDLL(None, use_errno=True).syncfs
+
+    def syncfs(fd: int) -> None:
+        if call(fd) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+
+    return syncfs
+
+
+def _file_system_type(path: str) -> str:
+    """Return the type of the file system that `path` is on, as proc_pid_mountinfo(5) tells."""
+    path, best, kind = os.path.join(os.path.realpath(path), ""), "", ""
+    for line in os.fsdecode(read_file("/proc/self/mountinfo", missing=b"")).splitlines():
+        left, _, right = line.partition(" - ")
+        point = left.split(" ")[4]
+        point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), point)
+        if path.startswith(os.path.join(point, "")) and len(point) >= len(best):
+            best, kind = point, right.partition(" ")[0]
+    return kind
+
+
+class _Entry(NamedTuple):
+    """What a record says of a file; `source` and `path` are its names before and after."""
+
+    kind: str
+    source: str
+    path: str
+    offset: int
+    data: bytes
+
+
+class Segment:
+    """A file of the journal, and which file systems hold what its records vouch for."""
+
+    def __init__(self, path: str) -> None:
+        # names below data_dir are written without it: a disk may come back in another place
+        self._top = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(path))), "")
+        head = read_file(path)[:_RECORD_HEAD]
+        if head[:7] == _MAGIC[:7] and head[:8] != _MAGIC:
+            text = "it is of a newer chasquid, which must be started first to take up what it holds"
+            raise ConfigError(path, 0, text)
+        self.epoch = int.from_bytes(head[8:16], "big") if head.startswith(_MAGIC) else 0
+        self.size = os.path.getsize(path)
+        self.offset = 0
+        self.file_systems: set[int] = set()
+        self._fd = os.open(path, os.O_RDWR)
+
+    def begin(self, epoch: int) -> None:
+        """Take records of a new epoch, from its beginning on."""
+        self.epoch, self.offset = epoch, 0
+        self.file_systems = set()
+
+    def append(self, entries: Sequence[tuple[tuple[Any, ...], bytes]], synced: bool) -> bool:
+        """Write a record; False if it has no room. Raises OSError.
+
+        Each entry is kind, names and offset, and the data.
+        """
+        table = [
+            [kind, source.removeprefix(self._top), path.removeprefix(self._top), place, len(data)]
+            for (kind, source, path, place), data in entries
+        ]
+        data = b"".join([json.dumps(table).encode(), b"\n", *(data for _, data in entries)])
+        if self.offset + _RECORD_HEAD + len(data) > self.size:
+            return False
+        record = _record_head(self.epoch, data) + data
+        if os.pwrite(self._fd, record, self.offset) != len(record):
+            raise OSError(errno.EIO, "the record was not written to its end")
+        if synced:
+            os.fdatasync(self._fd)
+        self.offset += len(record)
+        return True
+
+    def entries(self) -> Iterator[_Entry]:
+        """Yield what the records say, up to the first that is none. Raises OSError."""
+        offset = 0
+        while True:
+            head = os.pread(self._fd, _RECORD_HEAD, offset)
+            data = os.pread(self._fd, int.from_bytes(head[16:20], "big"), offset + len(head))
+            if not data or head != _record_head(self.epoch, data):
+                return
+            table, _, rest = data.partition(b"\n")
+            begin = 0
+            for kind, source, path, place, length in json.loads(table):
+                names = os.path.join(self._top, source), os.path.join(self._top, path)
+                yield _Entry(kind, *names, offset=place, data=rest[begin : begin + length])
+                begin += length
+            offset += len(head) + len(data)
+
+    def drop(self) -> None:
+        """Forget the records, durably. Raises OSError."""
+        os.pwrite(self._fd, _record_head(self.epoch, b""), 0)
+        os.fdatasync(self._fd)
+        self.offset = 0
+
+    def close(self) -> None:
+        """Close the file."""
+        close_written(self._fd)
+
+
+def _record_head(epoch: int, data: bytes) -> bytes:
+    start = _MAGIC + epoch.to_bytes(8, "big") + len(data).to_bytes(4, "big")
+    return start + binascii.crc32(data, binascii.crc32(start)).to_bytes(4, "big")
+
+
+class _FileState:
+    """What the records of the journal make of one file."""
+
+    __slots__ = ("base", "grown", "path", "removed")
+
+    def __init__(self) -> None:
+        self.path = ""
+        self.removed = False
+        self.base: bytes | None = None  # its octets when it was made, if the journal has them
+        self.grown: list[tuple[int, bytes]] = []  # offset, and what was written there
+
+    def add(self, entry: _Entry) -> None:
+        self.path = entry.path
+        self.removed = entry.kind == "remove"
+        if entry.kind == "make":
+            self.base, self.grown = entry.data, []
+        elif entry.kind == "grow":
+            self.grown.append((entry.offset, entry.data))
+
+    def find(self) -> str | None:
+        """Return what the file is called now: in new or cur, or with flags of a mail reader."""
+        above, name = os.path.split(self.path)
+        top = os.path.dirname(above)
+        for path in (self.path, os.path.join(top, "cur", name), os.path.join(top, "new", name)):
+            if os.path.exists(path):
+                return path
+        with contextlib.suppress(FileNotFoundError), os.scandir(os.path.join(top, "cur")) as there:
+            return next((entry.path for entry in there if entry.name.startswith(f"{name}:")), None)
+        return None
+
+    def restore(self, found: str | None, trusted: bool) -> bool:
+        """Make the file what it must be, durably; tell whether it had to be written.
+
+        If it is there with the right octets it is left alone, if what a file seems to hold is
+        `trusted`. If not, a sync has failed while we run, and what is gone was taken away.
+        Raises OSError.
+        """
+        if self.removed:
+            if found is not None:
+                os.unlink(found)
+            return False
+        if found is None and (self.base is None or not trusted):
+            return False  # it was removed; or a cut has taken the record of that
+        has_base = found is not None and self._has(found, 0, self.base or b"")
+        if found is None or not has_base or not trusted or not self._has_grown(found):
+            self._write(found or self.path, has_base)
+            return True
+        return False
+
+    def _has_grown(self, path: str) -> bool:
+        return all(self._has(path, offset, data) for offset, data in self.grown)
+
+    @staticmethod
+    def _has(path: str, offset: int, data: bytes) -> bool:
+        with open(path, "rb", buffering=0) as file:
+            return os.pread(file.fileno(), len(data), offset) == data
+
+    def _write(self, path: str, has_base: bool) -> None:
+        top = os.path.dirname(os.path.dirname(path))
+        temporary = os.path.join(top, "tmp", new_id())
+        for directory in (os.path.dirname(temporary), os.path.dirname(path)):
+            make_directory(directory)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            if has_base:
+                with open(path, "rb", buffering=0) as file:
+                    while chunk := file.read(CHUNK):
+                        write_all(fd, chunk)
+            else:
+                write_all(fd, self.base or b"")
+            for offset, data in self.grown:
+                os.lseek(fd, offset, os.SEEK_SET)
+                write_all(fd, data)
+            if os.geteuid() == 0:
+                os.fchown(fd, *owner_above(path))
+            os.fsync(fd)
+            move_synced(temporary, path)
+        except BaseException:
+            discard_names(temporary)
+            raise
+        finally:
+            close_written(fd)
+
+
+def _file_states(segments: Iterable[Segment]) -> dict[str, _FileState]:
+    """Return what the records make of each file, by its name without new or cur. Raises OSError."""
+    states: dict[str, _FileState] = {}
+    for segment in sorted(segments, key=lambda segment: segment.epoch):
+        for entry in segment.entries():
+            above, name = os.path.split(entry.path)
+            key = os.path.join(os.path.dirname(above), name)
+            states.setdefault(key, _FileState()).add(entry)
+    return states
+
+
+def replay_journal(directory: str) -> int:
+    """Make durable what the journal in `directory` vouches for, after a crash or a power cut.
+
+    Returns how many files were written anew. Raises ConfigError, after which nothing is lost.
+    """
+    paths = [os.path.join(directory, name) for name in _SEGMENT_NAMES]
+    segments = []
+    try:
+        segments = [Segment(path) for path in paths if os.path.exists(path)]
+        states = _file_states(segments)
+        written = 0
+        for state in states.values():
+            written += state.restore(state.find(), trusted=True)
+        _sync_all({os.path.dirname(state.find() or state.path) for state in states.values()})
+        for segment in segments:
+            segment.drop()
+    except OSError as error:
+        text = f"what it holds cannot be written to its place; mend that: {reason(error)}"
+        raise ConfigError(directory, 0, text) from error
+    finally:
+        for segment in segments:
+            segment.close()
+    return written
+
+
+def _sync_all(directories: Iterable[str]) -> None:
+    """Make all files in `directories` durable. Raises OSError."""
+    file_systems, whole = _FileSystems(), set()
+    try:
+        for directory in filter(os.path.isdir, directories):
+            fd = file_systems.find(directory)
+            if fd >= 0:
+                whole.add(fd)
+                continue
+            for entry in list(os.scandir(directory)):
+                if entry.is_file():
+                    with open(entry.path, "rb") as file:
+                        os.fsync(file.fileno())
+            sync_directory(directory)
+        for fd in whole:
+            file_systems.sync(fd)
+    finally:
+        file_systems.close()
+
+
+class Journal:
+    """The two segments of a running server. All of it blocks; one thread at a time may commit,
+    and another settle.
+
+    Raises OSError if there can be no journal in `directory`, ConfigError if there is one that
+    was not replayed.
+    """
+
+    def __init__(self, directory: str, segment_size: int) -> None:
+        self.failure: OSError | None = None  # nothing may be committed any more
+        make_directory(directory)
+        self.directory = directory
+        self.segment_size = segment_size
+        self._file_systems = _FileSystems()
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._file_systems.close)
+            if self._file_systems.find(directory) < 0:
+                raise OSError(errno.ENOTSUP, "the file system cannot be synced as a whole")
+            segments = []
+            for name in _SEGMENT_NAMES:
+                segments.append(_open_segment(os.path.join(directory, name), segment_size))
+                undo.callback(segments[-1].close)
+            self._resources = undo.pop_all()
+        self._active, self._other = segments
+        self._epoch = max(self._active.epoch, self._other.epoch, time.time_ns())
+        self._active.begin(self._epoch)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is vouched for since `switch`."""
+        return self._active.offset == 0
+
+    def commit(self, changes: Sequence[Change]) -> bool:
+        """Make changes, durable by one sync. False if that must wait for `switch`.
+
+        What fails is noted in each change; in all that is asked for after a sync has failed.
+        """
+        covered, others = self._divide(changes)
+        if sum(len(change.data) for change in covered) > self.segment_size // 2:
+            covered, others = [], [*covered, *others]
+        entries = [(change.entry(), change.data) for change in covered]
+        waits = any(not isinstance(change, Removal) for change in covered)
+        try:
+            if self.failure is not None:
+                raise self.failure
+            if entries and not self._active.append(entries, synced=waits):
+                return False
+        except OSError as error:
+            self.failure = error
+            for change in covered:
+                change.error = error
+        for change in covered:
+            change.attempt(synced=False)
+        self._take_back([change for change in covered if change.error is not None])
+        make_durably(others)
+        return True
+
+    def _divide(self, changes: Sequence[Change]) -> tuple[list[Change], list[Change]]:
+        """Return the changes that the journal covers, and those it does not."""
+        covered: list[Change] = []
+        others: list[Change] = []
+        ends: dict[str, int] = {}
+        for change in changes:
+            if change.error is not None:
+                continue
+            try:
+                fd = self._file_systems.find(os.path.dirname(change.path))
+                if isinstance(change, Growth):
+                    change.offset = ends.get(change.source) or os.stat(change.source).st_size
+                    ends[change.source] = change.offset + len(change.data)
+            except OSError as error:
+                change.error = error
+                continue
+            (covered if fd >= 0 else others).append(change)
+            if fd >= 0:
+                self._active.file_systems.add(fd)
+        return covered, others
+
+    def _take_back(self, failed: Sequence[Change]) -> None:
+        """Have no replay make or remove what somebody was told is not made, or not removed."""
+        kinds = {Creation: "remove", Removal: "keep"}
+        entries = [
+            ((kinds[type(change)], change.path, change.path, 0), b"")
+            for change in failed
+            if type(change) in kinds
+        ]
+        if entries and self.failure is None:
+            try:
+                self._active.append(entries, synced=False)  # without room, it may come twice
+            except OSError as error:
+                self.failure = error
+
+    def switch(self) -> Segment:
+        """Go on with the other segment, which is settled; return this one, to be settled."""
+        self._epoch += 1
+        self._other.begin(self._epoch)
+        self._active, self._other = self._other, self._active
+        return self._other
+
+    def settle(self, segment: Segment) -> None:
+        """Sync all that `segment` vouches for, and drop it. Raises OSError: the journal ends."""
+        try:
+            for fd in segment.file_systems:
+                self._file_systems.sync(fd)
+            segment.drop()
+        except OSError as error:
+            self.failure = error
+            raise
+
+    def end(self) -> None:
+        """Write anew all that a failed journal vouches for, and remove it. Raises OSError."""
+        states = _file_states([self._active, self._other])
+        for state in states.values():
+            state.restore(state.find(), trusted=False)
+        for name in _SEGMENT_NAMES:
+            remove_durably(os.path.join(self.directory, name))
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._resources.close()
+
+
+def _open_segment(path: str, size: int) -> Segment:
+    """Open a segment, made if it is missing or of another size. Raises OSError, ConfigError."""
+    if not os.path.exists(path) or os.path.getsize(path) != size:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        try:
+            create_synced(path, itertools.repeat(bytes(CHUNK), size // CHUNK))
+            sync_directory(os.path.dirname(path))
+        except OSError:
+            discard_names(path)
+            raise
+    segment = Segment(path)
+    if next(segment.entries(), None) is not None:
+        segment.close()
+        raise ConfigError(path, 0, "it was not replayed")
+    return segment
+
+
+# ======================================================================================
+# ROOM: DISK
+#
+# Durable writes, as tasks on the loop ask for them: when a call returns, what it asked for
+# survives a power cut. What comes at the same time is one batch, which one worker thread
+# makes durable: by the journal, or, where there is none, file by file. What is asked for while a
+# batch is under way goes into the next one: a sync that has begun may have missed it.
+#
+# - On a slow device a batch waits a little for those who were in the last one: each has just been
+#   answered, and is likely to come again.
+# - What is larger than the journal is for is written by a thread of its own, so that nobody else
+#   waits for it.
+# - If the journal has failed, all is refused until what it vouched for is safe.
+# ======================================================================================
+
+_BATCH_OCTETS = SEGMENT_SIZE // 8  # about what a batch may hold
+_SLOW_BATCH = 0.003  # seconds; from which on it pays to wait for others
+_LONGEST_WAIT = 0.02
+_SETTLE_SECONDS = 5.0  # after which what the journal vouches for is synced
+_RECOVERY_PAUSES = (1.0, 60.0)  # between attempts to save what it vouched for; it doubles
 
 
 class _Batch:
-    """What is done together, by worker threads, and who waits for it."""
+    """What is made durable together, and who waits for it."""
 
     def __init__(self, loop: Loop) -> None:
-        self.commits: list[_Commit] = []
-        self.removals: dict[str, OSError | None] = {}
+        self.changes: list[Change] = []
+        self.octets = 0
         self.done = Event(loop)
-        self.failure: OSError | None = None  # if the batch was not even begun
-        self._unwritten: list[_Commit] = []
-
-    def add(self, commit: _Commit) -> None:
-        self.commits.append(commit)
-        self._unwritten.append(commit)
-
-    def write(self) -> None:
-        """Write and sync the files that are left; several threads may do so at a time."""
-        while True:
-            try:
-                commit = self._unwritten.pop()
-            except IndexError:
-                return
-            try:
-                commit.write()
-            except BaseException as error:
-                commit.error = error
-
-    def finish(self) -> None:
-        """Write what is left, rename, sync each directory once, and remove."""
-        self.write()
-        directories: dict[str, list[_Commit]] = {}
-        for commit in self.commits:
-            try:
-                if commit.error is None:
-                    commit.rename()
-                    directories.setdefault(os.path.dirname(commit.path), []).append(commit)
-            except BaseException as error:
-                commit.error = error
-        for directory, commits in directories.items():
-            self._finish_directory(directory, commits)
-        for path in self.removals:
-            try:
-                os.unlink(path)
-            except OSError as error:
-                self.removals[path] = error
-
-    @staticmethod
-    def _finish_directory(directory: str, commits: list[_Commit]) -> None:
-        error: BaseException | None = None
-        try:
-            sync_directory(directory)
-        except BaseException as failure:
-            error = failure
-        for commit in commits:
-            commit.safe, commit.error = error is None, error
 
 
 class Disk:
-    """Durable writes on the loop. All of it raises OSError.
+    """Durable writes on the loop. All of it raises OSError."""
 
-    What is asked for while a batch is under way goes into the next one: a sync that has
-    begun may have missed what was just written.
-
-    A file system joins what several threads sync at the same time, which pays on a slow
-    device; on a quick one the threads would lose more by waiting for the interpreter. So
-    their number follows the time that a batch takes. The queue and the Maildirs have a
-    `Disk` each, so that what comes in and what is delivered do not wait for one another.
-    """
-
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: Loop, log: Log | None = None) -> None:
         self._loop = loop
-        self._next: _Batch | None = None
-        self._busy = False
-        self._usual = 0.0  # seconds that one file takes, averaged over the last batches
+        self._log = log
+        self._journal: Journal | None = None
+        self._batches: collections.deque[_Batch] = collections.deque()
+        self._worker: Task | None = None
+        self._usual = 0.0  # seconds that a batch takes, averaged over the last ones
+        self._last = 0  # changes in the last batch
+        self._settling: Task | None = None
+        self._timer: Task | None = None
+        self._recovery: Task | None = None
+        self._using = Slots(loop, 1)  # the journal
+        self._moving = Slots(loop, 1)  # a sync that fails must not hide what others have renamed
+
+    async def open_journal(self, directory: str, segment_size: int = SEGMENT_SIZE) -> None:
+        """Use a journal in `directory` from now on, if there can be one.
+
+        What is in it must have been replayed.
+        """
+        try:
+            self._journal = await self._loop.work(lambda: Journal(directory, segment_size))
+        except (ChasquidError, OSError) as error:
+            if self._log is not None:
+                text = f"there is no journal, so each file is synced for itself: {reason(error)}"
+                self._log.info("disk", text)
+
+    async def close(self) -> None:
+        """Wait for what is under way, and leave nothing to be replayed."""
+        while self._worker is not None:
+            await ended(self._worker)
+        for task in (self._timer, self._recovery):
+            if task is not None:
+                task.cancel()
+                await ended(task)
+        await self._settled()
+        journal, self._journal = self._journal, None
+        if journal is not None and journal.failure is None:
+            if not journal.is_empty:
+                self._settle(journal)
+                await self._settled()
+            journal.close()
 
     async def create(self, temporary: str, data: bytes, path: str) -> None:
-        """Make a file with `data` durable under the name `path`, by way of `temporary`.
+        """Make a file with `data` under the name `path`, by way of `temporary`.
 
         Neither name is left if that fails.
         """
-        await self._commit(_Commit(-1, data, temporary, path))
+        await self._do(Creation(temporary, data, path))
 
-    async def commit(self, fd: int, data: bytes, temporary: str, path: str) -> None:
-        """Write `data` to the end of the file behind `fd`, then as `create`."""
-        await self._commit(_Commit(fd, data, temporary, path))
+    async def append(self, source: str, data: bytes, path: str, due: float | None = None) -> None:
+        """Append to a file, which is called `path` then; its time of modification becomes `due`.
 
-    async def _commit(self, commit: _Commit) -> None:
-        batch = self._batch()
-        batch.add(commit)
-        await self._end_of(batch)
-        if not commit.safe:
-            discard_names(commit.name)
-            error = commit.error or batch.failure
-            if isinstance(error, OSError):
-                raise error
-            raise OSError(errno.EIO, f"the file was not written: {error}") from error
+        That is in seconds since 1970, and not durable.
+        """
+        await self._do(Growth(source, data, path, due))
 
     async def remove(self, path: str) -> None:
         """Remove a file, if it is there; that this is durable is not promised."""
-        batch = self._batch()
-        batch.removals[path] = None
-        await self._end_of(batch)
-        error = batch.removals[path] or batch.failure
-        if error is not None and not isinstance(error, FileNotFoundError):
-            raise error
+        await self._do(Removal(path))
 
-    def _batch(self) -> _Batch:
-        """Return the batch that begins next."""
-        if self._next is None:
-            self._next = _Batch(self._loop)
-            if not self._busy:
-                self._busy = True
-                self._loop.spawn(self._work(), "disk")
-        return self._next
+    async def commit(self, fd: int, data: bytes, temporary: str, path: str) -> None:
+        """Write `data` to the end of the file behind `fd`, then as `create`."""
 
-    async def _end_of(self, batch: _Batch) -> None:
+        def write() -> None:
+            write_all(fd, data)
+            os.fsync(fd)
+
+        try:
+            await self._loop.work(write)
+        except BaseException:
+            discard_names(temporary)
+            raise
+        await self.move(temporary, path)
+
+    async def move(self, source: str, path: str) -> None:
+        """Give a file that is synced another name; neither is left if that fails."""
+
+        def move() -> None:
+            try:
+                move_synced(source, path)
+            except BaseException:
+                discard_names(source, path)
+                raise
+
+        async with self._moving:
+            await self._loop.work(move)
+
+    # --- batches ---
+
+    async def _do(self, change: Change) -> None:
+        batch = self._batch(change)
         task = self._loop.current
         task.shielded = True  # the job cannot be taken back
         try:
             await batch.done.wait()
         finally:
             task.shielded = False
+        error = change.error
+        if isinstance(error, OSError):
+            raise error
+        if error is not None:
+            text = f"{change.path} was not written: {error}"
+            raise OSError(errno.EIO, text) from error
+
+    def _batch(self, change: Change) -> _Batch:
+        """Put a change into the batch that begins next, or a later one."""
+        last = self._batches[-1] if self._batches else None
+        if last is None or last.octets + len(change.data) > _BATCH_OCTETS:
+            self._batches.append(_Batch(self._loop))
+        batch = self._batches[-1]
+        batch.changes.append(change)
+        batch.octets += len(change.data)
+        if self._worker is None:
+            self._worker = self._loop.spawn(self._work(), "disk")
+        return batch
 
     async def _work(self) -> None:
         try:
-            while (batch := self._next) is not None:
-                self._next = None
-                await self._do(batch)
+            while self._batches:
+                await self._gather(self._batches[0])
+                await self._make(self._batches.popleft())
+                self._settle_in_time()
         finally:
-            self._busy = False
+            self._worker = None
 
-    async def _do(self, batch: _Batch) -> None:
-        count = max(1, len(batch.commits))
-        threads = min(count, _DISK_THREADS, 1 + int(self._usual / _QUICK_SYNC))
+    async def _gather(self, batch: _Batch) -> None:
+        """Let those join who were in the last batch, if the device is slow."""
+        pays = self._journal is not None and self._usual > _SLOW_BATCH
+        if pays and len(batch.changes) < self._last:
+            await self._loop.sleep(min(self._usual / 3, _LONGEST_WAIT))
+
+    async def _make(self, batch: _Batch) -> None:
         start = self._loop.clock.monotonic()
         try:
-            if threads > 1:
-                await self._loop.work_together(batch.write, threads)
-            await self._loop.work(batch.finish)
+            async with self._using:
+                await self._make_durable(batch.changes)
         except ChasquidError as error:  # there is no thread
-            batch.failure = OSError(errno.EAGAIN, f"the disk was not reached: {error}")
+            for change in batch.changes:
+                change.error = OSError(errno.EAGAIN, f"the disk was not reached: {error}")
         finally:
             batch.done.set()
-        seconds = (self._loop.clock.monotonic() - start) * threads / count
-        self._usual += (seconds - self._usual) / 8
+        self._last = len(batch.changes)
+        self._usual += (self._loop.clock.monotonic() - start - self._usual) / 8
+
+    async def _make_durable(self, changes: Sequence[Change]) -> None:
+        journal = self._journal
+        if journal is None:
+            await self._loop.work(lambda: make_durably(changes))
+            return
+        while not await self._loop.work(lambda: journal.commit(changes)):
+            await self._settled()
+            if journal.failure is None:
+                self._settle(journal)
+        if journal.failure is not None:
+            self._recover_soon(journal)
+
+    # --- what the journal vouches for ---
+
+    def _settle_in_time(self) -> None:
+        """Have what the journal vouches for synced soon, if that is not yet arranged."""
+        journal = self._journal
+        if journal is not None and self._timer is None and not journal.is_empty:
+            self._timer = self._loop.spawn(self._settle_later(journal), "journal")
+
+    async def _settle_later(self, journal: Journal) -> None:
+        try:
+            await self._loop.sleep(_SETTLE_SECONDS)
+            await self._settled()
+            async with self._using:
+                if journal.failure is None and not journal.is_empty and self._settling is None:
+                    self._settle(journal)
+        finally:
+            self._timer = None
+
+    def _settle(self, journal: Journal) -> None:
+        """Go on with the other segment, while all that this one vouches for is synced."""
+        segment = journal.switch()
+
+        async def settle() -> None:
+            try:
+                await self._loop.work(lambda: journal.settle(segment))
+            except (ChasquidError, OSError) as error:
+                journal.failure = OSError(errno.EIO, reason(error))
+                self._recover_soon(journal)
+            finally:
+                self._settling = None
+
+        self._settling = self._loop.spawn(settle(), "journal settles")
+
+    async def _settled(self) -> None:
+        """Wait until nothing is being synced."""
+        if self._settling is not None:
+            await ended(self._settling)
+
+    def _recover_soon(self, journal: Journal) -> None:
+        if self._recovery is None:
+            self._recovery = self._loop.spawn(self._recover(journal), "journal recovers")
+
+    async def _recover(self, journal: Journal) -> None:
+        """Save all that a failed journal vouches for, then begin a new one."""
+        failure: Exception | None = journal.failure
+        pause, longest = _RECOVERY_PAUSES
+        async with self._using:
+            while failure is not None:
+                text = "the disk has failed, and no mail is taken until all of the last seconds"
+                self._tell(f"{text} is written anew: {reason(failure)}")
+                await self._settled()
+                try:
+                    await self._loop.work(journal.end)
+                    failure = None
+                except (ChasquidError, OSError) as error:
+                    failure = error
+                    await self._loop.sleep(pause)
+                    pause = min(2 * pause, longest)
+            self._journal = None
+            await self.open_journal(journal.directory, journal.segment_size)
+        self._recovery = None
+
+    def _tell(self, text: str) -> None:
+        if self._log is not None:
+            self._log.error("disk", text)
 
 
 # ======================================================================================
@@ -3112,15 +3784,20 @@ async def connect(loop: Loop, host: str, port: int) -> Stream:
 Connect = Callable[[Loop, str, int], Awaitable[Stream]]  # as `connect`
 
 
-def server_tls_context(fullchain: str, privkey: str) -> ssl.SSLContext:
+def server_tls_context(fullchain: str, privkey: str, tickets: bool = False) -> ssl.SSLContext:
     """Return a context for the server side. Raises ConfigError.
 
-    Session tickets are off: some large senders fail on them.
+    With `tickets`, a session can be resumed with one (RFC 8446, 4.6.1; RFC 5077), for two
+    hours at most. The keys that they are sealed with are those of the context, and never
+    leave it, so they last as long. Other servers get none: Microsoft's have been seen to break
+    off when one comes after STARTTLS, and their mail would not get here.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION
-    context.num_tickets = 0
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    if not tickets:
+        context.options |= ssl.OP_NO_TICKET
+    context.num_tickets = 1 if tickets else 0
     for path in (fullchain, privkey):
         read_file(path)
     try:
@@ -7037,6 +7714,10 @@ class StsPolicies:
         while True:
             await self._loop.sleep(_STS_REFRESH)
             now = self._loop.clock.time()
+            self._policies = {  # what came while the clock was ahead would hold for ever
+                domain: policy._replace(fetched=min(policy.fetched, now))
+                for domain, policy in self._policies.items()
+            }
             for domain, policy in list(self._policies.items()):
                 if now > policy.fetched + policy.max_age:
                     await self._drop(domain)
@@ -7152,30 +7833,84 @@ class HttpsPolicies:
 
     @staticmethod
     def _policy_in(response: bytes) -> bytes:
-        import http.client  # 22 ms, and only for domains with a policy
-        import io
-
-        class Connection:
-            def makefile(self, mode: str) -> io.BytesIO:
-                return io.BytesIO(response)
-
-        parsed = http.client.HTTPResponse(Connection())  # type: ignore[arg-type]
+        """Return the body of a response, if that is a policy. Raises ChasquidError."""
         try:
-            parsed.begin()
-            body = parsed.read(_STS_SIZE_LIMIT + 1)
-            complete = parsed.isclosed() or parsed.length in (0, None)
-        except (http.client.HTTPException, ValueError, OSError) as error:
+            status, headers, rest = _response_head(response)
+            if "transfer-encoding" in headers:
+                body, missing = _unchunked(rest, headers["transfer-encoding"]), 0
+            else:
+                text = headers.get("content-length", str(len(rest)))
+                if not re.fullmatch(r"[0-9]{1,15}", text):
+                    raise ValueError("its length is no number")
+                length = int(text)
+                body, missing = rest[:length], length - len(rest)
+        except ValueError as error:
             raise ChasquidError(f"the answer is no HTTP: {reason(error)}") from None
-        if parsed.status != 200:
-            raise ChasquidError(f"the web server answers with status {parsed.status}")
-        kind = (parsed.headers.get("content-type") or "").partition(";")[0]
+        if status != 200:
+            raise ChasquidError(f"the web server answers with status {status}")
+        kind = headers.get("content-type", "").partition(";")[0]
         if kind.strip().lower() != "text/plain":
             raise ChasquidError("the policy is not text/plain")
         if len(body) > _STS_SIZE_LIMIT:
             raise ChasquidError(f"the policy is larger than {_STS_SIZE_LIMIT // 1024} kB")
-        if not complete:
+        if missing > 0:
             raise ChasquidError("the policy was cut short")
         return body
+
+
+# The library's http.client reads responses too, and takes 1 MB, with what it loads of email.
+_STATUS_LINE = re.compile(r"HTTP/1\.[01] ([1-5][0-9]{2})(?: .*)?")
+_RESPONSE_FIELDS = 100
+
+
+def _response_head(data: bytes) -> tuple[int, dict[str, str], bytes]:
+    """Return status, fields with names in lower case, and what follows (RFC 9112, 4).
+
+    Responses that are only interim are passed over (RFC 9110, 15.2). Raises ValueError.
+    """
+    while True:
+        line, data = _line_of(data)
+        match = _STATUS_LINE.fullmatch(line)
+        if match is None:
+            raise ValueError("it does not begin with a status")
+        headers: dict[str, str] = {}
+        for _ in range(_RESPONSE_FIELDS):
+            line, data = _line_of(data)
+            if not line:
+                break
+            name, _, value = line.partition(":")
+            headers.setdefault(name.lower(), value.strip())
+        else:
+            raise ValueError("it has too many fields")
+        if int(match[1]) >= 200:
+            return int(match[1]), headers, data
+
+
+def _line_of(data: bytes) -> tuple[str, bytes]:
+    """Return the first line, and what follows; RFC 9112, 2.2 allows for a LF alone."""
+    line, newline, rest = data.partition(b"\n")
+    if not newline:
+        raise ValueError("it was cut short")
+    return line.removesuffix(b"\r").decode("latin-1"), rest
+
+
+def _unchunked(data: bytes, coding: str) -> bytes:
+    """Return what was sent in chunks (RFC 9112, 7.1). Raises ValueError."""
+    if coding.lower() != "chunked":
+        raise ValueError(f"the coding {printable(coding, 40)} was not asked for")
+    body = b""
+    while True:
+        line, data = _line_of(data)
+        size = re.match(r"[0-9A-Fa-f]{1,8}(?=[ \t;]|\Z)", line)
+        if size is None:
+            raise ValueError("a chunk has no size")
+        length = int(size[0], 16)
+        body += data[:length]
+        after, data = _line_of(data[length:])
+        if after and length:
+            raise ValueError("a chunk is longer than its size")
+        if not length:
+            return body
 
 
 # --- both, and the levels ---
@@ -8024,6 +8759,7 @@ class MaildirCourier:
         self._host = hostname.replace("/", r"\057").replace(":", r"\072")
         self._user_exists = user_exists
         self._number = 0
+        self._start = new_id()  # clock and process id may be the same again after the next one
         self._made: set[str] = set()  # Maildirs whose directories are known to be durable
         self._making = Slots(loop, 1)  # or the failed sync of one would hide what others have made
 
@@ -8075,7 +8811,8 @@ class MaildirCourier:
     async def _store(self, directory: str, delivery: Delivery, address: str) -> str:
         now = self._loop.clock.time()
         self._number += 1
-        name = f"{int(now)}.M{int(now % 1 * 1e6)}P{os.getpid()}Q{self._number}.{self._host}"
+        unique = f"M{int(now % 1 * 1e6)}P{os.getpid()}Q{self._number}R{self._start}"
+        name = f"{int(now)}.{unique}.{self._host}"
         if directory not in self._made:
             await self._make(directory, delivery.junk)
         try:
@@ -8103,9 +8840,9 @@ class MaildirCourier:
             await self._disk.create(temporary, data, path)
         else:
             content = itertools.chain([head], with_lf(delivery.message.chunks()))
-            path = await self._loop.work(
-                lambda: create_durably(temporary, content, lambda size: f"{new},S={size}")
-            )
+            await self._loop.work(lambda: create_synced(temporary, content))
+            path = f"{new},S={os.path.getsize(temporary)}"
+            await self._disk.move(temporary, path)
         return path
 
 
@@ -10405,15 +11142,19 @@ class Queue:
         }
         direct = draft.in_memory and self._is_direct(routes, envelope)
         item = Item(envelope, draft.message(envelope.prefix) if direct else Message(b"", "", 0))
+        sent: list[Recipient] = []
         try:
             self._check_programs(routes)
-            sent = await self._deliver_directly(item) if direct else []
+            if direct:
+                sent = await self._deliver_directly(item)
             if len(sent) < len(item.recipients):
                 journal = item.journal_line(self._loop.clock.time()) if sent else b""
                 item.message = await draft.store(envelope, journal)
         except OSError as error:
             draft.discard()
             self._log.error("queue", f"a message cannot be stored: {reason(error)}")
+            for recipient in sent:  # who will have it twice when it comes again
+                self._tell(item, recipient, RouteKind.LOCAL, envelope.sender)
             raise QueueFull("the message cannot be stored now", "4.3.1") from error
         except BaseException:
             draft.discard()
@@ -10631,7 +11372,7 @@ class Queue:
     async def _write_progress(self, item: Item) -> None:
         path, line = item.message.path, item.journal_line(self._loop.clock.time())
         try:
-            await self._loop.work(lambda: append_synced(path, line))
+            await self._disk.append(path, line, path)
         except OSError as error:
             self._log.error("queue", f"{item.id} cannot be written: {reason(error)}")
 
@@ -10735,7 +11476,10 @@ class Queue:
             self._log.error("queue", f"{item.id} cannot be written: {reason(error)}")
             pause = self._postpone(item, _PAUSES[0])
             if not os.path.exists(item.message.path):
-                self._report_loss(item.id)
+                if any(recipient.is_open for recipient in item.recipients):
+                    self._report_loss(item.id)
+                else:  # it was removed, although that was told to have failed
+                    self._log.event(Events.DONE, id=item.id, attempts=item.attempts)
                 return True
         if item.again:  # that was asked for while it was written down
             pause = self._postpone(item, pause)
@@ -10784,15 +11528,7 @@ class Queue:
     async def _write_down(self, item: Item) -> None:
         path, line = item.message.path, item.journal_line(self._loop.clock.time())
         target = os.path.join(self._settings.directory, Place.CUR, os.path.basename(path))
-
-        def write() -> None:
-            append_synced(path, line)
-            if path != target:
-                os.rename(path, target)  # need not be synced: the journal is in the file
-            with contextlib.suppress(OSError):  # it is a hint
-                os.utime(target, (item.next_attempt, item.next_attempt))
-
-        await self._loop.work(write)
+        await self._disk.append(path, line, target, item.next_attempt)
         item.message = item.message._replace(path=target, data=None)
 
     def _sender_for(self, item: Item, recipient: Recipient) -> str:
@@ -11168,10 +11904,11 @@ HOST_PORT = Port("sendmail of a user", submission=False, implicit_tls=False, pro
 
 
 class ServerContext:
-    """What all sessions of a server share. The daemon replaces `tls_context` and `closing`.
+    """What all sessions of a server share. The daemon replaces the TLS contexts and `closing`.
 
-    `size_limit` is in octets. A message may come in as slowly as `min_octets_per_second`;
-    0 means as slowly as it likes.
+    With `resuming_tls_context`, sessions on submission ports can be resumed (RFC 8446, 2.2).
+    `size_limit` is in octets. A message may come in as slowly as `min_octets_per_second`; 0
+    means as slowly as it likes.
     """
 
     def __init__(
@@ -11192,9 +11929,14 @@ class ServerContext:
         self.hostname = hostname
         self.size_limit = size_limit
         self.tls_context = tls_context
+        self.resuming_tls_context: ssl.SSLContext | None = None
         self.min_octets_per_second = min_octets_per_second
         self.dialogue_lines = dialogue_lines
         self.closing = False
+
+    def tls_context_for(self, port: Port) -> ssl.SSLContext | None:
+        """Return what TLS is done with on a port; None if there is none."""
+        return (self.resuming_tls_context if port.submission else None) or self.tls_context
 
     def new_dialogue(self, port: Port, peer: str) -> Dialogue:
         """Return the notes of a session, which `record` shows from now on."""
@@ -11469,7 +12211,7 @@ class _MessageReader:
             transaction.fail(Refused(Reply(452, "4.3.1", "the message cannot be stored now")))
 
 
-_Act = Callable[[], Awaitable[Reply | None]]
+Act = Callable[[], Awaitable[Reply | None]]
 
 
 class Hook(Protocol):
@@ -11481,7 +12223,7 @@ class Hook(Protocol):
     """
 
     async def __call__(
-        self, session: Session, stage: str, argument: str, act: _Act
+        self, session: Session, stage: str, argument: str, act: Act
     ) -> Reply | None: ...
 
 
@@ -11506,7 +12248,7 @@ class Session:
         self.loop = context.loop
         self.stream = stream
         self.port = port
-        self.tls_context = context.tls_context
+        self.tls_context = context.tls_context_for(port)
         self.dialogue = Dialogue("", "", 0.0)
         self.transaction: Transaction | None = None
         self._receiver = receiver
@@ -11642,7 +12384,7 @@ class Session:
             raise Refused(Reply(501, "5.5.4", f"expected {command.help}"))
         return await self._staged(verb, argument, lambda: command.action(self, argument))
 
-    def _staged(self, stage: str, argument: str, act: _Act) -> Awaitable[Reply | None]:
+    def _staged(self, stage: str, argument: str, act: Act) -> Awaitable[Reply | None]:
         """Return what `act` does at this stage, or what stands between us and the client."""
         return act() if self._hook is None else self._hook(self, stage, argument, act)
 
@@ -13230,6 +13972,7 @@ class Certificate(NamedTuple):
     names: frozenset[str]
     expires: float
     context: ssl.SSLContext
+    files: tuple[str, str]  # chain and key
     proven: bool = True
 
     @property
@@ -13260,10 +14003,26 @@ class Certificates:
         if fetched:
             self._load_below(config.data_dir, FETCHED_CERTIFICATES, before)
         for certificate in sorted(self.loaded.values(), key=lambda found: not found.proven):
+            certificate.context.sni_callback = self._choose  # also of one that stays as it was
             for host in certificate.names | {os.path.basename(certificate.directory).lower()}:
                 self._contexts.setdefault(host, certificate.context)
         first = next((certificate.context for certificate in self.loaded.values()), None)
         self.default = self._find(domain_to_ascii(config.hostname)) or first
+        self.resuming = self.default
+        self.renew_ticket_keys()
+
+    def renew_ticket_keys(self) -> None:
+        """Make `resuming`: the default, with tickets that only this one can read.
+
+        A ticket of before leads to a full handshake, as any that cannot be read. What is said
+        here of tickets holds for the certificates of other names too, which are chosen later.
+        """
+        self.resuming = self.default
+        for certificate in self.loaded.values():
+            if certificate.context is self.default:
+                with contextlib.suppress(ConfigError):  # no tickets as long as that lasts
+                    self.resuming = server_tls_context(*certificate.files, tickets=True)
+                    self.resuming.sni_callback = self._choose
 
     def _load_below(self, base: str, top: str, before: Certificates | None) -> None:
         directory = os.path.join(base, top)
@@ -13295,12 +14054,12 @@ class Certificates:
                 return None
             context = server_tls_context(chain, key)
             pem = read_file(chain)
-            context.sni_callback = self._choose
             return Certificate(
                 name,
                 frozenset(certificate_names(pem)),
                 certificate_expiry(pem),
-                context,
+                context=context,
+                files=(chain, key),
                 proven=not is_self_signed(pem),
             )
         except (ConfigError, ValueError) as error:
@@ -13806,7 +14565,7 @@ class AcmeAnswer(NamedTuple):
 
     def pause(self, now: float) -> float:
         """Return the seconds that Retry-After asks for (RFC 9110, 10.2.3), or -1."""
-        from email.utils import mktime_tz, parsedate_tz  # http.client has loaded it
+        from email.utils import mktime_tz, parsedate_tz  # loaded at the start
 
         value = self.headers.get("retry-after", "")
         if re.fullmatch(r"[0-9]{1,9}", value):
@@ -14148,13 +14907,16 @@ class FetchedCertificate(NamedTuple):
 
 
 class _Progress:
-    """How far a name has come: failures in a row, and not before when it is tried again."""
+    """How far a name has come: failures in a row, and not before when it is tried again.
+
+    That is on the monotonic clock: while the other one was wrong, an attempt may have failed.
+    """
 
     __slots__ = ("failures", "not_before", "problem", "unresolved")
 
-    def __init__(self, not_before: float = 0.0) -> None:
+    def __init__(self) -> None:
         self.failures = 0
-        self.not_before = not_before
+        self.not_before = 0.0
         self.problem = ""
         self.unresolved = False
 
@@ -14252,21 +15014,23 @@ class Acme:
             wanted = list(dict.fromkeys(self._wanted()))
             self._progress = {name: self._progress.get(name) or _Progress() for name in wanted}
             for name in wanted:
-                due = await self._attempt_if_due(name)
-                nearest = min(nearest, due - self._loop.clock.time())
+                nearest = min(nearest, await self._attempt_if_due(name))
         finally:
             self._looking = False
         return max(nearest, 1.0)
 
     async def _attempt_if_due(self, name: str) -> float:
-        """Return when there is something to do for `name`, which may be what has failed now."""
+        """Return in how many seconds there is something to do for `name`.
+
+        That may be what has failed now.
+        """
         files = FetchedCertificate(os.path.join(self._settings.directory, "certs", name))
-        ends = 0.0
+        clock, ends = self._loop.clock, 0.0
         try:
             due, ends = await self._loop.work(files.renewal)
-            due = max(due, self._progress[name].not_before)
-            if due > self._loop.clock.time():
-                return due
+            pause = max(due - clock.time(), self._progress[name].not_before - clock.monotonic())
+            if pause > 0:
+                return pause
             unresolved = await self._unresolved(name)
             if unresolved and not ends:
                 return self._skip(name, unresolved)
@@ -14278,10 +15042,11 @@ class Acme:
             return self._fail(name, ends, error)
         until = rfc5322_date(ends)
         self._log.info("acme", f"a certificate for {name} has come; it is valid until {until}")
-        now = self._loop.clock.time()
-        due = due if due > now else now + _ROUND_SECONDS  # whatever the authority means by that
-        self._progress[name] = _Progress(due)
-        return due
+        self._progress[name] = _Progress()
+        if due > clock.time():
+            return due - clock.time()
+        self._progress[name].not_before = clock.monotonic() + _ROUND_SECONDS
+        return _ROUND_SECONDS  # whatever the authority means by that
 
     async def _unresolved(self, name: str) -> str:
         """Say why `name` cannot be shown to be ours, as far as the DNS tells; "" if it can."""
@@ -14301,16 +15066,16 @@ class Acme:
     def _skip(self, name: str, why: str) -> float:
         """Wait for a name to lead here: only the host itself must have a certificate."""
         is_host = name == self._settings.hostname
-        due = self._pause(name, longest=_HOST_PAUSE if is_host else _ACME_PAUSES[1])
+        pause = self._pause(name, longest=_HOST_PAUSE if is_host else _ACME_PAUSES[1])
         text = f"no certificate for {name} yet: {why}"
         self._progress[name].unresolved = True
         self._progress[name].problem = text if is_host else ""
         tell = self._log.warning if is_host else self._log.info
-        tell("acme", f"{text}; {self._next(due)}")
-        return due
+        tell("acme", f"{text}; next attempt in {duration_text(pause)}")
+        return pause
 
     def _fail(self, name: str, ends: float, error: Exception) -> float:
-        due = self._pause(name, asked=error.pause if isinstance(error, AcmeFailed) else 0.0)
+        pause = self._pause(name, asked=error.pause if isinstance(error, AcmeFailed) else 0.0)
         text = f"no certificate for {name}"
         if ends:
             left = ends - self._loop.clock.time()
@@ -14318,21 +15083,18 @@ class Acme:
             text = f"the certificate for {name} {when} and could not be renewed"
         text = f"{text}: {reason(error)}"
         self._progress[name].problem = text
-        self._log.warning("acme", f"{text}; {self._next(due)}")
-        return due
+        self._log.warning("acme", f"{text}; next attempt in {duration_text(pause)}")
+        return pause
 
     def _pause(self, name: str, asked: float = 0.0, longest: float = _ACME_PAUSES[1]) -> float:
-        """Return when `name` is tried again; `asked` is what the authority has asked for."""
+        """Put `name` off; return for how long. `asked` is what the authority has asked for."""
         progress = self._progress[name]
-        pause = min(_ACME_PAUSES[0] * 2 ** min(progress.failures, 20), longest)
+        pause: float = min(_ACME_PAUSES[0] * 2 ** min(progress.failures, 20), longest)
         progress.failures += 1
         progress.unresolved = False
         pause = max(pause, min(asked, _ACME_LONGEST_PAUSE))
-        progress.not_before = self._loop.clock.time() + pause
-        return progress.not_before
-
-    def _next(self, due: float) -> str:
-        return f"next attempt in {duration_text(due - self._loop.clock.time())}"
+        progress.not_before = self._loop.clock.monotonic() + pause
+        return pause
 
     async def _fetch(self, name: str, files: FetchedCertificate) -> None:
         """Have a certificate issued and keep it; by one challenge, or else by the other."""
@@ -14859,14 +15621,14 @@ _SHOWN_PROBLEMS = 20  # of a domain; the log gets them at each look
 _WORKER_COUNT = 8
 _STOP_SECONDS = 10.0
 _DAY = 86400.0
+_TICKET_KEY_SECONDS = 12 * 3600.0
 _EXAMINE_AFTER = 60.0  # seconds; the network may come up later than we do
 # Everything that is imported when it is first used; see `load_modules`.
 _LATE_MODULES = (
     "base64", "difflib", "dns.asyncresolver", "dns.rcode", "encodings.ascii", "encodings.idna",
-    "fcntl", "hashlib", "hmac", "http.client", "idna", "idna.uts46data", "io", "ipaddress",
+    "fcntl", "hashlib", "hmac", "idna", "idna.uts46data", "io", "ipaddress",
     "precis_i18n.profile", "pwd", "resource", "shlex", "shutil", "subprocess", "tempfile",
     "unicodedata",
-    "calendar", "ctypes", "dns.query", "dns.resolver",  # for the daily check
 )  # fmt: skip
 DOMAIN_INFO_DIRECTORY = "domaininfo"  # below data_dir
 DOMAIN_FORGOTTEN = "what was seen of {} is forgotten"
@@ -15050,8 +15812,10 @@ class Daemon:
         account: Account | None = None,
         deliver: bool = True,
         examine: Callable[[], Sequence[Finding]] | None = None,
+        segment_size: int = SEGMENT_SIZE,
     ) -> None:
         self.config = config
+        self._segment_size = segment_size
         self._connect = connect
         self._account = account
         self._deliver = deliver
@@ -15118,6 +15882,7 @@ class Daemon:
         hooks = Hooks(programs, self.log, config.config_dir)
         self._dovecot = self._ask_dovecot()
         self._hooks = hooks
+        self._disk = Disk(loop, self.log)
         self._lookups = ExternalLookups(
             hooks.alias_destinations, self._dovecot.exists if self._dovecot else None
         )
@@ -15132,7 +15897,7 @@ class Daemon:
         )
         self.queue = Queue(
             loop,
-            Disk(loop),
+            self._disk,
             log=self.log,
             settings=self._queue_settings(),
             couriers=couriers,
@@ -15152,6 +15917,7 @@ class Daemon:
             tls_context=certificates.default,
             min_octets_per_second=config.min_octets_per_second,
         )
+        self._context.resuming_tls_context = certificates.resuming
         self._receiver = MailReceiver(
             config,
             loop=loop,
@@ -15319,7 +16085,7 @@ class Daemon:
             )
         return MaildirCourier(
             self.loop,
-            Disk(self.loop),
+            self._disk,
             config.maildir,
             data_dir=config.data_dir,
             hostname=config.hostname,
@@ -15481,6 +16247,10 @@ class Daemon:
 
     async def _main(self, on_ready: Callable[[], object]) -> None:
         self._sts.load()
+        journal = os.path.join(self.config.data_dir, JOURNAL_DIRECTORY)
+        if written := replay_journal(journal):
+            text = f"after a crash {plural(written, 'file')} of mail had to be written anew"
+            self.log.warning("disk", text)
         if self._deliver:
             self.queue.recover()
         else:
@@ -15499,6 +16269,7 @@ class Daemon:
             self.loop.spawn(self._accept_programs(), "sendmail"),
             self.loop.spawn(self._reload_forever(), "reload"),
             self.loop.spawn(self._watch_certificates(), "certificates"),
+            self.loop.spawn(self._renew_ticket_keys(), "TLS ticket keys"),
             self.loop.spawn(self._sts.refresh_forever(), "MTA-STS policies"),
             self.loop.spawn(self._examine_daily(), "daily check"),
         ]
@@ -15506,6 +16277,7 @@ class Daemon:
             self.log.event(Events.LISTENING, port=port.name, address=f"[{host}]:{number}")
         await self.loop.work(self._load_libraries)
         self._loaded.set()
+        await self._disk.open_journal(journal, self._segment_size)
         tasks.append(self.loop.spawn(self._key_watch.run(), "records of DKIM keys"))
         if self._acme is not None:
             tasks.append(self.loop.spawn(self._acme.run(), "ACME"))
@@ -15521,11 +16293,14 @@ class Daemon:
         self._control.close()
         self._programs.close()
         await self._wind_up()
+        await self._disk.close()
         self.log.event(Events.STOPPED)
 
     def _load_libraries(self) -> None:
         """Load all that may be needed later. Computes; raises ChasquidError."""
         load_libraries()
+        if self._acme is not None:
+            load_modules(("email.utils", "http.client"))
         with contextlib.suppress(TemporaryFailure):  # no name server is known, or not yet
             self._dns.set_up()
 
@@ -15672,6 +16447,7 @@ class Daemon:
         self._key_watch.look_now()
         if certificates.default is not None:
             self._context.tls_context = certificates.default
+            self._context.resuming_tls_context = certificates.resuming
         self._reloaded = (self.loop.clock.time(), not self.problems)
         self.log.event(Events.RELOADED, problems=len(self.problems))
         self._report_problems()
@@ -15684,6 +16460,15 @@ class Daemon:
             for warning in self._certificates.warnings(now, hosts):
                 self.log.warning("certificates", warning)
             await self.loop.sleep(_DAY)
+
+    async def _renew_ticket_keys(self) -> None:
+        """Let no key for TLS tickets live for longer than half a day (RFC 5077, 5.5)."""
+        while True:
+            await self.loop.sleep(_TICKET_KEY_SECONDS)
+            certificates = self._certificates
+            await self.loop.work(certificates.renew_ticket_keys)
+            if certificates is self._certificates:
+                self._context.resuming_tls_context = certificates.resuming
 
     async def _examine_daily(self) -> None:
         """Have the whole set-up checked each day, and warn of what must be mended."""
@@ -15789,6 +16574,192 @@ def notify_systemd(state: str) -> None:
             raw.send(state.encode())
         except OSError:
             pass  # systemd notices by itself that it heard nothing
+
+
+# ======================================================================================
+# ROOM: SERVE
+#
+# The server as a process: what the command line says of it, its signals, its exit status.
+#
+# This is the last room that a running server needs. Those above are for other commands, which
+# are programs of their own: also the daily check of the set-up runs as one, so that a server
+# holds nothing of them in memory. The archive keeps their bytecode apart, and it is read when
+# one of their names is asked for; that no room names a higher one is what makes this possible.
+# ======================================================================================
+
+CONFIG_DIR = "/etc/chasquid"
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_EXAMINE_SECONDS = 3600.0  # a check waits for the network, host by host
+
+# Options that stand before or after the command, and how many words follow each.
+GLOBAL_OPTIONS = {"--config-dir": 1, "--config-overrides": 1, "--verbose": 0, "--version": 0}
+# As Go's flag package writes options, for the server and for chasquid-util.
+_GO_OPTIONS = {
+    "-C": "--config-dir", "-v": "--verbose", "-version": "--version", "-help": "--help",
+    "-config_dir": "--config-dir", "-config-dir": "--config-dir",
+    "-config_overrides": "--config-overrides", "-config-overrides": "--config-overrides",
+}  # fmt: skip
+
+
+def in_our_spelling(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the options for all commands, and the rest, with Go's spelling undone.
+
+    Raises ValueError if an option lacks its value.
+    """
+    first: list[str] = []
+    rest: list[str] = []
+    queue = collections.deque(words)
+    while queue:
+        word = queue.popleft()
+        if word == "--" or (word == "sendmail" and all(one.startswith("-") for one in rest)):
+            rest += [word, *queue]
+            break
+        name, equals, value = word.partition("=")
+        name = _GO_OPTIONS.get(name, name)
+        if name.startswith("--"):
+            name = name.replace("_", "-")
+        follow = GLOBAL_OPTIONS.get(name)
+        if follow is None:
+            rest.append(name + equals + value if word.startswith("-") else word)
+        elif not follow:
+            first.append(name)  # "-v=1" too
+        elif equals or queue:
+            first.append(f"{name}={value if equals else queue.popleft()}")
+        else:
+            raise ValueError(f"expected a value after {word}")
+    return first, rest
+
+
+def _plain_serve(words: Sequence[str]) -> Any:
+    """Parse what starts the server, without argparse, which would take as long as the start.
+
+    The value is None for anything else, mistakes too.
+    """
+    try:
+        first, rest = in_our_spelling(words)
+    except ValueError:
+        return None
+    options = dict(word.partition("=")[::2] for word in first)
+    if rest not in ([], ["serve"]) or "--version" in options:
+        return None
+    return types.SimpleNamespace(
+        verb="serve" if rest else None,
+        config_dir=options.get("--config-dir", CONFIG_DIR),
+        config_overrides=options.get("--config-overrides", ""),
+    )
+
+
+def own_program() -> tuple[list[str], str]:
+    """Return the command line that runs this program, archive or module, and from where."""
+    path = os.path.abspath(__file__)
+    while not os.path.isfile(path):  # inside an archive
+        path = os.path.dirname(path)
+    if path.endswith(".py"):
+        return [sys.executable, "-m", "chasquid"], os.path.dirname(path)
+    return [sys.executable, path], os.path.dirname(path)
+
+
+def _return_memory_at_once() -> None:
+    """Have glibc give large blocks back to the system as soon as they are free.
+
+    By itself it keeps what was freed, for each thread: after some logins, which take 16 MB
+    each, that would be 16 MB for every worker thread, for ever. See mallopt(3).
+    """
+    try:
+        import ctypes
+
+        mallopt = ctypes.CDLL(None).mallopt
+    except (ImportError, OSError, AttributeError):
+        return  # another C library, which does not keep them
+    mallopt(_M_MMAP_THRESHOLD, 1024 * 1024)
+    mallopt(_M_TRIM_THRESHOLD, 1024 * 1024)
+
+
+def run_daemon(daemon: Daemon, on_ready: Callable[[], object] = lambda: None) -> None:
+    """Run until SIGTERM or SIGINT; SIGHUP reads the files again. Raises ChasquidError.
+
+    Signals are minded before `on_ready` is called.
+    """
+    sys.setswitchinterval(0.0005)  # a finished fsync is noticed sooner while we compute
+    signal.set_wakeup_fd(daemon.loop.wakeup_fd, warn_on_full_buffer=False)
+    daemon.at_end(lambda: signal.set_wakeup_fd(-1))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: daemon.stop())
+    signal.signal(signal.SIGHUP, lambda *_: daemon.reload())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
+
+    def ready() -> None:
+        _return_memory_at_once()  # loads ctypes, which a client that waits need not wait for
+        on_ready()
+
+    daemon.run(ready)
+
+
+def exit_status(command: Callable[[], int]) -> int:
+    """Run a command; return its exit status, after a sentence on standard error if it failed."""
+    try:
+        return command()
+    except ChasquidError as error:
+        print(f"chasquid: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read our output has seen enough
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def examined_by_doctor(config: Config, overrides: str) -> list[Finding]:
+    """Have the set-up checked by the command `doctor`; return what it finds. Computes.
+
+    Raises ChasquidError if the command fails.
+    """
+    import subprocess  # loaded at the start
+
+    program, place = own_program()
+    options = ["--config-dir", os.path.abspath(config.config_dir), "--config-overrides", overrides]
+    try:
+        done = subprocess.run(
+            [*program, *options, "doctor", "--json"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_EXAMINE_SECONDS,
+            cwd=place,
+        )
+        found = [Finding(**finding) for finding in json.loads(done.stdout)]
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ChasquidError(f"doctor cannot be run: {reason(error)}") from error
+    except (ValueError, TypeError) as error:
+        said = done.stderr.decode("utf-8", "replace").strip() or "nothing that can be read"
+        raise ChasquidError(f"doctor says {printable(said, 500)}") from error
+    return [finding._replace(level=Level(finding.level)) for finding in found]
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Run the server; return its exit status. Raises ChasquidError."""
+    # whoever sees the ports open may ask for a reload, which would end us before it is minded
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+    config = load_config(arguments.config_dir, arguments.config_overrides)
+    write_no_core()
+    account = account_of_server(config) if os.geteuid() == 0 else None
+    examine = functools.partial(examined_by_doctor, config, arguments.config_overrides)
+    run_daemon(Daemon(config, examine=examine, account=account))
+    return 0
+
+
+def serve_if_asked(argv: Sequence[str] | None = None) -> int | None:
+    """Run the server if the command line asks for it, and return its exit status.
+
+    For anything else, mistakes too, the value is None; it is for `main` to see what to do.
+    """
+    if argv is None and os.path.basename(sys.argv[0]) == "sendmail":
+        return None
+    arguments = _plain_serve(sys.argv[1:] if argv is None else argv)
+    if arguments is None:
+        return None
+    if arguments.verb is None and not os.path.exists(f"{arguments.config_dir}/chasquid.conf"):
+        return None
+    return exit_status(lambda: serve(arguments))
 
 
 # ======================================================================================
@@ -16046,9 +17017,9 @@ _SENDMAIL_STATUS = {
 class _ProgramDialogue:
     """The client's side of SMTP, as far as a program needs it; it blocks."""
 
-    def __init__(self, connected: socket.socket) -> None:
+    def __init__(self, connected: socket.socket, replies: IO[bytes]) -> None:
         self._socket = connected
-        self._replies = connected.makefile("rb")
+        self._replies = replies
 
     def say(self, *data: bytes) -> str:
         """Send a command, and return the text of the reply. Raises NotSent if it refuses."""
@@ -16080,8 +17051,9 @@ def hand_over(connected: socket.socket, letter: Letter) -> str:
     Then it is safe, for all recipients. Raises NotSent: no recipient gets it.
     """
     try:
-        with connected:
-            dialogue = _ProgramDialogue(connected)
+        # while either is open, the server waits for the end of the connection
+        with connected, connected.makefile("rb") as replies:
+            dialogue = _ProgramDialogue(connected, replies)
             dialogue.reply()
             dialogue.say(b"EHLO localhost\r\n")
             said = ""
@@ -16610,6 +17582,7 @@ class _Restore:
         self._path = path
         self.places = {"config": config.config_dir, "data": config.data_dir, "mail": top}
         self._made = made
+        self._new: set[str] = set()  # files in a directory "new"
         self.counts: collections.Counter[str] = collections.Counter()
         self.unknown: set[str] = set()  # owners whom this system does not have
 
@@ -16645,7 +17618,25 @@ class _Restore:
         create_synced(target, iter(lambda: contents.read(CHUNK), b""), mode, owner)
         self._made.append(target)
         os.utime(target, (member.mtime, member.mtime))
-        self.counts[name.partition("/")[0]] += 1
+        part = name.partition("/")[0]
+        self.counts[part] += 1
+        if part != "config":
+            self._note_move(target, part)
+
+    def _note_move(self, target: str, part: str) -> None:
+        """Keep one copy of a message that went from new to cur while the backup was made.
+
+        The one in cur says what was done since, or with its name who has read it.
+        """
+        above, directory = os.path.split(os.path.dirname(target))
+        if directory == "new":
+            self._new.add(target)
+        before = os.path.join(above, "new", os.path.basename(target).partition(":2,")[0])
+        if directory == "cur" and before in self._new:
+            self._new.remove(before)
+            os.unlink(before)
+            self._made.remove(before)
+            self.counts[part] -= 1
 
     def _owner(self, member: TarInfo) -> tuple[int, int]:
         import grp
@@ -20855,16 +21846,6 @@ class Ledger:
         return SelftestReport(figures, (*lost, *self._damaged))
 
 
-def own_program() -> tuple[list[str], str]:
-    """Return the command line that runs this program, archive or module, and from where."""
-    path = os.path.abspath(__file__)
-    while not os.path.isfile(path):  # inside an archive
-        path = os.path.dirname(path)
-    if path.endswith(".py"):
-        return [sys.executable, "-m", "chasquid"], os.path.dirname(path)
-    return [sys.executable, path], os.path.dirname(path)
-
-
 class SelftestServer:
     """A server with its own configuration below `directory`, as a child process."""
 
@@ -21273,6 +22254,13 @@ class FaultError(ChasquidError, ValueError):
     """A rule that says nothing sensible, or could never act."""
 
 
+def refuse_first(error: type[ChasquidError], checks: Iterable[tuple[object, str]]) -> None:
+    """Raise `error` with the sentence of the first check that has found something."""
+    for found, sentence in checks:
+        if found:
+            raise error(sentence)
+
+
 class Fault(NamedTuple):
     """What fails, where, and when; times are in seconds.
 
@@ -21310,38 +22298,28 @@ class Fault(NamedTuple):
     probability: int = 100
     raw: str = ""
 
-    @property
-    def always_ends_it(self) -> bool:
-        """Whether nothing that comes after this rule could act on what it matches."""
-        return not (self.nth or self.times or self.per_second) and self.probability == 100
 
+class Effect:
+    """What a rule has happen; `reply` is None if the command takes its course.
 
-class Effect(NamedTuple):
-    """What is to happen now; `reply` is None if the command takes its course."""
+    `seen` and `acted` count what it matched, and how often it has come to that.
+    """
 
-    fault: Fault
-    reply: Reply | None
+    __slots__ = ("_matches", "_recent", "acted", "fault", "reply", "seen")
 
-
-class _Rule:
-    __slots__ = ("_matches", "_recent", "acted", "effect", "seen")
-
-    def __init__(self, effect: Effect) -> None:
+    def __init__(self, fault: Fault, reply: Reply | None) -> None:
         import fnmatch  # only if there are rules
 
-        self.effect = effect
+        self.fault = fault
+        self.reply = reply
         self.seen = 0
         self.acted = 0
-        self._matches = re.compile(fnmatch.translate(effect.fault.address.lower())).match
-        self._recent: collections.deque[float] = collections.deque()
-
-    def forget(self) -> None:
-        self.seen = self.acted = 0
-        self._recent.clear()
+        self._matches = re.compile(fnmatch.translate(fault.address.lower())).match
+        self._recent: list[float] = []  # of the last second, what was not too fast
 
     def applies(self, stage: str, addresses: Sequence[str], now: float) -> bool:
         """Count what matches; tell whether the rule acts on it."""
-        fault = self.effect.fault
+        fault = self.fault
         if fault.stage != stage:
             return False
         matching = (self._matches(address.lower()) for address in addresses)
@@ -21349,18 +22327,21 @@ class _Rule:
             return False
         self.seen += 1
         if fault.per_second:
-            return self._is_too_fast(now)
+            self._recent = [at for at in self._recent if at > now - 1.0]
+            too_fast = len(self._recent) >= fault.per_second
+            self._recent += [] if too_fast else [now]
+            return too_fast
         if fault.nth:
             return self.seen == fault.nth
         return not fault.times or self.acted < fault.times
 
-    def _is_too_fast(self, now: float) -> bool:
-        while self._recent and self._recent[0] <= now - 1.0:
-            self._recent.popleft()
-        if len(self._recent) >= self.effect.fault.per_second:
-            return True
-        self._recent.append(now)
-        return False
+    def hides(self, later: Fault) -> bool:
+        """Tell whether nothing that a later rule matches is ever left to it."""
+        fault = self.fault
+        if fault.stage != later.stage or fault.address not in ("*", later.address):
+            return False
+        always = not (fault.nth or fault.times or fault.per_second) and fault.probability == 100
+        return always or (self.seen == 0 and 0 < later.nth <= fault.times)
 
 
 class Script:
@@ -21371,61 +22352,43 @@ class Script:
     """
 
     def __init__(
-        self,
-        clock: Clock,
-        stages: Sequence[str],
-        handshake: str,
-        magic: bool = True,
+        self, clock: Clock, stages: Sequence[str], handshake: str, magic: bool = True,
         random: Callable[[], float] = random_fraction,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.on_command: Callable[[str, str], str | None] | None = None
         self._random = random
         self._clock = clock
         self._stages = stages
         self._handshake = handshake
         self._magic = magic
-        self._rules: dict[str, _Rule] = {}
+        self._rules: dict[str, Effect] = {}
         self._number = itertools.count(1)
         self._lock = threading.Lock()
 
     def add(self, fault: Fault) -> str:
         """Add a rule behind the others; return its id. Raises FaultError."""
-        reply: Any = fault.reply
-        if type(reply) is int:
-            fault = fault._replace(reply=str(reply))
-        stages = {stage.lower(): stage for stage in STAGES}
-        fault = fault._replace(stage=stages.get(str(fault.stage).lower(), fault.stage))
-        if isinstance(fault.without, (str, list)):
-            words = [fault.without] if isinstance(fault.without, str) else fault.without
-            fault = fault._replace(without=tuple(words))
-        _check_kinds(fault._asdict())
-        rule = _Rule(Effect(fault, self._check(fault)))
+        fault = _as_declared(fault)
+        self._check(fault)
+        rule = Effect(fault, _reply_of(fault))
         with self._lock:
-            for id, other in self._rules.items():
-                earlier = other.effect.fault
-                covers = earlier.address in ("*", fault.address)
-                taken = other.seen == 0 and 0 < fault.nth <= earlier.times
-                hides = earlier.always_ends_it or taken
-                if earlier.stage == fault.stage and covers and hides:
-                    text = (
-                        f"the rule can never act: rule {id} for {earlier.stage} always comes first"
-                    )
-                    raise FaultError(text)
+            hiding = [id for id, earlier in self._rules.items() if earlier.hides(fault)]
+            if hiding:
+                where = f"rule {hiding[0]} for {fault.stage}"
+                raise FaultError(f"the rule can never act: {where} always comes first")
             id = str(next(self._number))
             self._rules[id] = rule
         return id
 
     def add_rule(self, rule: Mapping[str, Any]) -> str:
         """Add a rule that came as JSON; return its id. Raises FaultError."""
-        for name in rule:
-            if name not in Fault._fields:
-                expected = ", ".join(Fault._fields)
-                raise FaultError(f"a rule has no {printable(name, 40)!r}; it may have {expected}")
-        if "stage" not in rule:
-            raise FaultError(f"a rule needs a stage: {', '.join(STAGES)}")
-        for name in ("nth", "times"):
-            if name in rule and rule[name] == 0:
-                raise FaultError(f"{name}: expected a number from 1, found {rule[name]!r}")
+        fields = ", ".join(Fault._fields)
+        refuse_first(FaultError, (
+            *((name not in Fault._fields,
+               f"a rule has no {printable(name, 40)!r}; it may have {fields}") for name in rule),
+            ("stage" not in rule, f"a rule needs a stage: {', '.join(STAGES)}"),
+            *((rule.get(name) == 0, f"{name}: expected a number from 1, found {rule.get(name)!r}")
+              for name in ("nth", "times")),
+        ))  # fmt: skip
         return self.add(Fault(**rule))
 
     def remove_rule(self, id: str) -> bool:
@@ -21441,15 +22404,14 @@ class Script:
     def rewind(self) -> None:
         """Let all rules count from the beginning."""
         with self._lock:
-            for rule in self._rules.values():
-                rule.forget()
+            self._rules = {id: Effect(rule.fault, rule.reply) for id, rule in self._rules.items()}
 
     def describe(self) -> list[dict[str, Any]]:
         """Return the rules as JSON has them: what differs from the defaults, and how often
         each has matched and acted."""
         with self._lock:
             return [
-                {"id": id, **_differences(rule.effect.fault),
+                {"id": id, **_differences(rule.fault),
                  "matched": rule.seen, "acted": rule.acted}
                 for id, rule in self._rules.items()
             ]  # fmt: skip
@@ -21461,95 +22423,86 @@ class Script:
             now = self._clock.monotonic()
             for rule in self._rules.values():
                 if rule.applies(stage, addresses, now) and found is None:
-                    chance = rule.effect.fault.probability
-                    if chance < 100 and self._random() * 100 >= chance:
-                        continue
-                    rule.acted += 1
-                    found = rule.effect
+                    chance = rule.fault.probability
+                    if chance == 100 or self._random() * 100 < chance:
+                        rule.acted += 1
+                        found = rule
         if found is None and self._magic and stage in ("RCPT", "message"):
             effects = (_magic_effect(stage, address) for address in addresses)
             found = next(filter(None, effects), None)
         return found
 
-    def _check(self, fault: Fault) -> Reply | None:
-        """Return the reply. Raises FaultError if the rule could never act."""
-        stage = fault.stage
-        if stage not in STAGES:
-            raise FaultError(
-                f"{printable(str(stage), 40)!r} is no stage; expected one of {', '.join(STAGES)}"
-            )
-        if stage not in self._stages:
-            how = 'tls="starttls"' if stage == "STARTTLS" else "TLS, or login_in_the_clear=True"
-            raise FaultError(f"{stage} never comes up at this server: make it with {how}")
-        if fault.address != "*" and stage not in _ADDRESSED_STAGES:
-            raise FaultError(f"the rule can never match: there is no address at {stage}")
-        if not re.search(r"[@*?\[]", fault.address) and fault.address:
-            raise FaultError(
-                f"the rule can never match: {fault.address!r} is no address; "
-                f"write {fault.address + '@*'!r} for any domain"
-            )
-        if min(fault.nth, fault.times, fault.per_second, fault.drop_after) < 0:
-            raise FaultError("a rule counts from 1: expected no number below")
-        if not 1 <= fault.probability <= 100:
-            raise FaultError("probability: expected a number of percent from 1 to 100")
-        if sum(1 for number in (fault.nth, fault.times, fault.per_second) if number) > 1:
-            raise FaultError("expected one of nth, times and per_second")
-        if not all(0 <= seconds <= _LONGEST for seconds in (fault.delay, fault.drip)):
-            raise FaultError(f"expected a time of 0 to {_LONGEST:g} seconds")
+    def _check(self, fault: Fault) -> None:
+        """Raise FaultError if the rule makes no sense, or could never act here."""
+        stage, address, certificate, handshake = (
+            fault.stage, fault.address, fault.certificate, self._handshake
+        )  # fmt: skip
+        counts = (fault.nth, fault.times, fault.per_second)
         answers = (fault.reply, fault.raw, fault.hang, fault.drop_after)
         ends = (fault.drop, fault.hang, fault.drop_after)
-        if sum(map(bool, answers)) > 1 or sum(map(bool, ends)) > 1:
-            raise FaultError("expected one of reply, raw, drop, drop_after and hang, or drop after"
-                             " one of the first two")  # fmt: skip
-        self._check_place(fault)
-        return _reply_of(fault)
+        how = 'tls="starttls"' if stage == "STARTTLS" else "TLS, or login_in_the_clear=True"
+        unknown = min(set(fault.without) - _EXTENSIONS, default=None)
+        missing = min({"STARTTLS", "AUTH"} & set(fault.without) - set(self._stages), default=None)
+        never = "the rule can never act"
+        refuse_first(FaultError, (
+            (stage not in STAGES,
+             f"{printable(stage, 40)!r} is no stage; expected one of {', '.join(STAGES)}"),
+            (stage not in self._stages,
+             f"{stage} never comes up at this server: make it with {how}"),
+            (address != "*" and stage not in _ADDRESSED_STAGES,
+             f"the rule can never match: there is no address at {stage}"),
+            (address and not re.search(r"[@*?\[]", address),
+             f"the rule can never match: {address!r} is no address; "
+             f"write {address + '@*'!r} for any domain"),
+            (min(*counts, fault.drop_after) < 0, "a rule counts from 1: expected no number below"),
+            (not 1 <= fault.probability <= 100,
+             "probability: expected a number of percent from 1 to 100"),
+            (sum(map(bool, counts)) > 1, "expected one of nth, times and per_second"),
+            (not all(0 <= seconds <= _LONGEST for seconds in (fault.delay, fault.drip)),
+             f"expected a time of 0 to {_LONGEST:g} seconds"),
+            (sum(map(bool, answers)) > 1 or sum(map(bool, ends)) > 1,
+             "expected one of reply, raw, drop, drop_after and hang, or drop after"
+             " one of the first two"),
+            (certificate and certificate not in CERTIFICATE_FAULTS,
+             f"certificate: expected one of {', '.join(CERTIFICATE_FAULTS)}"),
+            (certificate and not handshake, f"{never}: this server does no TLS"),
+            (certificate and stage != handshake,
+             f"{never}: the handshake is at {handshake}, not at {stage}"),
+            (unknown is not None,
+             f"EHLO never offers {unknown!r}; it may offer {', '.join(sorted(_EXTENSIONS))}"),
+            (missing, f"{never}: this server does not offer {missing}"),
+            (fault.without and stage != "EHLO",
+             f"{never}: extensions are offered at EHLO, not at {stage}"),
+            (fault.drop_after and stage != "DATA",
+             f"{never}: drop_after counts octets of a message, at DATA"),
+        ))  # fmt: skip
 
-    def _check_place(self, fault: Fault) -> None:
-        """Raise FaultError if the stage has no such thing."""
-        if fault.certificate:
-            if fault.certificate not in CERTIFICATE_FAULTS:
-                raise FaultError(f"certificate: expected one of {', '.join(CERTIFICATE_FAULTS)}")
-            if not self._handshake:
-                raise FaultError("the rule can never act: this server does no TLS")
-            if fault.stage != self._handshake:
-                text = f"the handshake is at {self._handshake}, not at {fault.stage}"
-                raise FaultError(f"the rule can never act: {text}")
-        unknown = sorted(set(fault.without) - _EXTENSIONS)
-        if unknown:
-            known = ", ".join(sorted(_EXTENSIONS))
-            raise FaultError(f"EHLO never offers {unknown[0]!r}; it may offer {known}")
-        for name in ("STARTTLS", "AUTH"):
-            if name in fault.without and name not in self._stages:
-                raise FaultError(f"the rule can never act: this server does not offer {name}")
-        if fault.without and fault.stage != "EHLO":
-            raise FaultError(
-                f"the rule can never act: extensions are offered at EHLO, not at {fault.stage}"
-            )
-        if fault.drop_after and fault.stage != "DATA":
-            raise FaultError(
-                "the rule can never act: drop_after counts octets of a message, at DATA"
-            )
+
+_KINDS: dict[type, str] = {
+    str: "text", int: "a number", float: "seconds", bool: "true or false", tuple: "a list"
+}  # fmt: skip
 
 
-def _check_kinds(rule: Mapping[str, Any]) -> None:
-    """Raise FaultError if a value is of the wrong kind."""
-    for name, value in rule.items():
+def _as_declared(fault: Fault) -> Fault:
+    """Return a rule with its values as they are declared; 451, "rcpt" and ["SIZE"] will do.
+
+    Raises FaultError if one is of another kind.
+    """
+    given: dict[str, Any] = fault._asdict()
+    if type(given["reply"]) is int:
+        given["reply"] = str(fault.reply)
+    if isinstance(fault.without, (str, list)):
+        given["without"] = tuple(
+            [fault.without] if isinstance(fault.without, str) else fault.without
+        )
+    for name, value in given.items():
         kind = type(Fault._field_defaults.get(name, ""))
-        wanted = (int, float) if kind is float else kind
-        right = isinstance(value, wanted) and (kind is bool or not isinstance(value, bool))
-        if kind is tuple:
-            right = right and all(isinstance(text, str) for text in value)
-        if not right:
-            raise FaultError(f"{name} of a rule: expected {_RULE_VALUES[kind]}")
-
-
-_RULE_VALUES: dict[type, str] = {
-    str: "text",
-    int: "a number",
-    float: "seconds",
-    bool: "true or false",
-    tuple: "a list",
-}
+        right = isinstance(value, (int, float) if kind is float else kind)
+        right = right and (kind is bool or not isinstance(value, bool))
+        if not right or (kind is tuple and not all(isinstance(text, str) for text in value)):
+            raise FaultError(f"{name} of a rule: expected {_KINDS[kind]}")
+    stages = {stage.lower(): stage for stage in STAGES}
+    return Fault(**{**given, "stage": stages.get(fault.stage.lower(), fault.stage)})
 
 
 def _differences(fault: Fault) -> dict[str, Any]:
@@ -21563,16 +22516,16 @@ def _differences(fault: Fault) -> dict[str, Any]:
 
 def _reply_of(fault: Fault) -> Reply | None:
     """Return the reply that `fault` names, None if it names none. Raises FaultError."""
-    if not fault.reply:
-        if fault.per_second:
-            text = f"more than {fault.per_second} a second; try again later"
-            return Reply(421, "4.7.0", text, close=True)
-        if not _differences(fault).keys() - {"stage", "address", "nth", "times", "probability"}:
-            raise FaultError("the rule does nothing: give it a reply, a delay, a drop, …")
-        return None
-    reply = parse_scripted(fault.reply)
-    ends = fault.stage == "connect" and reply.is_error
-    return reply._replace(close=reply.close or ends)
+    if fault.reply:
+        reply = parse_scripted(fault.reply)
+        ends = fault.stage == "connect" and reply.is_error
+        return reply._replace(close=reply.close or ends)
+    if fault.per_second:
+        text = f"more than {fault.per_second} a second; try again later"
+        return Reply(421, "4.7.0", text, close=True)
+    if not _differences(fault).keys() - {"stage", "address", "nth", "times", "probability"}:
+        raise FaultError("the rule does nothing: give it a reply, a delay, a drop, …")
+    return None
 
 
 def parse_scripted(text: str) -> Reply:
@@ -21584,17 +22537,17 @@ def parse_scripted(text: str) -> Reply:
         r"([2-5][0-9]{2})(?: ([245]\.[0-9]{1,3}\.[0-9]{1,3}))?(?: (.+))?", text, re.DOTALL
     )
     if match is None:
+        shown = printable(text, 80)
         raise FaultError(
-            f"expected a reply, like '451' or '550 5.1.1 no such user'; "
-            f"found {printable(text, 80)!r}"
+            f"expected a reply, like '451' or '550 5.1.1 no such user'; found {shown!r}"
         )
-    code, status, words = match.groups()
+    code, status, words = match.groups("")
     if status and status[0] != code[0]:
         raise FaultError(f"{code} and {status} do not fit: both begin with the same digit")
-    if code[0] in "45":
-        status = status or f"{code[0]}.0.0"
-    usual = "a failure on purpose" if code[0] in "45" else "OK"
-    return Reply(int(code), status or "", words or usual, close=code in ("421", "521"))
+    refuses = code[0] in "45"
+    status = status or (f"{code[0]}.0.0" if refuses else "")
+    words = words or ("a failure on purpose" if refuses else "OK")
+    return Reply(int(code), status, words, close=code in ("421", "521"))
 
 
 # The last part of the local part, after a "+":
@@ -21634,10 +22587,6 @@ class Dropped(Disconnected):
 
     def __init__(self) -> None:
         super().__init__("the connection was dropped on purpose")
-
-
-class _Answered(Exception):
-    """The client has its answer; nothing more is to be said."""
 
 
 class FaultyStream(Stream):
@@ -21691,121 +22640,101 @@ class FaultInjection:
     """
 
     def __init__(
-        self,
-        script: Script,
-        stream: FaultyStream,
-        tls_context_of: Callable[[str], ssl.SSLContext],
+        self, script: Script, stream: FaultyStream, tls_context_of: Callable[[str], ssl.SSLContext]
     ) -> None:
         self._script = script
         self._stream = stream
         self._tls_context_of = tls_context_of
         self._without: frozenset[str] = frozenset()
-        self._drop = False  # after the answer
 
-    async def __call__(
-        self,
-        session: Session,
-        stage: str,
-        argument: str,
-        act: Callable[[], Awaitable[Reply | None]],
-    ) -> Reply | None:
+    async def __call__(self, session: Session, stage: str, argument: str, act: Act) -> Reply | None:
         """See `Hook`. Raises Dropped, and what `act` raises."""
-        self._drop = False
-        reply = await self._answer(session, stage, argument, act)
-        if self._drop:
+        await self._check_offered(session, stage, argument)
+        if stage in ("EHLO", "HELO"):
+            self._without = frozenset()
+        elif stage == "MAIL":
+            self._stream.drop_after = 0  # it was about the message before
+        effect = self._effect(session, stage, argument)
+        if effect is None:
+            reply = await self._act(session, stage, act)
+        else:
+            reply = await self._inject(session, stage, effect, act)
+        if stage == "EHLO" and reply is not None and (effect is None or effect.reply is None):
+            first, *keywords = reply.text.split("\n")
+            kept = [line for line in keywords if line.split(" ")[0] not in self._without]
+            reply = reply._replace(text="\n".join([first, *kept]))
+        if effect is not None and effect.fault.drop:
             if reply is not None:
                 session.say(reply)
             await self._stream.flush()
             raise Dropped
         return reply
 
-    async def _answer(
-        self,
-        session: Session,
-        stage: str,
-        argument: str,
-        act: Callable[[], Awaitable[Reply | None]],
-    ) -> Reply | None:
-        await self._check_offered(session, stage, argument)
-        name = {"HELO": "EHLO", "BDAT": "DATA"}.get(stage, stage)
-        if name == "EHLO":
-            self._without = frozenset()
-        elif name == "MAIL":
-            self._stream.drop_after = 0  # it was about the message before
-        scripted = self._asked(stage, argument)
-        if scripted is None and name in STAGES and self._is_begun(session, stage):
-            addresses = self._addresses(session, stage, argument)
-            try:
-                scripted = await self._inject(session, name, addresses)
-            except _Answered:
-                return None
-        acts = stage not in ("DATA", "STARTTLS") and stage not in _WITHOUT_EFFECT
-        if scripted is not None and not scripted.is_error and acts:
-            reply = await act()
-            if reply is None or reply.is_error:
-                return reply
-            return scripted._replace(close=scripted.close or reply.close)
-        if scripted is not None and stage not in ("connect", "BDAT"):
-            session.say(scripted)  # what is not returned is no error of the client
-            return None
-        try:
-            if scripted is not None and session.transaction is not None:
-                session.transaction.failure = Refused(scripted)  # the chunk is read all the same
-            reply = await act()
-        except Refused as refused:
-            if scripted is not None and refused.reply is scripted:
-                session.say(scripted)
-                return None
-            raise
-        except (TLSFailed, Disconnected) as error:
-            if stage in ("connect", "STARTTLS") and not isinstance(error, Dropped):
-                session.dialogue.client_spoke = True
-                session.dialogue.add("*", f"no TLS came about: {error}; {_TRUST}")
-            raise
-        if stage == "connect" and scripted is not None:
-            return scripted
-        return self._offered(reply) if stage == "EHLO" and reply is not None else reply
+    def _effect(self, session: Session, stage: str, argument: str) -> Effect | None:
+        """Return what the test's own function answers, else what the script says.
 
-    def _asked(self, stage: str, argument: str) -> Reply | None:
-        """Return what the test's own function answers. Raises FaultError."""
+        Raises FaultError.
+        """
         ask = self._script.on_command
         text = ask(stage, argument) if ask and stage not in ("connect", "message") else None
-        return None if text is None else parse_scripted(str(text))
+        if text is not None:
+            return Effect(Fault(stage), parse_scripted(str(text)))
+        if stage == "BDAT" and session.phase is not Phase.RECIPIENTS:
+            return None  # of a message in chunks, the first is the place
+        addresses: Sequence[str] = session.transaction.recipients if session.transaction else ()
+        if stage in ("MAIL", "RCPT"):
+            try:
+                addresses = [parse_path(argument, "FROM:" if stage == "MAIL" else "TO:").written]
+            except Refused:
+                addresses = ()  # the command is refused when it is obeyed
+        return self._script.effect({"HELO": "EHLO", "BDAT": "DATA"}.get(stage, stage), addresses)
 
-    @staticmethod
-    def _is_begun(session: Session, stage: str) -> bool:
-        """Whether this is the place of its stage: of a message in chunks, the first."""
-        return stage != "BDAT" or session.phase is Phase.RECIPIENTS
-
-    async def _inject(self, session: Session, stage: str, addresses: Sequence[str]) -> Reply | None:
-        """Have happen what the script has for this place; return its reply.
-
-        Raises Dropped, _Answered.
-        """
-        effect = self._script.effect(stage, addresses)
-        if effect is None:
-            return None
-        fault, reply = effect
-        session.event(Events.FAULT, stage=stage)
+    async def _inject(self, session: Session, stage: str, effect: Effect, act: Act) -> Reply | None:
+        """Have it happen; return the reply if it has not been said. Raises Dropped."""
+        fault, scripted = effect.fault, effect.reply
+        session.event(Events.FAULT, stage=fault.stage)
         if fault.delay:
             await session.loop.sleep(fault.delay)
         while fault.hang:
             await self._stream.read_some()
         if fault.certificate:
-            await self._spoil_handshake(session, fault.certificate)
+            self._spoil_handshake(session, fault.certificate)
         self._stream.drip = fault.drip
         self._stream.drop_after = fault.drop_after
         self._without |= frozenset(fault.without)
-        self._drop = fault.drop
         if fault.raw:
             session.dialogue.add("S", fault.raw)
             self._stream.write(fault.raw.encode("utf-8", "surrogateescape"))
-            raise _Answered
-        if fault.drop and reply is None:
+            return None
+        if scripted is None and fault.drop:
             raise Dropped
-        return reply
+        if scripted is None:
+            return await self._act(session, stage, act)
+        done = stage not in ("DATA", "STARTTLS") and stage not in _WITHOUT_EFFECT
+        if stage == "connect" or (done and not scripted.is_error):
+            reply = await self._act(session, stage, act)
+            if reply is None or reply.is_error:
+                return reply
+            return scripted._replace(close=scripted.close or reply.close)
+        if stage == "BDAT" and session.transaction is not None:
+            session.transaction.failure = Refused(scripted)
+            with contextlib.suppress(Refused):
+                await act()  # the chunk is read all the same
+        session.say(scripted)  # what is not returned is no error of the client
+        return None
 
-    async def _spoil_handshake(self, session: Session, certificate: str) -> None:
+    @staticmethod
+    async def _act(session: Session, stage: str, act: Act) -> Reply | None:
+        """Do what is to be done; of a handshake that fails there is a note in the dialogue."""
+        try:
+            return await act()
+        except (TLSFailed, Disconnected) as error:
+            if stage in ("connect", "STARTTLS"):
+                session.dialogue.client_spoke = True
+                session.dialogue.add("*", f"no TLS came about: {error}; {_TRUST}")
+            raise
+
+    def _spoil_handshake(self, session: Session, certificate: str) -> None:
         """Raises Dropped if it is to be broken altogether."""
         if certificate != "broken":
             session.tls_context = self._tls_context_of(certificate)
@@ -21814,23 +22743,6 @@ class FaultInjection:
             session.say(Reply(220, "2.0.0", "Ready to start TLS"))
         self._stream.write(b"\x16\x03\x03\x00\x05 oops")
         raise Dropped
-
-    def _offered(self, reply: Reply) -> Reply:
-        """Return the reply to EHLO without what is not to be offered."""
-        first, *keywords = reply.text.split("\n")
-        kept = [keyword for keyword in keywords if keyword.split(" ")[0] not in self._without]
-        return reply._replace(text="\n".join([first, *kept]))
-
-    @staticmethod
-    def _addresses(session: Session, stage: str, argument: str) -> Sequence[str]:
-        try:
-            if stage == "MAIL":
-                return [parse_path(argument, "FROM:").written]
-            if stage == "RCPT":
-                return [parse_path(argument, "TO:").written]
-        except Refused:
-            return []  # the command is refused when it is obeyed
-        return session.transaction.recipients if session.transaction is not None else []
 
     async def _check_offered(self, session: Session, stage: str, argument: str) -> None:
         """Refuse what EHLO was not to offer. Raises Refused."""
@@ -22390,7 +23302,6 @@ _JOIN_SECONDS = 10.0
 _CAPTURE_WORKERS = 4
 _SHOWN = 10  # messages in an error
 CAPTURE_SIZE = 50 * 1024 * 1024
-_USUAL_USERS = {"user": "password"}
 _CERTIFICATE_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
@@ -22410,91 +23321,54 @@ class Captured:
     """A message as it came in: its envelope, its octets, and what was said."""
 
     def __init__(
-        self, id: str, received: float, mail_from: str, rcpt_tos: Sequence[str], raw: bytes, *,
-        peer: str, port: str, hello: str, tls: str, login: str, smtputf8: bool, dialogue: Dialogue,
+        self, received: float, client: ClientInfo, mail_from: str, rcpt_tos: Sequence[str], *,
+        raw: bytes, smtputf8: bool,
     ) -> None:  # fmt: skip
-        self.id = id
+        self.id = new_id()
         self.received = received  # seconds since 1970
+        self.client = client
         self.mail_from = mail_from  # as it was written, "" for <>
         self.rcpt_tos = tuple(rcpt_tos)  # as they were written
         self.raw = raw  # with CRLF, as it came
-        self.peer = peer
-        self.port = port
-        self.hello = hello
-        self.tls = tls  # version and cipher, "" without TLS
-        self.login = login  # "" if nobody logged in
         self.smtputf8 = smtputf8
-        self._dialogue = dialogue
-        self._message: Any = None
 
     @property
     def transcript(self) -> str:
         """The session up to now: lines that begin with "C: " or "S: "."""
-        return "\n".join(list(self._dialogue.lines))
+        return "\n".join(list(self.client.dialogue.lines))
 
     @functools.cached_property
     def content(self) -> ReadMessage:
         """The message as a person reads it, read when it is first asked for."""
         return ReadMessage(self.raw)
 
-    @property
+    @functools.cached_property
     def message(self) -> CapturedMessage:
         """The message, parsed when it is first asked for, its lines ended by LF."""
-        if self._message is None:
-            from email.parser import BytesParser  # 25 ms; who only counts needs none of it
+        from email.parser import BytesParser  # 25 ms; who only counts needs none of it
 
-            kind, policy = _message_kind()
-            message = BytesParser(policy=policy).parsebytes(self.raw.replace(b"\r\n", b"\n"))
-            message.__class__ = kind  # its parts are not captured themselves
-            message.captured = self
-            self._message = message
-        return self._message  # type: ignore[no-any-return]
+        kind, policy = _message_kind()
+        message: Any = BytesParser(policy=policy).parsebytes(self.raw.replace(b"\r\n", b"\n"))
+        message.__class__ = kind  # its parts are not captured themselves
+        message.captured, message.raw, message.smtputf8 = self, self.raw, self.smtputf8
+        message.mail_from, message.rcpt_tos = self.mail_from, list(self.rcpt_tos)
+        message.peer, message.hello = self.client.peer, self.client.hello
+        message.tls, message.login = self.client.tls, self.client.user
+        return message  # type: ignore[no-any-return]
 
 
 class MessageDetails:
     """What a captured message has beyond `email.message.EmailMessage`."""
 
     captured: Captured
-
-    @property
-    def mail_from(self) -> str:
-        """The reverse-path as it was written, "" for <>."""
-        return self.captured.mail_from
-
-    @property
-    def rcpt_tos(self) -> list[str]:
-        """The recipients of the envelope, as they were written."""
-        return list(self.captured.rcpt_tos)
-
-    @property
-    def peer(self) -> str:
-        """The IP address of the client."""
-        return self.captured.peer
-
-    @property
-    def hello(self) -> str:
-        """What the client called itself."""
-        return self.captured.hello
-
-    @property
-    def tls(self) -> str:
-        """Version and cipher, as in "TLSv1.3 TLS_AES_256_GCM_SHA384"; "" without TLS."""
-        return self.captured.tls
-
-    @property
-    def login(self) -> str:
-        """The user who had logged in, "" for nobody."""
-        return self.captured.login
-
-    @property
-    def smtputf8(self) -> bool:
-        """Whether MAIL said SMTPUTF8 (RFC 6531)."""
-        return self.captured.smtputf8
-
-    @property
-    def raw(self) -> bytes:
-        """The octets as they came, with CRLF."""
-        return self.captured.raw
+    mail_from: str  # the reverse-path as it was written, "" for <>
+    rcpt_tos: list[str]  # the recipients of the envelope, as they were written
+    peer: str  # the IP address of the client
+    hello: str  # what the client called itself
+    tls: str  # version and cipher, as in "TLSv1.3 TLS_AES_256_GCM_SHA384"; "" without TLS
+    login: str  # the user who had logged in, "" for nobody
+    smtputf8: bool  # whether MAIL said SMTPUTF8 (RFC 6531)
+    raw: bytes  # the octets as they came, with CRLF
 
     @property
     def transcript(self) -> str:
@@ -22549,6 +23423,9 @@ if TYPE_CHECKING:
     class CapturedMessage(MessageDetails, EmailMessage):
         """A message that was captured, with its envelope."""
 
+    Messages = list[CapturedMessage]
+    Criterion = Callable[[CapturedMessage], object]
+
 
 @functools.cache
 def _message_kind() -> tuple[type[CapturedMessage], Any]:
@@ -22589,114 +23466,79 @@ class Mailbox:
     """
 
     def __init__(self, keep: int = 0, keep_octets: int = 0) -> None:
-        self._keep = keep or sys.maxsize
-        self._keep_octets = keep_octets or sys.maxsize
-        self._octets = 0
         self._messages: dict[str, Captured] = {}
-        self._changed = threading.Condition()
-        self._watchers: list[Callable[[], None]] = []
-
-    def add(self, captured: Captured) -> None:
-        """Keep a message, and let the oldest go beyond what may be kept."""
-        with self._changed:
-            self._messages[captured.id] = captured
-            self._octets += len(captured.raw)
-            while len(self._messages) > 1 and (
-                len(self._messages) > self._keep or self._octets > self._keep_octets
-            ):
-                oldest = self._messages.pop(next(iter(self._messages)))
-                self._octets -= len(oldest.raw)
-        self._tell()
+        self._octets = 0
+        self.removed = 0  # how many messages
+        self._watchers: list[Callable[[], object]] = []
+        self._lock = threading.Lock()
+        self.limit(keep, keep_octets)
 
     def limit(self, keep: int, keep_octets: int) -> None:
         """Keep no more than so much from the next message on."""
-        with self._changed:
-            self._keep, self._keep_octets = keep or sys.maxsize, keep_octets or sys.maxsize
+        self._limits = keep or sys.maxsize, keep_octets or sys.maxsize
+
+    def add(self, captured: Captured) -> None:
+        """Keep a message, and let the oldest go beyond what may be kept."""
+        with self._lock:
+            self._messages[captured.id] = captured
+            self._octets += len(captured.raw)
+            most, most_octets = self._limits
+            while len(self._messages) > 1 and (
+                len(self._messages) > most or self._octets > most_octets
+            ):
+                self._forget(next(iter(self._messages)))
+        self.tell()
 
     def all(self) -> list[Captured]:
         """Return what is kept, the oldest first."""
-        with self._changed:
+        with self._lock:
             return list(self._messages.values())
 
     def get(self, id: str) -> Captured | None:
         """Return a message by its id; None if it is not kept."""
-        with self._changed:
-            return self._messages.get(id)
+        return self._messages.get(id)
 
-    def remove(self, id: str) -> bool:
-        """Forget a message; false if there is none."""
-        with self._changed:
-            removed = self._messages.pop(id, None)
-            self._octets -= len(removed.raw) if removed is not None else 0
-        if removed is not None:
-            self._tell()
+    def remove(self, ids: Iterable[str]) -> None:
+        """Forget messages."""
+        with self._lock:
+            self.removed += sum(self._forget(id) for id in ids)
+        self.tell()
+
+    def _forget(self, id: str) -> bool:
+        removed = self._messages.pop(id, None)
+        self._octets -= len(removed.raw) if removed is not None else 0
         return removed is not None
 
-    def clear(self) -> None:
-        """Forget all messages."""
-        with self._changed:
-            self._messages.clear()
-            self._octets = 0
-        self._tell()
+    def tell(self) -> None:
+        """Have those who watch look again."""
+        for call in list(self._watchers):
+            call()
 
-    def watch(self, call: Callable[[], None]) -> Callable[[], None]:
-        """Have `call` called after each change, in the thread that made it.
-
-        Returns what ends that.
-        """
-        with self._changed:
-            self._watchers.append(call)
-
-        def end() -> None:
-            with self._changed, contextlib.suppress(ValueError):
-                self._watchers.remove(call)
-
-        return end
+    @contextlib.contextmanager
+    def watched(self, call: Callable[[], object]) -> Iterator[None]:
+        """Have `call` called after each change, in the thread that made it."""
+        self._watchers.append(call)
+        try:
+            yield
+        finally:
+            self._watchers.remove(call)
 
     def wait(
-        self,
-        look: Callable[[list[Captured]], T | None],
-        seconds: float,
-        is_over: Callable[[], bool],
+        self, look: Callable[[], T | None], seconds: float, is_over: Callable[[], bool]
     ) -> T | None:
-        """Return what `look` makes of the messages as soon as that is something.
+        """Return what `look` finds here as soon as that is something.
 
         None if it is nothing after so many seconds, or nothing more can come.
         """
         end = time.monotonic() + seconds
-        while True:
-            with self._changed:
-                seen = list(self._messages.values())
-            found = look(seen)
-            if found is not None:
-                return found
-            with self._changed:
-                if list(self._messages.values()) != seen:
-                    continue  # more has come while we looked
-                left = end - time.monotonic()
-                if left <= 0 or is_over():
+        changed = threading.Event()
+        with self.watched(changed.set):
+            while (found := look()) is None:
+                left = 0.0 if is_over() else max(0.0, end - time.monotonic())
+                if not changed.wait(left):  # if more has come while we looked, it is set
                     return None
-                self._changed.wait(left)
-
-    def wake(self) -> None:
-        """Have those who wait look again."""
-        with self._changed:
-            self._changed.notify_all()
-
-    def _tell(self) -> None:
-        self.wake()
-        for call in list(self._watchers):
-            call()
-
-
-def _first(
-    condition: Callable[[CapturedMessage], object], seen: list[Captured]
-) -> CapturedMessage | None:
-    return next((captured.message for captured in seen if condition(captured.message)), None)
-
-
-def _at_least(count: int, seen: list[Captured]) -> list[CapturedMessage] | None:
-    return [captured.message for captured in seen] if len(seen) >= count else None
+                changed.clear()
+        return found
 
 
 class _Lines(Sink):
@@ -22708,12 +23550,6 @@ class _Lines(Sink):
     def write(self, text: str) -> None:
         self.lines.append(text)
 
-    def reopen(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
 
 class CaptureSettings(NamedTuple):
     """How a server that captures behaves. `size_limit` is in octets, `name` what it calls itself.
@@ -22724,7 +23560,8 @@ class CaptureSettings(NamedTuple):
     instead of a port. `lenient` takes messages whose header is none.
 
     `tls` is "off", "starttls" or "implicit". `users` are names and passwords, or tells
-    whether a password is right; None is {"user": "password"}.
+    whether a password is right; None is {"user": "password"}. `magic` lets recipients name a
+    failure ("ana+450@here.example"), and `timeout` is how many seconds `wait_for` waits.
     """
 
     name: str = "localhost"
@@ -22740,14 +23577,74 @@ class CaptureSettings(NamedTuple):
     client_ca: str = ""
     path: str = ""
     lenient: bool = False
+    magic: bool = True
+    timeout: float = 5.0
 
     @property
     def port(self) -> Port:
         """What a session knows of the port that it came by."""
         return Port("smtp", self.login_required, self.tls == "implicit")
 
+    @property
+    def logins(self) -> Mapping[str, str] | Callable[[str, str], bool]:
+        """Who may log in."""
+        return {"user": "password"} if self.users is None else self.users
 
-_FIXED_SETTINGS = ("tls", "tls_context", "client_ca", "path", "name")  # while a server runs
+    @property
+    def handshake(self) -> str:
+        """The stage with the TLS handshake, "" if there is none."""
+        return {"starttls": "STARTTLS", "implicit": "connect"}.get(self.tls, "")
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages that come up; see FAULTS."""
+        missing = {"STARTTLS": self.tls != "starttls",
+                   "AUTH": self.tls == "off" and not self.login_in_the_clear}  # fmt: skip
+        return [stage for stage in STAGES if not missing.get(stage)]
+
+    def check(self) -> None:
+        """Raises ChasquidError if they make no sense."""
+        users, values, off = self.users, self._asdict(), self.tls == "off"
+        least = {"size_limit": 1, "keep": 0, "keep_octets": 0}
+        refuse_first(ChasquidError, (
+            (not (users is None or callable(users) or isinstance(users, Mapping)),
+             "users: expected names and passwords ({'ana': 'secret'}) or a function"),
+            (not isinstance(self.name, str) or not is_host_name(self.name),
+             f"name: expected the name of a host, found {self.name!r}"),
+            *((type(values[key]) is not int or values[key] < number,
+               f"{key}: expected a number from {number}, found {values[key]!r}")
+              for key, number in least.items()),
+            (not isinstance(self.timeout, (int, float)) or not self.timeout >= 0,
+             f"timeout: expected seconds, found {self.timeout!r}"),
+            (not isinstance(self.magic, bool),
+             f"magic: expected True or False, found {self.magic!r}"),
+            (self.tls not in ("off", "starttls", "implicit"),
+             f'tls: expected "off", "starttls" or "implicit", found {self.tls!r}'),
+            *((off and values[key], f'{key} needs tls="starttls" or "implicit"')
+              for key in ("client_ca", "tls_context", "tls_required")),
+            (self.login_required and "AUTH" not in self.stages,
+             'login_required: nobody logs in without TLS; add tls="starttls" or '
+             "login_in_the_clear=True"),
+        ))  # fmt: skip
+
+    def server_context(self) -> ssl.SSLContext | None:
+        """Return what TLS is done with; None without TLS. Raises ChasquidError."""
+        if self.tls == "off":
+            return None
+        context = self.tls_context or tls_context_of("good")
+        if self.client_ca:
+            if self.tls_context is None:
+                context = tls_context_of.__wrapped__("good")  # the usual one is shared
+            try:
+                context.load_verify_locations(self.client_ca)
+            except (OSError, ssl.SSLError) as error:
+                text = f"client_ca: {self.client_ca} cannot be used: {reason(error)}"
+                raise ChasquidError(text) from error
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
+
+_FIXED_SETTINGS = ("tls", "tls_context", "client_ca", "path", "name", "magic")  # of who runs
 Command = collections.namedtuple("Command", "verb argument reply")
 
 
@@ -22756,17 +23653,14 @@ class _Arrived:
 
     def __init__(self) -> None:
         self.size = 0
-        self._pieces: list[bytes] = []
+        self.pieces: list[bytes] = []
 
     async def add(self, piece: bytes) -> None:
         self.size += len(piece)
-        self._pieces.append(piece)
+        self.pieces.append(piece)
 
     def discard(self) -> None:
-        self._pieces.clear()
-
-    def octets(self) -> bytes:
-        return b"".join(self._pieces)
+        self.pieces.clear()
 
 
 class _CaptureReceiver:
@@ -22777,26 +23671,19 @@ class _CaptureReceiver:
         self._server = server
         self._max_received = Config("", "localhost").max_received_headers
 
-    @property
-    def _settings(self) -> CaptureSettings:
-        return self._server.settings
-
     def extensions(self, client: ClientInfo) -> list[str]:
-        login = client.tls or self._settings.login_in_the_clear
+        login = client.tls or self._server.settings.login_in_the_clear
         return ["DSN", *(["REQUIRETLS"] if client.tls else []),
                 *(["AUTH PLAIN LOGIN"] if login else [])]  # fmt: skip
 
     async def authenticate(self, client: ClientInfo, login: str, password: bytes) -> Login:
-        users = _USUAL_USERS if self._settings.users is None else self._settings.users
-        try:
-            said = password.decode()
-        except UnicodeDecodeError:
-            return Login(None)
+        users = self._server.settings.logins
+        said = password.decode("utf-8", "surrogateescape")
         right = users(login, said) if callable(users) else users.get(login) == said
         return Login(login if right else None)
 
     async def check_sender(self, client: ClientInfo, path: Path) -> Spf:
-        if self._settings.tls_required and not client.tls:
+        if self._server.settings.tls_required and not client.tls:
             raise Refused(Reply(530, "5.7.0", "Must issue a STARTTLS command first"))
         client.check_login()
         return Spf("none")
@@ -22814,35 +23701,22 @@ class _CaptureReceiver:
     async def accept(self, client: ClientInfo, transaction: Transaction) -> Reply:
         content = transaction.incoming
         assert isinstance(content, _Arrived)
-        raw = content.octets()
+        raw = b"".join(content.pieces)
         header = header_block(raw)
         block = raw if header is None else header
-        if not self._settings.lenient:
+        if not self._server.settings.lenient:
             check_header(lambda: header_fields(block), self._max_received, not client.user)
         captured = Captured(
-            new_id(),
-            self._loop.clock.time(),
-            transaction.path.written,
-            rcpt_tos=transaction.recipients,
-            raw=raw,
-            peer=client.peer,
-            port=client.port.name,
-            hello=client.hello,
-            tls=client.tls,
-            login=client.user,
-            smtputf8=transaction.smtputf8,
-            dialogue=client.dialogue,
-        )
+            self._loop.clock.time(), client, transaction.path.written, transaction.recipients,
+            raw=raw, smtputf8=transaction.smtputf8,
+        )  # fmt: skip
         answer = self._server.ask_about(captured)
         if answer is not None and answer.is_error:
             raise Refused(answer)
         self._server.server_log.event(
-            Events.CAPTURED,
-            id=captured.id,
-            peer=client.peer,
-            port=client.port.name,
+            Events.CAPTURED, id=captured.id, peer=client.peer, port=client.port.name,
             from_=captured.mail_from,
-        )
+        )  # fmt: skip
         self._server.mailbox.add(captured)
         return answer or Reply(250, "2.0.0", f"OK: queued as {captured.id}")
 
@@ -22850,10 +23724,10 @@ class _CaptureReceiver:
 _MAKING_CERTIFICATES = threading.Lock()
 
 
-def _certificates() -> tuple[str, dict[str, str]]:
-    """Return a file of certificates to trust, and the paths of all, by kind.
+def _certificates() -> dict[str, str]:
+    """Return the paths of PEM files: of certificates, each with its key, by kind, and "trusted".
 
-    They are made once in a process. A key stands behind its certificate. Raises ChasquidError.
+    They are made once in a process. Raises ChasquidError.
     """
     with _MAKING_CERTIFICATES:
         try:
@@ -22864,7 +23738,7 @@ def _certificates() -> tuple[str, dict[str, str]]:
 
 
 @functools.cache
-def _make_certificates() -> tuple[str, dict[str, str]]:
+def _make_certificates() -> dict[str, str]:
     import atexit
     import shutil
     import tempfile
@@ -22885,23 +23759,20 @@ def _make_certificates() -> tuple[str, dict[str, str]]:
         "wrong-name": (("wrong.invalid",), now),
         "untrusted": (("untrusted.invalid", *_CERTIFICATE_NAMES), now),
     }
-    paths, trusted = {}, ""
-    for kind, (names, at) in kinds.items():
-        chain, key = self_signed_certificate(names, at)
-        paths[kind] = os.path.join(directory, f"{kind}.pem")
+    made = {kind: self_signed_certificate(names, at) for kind, (names, at) in kinds.items()}
+    texts = {kind: chain + key for kind, (chain, key) in made.items()}
+    texts["trusted"] = "".join(made[kind][0] for kind in kinds if kind != "untrusted")
+    paths = {kind: os.path.join(directory, f"{kind}.pem") for kind in texts}
+    for kind, text in texts.items():
         with open(os.open(paths[kind], os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
-            file.write(chain + key)
-        trusted += "" if kind == "untrusted" else chain
-    bundle = os.path.join(directory, "trusted.pem")
-    with open(bundle, "w") as file:
-        file.write(trusted)
-    return bundle, paths
+            file.write(text)
+    return paths
 
 
 @functools.cache
 def tls_context_of(kind: str) -> ssl.SSLContext:
     """Return the server's side of TLS with a certificate: "good", or of `CERTIFICATE_FAULTS`."""
-    path = _certificates()[1][kind]
+    path = _certificates()[kind]
     return server_tls_context(path, path)
 
 
@@ -22944,20 +23815,11 @@ class Releaser:
         return "; ".join(told)
 
 
-def _check_names(settings: Mapping[str, Any]) -> None:
-    """Raise ChasquidError if there is no such setting."""
-    unknown = sorted(set(settings) - set(CaptureSettings._fields))
-    if unknown:
-        known = ", ".join(("host", "port", "faults", "magic", "timeout", *CaptureSettings._fields))
-        raise ChasquidError(f"there is no setting {unknown[0]!r}; there are {known}")
-
-
 class CaptureServer:
     """A real SMTP server for tests: it takes mail in, and shows it.
 
     `port` 0 lets the system choose. The keywords are those of `CaptureSettings`; `faults`
-    are rules that are there from the start, `magic` lets recipients name a failure
-    ("ana+450@here.example"), and `timeout` is how many seconds `wait_for` waits.
+    are rules that are there from the start.
 
     Raises ChasquidError if the port is taken or the settings make no sense.
     """
@@ -22970,25 +23832,20 @@ class CaptureServer:
         port: int = 0,
         *,
         faults: Iterable[Fault | Mapping[str, Any]] | Fault = (),
-        magic: bool = True,
-        timeout: float = 5.0,
         **settings: Any,
     ) -> None:
-        _check_names(settings)
         if settings.get("tls_context") is not None:
             settings.setdefault("tls", "starttls")
-        self.settings = CaptureSettings(**settings)
+        self.settings = self._changed(CaptureSettings(), settings)
         self.hostname = host
         self._wanted_port = port
-        self._timeout = timeout
-        self._magic = magic
         self._log = _Lines()
         self.server_log = Log(self._log, self._log)
         self.server_log.dialogues = collections.deque(maxlen=_TRANSCRIPTS)
-        stages, handshake = self._check_settings()
         self.mailbox = Mailbox(self.settings.keep, self.settings.keep_octets)
         self._faults = (faults,) if isinstance(faults, (Fault, str, Mapping)) else tuple(faults)
-        self.script = Script(Clock(), stages, handshake, magic)
+        stages, handshake = self.settings.stages, self.settings.handshake
+        self.script = Script(Clock(), stages, handshake, self.settings.magic)
         self._add_faults()
         self._on_message: Callable[[CapturedMessage], str | None] | None = None
         self._run: _CaptureRun | None = None
@@ -23021,20 +23878,19 @@ class CaptureServer:
         with self._changing:
             if self._run is not None:
                 raise ChasquidError(f"the server is running already, at port {self._run.port}")
-            self._run = _CaptureRun(self)
+            self._run = _CaptureRun(self, self._wanted_port)
             self._was_started = True
         return self
 
     def stop(self) -> None:
         """End the server; what was captured stays. Nothing if it is stopped already."""
-        run = self._run
-        if run is not None and run.is_own_thread():
+        if self._run is not None and self._run.thread is threading.current_thread():
             raise ChasquidError("the server cannot be stopped from its own thread")
         with self._changing:
             if self._run is not None:
                 self._run.stop()
                 self._run = None
-        self.mailbox.wake()
+        self.mailbox.tell()
 
     @property
     def is_running(self) -> bool:
@@ -23056,16 +23912,21 @@ class CaptureServer:
         fixed = sorted(set(changes) & set(_FIXED_SETTINGS))
         if fixed:
             raise ChasquidError(f"{fixed[0]} is decided when the server is made")
-        _check_names(changes)
-        before, self.settings = self.settings, self.settings._replace(**changes)
-        try:
-            self._check_settings()
-        except ChasquidError:
-            self.settings = before
-            raise
+        self.settings = self._changed(self.settings, changes)
         self.mailbox.limit(self.settings.keep, self.settings.keep_octets)
         if self._run is not None:
-            self._run.take_settings(self.settings)
+            self._run.context.size_limit = self.settings.size_limit
+
+    @staticmethod
+    def _changed(settings: CaptureSettings, changes: Mapping[str, Any]) -> CaptureSettings:
+        """Return the settings with these changes. Raises ChasquidError."""
+        unknown = sorted(set(changes) - set(CaptureSettings._fields))
+        if unknown:
+            known = ", ".join(("host", "port", "faults", *CaptureSettings._fields))
+            raise ChasquidError(f"there is no setting {unknown[0]!r}; there are {known}")
+        changed = settings._replace(**changes)
+        changed.check()
+        return changed
 
     @property
     def run(self) -> _CaptureRun:
@@ -23081,7 +23942,7 @@ class CaptureServer:
         """The path of a PEM file with what a client has to trust."""
         if self.settings.tls == "off":
             raise ChasquidError('the server does no TLS: make it with tls="starttls" or "implicit"')
-        return _certificates()[0]
+        return _certificates()["trusted"]
 
     def client_context(self) -> ssl.SSLContext:
         """Return a context for the client side that trusts the server and nobody else."""
@@ -23101,7 +23962,7 @@ class CaptureServer:
 
     @property
     def _user(self) -> tuple[str, str]:
-        users = _USUAL_USERS if self.settings.users is None else self.settings.users
+        users = self.settings.logins
         if callable(users) or not users:
             raise ChasquidError("the server was given no list of users, so there is no first one")
         return next(iter(users.items()))
@@ -23173,17 +24034,11 @@ class CaptureServer:
     if TYPE_CHECKING:
 
         @overload
-        def wait_for(
-            self, what: int = 1, timeout: float | None = None
-        ) -> list[CapturedMessage]: ...
+        def wait_for(self, what: int = 1, timeout: float | None = None) -> Messages: ...
         @overload
-        def wait_for(
-            self, what: Callable[[CapturedMessage], object], timeout: float | None = None
-        ) -> CapturedMessage: ...
+        def wait_for(self, what: Criterion, timeout: float | None = None) -> CapturedMessage: ...
 
-    def wait_for(
-        self, what: int | Callable[[CapturedMessage], object] = 1, timeout: float | None = None
-    ) -> list[CapturedMessage] | CapturedMessage:
+    def wait_for(self, what: int | Criterion = 1, timeout: float | None = None) -> Any:
         """Wait for a number of messages, or for one that `what` is true of.
 
         Returns all messages as soon as there are so many, or that one. Raises NotArrived
@@ -23192,81 +24047,67 @@ class CaptureServer:
         """
         __tracebackhide__ = True
         look = self._look_for(what)
-        seconds = self._timeout if timeout is None else timeout
-        found: list[CapturedMessage] | CapturedMessage | None = look(self.mailbox.all())
+        found = look()
         if found is None and _is_in_event_loop():
             text = "wait_for would block the event loop: say await server.arrived(…) instead"
             raise ChasquidError(text)
+        seconds = self.settings.timeout if timeout is None else timeout
         found = self.mailbox.wait(look, seconds, self._is_over) if found is None else found
-        if found is None:
-            self._miss(what, seconds)
-        return found
+        return self._miss(what, seconds) if found is None else found
 
     if TYPE_CHECKING:
 
         @overload
-        async def arrived(
-            self, what: int = 1, timeout: float | None = None
-        ) -> list[CapturedMessage]: ...
+        async def arrived(self, what: int = 1, timeout: float | None = None) -> Messages: ...
         @overload
         async def arrived(
-            self, what: Callable[[CapturedMessage], object], timeout: float | None = None
+            self, what: Criterion, timeout: float | None = None
         ) -> CapturedMessage: ...
 
-    async def arrived(
-        self, what: int | Callable[[CapturedMessage], object] = 1, timeout: float | None = None
-    ) -> Any:
+    async def arrived(self, what: int | Criterion = 1, timeout: float | None = None) -> Any:
         """Wait as `wait_for` does, without holding up asyncio's event loop."""
         import asyncio
 
         __tracebackhide__ = True
         look = self._look_for(what)
-        seconds = self._timeout if timeout is None else timeout
+        seconds = self.settings.timeout if timeout is None else timeout
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
-
-        def tell() -> None:
-            loop.call_soon_threadsafe(changed.set)
-
-        end = self.mailbox.watch(tell)
-        try:
-            async with asyncio.timeout(seconds):
-                while (found := look(self.mailbox.all())) is None and not self._is_over():
-                    await changed.wait()
-                    changed.clear()
-        except TimeoutError:
-            found = look(self.mailbox.all())
-        finally:
-            end()
-        if found is None:
-            self._miss(what, seconds)
-        return found
+        with self.mailbox.watched(lambda: loop.call_soon_threadsafe(changed.set)):
+            try:
+                async with asyncio.timeout(seconds):
+                    while (found := look()) is None and not self._is_over():
+                        await changed.wait()
+                        changed.clear()
+            except TimeoutError:
+                found = look()
+        return self._miss(what, seconds) if found is None else found
 
     def expect_nothing(self, seconds: float = 0.5) -> None:
         """Wait so long; raise Unexpected if a message comes, or had come since `reset`."""
         __tracebackhide__ = True
-        if self.mailbox.wait(functools.partial(_at_least, 1), seconds, self._is_over):
+        if self.mailbox.wait(self._look_for(1), seconds, self._is_over):
             raise Unexpected(self._not_arrived(1, "nothing was to arrive; looked"))
 
-    def _look_for(self, what: Any) -> Callable[[list[Captured]], Any]:
+    def _look_for(self, what: Any) -> Callable[[], Any]:
+        """Return what finds that in the mailbox, or None. Raises ChasquidError."""
         if callable(what):
-            return functools.partial(_first, what)
+            seen = self.mailbox.all
+            return lambda: next(filter(what, (captured.message for captured in seen())), None)
         if type(what) is not int or what < 1:
             raise ChasquidError(
                 f"expected a number of messages from 1, or a condition; found {what!r}. "
                 "That nothing arrives is what expect_nothing() is for"
             )
-        return functools.partial(_at_least, what)
+        return lambda: self.messages if len(self.mailbox.all()) >= what else None
 
     def _miss(self, what: Any, seconds: float) -> NoReturn:
         """Raise what says that something did not arrive."""
         __tracebackhide__ = True
-        if self._run is None:
-            begin = "not started: call start(), or use it in a with block"
-            state = "stopped" if self._was_started else begin
-            raise ChasquidError(
-                self._not_arrived(what, f"the server is {state}; it is vain to wait")
-            )
-        raise NotArrived(self._not_arrived(what, f"waited {seconds:g} s in vain"))
+        if self._run is not None:
+            raise NotArrived(self._not_arrived(what, f"waited {seconds:g} s in vain"))
+        begin = "not started: call start(), or use it in a with block"
+        state = "stopped" if self._was_started else begin
+        raise ChasquidError(self._not_arrived(what, f"the server is {state}; it is vain to wait"))
 
     def _is_over(self) -> bool:
         return self._run is None
@@ -23274,7 +24115,7 @@ class CaptureServer:
     def reset(self) -> None:
         """Forget messages and transcripts, and rules and functions added since the start."""
         self._on_message = self.script.on_command = None
-        self.mailbox.clear()
+        self.mailbox.remove([captured.id for captured in self.mailbox.all()])
         self.server_log.dialogues.clear()
         self._log.lines.clear()
         self.script.clear()
@@ -23299,19 +24140,17 @@ class CaptureServer:
             else:
                 raise FaultError(f"faults: expected chasquid.Fault objects, found {fault!r}")
 
-    def _not_arrived(self, what: object, how: str) -> str:
+    def _not_arrived(self, what: Any, how: str) -> str:
         if callable(what):
             wanted = f"a message that {getattr(what, '__name__', 'the condition')} is true of"
         else:
-            wanted = plural(what, "message")  # type: ignore[arg-type]
+            wanted = plural(what, "message")
         seen = self.mailbox.all()
         lines = [f"{how} for {wanted}; arrived: {plural(len(seen), 'message')}"]
         for number, captured in enumerate(seen[-_SHOWN:], max(1, len(seen) - _SHOWN + 1)):
             subject = printable(str(captured.message.get("Subject", "")), 100)
-            lines.append(
-                f"  {number}. from <{captured.mail_from}> "
-                f"to {', '.join(captured.rcpt_tos)}: {subject!r}"
-            )
+            to = ", ".join(captured.rcpt_tos)
+            lines.append(f"  {number}. from <{captured.mail_from}> to {to}: {subject!r}")
         transcripts = self.transcripts[-3:]
         lines += ["the last sessions:"] if transcripts else ["nobody has connected"]
         for transcript in transcripts:
@@ -23320,75 +24159,16 @@ class CaptureServer:
         crashes = [line for line in self.log if parse_event(line)[1].get("event") in serious]
         return "\n".join(lines + crashes)
 
-    def _check_settings(self) -> tuple[list[str], str]:
-        """Return the stages that come up, and which has the handshake. Raises ChasquidError."""
-        settings = self.settings
-        users = settings.users
-        if not (users is None or callable(users) or isinstance(users, Mapping)):
-            raise ChasquidError(
-                "users: expected names and passwords ({'ana': 'secret'}) or a function"
-            )
-        if not isinstance(settings.name, str) or not is_host_name(settings.name):
-            raise ChasquidError(f"name: expected the name of a host, found {settings.name!r}")
-        for key, least in (("size_limit", 1), ("keep", 0), ("keep_octets", 0)):
-            value = getattr(settings, key)
-            if type(value) is not int or value < least:
-                raise ChasquidError(f"{key}: expected a number from {least}, found {value!r}")
-        if not isinstance(self._timeout, (int, float)) or not self._timeout >= 0:
-            raise ChasquidError(f"timeout: expected seconds, found {self._timeout!r}")
-        if not isinstance(self._magic, bool):
-            raise ChasquidError(f"magic: expected True or False, found {self._magic!r}")
-        if settings.tls not in ("off", "starttls", "implicit"):
-            raise ChasquidError(
-                f'tls: expected "off", "starttls" or "implicit", found {settings.tls!r}'
-            )
-        if settings.client_ca and settings.tls == "off":
-            raise ChasquidError('client_ca needs tls="starttls" or "implicit"')
-        if settings.tls_context is not None and settings.tls == "off":
-            raise ChasquidError('tls_context needs tls="starttls" or "implicit"')
-        login = settings.tls != "off" or settings.login_in_the_clear
-        if settings.login_required and not login:
-            raise ChasquidError(
-                'login_required: nobody logs in without TLS; add tls="starttls" or '
-                "login_in_the_clear=True"
-            )
-        if settings.tls_required and settings.tls == "off":
-            raise ChasquidError('tls_required needs tls="starttls" or "implicit"')
-        without = set()
-        if settings.tls != "starttls":
-            without.add("STARTTLS")
-        if not login:
-            without.add("AUTH")
-        handshake = {"off": "", "starttls": "STARTTLS", "implicit": "connect"}[settings.tls]
-        return [stage for stage in STAGES if stage not in without], handshake
 
-    def make_listeners(self) -> list[socket.socket]:
-        """Return listening sockets, for a name those of all its addresses. Raises ChasquidError."""
-        if self.settings.path:
-            return [_listen_at_path(self.settings.path)]
-        host = self.hostname or "0.0.0.0"
-        if self._wanted_port:
-            with contextlib.suppress(ChasquidError):  # one of the families may be missing
-                return listen(host, self._wanted_port)
-        return listen(host, self._wanted_port, once=True)
-
-    def server_context(self) -> ssl.SSLContext | None:
-        """Return what TLS is done with; None without TLS. Raises ChasquidError."""
-        settings = self.settings
-        if settings.tls == "off":
-            return None
-        context = settings.tls_context or tls_context_of("good")
-        if settings.client_ca:
-            if settings.tls_context is None:
-                path = _certificates()[1]["good"]
-                context = server_tls_context(path, path)  # the usual one is shared
-            try:
-                context.load_verify_locations(settings.client_ca)
-            except (OSError, ssl.SSLError) as error:
-                text = f"client_ca: {settings.client_ca} cannot be used: {reason(error)}"
-                raise ChasquidError(text) from error
-            context.verify_mode = ssl.CERT_REQUIRED
-        return context
+def _listeners_at(host: str, port: int, path: str) -> list[socket.socket]:
+    """Return listening sockets, for a name those of all its addresses. Raises ChasquidError."""
+    if path:
+        return [_listen_at_path(path)]
+    host = host or "0.0.0.0"
+    if port:
+        with contextlib.suppress(ChasquidError):  # one of the families may be missing
+            return listen(host, port)
+    return listen(host, port, once=True)
 
 
 def _listen_at_path(path: str) -> socket.socket:
@@ -23417,56 +24197,39 @@ def _is_in_event_loop() -> bool:
 class _CaptureRun:
     """One run of a server, from its start to its end: the thread, and what lives in it."""
 
-    def __init__(self, server: CaptureServer) -> None:
+    def __init__(self, server: CaptureServer, port: int) -> None:
         self._server = server
         self._sessions: dict[Session, Task] = {}
-        self._others: list[socket.socket] = []
+        self._accepting: list[Task] = []
+        settings = server.settings
         with contextlib.ExitStack() as undo:  # if the start fails, nothing is left behind
-            tls_context = server.server_context()
-            self._listeners = server.make_listeners()
+            tls_context = settings.server_context()
+            self._listeners = _listeners_at(server.hostname, port, settings.path)
             undo.callback(self._close_listeners)
-            self.port: int = 0 if server.settings.path else self._listeners[0].getsockname()[1]
+            self.port: int = 0 if settings.path else self._listeners[0].getsockname()[1]
             self._workers = Workers(_CAPTURE_WORKERS, f"chasquid-{self.port}-worker")
             self.loop = Loop(Clock(), self._workers, server.server_log.crash)
             undo.callback(self.loop.close)
-            settings = server.settings
-            self._script = server.script
-            self._context = ServerContext(
-                self.loop,
-                server.server_log,
-                Limits(self.loop.clock, Config("", settings.name)),
-                hostname=settings.name,
-                size_limit=settings.size_limit,
-                tls_context=tls_context,
+            self.context = ServerContext(
+                self.loop, server.server_log, Limits(self.loop.clock, Config("", settings.name)),
+                hostname=settings.name, size_limit=settings.size_limit, tls_context=tls_context,
                 dialogue_lines=_TRANSCRIPT_LINES,
-            )
+            )  # fmt: skip
             self._receiver = _CaptureReceiver(self.loop, server)
             self._stopping = Event(self.loop)
-            self._thread = threading.Thread(
-                target=self._serve, name=f"chasquid-{self.port}", daemon=True
-            )
-            self._thread.start()
+            for listener in self._listeners:
+                self._accept_at(listener, "smtp", self._begin_session)
+            name = f"chasquid-{self.port}"
+            self.thread = threading.Thread(target=self._serve, name=name, daemon=True)
+            self.thread.start()
             undo.pop_all()
 
     def stop(self) -> None:
         """End it and wait until it has ended. Raises ChasquidError if it does not end."""
         self.loop.post(self._stopping.set)
-        self._thread.join(_JOIN_SECONDS)
-        if self._thread.is_alive():
+        self.thread.join(_JOIN_SECONDS)
+        if self.thread.is_alive():
             raise ChasquidError(f"the server did not end within {_JOIN_SECONDS:g} s")
-
-    def take_settings(self, settings: CaptureSettings) -> None:
-        self._context.size_limit = settings.size_limit
-
-    def _close_listeners(self) -> None:
-        for listener in self._listeners:
-            listener.close()
-        if self._server.settings.path:
-            with contextlib.suppress(OSError):
-                os.unlink(self._server.settings.path)
-
-    def is_own_thread(self) -> bool:
-        return threading.current_thread() is self._thread
 
     def also_listen(
         self, host: str, port: int, answer: Callable[[Stream], Coroutine[Any, Any, None]]
@@ -23475,64 +24238,70 @@ class _CaptureRun:
 
         Raises ChasquidError if it is taken, or the server has ended.
         """
-        if not self._thread.is_alive():
+        if not self.thread.is_alive():
             raise ChasquidError("the server is not running any more")
         [listener] = listen(host or "0.0.0.0", port, once=True)
-        self._others.append(listener)
+        self._listeners.append(listener)
 
-        async def accept() -> None:
-            async for raw, _ in connections(self.loop, self._server.server_log, "http", listener):
-                self.loop.spawn(answer(Stream(self.loop, raw)), "http request")
+        def begin(raw: socket.socket, peer: Any) -> None:
+            self.loop.spawn(answer(Stream(self.loop, raw)), "http request")
 
-        self.loop.post(lambda: self.loop.spawn(accept(), "http listener"))
+        self._accept_at(listener, "http", begin)
         return int(listener.getsockname()[1])
+
+    def _close_listeners(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+        if self._server.settings.path:
+            with contextlib.suppress(OSError):
+                os.unlink(self._server.settings.path)
 
     def _serve(self) -> None:
         try:
             self.loop.run(self._main())
         finally:
-            for listener in self._others:
-                listener.close()
             self._close_listeners()
             self.loop.close()
             self._workers.close()
 
     async def _main(self) -> None:
-        accepting = [
-            self.loop.spawn(self._accept(listener), "listener") for listener in self._listeners
-        ]
         await self._stopping.wait()
-        for task in accepting:
-            task.cancel()
-            await ended(task)
+        for accepting in self._accepting:
+            accepting.cancel()
+            await ended(accepting)
         for listener in self._listeners:
             self.loop.forget(listener.fileno())
         self._close_listeners()
-        self._context.closing = True
+        self.context.closing = True
         tasks = list(self._sessions.values())
         for task in tasks:
             task.cancel()
-        try:
-            with self.loop.deadline(_STOP_WAIT):
-                for task in tasks:
-                    await ended(task)
-        except Expired:
-            pass  # a client that does not go; its connection is closed with the loop
+        # a client may not go; its connection is closed with the loop
+        with contextlib.suppress(Expired), self.loop.deadline(_STOP_WAIT):
+            for task in tasks:
+                await ended(task)
 
-    async def _accept(self, listener: socket.socket) -> None:
-        async for raw, peer in connections(self.loop, self._server.server_log, "smtp", listener):
-            if raw.family != socket.AF_UNIX:
-                send_at_once(raw)
-            stream = FaultyStream(self.loop, raw)
-            session = Session(
-                self._context,
-                self._receiver,
-                stream,
-                port=self._server.settings.port,
-                peer=clean_peer(str(peer[0])) if peer else "local",
-                hook=FaultInjection(self._script, stream, tls_context_of),
-            )
-            self._sessions[session] = self.loop.spawn(self._hold(session), f"session {session.id}")
+    def _accept_at(
+        self, listener: socket.socket, name: str, begin: Callable[[socket.socket, Any], None]
+    ) -> None:
+        async def accept() -> None:
+            async for raw, peer in connections(self.loop, self._server.server_log, name, listener):
+                begin(raw, peer)
+
+        self.loop.post(
+            lambda: self._accepting.append(self.loop.spawn(accept(), f"{name} listener"))
+        )
+
+    def _begin_session(self, raw: socket.socket, peer: Any) -> None:
+        if raw.family != socket.AF_UNIX:
+            send_at_once(raw)
+        stream = FaultyStream(self.loop, raw)
+        session = Session(
+            self.context, self._receiver, stream, port=self._server.settings.port,
+            peer=clean_peer(str(peer[0])) if peer else "local",
+            hook=FaultInjection(self._server.script, stream, tls_context_of),
+        )  # fmt: skip
+        self._sessions[session] = self.loop.spawn(self._hold(session), f"session {session.id}")
 
     async def _hold(self, session: Session) -> None:
         try:
@@ -23553,22 +24322,13 @@ class _CaptureRun:
 #   pytest, not a traceback.
 # ======================================================================================
 
-_PYTEST_OPTIONS = {
-    "mail_server_hostname": ("127.0.0.1", "where the servers of the tests listen"),
-    "mail_server_port": ("0", "their port; 0 lets the system choose, a port for each"),
-    "mail_server_login": ("user:password", "who may log in at secure_mail_server"),
-    "mail_server_timeout": ("5", "seconds that wait_for waits"),
-    "mail_server_size_limit": (str(CAPTURE_SIZE), "octets of the largest message"),
-    "mail_server_magic": ("true", "whether recipients may name a failure (ana+450@…)"),
-}
-
 
 class _PytestPlugin:
     """What pytest registers: options, fixtures, and a report of what was said."""
 
     def pytest_addoption(self, parser: Any) -> None:
-        for name, (default, help) in _PYTEST_OPTIONS.items():
-            parser.addini(name, f"{help} (default: {default})", default=default)
+        for name, (_, default, _, help) in _PYTEST_OPTIONS.items():
+            parser.addini(f"mail_server_{name}", f"{help} (default: {default})", default=default)
 
     def pytest_configure(self, config: Any) -> None:
         import pytest
@@ -23588,26 +24348,15 @@ class _PytestPlugin:
 
 
 def _pytest_settings(config: Any) -> dict[str, Any]:
-    """Return what the configuration of pytest says of servers. Raises pytest's UsageError."""
-    import pytest
-
-    def read(name: str, kind: Callable[[str], Any], expected: str) -> Any:
-        value = str(config.getini(name)).strip()
+    """Return what the configuration of pytest says of servers. Raises ChasquidError."""
+    settings = {}
+    for name, (setting, _, read, help) in _PYTEST_OPTIONS.items():
+        value = str(config.getini(f"mail_server_{name}")).strip()
         try:
-            return kind(value)
+            settings[setting] = read(value)
         except (ValueError, KeyError, OSError):
-            text = f"{name}: expected {expected}, found {value!r}"
-            raise pytest.UsageError(text) from None
-
-    login = read("mail_server_login", _parse_login, "user:password")
-    return {
-        "host": read("mail_server_hostname", _resolved, "an address of this host"),
-        "port": read("mail_server_port", int, "a number"),
-        "users": {login[0]: login[1]},
-        "timeout": read("mail_server_timeout", float, "seconds"),
-        "size_limit": read("mail_server_size_limit", int, "a number of octets"),
-        "magic": read("mail_server_magic", lambda word: _SWITCH[word.lower()], "true or false"),
-    }
+            raise ChasquidError(f"{name}: expected {help}; found {value!r}") from None
+    return settings
 
 
 def _resolved(host: str) -> str:
@@ -23615,15 +24364,26 @@ def _resolved(host: str) -> str:
     return host
 
 
-def _parse_login(text: str) -> tuple[str, str]:
+def _parse_login(text: str) -> dict[str, str]:
     user, _, password = text.partition(":")
     if not user or not password:
         raise ValueError
-    return user, password
+    return {user: password}
 
 
 _SWITCH = {"true": True, "yes": True, "on": True, "1": True,
            "false": False, "no": False, "off": False, "0": False}  # fmt: skip
+# the setting of a server that each sets, its default, what reads it, and what it must be
+_PYTEST_OPTIONS: dict[str, tuple[str, str, Callable[[str], Any], str]] = {
+    "hostname": ("host", "127.0.0.1", _resolved, "the address to listen at"),
+    "port": ("port", "0", int, "a port; 0 lets the system choose one for each"),
+    "login": ("users", "user:password", _parse_login,
+              "user:password, who may log in at secure_mail_server"),
+    "timeout": ("timeout", "5", float, "seconds that wait_for waits"),
+    "size_limit": ("size_limit", str(CAPTURE_SIZE), int, "octets of the largest message"),
+    "magic": ("magic", "true", lambda word: _SWITCH[word.lower()],
+              "true or false: whether recipients may name a failure (ana+450@…)"),
+}  # fmt: skip
 
 
 def _pytest_fixtures() -> Any:
@@ -23708,8 +24468,9 @@ _LINK_LIMIT = 500
 _FORM_LIMIT = 16 * 1024  # octets of a form of the page
 _SOURCE_LIMIT = 1024 * 1024  # octets of a source that the page shows
 _INLINE_LIMIT = 16 * 1024 * 1024  # octets of images put into a page
-_KEPT_CONTENTS = 4  # messages that are kept as they were read …
-_KEPT_OCTETS = 64 * 1024 * 1024  # … of at most this size together
+_KEPT_CONTENTS = 4  # messages that are kept as they were read
+_PAGE_ENTRIES = 50  # of the list on the page
+_MOST = 10**9
 _BASE_HEADERS = (
     ("Referrer-Policy", "no-referrer"),
     ("Cross-Origin-Resource-Policy", "same-origin"),
@@ -23739,57 +24500,73 @@ def iso_time(seconds: float) -> str:
     return f"{whole}.{int(seconds % 1 * 1000):03}Z"
 
 
+class _Summary(NamedTuple):
+    """What lists and searches need to know of a message."""
+
+    entry: dict[str, Any]
+    fields: dict[str, str]
+
+
 def _people(pairs: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
     return [{"Name": name, "Address": address} for name, address in pairs]
 
 
-class _Summary:
-    """What lists and searches need to know of a message."""
-
-    __slots__ = ("entry", "fields")
-
-    def __init__(self, captured: Captured, content: ReadMessage) -> None:
-        to, cc = content.addresses("to"), content.addresses("cc")
-        named = {address.lower() for _, address in (*to, *cc)}
-        hidden = [("", path) for path in captured.rcpt_tos if path.lower() not in named]
-        sender = (content.addresses("from") or [("", captured.mail_from)])[0]
-        text = f"{content.text} {text_of_html(content.html[: 4 * _SEARCHED_LIMIT])}"
-        text = text[:_SEARCHED_LIMIT]
-        self.entry: dict[str, Any] = {
-            "ID": captured.id,
-            "MessageID": content.header("message-id").strip("<> "),
-            "From": _people([sender])[0],
-            "To": _people(to),
-            "Cc": _people(cc),
-            "Bcc": _people(hidden),
-            "ReplyTo": _people(content.addresses("reply-to")),
-            "Subject": content.header("subject"),
-            "Created": iso_time(captured.received),
-            "Tags": [],
-            "Size": len(captured.raw),
-            "Attachments": len(content.attachments),
-            "Snippet": printable(" ".join(content.shown_text[:2000].split()), _SNIPPET_LIMIT),
-            "Username": captured.login,
-        }
-        fields = {
-            "from": [captured.mail_from, *sender],
-            "to": [*captured.rcpt_tos, *itertools.chain(*to)],
-            "cc": itertools.chain(*cc),
-            "bcc": itertools.chain(*hidden),
-            "reply-to": itertools.chain(*content.addresses("reply-to")),
-            "subject": [self.entry["Subject"]],
-            "message-id": [self.entry["MessageID"]],
-            "": [text],
-        }
-        self.fields = {name: "\n".join(texts).casefold() for name, texts in fields.items()}
+def _summary(captured: Captured, content: ReadMessage) -> _Summary:
+    to, cc, reply_to = (content.addresses(name) for name in ("to", "cc", "reply-to"))
+    named = {address.lower() for _, address in (*to, *cc)}
+    hidden = [("", path) for path in captured.rcpt_tos if path.lower() not in named]
+    sender = (content.addresses("from") or [("", captured.mail_from)])[0]
+    text = f"{content.text} {text_of_html(content.html[: 4 * _SEARCHED_LIMIT])}"
+    entry: dict[str, Any] = {
+        "ID": captured.id,
+        "MessageID": content.header("message-id").strip("<> "),
+        "From": _people([sender])[0],
+        "To": _people(to),
+        "Cc": _people(cc),
+        "Bcc": _people(hidden),
+        "ReplyTo": _people(reply_to),
+        "Subject": content.header("subject"),
+        "Created": iso_time(captured.received),
+        "Tags": [],
+        "Size": len(captured.raw),
+        "Attachments": len(content.attachments),
+        "Snippet": printable(" ".join(content.shown_text[:2000].split()), _SNIPPET_LIMIT),
+        "Username": captured.client.user,
+    }
+    fields = {
+        "from": [captured.mail_from, *sender],
+        "to": [*captured.rcpt_tos, *itertools.chain(*to)],
+        "cc": itertools.chain(*cc),
+        "bcc": itertools.chain(*hidden),
+        "reply-to": itertools.chain(*reply_to),
+        "subject": [entry["Subject"]],
+        "message-id": [entry["MessageID"]],
+        "": [text[:_SEARCHED_LIMIT]],
+    }
+    return _Summary(entry, {name: "\n".join(all).casefold() for name, all in fields.items()})
 
 
 class _Seen(NamedTuple):
-    """A message that a search looks at."""
+    """A message as an inbox shows it; what takes time is done in a worker thread."""
 
+    inbox: Inbox
     captured: Captured
-    summary: _Summary
-    read: bool
+
+    @property
+    def content(self) -> ReadMessage:
+        return self.inbox.read(self.captured)
+
+    @property
+    def summary(self) -> _Summary:
+        return self.inbox.summary(self.captured)
+
+    @property
+    def is_read(self) -> bool:
+        return self.captured in self.inbox.looked_at
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        return {**self.summary.entry, "Read": self.is_read}
 
     def says(self, field: str, word: str) -> bool:
         """Tell whether a word is in a field, or in any if it is ""."""
@@ -23820,7 +24597,7 @@ def _condition(field: str, word: str, zone: str) -> _Condition:
     if field in ("from", "to", "cc", "bcc", "reply-to", "subject", "message-id"):
         return lambda seen: seen.says(field, word)
     if field == "is" and word in ("read", "unread"):
-        return lambda seen: seen.read == (word == "read")
+        return lambda seen: seen.is_read == (word == "read")
     if field == "has" and word in ("attachment", "attachments"):
         return lambda seen: seen.summary.entry["Attachments"] > 0
     if field in ("before", "after"):
@@ -23854,577 +24631,18 @@ def _size(text: str) -> float:
     return float(match[1]) * _SIZE_UNITS[match[2]]
 
 
-class _Contents:
-    """The messages last looked at, as they were read. Used by worker threads."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._kept: dict[str, tuple[int, ReadMessage]] = {}
-
-    def get(self, captured: Captured) -> ReadMessage:
-        with self._lock:
-            found = self._kept.pop(captured.id, None)
-        size, content = found or (len(captured.raw), ReadMessage(captured.raw))
-        with self._lock:
-            self._kept[captured.id] = size, content
-            while len(self._kept) > 1 and (
-                len(self._kept) > _KEPT_CONTENTS
-                or sum(size for size, _ in self._kept.values()) > _KEPT_OCTETS
-            ):
-                del self._kept[next(iter(self._kept))]
-        return content
-
-    def forget(self, ids: Iterable[str]) -> None:
-        with self._lock:
-            for id in ids:
-                self._kept.pop(id, None)
-
-
-class _Changes:
-    """Tells one connection of changes to the mailbox, for as long as its client is there."""
-
-    def __init__(self, loop: Loop, mailbox: Mailbox, stream: Stream) -> None:
-        self._loop = loop
-        self._mailbox = mailbox
-        self._stream = stream
-        self._something = Event(loop)
-        self._gone = False
-
-    async def __aenter__(self) -> _Changes:
-        self._end = self._mailbox.watch(lambda: self._loop.post(self._something.set))
-        self._listener = self._loop.spawn(self._listen(), "http client")
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._end()
-        self._listener.cancel()
-        await self._loop.turn()  # let it stop listening before others listen
-
-    async def _listen(self) -> None:
-        with contextlib.suppress(Disconnected):
-            await self._stream.read_some()  # nothing more is to come: what comes is the end
-        self._gone = True
-        self._something.set()
-
-    async def next(self, seconds: float) -> bool:
-        """Wait for a change; False if there was none. Raises Disconnected."""
-        try:
-            with self._loop.deadline(seconds):
-                await self._something.wait()
-        except Expired:
-            return False
-        if self._gone:
-            raise Disconnected("the client is gone")
-        self._something.clear()
-        return True
-
-
-class Inbox:
-    """Shows what a server captured over HTTP, one request a connection.
-
-    `release` sends a message on, to `release_to`, or is None if that is not possible. `smtp` is
-    where mail is to be sent, for people ("smtp://127.0.0.1:1025"). With a `login`, user and
-    password, whoever asks has to give them (RFC 7617).
-    """
-
-    def __init__(
-        self,
-        loop: Loop,
-        log: Log,
-        mailbox: Mailbox,
-        faults: Script,
-        *,
-        release: Release | None = None,
-        release_to: str = "",
-        smtp: str = "",
-        login: tuple[str, str] | None = None,
-    ) -> None:
-        self._loop = loop
-        self._log = log
-        self._mailbox = mailbox
-        self._faults = faults
-        self._release = release
-        self._release_to = release_to
-        self._smtp = smtp
-        self._login = login
-        self._summaries: dict[str, _Summary] = {}
-        self._read: set[str] = set()
-        self._contents = _Contents()
-        self._listening = 0  # pages that are told of changes
-        self._deleted = 0
-        self._began = loop.clock.monotonic()
-        self._chaos: dict[str, str] = {}  # the rules behind Mailpit's chaos, by its names
-
-    # --- a request ---
-
-    async def answer(self, stream: Stream) -> None:
-        """Read one request, answer it, and close."""
-        try:
-            with self._loop.deadline(HTTP_SECONDS):
-                request = await read_request(stream)
-                answer = await self._admit(stream, request)
-            if not isinstance(answer, bytes):
-                answer = await self._guarded(answer(stream))
-            await self._send(stream, without_body(answer) if request.method == "HEAD" else answer)
-        except Cancelled:
-            stream.close()
-            raise
-        except (Disconnected, Expired, LineTooLong, BareNewline, ValueError):
-            pass
-        except Exception as error:
-            self._log.crash("capture API", error)
-        finally:
-            await stream.finish()
-
-    async def _send(self, stream: Stream, answer: bytes) -> None:
-        for start in range(0, len(answer), CHUNK):
-            with self._loop.deadline(_API_SEND_SECONDS):
-                stream.write(answer[start : start + CHUNK])
-                await stream.be_fair()
-        with self._loop.deadline(_API_SEND_SECONDS):
-            await stream.flush()
-
-    async def _guarded(self, answer: Awaitable[bytes]) -> bytes:
-        """Return what is answered; if that fails, an answer that says so."""
-        try:
-            return await answer
-        except HttpRefused as refused:
-            return _refusal(refused)
-        except (Disconnected, Expired):
-            raise
-        except Exception as error:
-            self._log.crash("capture API", error)
-            return _refusal(
-                HttpRefused(500, "something went wrong here; the server's log says what")
-            )
-
-    async def _admit(
-        self, stream: Stream, request: HttpRequest
-    ) -> bytes | Callable[[Stream], Awaitable[bytes]]:
-        """Find who answers `request`, or refuse it."""
-        try:
-            self._check_host(request.headers.get("host", ""))
-            method = "GET" if request.method == "HEAD" else request.method
-            action, values = _route(method, request.path)
-            if action is not Inbox._alive:
-                self._check_login(request.headers.get("authorization", ""))
-            if request.method == "HEAD" and action is Inbox._events:
-                raise HttpRefused(405, "it has no end, and so nothing to be looked at beforehand")
-            private = method != "GET" or request.path.startswith("/api/")
-            if private and is_from_a_foreign_page(request.headers):  # even the time tells it much
-                raise HttpRefused(403, "a web page from elsewhere may neither look nor change")
-            body = await read_body(stream, request, _API_BODY_LIMIT)
-        except HttpRefused as refused:
-            return _refusal(refused)
-        asked = _Asked(values, _parameters(request.query), body)
-        return lambda stream: action(self, asked, stream)
-
-    def _check_host(self, host: str) -> None:
-        """Let through a name that no stranger's DNS could have given to our address.
-
-        A name without a dot, as containers have, is nobody's on the Internet. Raises HttpRefused.
-        """
-        if self._login is not None or is_our_name(host):  # a stranger's page has no password
-            return
-        with contextlib.suppress(ValueError):
-            if re.fullmatch(r"[a-z0-9_-]+", host_name(host)):
-                return
-        shown = printable(host, 100)
-        raise HttpRefused(421, f"this server has no name {shown!r}; ask localhost or an IP address")
-
-    def _check_login(self, authorization: str) -> None:
-        """Raises HttpRefused if a login is needed, and this is none."""
-        if self._login is None:
-            return
-        import hmac
-
-        scheme, _, given = authorization.partition(" ")
-        wanted = base64.b64encode(":".join(self._login).encode())
-        if scheme.lower() != "basic" or not hmac.compare_digest(given.strip().encode(), wanted):
-            challenge = ("WWW-Authenticate", 'Basic realm="chasquid", charset="UTF-8"')
-            raise HttpRefused(401, "a login is needed", challenge)
-
-    # --- messages ---
-
-    def _find(self, conditions: Sequence[_Condition]) -> list[Captured]:
-        """Return the messages that meet all conditions, the newest first. Called in a worker."""
-        found, known = [], {}
-        for captured in reversed(self._mailbox.all()):
-            id = captured.id
-            known[id] = self._summaries.get(id) or _Summary(captured, self._contents.get(captured))
-            seen = _Seen(captured, known[id], id in self._read)
-            if all(condition(seen) for condition in conditions):
-                found.append(captured)
-        self._summaries = known  # without what is gone
-        return found
-
-    def _entry(self, captured: Captured) -> dict[str, Any]:
-        summary = self._summaries.get(captured.id)
-        if summary is None:
-            summary = _Summary(captured, self._contents.get(captured))
-        return {**summary.entry, "Read": captured.id in self._read}
-
-    def _unread(self) -> int:
-        return sum(1 for captured in self._mailbox.all() if captured.id not in self._read)
-
-    def _listed(self, found: Sequence[Captured], start: int, limit: int) -> dict[str, Any]:
-        unread = sum(1 for captured in found if captured.id not in self._read)
-        return {
-            "total": len(self._mailbox.all()),
-            "unread": self._unread(),
-            "messages_count": len(found),
-            "messages_unread": unread,
-            "start": start,
-            "tags": [],
-            "messages": [self._entry(captured) for captured in found[start : start + limit]],
-        }
-
-    async def _list(self, asked: _Asked, stream: Stream) -> bytes:
-        start = asked.number("start", 0, 10**9)
-        limit = asked.number("limit", 50, _API_LIST_LIMIT)
-        conditions = asked.search()
-        make = functools.partial(self._find, conditions)
-        return await self._loop.work(lambda: _json(self._listed(make(), start, limit)))
-
-    def _captured(self, id: str) -> Captured:
-        """Return a message by its id, or "latest". Raises HttpRefused."""
-        captured = self._mailbox.get(id)
-        if captured is None and id == "latest":
-            captured = next(reversed(self._mailbox.all()), None)
-        if captured is None:
-            raise HttpRefused(404, "there is no such message; it may have been deleted")
-        return captured
-
-    async def _show(self, asked: _Asked, stream: Stream) -> bytes:
-        captured = self._captured(asked.values[0])
-        self._read.add(captured.id)
-        return await self._loop.work(lambda: _json(self._details(captured)))
-
-    def _details(self, captured: Captured) -> dict[str, Any]:
-        content = self._contents.get(captured)
-        entry = self._entry(captured)
-        for name in ("Created", "Snippet", "Read"):
-            del entry[name]
-        return {
-            **entry,
-            "Date": _date_of(content, captured.received),
-            "ReturnPath": captured.mail_from,
-            "ListUnsubscribe": _unsubscribing(content),
-            "Text": content.text,
-            "HTML": content.html,
-            "Attachments": [_file_entry(part) for part in content.attachments],
-            "Inline": [_file_entry(part) for part in content.inlines],
-            "Envelope": {"From": captured.mail_from, "To": list(captured.rcpt_tos)},
-            "Session": {"Peer": captured.peer, "Hello": captured.hello, "TLS": captured.tls},
-            "Links": content.links()[:_LINK_LIMIT],
-            "Code": code_in(content.shown_text) or "",
-        }
-
-    async def _headers(self, asked: _Asked, stream: Stream) -> bytes:
-        captured = self._captured(asked.values[0])
-        content = await self._loop.work(lambda: self._contents.get(captured))
-        headers: dict[str, list[str]] = {}
-        for name, value in content.headers:
-            headers.setdefault(name, []).append(value)
-        return _json(headers)
-
-    async def _dialogue(self, asked: _Asked, stream: Stream) -> bytes:
-        return http_response(
-            200, _TEXT, self._captured(asked.values[0]).transcript, headers=_BASE_HEADERS
-        )
-
-    async def _raw(self, asked: _Asked, stream: Stream) -> bytes:
-        captured = self._captured(asked.values[0])
-        inline = asked.query.get("dl", "0") in ("", "0")
-        return _file(_TEXT if inline else "message/rfc822", f"{captured.id}.eml", captured.raw)
-
-    async def _part(self, asked: _Asked, stream: Stream) -> bytes:
-        captured = self._captured(asked.values[0])
-        content = await self._loop.work(lambda: self._contents.get(captured))
-        index = int(asked.values[1])
-        if not 1 <= index <= len(content.parts):
-            raise HttpRefused(404, f"the message has no part {index}")
-        part = content.parts[index - 1]
-        kind = part.content_type if part.content_type in _SAFE_KINDS else "application/octet-stream"
-        return _file(kind, part.title, part.data)
-
-    async def _html(self, asked: _Asked, stream: Stream) -> bytes:
-        captured = self._captured(asked.values[0])
-        remote = asked.query.get("remote") == "1"
-
-        def make() -> bytes:
-            content = self._contents.get(captured)
-            if not content.html:
-                raise HttpRefused(404, "the message has no HTML")
-            return _framed(content, remote)
-
-        return await self._loop.work(make)
-
-    async def _text(self, asked: _Asked, stream: Stream) -> bytes:
-        captured = self._captured(asked.values[0])
-        content = await self._loop.work(lambda: self._contents.get(captured))
-        return http_response(200, _TEXT, content.text, headers=_BASE_HEADERS)
-
-    def _remove(self, ids: Iterable[str]) -> None:
-        ids = list(ids)
-        self._contents.forget(ids)
-        self._read.difference_update(ids)
-        self._deleted += sum(self._mailbox.remove(id) for id in ids)
-
-    async def _delete(self, asked: _Asked, stream: Stream) -> bytes:
-        """Delete the messages that are named, or all; Mailpit's form."""
-        ids = asked.ids()
-        self._remove(ids or [captured.id for captured in self._mailbox.all()])
-        return _OK
-
-    async def _delete_found(self, asked: _Asked, stream: Stream) -> bytes:
-        conditions = asked.search()
-        if not conditions:
-            raise HttpRefused(400, "expected a query, of what is to be deleted")
-        found = await self._loop.work(lambda: self._find(conditions))
-        self._remove(captured.id for captured in found)
-        return _OK
-
-    async def _mark(self, asked: _Asked, stream: Stream) -> bytes:
-        ids = asked.ids() or [captured.id for captured in self._mailbox.all()]
-        if asked.json().get("Read", False):
-            self._read.update(ids)
-        else:
-            self._read.difference_update(ids)
-        return _OK
-
-    async def _release_message(self, asked: _Asked, stream: Stream) -> bytes:
-        captured = self._captured(asked.values[0])
-        to = asked.json().get("To")
-        if not isinstance(to, list) or not to or not all(map(_is_address, to)):
-            raise HttpRefused(400, 'expected {"To": ["user@domain", …]}')
-        await self._release_to_others(captured, to)
-        return _OK
-
-    async def _release_to_others(self, captured: Captured, to: Sequence[str]) -> str:
-        """Send a message on; return what became of it. Raises HttpRefused."""
-        if self._release is None:
-            raise HttpRefused(400, "this server sends nothing on: it was started without --release")
-        try:
-            with self._loop.deadline(_API_RELEASE_SECONDS):
-                return await self._release(captured, to)
-        except Expired:
-            raise HttpRefused(504, "the other server did not answer in time") from None
-        except ChasquidError as error:
-            raise HttpRefused(502, str(error)) from error
-
-    async def _send_message(self, asked: _Asked, stream: Stream) -> bytes:
-        """Take in a message that is described in JSON, as if it had come by SMTP."""
-        described = asked.json()
-        now = self._loop.clock.time()
-        sender, to, raw = await self._loop.work(lambda: message_of_json(described, now))
-        dialogue = Dialogue("api", "", now)
-        captured = Captured(
-            new_id(), now, sender, rcpt_tos=to, raw=raw, peer="", port="api", hello="", tls="",
-            login="", smtputf8=not raw.isascii(), dialogue=dialogue,
-        )  # fmt: skip
-        self._mailbox.add(captured)
-        return _json({"ID": captured.id})
-
-    # --- the server ---
-
-    async def _alive(self, asked: _Asked, stream: Stream) -> bytes:
-        return _OK
-
-    async def _info(self, asked: _Asked, stream: Stream) -> bytes:
-        messages = self._mailbox.all()
-        size = sum(len(captured.raw) for captured in messages)
-        return _json({
-            "Version": f"chasquid {__version__}",
-            "LatestVersion": "",
-            "Database": "memory",
-            "DatabaseSize": size,
-            "Messages": len(messages),
-            "Unread": self._unread(),
-            "Tags": {},
-            "RuntimeStats": {
-                "Uptime": int(self._loop.clock.monotonic() - self._began),
-                "Memory": 0,
-                "MessagesDeleted": self._deleted,
-                "SMTPAccepted": len(messages) + self._deleted,
-                "SMTPAcceptedSize": size,
-                "SMTPRejected": 0,
-                "SMTPIgnored": 0,
-            },
-        })  # fmt: skip
-
-    async def _tags(self, asked: _Asked, stream: Stream) -> bytes:
-        return _json([])
-
-    async def _webui(self, asked: _Asked, stream: Stream) -> bytes:
-        return _json({
-            "Label": "",
-            "MessageRelay": {"Enabled": self._release is not None, "SMTPServer": self._release_to},
-            "SpamAssassin": False,
-            "ChaosEnabled": True,
-            "DuplicatesIgnored": False,
-        })  # fmt: skip
-
-    async def _wait(self, asked: _Asked, stream: Stream) -> bytes:
-        count = asked.number("count", 1, 10**6)
-        seconds = asked.seconds("timeout", 10.0, _API_WAIT_SECONDS)
-        end = self._loop.clock.monotonic() + seconds
-        find = functools.partial(self._find, asked.search())
-        async with _Changes(self._loop, self._mailbox, stream) as changes:
-            while True:
-                found = await self._loop.work(find)
-                if len(found) >= count:
-                    return _json(self._listed(found, 0, _API_LIST_LIMIT))
-                if not await changes.next(end - self._loop.clock.monotonic()):
-                    break
-        came = f"{len(found)} of {plural(count, 'message')} came within {seconds:g} s"
-        error = f"{came}; {len(self._mailbox.all())} are there in all"
-        return _json({"Error": error, **self._listed(found, 0, _API_LIST_LIMIT)}, 408)
-
-    async def _events(self, asked: _Asked, stream: Stream) -> bytes:
-        """Send an event at once and after each change; WHATWG HTML, 9.2."""
-        if self._listening >= _API_LISTENERS:
-            raise HttpRefused(503, "too many pages are open here already")
-        self._listening += 1
-        try:
-            await self._tell_events(stream)
-        finally:
-            self._listening -= 1
-        return b""
-
-    async def _tell_events(self, stream: Stream) -> None:
-        stream.write(http_head(200, "text/event-stream", None, headers=_BASE_HEADERS))
-        stream.write(b"retry: 2000\n\n")
-        changed = True
-        async with _Changes(self._loop, self._mailbox, stream) as changes:
-            while True:
-                data = json.dumps({"total": len(self._mailbox.all())})
-                event = f"event: change\ndata: {data}\n\n" if changed else ": nothing new\n\n"
-                stream.write(event.encode())
-                with self._loop.deadline(_API_SEND_SECONDS):
-                    await stream.flush()
-                await self._loop.sleep(0.1)  # many changes at once are one event
-                changed = await changes.next(_API_ALIVE_SECONDS)
-
-    # --- faults ---
-
-    async def _show_chaos(self, asked: _Asked, stream: Stream) -> bytes:
-        rules = {rule["id"]: rule for rule in self._faults.describe()}
-        return _json({name: _trigger(rules.get(self._chaos.get(name, ""))) for name in _TRIGGERS})
-
-    async def _set_chaos(self, asked: _Asked, stream: Stream) -> bytes:
-        """Replace the rules of Mailpit's chaos; a trigger that is not named is off."""
-        given = asked.json()
-        wanted = {name: _parse_trigger(name, given.get(name)) for name in _TRIGGERS}
-        for id in self._chaos.values():
-            self._faults.remove_rule(id)
-        self._chaos.clear()
-        for name, (code, probability) in wanted.items():
-            if probability:
-                with _told_as_refused():
-                    fault = Fault(_TRIGGERS[name], reply=str(code), probability=probability)
-                    self._chaos[name] = self._faults.add(fault)
-        return await self._show_chaos(asked, stream)
-
-    async def _list_faults(self, asked: _Asked, stream: Stream) -> bytes:
-        return _json({"faults": self._faults.describe()})
-
-    async def _add_fault(self, asked: _Asked, stream: Stream) -> bytes:
-        rule = asked.json()
-        with _told_as_refused():
-            return _json({"id": self._faults.add_rule(rule)}, 201)
-
-    async def _delete_fault(self, asked: _Asked, stream: Stream) -> bytes:
-        if not self._faults.remove_rule(asked.values[0]):
-            raise HttpRefused(404, "there is no such rule; it may have been deleted")
-        return _OK
-
-    async def _delete_faults(self, asked: _Asked, stream: Stream) -> bytes:
-        self._faults.clear()
-        return _OK
-
-    # --- the page ---
-
-    async def _page(self, asked: _Asked, stream: Stream) -> bytes:
-        """The list, and beside it the message that the path names."""
-        id = asked.values[0] if asked.values else ""
-        captured = self._captured(id) if id else None
-        if captured is not None:
-            self._read.add(captured.id)
-        conditions = asked.search()
-        return await self._loop.work(lambda: self._made_page(asked, captured, conditions))
-
-    def _made_page(
-        self, asked: _Asked, captured: Captured | None, conditions: Sequence[_Condition]
-    ) -> bytes:
-        nonce = new_id()
-        found = self._find(conditions)
-        start = asked.number("start", 0, 10**9)
-        entries = [self._entry(each) for each in found[start : start + _PAGE_ENTRIES]]
-        query = asked.query.get("query", "")
-        more = start + _PAGE_ENTRIES if len(found) > start + _PAGE_ENTRIES else 0
-        current = captured.id if captured else ""
-        body = page_list(entries, query, current=current, smtp=self._smtp, more=more)
-        if captured is not None:
-            content = self._contents.get(captured)
-            entry = self._entry(captured)
-            can_release = self._release is not None
-            body += page_message(captured, content, entry, asked, can_release=can_release)
-        unread = f"({count}) " if (count := self._unread()) else ""
-        text = _PAGE.format(
-            nonce=nonce, style=_PAGE_STYLE, script=_PAGE_SCRIPT, title=f"{unread}chasquid inbox",
-            kind="reading" if captured else "listing", total=len(self._mailbox.all()),
-            query=html_text(query), body=body,
-        )  # fmt: skip
-        policy = (
-            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
-            "connect-src 'self'; frame-src 'self'; img-src 'self' data:; "
-            "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-        )
-        headers = (
-            ("Referrer-Policy", "same-origin"),
-            *_BASE_HEADERS[1:],
-        )  # or a form has no Origin
-        return http_response(200, _HTML, text, policy=policy, headers=headers)
-
-    async def _page_delete(self, asked: _Asked, stream: Stream) -> bytes:
-        """Delete a message, and go to the one after it; or delete all."""
-        everything = [captured.id for captured in reversed(self._mailbox.all())]
-        if not asked.values:
-            self._remove(everything)
-            return _redirect("/")
-        id = self._captured(asked.values[0]).id
-        place = everything.index(id) if id in everything else 0
-        rest = [other for other in everything if other != id]
-        self._remove([id])
-        return _redirect(f"/message/{rest[min(place, len(rest) - 1)]}" if rest else "/")
-
-    async def _page_release(self, asked: _Asked, stream: Stream) -> bytes:
-        captured = self._captured(asked.values[0])
-        to = [each.strip() for each in asked.form().get("to", "").split(",") if each.strip()]
-        if not to or not all(map(_is_address, to)):
-            raise HttpRefused(400, "expected addresses, with commas between them")
-        said = await self._release_to_others(captured, to)
-        return http_response(200, _TEXT, f"{said}\n", headers=_BASE_HEADERS)
-
-
 class _Asked(NamedTuple):
     """What a request asks for: what stands in its path, its parameters, its body."""
 
     values: tuple[str, ...]
     query: Mapping[str, str]
     body: bytes
+    stream: Stream
 
-    def number(self, name: str, default: int, most: int) -> int:
+    def number(self, name: str, default: float, most: float) -> float:
         text = self.query.get(name, str(default))
-        if not re.fullmatch(r"[0-9]{1,10}", text):
-            raise HttpRefused(400, f"{name} must be a number from 0 to {most}")
-        return min(int(text), most)
-
-    def seconds(self, name: str, default: float, most: float) -> float:
-        text = self.query.get(name, str(default))
-        if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text):
-            raise HttpRefused(400, f"{name} must be a number of seconds up to {most:g}")
+        if not re.fullmatch(r"[0-9]{1,10}(\.[0-9]{1,6})?", text):
+            raise HttpRefused(400, f"{name} must be a number from 0 to {most:.0f}")
         return min(float(text), most)
 
     def search(self) -> list[_Condition]:
@@ -24459,29 +24677,428 @@ def _parameters(query: str) -> dict[str, str]:
         return {}
 
 
-_OK = http_response(200, "text/plain", "ok", headers=_BASE_HEADERS)
+def _answer(
+    body: str | bytes, kind: str = _TEXT, status: int = 200, headers: Iterable[tuple[str, str]] = ()
+) -> bytes:
+    return http_response(status, kind, body, headers=(*headers, *_BASE_HEADERS))
 
 
 def _json(value: object, status: int = 200) -> bytes:
-    return http_response(status, _JSON, json.dumps(value) + "\n", headers=_BASE_HEADERS)
+    return _answer(json.dumps(value) + "\n", _JSON, status)
 
 
-def _refusal(refused: HttpRefused) -> bytes:
-    headers = (*_BASE_HEADERS, *refused.headers)
-    return http_response(refused.status, _TEXT, f"{refused}\n", headers=headers)
+_OK = _answer("ok", "text/plain")
 
 
-def _redirect(path: str) -> bytes:
-    return http_response(303, _TEXT, "", headers=(("Location", path), *_BASE_HEADERS))
+@contextlib.asynccontextmanager
+async def _changes(
+    loop: Loop, mailbox: Mailbox, stream: Stream
+) -> AsyncIterator[Callable[[float], Awaitable[bool]]]:
+    """Give what waits so many seconds for a change to the mailbox; it returns False for none.
 
+    It raises Disconnected once the client is gone.
+    """
+    something, gone = Event(loop), Event(loop)
 
-@contextlib.contextmanager
-def _told_as_refused() -> Iterator[None]:
-    """Have a mistake in a rule answered as one of the request. Raises HttpRefused."""
+    async def listen() -> None:
+        with contextlib.suppress(Disconnected):
+            await stream.read_some()  # nothing more is to come: what comes is the end
+        gone.set()
+        something.set()
+
+    async def changed(seconds: float) -> bool:
+        try:
+            with loop.deadline(seconds):
+                await something.wait()
+        except Expired:
+            return False
+        if gone.is_set:
+            raise Disconnected("the client is gone")
+        something.clear()
+        return True
+
+    listener = loop.spawn(listen(), "http client")
     try:
-        yield
-    except FaultError as error:
-        raise HttpRefused(400, str(error)) from error
+        with mailbox.watched(lambda: loop.post(something.set)):
+            yield changed
+    finally:
+        listener.cancel()
+        await loop.turn()  # let it stop listening before others listen
+
+
+class Inbox:
+    """Shows what a server captured over HTTP, one request a connection.
+
+    `release` sends a message on, to `release_to`, or is None if that is not possible. `smtp` is
+    where mail is to be sent, for people ("smtp://127.0.0.1:1025"). With a `login`, user and
+    password, whoever asks has to give them (RFC 7617).
+    """
+
+    def __init__(
+        self, loop: Loop, log: Log, mailbox: Mailbox, faults: Script, *,
+        release: Release | None = None, release_to: str = "", smtp: str = "",
+        login: tuple[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        import weakref  # only here: what is known of a message goes with it
+
+        self.loop = loop
+        self.looked_at: weakref.WeakSet[Captured] = weakref.WeakSet()
+        self.read = functools.lru_cache(_KEPT_CONTENTS)(lambda captured: ReadMessage(captured.raw))
+        self._log = log
+        self._mailbox = mailbox
+        self._faults = faults
+        self._release = release
+        self._release_to = release_to
+        self._smtp = smtp
+        self._login = login
+        self._summaries: weakref.WeakKeyDictionary[Captured, _Summary]
+        self._summaries = weakref.WeakKeyDictionary()
+        self._listening = 0  # pages that are told of changes
+        self._began = loop.clock.monotonic()
+        self._chaos: dict[str, str] = {}  # the rules behind Mailpit's chaos, by its names
+
+    # --- a request ---
+
+    async def answer(self, stream: Stream) -> None:
+        """Read one request, answer it, and close."""
+        try:
+            with self.loop.deadline(HTTP_SECONDS):
+                request = await read_request(stream)
+            answer = await self._answer_to(request, stream)
+            answer = without_body(answer) if request.method == "HEAD" else answer
+            for start in range(0, len(answer), CHUNK):
+                with self.loop.deadline(_API_SEND_SECONDS):
+                    stream.write(answer[start : start + CHUNK])
+                    await stream.be_fair()
+            with self.loop.deadline(_API_SEND_SECONDS):
+                await stream.flush()
+        except Cancelled:
+            stream.close()
+            raise
+        except (Disconnected, Expired, LineTooLong, BareNewline, ValueError):
+            pass
+        finally:
+            await stream.finish()
+
+    async def _answer_to(self, request: HttpRequest, stream: Stream) -> bytes:
+        """Return what is answered, or what says why not. Raises Disconnected, Expired."""
+        try:
+            with self.loop.deadline(HTTP_SECONDS):
+                action, asked = await self._admit(request, stream)
+            return await action(self, asked)
+        except HttpRefused as error:
+            refused = error
+        except (Disconnected, Expired):
+            raise
+        except Exception as error:
+            self._log.crash("capture API", error)
+            text = "something went wrong here; the server's log says what"
+            refused = HttpRefused(500, text)
+        return _answer(f"{refused}\n", status=refused.status, headers=refused.headers)
+
+    async def _admit(self, request: HttpRequest, stream: Stream) -> tuple[_Action, _Asked]:
+        """Find who answers `request`. Raises HttpRefused."""
+        self._check_host(request.headers.get("host", ""))
+        method = "GET" if request.method == "HEAD" else request.method
+        action, values = _route(method, request.path)
+        if action is not Inbox._alive:
+            self._check_login(request.headers.get("authorization", ""))
+        if request.method == "HEAD" and action is Inbox._events:
+            raise HttpRefused(405, "it has no end, and so nothing to be looked at beforehand")
+        private = method != "GET" or request.path.startswith("/api/")
+        if private and is_from_a_foreign_page(request.headers):  # even the time tells it much
+            raise HttpRefused(403, "a web page from elsewhere may neither look nor change")
+        body = await read_body(stream, request, _API_BODY_LIMIT)
+        return action, _Asked(values, _parameters(request.query), body, stream)
+
+    def _check_host(self, host: str) -> None:
+        """Let through a name that no stranger's DNS could have given to our address.
+
+        A name without a dot, as containers have, is nobody's on the Internet. Raises HttpRefused.
+        """
+        if self._login is not None or is_our_name(host):  # a stranger's page has no password
+            return
+        with contextlib.suppress(ValueError):
+            if re.fullmatch(r"[a-z0-9_-]+", host_name(host)):
+                return
+        shown = printable(host, 100)
+        raise HttpRefused(421, f"this server has no name {shown!r}; ask localhost or an IP address")
+
+    def _check_login(self, authorization: str) -> None:
+        """Raises HttpRefused if a login is needed, and this is none."""
+        if self._login is None:
+            return
+        import hmac
+
+        scheme, _, given = authorization.partition(" ")
+        wanted = base64.b64encode(":".join(self._login).encode())
+        if scheme.lower() != "basic" or not hmac.compare_digest(given.strip().encode(), wanted):
+            challenge = ("WWW-Authenticate", 'Basic realm="chasquid", charset="UTF-8"')
+            raise HttpRefused(401, "a login is needed", challenge)
+
+    # --- messages ---
+
+    def summary(self, captured: Captured) -> _Summary:
+        """Return what lists know of a message."""
+        found = self._summaries.get(captured)
+        if found is None:
+            found = self._summaries[captured] = _summary(captured, self.read(captured))
+        return found
+
+    def seen(self, id: str) -> _Seen:
+        """Return a message by its id, or "latest". Raises HttpRefused."""
+        captured = self._mailbox.get(id)
+        if captured is None and id == "latest":
+            captured = next(reversed(self._mailbox.all()), None)
+        if captured is None:
+            raise HttpRefused(404, "there is no such message; it may have been deleted")
+        return _Seen(self, captured)
+
+    def _find(self, conditions: Sequence[_Condition] = ()) -> list[_Seen]:
+        """Return the messages that meet all conditions, the newest first."""
+        everything = [_Seen(self, captured) for captured in reversed(self._mailbox.all())]
+        return [seen for seen in everything if all(wanted(seen) for wanted in conditions)]
+
+    def _unread(self, found: Sequence[_Seen] | None = None) -> int:
+        return sum(1 for seen in (self._find() if found is None else found) if not seen.is_read)
+
+    def _listed(self, found: Sequence[_Seen], start: int, limit: int) -> dict[str, Any]:
+        return {
+            "total": len(self._mailbox.all()),
+            "unread": self._unread(),
+            "messages_count": len(found),
+            "messages_unread": self._unread(found),
+            "start": start,
+            "tags": [],
+            "messages": [seen.entry for seen in found[start : start + limit]],
+        }
+
+    def _list(self, asked: _Asked) -> bytes:
+        start = int(asked.number("start", 0, _MOST))
+        limit = int(asked.number("limit", 50, _API_LIST_LIMIT))
+        return _json(self._listed(self._find(asked.search()), start, limit))
+
+    def _remove(self, found: Iterable[_Seen]) -> None:
+        self._mailbox.remove(seen.captured.id for seen in found)
+        self.read.cache_clear()
+
+    def _named(self, asked: _Asked) -> list[_Seen]:
+        """Return the messages that a request names, or all; Mailpit's form. Raises HttpRefused."""
+        ids = set(asked.ids())
+        return [seen for seen in self._find() if not ids or seen.captured.id in ids]
+
+    def _delete(self, asked: _Asked) -> bytes:
+        self._remove(self._named(asked))
+        return _OK
+
+    def _delete_found(self, asked: _Asked) -> bytes:
+        conditions = asked.search()
+        if not conditions:
+            raise HttpRefused(400, "expected a query, of what is to be deleted")
+        self._remove(self._find(conditions))
+        return _OK
+
+    def _mark(self, asked: _Asked) -> bytes:
+        mark = self.looked_at.add if asked.json().get("Read", False) else self.looked_at.discard
+        for seen in self._named(asked):
+            mark(seen.captured)
+        return _OK
+
+    async def _release_message(self, asked: _Asked) -> bytes:
+        await self._send_on(asked, asked.json().get("To"))
+        return _OK
+
+    async def _page_release(self, asked: _Asked) -> bytes:
+        to = [each.strip() for each in asked.form().get("to", "").split(",") if each.strip()]
+        return _answer(f"{await self._send_on(asked, to)}\n")
+
+    async def _send_on(self, asked: _Asked, to: object) -> str:
+        """Send a message on to these addresses; return what became of it. Raises HttpRefused."""
+        captured = self.seen(asked.values[0]).captured
+        if not isinstance(to, list) or not to or not all(map(_is_address, to)):
+            raise HttpRefused(400, 'To: expected addresses, such as ["ana@example.com"]')
+        if self._release is None:
+            raise HttpRefused(400, "this server sends nothing on: it was started without --release")
+        try:
+            with self.loop.deadline(_API_RELEASE_SECONDS):
+                return await self._release(captured, to)
+        except Expired:
+            raise HttpRefused(504, "the other server did not answer in time") from None
+        except ChasquidError as error:
+            raise HttpRefused(502, str(error)) from error
+
+    def _send_message(self, asked: _Asked) -> bytes:
+        """Take in a message that is described in JSON, as if it had come by SMTP."""
+        now = self.loop.clock.time()
+        sender, to, raw = message_of_json(asked.json(), now)
+        client = ClientInfo(
+            Dialogue("api", "", now), Port("api", False, False), "", "",
+            extended=False, user="", tls="",
+        )  # fmt: skip
+        captured = Captured(now, client, sender, to, raw=raw, smtputf8=not raw.isascii())
+        self._mailbox.add(captured)
+        return _json({"ID": captured.id})
+
+    # --- the server ---
+
+    async def _alive(self, asked: _Asked) -> bytes:
+        return _OK
+
+    def _info(self, asked: _Asked) -> bytes:
+        messages, deleted = self._mailbox.all(), self._mailbox.removed
+        size = sum(len(captured.raw) for captured in messages)
+        return _json({
+            "Version": f"chasquid {__version__}",
+            "LatestVersion": "",
+            "Database": "memory",
+            "DatabaseSize": size,
+            "Messages": len(messages),
+            "Unread": self._unread(),
+            "Tags": {},
+            "RuntimeStats": {
+                "Uptime": int(self.loop.clock.monotonic() - self._began),
+                "Memory": 0,
+                "MessagesDeleted": deleted,
+                "SMTPAccepted": len(messages) + deleted,
+                "SMTPAcceptedSize": size,
+                "SMTPRejected": 0,
+                "SMTPIgnored": 0,
+            },
+        })  # fmt: skip
+
+    def _webui(self, asked: _Asked) -> bytes:
+        return _json({
+            "Label": "",
+            "MessageRelay": {"Enabled": self._release is not None, "SMTPServer": self._release_to},
+            "SpamAssassin": False,
+            "ChaosEnabled": True,
+            "DuplicatesIgnored": False,
+        })  # fmt: skip
+
+    async def _wait(self, asked: _Asked) -> bytes:
+        count = int(asked.number("count", 1, _MOST))
+        seconds = asked.number("timeout", 10, _API_WAIT_SECONDS)
+        end = self.loop.clock.monotonic() + seconds
+        find = functools.partial(self._find, asked.search())
+        more = True
+        async with _changes(self.loop, self._mailbox, asked.stream) as changed:
+            while len(found := await self.loop.work(find)) < count and more:
+                more = await changed(end - self.loop.clock.monotonic())
+        listed = await self.loop.work(lambda: self._listed(found, 0, _API_LIST_LIMIT))
+        if len(found) >= count:
+            return _json(listed)
+        came = f"{len(found)} of {plural(count, 'message')} came within {seconds:g} s"
+        return _json({"Error": f"{came}; {listed['total']} are there in all", **listed}, 408)
+
+    async def _events(self, asked: _Asked) -> bytes:
+        """Send an event at once and after each change; WHATWG HTML, 9.2."""
+        if self._listening >= _API_LISTENERS:
+            raise HttpRefused(503, "too many pages are open here already")
+        self._listening += 1
+        try:
+            await self._tell_events(asked.stream)
+        finally:
+            self._listening -= 1
+        return b""
+
+    async def _tell_events(self, stream: Stream) -> None:
+        stream.write(http_head(200, "text/event-stream", None, headers=_BASE_HEADERS))
+        stream.write(b"retry: 2000\n\n")
+        is_new = True
+        async with _changes(self.loop, self._mailbox, stream) as changed:
+            while True:
+                data = json.dumps({"total": len(self._mailbox.all())})
+                event = f"event: change\ndata: {data}\n\n" if is_new else ": nothing new\n\n"
+                stream.write(event.encode())
+                with self.loop.deadline(_API_SEND_SECONDS):
+                    await stream.flush()
+                await self.loop.sleep(0.1)  # many changes at once are one event
+                is_new = await changed(_API_ALIVE_SECONDS)
+
+    # --- faults ---
+
+    def _show_chaos(self, asked: _Asked) -> bytes:
+        rules = {rule["id"]: rule for rule in self._faults.describe()}
+        off = {"reply": 451, "probability": 0}
+        found = {name: rules.get(self._chaos.get(name, ""), off) for name in _TRIGGERS}
+        return _json({
+            name: {"ErrorCode": int(rule["reply"]), "Probability": rule.get("probability", 100)}
+            for name, rule in found.items()
+        })  # fmt: skip
+
+    async def _set_chaos(self, asked: _Asked) -> bytes:
+        """Replace the rules of Mailpit's chaos; a trigger that is not named is off."""
+        given = asked.json()
+        wanted = {name: _parse_trigger(name, given.get(name)) for name in _TRIGGERS}
+        for id in self._chaos.values():
+            self._faults.remove_rule(id)
+        self._chaos.clear()
+        for name, (code, probability) in wanted.items():
+            if probability:
+                fault = {"stage": _TRIGGERS[name], "reply": code, "probability": probability}
+                self._chaos[name] = self._add_rule(fault)
+        return self._show_chaos(asked)
+
+    def _add_rule(self, rule: Mapping[str, Any]) -> str:
+        try:
+            return self._faults.add_rule(rule)
+        except FaultError as error:
+            raise HttpRefused(400, str(error)) from error
+
+    def _list_faults(self, asked: _Asked) -> bytes:
+        return _json({"faults": self._faults.describe()})
+
+    def _add_fault(self, asked: _Asked) -> bytes:
+        return _json({"id": self._add_rule(asked.json())}, 201)
+
+    def _delete_fault(self, asked: _Asked) -> bytes:
+        if not self._faults.remove_rule(asked.values[0]):
+            raise HttpRefused(404, "there is no such rule; it may have been deleted")
+        return _OK
+
+    def _delete_faults(self, asked: _Asked) -> bytes:
+        self._faults.clear()
+        return _OK
+
+    # --- the page ---
+
+    def _page(self, asked: _Asked) -> bytes:
+        """The list, and beside it the message that the path names."""
+        seen = self.seen(asked.values[0]) if asked.values else None
+        if seen is not None:
+            self.looked_at.add(seen.captured)
+        current = seen.captured.id if seen else ""
+        body = _page_list(self._find(asked.search()), asked, current, self._smtp)
+        if seen is not None:
+            body += _page_message(seen, asked, can_release=self._release is not None)
+        nonce, unread = new_id(), self._unread()
+        text = _PAGE.format(
+            nonce=nonce, style=_PAGE_STYLE, script=_PAGE_SCRIPT, body=body,
+            query=html_text(asked.query.get("query", "")),
+            title=f"({unread}) chasquid inbox" if unread else "chasquid inbox",
+            kind="reading" if seen else "listing", total=len(self._mailbox.all()),
+        )  # fmt: skip
+        policy = (
+            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
+            "connect-src 'self'; frame-src 'self'; img-src 'self' data:; "
+            "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+        )
+        headers = {
+            **dict(_BASE_HEADERS),
+            "Referrer-Policy": "same-origin",
+        }  # or a form has no Origin
+        return http_response(200, _HTML, text, policy=policy, headers=headers.items())
+
+    def _page_delete(self, asked: _Asked) -> bytes:
+        """Delete a message, and go to the one after it; or delete all."""
+        gone, following = self._find(), "/"
+        if asked.values:
+            everything, gone = gone, [self.seen(asked.values[0])]
+            place = next((n for n, seen in enumerate(everything) if seen == gone[0]), 0)
+            rest = [seen.captured.id for seen in everything if seen != gone[0]]
+            following = f"/message/{rest[min(place, len(rest) - 1)]}" if rest else "/"
+        self._remove(gone)
+        return _answer("", status=303, headers=[("Location", following)])
 
 
 def _is_address(value: object) -> bool:
@@ -24490,48 +25107,7 @@ def _is_address(value: object) -> bool:
     return all(split_address(value)) and len(value) <= 500
 
 
-def _date_of(content: ReadMessage, received: float) -> str:
-    """Return the time in the Date field, else that of the arrival."""
-    from email.utils import parsedate_to_datetime
-
-    try:
-        return iso_time(parsedate_to_datetime(content.header("date")).timestamp())
-    except (ValueError, TypeError, OverflowError, IndexError):
-        return iso_time(received)
-
-
-def _unsubscribing(content: ReadMessage) -> dict[str, Any]:
-    """Return what List-Unsubscribe says; RFC 2369 and RFC 8058."""
-    header = content.header("list-unsubscribe")
-    return {
-        "Header": header,
-        "Links": re.findall(r"<\s*((?:https?|mailto):[^<>\s]{1,2000})\s*>", header),
-        "Errors": "",
-        "HeaderPost": content.header("list-unsubscribe-post"),
-    }
-
-
-def _file_entry(part: Part) -> dict[str, Any]:
-    import hashlib
-
-    sums = {name: hashlib.new(name, part.data).hexdigest() for name in ("md5", "sha1", "sha256")}
-    return {
-        "PartID": str(part.number),
-        "FileName": part.title,
-        "ContentType": part.content_type,
-        "ContentID": part.content_id,
-        "Size": len(part.data),
-        "Checksums": {name.upper(): value for name, value in sums.items()},
-    }
-
-
 _TRIGGERS = {"Authentication": "AUTH", "Recipient": "RCPT", "Sender": "MAIL"}
-
-
-def _trigger(rule: Mapping[str, Any] | None) -> dict[str, int]:
-    if rule is None:
-        return {"ErrorCode": 451, "Probability": 0}
-    return {"ErrorCode": int(rule["reply"]), "Probability": rule.get("probability", 100)}
 
 
 def _parse_trigger(name: str, given: object) -> tuple[int, int]:
@@ -24582,28 +25158,107 @@ def message_of_json(described: Mapping[str, Any], now: float) -> tuple[str, list
         for file in described.get("Attachments") or []:
             kind = str(file.get("ContentType") or "application/octet-stream")
             maintype, _, subtype = kind.partition("/")
-            cid = f"<{file['ContentID']}>" if file.get("ContentID") else None
-            data = base64.b64decode(file["Content"], validate=True)
             message.add_attachment(
-                data, maintype=maintype, subtype=subtype,
-                filename=str(file.get("Filename") or "unnamed"), cid=cid,
+                base64.b64decode(file["Content"], validate=True), maintype=maintype,
+                subtype=subtype, filename=str(file.get("Filename") or "unnamed"),
+                cid=f"<{file['ContentID']}>" if file.get("ContentID") else None,
             )  # fmt: skip
-        raw = message.as_bytes()
+        recipients = [address for name in ("To", "Cc", "Bcc") for _, address in people(name)]
+        return sender["Email"], recipients, message.as_bytes()
     except HttpRefused:
         raise
     except Exception as error:
-        raise HttpRefused(
-            400, f"no message comes of it: {printable(reason(error), 200)}"
-        ) from error
-    everybody = (*people("To"), *people("Cc"), *people("Bcc"))
-    return sender["Email"], [address for _, address in everybody], raw
+        text = f"no message comes of it: {printable(reason(error), 200)}"
+        raise HttpRefused(400, text) from error
+
+
+# --- what programs are shown of a message ---
+
+
+def _details(seen: _Seen, asked: _Asked) -> bytes:
+    captured, content = seen.captured, seen.content
+    client = captured.client
+    seen.inbox.looked_at.add(captured)
+    hidden = ("Created", "Snippet", "Read")
+    return _json({
+        **{name: value for name, value in seen.entry.items() if name not in hidden},
+        "Date": _date_of(content, captured.received),
+        "ReturnPath": captured.mail_from,
+        "ListUnsubscribe": _unsubscribing(content),
+        "Text": content.text,
+        "HTML": content.html,
+        "Attachments": [_file_entry(part) for part in content.attachments],
+        "Inline": [_file_entry(part) for part in content.inlines],
+        "Envelope": {"From": captured.mail_from, "To": list(captured.rcpt_tos)},
+        "Session": {"Peer": client.peer, "Hello": client.hello, "TLS": client.tls},
+        "Links": content.links()[:_LINK_LIMIT],
+        "Code": code_in(content.shown_text) or "",
+    })  # fmt: skip
+
+
+def _date_of(content: ReadMessage, received: float) -> str:
+    """Return the time in the Date field, else that of the arrival."""
+    from email.utils import parsedate_to_datetime
+
+    try:
+        return iso_time(parsedate_to_datetime(content.header("date")).timestamp())
+    except (ValueError, TypeError, OverflowError, IndexError):
+        return iso_time(received)
+
+
+def _unsubscribing(content: ReadMessage) -> dict[str, Any]:
+    """Return what List-Unsubscribe says; RFC 2369 and RFC 8058."""
+    header = content.header("list-unsubscribe")
+    return {
+        "Header": header,
+        "Links": re.findall(r"<\s*((?:https?|mailto):[^<>\s]{1,2000})\s*>", header),
+        "Errors": "",
+        "HeaderPost": content.header("list-unsubscribe-post"),
+    }
+
+
+def _file_entry(part: Part) -> dict[str, Any]:
+    import hashlib
+
+    sums = {name: hashlib.new(name, part.data).hexdigest() for name in ("MD5", "SHA1", "SHA256")}
+    return {
+        "PartID": str(part.number),
+        "FileName": part.title,
+        "ContentType": part.content_type,
+        "ContentID": part.content_id,
+        "Size": len(part.data),
+        "Checksums": sums,
+    }
+
+
+def _headers(seen: _Seen, asked: _Asked) -> bytes:
+    headers: dict[str, list[str]] = {}
+    for name, value in seen.content.headers:
+        headers.setdefault(name, []).append(value)
+    return _json(headers)
+
+
+def _raw(seen: _Seen, asked: _Asked) -> bytes:
+    inline = asked.query.get("dl", "0") in ("", "0")
+    kind = _TEXT if inline else "message/rfc822"
+    return _file(kind, f"{seen.captured.id}.eml", seen.captured.raw)
+
+
+def _part_file(seen: _Seen, asked: _Asked) -> bytes:
+    parts, number = seen.content.parts, int(asked.values[1])
+    if not 1 <= number <= len(parts):
+        raise HttpRefused(404, f"the message has no part {number}")
+    part = parts[number - 1]
+    kind = part.content_type if part.content_type in _SAFE_KINDS else "application/octet-stream"
+    return _file(kind, part.title, part.data)
 
 
 def _file(kind: str, name: str, data: bytes) -> bytes:
     """Return a response that a browser stores under a name which is nothing but a name."""
     from urllib.parse import quote
 
-    name = re.split(r"[/\\]", name)[-1].replace('"', "'").replace("\n", " ").replace("\r", " ")
+    name = re.split(r"[/\\]", name)[-1].replace('"', "'")
+    name = re.sub(r"[\r\n]", " ", name)
     name = UNPRINTABLE.sub(" ", name).strip(" .")[:150] or "unnamed"
     plain = "".join(c if c.isascii() and c not in "%;" else "_" for c in name)
     how = "inline" if kind == _TEXT else "attachment"
@@ -24621,14 +25276,17 @@ _FRAME_HEAD = (
 )
 
 
-def _framed(content: ReadMessage, remote: bool) -> bytes:
+def _html(seen: _Seen, asked: _Asked) -> bytes:
     """Return the HTML of a mail as a document that can do nothing but be looked at.
 
     In the sandbox its origin is nobody's, and 'self' would stand for that: so the images
     that came with the mail are put into the page itself. `<base>` of ours is the first,
     so links open in a tab of their own.
     """
-    images = "data: http: https:" if remote else "data:"
+    content, left = seen.content, _INLINE_LIMIT
+    if not content.html:
+        raise HttpRefused(404, "the message has no HTML")
+    images = "data: http: https:" if asked.query.get("remote") == "1" else "data:"
     policy = (
         "sandbox allow-popups allow-popups-to-escape-sandbox; default-src 'none'; "
         f"style-src 'unsafe-inline'; img-src {images}; font-src data:; "
@@ -24636,7 +25294,6 @@ def _framed(content: ReadMessage, remote: bool) -> bytes:
     )
     html = _ACTING_TAGS.sub("<!", content.html)  # a comment, up to the next ">"
     by_id = {part.content_id: part for part in content.parts if part.content_id}
-    left = _INLINE_LIMIT
 
     def image(match: re.Match[str]) -> str:
         nonlocal left
@@ -24655,28 +25312,20 @@ def _framed(content: ReadMessage, remote: bool) -> bytes:
 
 # --- what the page says ---
 
-_PAGE_ENTRIES = 50  # of the list
-_VIEWS = {"html": "HTML", "text": "Text", "headers": "Headers", "source": "Source",
-          "files": "Attachments", "checks": "Checks", "dialogue": "Dialogue"}  # fmt: skip
 
-
-def page_list(
-    entries: Sequence[Mapping[str, Any]], query: str, current: str, smtp: str, more: int
-) -> str:
-    """Return the list of messages as HTML; `more` is where the next part of it begins, or 0."""
+def _page_list(found: Sequence[_Seen], asked: _Asked, current: str, smtp: str) -> str:
+    """Return the list of messages as HTML, or the part of it that was asked for."""
     from urllib.parse import urlencode
 
+    query, start = asked.query.get("query", ""), int(asked.number("start", 0, _MOST))
     search = f"?{urlencode({'query': query})}" if query else ""
-    rows = "".join(_page_row(entry, current, search) for entry in entries)
-    if not entries:
-        text = (
-            "No message has these words."
-            if query
-            else f"Send some to <code>{html_text(smtp)}</code>."
-        )
-        rows = f"<li class=empty>{text}</li>"
-    link = urlencode({"query": query, "start": more})
-    tail = f'<a class=button href="/?{html_text(link)}">Older</a>' if more else ""
+    end = start + _PAGE_ENTRIES
+    rows = "".join(_page_row(seen.entry, current, search) for seen in found[start:end])
+    if not rows:
+        send = f"Send some to <code>{html_text(smtp)}</code>."
+        rows = f"<li class=empty>{'No message has these words.' if query else send}</li>"
+    link = html_text(urlencode({"query": query, "start": end}))
+    tail = f'<a class=button href="/?{link}">Older</a>' if len(found) > end else ""
     return f'<nav id=side aria-label="Messages"><ol id=list>{rows}</ol>{tail}</nav>'
 
 
@@ -24695,32 +25344,27 @@ def _page_row(entry: Mapping[str, Any], current: str, search: str) -> str:
     )
 
 
-def page_message(
-    captured: Captured, content: ReadMessage, entry: Mapping[str, Any], asked: _Asked,
-    can_release: bool,
-) -> str:  # fmt: skip
+def _page_message(seen: _Seen, asked: _Asked, can_release: bool) -> str:
     """Return a message as HTML, in the view that was asked for."""
-    path = f"/message/{captured.id}"
-    views = [view for view in _VIEWS if (view != "html" or content.html)
-             and (view != "files" or content.attachments or content.inlines)]  # fmt: skip
+    captured, content, entry = seen.captured, seen.content, seen.entry
+    path, count = f"/message/{captured.id}", len(content.attachments) + len(content.inlines)
+    views = [name for name in _VIEWS if {"html": content.html, "files": count}.get(name, True)]
     view = asked.query.get("view", "")
     view = view if view in views else ("html" if content.html else "text")
-    count = len(content.attachments) + len(content.inlines)
-    labels = {**_VIEWS, "files": f"{_VIEWS['files']} ({count})"}
     tabs = "".join(
         f'<a href="{path}?view={name}"{" aria-current=page" if name == view else ""}>'
-        f"{labels[name]}</a>"
+        f"{_VIEWS[name][0]}{f' ({count})' if name == 'files' else ''}</a>"
         for name in views
     )
     to = ", ".join(f"<{recipient}>" for recipient in captured.rcpt_tos)
-    how = captured.tls.split(" ")[0] or "without TLS"
-    who = f" as {captured.login}" if captured.login else ""
+    how = captured.client.tls.split(" ")[0] or "without TLS"
+    who = f" as {captured.client.user}" if captured.client.user else ""
     facts = {
         "From": content.header("from"),
         "To": content.header("to"),
         "Cc": content.header("cc"),
         "Envelope": f"<{captured.mail_from}> → {to}",
-        "Received": f"{entry['Created']} from {captured.peer or 'the API'} {how}{who}, "
+        "Received": f"{entry['Created']} from {captured.client.peer or 'the API'} {how}{who}, "
         f"{entry['Size']} octets",
     }
     shown = "".join(
@@ -24738,77 +25382,85 @@ def page_message(
         f"{release if can_release else ''}</div>"
         f"<h2>{html_text(entry['Subject'] or '(no subject)')}</h2><dl>{shown}</dl>"
         f'<nav id=tabs aria-label="Views">{tabs}</nav>'
-        f"<div id=panel>{_PANELS[view](captured, content, asked)}</div></article>"
+        f"<div id=panel>{_VIEWS[view][1](seen, asked)}</div></article>"
     )
 
 
-def _html_panel(captured: Captured, content: ReadMessage, asked: _Asked) -> str:
-    note, remote = "", asked.query.get("remote") == "1"
-    if _REMOTE.search(content.html):
-        load = f'<a id=remote href="/message/{captured.id}?view=html&amp;remote=1">Load images</a>'
+def _html_panel(seen: _Seen, asked: _Asked) -> str:
+    id, remote = seen.captured.id, asked.query.get("remote") == "1"
+    note, query = "", "?remote=1" if remote else ""
+    if _REMOTE.search(seen.content.html):
+        load = f'<a id=remote href="/message/{id}?view=html&amp;remote=1">Load images</a>'
         note = "Remote images are loaded." if remote else f"Remote content is blocked. {load}"
         note = f"<p class=note role=status>{note}</p>"
-    query = "?remote=1" if remote else ""
     return (
         f'{note}<iframe title="The message" referrerpolicy=no-referrer '
         f'sandbox="allow-popups allow-popups-to-escape-sandbox" '
-        f'src="/view/{captured.id}.html{query}"></iframe>'
+        f'src="/view/{id}.html{query}"></iframe>'
     )
 
 
-def _text_panel(captured: Captured, content: ReadMessage, asked: _Asked) -> str:
-    pieces = re.split(r"(https?://[^\s<>\"']+[^\s<>\"'.,;:!?)\]])", content.text)
-    text = "".join(
-        f'<a href="{piece}" target=_blank rel="noopener noreferrer">{piece}</a>'
-        if number % 2
-        else piece
-        for number, piece in enumerate(map(html_text, pieces))
-    )
-    return f"<pre>{text or 'This message has no text.'}</pre>"
+def _text_panel(seen: _Seen, asked: _Asked) -> str:
+    pieces = re.split(r"(https?://[^\s<>\"']+[^\s<>\"'.,;:!?)\]])", seen.content.text)
+    for number, piece in enumerate(map(html_text, pieces)):
+        link = f'<a href="{piece}" target=_blank rel="noopener noreferrer">{piece}</a>'
+        pieces[number] = link if number % 2 else piece
+    return f"<pre>{''.join(pieces) or 'This message has no text.'}</pre>"
 
 
-def _headers_panel(captured: Captured, content: ReadMessage, asked: _Asked) -> str:
+def _headers_panel(seen: _Seen, asked: _Asked) -> str:
     rows = "".join(
         f"<tr><th scope=row>{html_text(name)}</th><td>{html_text(value)}</td></tr>"
-        for name, value in content.headers
+        for name, value in seen.content.headers
     )
     return f"<table>{rows}</table>"
 
 
-def _source_panel(captured: Captured, content: ReadMessage, asked: _Asked) -> str:
-    cut = "\n… (Download has all of it)" if len(captured.raw) > _SOURCE_LIMIT else ""
-    return f"<pre>{html_text(captured.raw[:_SOURCE_LIMIT].decode('utf-8', 'replace'))}{cut}</pre>"
+def _source_panel(seen: _Seen, asked: _Asked) -> str:
+    raw = seen.captured.raw
+    cut = "\n… (Download has all of it)" if len(raw) > _SOURCE_LIMIT else ""
+    return f"<pre>{html_text(raw[:_SOURCE_LIMIT].decode('utf-8', 'replace'))}{cut}</pre>"
 
 
-def _files_panel(captured: Captured, content: ReadMessage, asked: _Asked) -> str:
+def _files_panel(seen: _Seen, asked: _Asked) -> str:
     rows = "".join(
-        f'<li><a href="/api/v1/message/{captured.id}/part/{part.number}" download>'
+        f'<li><a href="/api/v1/message/{seen.captured.id}/part/{part.number}" download>'
         f"{html_text(part.title)}</a> <span class=soft>{html_text(part.content_type)}, "
         f"{plural(len(part.data), 'octet')}</span></li>"
-        for part in (*content.attachments, *content.inlines)
+        for part in (*seen.content.attachments, *seen.content.inlines)
     )
     return f"<ul>{rows}</ul>"
 
 
-def _checks_panel(captured: Captured, content: ReadMessage, asked: _Asked) -> str:
-    warnings = html_warnings(content.html) if content.html else ["the message has no HTML"]
-    found = "".join(f"<li>{html_text(text)}</li>" for text in warnings or ["nothing to warn of"])
-    links = "".join(f"<li>{html_text(link)}</li>" for link in content.links()[:_LINK_LIMIT])
-    code = code_in(content.shown_text)
-    return (
-        f"<h3>HTML</h3><ul>{found}</ul><h3>Links</h3><ul>{links or '<li>none</li>'}</ul>"
-        f"<h3>Code</h3><p>{html_text(code or 'none')}</p>"
+def _checks_panel(seen: _Seen, asked: _Asked) -> str:
+    html = seen.content.html
+    warnings = (
+        html_warnings(html) or ["nothing to warn of"] if html else ["the message has no HTML"]
+    )
+    lists = {
+        "HTML": warnings,
+        "Links": seen.content.links()[:_LINK_LIMIT] or ["none"],
+        "Code": [code_in(seen.content.shown_text) or "none"],
+    }
+    return "".join(
+        f"<h3>{title}</h3><ul>{''.join(f'<li>{html_text(text)}</li>' for text in texts)}</ul>"
+        for title, texts in lists.items()
     )
 
 
-def _dialogue_panel(captured: Captured, content: ReadMessage, asked: _Asked) -> str:
-    return f"<pre>{html_text(captured.transcript or 'Nothing was kept.')}</pre>"
+def _dialogue_panel(seen: _Seen, asked: _Asked) -> str:
+    return f"<pre>{html_text(seen.captured.transcript or 'Nothing was kept.')}</pre>"
 
 
-_PANELS = {
-    "html": _html_panel, "text": _text_panel, "headers": _headers_panel, "source": _source_panel,
-    "files": _files_panel, "checks": _checks_panel, "dialogue": _dialogue_panel,
-}  # fmt: skip
+_VIEWS: dict[str, tuple[str, Callable[[_Seen, _Asked], str]]] = {
+    "html": ("HTML", _html_panel),
+    "text": ("Text", _text_panel),
+    "headers": ("Headers", _headers_panel),
+    "source": ("Source", _source_panel),
+    "files": ("Attachments", _files_panel),
+    "checks": ("Checks", _checks_panel),
+    "dialogue": ("Dialogue", _dialogue_panel),
+}
 
 _PAGE = """<!doctype html>
 <html lang=en><head><meta charset=utf-8>
@@ -24912,38 +25564,49 @@ events.addEventListener("change", event => {
 events.onerror = () => { $("state").textContent = "The server does not answer."; };
 """
 
-_Action = Callable[[Inbox, _Asked, Stream], Awaitable[bytes]]
+_Action = Callable[[Inbox, _Asked], Awaitable[bytes]]
 
+
+def _made(make: Callable[[Inbox, _Asked], bytes]) -> _Action:
+    """Have the answer made in a worker thread, since mail may be large."""
+    return lambda inbox, asked: inbox.loop.work(lambda: make(inbox, asked))
+
+
+def _shows(show: Callable[[_Seen, _Asked], bytes]) -> _Action:
+    """Have the message shown that the path names."""
+    return _made(lambda inbox, asked: show(inbox.seen(asked.values[0]), asked))
+
+
+_MESSAGE = r"/api/v1/message/(\w{1,40})"
 _ROUTES: tuple[tuple[str, dict[str, _Action]], ...] = (
-    (r"/", {"GET": Inbox._page}),
-    (r"/delete", {"POST": Inbox._page_delete}),
-    (r"/message/(\w{1,40})", {"GET": Inbox._page}),
-    (r"/message/(\w{1,40})/delete", {"POST": Inbox._page_delete}),
+    (r"/", {"GET": _made(Inbox._page)}),
+    (r"/delete", {"POST": _made(Inbox._page_delete)}),
+    (r"/message/(\w{1,40})", {"GET": _made(Inbox._page)}),
+    (r"/message/(\w{1,40})/delete", {"POST": _made(Inbox._page_delete)}),
     (r"/message/(\w{1,40})/release", {"POST": Inbox._page_release}),
-    (r"/view/(\w{1,40})\.html", {"GET": Inbox._html}),
-    (r"/view/(\w{1,40})\.txt", {"GET": Inbox._text}),
+    (r"/view/(\w{1,40})\.html", {"GET": _shows(_html)}),
+    (r"/view/(\w{1,40})\.txt", {"GET": _shows(lambda seen, _: _answer(seen.content.text))}),
     (r"/(?:livez|readyz|health)", {"GET": Inbox._alive}),
-    (r"/api/v1/messages", {"GET": Inbox._list, "DELETE": Inbox._delete, "PUT": Inbox._mark}),
-    (r"/api/v1/search", {"GET": Inbox._list, "DELETE": Inbox._delete_found}),
-    (r"/api/v1/message/(\w{1,40})", {"GET": Inbox._show}),
-    (r"/api/v1/message/(\w{1,40})/headers", {"GET": Inbox._headers}),
-    (r"/api/v1/message/(\w{1,40})/raw", {"GET": Inbox._raw}),
-    (r"/api/v1/message/(\w{1,40})/dialogue", {"GET": Inbox._dialogue}),
-    (r"/api/v1/message/(\w{1,40})/part/([0-9]{1,6})", {"GET": Inbox._part}),
-    (r"/api/v1/message/(\w{1,40})/release", {"POST": Inbox._release_message}),
-    (r"/api/v1/send", {"POST": Inbox._send_message}),
-    (r"/api/v1/chaos", {"GET": Inbox._show_chaos, "PUT": Inbox._set_chaos}),
-    (r"/api/v1/info", {"GET": Inbox._info}),
-    (r"/api/v1/tags", {"GET": Inbox._tags}),
-    (r"/api/v1/webui", {"GET": Inbox._webui}),
+    (r"/api/v1/messages", {"GET": _made(Inbox._list), "DELETE": _made(Inbox._delete),
+                           "PUT": _made(Inbox._mark)}),
+    (r"/api/v1/search", {"GET": _made(Inbox._list), "DELETE": _made(Inbox._delete_found)}),
+    (_MESSAGE, {"GET": _shows(_details)}),
+    (_MESSAGE + "/headers", {"GET": _shows(_headers)}),
+    (_MESSAGE + "/raw", {"GET": _shows(_raw)}),
+    (_MESSAGE + "/dialogue", {"GET": _shows(lambda seen, _: _answer(seen.captured.transcript))}),
+    (_MESSAGE + "/part/([0-9]{1,6})", {"GET": _shows(_part_file)}),
+    (_MESSAGE + "/release", {"POST": Inbox._release_message}),
+    (r"/api/v1/send", {"POST": _made(Inbox._send_message)}),
+    (r"/api/v1/chaos", {"GET": _made(Inbox._show_chaos), "PUT": Inbox._set_chaos}),
+    (r"/api/v1/info", {"GET": _made(Inbox._info)}),
+    (r"/api/v1/tags", {"GET": _made(lambda inbox, asked: _json([]))}),
+    (r"/api/v1/webui", {"GET": _made(Inbox._webui)}),
     (r"/api/v1/wait", {"GET": Inbox._wait}),
     (r"/api/v1/events", {"GET": Inbox._events}),
-    (
-        r"/api/v1/faults",
-        {"GET": Inbox._list_faults, "POST": Inbox._add_fault, "DELETE": Inbox._delete_faults},
-    ),
-    (r"/api/v1/faults/([\w.-]{1,40})", {"DELETE": Inbox._delete_fault}),
-)
+    (r"/api/v1/faults", {"GET": _made(Inbox._list_faults), "POST": _made(Inbox._add_fault),
+                         "DELETE": _made(Inbox._delete_faults)}),
+    (r"/api/v1/faults/([\w.-]{1,40})", {"DELETE": _made(Inbox._delete_fault)}),
+)  # fmt: skip
 
 
 def _route(method: str, path: str) -> tuple[_Action, tuple[str, ...]]:
@@ -24968,10 +25631,9 @@ def _route(method: str, path: str) -> tuple[_Action, tuple[str, ...]]:
 # The command line. Exit status 0; 1 for "no" or failed, with one line on standard error;
 # 2 for wrong usage. A command does one thing and prints what a person wants to know.
 #
-# Only here are there signal handlers, arguments, and text for the terminal.
+# Only here, and in SERVE, are there signal handlers, arguments, and text for the terminal.
 # ======================================================================================
 
-_CONFIG_DIR = "/etc/chasquid"
 _TRY_DOMAIN = "try.test"
 _TRY_USER = f"you@{_TRY_DOMAIN}"
 _TRY_PORTS = (2525, 2587, 2465)
@@ -25025,11 +25687,8 @@ _CAPTURE_MODULES = (
     "_strptime", "datetime", "dns.asyncresolver", "email.generator", "email.headerregistry",
     "email.message", "email.parser", "email.policy", "email.utils", "encodings.idna", "fnmatch",
     "hashlib", "hmac", "html", "idna", "idna.uts46data", "ipaddress", "precis_i18n.profile",
-    "shutil", "tempfile", "urllib.parse", "zoneinfo",
+    "shutil", "tempfile", "urllib.parse", "weakref", "zoneinfo",
 )  # fmt: skip
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 class _NowhereCourier:
@@ -25042,58 +25701,8 @@ class _NowhereCourier:
         return [Result(State.FAILED, "5.7.1", text)] * len(destinations)
 
 
-def _return_memory_at_once() -> None:
-    """Have glibc give large blocks back to the system as soon as they are free.
-
-    By itself it keeps what was freed, for each thread: after some logins, which take 16 MB
-    each, that would be 16 MB for every worker thread, for ever. See mallopt(3).
-    """
-    try:
-        import ctypes
-
-        mallopt = ctypes.CDLL(None).mallopt
-    except (ImportError, OSError, AttributeError):
-        return  # another C library, which does not keep them
-    mallopt(_M_MMAP_THRESHOLD, 1024 * 1024)
-    mallopt(_M_TRIM_THRESHOLD, 1024 * 1024)
-
-
-def run_daemon(daemon: Daemon, on_ready: Callable[[], object] = lambda: None) -> None:
-    """Run until SIGTERM or SIGINT; SIGHUP reads the files again. Raises ChasquidError.
-
-    Signals are minded before `on_ready` is called.
-    """
-    sys.setswitchinterval(0.0005)  # a finished fsync is noticed sooner while we compute
-    signal.set_wakeup_fd(daemon.loop.wakeup_fd, warn_on_full_buffer=False)
-    daemon.at_end(lambda: signal.set_wakeup_fd(-1))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: daemon.stop())
-    signal.signal(signal.SIGHUP, lambda *_: daemon.reload())
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
-
-    def ready() -> None:
-        _return_memory_at_once()  # loads ctypes, which a client that waits need not wait for
-        on_ready()
-
-    daemon.run(ready)
-
-
 def _load(arguments: argparse.Namespace) -> Config:
     return load_config(arguments.config_dir, arguments.config_overrides)
-
-
-def _serve(arguments: argparse.Namespace) -> int:
-    # whoever sees the ports open may ask for a reload, which would end us before it is minded
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
-    config = _load(arguments)
-    write_no_core()
-    account = account_of_server(config) if os.geteuid() == 0 else None
-
-    def examine() -> Sequence[Finding]:
-        return diagnose(facts_of(examine_files(config, ()), RealWorld(config)))
-
-    run_daemon(Daemon(config, examine=examine, account=account))
-    return 0
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -26087,6 +26696,7 @@ def _change(
         lock = DataDirectory(config.data_dir)
         lock.take()  # so that no server starts meanwhile
         try:
+            replay_journal(os.path.join(config.data_dir, JOURNAL_DIRECTORY))
             offline()
         except OSError as error:
             raise ChasquidError(f"data_dir cannot be written: {reason(error)}") from error
@@ -26438,7 +27048,7 @@ _VERBS: dict[str, _Verb] = {
         ),
         "make everything that a domain needs, and say what is left to do; again at any time",
     ),
-    "serve": _Verb(_serve, (), "run the server"),
+    "serve": _Verb(serve, (), "run the server"),
     "try": _Verb(
         _try,
         (
@@ -26689,23 +27299,13 @@ _VERBS: dict[str, _Verb] = {
 }
 
 
-# Options that stand before or after the command, and how many words follow each.
-_GLOBAL_OPTIONS = {"--config-dir": 1, "--config-overrides": 1, "--verbose": 0, "--version": 0}
-# As Go's flag package writes options, for the server and for chasquid-util.
-_GO_OPTIONS = {
-    "-C": "--config-dir", "-v": "--verbose", "-version": "--version", "-help": "--help",
-    "-config_dir": "--config-dir", "-config-dir": "--config-dir",
-    "-config_overrides": "--config-overrides", "-config-overrides": "--config-overrides",
-}  # fmt: skip
-
-
 def _argument_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """Return the parser, and those of the commands."""
     import argparse  # 7 ms, and no business of those who import the module
 
     parser = argparse.ArgumentParser(prog="chasquid", description="A mail server in one file.")
     parser.add_argument(
-        "--config-dir", default=_CONFIG_DIR, metavar="DIR",
+        "--config-dir", default=CONFIG_DIR, metavar="DIR",
         help="where chasquid.conf is (default: %(default)s); also -C DIR",
     )  # fmt: skip
     parser.add_argument(
@@ -26725,59 +27325,11 @@ def _argument_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argu
     return parser, subs
 
 
-def _in_our_spelling(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the options for all commands, and the rest, with Go's spelling undone.
-
-    Raises ValueError if an option lacks its value.
-    """
-    first: list[str] = []
-    rest: list[str] = []
-    queue = collections.deque(words)
-    while queue:
-        word = queue.popleft()
-        if word == "--" or (word == "sendmail" and all(one.startswith("-") for one in rest)):
-            rest += [word, *queue]
-            break
-        name, equals, value = word.partition("=")
-        name = _GO_OPTIONS.get(name, name)
-        if name.startswith("--"):
-            name = name.replace("_", "-")
-        follow = _GLOBAL_OPTIONS.get(name)
-        if follow is None:
-            rest.append(name + equals + value if word.startswith("-") else word)
-        elif not follow:
-            first.append(name)  # "-v=1" too
-        elif equals or queue:
-            first.append(f"{name}={value if equals else queue.popleft()}")
-        else:
-            raise ValueError(f"expected a value after {word}")
-    return first, rest
-
-
-def _plain_serve(words: Sequence[str]) -> Any:
-    """Parse what starts the server, without argparse, which would take as long as the start.
-
-    The value is None for anything else, mistakes too.
-    """
-    try:
-        first, rest = _in_our_spelling(words)
-    except ValueError:
-        return None
-    options = dict(word.partition("=")[::2] for word in first)
-    if rest not in ([], ["serve"]) or "--version" in options:
-        return None
-    return types.SimpleNamespace(
-        verb="serve" if rest else None,
-        config_dir=options.get("--config-dir", _CONFIG_DIR),
-        config_overrides=options.get("--config-overrides", ""),
-    )
-
-
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     """Parse arguments. Raises SystemExit with status 2 after a word on what is wrong."""
     parser, subs = _argument_parser()
     try:
-        first, rest = _in_our_spelling(words)
+        first, rest = in_our_spelling(words)
     except ValueError as error:
         parser.error(str(error))
     position = next((at for at, word in enumerate(rest) if not word.startswith("-")), None)
@@ -26785,7 +27337,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         command, options, own = rest[position], rest[:position], rest[position + 1 :]
         if command not in (*_VERBS, "help"):
             if options:
-                _unknown(parser, "option", options[0].partition("=")[0], _GLOBAL_OPTIONS)
+                _unknown(parser, "option", options[0].partition("=")[0], GLOBAL_OPTIONS)
             _unknown(parser, "command", command, _VERBS)
         rest = [command, *options, *(own if command != "sendmail" else ())]
     arguments, unknown = parser.parse_known_args(first + rest)
@@ -26812,31 +27364,22 @@ def _unknown(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
+    if (status := serve_if_asked(argv)) is not None:
+        return status
     words = sys.argv[1:] if argv is None else argv
     if argv is None and os.path.basename(sys.argv[0]) == "sendmail":
         words = ["sendmail", *words]
-    arguments = _plain_serve(words) or _parse(words)
-    config_dir = arguments.config_dir
+    arguments = _parse(words)
     if arguments.verb is None:
-        if not os.path.exists(os.path.join(config_dir, "chasquid.conf")):
-            program = sys.argv[0] if sys.argv[0].endswith((".py", ".pyz")) else ""
-            begin = f"python3 {program}" if program else "chasquid"
-            print(_BEGIN.format(version=__version__, program=begin, config_dir=config_dir), end="")
-            return 0
-        arguments.verb = "serve"
+        program = sys.argv[0] if sys.argv[0].endswith((".py", ".pyz")) else ""
+        begin = f"python3 {program}" if program else "chasquid"
+        config_dir = arguments.config_dir
+        print(_BEGIN.format(version=__version__, program=begin, config_dir=config_dir), end="")
+        return 0
     if getattr(arguments, "password", None) is not None:
         text = "warning: --password can be seen in the list of processes"
         print(f"chasquid: {text}", file=sys.stderr)
-    try:
-        return _VERBS[arguments.verb].action(arguments)
-    except ChasquidError as error:
-        print(f"chasquid: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read our output has seen enough
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return exit_status(lambda: _VERBS[arguments.verb].action(arguments))
 
 
 if __name__ == "__main__":

@@ -93,10 +93,12 @@ class Running:
             "mail_from": "eva@there.example", "rcpt_tos": ["ana@here.example"],
             "received": 1_700_000_000.25, **fields,
         }  # fmt: skip
+        client = chasquid.ClientInfo(
+            dialogue, chasquid.SMTP_PORT, "192.0.2.1", "client.example", True, "", ""
+        )
         captured = Captured(
-            chasquid.new_id(), values["received"], values["mail_from"], values["rcpt_tos"],
-            raw.replace(b"\n", b"\r\n"), peer="192.0.2.1", port="smtp", hello="client.example",
-            tls="", login="", smtputf8=False, dialogue=dialogue,
+            values["received"], client, values["mail_from"], values["rcpt_tos"],
+            raw=raw.replace(b"\n", b"\r\n"), smtputf8=False,
         )  # fmt: skip
         self.mailbox.add(captured)
         return captured.id

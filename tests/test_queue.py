@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import queue
+import re
 import shutil
 import tempfile
 import threading
@@ -1680,6 +1681,8 @@ class QueueMachine(RuleBasedStateMachine):
 
             async def finish(bench: Bench) -> None:
                 for _ in range(20):
+                    if not files(self._directory / "queue"):
+                        break
                     self.clock.advance(2000)
                     for _ in range(60):
                         await bench.loop.turn()
@@ -2468,5 +2471,45 @@ def test_a_file_that_cannot_be_closed_ends_nothing(
             patched.setattr(os, "close", broken)
             draft.discard()
         assert files(tmp_path / "queue", "tmp") == []
+
+    on_bench(tmp_path, test)
+
+
+def test_who_has_a_message_that_was_refused_after_all_is_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(bench: Bench) -> None:
+        bench.local.plan = {CAROL: [State.DEFERRED]}
+
+        async def refuse(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "full")
+
+        monkeypatch.setattr(chasquid.Disk, "create", refuse)
+        with pytest.raises(chasquid.QueueFull):
+            await bench.accept("ana@here.example", CAROL)
+        assert re.findall(r"event=(\S+) .*to=<(\S+)>", bench.mail_log) == [
+            ("delivered", "ana@here.example")
+        ]
+        assert bench.queue.count == 0
+
+    on_bench(tmp_path, test, durable=True)
+
+
+def test_a_file_that_is_gone_although_its_removal_failed_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.unlink
+
+    def unlink(path: str) -> None:
+        real(path)
+        raise OSError(errno.EIO, "broken", path)
+
+    async def test(bench: Bench) -> None:
+        monkeypatch.setattr(os, "unlink", unlink)
+        item = await bench.accept("eva@there.example")
+        await bench.quiet()
+        monkeypatch.undo()
+        assert bench.files() == []
+        assert lines(bench, item.id)[-1] == "done" and "lost" not in bench.mail_log
 
     on_bench(tmp_path, test)

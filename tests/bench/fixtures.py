@@ -12,9 +12,11 @@ server. Each measurement has a process of its own, and each peer is used as its 
 
 With STARTTLS, clients log in. aiosmtpd is handed a context with a certificate, once;
 smtpdfix makes a certificate before the clock starts, as its fixture does once in a process;
-chasquid makes its own at the first server. A whole process of pytest counts with all of
-that, and "without a server" is what pytest takes for as many empty tests. Only the ratios
-mean anything: a machine is never as quiet as it seems.
+chasquid makes its own at the first server. How many messages a second are captured, a client
+in a process of its own finds out, over a plain socket, with ten times as many messages as
+there are tests; to look at all their subjects counts too, for some parse a message only then.
+A whole process of pytest counts with all of that, and "without a server" is what pytest takes
+for as many empty tests. Only the ratios mean anything: a machine is never as quiet as it seems.
 """
 
 from __future__ import annotations
@@ -146,6 +148,62 @@ FIXTURES = {
 # --- what is measured, each in a process of its own ---
 
 
+class Client:
+    """The least that a client does: one command, one reply."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._socket = socket.create_connection((host, port), 20)
+        self._file = self._socket.makefile("rb")
+        self._read("220")
+        self.say("EHLO client.example", "250")
+
+    def say(self, line: str, code: str) -> None:
+        self._socket.sendall(f"{line}\r\n".encode())
+        self._read(code)
+
+    def _read(self, code: str) -> None:
+        line = self._file.readline()
+        while line[3:4] == b"-":
+            line = self._file.readline()
+        if line[:3] != code.encode():
+            sys.exit(f"expected {code}, and the server said: {line!r}")
+
+    def send(self) -> None:
+        self.say("MAIL FROM:<shop@here.example>", "250")
+        self.say("RCPT TO:<ana@here.example>", "250")
+        self.say("DATA", "354")
+        self.say(f"{MESSAGE}.", "250")
+
+    def quit(self) -> None:
+        self.say("QUIT", "221")
+        self._file.close()
+        self._socket.close()
+
+
+def send_many(host: str, port: int, count: int, in_one_session: bool) -> float:
+    """Return the seconds that it takes to send so many messages."""
+    start = time.perf_counter()
+    sessions, messages = (1, count) if in_one_session else (count, 1)
+    for _ in range(sessions):
+        client = Client(host, port)
+        for _ in range(messages):
+            client.send()
+        client.quit()
+    return time.perf_counter() - start
+
+
+def capture_many(fixture: Callable[[], Fixture], count: int, kind: str) -> float:
+    """Return the seconds that a message takes, of so many."""
+    with fixture() as (host, port, messages):
+        command = [sys.executable, "-m", "tests.bench.fixtures", "--send", kind, host, str(port)]
+        seconds = float(run([*command, str(count)], HERE))
+        start = time.perf_counter()
+        subjects = [message["Subject"] for message in messages()]
+        seconds += time.perf_counter() - start
+    assert subjects == [SUBJECT] * count
+    return seconds / count
+
+
 def send(host: str, port: int, context: ssl.SSLContext | None) -> None:
     with smtplib.SMTP(host, port, timeout=20) as client:
         if context is not None:
@@ -160,6 +218,8 @@ def measure_here(kind: str, name: str, tests: int, directory: Path) -> float:
     certificate = directory / "trusted.pem"
     begin = time.perf_counter()
     fixture = FIXTURES[name](tls, certificate)
+    if kind in _RATES:
+        return capture_many(fixture, 10 * tests, kind)
     context = None
     if tls:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -303,7 +363,10 @@ def run_pytest(kind: str, name: str, tests: int, directory: Path) -> float:
 
 # --- in turn ---
 
+_RATES = ("session", "sessions")
 _ROWS = {
+    "session": ("messages captured, all in one session", 0, "a second"),
+    "sessions": ("messages captured, each in a session of its own", 0, "a second"),
     "import": ("import, in a new interpreter", 1000, "ms"),
     "first": ("import and a first test, where smtplib is loaded", 1000, "ms"),
     "idle": ("start and stop", 1000, "ms"),
@@ -314,9 +377,9 @@ _ROWS = {
 }
 
 
-def compare(tests: int, rounds: int) -> None:
+def compare(tests: int, rounds: int, wanted: list[str]) -> None:
     names = [name for name in PEERS if is_there(name)]
-    kinds = [kind for kind in _ROWS if kind != "pytest -n 2" or is_there("xdist")]
+    kinds = [kind for kind in wanted if kind != "pytest -n 2" or is_there("xdist")]
     times: dict[tuple[str, str], list[float]] = {}
     py_compile.compile(str(HERE / "chasquid.py"))  # as pip does with what it installs
     for number in range(rounds):
@@ -327,7 +390,9 @@ def compare(tests: int, rounds: int) -> None:
             for name in all_names:
                 times.setdefault((kind, name), []).append(measure(kind, name, tests))
         print(f"round {number + 1} of {rounds} is done", file=sys.stderr, flush=True)
-    print(f"{tests} tests, {rounds} rounds; median (range), and the ratio to chasquid's\n")
+    print(
+        f"{tests} tests, {rounds} rounds; median (range), and the ratio of the time to chasquid's\n"
+    )
     for kind in kinds:
         title, factor, unit = _ROWS[kind]
         print(f"{title}:")
@@ -335,7 +400,7 @@ def compare(tests: int, rounds: int) -> None:
             if taken := times.get((kind, name)):
                 own = times[kind, "chasquid"]
                 ratios = [theirs / ours for theirs, ours in zip(taken, own, strict=True)]
-                shown = spread([each * factor for each in taken], unit)
+                shown = spread([each * factor if factor else 1 / each for each in taken], unit)
                 ratio = "" if name == "chasquid" else f"   {spread(ratios, 'times')}"
                 print(f"  {name or 'without a server':16} {shown:32}{ratio}")
 
@@ -356,10 +421,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tests", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", choices=_ROWS, help="measure no more than these")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--send", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         kind, name, directory = arguments.measure
         print(measure_here(kind, name, arguments.tests, Path(directory)))
+    elif arguments.send:
+        kind, host, port, count = arguments.send
+        print(send_many(host, int(port), int(count), kind == "session"))
     else:
-        compare(arguments.tests, arguments.rounds)
+        compare(arguments.tests, arguments.rounds, arguments.only or list(_ROWS))
