@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as pytest has it
 
 from disks import Disk, make_file_system, mounted
 
-from tests.bench.servers import PASSWORD, RECIPIENT, USER, Server, installed
+from tests.bench.servers import PASSWORD, RECIPIENT, RECORDS, USER, Server, installed
 from tests.interop.peers import NameServer
 from tests.interop.tools import LOOPBACK, program, wait_for
 
@@ -285,7 +285,7 @@ def run_round(results: Results, loads: Sequence[Load], names: Sequence[str], sha
         for name, kind in kinds.items():
             with (
                 place(load.disk) as (path, disk),
-                NameServer() as dns,
+                NameServer(RECORDS) as dns,
                 kind(path / "s", dns) as server,
             ):
                 if load.logins and not server.tls_port:

@@ -22,6 +22,8 @@ from tests.interop.tools import LOOPBACK, free_port, make_certificate, run
 
 RECIPIENT, USER, PASSWORD = "ana@here.example", "bob@here.example", "secret"
 DOMAIN = "here.example"
+# OpenSMTPD asks for the names of a client, and waits where there are none
+RECORDS = {"localhost": {"A": [LOOPBACK]}, "1.0.0.127.in-addr.arpa": {"PTR": ["localhost."]}}
 # where .ci/install-peers unpacks what cannot be installed beside Postfix
 PLACE = Path(os.environ.get("BENCH_PLACE", "/var/cache/chasquid-interop"))
 MAIL_MAILDIR = PLACE / "opensmtpd/usr/libexec/opensmtpd/mail.maildir"
@@ -119,7 +121,7 @@ class Alone(Single):
         super().__init__(directory, names)
         (directory / "resolv.conf").write_text(f"nameserver {LOOPBACK}\n")
         self._seen = {Path("/etc/resolv.conf"): directory / "resolv.conf"}
-        self._names = NameServer()
+        self._names = NameServer(RECORDS)
         self._names.port = 53
 
     def _run_alone(self, command: Iterable[object], *ports: int) -> None:
