@@ -3323,13 +3323,15 @@ class Disk:
             await self._loop.sleep(min(self._usual / 3, _LONGEST_WAIT))
 
     async def _make(self, batch: _Batch) -> None:
-        start = self._loop.clock.monotonic()
+        start, journal = self._loop.clock.monotonic(), self._journal
         try:
+            if journal is not None and journal.failure is not None:
+                raise ChasquidError(f"it has failed: {reason(journal.failure)}")
             async with self._using:
                 await self._make_durable(batch.changes)
-        except ChasquidError as error:  # there is no thread
+        except ChasquidError as error:  # that, or there is no thread
             for change in batch.changes:
-                change.error = OSError(errno.EAGAIN, f"the disk was not reached: {error}")
+                change.error = OSError(errno.EAGAIN, f"the disk is out of reach: {error}")
         finally:
             batch.done.set()
         self._last = len(batch.changes)

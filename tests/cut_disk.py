@@ -58,7 +58,7 @@ _HARMLESS = frozenset(
     scandir sched_getaffinity sched_yield set_blocking set_inheritable setgid setgroups setpgid
     setsid setuid stat statvfs strerror sysconf sysconf_names umask uname urandom waitpid walk
     waitstatus_to_exitcode sep linesep devnull pathsep pidfd_open eventfd get_terminal_size
-    getenv putenv unsetenv times initgroups memfd_create WNOHANG fchdir
+    posix_fadvise getenv putenv unsetenv times initgroups memfd_create WNOHANG fchdir
     """.split()
 )
 
