@@ -9599,7 +9599,7 @@ class Envelope(NamedTuple):
 
         Raises NewerItem, and ValueError, TypeError or KeyError if the line is no envelope.
         """
-        fields = _line_fields(json.loads(line), _ENVELOPE, _envelope_from_version_0)
+        fields = _line_fields(json.loads(line.decode()), _ENVELOPE, _envelope_from_version_0)
         return cls(
             sender=fields.pop("reverse_path"), final_recipients=fields.pop("recipients"), **fields
         )
@@ -9688,7 +9688,7 @@ class Item:
         it says what cannot be.
         """
         try:
-            value = json.loads(line)
+            value = json.loads(line.decode())
         except ValueError:
             return
         if not isinstance(value, dict) or not value.keys() & {"v", "results"}:
@@ -9904,13 +9904,23 @@ def parse_item_name(path: str) -> tuple[str, int]:
     return match[1], int(match[2])
 
 
+def _octets_from(path: str, offset: int) -> bytes:
+    """Return what a file holds from `offset` on. At the start there may be 100,000 to read."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        data = b""
+        while piece := os.pread(fd, CHUNK, offset + len(data)):
+            data += piece
+        return data
+    finally:
+        os.close(fd)
+
+
 def read_item(path: str) -> Item:
     """Read a file of the queue. Raises NewerItem, UnreadableItem, OSError."""
     id, size = parse_item_name(path)
     try:
-        with open(path, "rb") as file:
-            file.seek(size)
-            lines = file.read().split(b"\n")
+        lines = _octets_from(path, size).split(b"\n")
         envelope = Envelope.from_line(lines[0])
         if envelope.id != id:
             raise ValueError("its name is not the id of its envelope")
