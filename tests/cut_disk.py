@@ -478,6 +478,22 @@ class Model:
 
     # --- states ---
 
+    def running(self) -> dict[str, bytes | str]:
+        """Return the files and symbolic links that the running system sees."""
+        found: dict[str, bytes | str] = {}
+
+        def collect(path: str, directory: _Node) -> None:
+            for name, node in directory.seen.items():
+                if node.kind == "directory":
+                    collect(f"{path}{name}/", node)
+                elif node.kind == "link":
+                    found[path + name] = node.durable.decode()
+                else:
+                    found[path + name] = node.content("new")
+
+        collect("", self._root)
+        return found
+
     def states(self, chance: random.Random) -> Iterator[State]:
         """Yield what may be found if the power goes now: the extremes, and a sample."""
         edits, files = list(self._edits), list(self._files)
