@@ -404,7 +404,7 @@ def faulty(tmp_path: Path) -> Iterator[Callable[[str], Faulty]]:
 
         def start(remote: str) -> Faulty:
             server = stack.enter_context(Faulty(tmp_path, remote))
-            wait_for(lambda: "event=ready" in server.log_text(), "the journal to be used")
+            server.wait_until_ready()
             return server
 
         yield start
