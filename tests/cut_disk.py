@@ -33,9 +33,9 @@ from typing import Any, NamedTuple
 from os_layer import Layer
 
 BLOCK = 512  # octets that a device writes wholly or not at all
-_ENUMERATED = 16  # states of one moment that are all looked at; of more, some
-_SAMPLES = 4
-_PREFIXES = 2
+_ENUMERATED = 9  # states of one moment that are all looked at; of more, some
+_SAMPLES = 3
+_PREFIXES = 1
 
 
 class Op(NamedTuple):
@@ -58,7 +58,7 @@ _HARMLESS = frozenset(
     scandir sched_getaffinity sched_yield set_blocking set_inheritable setgid setgroups setpgid
     setsid setuid stat statvfs strerror sysconf sysconf_names umask uname urandom waitpid walk
     waitstatus_to_exitcode sep linesep devnull pathsep pidfd_open eventfd get_terminal_size
-    getenv putenv unsetenv times initgroups memfd_create WNOHANG fchdir
+    getenv putenv unsetenv times initgroups memfd_create WNOHANG posix_fadvise
     """.split()
 )
 
