@@ -20677,7 +20677,8 @@ class Changes:
         """Make a symbolic link, which must not be there, by a relative path. Raises OSError."""
         path = self._host.path(path)
         os.symlink(os.path.relpath(self._host.path(target), os.path.dirname(path)), path)
-        self._undo.append((path, lambda: os.unlink(path)))
+        self._undo.append((path, lambda: discard_names(path)))
+        sync_directory(os.path.dirname(path))
 
     def run(self, *argv: str, undo: Sequence[str] = ()) -> None:
         """Run a program that must succeed. Raises ChasquidError with the last line it said."""

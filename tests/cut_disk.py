@@ -33,9 +33,9 @@ from typing import Any, NamedTuple
 from os_layer import Layer
 
 BLOCK = 512  # octets that a device writes wholly or not at all
-_ENUMERATED = 16  # states of one moment that are all looked at; of more, some
-_SAMPLES = 4
-_PREFIXES = 2
+_ENUMERATED = 9  # states of one moment that are all looked at; of more, some
+_SAMPLES = 3
+_PREFIXES = 1
 
 
 class Op(NamedTuple):
@@ -58,7 +58,7 @@ _HARMLESS = frozenset(
     scandir sched_getaffinity sched_yield set_blocking set_inheritable setgid setgroups setpgid
     setsid setuid stat statvfs strerror sysconf sysconf_names umask uname urandom waitpid walk
     waitstatus_to_exitcode sep linesep devnull pathsep pidfd_open eventfd get_terminal_size
-    posix_fadvise getenv putenv unsetenv times initgroups memfd_create WNOHANG fchdir
+    getenv putenv unsetenv times initgroups memfd_create WNOHANG posix_fadvise
     """.split()
 )
 
@@ -477,6 +477,22 @@ class Model:
                 return
 
     # --- states ---
+
+    def running(self) -> dict[str, bytes | str]:
+        """Return the files and symbolic links that the running system sees."""
+        found: dict[str, bytes | str] = {}
+
+        def collect(path: str, directory: _Node) -> None:
+            for name, node in directory.seen.items():
+                if node.kind == "directory":
+                    collect(f"{path}{name}/", node)
+                elif node.kind == "link":
+                    found[path + name] = node.durable.decode()
+                else:
+                    found[path + name] = node.content("new")
+
+        collect("", self._root)
+        return found
 
     def states(self, chance: random.Random) -> Iterator[State]:
         """Yield what may be found if the power goes now: the extremes, and a sample."""

@@ -11,16 +11,18 @@ delivers what is left.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import random
 import re
 import select
 import shutil
 import socket
+import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,13 +30,15 @@ import pytest
 from cut_disk import Model, Op, Recorder, State, Unsynced
 from os_layer import copy_of_module
 from support import SECONDS, RunningClock, Server, greeted, wait_for
+from test_setup import FakeHost, quick_key
 
 import chasquid
 
 LARGE = 150_000
-STARTS = 3  # of a server, for each way
-RECOVERIES = 4  # which the power goes in as well
-SAMPLED = 12  # states of each of these that are looked at
+EMPTY_RECORD = 24  # octets
+STARTS = 2  # of a server, for each way
+RECOVERIES = 3  # which the power goes in as well
+SAMPLED = 6  # states of each of these that are looked at
 FINAL = {  # what each name at here.example stands for
     "ana": ["ana"], "team": ["ana", "ben"], "pipe": ["pipe"], "eva": ["eva"],
     "all": ["ana", "eva", "pipe"],
@@ -82,13 +86,13 @@ class Way(NamedTuple):
         return [letter for letters in self.rounds for letter in letters]
 
 
-FOUR = tuple(Letter(f"m{n}", "team") for n in range(4))
+THREE = tuple(Letter(f"m{n}", "team") for n in range(3))
 RETURNED = {"sender": "ana@here.example", "eva": "failed"}
 WAYS = {
     "new mailboxes": Way(
         ((Letter("a", "ana"),), (Letter("b", "team"),), (Letter("c", "ana"),)), settles=True
     ),
-    "several at once": Way((FOUR, (Letter("n", "team"), Letter("o", "ana")))),
+    "several at once": Way((THREE, (Letter("n", "team"), Letter("o", "ana")))),
     "large": Way(((Letter("a", "ana", LARGE),), (Letter("b", "team", LARGE), Letter("c", "ana")))),
     "deferred": Way(((Letter("a", "eva"), Letter("b", "eva", LARGE)),), ("deferred", "deferred")),
     "all kinds": Way(
@@ -189,7 +193,7 @@ def is_vouched_for(ops: Sequence[Op]) -> bool:
     for op in reversed(ops):
         if op == Op("sync all"):
             return False
-        if op.kind == "write" and op.handle in segments and b"\n" in op.data:
+        if op.kind == "write" and op.handle in segments and len(op.data) > EMPTY_RECORD:
             return True
     return False
 
@@ -499,3 +503,114 @@ def test_the_power_goes_on_the_way_of_a_message(name, scratch):
     for moment in chance.sample(found, STARTS):
         examiner.start(moment, ops)
     print(f"{len(ops)} calls, {dict(examiner.figures)}")
+
+
+# --- what commands write ---
+
+
+def look_at_edits(
+    before: Path, ops: Sequence[Op], look: Callable[[State], None] = lambda state: None
+) -> int:
+    """Look at what a command leaves that is cut: each file as it was, or as it became, never half.
+
+    When it has ended, all is durable. `look` is asked about each state as well. Returns how many
+    there were.
+    """
+    chance, model = random.Random(1), Model(before)
+    began = model.running()
+    whole: dict[str, set[bytes | str]] = {name: {content} for name, content in began.items()}
+    for op in ops:  # a file counts when it gets the name that it is read by
+        model.apply(op)
+        after = model.running()
+        for name in {op.path, op.other} & after.keys() if op.kind != "create" else ():
+            whole.setdefault(name, set()).add(after[name])
+    seen = set()
+    for number, state in states(ops, Model(before), chance):
+        if state.fingerprint in seen:
+            continue
+        seen.add(state.fingerprint)
+        there = {name: content for name, content in state.files.items() if content is not None}
+        for name, content in there.items():
+            is_temporary = name not in after and name not in began
+            text = f"after call {number}, {ops[number]}: {name} is in part"
+            assert is_temporary or content in whole.get(name, ()), text
+        lost = began.keys() & after.keys() - there.keys()
+        assert not lost, f"after call {number}, {ops[number]}: {lost} is lost"
+        look(state)
+    for state in model.states(chance):
+        durable = {name: content for name, content in state.files.items() if content is not None}
+        assert durable == after, f"not durable: {durable.keys() ^ after.keys()}"
+    return len(seen)
+
+
+def copied(directory: Path, copy: Path) -> Path:
+    shutil.copytree(directory, copy, symlinks=True)
+    return copy
+
+
+@pytest.mark.parametrize("domain", ["here.example", "new.example"])
+def test_the_power_goes_as_a_user_is_added(domain, commands, scratch):
+    before = copied(commands.config_dir, scratch / "before")
+    recorder = Recorder(str(commands.config_dir))
+    words = ["--config-dir", str(commands.config_dir), "user-add", f"new@{domain}"]
+    assert copy_of_module(recorder).main([*words, "--password", "a long password"]) == 0
+
+    def look(state: State) -> None:
+        state.write(scratch / "state")
+        users = chasquid.load_users(str(scratch / "state" / "domains" / "here.example"))
+        assert "ana" in users
+        shutil.rmtree(scratch / "state")
+
+    assert look_at_edits(before, recorder.ops, look) > 3
+
+
+def test_the_power_goes_as_a_domain_is_set_up(scratch):
+    def init(host: FakeHost, module: Any) -> None:
+        wanted = module.SetupRequest("ana", "example.com", config_dir="/etc/chasquid")
+        setup = module.Setup(host, wanted, time.time(), quick_key)
+        module.carry_out(setup, host, lambda *told: None, False)
+
+    system = scratch / "system"
+    host = FakeHost(system)
+    before = copied(system, scratch / "before")
+    recorder = Recorder(str(system))
+    init(host, copy_of_module(recorder))
+    assert look_at_edits(before, recorder.ops) > 20
+
+
+def test_the_power_goes_as_a_certificate_is_stored(scratch):
+    name, certs = "mail.here.example", scratch / "certs"
+    certs.mkdir()
+    before = copied(certs, scratch / "before")
+    recorder = Recorder(str(certs))
+    module = copy_of_module(recorder)
+    chain, key = module.self_signed_certificate([name], time.time())
+    files = module.FetchedCertificate(str(certs / name))
+    files.store(name, module.parse_ec_key(key.encode(), "key"), chain.encode())
+
+    def look(state: State) -> None:
+        state.write(scratch / "state")
+        there = chasquid.FetchedCertificate(str(scratch / "state" / name))
+        if os.path.exists(there.chain):  # without one, another is asked for
+            chasquid.server_tls_context(there.chain, there.private_key)
+        shutil.rmtree(scratch / "state")
+
+    assert look_at_edits(before, recorder.ops, look) > 10
+
+
+def test_the_power_goes_as_a_message_is_submitted_without_a_server(scratch, monkeypatch):
+    (scratch / "disk").mkdir()
+    with OnLayer(scratch, Recorder(str(scratch / "disk"))):
+        pass
+    recorder = Recorder(str(scratch / "disk"))
+    before = copied(scratch / "disk", scratch / "before")
+    letter = Letter("a", "all", 70_000)  # not in memory alone
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(letter.data)))
+    words = ["--config-dir", str(scratch / "config"), "sendmail", "-i", "all@here.example"]
+    assert copy_of_module(recorder).main(words) == 0
+    recorder.mark("accepted a")
+    shutil.rmtree(scratch / "disk")
+    examiner = Examiner(scratch, [letter])
+    for moment in moments(recorder.ops, Model(before), [letter], random.Random(1)):
+        examiner.look(moment, recorder.ops)
+    assert examiner.figures["letters"]

@@ -15,6 +15,8 @@ import os
 import random
 import re
 import smtplib
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -30,7 +32,7 @@ import chasquid as module
 
 from .peers import NameServer
 from .server import Chasquid
-from .tools import LOOPBACK, free_port, need_disks
+from .tools import LOOPBACK, free_port, need_disks, program
 
 ROUNDS = int(os.environ.get("CUT_ROUNDS", "1"))
 CUTS = ("none", "random", "all", "random")
@@ -172,6 +174,72 @@ def found_after(cut: Cut, server: Chasquid) -> Found:
             client.noop()
         server.stop()
         return Found(path / "data")
+
+
+RUN = """
+import shutil, sys
+from pathlib import Path
+shutil.rmtree = lambda path: None  # it would not be recorded
+import test_cut_disk
+for op in test_cut_disk.run(test_cut_disk.WAYS["all kinds"], Path(sys.argv[1])):
+    if op.kind != "mark":
+        print(op.kind.replace(" ", "-"), op.path or "-", op.other or "-", len(op.data))
+"""
+CHANGING = (
+    "open,openat,creat,write,pwrite64,writev,pwritev,pwritev2,truncate,ftruncate,fallocate,"
+    "rename,renameat,renameat2,link,linkat,symlink,symlinkat,unlink,unlinkat,mkdir,mkdirat,rmdir,"
+    "copy_file_range,sendfile,splice,mmap"
+)
+NAMED = ("rename", "link", "symlink", "unlink", "mkdir", "rmdir")
+
+
+def seen_by_kernel(trace: str, disk: Path) -> Counter[tuple[str, ...]]:
+    """Return the calls that changed something below `disk`, from what strace has written."""
+    found: Counter[tuple[str, ...]] = Counter()
+    for name, arguments, result in re.findall(r"^(\w+)\((.*)\) += (\d+)", trace, re.MULTILINE):
+        paths = re.findall(rf'"{disk}/([^"]+)"', arguments)
+        on_file = re.match(rf"\d+<{disk}/", arguments)
+        kind = name.removesuffix("2").removesuffix("at")
+        if on_file and name in ("write", "pwrite64"):
+            found["write", result] += 1
+        elif paths and name == "openat":
+            if "O_CREAT" in arguments:
+                found["create", *paths] += 1
+        elif paths and kind in NAMED:
+            found[kind, *paths] += 1
+        elif (
+            paths
+            or on_file
+            or name == "mmap"
+            and f"<{disk}/" in arguments
+            and "MAP_SHARED" in arguments
+        ):
+            found[name, arguments] += 1
+    return found
+
+
+def test_no_call_passes_by_the_recorder(place: Path) -> None:
+    tests, disk = Path(__file__).resolve().parent.parent, place / "run" / "disk"
+    command = [program("strace"), "-ff", "-y", "-s", "0", "-qq", "-e", f"trace={CHANGING}"]
+    disk.parent.mkdir()
+    done = subprocess.run(
+        [*command, "-o", place / "trace", sys.executable, "-c", RUN, disk.parent],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}"},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    recorded: Counter[tuple[str, ...]] = Counter()
+    for kind, path, other, octets in map(str.split, done.stdout.splitlines()):
+        if kind == "write":
+            recorded["write", octets] += 1
+        elif kind in ("create", *NAMED):
+            recorded[kind, path, *([other] if other != "-" else [])] += 1
+    traces = "".join(path.read_text() for path in place.glob("trace.*"))
+    assert len(recorded) > 30
+    kernel = seen_by_kernel(traces, disk)
+    assert (recorded - kernel, kernel - recorded) == (Counter(), Counter())
 
 
 def test_every_250_counts_after_a_cut(names: NameServer, place: Path) -> None:
