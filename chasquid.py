@@ -3395,20 +3395,19 @@ class Disk:
         """Save all that a failed journal vouches for, then begin a new one."""
         failure: Exception | None = journal.failure
         pause, longest = _RECOVERY_PAUSES
-        async with self._using:
-            while failure is not None:
-                text = "the disk has failed, and no mail is taken until all of the last seconds"
-                self._tell(f"{text} is written anew: {reason(failure)}")
-                await self._settled()
-                try:
+        while failure is not None:
+            text = "the disk has failed, and no mail is taken until all of the last seconds"
+            self._tell(f"{text} is written anew: {reason(failure)}")
+            await self._settled()
+            try:
+                async with self._using:  # not in the pauses: what is asked for then is refused
                     await self._loop.work(journal.end)
-                    failure = None
-                except (ChasquidError, OSError) as error:
-                    failure = error
-                    await self._loop.sleep(pause)
-                    pause = min(2 * pause, longest)
-            self._journal = None
-            await self.open_journal(journal.directory, journal.segment_size)
+                    self._journal = failure = None
+                    await self.open_journal(journal.directory, journal.segment_size)
+            except (ChasquidError, OSError) as error:
+                failure = error
+                await self._loop.sleep(pause)
+                pause = min(2 * pause, longest)
         self._recovery = None
 
     def _tell(self, text: str) -> None:

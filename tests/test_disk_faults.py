@@ -490,8 +490,17 @@ def test_a_disk_fails_for_a_while(faulty, way):
         server.rest()
         assert all_kinds("still") < len(kinds)
     assert not server.below.trusted
-    disk = server.daemon._disk
-    wait_for(lambda: disk._recovery is None, "all that was accepted to be safe")
+
+    def takes_mail_again() -> bool:
+        """After a failed sync it does so once all of before is safe."""
+        with contextlib.closing(greeted(server)) as wire:
+            data = content("is it safe", 100)
+            taken = send(wire, data, "ana@here.example").startswith("250 ")
+            if taken:
+                accepted.append((CASES["a mailbox"], data))
+            return taken
+
+    wait_for(takes_mail_again, "the server to take mail again")
     for kind in kinds:  # the third error would end the dialogue
         wires[kind].close()
         wires[kind] = greeted(server)

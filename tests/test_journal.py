@@ -421,6 +421,33 @@ def test_what_the_journal_vouches_for_is_synced_after_a_while(place, monkeypatch
     assert place.replay() == 0
 
 
+def test_while_nothing_can_be_synced_all_is_refused_at_once(place, monkeypatch):
+    monkeypatch.setattr(chasquid, "_RECOVERY_PAUSES", (0.2, 0.2))
+    syncs = {"fsync": os.fsync, "fdatasync": os.fdatasync}
+
+    def fails(fd):
+        raise OSError(errno.EIO, "broken")
+
+    async def call(loop, disk):
+        async def create(name):
+            await disk.create(place.path(name, "tmp"), b"x", place.path(name))
+
+        await create("a")
+        for name in syncs:
+            monkeypatch.setattr(os, name, fails)
+        for n in range(5):
+            with pytest.raises(OSError, match="broken"), loop.deadline(0.15):
+                await create(f"refused{n}")
+        for name, sync in syncs.items():
+            monkeypatch.setattr(os, name, sync)
+        while disk._recovery is not None:
+            await loop.sleep(0.01)
+        await create("b")
+
+    on_disk(place, call)
+    assert place.content() == {"new/a": b"x", "new/b": b"x"}
+
+
 def test_a_failed_sync_is_told_and_mail_goes_on_when_all_is_safe(place, monkeypatch):
     real, left = os.fdatasync, [1]
 
