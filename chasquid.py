@@ -3368,24 +3368,32 @@ class Disk:
             self._recovery = self._loop.spawn(self._recover(journal), "journal recovers")
 
     async def _recover(self, journal: Journal) -> None:
-        """Save all that a failed journal vouches for, then begin a new one."""
+        """Save all that a failed journal vouches for, then begin a new one.
+
+        In the pauses between attempts, whoever asks for something is refused at once.
+        """
         failure: Exception | None = journal.failure
         pause, longest = _RECOVERY_PAUSES
-        async with self._using:
-            while failure is not None:
-                text = "the disk has failed, and no mail is taken until all of the last seconds"
-                self._tell(f"{text} is written anew: {reason(failure)}")
-                await self._settled()
-                try:
-                    await self._loop.work(journal.end)
-                    failure = None
-                except (ChasquidError, OSError) as error:
-                    failure = error
-                    await self._loop.sleep(pause)
-                    pause = min(2 * pause, longest)
-            self._journal = None
-            await self.open_journal(journal.directory, journal.segment_size)
+        while failure is not None:
+            text = "the disk has failed, and no mail is taken until all of the last seconds"
+            self._tell(f"{text} is written anew: {reason(failure)}")
+            async with self._using:
+                failure = await self._begin_anew(journal)
+            if failure is not None:
+                await self._loop.sleep(pause)
+                pause = min(2 * pause, longest)
         self._recovery = None
+
+    async def _begin_anew(self, journal: Journal) -> Exception | None:
+        """Return why that cannot be done yet. The journal must be held."""
+        await self._settled()
+        try:
+            await self._loop.work(journal.end)
+        except (ChasquidError, OSError) as error:
+            return error
+        self._journal = None
+        await self.open_journal(journal.directory, journal.segment_size)
+        return None
 
     def _tell(self, text: str) -> None:
         if self._log is not None:

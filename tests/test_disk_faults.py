@@ -510,6 +510,12 @@ def test_a_disk_fails_for_a_while(faulty, way):
         server.rest()
         assert all_kinds("still") < len(kinds)
     assert not server.below.trusted
+
+    def taken_again() -> bool:
+        with greeted(server) as wire:
+            return send(wire, content("probe", 100), "ana@here.example").startswith("250 ")
+
+    wait_for(taken_again, "mail to be taken again")  # what was in the journal is written before
     assert all_kinds("after") == len(kinds)
     server.remote.state = "sent"
 
