@@ -3018,7 +3018,8 @@ class Journal:
                 undo.callback(segments[-1].close)
             self._resources = undo.pop_all()
         self._active, self._other = segments
-        self._epoch = max(self._active.epoch, self._other.epoch, time.time_ns())
+        # above all that the segments have held, even if the clock was set back
+        self._epoch = max(self._active.epoch + 1, self._other.epoch + 1, time.time_ns())
         self._active.begin(self._epoch)
 
     @property
@@ -3316,7 +3317,8 @@ class Disk:
     async def _make_durable(self, changes: Sequence[Change]) -> None:
         journal = self._journal
         if journal is None:
-            await self._loop.work(lambda: make_durably(changes))
+            async with self._moving:
+                await self._loop.work(lambda: make_durably(changes))
             return
         while not await self._loop.work(lambda: journal.commit(changes)):
             await self._settled()
