@@ -2559,7 +2559,8 @@ class FreeSpace:
 #   first record that does not fit ends it: that was torn, and nobody was answered.
 # - Replay makes each file as the records say, in their order, unless it is there with these
 #   octets: in new, or wherever in cur a mail reader or an attempt has moved it. The octets are
-#   compared, since after a cut a file can have its size and hold zeros.
+#   compared, since after a cut a file can have its size and hold zeros; and as the disk has them,
+#   since the system's memory goes on showing what a failed sync has lost.
 # - It is replayed after each end but an orderly one. (To trust in the files as long as the
 #   machine runs would lose mail if a disk was pulled out and came back.) So mail that somebody
 #   took away in the last seconds may come back, and a message may come twice; none is lost.
@@ -2787,7 +2788,8 @@ class Segment:
     def __init__(self, path: str) -> None:
         # names below data_dir are written without it: a disk may come back in another place
         self._top = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(path))), "")
-        head = read_file(path)[:_RECORD_HEAD]
+        with open(path, "rb") as file:
+            head = file.read(_RECORD_HEAD)
         if head[:7] == _MAGIC[:7] and head[:8] != _MAGIC:
             text = "it is of a newer chasquid, which must be started first to take up what it holds"
             raise ConfigError(path, 0, text)
@@ -2873,16 +2875,25 @@ class _FileState:
         elif entry.kind == "grow":
             self.grown.append((entry.offset, entry.data))
 
-    def find(self) -> str | None:
-        """Return what the file is called now: in new or cur, or with flags of a mail reader."""
+    def names(self) -> list[str]:
+        """Return what the file is called now: in new or cur, or with flags of a mail reader.
+
+        A cut may have left it both names of a move, and they may be of two files if another
+        cut came when one of them was written anew. The first is then the one that counts.
+        """
         above, name = os.path.split(self.path)
         top = os.path.dirname(above)
-        for path in (self.path, os.path.join(top, "cur", name), os.path.join(top, "new", name)):
-            if os.path.exists(path):
-                return path
-        with contextlib.suppress(FileNotFoundError), os.scandir(os.path.join(top, "cur")) as there:
-            return next((entry.path for entry in there if entry.name.startswith(f"{name}:")), None)
-        return None
+        usual = (self.path, os.path.join(top, "cur", name), os.path.join(top, "new", name))
+        found = list(filter(os.path.exists, dict.fromkeys(usual)))
+        if not found:
+            cur = os.path.join(top, "cur")
+            with contextlib.suppress(FileNotFoundError), os.scandir(cur) as there:
+                found = [entry.path for entry in there if entry.name.startswith(f"{name}:")]
+        return found
+
+    def find(self) -> str | None:
+        """Return the name that counts, if the file is there."""
+        return next(iter(self.names()), None)
 
     def restore(self, found: str | None, trusted: bool) -> bool:
         """Make the file what it must be, durably; tell whether it had to be written.
@@ -2909,6 +2920,8 @@ class _FileState:
     @staticmethod
     def _has(path: str, offset: int, data: bytes) -> bool:
         with open(path, "rb", buffering=0) as file:
+            if sys.platform == "linux":  # forget what memory has, and look at the disk
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             return os.pread(file.fileno(), len(data), offset) == data
 
     def _write(self, path: str, has_base: bool) -> None:
@@ -2960,9 +2973,14 @@ def replay_journal(directory: str) -> int:
         segments = [Segment(path) for path in paths if os.path.exists(path)]
         states = _file_states(segments)
         written = 0
+        with contextlib.suppress(OSError):  # what is on its way to the disk cannot be forgotten
+            _sync_all(_directories(states.values()))
         for state in states.values():
-            written += state.restore(state.find(), trusted=True)
-        _sync_all({os.path.dirname(state.find() or state.path) for state in states.values()})
+            names = state.names()
+            written += state.restore(names[0] if names else None, trusted=True)
+            for other in names[1:]:
+                os.unlink(other)
+        _sync_all(_directories(states.values()))
         for segment in segments:
             segment.drop()
     except OSError as error:
@@ -2972,6 +2990,10 @@ def replay_journal(directory: str) -> int:
         for segment in segments:
             segment.close()
     return written
+
+
+def _directories(states: Iterable[_FileState]) -> set[str]:
+    return {os.path.dirname(state.find() or state.path) for state in states}
 
 
 def _sync_all(directories: Iterable[str]) -> None:
@@ -3033,15 +3055,15 @@ class Journal:
         What fails is noted in each change; in all that is asked for after a sync has failed.
         """
         covered, others = self._divide(changes)
-        if sum(len(change.data) for change in covered) > self.segment_size // 2:
-            covered, others = [], [*covered, *others]
         entries = [(change.entry(), change.data) for change in covered]
         waits = any(not isinstance(change, Removal) for change in covered)
         try:
             if self.failure is not None:
                 raise self.failure
             if entries and not self._active.append(entries, synced=waits):
-                return False
+                if not self.is_empty:
+                    return False
+                covered, others = [], [*covered, *others]  # no segment has room for it
         except OSError as error:
             self.failure = error
             for change in covered:
@@ -3302,13 +3324,15 @@ class Disk:
             await self._loop.sleep(min(self._usual / 3, _LONGEST_WAIT))
 
     async def _make(self, batch: _Batch) -> None:
-        start = self._loop.clock.monotonic()
+        start, journal = self._loop.clock.monotonic(), self._journal
         try:
+            if journal is not None and journal.failure is not None:
+                raise ChasquidError(f"it has failed: {reason(journal.failure)}")
             async with self._using:
                 await self._make_durable(batch.changes)
-        except ChasquidError as error:  # there is no thread
+        except ChasquidError as error:  # that, or there is no thread
             for change in batch.changes:
-                change.error = OSError(errno.EAGAIN, f"the disk was not reached: {error}")
+                change.error = OSError(errno.EAGAIN, f"the disk is out of reach: {error}")
         finally:
             batch.done.set()
         self._last = len(batch.changes)
@@ -9577,7 +9601,7 @@ class Envelope(NamedTuple):
 
         Raises NewerItem, and ValueError, TypeError or KeyError if the line is no envelope.
         """
-        fields = _line_fields(json.loads(line), _ENVELOPE, _envelope_from_version_0)
+        fields = _line_fields(json.loads(line.decode()), _ENVELOPE, _envelope_from_version_0)
         return cls(
             sender=fields.pop("reverse_path"), final_recipients=fields.pop("recipients"), **fields
         )
@@ -9666,7 +9690,7 @@ class Item:
         it says what cannot be.
         """
         try:
-            value = json.loads(line)
+            value = json.loads(line.decode())
         except ValueError:
             return
         if not isinstance(value, dict) or not value.keys() & {"v", "results"}:
@@ -9882,13 +9906,23 @@ def parse_item_name(path: str) -> tuple[str, int]:
     return match[1], int(match[2])
 
 
+def _octets_from(path: str, offset: int) -> bytes:
+    """Return what a file holds from `offset` on. At the start there may be 100,000 to read."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        data = b""
+        while piece := os.pread(fd, CHUNK, offset + len(data)):
+            data += piece
+        return data
+    finally:
+        os.close(fd)
+
+
 def read_item(path: str) -> Item:
     """Read a file of the queue. Raises NewerItem, UnreadableItem, OSError."""
     id, size = parse_item_name(path)
     try:
-        with open(path, "rb") as file:
-            file.seek(size)
-            lines = file.read().split(b"\n")
+        lines = _octets_from(path, size).split(b"\n")
         envelope = Envelope.from_line(lines[0])
         if envelope.id != id:
             raise ValueError("its name is not the id of its envelope")
@@ -10567,13 +10601,16 @@ def recover_queue(directory: str, log: Log, now: float) -> list[FoundFile]:
     except OSError as error:
         text = f"the queue cannot be written: {error.strerror}"
         raise ConfigError(error.filename or directory, 0, text) from error
-    found: list[FoundFile] = []
+    found: dict[str, FoundFile] = {}
     for place in (Place.NEW, Place.CUR):
         files = list_queue(directory, place)
-        found += files.found
+        for file in files.found:
+            if file.id in found:
+                _forget_old_name(found[file.id].path, file.path, log)
+            found[file.id] = file
         for path, why in files.unreadable:
             set_aside(directory, log, path, why)
-    return found
+    return list(found.values())
 
 
 def set_aside(directory: str, log: Log, path: str, why: str) -> None:
@@ -10583,6 +10620,16 @@ def set_aside(directory: str, log: Log, path: str, why: str) -> None:
         os.rename(path, os.path.join(directory, Place.BAD, os.path.basename(path)))
     except OSError as error:
         log.error("queue", f"{path} stays where it is: {reason(error)}")
+
+
+def _forget_old_name(old: str, new: str, log: Log) -> None:
+    """Remove the name that a file had before it moved, if a power cut has left it both.
+
+    Or it would be delivered once more, by the start after this one.
+    """
+    with contextlib.suppress(OSError):
+        if os.path.samefile(old, new):
+            _sweep(old, log)
 
 
 def _sweep(path: str, log: Log) -> None:
@@ -20635,7 +20682,8 @@ class Changes:
         """Make a symbolic link, which must not be there, by a relative path. Raises OSError."""
         path = self._host.path(path)
         os.symlink(os.path.relpath(self._host.path(target), os.path.dirname(path)), path)
-        self._undo.append((path, lambda: os.unlink(path)))
+        self._undo.append((path, lambda: discard_names(path)))
+        sync_directory(os.path.dirname(path))
 
     def run(self, *argv: str, undo: Sequence[str] = ()) -> None:
         """Run a program that must succeed. Raises ChasquidError with the last line it said."""

@@ -25,9 +25,11 @@ import base64
 import collections
 import contextlib
 import itertools
+import json
 import os
 import random
 import re
+import signal
 import socket
 import ssl
 import statistics
@@ -44,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from interop.peers import NameServer
 from interop.server import PROGRAM, Chasquid, Setting
 from interop.tools import LOOPBACK
-from support import trusting
+from support import trusting, wait_for
 
 PATIENCE = 30.0  # seconds, for one reply
 SILENCE = 2.0  # seconds for which the server waits here for who says nothing
@@ -53,13 +55,32 @@ _AT_A_TIME = 4000  # sessions of ours; each takes a descriptor
 _WORKERS = 8  # threads of the server, which come when they are needed
 _TROUBLE = (OSError, EOFError, ssl.SSLError, asyncio.IncompleteReadError, asyncio.TimeoutError)
 
-# Sets constants of the module, and runs its command line.
+# Sets constants of the module, and runs its command line; says at SIGUSR1 what is in use. How
+# much memory the process has does not tell: what was free before is used first.
 _HURRIED = """
-import sys
-sys.path.insert(0, sys.argv[1])
+import ctypes, gc, json, os, signal, sys
+place, report, *arguments = sys.argv[1:]
+sys.path.insert(0, place)
 import chasquid
+
+class Malloc(ctypes.Structure):  # see mallinfo(3)
+    _fields_ = [(f"field{{number}}", ctypes.c_size_t) for number in range(10)]
+
+mallinfo = ctypes.CDLL(None).mallinfo2
+mallinfo.restype = Malloc
+
+def tell(*_):
+    gc.collect()
+    tasks = sum(isinstance(found, chasquid.Task) and not found.done for found in gc.get_objects())
+    info = mallinfo()
+    found = [sys.getallocatedblocks(), info.field4 + info.field7, tasks]
+    with open(report + ".new", "w") as file:
+        json.dump(found, file)
+    os.rename(report + ".new", report)
+
+signal.signal(signal.SIGUSR1, tell)
 chasquid.COMMAND_SECONDS = chasquid.TRANSFER_SECONDS = {silence}
-sys.exit(chasquid.main(sys.argv[2:]))
+sys.exit(chasquid.main(arguments))
 """
 
 
@@ -75,13 +96,34 @@ class Hurried(Chasquid):
             file.write("limit_loopback: true\n")
 
     @property
+    def _report(self) -> Path:
+        return self.directory / "in-use"
+
+    def in_use(self) -> InUse:
+        """Return what is in use in the process."""
+        self._report.unlink(missing_ok=True)
+        os.kill(self.pid, signal.SIGUSR1)
+        return InUse(*json.loads(wait_for(self._told, "the process to tell")))
+
+    def _told(self) -> str:
+        return self._report.read_text() if self._report.exists() else ""
+
+    @property
     def serve_command(self) -> list[str]:
         program = Path(PROGRAM)
         place = program if program.suffix == ".pyz" else program.parent
         return [
-            *[sys.executable, "-c", _HURRIED.format(silence=SILENCE), str(place)],
-            *["--config-dir", str(self.config_dir), "serve"],
+            *[sys.executable, "-c", _HURRIED.format(silence=SILENCE)],
+            *[str(place), str(self._report), "--config-dir", str(self.config_dir), "serve"],
         ]
+
+
+class InUse(NamedTuple):
+    """What a server has in use: Python's small objects, octets of all else, tasks."""
+
+    objects: int
+    octets: int
+    tasks: int
 
 
 class Held(NamedTuple):
@@ -350,12 +392,11 @@ class Traffic:
         self.begun += 1
         self.ends[kind] += 1
         few = self._random.random() < 0.5  # some have one address for many sessions
-        net = f"127.2.{self._random.randrange(4)}" if not few else "127.3.0"
         host = self._random.randrange(1, 5 if few else 255)
         port = self._server.tls_port if kind == "silence instead of TLS" else self._server.smtp_port
         talk = None
         with contextlib.suppress(*_TROUBLE):
-            talk = await talk_to(port, f"{net}.{host}")
+            talk = await talk_to(port, f"127.{3 if few else 2}.0.{host}")
             await HOSTILE[kind](talk)
         if talk is not None:
             talk.close()
@@ -370,7 +411,7 @@ class Traffic:
     async def _attempt(self, letter: Letter) -> bool:
         self.begun += 1
         letter.attempts += 1
-        address = f"127.1.{self._random.randrange(256)}.{self._random.randrange(1, 255)}"
+        address = f"127.1.0.{self._random.randrange(1, 255)}"
         talk, sent = None, False
         try:
             tls = trusting() if letter.far else None
@@ -488,6 +529,7 @@ class Outcome(NamedTuple):
     memory: list[float]
     before: Held
     after: Held
+    tasks: tuple[int, int]  # before and after
     wrong: list[str]  # what did not hold
 
 
@@ -535,12 +577,12 @@ async def _quiet(server: Chasquid, before: Held) -> Held:
         await asyncio.sleep(0.1)
 
 
-async def overload(server: Chasquid, far: Far, seconds: float, times: float) -> Outcome:
+async def overload(server: Hurried, far: Far, seconds: float, times: float) -> Outcome:
     """Offer `times` what the server takes for so many seconds, and see what becomes of it."""
     traffic = Traffic(server)
     await traffic.deliver(traffic.new_letter())  # the Maildir is made
     await traffic.deliver(traffic.new_letter(far=True))
-    before = held(server.pid)
+    before, tasks_before = held(server.pid), server.in_use().tasks
     capacity = await _capacity(traffic, max(3.0, seconds / 10))
     memory: list[float] = []
     watch = asyncio.create_task(_watch(server.pid, memory))
@@ -557,7 +599,7 @@ async def overload(server: Chasquid, far: Far, seconds: float, times: float) -> 
         any(server.data_dir.glob("queue/[nc]*/*")) and time.monotonic() < start + 3 * seconds + 120
     ):
         await asyncio.sleep(0.5)
-    after = await _quiet(server, before)
+    after, tasks_after = await _quiet(server, before), server.in_use().tasks
     wrong = [f"failed here: {task.exception()!r}" for task in done if task.exception()]
     wrong += misdelivered(traffic.letters, arrived(server) + far.taken)
     log = server.log()
@@ -569,12 +611,14 @@ async def overload(server: Chasquid, far: Far, seconds: float, times: float) -> 
         wrong.append(f"the memory grows, from {middle:.1f} to {last:.1f} MB")
     if after.descriptors > before.descriptors or after.threads > before.threads + _WORKERS:
         wrong.append(f"something is left: before {before}, after {after}")
+    if tasks_after > tasks_before + 1:  # the queue has one that reads what is due
+        wrong.append(f"tasks are left: {tasks_before} before, {tasks_after} after")
     shed = refused_connections(server)
     if not (shed or traffic.codes["421"]) or not traffic.codes["451"]:
         wrong.append(f"nothing was shed with 421, or with 451: {dict(traffic.codes)}")
     return Outcome(
         capacity, offered, len(traffic.letters), sum(one.attempts for one in traffic.letters),
-        dict(traffic.codes), shed, memory, before, after, wrong,
+        dict(traffic.codes), shed, memory, before, after, (tasks_before, tasks_after), wrong,
     )  # fmt: skip
 
 
@@ -592,7 +636,7 @@ def refused_connections(server: Chasquid) -> int:
 
 
 @contextlib.contextmanager
-def busy_server(directory: Path, far_port: int, monitoring_port: int) -> Iterator[Chasquid]:
+def busy_server(directory: Path, far_port: int, monitoring_port: int) -> Iterator[Hurried]:
     """Run a server that is easily overloaded."""
     records = {
         "dest.example": {"MX": ["10 mx.dest.example."]}, "mx.dest.example": {"A": [LOOPBACK]},
@@ -620,6 +664,7 @@ def report(outcome: Outcome) -> str:
         f"{memory[-1]:.1f} at last",
         f"before                    {outcome.before}",
         f"after                     {outcome.after}",
+        f"tasks before and after    {outcome.tasks}",
         *outcome.wrong[:20],
     ]
     return "\n".join(lines)
@@ -633,7 +678,7 @@ def main() -> int:
     parser.add_argument("--times", type=float, default=2.0)
     arguments = parser.parse_args()
 
-    async def all_of_it(server: Chasquid, far_port: int) -> Outcome:
+    async def all_of_it(server: Hurried, far_port: int) -> Outcome:
         far = Far()
         async with far.running(far_port):
             return await overload(server, far, arguments.seconds, arguments.times)

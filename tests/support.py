@@ -371,6 +371,8 @@ class Server:
         return chasquid.Daemon(config, **self._daemon_keywords)
 
     def start(self) -> None:
+        path = self.directory / "server.log"
+        self._log_start = len(self.log) if path.exists() else 0  # where that of this run begins
         self.daemon = self.make()
         self._thread = threading.Thread(target=self._run, name="server", daemon=True)
         self._thread.start()
@@ -388,6 +390,10 @@ class Server:
 
         loop.post(lambda: loop.spawn(turn(), "turns"))
         return turned
+
+    def wait_until_ready(self) -> None:
+        """Wait until all is open that a server keeps open; mail is taken before."""
+        wait_for(lambda: "event=ready" in self.log[self._log_start :], "the server to be ready")
 
     def stop(self) -> None:
         """Stop the server, and wait until it is down."""

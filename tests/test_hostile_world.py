@@ -79,7 +79,7 @@ def nothing_left(server: Server, tasks: int = 0) -> Iterator[None]:
 
     But for so many `tasks`: the queue has one that reads what is due.
     """
-    wait_for(lambda: server.daemon._loaded.is_set, "the libraries")
+    server.wait_until_ready()
     server.settle()
     before = held(server)
     yield
@@ -91,7 +91,7 @@ def nothing_left(server: Server, tasks: int = 0) -> Iterator[None]:
         fits = descriptors and now.threads <= before.threads and now.children <= before.children
         return fits and now.tasks <= before.tasks + tasks
 
-    wait_for(given_back, f"no more than {before}", 5)
+    wait_for(given_back, f"no more than {before}")
 
 
 def moving_clock(server: Callable[[], Server]) -> RunningClock:

@@ -310,6 +310,26 @@ def test_after_a_failed_sync_all_is_written_anew_and_the_segments_go(place, monk
     assert os.listdir(place.journal) == []
 
 
+def test_a_start_after_a_failed_sync_trusts_the_disk_alone(place, monkeypatch):
+    """What memory shows of a file is not what the disk has, until it is read from there."""
+    journal = place.open()
+    commit(journal, place.creation("a", b"x" * 99), place.creation("b", b"y"))
+    journal.close()
+
+    def forget(fd, offset, length, advice):
+        assert (offset, length, advice) == (0, 0, os.POSIX_FADV_DONTNEED)
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        if path == place.path("a") and path not in forgotten:
+            zeros(path)
+        forgotten.add(path)
+
+    forgotten: set[str] = set()
+    monkeypatch.setattr(os, "posix_fadvise", forget)
+    assert place.replay() == 1
+    assert forgotten == {place.path("a"), place.path("b")}
+    assert place.content() == {"new/a": b"x" * 99, "new/b": b"y"}
+
+
 def test_a_file_system_that_cannot_be_synced_as_a_whole_gets_no_journal(place, monkeypatch):
     monkeypatch.setattr(chasquid, "_file_system_type", lambda path: "vfat")
     with pytest.raises(OSError, match="cannot be synced as a whole"):
@@ -366,6 +386,22 @@ def test_many_tasks_write_more_than_the_journal_holds(place):
         f"cur/m{n}p{part}": b"%d" % n * 3000 + b"+" for n in range(30) for part in (0, 2, 4)
     }
     assert place.replay() == 0
+
+
+def test_so_many_changes_at_once_that_no_segment_has_room_for_them_are_made(place):
+    async def call(loop, disk):
+        async def one(n):
+            await disk.remove(place.path(f"{n:0200}"))
+
+        for n in range(1000):
+            Path(place.path(f"{n:0200}")).touch()
+        for task in [loop.spawn(one(n), "one") for n in range(1000)]:
+            await task.join()
+        assert place.content() == {}
+        await disk.create(place.path("a", "tmp"), b"x", place.path("a"))
+
+    on_disk(place, call)
+    assert place.content() == {"new/a": b"x"}
 
 
 def test_without_an_orderly_end_what_was_told_is_in_the_journal(place):

@@ -19,7 +19,7 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from email.message import EmailMessage
 from pathlib import Path
 from typing import Any, cast
@@ -1540,13 +1540,16 @@ class QueueMachine(RuleBasedStateMachine):
                 return results
 
         bench.queue = chasquid.Queue(
-            bench.loop, chasquid.Disk(bench.loop), record(self._directory, self.clock),
+            bench.loop, self.disk(bench.loop), record(self._directory, self.clock),
             chasquid.QueueSettings(str(bench.directory), HOST, GIVE_UP, 1000, "+"),
             chasquid.Couriers(
                 Courier(), Courier(), Courier(), bench.is_local, durable=self.durable
             ),
             itself, bench.is_local, lambda: 0.5, unsigned,
         )  # fmt: skip
+
+    def disk(self, loop: chasquid.Loop) -> chasquid.Disk:
+        return chasquid.Disk(loop)
 
     def attempt(self, delivery: Delivery, destination: Destination) -> Result:
         """Be the courier: on the thread of the loop, while the machine waits."""
@@ -1617,7 +1620,17 @@ class QueueMachine(RuleBasedStateMachine):
         tear=st.booleans(),
         changed=st.sampled_from([None, -1000.0, 500.0, 1e8]),
     )
-    def crash(self, turns: int, cut: int, tear: bool, changed: float | None) -> None:
+    def crash_anywhere(self, turns: int, cut: int, tear: bool, changed: float | None) -> None:
+        self.crash(turns, cut, tear, changed)
+
+    def crash(
+        self,
+        turns: int,
+        cut: int,
+        tear: bool,
+        changed: float | None,
+        damage: Callable[[Path], object] = lambda place: None,
+    ) -> None:
         self.go_on(turns)
         old, new = self._directory, self._home / str(next(self._numbers))
         shutil.copytree(old, new)
@@ -1626,6 +1639,7 @@ class QueueMachine(RuleBasedStateMachine):
             self.journaled |= self.this_life
         self.life.end()
         shutil.rmtree(old)
+        damage(new)
         if tear:
             self._tear(new / "queue", cut)
         if changed is not None:  # the times of files are hints, and no more
@@ -1746,6 +1760,65 @@ class DirectMachine(QueueMachine):
 
 TestDirectMachine = DirectMachine.TestCase
 TestDirectMachine.settings = TestQueueMachine.settings
+
+
+class JournalMachine(QueueMachine):
+    """The same with a journal, and crashes that are power cuts.
+
+    What was written since all was last synced may be gone, be as it was, hold zeros, or be cut
+    short, and what was removed since may be back: each as it falls.
+    """
+
+    def __init__(self) -> None:
+        self.synced: dict[str, bytes] = {}
+        super().__init__()
+
+    def disk(self, loop: chasquid.Loop) -> chasquid.Disk:
+        directory = str(self._directory / "journal")
+        chasquid.replay_journal(directory)
+        journal = chasquid.Journal(directory, 2 * chasquid.CHUNK)
+        settle = journal.settle
+
+        def settled(segment: chasquid.Segment) -> None:
+            self.synced = self._content()
+            settle(segment)
+
+        journal.settle = settled  # type: ignore[method-assign]
+        self.synced = self._content()
+        disk = chasquid.Disk(loop)
+        disk._journal = journal
+        return disk
+
+    def _content(self) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in _paths(self._directory / "queue")}
+
+    @rule(
+        turns=st.integers(0, 12),
+        losses=st.lists(st.sampled_from(["", "gone", "old", "zeros", "short"]), min_size=1),
+    )
+    def cut_power(self, turns: int, losses: list[str]) -> None:
+        self.go_on(turns)
+        synced, loss = self.synced, itertools.cycle(losses)
+        self.crash(turns=0, cut=0, tear=False, changed=None, damage=lambda place: [
+            _lose(path, next(loss), synced) for path in sorted(_paths(place / "queue"))
+        ])  # fmt: skip
+
+
+def _lose(path: Path, loss: str, synced: Mapping[str, bytes]) -> None:
+    """Take from a file what a power cut may take."""
+    old, new = synced.get(path.name, b""), path.read_bytes()
+    if loss == "gone" and path.name not in synced:
+        path.unlink()
+    elif loss == "old" and path.name in synced:
+        path.write_bytes(old)
+    elif loss == "zeros":
+        path.write_bytes(old + bytes(len(new) - len(old)))
+    elif loss == "short":
+        path.write_bytes(new[: (len(old) + len(new)) // 2])
+
+
+TestJournalMachine = JournalMachine.TestCase
+TestJournalMachine.settings = TestQueueMachine.settings
 
 
 # --- straight into the mailboxes ---

@@ -15,7 +15,7 @@ from pathlib import Path
 import load
 import pytest
 from bench.growth import fill_queue
-from load import Far, Held, Traffic, arrived, busy_server, held, misdelivered, overload
+from load import Far, Held, InUse, Traffic, arrived, busy_server, held, misdelivered, overload
 from support import wait_for
 
 from chasquid import ChasquidError, ask_running_server
@@ -23,7 +23,9 @@ from chasquid import ChasquidError, ask_running_server
 from .server import USERS, WORLD, Chasquid
 from .tools import free_port, unavailable
 
-SESSIONS = int(os.environ.get("SESSIONS", "10000"))  # half of them before memory is looked at
+SESSIONS = int(
+    os.environ.get("SESSIONS", "10000")
+)  # memory is looked at after a half and at the end
 SECONDS = float(os.environ.get("LOAD_SECONDS", "20"))
 WAITING = 100_000
 
@@ -55,18 +57,23 @@ def test_ten_thousand_sessions_of_mixed_ends_leave_nothing(place, ports) -> None
         assert set(traffic.ends) == set(kinds)
 
     with busy_server(place / "server", *ports) as server:
-        traffic = Traffic(server)
-        asyncio.run(some(traffic, SESSIONS // 2))
-        before = held(server.pid)
-        asyncio.run(some(traffic, SESSIONS // 2))
-        wait_for(
-            lambda: held(server.pid).descriptors <= before.descriptors, "all descriptors closed"
-        )
-        after = held(server.pid)
+        traffic, half = Traffic(server), SESSIONS // 2
+        asyncio.run(traffic.deliver(traffic.new_letter()))
+        idle, tasks = held(server.pid).descriptors, server.in_use().tasks
+
+        def after_half() -> tuple[Held, InUse]:
+            asyncio.run(some(traffic, half))
+            wait_for(lambda: held(server.pid).descriptors <= idle, "all descriptors to be closed")
+            wait_for(lambda: server.in_use().tasks <= tasks, "all tasks to end")
+            return held(server.pid), server.in_use()
+
+        (before, used_before), (after, used_after) = after_half(), after_half()
+        told = f"{used_before}, then {used_after}"
         assert after.threads <= before.threads
-        # half a kilobyte for each session would be seen
-        assert after.memory - before.memory < SESSIONS / 2 * 0.5 / 1024 + 0.5, (before, after)
-        assert not server.queue_ids()
+        # one object that is left of each session would be seen, or a hundred octets
+        assert used_after.objects - used_before.objects < half / 4 + 500, told
+        assert used_after.octets - used_before.octets < half * 100 + 200_000, told
+        assert not waiting(server)
         assert not list((server.data_dir / "queue" / "tmp").iterdir())
         assert not misdelivered(traffic.letters, arrived(server))
         assert "event=crash" not in server.log()
