@@ -3040,7 +3040,8 @@ class Journal:
                 undo.callback(segments[-1].close)
             self._resources = undo.pop_all()
         self._active, self._other = segments
-        self._epoch = max(self._active.epoch, self._other.epoch, time.time_ns())
+        # above all that the segments have held, even if the clock was set back
+        self._epoch = max(self._active.epoch + 1, self._other.epoch + 1, time.time_ns())
         self._active.begin(self._epoch)
 
     @property
@@ -3340,7 +3341,8 @@ class Disk:
     async def _make_durable(self, changes: Sequence[Change]) -> None:
         journal = self._journal
         if journal is None:
-            await self._loop.work(lambda: make_durably(changes))
+            async with self._moving:
+                await self._loop.work(lambda: make_durably(changes))
             return
         while not await self._loop.work(lambda: journal.commit(changes)):
             await self._settled()
@@ -10962,6 +10964,7 @@ _DELAY_NOTICE_SECONDS = 4 * 3600.0  # after which a sender hears that it takes l
 _DESTINATION_SLOTS = 5  # attempts at a time for one destination elsewhere
 _SLOTS = {RouteKind.LOCAL: _LOCAL_SLOTS, RouteKind.PIPE: _PIPE_SLOTS}
 _ANY_REMOTE: RouteKey = ()  # the route of all that is not local
+_RETRIED_TOGETHER = 64  # messages that an operator wants attempted
 _READY = 4  # messages read for each place, so that another is at hand when one is free
 
 
@@ -11208,13 +11211,9 @@ class Queue:
         originals = dict.fromkeys(recipient.original for recipient in envelope.final_recipients)
         self._log.count(Metrics.MESSAGES, "queued")
         self._log.event(
-            Events.QUEUED,
-            id=item.id,
-            from_=envelope.sender,
-            to=originals,
-            size=item.message.size,
-            **trace,
-        )
+            Events.QUEUED, id=item.id, from_=envelope.sender, to=originals,
+            size=item.message.size, **trace,
+        )  # fmt: skip
         for recipient in sent:
             self._tell(item, recipient, RouteKind.LOCAL, envelope.sender)
         if len(sent) == len(item.recipients):
@@ -11267,28 +11266,34 @@ class Queue:
     # --- what operators ask for: it raises ChasquidError if there is no such message ---
 
     async def retry(self, id: str) -> None:
-        """Attempt a message now instead of when it is due.
-
-        Its file says so too, which is what people are shown.
-        """
+        """Attempt a message now; its file says so too, which is what people are shown."""
         async with self._schedule.reading:
-            item = self._active.get(id)
-            if item is not None:
-                item.again = True  # the attempt under way would put it off at its end
-                return
-            item = await self._read_waiting(id)
-            item.due, item.next_attempt = self._loop.clock.monotonic(), 0.0
-            await self._write_progress(item)
-            self._wait(item)
+            await self._retry(id)
+
+    async def _retry(self, id: str) -> None:
+        item = self._active.get(id)
+        if item is not None:
+            item.again = True  # the attempt under way would put it off at its end
+            return
+        item = await self._read_waiting(id)
+        item.due, item.next_attempt = self._loop.clock.monotonic(), 0.0
+        await self._write_progress(item)
+        self._wait(item)
 
     async def retry_all(self) -> int:
-        """As `retry`, of each message; return how many there are."""
-        count = 0
-        for id in [*self._active, *(message.id for message in self._waiting)]:
+        """As `retry`, of each message, so that many are synced at once; return how many."""
+        retried = []
+
+        async def retry(id: str) -> None:
             with contextlib.suppress(ChasquidError):  # it is gone meanwhile
-                await self.retry(id)
-                count += 1
-        return count
+                await self._retry(id)
+                retried.append(id)
+
+        ids = [*self._active, *(message.id for message in self._waiting)]
+        for at in range(0, len(ids), _RETRIED_TOGETHER):
+            async with self._schedule.reading:
+                await together(self._loop, list(map(retry, ids[at : at + _RETRIED_TOGETHER])))
+        return len(retried)
 
     async def _read_waiting(self, id: str) -> Item:
         """Read a message that waits; `reading` is held."""

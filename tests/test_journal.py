@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,19 @@ def test_what_a_cut_takes_is_written_anew(place, damage):
     assert place.replay() == 1
     assert place.content() == before
     assert place.replay() == 0, "the segments were dropped"
+
+
+def test_what_an_older_journal_said_is_not_believed_when_the_clock_was_set_back(place, monkeypatch):
+    journal = place.open()
+    for name in ("a", "b"):
+        commit(journal, place.creation(name, b"x" * 99))
+    journal.close()
+    assert place.replay() == 0
+    os.unlink(place.path("b"))
+    monkeypatch.setattr(chasquid.time, "time_ns", lambda: 0)
+    commit(place.open(), place.creation("c", b"x" * 99))  # as long as the record of "a" was
+    assert place.replay() == 0
+    assert sorted(place.content()) == ["new/a", "new/c"]
 
 
 def test_what_is_there_as_it_must_be_is_left_alone_wherever_it_was_moved(place):
@@ -470,3 +484,30 @@ def test_a_failed_sync_is_told_and_mail_goes_on_when_all_is_safe(place, monkeypa
 
     on_disk(place, call)
     assert place.content() == {"new/a": b"x", "new/c": b"z"}
+
+
+def test_without_a_journal_no_name_is_given_while_another_is_synced(place, monkeypatch):
+    # a sync of the directory that fails would hide what became of the other name
+    calls = []
+
+    def slow(name):
+        real = getattr(os, name)
+
+        def call(*arguments):
+            calls.append(name)
+            time.sleep(0.02)
+            return real(*arguments)
+
+        monkeypatch.setattr(os, name, call)
+
+    async def main(loop):
+        disk = chasquid.Disk(loop)
+        Path(place.path("large", "tmp")).write_bytes(b"x")
+        slow("rename")
+        monkeypatch.setattr(chasquid, "sync_directory", lambda path: calls.append("sync"))
+        small = disk.create(place.path("small", "tmp"), b"y", place.path("small"))
+        large = disk.move(place.path("large", "tmp"), place.path("large"))
+        await chasquid.together(loop, [small, large])
+
+    run(main)
+    assert calls == ["rename", "sync"] * 2

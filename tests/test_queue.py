@@ -2586,3 +2586,28 @@ def test_a_file_that_is_gone_although_its_removal_failed_is_not_lost(
         assert lines(bench, item.id)[-1] == "done" and "lost" not in bench.mail_log
 
     on_bench(tmp_path, test)
+
+
+def test_all_that_is_retried_is_written_down_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = chasquid.make_durably
+    batches = []
+
+    def make_durably(changes: Sequence[chasquid.Change]) -> None:
+        batches.append(len(changes))
+        real(changes)
+
+    async def test(bench: Bench) -> None:
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED] * 5}
+        items = [await bench.accept("eva@there.example") for _ in range(5)]
+        await bench.quiet()
+        os.unlink(bench.path(items[0]))
+        monkeypatch.setattr(chasquid, "make_durably", make_durably)
+        assert await bench.queue.retry_all() == 4
+        assert batches == [4]
+        assert [bench.journal(item)[-1]["next_attempt"] for item in items[1:]] == [0.0] * 4
+        await bench.quiet()
+        assert len(bench.remote.deliveries) == 5 + 4
+
+    on_bench(tmp_path, test)
