@@ -13,20 +13,22 @@ The work has five steps, and this file tells them in this order.
    checked each time they are read. Nothing that is fetched is ever run here: modules are
    taken out of wheels and source distributions as plain files.
 2. *Take.* Of each package come the modules that a mail server needs, a few lines of
-   METADATA (so that `importlib.metadata` can name it) and its licence. Some of the
-   modules are altered; each alteration says why, there and in the archive.
+   METADATA (so that `importlib.metadata` can name it) and its licence. Functions that
+   nothing calls are cut out of them, and comments. Some of the modules are altered
+   otherwise; each alteration says why, there and in the archive.
 3. *List.* What is in the archive stands in it as SPDX 2.3, where PEP 770 has it: packages,
    versions, licences, and the hashes of all files. `version --sbom` prints it.
 4. *Compile.* An archive cannot keep bytecode from one start to the next, so bytecode goes
-   in: a tree that is named by the cache tag of its interpreter (`cpython-311/`). The
+   in: a folder that is named by the cache tag of its interpreter (`cpython-311/`), with one
+   file for the rooms of the server, one for those above, and one for all packages. The
    source stays at the root, with what only a reader needs, and for any other Python. Only
-   an interpreter can write its own bytecode: there is one tree, for the interpreter that
+   an interpreter can write its own bytecode: there is one folder, for the interpreter that
    runs this, or one for each version that is found on this machine (`--all-pythons`).
 5. *Write.* The same input gives the same bytes: sorted names, one date
    (SOURCE_DATE_EPOCH, else 1980), fixed permissions.
 
 To get somebody else's archive bit by bit, name the same interpreters with `--pythons`, or
-none with `--no-bytecode`, on a Python whose zlib compresses alike.
+none with `--no-bytecode`, on a Python whose zlib and liblzma compress alike.
 
 pip and build find their hooks here too, so `pip install .` needs no other package to build
 the one that it installs.
@@ -51,12 +53,13 @@ import sys
 import tarfile
 import tempfile
 import time
+import tokenize
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 if sys.version_info < (3, 11):  # noqa: UP036 - who runs it with an older one should read this
     sys.exit("build_zipapp: needs Python 3.11 or later; this is " + sys.version.split()[0])
@@ -173,12 +176,109 @@ PACKAGES = (
     ),
 )
 
-# Before and after, each found exactly once. dkimpy's licence wants alterations marked.
+# Functions and classes that nothing in the archive calls: no remaining code has their names.
+LEFT_OUT = {
+    "dns/asyncquery.py": "inbound_xfr",
+    "dns/asyncresolver.py": """
+        Resolver.resolve_address Resolver.try_ddr resolve_address try_ddr zone_for_name
+        make_resolver_at resolve_at
+    """,
+    "dns/edns.py": "option_from_wire register_type",
+    "dns/message.py": """
+        Message.get_rrset Message.section_count Message.set_opcode from_file CopyMode
+        make_response
+    """,
+    "dns/name.py": """
+        Name.is_wild Name.is_superdomain Name.to_unicode Name.predecessor Name.successor
+        _pad_to_max_name _pad_to_max_label _absolute_predecessor _absolute_successor
+        _handle_relativity_and_call
+    """,
+    "dns/nameserver.py": "DoTNameserver DoQNameserver",
+    "dns/query.py": "_make_socket inbound_xfr",
+    "dns/rdata.py": """
+        _hexify _truncate_bitmap Rdata.extended_rdatatype Rdata._processing_order
+        RdatatypeExists register_type
+    """,
+    "dns/rdataset.py": "Rdataset.processing_order ImmutableRdataset",
+    "dns/rdatatype.py": "register_type",
+    "dns/rdtypes/mxbase.py": """
+        MXBase._processing_order
+        UncompressedMX DecompressionOnlyDowncasingMX UncompressedDowncasingMX
+    """,
+    "dns/rdtypes/IN/SRV.py": "SRV._processing_order",
+    "dns/rdtypes/util.py": """
+        Gateway Bitmap priority_processing_order weighted_processing_order
+        parse_formatted_hex
+    """,
+    "dns/renderer.py": """
+        Renderer.add_rdataset Renderer.add_edns Renderer.add_tsig Renderer.add_multi_tsig
+        Renderer._write_tsig
+    """,
+    "dns/resolver.py": """
+        CacheStatistics CacheBase Cache LRUCacheNode LRUCache Resolver.resolve_address
+        Resolver.try_ddr resolve_address try_ddr zone_for_name make_resolver_at resolve_at
+        _getaddrinfo _getnameinfo _getfqdn _gethostbyname _gethostbyname_ex _gethostbyaddr
+        override_system_resolver restore_system_resolver
+    """,
+    "dns/reversename.py": "to_address",
+    "dns/set.py": "Set.issubset Set.issuperset Set.isdisjoint",
+    "dns/tsig.py": "GSSTSigAdapter",
+    "dkim/__init__.py": "hash_headers_ed25519 DomainSigner.add_frozen ARC arc_sign arc_verify",
+    "dkim/dnsplug.py": "get_txt_Milter_dns",
+    "spf.py": """
+        check2 query.parse_header_ar query.parse_header_spf query.parse_header
+        query.get_header query.get_header_comment quote_value
+    """,
+    "idna/intranges.py": "intranges_from_list",
+}
+
+# Pairs of before and after, each found exactly once. dkimpy's licence wants alterations marked.
 ALTERED = {
-    # With it, an aiodns that the host happens to have would pull in asyncio.
     "dkim/__init__.py": (
-        "USE_ASYNC = True\n",
-        "USE_ASYNC = False  # Altered for chasquid.pyz: was True.\n",
+        # With it, an aiodns that the host happens to have would pull in asyncio.
+        ("USE_ASYNC = True\n", "USE_ASYNC = False  # Altered for chasquid.pyz: was True.\n"),
+        # What it logs goes nowhere here, and logging takes 0.6 MB of memory.
+        ("import logging\n", "# Altered for chasquid.pyz: logging is not loaded.\n"),
+        ("isEnabledFor(logging.DEBUG)", "isEnabledFor(10)"),
+    ),
+    "dkim/util.py": (
+        (
+            """\
+import logging
+try:
+    from logging import NullHandler
+except ImportError:
+    class NullHandler(logging.Handler):
+        def emit(self, record):
+            pass
+""",
+            "import types  # Altered for chasquid.pyz: logging is not loaded.\n",
+        ),
+        (
+            """\
+    logger = logging.getLogger('dkimpy')
+    if not logger.handlers:
+        logger.addHandler(NullHandler())
+    return logger
+""",
+            """\
+    def silent(*words):
+        return None
+    return types.SimpleNamespace(debug=silent, error=silent, isEnabledFor=silent)
+""",
+        ),
+    ),
+    # It is not used, and takes 1 MB of memory.
+    "spf.py": (
+        (
+            """\
+try:
+    from email.message import Message
+except ImportError:
+    from email.Message import Message
+""",
+            "# Altered for chasquid.pyz: email is not loaded.\n",
+        ),
     ),
 }
 
@@ -422,25 +522,56 @@ def altered(name: str, data: bytes) -> bytes:
     """The module as it goes into the archive."""
     if name in REPLACED:
         return REPLACED[name]
-    if name in ALTERED:
-        before, after = (text.encode() for text in ALTERED[name])
-        if data.count(before) != 1:
+    if name.endswith(".py"):
+        data = undocumented(data)
+    for before, after in ALTERED.get(name, ()):
+        if data.count(before.encode()) != 1:
             raise Unable(f"{name} is not the one that ALTERED was written for: adapt the entry")
-        data = data.replace(before, after)
-    return undocumented(data) if name.endswith(".py") else data
+        data = data.replace(before.encode(), after.encode())
+    return without(data, LEFT_OUT[name].split()) if name in LEFT_OUT else data
 
 
-UNDOCUMENTED = b"# Altered for chasquid.pyz: without the docstrings of functions.\n"
+SHORTENED = b"# Altered for chasquid.pyz: without what is not called.\n"
+
+
+def without(module: bytes, names: Sequence[str]) -> bytes:
+    """A module of a package without these functions and classes ("Class.method" too).
+
+    Every line that stays keeps its number.
+    """
+    found: dict[str, ast.stmt] = {}
+
+    def note(body: Sequence[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                found[prefix + node.name] = node
+            if isinstance(node, ast.ClassDef):
+                note(node.body, f"{prefix}{node.name}.")
+
+    with warnings.catch_warnings(action="ignore"):  # of a backslash in one of pyspf's
+        note(ast.parse(module).body, "")
+    lines = module.split(b"\n")
+    for name in names:
+        node: Any = found[name]
+        first = min(part.lineno for part in (node, *node.decorator_list)) - 1
+        lines[first : node.end_lineno] = [b""] * (node.end_lineno - first)
+    return b"\n".join(lines) + SHORTENED
+
+
+UNDOCUMENTED = b"# Altered for chasquid.pyz: without comments and the docstrings of functions.\n"
 
 
 def undocumented(module: bytes) -> bytes:
-    """A module of a package without its functions' docstrings, a sixth of all their source.
+    """A module of a package without comments and its functions' docstrings, a third of its source.
 
-    Every line keeps its number. The module's own docstring stays: it may hold the terms.
+    Every line keeps its number. What may be terms stays: the module's own docstring, and the
+    comments above the code, but of those that refer to LICENSE only who holds the copyright.
     """
     with warnings.catch_warnings(action="ignore"):  # of a backslash in one of pyspf's
         tree = ast.parse(module)
     lines = module.split(b"\n")
+    for row, column in comments(module):
+        lines[row] = lines[row][:column].rstrip()
     for node in ast.walk(tree):
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             continue
@@ -453,6 +584,18 @@ def undocumented(module: bytes) -> bytes:
         lines[first + 1 : last + 1] = [b""] * (last - first)
     short = b"\n".join(lines)
     return short if short == module else short + UNDOCUMENTED
+
+
+def comments(module: bytes) -> Iterator[tuple[int, int]]:
+    """Where comments begin that can go: line, and octet in it, both from 0."""
+    in_code, referred = False, b"see LICENSE for text" in module
+    for token in tokenize.tokenize(io.BytesIO(module).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            if in_code or (referred and "Copyright" not in token.string):
+                yield row - 1, len(token.line[:column].encode())
+        elif token.type not in (tokenize.ENCODING, tokenize.NL):
+            in_code = True
 
 
 def shortened(metadata: bytes) -> bytes:
@@ -491,9 +634,11 @@ def own_files(source: Path) -> Files:
 
 
 def checked_version(name: str, module: ast.Module) -> str:
-    """The version that the module states, given that it has a `main` too."""
-    if not any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in module.body):
-        raise Unable(f"{name} has no function main() for the archive to call: define one")
+    """The version that the module states, given that it has what the archive calls too."""
+    functions = {node.name for node in module.body if isinstance(node, ast.FunctionDef)}
+    for function in ("serve_if_asked", "main"):
+        if function not in functions:
+            raise Unable(f"{name} has no function {function}() for the archive to call: define one")
     for node in module.body:
         if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(node.value, ast.Constant):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
@@ -506,7 +651,7 @@ def checked_version(name: str, module: ast.Module) -> str:
 
 OF_TREES = (
     "The folders cpython-* hold the modules once more, compiled by the interpreters that they are"
-    " named after, and __main__.py picks one of them. They depend on who builds, and this list"
+    " named after, and __main__.py loads them from there. They depend on who builds, and this list"
     " does not."
 )
 
@@ -627,15 +772,20 @@ import importlib.util, sys
 print(sys.implementation.cache_tag, importlib.util.MAGIC_NUMBER.hex(), sys.version.split()[0])
 """
 
-# Flag 1 means: checked by hash, but never; the loader then opens no source. -I and -S keep
-# the environment out, so that asserts, which dkimpy relies on, are always compiled in.
-# What only a reader needs stays in the source: bytecode has no docstrings (dnspython's
-# exceptions excepted, whose messages they are), no annotations of functions, and, by
-# COMPILE_OPTIONS, no columns for the carets in a traceback. Line numbers are there, and
+# -I and -S keep the environment out, so that asserts, which dkimpy relies on, are always
+# compiled in. What only a reader needs stays in the source: bytecode has no docstrings
+# (dnspython's exceptions excepted, whose messages they are), no annotations of functions, and,
+# by COMPILE_OPTIONS, no columns for the carets in a traceback. Line numbers are there, and
 # PYTHONPATH=chasquid.pyz reads the source, for help() and for who imports the module.
+#
+# The rooms of chasquid.py that a server needs are a file of their own, which is read at each
+# start. The rooms above are run in the same module when one of their names is asked for: no
+# room names a higher one, so the server never does. They, and all the packages, are compressed
+# as one piece each, and better, by an interpreter that has lzma.
 COMPILE_OPTIONS = ("-X", "no_debug_ranges")
+LAST_ROOM_OF_SERVER = "SERVE"
 COMPILER = """\
-import ast, base64, importlib.util, json, marshal, sys
+import ast, base64, json, marshal, sys
 functions = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 def strip(node, documented):
@@ -646,19 +796,64 @@ def strip(node, documented):
     if isinstance(node, ast.arg):
         node.annotation = None
 
-done = {}
-for name, text in json.load(sys.stdin).items():
-    source = base64.b64decode(text)
+def parsed(name, source):
     tree = ast.parse(source)
     documented = (ast.Module, *functions)
     if not name.startswith("dns/"):
         documented += (ast.ClassDef,)
     for node in ast.walk(tree):
         strip(node, documented)
-    code = compile(tree, "chasquid.pyz/" + name, "exec", dont_inherit=True)
-    head = importlib.util.MAGIC_NUMBER + b"\\1\\0\\0\\0" + importlib.util.source_hash(source)
-    done[name + "c"] = base64.b64encode(head + marshal.dumps(code)).decode()
-json.dump(done, sys.stdout)
+    return tree
+
+def compiled(name, tree):
+    return compile(tree, "chasquid.pyz/" + name, "exec", dont_inherit=True)
+
+def without_rooms(tree, is_left_out):
+    keep = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.level == 0
+            and node.module == "__future__" or not is_left_out(node)]
+    return ast.Module(keep, [])
+
+# A dictionary of 1 MB, about the size of the data, takes no more memory than that.
+try:
+    import lzma
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 20}]
+    method = "lzma"
+except ImportError:
+    method = ""
+
+def pressed(data):
+    return lzma.compress(data, filters=filters) if method else data
+
+request = json.load(sys.stdin)
+sources = {name: base64.b64decode(text) for name, text in request["sources"].items()}
+own = parsed("chasquid.py", sources.pop("chasquid.py"))
+first = request["first line of other rooms"]
+server = without_rooms(own, lambda node: node.lineno >= first)
+server.body += ast.parse(request["getattr"]).body
+others = without_rooms(own, lambda node: node.lineno < first)
+packages = {}
+for path, source in sources.items():
+    name, _, last = path.removesuffix(".py").replace("/", ".").rpartition(".")
+    is_package = last == "__init__"
+    name = name if is_package else (name + "." if name else "") + last
+    packages[name] = (is_package, path, compiled(path, parsed(path, source)))
+done = {
+    "server": marshal.dumps(compiled("chasquid.py", server)),
+    "others": pressed(marshal.dumps(compiled("chasquid.py", others))),
+    "packages": pressed(marshal.dumps(packages)),
+}
+files = {name: base64.b64encode(data).decode() for name, data in done.items()}
+json.dump({"method": method, "files": files}, sys.stdout)
+"""
+
+# Ends the rooms of the server in an archive (PEP 562).
+GETATTR = """\
+def __getattr__(name):
+    if not (name.startswith("__") and name.endswith("__")):
+        __loader__.add_others(globals())
+        if name in globals():
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 """
 
 
@@ -727,16 +922,40 @@ def candidates() -> Iterator[str]:
                 yield str(path)
 
 
-def bytecode(python: Interpreter, files: Files) -> Files:
-    """The tree of one interpreter: every module of `files`, compiled."""
-    sources = {
-        name: base64.b64encode(data).decode()
-        for name, data in files.items()
-        if name.endswith(".py")
+class Tree(NamedTuple):
+    """The folder of an interpreter; `method` is the module that its larger files need, or ""."""
+
+    python: Interpreter
+    method: str
+    files: Files
+
+
+def bytecode(python: Interpreter, files: Files) -> Tree:
+    """Every module of `files`, compiled by `python`."""
+    sources = {name: data for name, data in sorted(files.items()) if name.endswith(".py")}
+    request = {
+        "sources": {name: base64.b64encode(data).decode() for name, data in sources.items()},
+        "first line of other rooms": first_line_of_others(files["chasquid.py"].decode()),
+        "getattr": GETATTR,
     }
-    output = run_python(python.path, COMPILER, json.dumps(sources), COMPILE_OPTIONS)
-    compiled: dict[str, str] = json.loads(output)
-    return {f"{python.tag}/{name}": base64.b64decode(text) for name, text in compiled.items()}
+    answer = json.loads(run_python(python.path, COMPILER, json.dumps(request), COMPILE_OPTIONS))
+    folder = {
+        f"{python.tag}/{name}": base64.b64decode(text) for name, text in answer["files"].items()
+    }
+    return Tree(python, answer["method"], folder)
+
+
+def first_line_of_others(source: str) -> int:
+    """Where the rooms begin that a server does without: below the last one that it needs."""
+    rooms = [
+        (line.removeprefix("# ROOM: "), number)
+        for number, line in enumerate(source.splitlines(), 1)
+        if line.startswith("# ROOM: ")
+    ]
+    names = [name for name, _ in rooms]
+    if LAST_ROOM_OF_SERVER not in names[:-1]:
+        raise Unable(f"chasquid.py has no room {LAST_ROOM_OF_SERVER} with others above: adapt it")
+    return rooms[names.index(LAST_ROOM_OF_SERVER) + 1][1]
 
 
 # --- 5. Write --------------------------------------------------------------------------
@@ -744,7 +963,7 @@ def bytecode(python: Interpreter, files: Files) -> Files:
 # The first lines must make sense to any Python that might be called python3, or even
 # python, so they are written for 2.7. What is imported later is not: hence no import of
 # chasquid above the check. A tree is used only where its bytecode is exactly this
-# interpreter's, for a tree without a source beside it has nothing to fall back to.
+# interpreter's, and where this interpreter can read it.
 MAIN = """\
 # SPDX-License-Identifier: Apache-2.0
 import sys
@@ -762,34 +981,82 @@ if sys.flags.optimize:
     sys.exit(1)
 
 import gc
-from importlib.util import MAGIC_NUMBER
+import marshal
+import threading
+from importlib.machinery import ModuleSpec
+from importlib.util import MAGIC_NUMBER, find_spec
 from zipimport import zipimporter
 
 TREES = {TREES}
-TREE = sys.path[0] + "/" + sys.implementation.cache_tag
+PACKAGES = {PACKAGES}
 
 
-# A zipimporter reads and unpacks each module twice, the first time to learn its file's name.
-class Tree(zipimporter):
-    def __init__(self, path):
-        if not path.startswith(TREE):
-            raise ImportError(path)
-        zipimporter.__init__(self, path)
+# Finds modules as bytecode, and loads them; an archive that lies in sys.path has the source.
+class Tree:
+    def __init__(self, archive, tag, method):
+        self.archive = archive
+        self.folder = archive + "/" + tag + "/"
+        self.method = method
+        self.get_data = zipimporter(archive).get_data
+        self.packages = None
+        self.lock = threading.Lock()
+        self.complete = False
 
-    def get_filename(self, name):
-        path = self.archive + "/" + self.prefix + name.rpartition(".")[2]
-        return path + ("/__init__.pyc" if self.is_package(name) else ".pyc")
+    def read(self, name, method=""):
+        data = self.get_data(self.folder + name)
+        return marshal.loads(__import__(method).decompress(data) if method else data)
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "chasquid":
+            return self.spec(name, False, "chasquid.py")
+        if name.partition(".")[0] in PACKAGES:
+            if self.packages is None:
+                self.packages = self.read("packages", self.method)
+            if name in self.packages:
+                return self.spec(name, *self.packages[name][:2])
+
+    def spec(self, name, is_package, path):
+        path = self.archive + "/" + path
+        spec = ModuleSpec(name, self, origin=path, is_package=is_package)
+        spec.has_location = True
+        spec.cached = self.folder
+        if is_package:
+            spec.submodule_search_locations.append(path.rpartition("/")[0])
+        return spec
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        if module.__name__ == "chasquid":
+            self.run(self.read("server"), vars(module))
+        else:
+            self.run(self.packages[module.__name__][2], vars(module))
+
+    def add_others(self, names):
+        with self.lock:
+            if not self.complete:
+                self.run(self.read("others", self.method), names)
+                self.complete = True
+
+    def run(self, code, names):
+        enabled = gc.isenabled()
+        gc.disable()  # nothing of what is loaded is garbage
+        try:
+            exec(code, names)
+        finally:
+            if enabled:
+                gc.enable()
 
 
-if TREES.get(sys.implementation.cache_tag) == MAGIC_NUMBER.hex():
-    sys.path_hooks.insert(0, Tree)
-    sys.path.insert(0, TREE)
+magic, method = TREES.get(sys.implementation.cache_tag, ("", ""))
+if magic == MAGIC_NUMBER.hex() and (not method or find_spec(method)):
+    sys.meta_path.insert(0, Tree(sys.path[0], sys.implementation.cache_tag, method))
 
-gc.disable()  # nothing of what is loaded is garbage
 import chasquid
 
-gc.enable()
-sys.exit(chasquid.main())
+status = chasquid.serve_if_asked()
+sys.exit(chasquid.main() if status is None else status)
 """
 
 SHEBANG = b"#!/usr/bin/env python3\n"
@@ -798,12 +1065,14 @@ SHEBANG = b"#!/usr/bin/env python3\n"
 def contents(own: Files, packages: Files, pythons: Sequence[Interpreter]) -> Files:
     """Everything that goes into the archive."""
     files = own | packages
-    trees = {python.tag: python.magic.hex() for python in pythons}
-    main = MAIN.replace("{TREES}", repr(dict(sorted(trees.items()))))
-    compiled: Files = {}
-    for python in pythons:
-        compiled |= bytecode(python, files)
-    return files | compiled | {"__main__.py": main.encode()}
+    trees = [bytecode(python, files) for python in pythons]
+    kinds = {tree.python.tag: (tree.python.magic.hex(), tree.method) for tree in trees}
+    tops = {name.partition("/")[0].removesuffix(".py") for name in packages if ".py" in name}
+    main = MAIN.replace("{TREES}", repr(dict(sorted(kinds.items()))))
+    main = main.replace("{PACKAGES}", repr(sorted(tops)))
+    for tree in trees:
+        files |= tree.files
+    return files | {"__main__.py": main.encode()}
 
 
 def archived(files: Files, date: float, start: bytes = SHEBANG) -> bytes:

@@ -14,7 +14,9 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     CONFIG         the key/value text format, Config, domain directories
     LOG            events and metrics: each is declared here once
     LOOP           tasks on one selector, timers, worker threads, child processes
-    STORAGE        durable writes, directories that are synced
+    STORAGE        files and directories that are synced, one at a time
+    JOURNAL        many files by one sync; what a crash has left, replayed
+    DISK           durable writes on the loop, in batches
     STREAM         buffered sockets, TLS, deadlines
     DNS            look-ups on the loop, with a cache
     USERS          the users file, passwords
@@ -45,6 +47,7 @@ from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
     CONTROL        the lock on data_dir; the sockets for commands, and for mail of this host
     PRIVILEGES     from root to a user of its own, and whether secrets lie open
     DAEMON         the wiring diagram, reload, the end
+    SERVE          the server as a process; the last room that it needs
     SENDMAIL       mail from programs of this host, with a server or without
     UPKEEP         versions of the program side by side; backup and restore
     IMPORT         users, aliases and Maildirs of another server
@@ -2331,15 +2334,11 @@ class Programs:
 # ======================================================================================
 # ROOM: STORAGE
 #
-# Every write that must outlive a power cut goes through this room. A file counts as
-# written when its data is synced and then the directory that names it; before that,
-# nobody is told that it exists.
+# Files that must outlive a power cut, one at a time: a file counts as written when its data is
+# synced and then the directory that names it; before that, nobody is told that it exists.
 #
-# The functions block, and are for commands and worker threads. `Disk` is for the loop.
-# What comes at the same time is one batch: all files are written and synced, all are renamed,
-# each directory is synced once, and what is done with is removed. So the device is asked
-# less often, and the loop and the threads change places less often, which costs more than
-# most system calls.
+# These functions block, and are for commands, worker threads and the rooms above; what comes
+# on the loop goes through DISK.
 # ======================================================================================
 
 CHUNK = 64 * 1024  # octets read or written at a time
@@ -2536,188 +2535,886 @@ class FreeSpace:
         return self._enough
 
 
-_DISK_THREADS = 8  # at most
-_QUICK_SYNC = 0.005  # seconds; a device that is no slower is served best by one thread
+# ======================================================================================
+# ROOM: JOURNAL
+#
+# One sync for many files. What is to be durable is first written, together with all that comes
+# at the same time, as one record into a file whose place on the disk is fixed; after one
+# sync of that, the files are made in their places and left to the system to write out.
+# Every few seconds all is synced at once, and the records are dropped.
+#
+#     step                             on the disk then          a power cut here leaves
+#     -------------------------------  ------------------------  ----------------------------
+#     a record is written, and synced  the record                all that it says, by replay;
+#                                                                nobody was answered yet
+#     the files are made, not synced;  the record, perhaps the   the same
+#     then those who wait are told     files, perhaps in part
+#     the file systems are synced      record and files          files that are right already
+#     the segment is dropped           the files                 nothing to replay
+#
+# - There are two segments below data_dir/journal, filled with zeros when they are made and
+#   overwritten in place, as a file that grows costs a second flush. While what one vouches
+#   for is synced and dropped, the other is written.
+# - A record holds epoch, length and CRC. What a segment held before has an older epoch, so the
+#   first record that does not fit ends it: that was torn, and nobody was answered.
+# - Replay makes each file as the records say, in their order, unless it is there with these
+#   octets: in new, or wherever in cur a mail reader or an attempt has moved it. The octets are
+#   compared, since after a cut a file can have its size and hold zeros; and as the disk has them,
+#   since the system's memory goes on showing what a failed sync has lost.
+# - It is replayed after each end but an orderly one. (To trust in the files as long as the
+#   machine runs would lose mail if a disk was pulled out and came back.) So mail that somebody
+#   took away in the last seconds may come back, and a message may come twice; none is lost.
+# - A removal is in the journal before the file is removed, but nobody waits for its sync.
+# - A sync that has failed is not asked again: the next one would say that all is well of what is
+#   lost. The journal ends there, all that it vouches for is written anew, file by file,
+#   and until that has succeeded nothing more is taken.
+# - Only file systems of Linux that sync as a whole, and report what failed, are covered.
+#
+# The room knows of directories called new, cur and tmp, and nothing of queues and mail.
+# ======================================================================================
+
+SEGMENT_SIZE = 4 * 1024 * 1024  # octets; a multiple of CHUNK
+_SEGMENT_NAMES = ("0", "1")
+JOURNAL_DIRECTORY = "journal"  # below data_dir
+_RECORD_HEAD = 24  # octets: magic 8, epoch 8, length 4, CRC-32 4
+_MAGIC = b"journal\x01"
+_SYNC_WHOLE = {"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs"}
 
 
-class _Commit:
-    """A file on its way to its name: to be written, synced, renamed, its directory synced.
+class Change:
+    """Something that is to be durable: a file that is made, grows or goes.
 
-    `fd` is where `data` goes, -1 for a file that is to be made as `temporary`. `name` is
-    what it is called now, if anything. `safe` is set when all is done; `error` says why it
-    will not be.
+    `error` says why it was not done.
     """
 
-    __slots__ = ("data", "error", "fd", "name", "path", "safe", "temporary")
+    __slots__ = ("data", "error", "path")
 
-    def __init__(self, fd: int, data: bytes, temporary: str, path: str) -> None:
-        self.fd = fd
+    def __init__(self, path: str, data: bytes = b"") -> None:
+        self.path = path  # as it is called in the end
         self.data = data
-        self.temporary = temporary
-        self.path = path
-        self.name = temporary if fd >= 0 else ""
-        self.safe = False
         self.error: BaseException | None = None
 
-    def write(self) -> None:
-        """Write and sync. Raises OSError."""
-        if self.fd >= 0:
-            write_all(self.fd, self.data)
-            os.fsync(self.fd)
-        else:
-            create_synced(self.temporary, [self.data])
-            self.name = self.temporary
+    def entry(self) -> tuple[Any, ...]:
+        """Return what the journal says: kind, path as it is called at first, path, offset."""
+        raise NotImplementedError
 
-    def rename(self) -> None:
-        """Raises OSError."""
-        os.rename(self.temporary, self.path)
-        self.name = self.path
+    def make(self, synced: bool) -> None:
+        """Do it; sync the data too if that is asked for, and no directory. Raises OSError."""
+        raise NotImplementedError
+
+    def undo(self) -> None:
+        """Take back what could not be made durable."""
+
+    def attempt(self, synced: bool) -> None:
+        """As `make`, but note what fails."""
+        try:
+            if self.error is None:
+                self.make(synced)
+        except BaseException as error:
+            self.error = error
+
+
+class Creation(Change):
+    """A file that comes into being, by way of the name `temporary`."""
+
+    __slots__ = ("temporary",)
+
+    def __init__(self, temporary: str, data: bytes, path: str) -> None:
+        super().__init__(path, data)
+        self.temporary = temporary
+
+    def entry(self) -> tuple[Any, ...]:
+        """As `Change.entry`."""
+        return ("make", self.path, self.path, 0)
+
+    def make(self, synced: bool) -> None:
+        """As `Change.make`; neither name is left if that fails."""
+        fd = os.open(self.temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            write_all(fd, self.data)
+            if synced:
+                os.fsync(fd)
+            os.rename(self.temporary, self.path)
+        except BaseException:
+            discard_names(self.temporary)
+            raise
+        finally:
+            close_written(fd)
+
+    def undo(self) -> None:
+        """Remove the file."""
+        discard_names(self.path)
+
+
+class Growth(Change):
+    """A file that grows, and is called `path` from then on; `due` becomes its time."""
+
+    __slots__ = ("due", "offset", "source")
+
+    def __init__(self, source: str, data: bytes, path: str, due: float | None) -> None:
+        super().__init__(path, data)
+        self.source = source
+        self.due = due  # in seconds since 1970
+        self.offset = -1
+
+    def entry(self) -> tuple[Any, ...]:
+        """As `Change.entry`."""
+        return ("grow", self.source, self.path, self.offset)
+
+    def make(self, synced: bool) -> None:
+        """As `Change.make`."""
+        fd = os.open(self.source, os.O_WRONLY | os.O_APPEND)
+        try:
+            write_all(fd, self.data)
+            if synced:
+                os.fsync(fd)
+        finally:
+            close_written(fd)
+        if self.source != self.path:
+            os.rename(self.source, self.path)
+        if self.due is not None:
+            with contextlib.suppress(OSError):  # it is a hint
+                os.utime(self.path, (self.due, self.due))
+
+
+class Removal(Change):
+    """A file that goes, if it is there."""
+
+    __slots__ = ()
+
+    def entry(self) -> tuple[Any, ...]:
+        """As `Change.entry`."""
+        return ("remove", self.path, self.path, 0)
+
+    def make(self, synced: bool) -> None:
+        """As `Change.make`."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+
+
+def make_durably(changes: Sequence[Change]) -> None:
+    """Make changes durable file by file, removals apart and last; what fails is noted in each."""
+    directories: dict[str, list[Change]] = {}
+    for change in changes:
+        if not isinstance(change, Removal):
+            change.attempt(synced=True)
+        if isinstance(change, Creation) and change.error is None:
+            directories.setdefault(os.path.dirname(change.path), []).append(change)
+    for directory, made in directories.items():
+        try:
+            sync_directory(directory)
+        except BaseException as error:
+            for change in made:
+                change.error = error
+                change.undo()
+    for change in changes:
+        if isinstance(change, Removal):
+            change.attempt(synced=False)
+
+
+class _FileSystems:
+    """File systems that can be synced as a whole.
+
+    Of each a descriptor is held that is older than what is written: it hears of what fails.
+    """
+
+    def __init__(self) -> None:
+        self._syncfs = _load_syncfs()
+        self._fds: dict[int, int] = {}  # by device; -1: it cannot
+
+    def find(self, directory: str) -> int:
+        """Return the descriptor for what is in `directory`, or -1. Raises OSError."""
+        device = os.stat(directory).st_dev
+        if device not in self._fds:
+            can = self._syncfs is not None and _file_system_type(directory) in _SYNC_WHOLE
+            self._fds[device] = os.open(directory, os.O_RDONLY | os.O_DIRECTORY) if can else -1
+        return self._fds[device]
+
+    def sync(self, fd: int) -> None:
+        """Make all that is on a file system durable. Raises OSError."""
+        assert self._syncfs is not None
+        self._syncfs(fd)
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            if fd >= 0:
+                close_written(fd)
+
+
+def _load_syncfs() -> Callable[[int], None] | None:
+    """Return syncfs(2), which the module os does not have, if it reports failures."""
+    release = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    if sys.platform != "linux" or release is None:
+        return None
+    if (int(release[1]), int(release[2])) < (5, 8):
+        return None
+    import ctypes
+
+    call = ctypes.CDLL(None, use_errno=True).syncfs
+
+    def syncfs(fd: int) -> None:
+        if call(fd) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+
+    return syncfs
+
+
+def _file_system_type(path: str) -> str:
+    """Return the type of the file system that `path` is on, as proc_pid_mountinfo(5) tells."""
+    path, best, kind = os.path.join(os.path.realpath(path), ""), "", ""
+    for line in os.fsdecode(read_file("/proc/self/mountinfo", missing=b"")).splitlines():
+        left, _, right = line.partition(" - ")
+        point = left.split(" ")[4]
+        point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), point)
+        if path.startswith(os.path.join(point, "")) and len(point) >= len(best):
+            best, kind = point, right.partition(" ")[0]
+    return kind
+
+
+class _Entry(NamedTuple):
+    """What a record says of a file; `source` and `path` are its names before and after."""
+
+    kind: str
+    source: str
+    path: str
+    offset: int
+    data: bytes
+
+
+class Segment:
+    """A file of the journal, and which file systems hold what its records vouch for."""
+
+    def __init__(self, path: str) -> None:
+        # names below data_dir are written without it: a disk may come back in another place
+        self._top = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(path))), "")
+        with open(path, "rb") as file:
+            head = file.read(_RECORD_HEAD)
+        if head[:7] == _MAGIC[:7] and head[:8] != _MAGIC:
+            text = "it is of a newer chasquid, which must be started first to take up what it holds"
+            raise ConfigError(path, 0, text)
+        self.epoch = int.from_bytes(head[8:16], "big") if head.startswith(_MAGIC) else 0
+        self.size = os.path.getsize(path)
+        self.offset = 0
+        self.file_systems: set[int] = set()
+        self._fd = os.open(path, os.O_RDWR)
+
+    def begin(self, epoch: int) -> None:
+        """Take records of a new epoch, from its beginning on."""
+        self.epoch, self.offset = epoch, 0
+        self.file_systems = set()
+
+    def append(self, entries: Sequence[tuple[tuple[Any, ...], bytes]], synced: bool) -> bool:
+        """Write a record; False if it has no room. Raises OSError.
+
+        Each entry is kind, names and offset, and the data.
+        """
+        table = [
+            [kind, source.removeprefix(self._top), path.removeprefix(self._top), place, len(data)]
+            for (kind, source, path, place), data in entries
+        ]
+        data = b"".join([json.dumps(table).encode(), b"\n", *(data for _, data in entries)])
+        if self.offset + _RECORD_HEAD + len(data) > self.size:
+            return False
+        record = _record_head(self.epoch, data) + data
+        if os.pwrite(self._fd, record, self.offset) != len(record):
+            raise OSError(errno.EIO, "the record was not written to its end")
+        if synced:
+            os.fdatasync(self._fd)
+        self.offset += len(record)
+        return True
+
+    def entries(self) -> Iterator[_Entry]:
+        """Yield what the records say, up to the first that is none. Raises OSError."""
+        offset = 0
+        while True:
+            head = os.pread(self._fd, _RECORD_HEAD, offset)
+            data = os.pread(self._fd, int.from_bytes(head[16:20], "big"), offset + len(head))
+            if not data or head != _record_head(self.epoch, data):
+                return
+            table, _, rest = data.partition(b"\n")
+            begin = 0
+            for kind, source, path, place, length in json.loads(table):
+                names = os.path.join(self._top, source), os.path.join(self._top, path)
+                yield _Entry(kind, *names, offset=place, data=rest[begin : begin + length])
+                begin += length
+            offset += len(head) + len(data)
+
+    def drop(self) -> None:
+        """Forget the records, durably. Raises OSError."""
+        os.pwrite(self._fd, _record_head(self.epoch, b""), 0)
+        os.fdatasync(self._fd)
+        self.offset = 0
+
+    def close(self) -> None:
+        """Close the file."""
+        close_written(self._fd)
+
+
+def _record_head(epoch: int, data: bytes) -> bytes:
+    start = _MAGIC + epoch.to_bytes(8, "big") + len(data).to_bytes(4, "big")
+    return start + binascii.crc32(data, binascii.crc32(start)).to_bytes(4, "big")
+
+
+class _FileState:
+    """What the records of the journal make of one file."""
+
+    __slots__ = ("base", "grown", "path", "removed")
+
+    def __init__(self) -> None:
+        self.path = ""
+        self.removed = False
+        self.base: bytes | None = None  # its octets when it was made, if the journal has them
+        self.grown: list[tuple[int, bytes]] = []  # offset, and what was written there
+
+    def add(self, entry: _Entry) -> None:
+        self.path = entry.path
+        self.removed = entry.kind == "remove"
+        if entry.kind == "make":
+            self.base, self.grown = entry.data, []
+        elif entry.kind == "grow":
+            self.grown.append((entry.offset, entry.data))
+
+    def names(self) -> list[str]:
+        """Return what the file is called now: in new or cur, or with flags of a mail reader.
+
+        A cut may have left it both names of a move, and they may be of two files if another
+        cut came when one of them was written anew. The first is then the one that counts.
+        """
+        above, name = os.path.split(self.path)
+        top = os.path.dirname(above)
+        usual = (self.path, os.path.join(top, "cur", name), os.path.join(top, "new", name))
+        found = list(filter(os.path.exists, dict.fromkeys(usual)))
+        if not found:
+            cur = os.path.join(top, "cur")
+            with contextlib.suppress(FileNotFoundError), os.scandir(cur) as there:
+                found = [entry.path for entry in there if entry.name.startswith(f"{name}:")]
+        return found
+
+    def find(self) -> str | None:
+        """Return the name that counts, if the file is there."""
+        return next(iter(self.names()), None)
+
+    def restore(self, found: str | None, trusted: bool) -> bool:
+        """Make the file what it must be, durably; tell whether it had to be written.
+
+        If it is there with the right octets it is left alone, if what a file seems to hold is
+        `trusted`. If not, a sync has failed while we run, and what is gone was taken away.
+        Raises OSError.
+        """
+        if self.removed:
+            if found is not None:
+                os.unlink(found)
+            return False
+        if found is None and (self.base is None or not trusted):
+            return False  # it was removed; or a cut has taken the record of that
+        has_base = found is not None and self._has(found, 0, self.base or b"")
+        if found is None or not has_base or not trusted or not self._has_grown(found):
+            self._write(found or self.path, has_base)
+            return True
+        return False
+
+    def _has_grown(self, path: str) -> bool:
+        return all(self._has(path, offset, data) for offset, data in self.grown)
+
+    @staticmethod
+    def _has(path: str, offset: int, data: bytes) -> bool:
+        with open(path, "rb", buffering=0) as file:
+            if sys.platform == "linux":  # forget what memory has, and look at the disk
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            return os.pread(file.fileno(), len(data), offset) == data
+
+    def _write(self, path: str, has_base: bool) -> None:
+        top = os.path.dirname(os.path.dirname(path))
+        temporary = os.path.join(top, "tmp", new_id())
+        for directory in (os.path.dirname(temporary), os.path.dirname(path)):
+            make_directory(directory)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            if has_base:
+                with open(path, "rb", buffering=0) as file:
+                    while chunk := file.read(CHUNK):
+                        write_all(fd, chunk)
+            else:
+                write_all(fd, self.base or b"")
+            for offset, data in self.grown:
+                os.lseek(fd, offset, os.SEEK_SET)
+                write_all(fd, data)
+            if os.geteuid() == 0:
+                os.fchown(fd, *owner_above(path))
+            os.fsync(fd)
+            move_synced(temporary, path)
+        except BaseException:
+            discard_names(temporary)
+            raise
+        finally:
+            close_written(fd)
+
+
+def _file_states(segments: Iterable[Segment]) -> dict[str, _FileState]:
+    """Return what the records make of each file, by its name without new or cur. Raises OSError."""
+    states: dict[str, _FileState] = {}
+    for segment in sorted(segments, key=lambda segment: segment.epoch):
+        for entry in segment.entries():
+            above, name = os.path.split(entry.path)
+            key = os.path.join(os.path.dirname(above), name)
+            states.setdefault(key, _FileState()).add(entry)
+    return states
+
+
+def replay_journal(directory: str) -> int:
+    """Make durable what the journal in `directory` vouches for, after a crash or a power cut.
+
+    Returns how many files were written anew. Raises ConfigError, after which nothing is lost.
+    """
+    paths = [os.path.join(directory, name) for name in _SEGMENT_NAMES]
+    segments = []
+    try:
+        segments = [Segment(path) for path in paths if os.path.exists(path)]
+        states = _file_states(segments)
+        written = 0
+        with contextlib.suppress(OSError):  # what is on its way to the disk cannot be forgotten
+            _sync_all(_directories(states.values()))
+        for state in states.values():
+            names = state.names()
+            written += state.restore(names[0] if names else None, trusted=True)
+            for other in names[1:]:
+                os.unlink(other)
+        _sync_all(_directories(states.values()))
+        for segment in segments:
+            segment.drop()
+    except OSError as error:
+        text = f"what it holds cannot be written to its place; mend that: {reason(error)}"
+        raise ConfigError(directory, 0, text) from error
+    finally:
+        for segment in segments:
+            segment.close()
+    return written
+
+
+def _directories(states: Iterable[_FileState]) -> set[str]:
+    return {os.path.dirname(state.find() or state.path) for state in states}
+
+
+def _sync_all(directories: Iterable[str]) -> None:
+    """Make all files in `directories` durable. Raises OSError."""
+    file_systems, whole = _FileSystems(), set()
+    try:
+        for directory in filter(os.path.isdir, directories):
+            fd = file_systems.find(directory)
+            if fd >= 0:
+                whole.add(fd)
+                continue
+            for entry in list(os.scandir(directory)):
+                if entry.is_file():
+                    with open(entry.path, "rb") as file:
+                        os.fsync(file.fileno())
+            sync_directory(directory)
+        for fd in whole:
+            file_systems.sync(fd)
+    finally:
+        file_systems.close()
+
+
+class Journal:
+    """The two segments of a running server. All of it blocks; one thread at a time may commit,
+    and another settle.
+
+    Raises OSError if there can be no journal in `directory`, ConfigError if there is one that
+    was not replayed.
+    """
+
+    def __init__(self, directory: str, segment_size: int) -> None:
+        self.failure: OSError | None = None  # nothing may be committed any more
+        make_directory(directory)
+        self.directory = directory
+        self.segment_size = segment_size
+        self._file_systems = _FileSystems()
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._file_systems.close)
+            if self._file_systems.find(directory) < 0:
+                raise OSError(errno.ENOTSUP, "the file system cannot be synced as a whole")
+            segments = []
+            for name in _SEGMENT_NAMES:
+                segments.append(_open_segment(os.path.join(directory, name), segment_size))
+                undo.callback(segments[-1].close)
+            self._resources = undo.pop_all()
+        self._active, self._other = segments
+        # above all that the segments have held, even if the clock was set back
+        self._epoch = max(self._active.epoch + 1, self._other.epoch + 1, time.time_ns())
+        self._active.begin(self._epoch)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is vouched for since `switch`."""
+        return self._active.offset == 0
+
+    def commit(self, changes: Sequence[Change]) -> bool:
+        """Make changes, durable by one sync. False if that must wait for `switch`.
+
+        What fails is noted in each change; in all that is asked for after a sync has failed.
+        """
+        covered, others = self._divide(changes)
+        entries = [(change.entry(), change.data) for change in covered]
+        waits = any(not isinstance(change, Removal) for change in covered)
+        try:
+            if self.failure is not None:
+                raise self.failure
+            if entries and not self._active.append(entries, synced=waits):
+                if not self.is_empty:
+                    return False
+                covered, others = [], [*covered, *others]  # no segment has room for it
+        except OSError as error:
+            self.failure = error
+            for change in covered:
+                change.error = error
+        for change in covered:
+            change.attempt(synced=False)
+        self._take_back([change for change in covered if change.error is not None])
+        make_durably(others)
+        return True
+
+    def _divide(self, changes: Sequence[Change]) -> tuple[list[Change], list[Change]]:
+        """Return the changes that the journal covers, and those it does not."""
+        covered: list[Change] = []
+        others: list[Change] = []
+        ends: dict[str, int] = {}
+        for change in changes:
+            if change.error is not None:
+                continue
+            try:
+                fd = self._file_systems.find(os.path.dirname(change.path))
+                if isinstance(change, Growth):
+                    change.offset = ends.get(change.source) or os.stat(change.source).st_size
+                    ends[change.source] = change.offset + len(change.data)
+            except OSError as error:
+                change.error = error
+                continue
+            (covered if fd >= 0 else others).append(change)
+            if fd >= 0:
+                self._active.file_systems.add(fd)
+        return covered, others
+
+    def _take_back(self, failed: Sequence[Change]) -> None:
+        """Have no replay make or remove what somebody was told is not made, or not removed."""
+        kinds = {Creation: "remove", Removal: "keep"}
+        entries = [
+            ((kinds[type(change)], change.path, change.path, 0), b"")
+            for change in failed
+            if type(change) in kinds
+        ]
+        if entries and self.failure is None:
+            try:
+                self._active.append(entries, synced=False)  # without room, it may come twice
+            except OSError as error:
+                self.failure = error
+
+    def switch(self) -> Segment:
+        """Go on with the other segment, which is settled; return this one, to be settled."""
+        self._epoch += 1
+        self._other.begin(self._epoch)
+        self._active, self._other = self._other, self._active
+        return self._other
+
+    def settle(self, segment: Segment) -> None:
+        """Sync all that `segment` vouches for, and drop it. Raises OSError: the journal ends."""
+        try:
+            for fd in segment.file_systems:
+                self._file_systems.sync(fd)
+            segment.drop()
+        except OSError as error:
+            self.failure = error
+            raise
+
+    def end(self) -> None:
+        """Write anew all that a failed journal vouches for, and remove it. Raises OSError."""
+        states = _file_states([self._active, self._other])
+        for state in states.values():
+            state.restore(state.find(), trusted=False)
+        for name in _SEGMENT_NAMES:
+            remove_durably(os.path.join(self.directory, name))
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._resources.close()
+
+
+def _open_segment(path: str, size: int) -> Segment:
+    """Open a segment, made if it is missing or of another size. Raises OSError, ConfigError."""
+    if not os.path.exists(path) or os.path.getsize(path) != size:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        try:
+            create_synced(path, itertools.repeat(bytes(CHUNK), size // CHUNK))
+            sync_directory(os.path.dirname(path))
+        except OSError:
+            discard_names(path)
+            raise
+    segment = Segment(path)
+    if next(segment.entries(), None) is not None:
+        segment.close()
+        raise ConfigError(path, 0, "it was not replayed")
+    return segment
+
+
+# ======================================================================================
+# ROOM: DISK
+#
+# Durable writes, as tasks on the loop ask for them: when a call returns, what it asked for
+# survives a power cut. What comes at the same time is one batch, which one worker thread
+# makes durable: by the journal, or, where there is none, file by file. What is asked for while a
+# batch is under way goes into the next one: a sync that has begun may have missed it.
+#
+# - On a slow device a batch waits a little for those who were in the last one: each has just been
+#   answered, and is likely to come again.
+# - What is larger than the journal is for is written by a thread of its own, so that nobody else
+#   waits for it.
+# - If the journal has failed, all is refused until what it vouched for is safe.
+# ======================================================================================
+
+_BATCH_OCTETS = SEGMENT_SIZE // 8  # about what a batch may hold
+_SLOW_BATCH = 0.003  # seconds; from which on it pays to wait for others
+_LONGEST_WAIT = 0.02
+_SETTLE_SECONDS = 5.0  # after which what the journal vouches for is synced
+_RECOVERY_PAUSES = (1.0, 60.0)  # between attempts to save what it vouched for; it doubles
 
 
 class _Batch:
-    """What is done together, by worker threads, and who waits for it."""
+    """What is made durable together, and who waits for it."""
 
     def __init__(self, loop: Loop) -> None:
-        self.commits: list[_Commit] = []
-        self.removals: dict[str, OSError | None] = {}
+        self.changes: list[Change] = []
+        self.octets = 0
         self.done = Event(loop)
-        self.failure: OSError | None = None  # if the batch was not even begun
-        self._unwritten: list[_Commit] = []
-
-    def add(self, commit: _Commit) -> None:
-        self.commits.append(commit)
-        self._unwritten.append(commit)
-
-    def write(self) -> None:
-        """Write and sync the files that are left; several threads may do so at a time."""
-        while True:
-            try:
-                commit = self._unwritten.pop()
-            except IndexError:
-                return
-            try:
-                commit.write()
-            except BaseException as error:
-                commit.error = error
-
-    def finish(self) -> None:
-        """Write what is left, rename, sync each directory once, and remove."""
-        self.write()
-        directories: dict[str, list[_Commit]] = {}
-        for commit in self.commits:
-            try:
-                if commit.error is None:
-                    commit.rename()
-                    directories.setdefault(os.path.dirname(commit.path), []).append(commit)
-            except BaseException as error:
-                commit.error = error
-        for directory, commits in directories.items():
-            self._finish_directory(directory, commits)
-        for path in self.removals:
-            try:
-                os.unlink(path)
-            except OSError as error:
-                self.removals[path] = error
-
-    @staticmethod
-    def _finish_directory(directory: str, commits: list[_Commit]) -> None:
-        error: BaseException | None = None
-        try:
-            sync_directory(directory)
-        except BaseException as failure:
-            error = failure
-        for commit in commits:
-            commit.safe, commit.error = error is None, error
 
 
 class Disk:
-    """Durable writes on the loop. All of it raises OSError.
+    """Durable writes on the loop. All of it raises OSError."""
 
-    What is asked for while a batch is under way goes into the next one: a sync that has
-    begun may have missed what was just written.
-
-    A file system joins what several threads sync at the same time, which pays on a slow
-    device; on a quick one the threads would lose more by waiting for the interpreter. So
-    their number follows the time that a batch takes. The queue and the Maildirs have a
-    `Disk` each, so that what comes in and what is delivered do not wait for one another.
-    """
-
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: Loop, log: Log | None = None) -> None:
         self._loop = loop
-        self._next: _Batch | None = None
-        self._busy = False
-        self._usual = 0.0  # seconds that one file takes, averaged over the last batches
+        self._log = log
+        self._journal: Journal | None = None
+        self._batches: collections.deque[_Batch] = collections.deque()
+        self._worker: Task | None = None
+        self._usual = 0.0  # seconds that a batch takes, averaged over the last ones
+        self._last = 0  # changes in the last batch
+        self._settling: Task | None = None
+        self._timer: Task | None = None
+        self._recovery: Task | None = None
+        self._using = Slots(loop, 1)  # the journal
+        self._moving = Slots(loop, 1)  # a sync that fails must not hide what others have renamed
+
+    async def open_journal(self, directory: str, segment_size: int = SEGMENT_SIZE) -> None:
+        """Use a journal in `directory` from now on, if there can be one.
+
+        What is in it must have been replayed.
+        """
+        try:
+            self._journal = await self._loop.work(lambda: Journal(directory, segment_size))
+        except (ChasquidError, OSError) as error:
+            if self._log is not None:
+                text = f"there is no journal, so each file is synced for itself: {reason(error)}"
+                self._log.info("disk", text)
+
+    async def close(self) -> None:
+        """Wait for what is under way, and leave nothing to be replayed."""
+        while self._worker is not None:
+            await ended(self._worker)
+        for task in (self._timer, self._recovery):
+            if task is not None:
+                task.cancel()
+                await ended(task)
+        await self._settled()
+        journal, self._journal = self._journal, None
+        if journal is not None and journal.failure is None:
+            if not journal.is_empty:
+                self._settle(journal)
+                await self._settled()
+            journal.close()
 
     async def create(self, temporary: str, data: bytes, path: str) -> None:
-        """Make a file with `data` durable under the name `path`, by way of `temporary`.
+        """Make a file with `data` under the name `path`, by way of `temporary`.
 
         Neither name is left if that fails.
         """
-        await self._commit(_Commit(-1, data, temporary, path))
+        await self._do(Creation(temporary, data, path))
 
-    async def commit(self, fd: int, data: bytes, temporary: str, path: str) -> None:
-        """Write `data` to the end of the file behind `fd`, then as `create`."""
-        await self._commit(_Commit(fd, data, temporary, path))
+    async def append(self, source: str, data: bytes, path: str, due: float | None = None) -> None:
+        """Append to a file, which is called `path` then; its time of modification becomes `due`.
 
-    async def _commit(self, commit: _Commit) -> None:
-        batch = self._batch()
-        batch.add(commit)
-        await self._end_of(batch)
-        if not commit.safe:
-            discard_names(commit.name)
-            error = commit.error or batch.failure
-            if isinstance(error, OSError):
-                raise error
-            raise OSError(errno.EIO, f"the file was not written: {error}") from error
+        That is in seconds since 1970, and not durable.
+        """
+        await self._do(Growth(source, data, path, due))
 
     async def remove(self, path: str) -> None:
         """Remove a file, if it is there; that this is durable is not promised."""
-        batch = self._batch()
-        batch.removals[path] = None
-        await self._end_of(batch)
-        error = batch.removals[path] or batch.failure
-        if error is not None and not isinstance(error, FileNotFoundError):
-            raise error
+        await self._do(Removal(path))
 
-    def _batch(self) -> _Batch:
-        """Return the batch that begins next."""
-        if self._next is None:
-            self._next = _Batch(self._loop)
-            if not self._busy:
-                self._busy = True
-                self._loop.spawn(self._work(), "disk")
-        return self._next
+    async def commit(self, fd: int, data: bytes, temporary: str, path: str) -> None:
+        """Write `data` to the end of the file behind `fd`, then as `create`."""
 
-    async def _end_of(self, batch: _Batch) -> None:
+        def write() -> None:
+            write_all(fd, data)
+            os.fsync(fd)
+
+        try:
+            await self._loop.work(write)
+        except BaseException:
+            discard_names(temporary)
+            raise
+        await self.move(temporary, path)
+
+    async def move(self, source: str, path: str) -> None:
+        """Give a file that is synced another name; neither is left if that fails."""
+
+        def move() -> None:
+            try:
+                move_synced(source, path)
+            except BaseException:
+                discard_names(source, path)
+                raise
+
+        async with self._moving:
+            await self._loop.work(move)
+
+    # --- batches ---
+
+    async def _do(self, change: Change) -> None:
+        batch = self._batch(change)
         task = self._loop.current
         task.shielded = True  # the job cannot be taken back
         try:
             await batch.done.wait()
         finally:
             task.shielded = False
+        error = change.error
+        if isinstance(error, OSError):
+            raise error
+        if error is not None:
+            text = f"{change.path} was not written: {error}"
+            raise OSError(errno.EIO, text) from error
+
+    def _batch(self, change: Change) -> _Batch:
+        """Put a change into the batch that begins next, or a later one."""
+        last = self._batches[-1] if self._batches else None
+        if last is None or last.octets + len(change.data) > _BATCH_OCTETS:
+            self._batches.append(_Batch(self._loop))
+        batch = self._batches[-1]
+        batch.changes.append(change)
+        batch.octets += len(change.data)
+        if self._worker is None:
+            self._worker = self._loop.spawn(self._work(), "disk")
+        return batch
 
     async def _work(self) -> None:
         try:
-            while (batch := self._next) is not None:
-                self._next = None
-                await self._do(batch)
+            while self._batches:
+                await self._gather(self._batches[0])
+                await self._make(self._batches.popleft())
+                self._settle_in_time()
         finally:
-            self._busy = False
+            self._worker = None
 
-    async def _do(self, batch: _Batch) -> None:
-        count = max(1, len(batch.commits))
-        threads = min(count, _DISK_THREADS, 1 + int(self._usual / _QUICK_SYNC))
-        start = self._loop.clock.monotonic()
+    async def _gather(self, batch: _Batch) -> None:
+        """Let those join who were in the last batch, if the device is slow."""
+        pays = self._journal is not None and self._usual > _SLOW_BATCH
+        if pays and len(batch.changes) < self._last:
+            await self._loop.sleep(min(self._usual / 3, _LONGEST_WAIT))
+
+    async def _make(self, batch: _Batch) -> None:
+        start, journal = self._loop.clock.monotonic(), self._journal
         try:
-            if threads > 1:
-                await self._loop.work_together(batch.write, threads)
-            await self._loop.work(batch.finish)
-        except ChasquidError as error:  # there is no thread
-            batch.failure = OSError(errno.EAGAIN, f"the disk was not reached: {error}")
+            if journal is not None and journal.failure is not None:
+                raise ChasquidError(f"it has failed: {reason(journal.failure)}")
+            async with self._using:
+                await self._make_durable(batch.changes)
+        except ChasquidError as error:  # that, or there is no thread
+            for change in batch.changes:
+                change.error = OSError(errno.EAGAIN, f"the disk is out of reach: {error}")
         finally:
             batch.done.set()
-        seconds = (self._loop.clock.monotonic() - start) * threads / count
-        self._usual += (seconds - self._usual) / 8
+        self._last = len(batch.changes)
+        self._usual += (self._loop.clock.monotonic() - start - self._usual) / 8
+
+    async def _make_durable(self, changes: Sequence[Change]) -> None:
+        journal = self._journal
+        if journal is None:
+            async with self._moving:
+                await self._loop.work(lambda: make_durably(changes))
+            return
+        while not await self._loop.work(lambda: journal.commit(changes)):
+            await self._settled()
+            if journal.failure is None:
+                self._settle(journal)
+        if journal.failure is not None:
+            self._recover_soon(journal)
+
+    # --- what the journal vouches for ---
+
+    def _settle_in_time(self) -> None:
+        """Have what the journal vouches for synced soon, if that is not yet arranged."""
+        journal = self._journal
+        if journal is not None and self._timer is None and not journal.is_empty:
+            self._timer = self._loop.spawn(self._settle_later(journal), "journal")
+
+    async def _settle_later(self, journal: Journal) -> None:
+        try:
+            await self._loop.sleep(_SETTLE_SECONDS)
+            await self._settled()
+            async with self._using:
+                if journal.failure is None and not journal.is_empty and self._settling is None:
+                    self._settle(journal)
+        finally:
+            self._timer = None
+
+    def _settle(self, journal: Journal) -> None:
+        """Go on with the other segment, while all that this one vouches for is synced."""
+        segment = journal.switch()
+
+        async def settle() -> None:
+            try:
+                await self._loop.work(lambda: journal.settle(segment))
+            except (ChasquidError, OSError) as error:
+                journal.failure = OSError(errno.EIO, reason(error))
+                self._recover_soon(journal)
+            finally:
+                self._settling = None
+
+        self._settling = self._loop.spawn(settle(), "journal settles")
+
+    async def _settled(self) -> None:
+        """Wait until nothing is being synced."""
+        if self._settling is not None:
+            await ended(self._settling)
+
+    def _recover_soon(self, journal: Journal) -> None:
+        if self._recovery is None:
+            self._recovery = self._loop.spawn(self._recover(journal), "journal recovers")
+
+    async def _recover(self, journal: Journal) -> None:
+        """Save all that a failed journal vouches for, then begin a new one."""
+        failure: Exception | None = journal.failure
+        pause, longest = _RECOVERY_PAUSES
+        while failure is not None:
+            text = "the disk has failed, and no mail is taken until all of the last seconds"
+            self._tell(f"{text} is written anew: {reason(failure)}")
+            await self._settled()
+            try:
+                async with self._using:  # not in the pauses: what is asked for then is refused
+                    await self._loop.work(journal.end)
+                    self._journal = failure = None
+                    await self.open_journal(journal.directory, journal.segment_size)
+            except (ChasquidError, OSError) as error:
+                failure = error
+                await self._loop.sleep(pause)
+                pause = min(2 * pause, longest)
+        self._recovery = None
+
+    def _tell(self, text: str) -> None:
+        if self._log is not None:
+            self._log.error("disk", text)
 
 
 # ======================================================================================
@@ -3112,15 +3809,20 @@ async def connect(loop: Loop, host: str, port: int) -> Stream:
 Connect = Callable[[Loop, str, int], Awaitable[Stream]]  # as `connect`
 
 
-def server_tls_context(fullchain: str, privkey: str) -> ssl.SSLContext:
+def server_tls_context(fullchain: str, privkey: str, tickets: bool = False) -> ssl.SSLContext:
     """Return a context for the server side. Raises ConfigError.
 
-    Session tickets are off: some large senders fail on them.
+    With `tickets`, a session can be resumed with one (RFC 8446, 4.6.1; RFC 5077), for two
+    hours at most. The keys that they are sealed with are those of the context, and never
+    leave it, so they last as long. Other servers get none: Microsoft's have been seen to break
+    off when one comes after STARTTLS, and their mail would not get here.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION
-    context.num_tickets = 0
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    if not tickets:
+        context.options |= ssl.OP_NO_TICKET
+    context.num_tickets = 1 if tickets else 0
     for path in (fullchain, privkey):
         read_file(path)
     try:
@@ -7037,6 +7739,10 @@ class StsPolicies:
         while True:
             await self._loop.sleep(_STS_REFRESH)
             now = self._loop.clock.time()
+            self._policies = {  # what came while the clock was ahead would hold for ever
+                domain: policy._replace(fetched=min(policy.fetched, now))
+                for domain, policy in self._policies.items()
+            }
             for domain, policy in list(self._policies.items()):
                 if now > policy.fetched + policy.max_age:
                     await self._drop(domain)
@@ -7152,30 +7858,84 @@ class HttpsPolicies:
 
     @staticmethod
     def _policy_in(response: bytes) -> bytes:
-        import http.client  # 22 ms, and only for domains with a policy
-        import io
-
-        class Connection:
-            def makefile(self, mode: str) -> io.BytesIO:
-                return io.BytesIO(response)
-
-        parsed = http.client.HTTPResponse(Connection())  # type: ignore[arg-type]
+        """Return the body of a response, if that is a policy. Raises ChasquidError."""
         try:
-            parsed.begin()
-            body = parsed.read(_STS_SIZE_LIMIT + 1)
-            complete = parsed.isclosed() or parsed.length in (0, None)
-        except (http.client.HTTPException, ValueError, OSError) as error:
+            status, headers, rest = _response_head(response)
+            if "transfer-encoding" in headers:
+                body, missing = _unchunked(rest, headers["transfer-encoding"]), 0
+            else:
+                text = headers.get("content-length", str(len(rest)))
+                if not re.fullmatch(r"[0-9]{1,15}", text):
+                    raise ValueError("its length is no number")
+                length = int(text)
+                body, missing = rest[:length], length - len(rest)
+        except ValueError as error:
             raise ChasquidError(f"the answer is no HTTP: {reason(error)}") from None
-        if parsed.status != 200:
-            raise ChasquidError(f"the web server answers with status {parsed.status}")
-        kind = (parsed.headers.get("content-type") or "").partition(";")[0]
+        if status != 200:
+            raise ChasquidError(f"the web server answers with status {status}")
+        kind = headers.get("content-type", "").partition(";")[0]
         if kind.strip().lower() != "text/plain":
             raise ChasquidError("the policy is not text/plain")
         if len(body) > _STS_SIZE_LIMIT:
             raise ChasquidError(f"the policy is larger than {_STS_SIZE_LIMIT // 1024} kB")
-        if not complete:
+        if missing > 0:
             raise ChasquidError("the policy was cut short")
         return body
+
+
+# The library's http.client reads responses too, and takes 1 MB, with what it loads of email.
+_STATUS_LINE = re.compile(r"HTTP/1\.[01] ([1-5][0-9]{2})(?: .*)?")
+_RESPONSE_FIELDS = 100
+
+
+def _response_head(data: bytes) -> tuple[int, dict[str, str], bytes]:
+    """Return status, fields with names in lower case, and what follows (RFC 9112, 4).
+
+    Responses that are only interim are passed over (RFC 9110, 15.2). Raises ValueError.
+    """
+    while True:
+        line, data = _line_of(data)
+        match = _STATUS_LINE.fullmatch(line)
+        if match is None:
+            raise ValueError("it does not begin with a status")
+        headers: dict[str, str] = {}
+        for _ in range(_RESPONSE_FIELDS):
+            line, data = _line_of(data)
+            if not line:
+                break
+            name, _, value = line.partition(":")
+            headers.setdefault(name.lower(), value.strip())
+        else:
+            raise ValueError("it has too many fields")
+        if int(match[1]) >= 200:
+            return int(match[1]), headers, data
+
+
+def _line_of(data: bytes) -> tuple[str, bytes]:
+    """Return the first line, and what follows; RFC 9112, 2.2 allows for a LF alone."""
+    line, newline, rest = data.partition(b"\n")
+    if not newline:
+        raise ValueError("it was cut short")
+    return line.removesuffix(b"\r").decode("latin-1"), rest
+
+
+def _unchunked(data: bytes, coding: str) -> bytes:
+    """Return what was sent in chunks (RFC 9112, 7.1). Raises ValueError."""
+    if coding.lower() != "chunked":
+        raise ValueError(f"the coding {printable(coding, 40)} was not asked for")
+    body = b""
+    while True:
+        line, data = _line_of(data)
+        size = re.match(r"[0-9A-Fa-f]{1,8}(?=[ \t;]|\Z)", line)
+        if size is None:
+            raise ValueError("a chunk has no size")
+        length = int(size[0], 16)
+        body += data[:length]
+        after, data = _line_of(data[length:])
+        if after and length:
+            raise ValueError("a chunk is longer than its size")
+        if not length:
+            return body
 
 
 # --- both, and the levels ---
@@ -8024,6 +8784,7 @@ class MaildirCourier:
         self._host = hostname.replace("/", r"\057").replace(":", r"\072")
         self._user_exists = user_exists
         self._number = 0
+        self._start = new_id()  # clock and process id may be the same again after the next one
         self._made: set[str] = set()  # Maildirs whose directories are known to be durable
         self._making = Slots(loop, 1)  # or the failed sync of one would hide what others have made
 
@@ -8075,7 +8836,8 @@ class MaildirCourier:
     async def _store(self, directory: str, delivery: Delivery, address: str) -> str:
         now = self._loop.clock.time()
         self._number += 1
-        name = f"{int(now)}.M{int(now % 1 * 1e6)}P{os.getpid()}Q{self._number}.{self._host}"
+        unique = f"M{int(now % 1 * 1e6)}P{os.getpid()}Q{self._number}R{self._start}"
+        name = f"{int(now)}.{unique}.{self._host}"
         if directory not in self._made:
             await self._make(directory, delivery.junk)
         try:
@@ -8103,9 +8865,9 @@ class MaildirCourier:
             await self._disk.create(temporary, data, path)
         else:
             content = itertools.chain([head], with_lf(delivery.message.chunks()))
-            path = await self._loop.work(
-                lambda: create_durably(temporary, content, lambda size: f"{new},S={size}")
-            )
+            await self._loop.work(lambda: create_synced(temporary, content))
+            path = f"{new},S={os.path.getsize(temporary)}"
+            await self._disk.move(temporary, path)
         return path
 
 
@@ -8838,7 +9600,7 @@ class Envelope(NamedTuple):
 
         Raises NewerItem, and ValueError, TypeError or KeyError if the line is no envelope.
         """
-        fields = _line_fields(json.loads(line), _ENVELOPE, _envelope_from_version_0)
+        fields = _line_fields(json.loads(line.decode()), _ENVELOPE, _envelope_from_version_0)
         return cls(
             sender=fields.pop("reverse_path"), final_recipients=fields.pop("recipients"), **fields
         )
@@ -8927,7 +9689,7 @@ class Item:
         it says what cannot be.
         """
         try:
-            value = json.loads(line)
+            value = json.loads(line.decode())
         except ValueError:
             return
         if not isinstance(value, dict) or not value.keys() & {"v", "results"}:
@@ -9143,13 +9905,23 @@ def parse_item_name(path: str) -> tuple[str, int]:
     return match[1], int(match[2])
 
 
+def _octets_from(path: str, offset: int) -> bytes:
+    """Return what a file holds from `offset` on. At the start there may be 100,000 to read."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        data = b""
+        while piece := os.pread(fd, CHUNK, offset + len(data)):
+            data += piece
+        return data
+    finally:
+        os.close(fd)
+
+
 def read_item(path: str) -> Item:
     """Read a file of the queue. Raises NewerItem, UnreadableItem, OSError."""
     id, size = parse_item_name(path)
     try:
-        with open(path, "rb") as file:
-            file.seek(size)
-            lines = file.read().split(b"\n")
+        lines = _octets_from(path, size).split(b"\n")
         envelope = Envelope.from_line(lines[0])
         if envelope.id != id:
             raise ValueError("its name is not the id of its envelope")
@@ -9828,13 +10600,16 @@ def recover_queue(directory: str, log: Log, now: float) -> list[FoundFile]:
     except OSError as error:
         text = f"the queue cannot be written: {error.strerror}"
         raise ConfigError(error.filename or directory, 0, text) from error
-    found: list[FoundFile] = []
+    found: dict[str, FoundFile] = {}
     for place in (Place.NEW, Place.CUR):
         files = list_queue(directory, place)
-        found += files.found
+        for file in files.found:
+            if file.id in found:
+                _forget_old_name(found[file.id].path, file.path, log)
+            found[file.id] = file
         for path, why in files.unreadable:
             set_aside(directory, log, path, why)
-    return found
+    return list(found.values())
 
 
 def set_aside(directory: str, log: Log, path: str, why: str) -> None:
@@ -9844,6 +10619,16 @@ def set_aside(directory: str, log: Log, path: str, why: str) -> None:
         os.rename(path, os.path.join(directory, Place.BAD, os.path.basename(path)))
     except OSError as error:
         log.error("queue", f"{path} stays where it is: {reason(error)}")
+
+
+def _forget_old_name(old: str, new: str, log: Log) -> None:
+    """Remove the name that a file had before it moved, if a power cut has left it both.
+
+    Or it would be delivered once more, by the start after this one.
+    """
+    with contextlib.suppress(OSError):
+        if os.path.samefile(old, new):
+            _sweep(old, log)
 
 
 def _sweep(path: str, log: Log) -> None:
@@ -10179,6 +10964,7 @@ _DELAY_NOTICE_SECONDS = 4 * 3600.0  # after which a sender hears that it takes l
 _DESTINATION_SLOTS = 5  # attempts at a time for one destination elsewhere
 _SLOTS = {RouteKind.LOCAL: _LOCAL_SLOTS, RouteKind.PIPE: _PIPE_SLOTS}
 _ANY_REMOTE: RouteKey = ()  # the route of all that is not local
+_RETRIED_TOGETHER = 64  # messages that an operator wants attempted
 _READY = 4  # messages read for each place, so that another is at hand when one is free
 
 
@@ -10405,15 +11191,19 @@ class Queue:
         }
         direct = draft.in_memory and self._is_direct(routes, envelope)
         item = Item(envelope, draft.message(envelope.prefix) if direct else Message(b"", "", 0))
+        sent: list[Recipient] = []
         try:
             self._check_programs(routes)
-            sent = await self._deliver_directly(item) if direct else []
+            if direct:
+                sent = await self._deliver_directly(item)
             if len(sent) < len(item.recipients):
                 journal = item.journal_line(self._loop.clock.time()) if sent else b""
                 item.message = await draft.store(envelope, journal)
         except OSError as error:
             draft.discard()
             self._log.error("queue", f"a message cannot be stored: {reason(error)}")
+            for recipient in sent:  # who will have it twice when it comes again
+                self._tell(item, recipient, RouteKind.LOCAL, envelope.sender)
             raise QueueFull("the message cannot be stored now", "4.3.1") from error
         except BaseException:
             draft.discard()
@@ -10421,13 +11211,9 @@ class Queue:
         originals = dict.fromkeys(recipient.original for recipient in envelope.final_recipients)
         self._log.count(Metrics.MESSAGES, "queued")
         self._log.event(
-            Events.QUEUED,
-            id=item.id,
-            from_=envelope.sender,
-            to=originals,
-            size=item.message.size,
-            **trace,
-        )
+            Events.QUEUED, id=item.id, from_=envelope.sender, to=originals,
+            size=item.message.size, **trace,
+        )  # fmt: skip
         for recipient in sent:
             self._tell(item, recipient, RouteKind.LOCAL, envelope.sender)
         if len(sent) == len(item.recipients):
@@ -10480,28 +11266,34 @@ class Queue:
     # --- what operators ask for: it raises ChasquidError if there is no such message ---
 
     async def retry(self, id: str) -> None:
-        """Attempt a message now instead of when it is due.
-
-        Its file says so too, which is what people are shown.
-        """
+        """Attempt a message now; its file says so too, which is what people are shown."""
         async with self._schedule.reading:
-            item = self._active.get(id)
-            if item is not None:
-                item.again = True  # the attempt under way would put it off at its end
-                return
-            item = await self._read_waiting(id)
-            item.due, item.next_attempt = self._loop.clock.monotonic(), 0.0
-            await self._write_progress(item)
-            self._wait(item)
+            await self._retry(id)
+
+    async def _retry(self, id: str) -> None:
+        item = self._active.get(id)
+        if item is not None:
+            item.again = True  # the attempt under way would put it off at its end
+            return
+        item = await self._read_waiting(id)
+        item.due, item.next_attempt = self._loop.clock.monotonic(), 0.0
+        await self._write_progress(item)
+        self._wait(item)
 
     async def retry_all(self) -> int:
-        """As `retry`, of each message; return how many there are."""
-        count = 0
-        for id in [*self._active, *(message.id for message in self._waiting)]:
+        """As `retry`, of each message, so that many are synced at once; return how many."""
+        retried = []
+
+        async def retry(id: str) -> None:
             with contextlib.suppress(ChasquidError):  # it is gone meanwhile
-                await self.retry(id)
-                count += 1
-        return count
+                await self._retry(id)
+                retried.append(id)
+
+        ids = [*self._active, *(message.id for message in self._waiting)]
+        for at in range(0, len(ids), _RETRIED_TOGETHER):
+            async with self._schedule.reading:
+                await together(self._loop, list(map(retry, ids[at : at + _RETRIED_TOGETHER])))
+        return len(retried)
 
     async def _read_waiting(self, id: str) -> Item:
         """Read a message that waits; `reading` is held."""
@@ -10631,7 +11423,7 @@ class Queue:
     async def _write_progress(self, item: Item) -> None:
         path, line = item.message.path, item.journal_line(self._loop.clock.time())
         try:
-            await self._loop.work(lambda: append_synced(path, line))
+            await self._disk.append(path, line, path)
         except OSError as error:
             self._log.error("queue", f"{item.id} cannot be written: {reason(error)}")
 
@@ -10735,7 +11527,10 @@ class Queue:
             self._log.error("queue", f"{item.id} cannot be written: {reason(error)}")
             pause = self._postpone(item, _PAUSES[0])
             if not os.path.exists(item.message.path):
-                self._report_loss(item.id)
+                if any(recipient.is_open for recipient in item.recipients):
+                    self._report_loss(item.id)
+                else:  # it was removed, although that was told to have failed
+                    self._log.event(Events.DONE, id=item.id, attempts=item.attempts)
                 return True
         if item.again:  # that was asked for while it was written down
             pause = self._postpone(item, pause)
@@ -10784,15 +11579,7 @@ class Queue:
     async def _write_down(self, item: Item) -> None:
         path, line = item.message.path, item.journal_line(self._loop.clock.time())
         target = os.path.join(self._settings.directory, Place.CUR, os.path.basename(path))
-
-        def write() -> None:
-            append_synced(path, line)
-            if path != target:
-                os.rename(path, target)  # need not be synced: the journal is in the file
-            with contextlib.suppress(OSError):  # it is a hint
-                os.utime(target, (item.next_attempt, item.next_attempt))
-
-        await self._loop.work(write)
+        await self._disk.append(path, line, target, item.next_attempt)
         item.message = item.message._replace(path=target, data=None)
 
     def _sender_for(self, item: Item, recipient: Recipient) -> str:
@@ -11168,10 +11955,11 @@ HOST_PORT = Port("sendmail of a user", submission=False, implicit_tls=False, pro
 
 
 class ServerContext:
-    """What all sessions of a server share. The daemon replaces `tls_context` and `closing`.
+    """What all sessions of a server share. The daemon replaces the TLS contexts and `closing`.
 
-    `size_limit` is in octets. A message may come in as slowly as `min_octets_per_second`;
-    0 means as slowly as it likes.
+    With `resuming_tls_context`, sessions on submission ports can be resumed (RFC 8446, 2.2).
+    `size_limit` is in octets. A message may come in as slowly as `min_octets_per_second`; 0
+    means as slowly as it likes.
     """
 
     def __init__(
@@ -11192,9 +11980,14 @@ class ServerContext:
         self.hostname = hostname
         self.size_limit = size_limit
         self.tls_context = tls_context
+        self.resuming_tls_context: ssl.SSLContext | None = None
         self.min_octets_per_second = min_octets_per_second
         self.dialogue_lines = dialogue_lines
         self.closing = False
+
+    def tls_context_for(self, port: Port) -> ssl.SSLContext | None:
+        """Return what TLS is done with on a port; None if there is none."""
+        return (self.resuming_tls_context if port.submission else None) or self.tls_context
 
     def new_dialogue(self, port: Port, peer: str) -> Dialogue:
         """Return the notes of a session, which `record` shows from now on."""
@@ -11506,7 +12299,7 @@ class Session:
         self.loop = context.loop
         self.stream = stream
         self.port = port
-        self.tls_context = context.tls_context
+        self.tls_context = context.tls_context_for(port)
         self.dialogue = Dialogue("", "", 0.0)
         self.transaction: Transaction | None = None
         self._receiver = receiver
@@ -13230,6 +14023,7 @@ class Certificate(NamedTuple):
     names: frozenset[str]
     expires: float
     context: ssl.SSLContext
+    files: tuple[str, str]  # chain and key
     proven: bool = True
 
     @property
@@ -13260,10 +14054,26 @@ class Certificates:
         if fetched:
             self._load_below(config.data_dir, FETCHED_CERTIFICATES, before)
         for certificate in sorted(self.loaded.values(), key=lambda found: not found.proven):
+            certificate.context.sni_callback = self._choose  # also of one that stays as it was
             for host in certificate.names | {os.path.basename(certificate.directory).lower()}:
                 self._contexts.setdefault(host, certificate.context)
         first = next((certificate.context for certificate in self.loaded.values()), None)
         self.default = self._find(domain_to_ascii(config.hostname)) or first
+        self.resuming = self.default
+        self.renew_ticket_keys()
+
+    def renew_ticket_keys(self) -> None:
+        """Make `resuming`: the default, with tickets that only this one can read.
+
+        A ticket of before leads to a full handshake, as any that cannot be read. What is said
+        here of tickets holds for the certificates of other names too, which are chosen later.
+        """
+        self.resuming = self.default
+        for certificate in self.loaded.values():
+            if certificate.context is self.default:
+                with contextlib.suppress(ConfigError):  # no tickets as long as that lasts
+                    self.resuming = server_tls_context(*certificate.files, tickets=True)
+                    self.resuming.sni_callback = self._choose
 
     def _load_below(self, base: str, top: str, before: Certificates | None) -> None:
         directory = os.path.join(base, top)
@@ -13295,12 +14105,12 @@ class Certificates:
                 return None
             context = server_tls_context(chain, key)
             pem = read_file(chain)
-            context.sni_callback = self._choose
             return Certificate(
                 name,
                 frozenset(certificate_names(pem)),
                 certificate_expiry(pem),
-                context,
+                context=context,
+                files=(chain, key),
                 proven=not is_self_signed(pem),
             )
         except (ConfigError, ValueError) as error:
@@ -13806,7 +14616,7 @@ class AcmeAnswer(NamedTuple):
 
     def pause(self, now: float) -> float:
         """Return the seconds that Retry-After asks for (RFC 9110, 10.2.3), or -1."""
-        from email.utils import mktime_tz, parsedate_tz  # http.client has loaded it
+        from email.utils import mktime_tz, parsedate_tz  # loaded at the start
 
         value = self.headers.get("retry-after", "")
         if re.fullmatch(r"[0-9]{1,9}", value):
@@ -14148,13 +14958,16 @@ class FetchedCertificate(NamedTuple):
 
 
 class _Progress:
-    """How far a name has come: failures in a row, and not before when it is tried again."""
+    """How far a name has come: failures in a row, and not before when it is tried again.
+
+    That is on the monotonic clock: while the other one was wrong, an attempt may have failed.
+    """
 
     __slots__ = ("failures", "not_before", "problem", "unresolved")
 
-    def __init__(self, not_before: float = 0.0) -> None:
+    def __init__(self) -> None:
         self.failures = 0
-        self.not_before = not_before
+        self.not_before = 0.0
         self.problem = ""
         self.unresolved = False
 
@@ -14252,21 +15065,23 @@ class Acme:
             wanted = list(dict.fromkeys(self._wanted()))
             self._progress = {name: self._progress.get(name) or _Progress() for name in wanted}
             for name in wanted:
-                due = await self._attempt_if_due(name)
-                nearest = min(nearest, due - self._loop.clock.time())
+                nearest = min(nearest, await self._attempt_if_due(name))
         finally:
             self._looking = False
         return max(nearest, 1.0)
 
     async def _attempt_if_due(self, name: str) -> float:
-        """Return when there is something to do for `name`, which may be what has failed now."""
+        """Return in how many seconds there is something to do for `name`.
+
+        That may be what has failed now.
+        """
         files = FetchedCertificate(os.path.join(self._settings.directory, "certs", name))
-        ends = 0.0
+        clock, ends = self._loop.clock, 0.0
         try:
             due, ends = await self._loop.work(files.renewal)
-            due = max(due, self._progress[name].not_before)
-            if due > self._loop.clock.time():
-                return due
+            pause = max(due - clock.time(), self._progress[name].not_before - clock.monotonic())
+            if pause > 0:
+                return pause
             unresolved = await self._unresolved(name)
             if unresolved and not ends:
                 return self._skip(name, unresolved)
@@ -14278,10 +15093,11 @@ class Acme:
             return self._fail(name, ends, error)
         until = rfc5322_date(ends)
         self._log.info("acme", f"a certificate for {name} has come; it is valid until {until}")
-        now = self._loop.clock.time()
-        due = due if due > now else now + _ROUND_SECONDS  # whatever the authority means by that
-        self._progress[name] = _Progress(due)
-        return due
+        self._progress[name] = _Progress()
+        if due > clock.time():
+            return due - clock.time()
+        self._progress[name].not_before = clock.monotonic() + _ROUND_SECONDS
+        return _ROUND_SECONDS  # whatever the authority means by that
 
     async def _unresolved(self, name: str) -> str:
         """Say why `name` cannot be shown to be ours, as far as the DNS tells; "" if it can."""
@@ -14301,16 +15117,16 @@ class Acme:
     def _skip(self, name: str, why: str) -> float:
         """Wait for a name to lead here: only the host itself must have a certificate."""
         is_host = name == self._settings.hostname
-        due = self._pause(name, longest=_HOST_PAUSE if is_host else _ACME_PAUSES[1])
+        pause = self._pause(name, longest=_HOST_PAUSE if is_host else _ACME_PAUSES[1])
         text = f"no certificate for {name} yet: {why}"
         self._progress[name].unresolved = True
         self._progress[name].problem = text if is_host else ""
         tell = self._log.warning if is_host else self._log.info
-        tell("acme", f"{text}; {self._next(due)}")
-        return due
+        tell("acme", f"{text}; next attempt in {duration_text(pause)}")
+        return pause
 
     def _fail(self, name: str, ends: float, error: Exception) -> float:
-        due = self._pause(name, asked=error.pause if isinstance(error, AcmeFailed) else 0.0)
+        pause = self._pause(name, asked=error.pause if isinstance(error, AcmeFailed) else 0.0)
         text = f"no certificate for {name}"
         if ends:
             left = ends - self._loop.clock.time()
@@ -14318,21 +15134,18 @@ class Acme:
             text = f"the certificate for {name} {when} and could not be renewed"
         text = f"{text}: {reason(error)}"
         self._progress[name].problem = text
-        self._log.warning("acme", f"{text}; {self._next(due)}")
-        return due
+        self._log.warning("acme", f"{text}; next attempt in {duration_text(pause)}")
+        return pause
 
     def _pause(self, name: str, asked: float = 0.0, longest: float = _ACME_PAUSES[1]) -> float:
-        """Return when `name` is tried again; `asked` is what the authority has asked for."""
+        """Put `name` off; return for how long. `asked` is what the authority has asked for."""
         progress = self._progress[name]
-        pause = min(_ACME_PAUSES[0] * 2 ** min(progress.failures, 20), longest)
+        pause: float = min(_ACME_PAUSES[0] * 2 ** min(progress.failures, 20), longest)
         progress.failures += 1
         progress.unresolved = False
         pause = max(pause, min(asked, _ACME_LONGEST_PAUSE))
-        progress.not_before = self._loop.clock.time() + pause
-        return progress.not_before
-
-    def _next(self, due: float) -> str:
-        return f"next attempt in {duration_text(due - self._loop.clock.time())}"
+        progress.not_before = self._loop.clock.monotonic() + pause
+        return pause
 
     async def _fetch(self, name: str, files: FetchedCertificate) -> None:
         """Have a certificate issued and keep it; by one challenge, or else by the other."""
@@ -14859,14 +15672,14 @@ _SHOWN_PROBLEMS = 20  # of a domain; the log gets them at each look
 _WORKER_COUNT = 8
 _STOP_SECONDS = 10.0
 _DAY = 86400.0
+_TICKET_KEY_SECONDS = 12 * 3600.0
 _EXAMINE_AFTER = 60.0  # seconds; the network may come up later than we do
 # Everything that is imported when it is first used; see `load_modules`.
 _LATE_MODULES = (
     "base64", "difflib", "dns.asyncresolver", "dns.rcode", "encodings.ascii", "encodings.idna",
-    "fcntl", "hashlib", "hmac", "http.client", "idna", "idna.uts46data", "io", "ipaddress",
+    "fcntl", "hashlib", "hmac", "idna", "idna.uts46data", "io", "ipaddress",
     "precis_i18n.profile", "pwd", "resource", "shlex", "shutil", "subprocess", "tempfile",
     "unicodedata",
-    "calendar", "ctypes", "dns.query", "dns.resolver",  # for the daily check
 )  # fmt: skip
 DOMAIN_INFO_DIRECTORY = "domaininfo"  # below data_dir
 DOMAIN_FORGOTTEN = "what was seen of {} is forgotten"
@@ -15050,8 +15863,10 @@ class Daemon:
         account: Account | None = None,
         deliver: bool = True,
         examine: Callable[[], Sequence[Finding]] | None = None,
+        segment_size: int = SEGMENT_SIZE,
     ) -> None:
         self.config = config
+        self._segment_size = segment_size
         self._connect = connect
         self._account = account
         self._deliver = deliver
@@ -15118,6 +15933,7 @@ class Daemon:
         hooks = Hooks(programs, self.log, config.config_dir)
         self._dovecot = self._ask_dovecot()
         self._hooks = hooks
+        self._disk = Disk(loop, self.log)
         self._lookups = ExternalLookups(
             hooks.alias_destinations, self._dovecot.exists if self._dovecot else None
         )
@@ -15132,7 +15948,7 @@ class Daemon:
         )
         self.queue = Queue(
             loop,
-            Disk(loop),
+            self._disk,
             log=self.log,
             settings=self._queue_settings(),
             couriers=couriers,
@@ -15152,6 +15968,7 @@ class Daemon:
             tls_context=certificates.default,
             min_octets_per_second=config.min_octets_per_second,
         )
+        self._context.resuming_tls_context = certificates.resuming
         self._receiver = MailReceiver(
             config,
             loop=loop,
@@ -15319,7 +16136,7 @@ class Daemon:
             )
         return MaildirCourier(
             self.loop,
-            Disk(self.loop),
+            self._disk,
             config.maildir,
             data_dir=config.data_dir,
             hostname=config.hostname,
@@ -15481,6 +16298,10 @@ class Daemon:
 
     async def _main(self, on_ready: Callable[[], object]) -> None:
         self._sts.load()
+        journal = os.path.join(self.config.data_dir, JOURNAL_DIRECTORY)
+        if written := replay_journal(journal):
+            text = f"after a crash {plural(written, 'file')} of mail had to be written anew"
+            self.log.warning("disk", text)
         if self._deliver:
             self.queue.recover()
         else:
@@ -15499,6 +16320,7 @@ class Daemon:
             self.loop.spawn(self._accept_programs(), "sendmail"),
             self.loop.spawn(self._reload_forever(), "reload"),
             self.loop.spawn(self._watch_certificates(), "certificates"),
+            self.loop.spawn(self._renew_ticket_keys(), "TLS ticket keys"),
             self.loop.spawn(self._sts.refresh_forever(), "MTA-STS policies"),
             self.loop.spawn(self._examine_daily(), "daily check"),
         ]
@@ -15506,6 +16328,7 @@ class Daemon:
             self.log.event(Events.LISTENING, port=port.name, address=f"[{host}]:{number}")
         await self.loop.work(self._load_libraries)
         self._loaded.set()
+        await self._disk.open_journal(journal, self._segment_size)
         tasks.append(self.loop.spawn(self._key_watch.run(), "records of DKIM keys"))
         if self._acme is not None:
             tasks.append(self.loop.spawn(self._acme.run(), "ACME"))
@@ -15521,11 +16344,14 @@ class Daemon:
         self._control.close()
         self._programs.close()
         await self._wind_up()
+        await self._disk.close()
         self.log.event(Events.STOPPED)
 
     def _load_libraries(self) -> None:
         """Load all that may be needed later. Computes; raises ChasquidError."""
         load_libraries()
+        if self._acme is not None:
+            load_modules(("email.utils", "http.client"))
         with contextlib.suppress(TemporaryFailure):  # no name server is known, or not yet
             self._dns.set_up()
 
@@ -15672,6 +16498,7 @@ class Daemon:
         self._key_watch.look_now()
         if certificates.default is not None:
             self._context.tls_context = certificates.default
+            self._context.resuming_tls_context = certificates.resuming
         self._reloaded = (self.loop.clock.time(), not self.problems)
         self.log.event(Events.RELOADED, problems=len(self.problems))
         self._report_problems()
@@ -15684,6 +16511,15 @@ class Daemon:
             for warning in self._certificates.warnings(now, hosts):
                 self.log.warning("certificates", warning)
             await self.loop.sleep(_DAY)
+
+    async def _renew_ticket_keys(self) -> None:
+        """Let no key for TLS tickets live for longer than half a day (RFC 5077, 5.5)."""
+        while True:
+            await self.loop.sleep(_TICKET_KEY_SECONDS)
+            certificates = self._certificates
+            await self.loop.work(certificates.renew_ticket_keys)
+            if certificates is self._certificates:
+                self._context.resuming_tls_context = certificates.resuming
 
     async def _examine_daily(self) -> None:
         """Have the whole set-up checked each day, and warn of what must be mended."""
@@ -15789,6 +16625,192 @@ def notify_systemd(state: str) -> None:
             raw.send(state.encode())
         except OSError:
             pass  # systemd notices by itself that it heard nothing
+
+
+# ======================================================================================
+# ROOM: SERVE
+#
+# The server as a process: what the command line says of it, its signals, its exit status.
+#
+# This is the last room that a running server needs. Those above are for other commands, which
+# are programs of their own: also the daily check of the set-up runs as one, so that a server
+# holds nothing of them in memory. The archive keeps their bytecode apart, and it is read when
+# one of their names is asked for; that no room names a higher one is what makes this possible.
+# ======================================================================================
+
+CONFIG_DIR = "/etc/chasquid"
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_EXAMINE_SECONDS = 3600.0  # a check waits for the network, host by host
+
+# Options that stand before or after the command, and how many words follow each.
+GLOBAL_OPTIONS = {"--config-dir": 1, "--config-overrides": 1, "--verbose": 0, "--version": 0}
+# As Go's flag package writes options, for the server and for chasquid-util.
+_GO_OPTIONS = {
+    "-C": "--config-dir", "-v": "--verbose", "-version": "--version", "-help": "--help",
+    "-config_dir": "--config-dir", "-config-dir": "--config-dir",
+    "-config_overrides": "--config-overrides", "-config-overrides": "--config-overrides",
+}  # fmt: skip
+
+
+def in_our_spelling(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the options for all commands, and the rest, with Go's spelling undone.
+
+    Raises ValueError if an option lacks its value.
+    """
+    first: list[str] = []
+    rest: list[str] = []
+    queue = collections.deque(words)
+    while queue:
+        word = queue.popleft()
+        if word == "--" or (word == "sendmail" and all(one.startswith("-") for one in rest)):
+            rest += [word, *queue]
+            break
+        name, equals, value = word.partition("=")
+        name = _GO_OPTIONS.get(name, name)
+        if name.startswith("--"):
+            name = name.replace("_", "-")
+        follow = GLOBAL_OPTIONS.get(name)
+        if follow is None:
+            rest.append(name + equals + value if word.startswith("-") else word)
+        elif not follow:
+            first.append(name)  # "-v=1" too
+        elif equals or queue:
+            first.append(f"{name}={value if equals else queue.popleft()}")
+        else:
+            raise ValueError(f"expected a value after {word}")
+    return first, rest
+
+
+def _plain_serve(words: Sequence[str]) -> Any:
+    """Parse what starts the server, without argparse, which would take as long as the start.
+
+    The value is None for anything else, mistakes too.
+    """
+    try:
+        first, rest = in_our_spelling(words)
+    except ValueError:
+        return None
+    options = dict(word.partition("=")[::2] for word in first)
+    if rest not in ([], ["serve"]) or "--version" in options:
+        return None
+    return types.SimpleNamespace(
+        verb="serve" if rest else None,
+        config_dir=options.get("--config-dir", CONFIG_DIR),
+        config_overrides=options.get("--config-overrides", ""),
+    )
+
+
+def own_program() -> tuple[list[str], str]:
+    """Return the command line that runs this program, archive or module, and from where."""
+    path = os.path.abspath(__file__)
+    while not os.path.isfile(path):  # inside an archive
+        path = os.path.dirname(path)
+    if path.endswith(".py"):
+        return [sys.executable, "-m", "chasquid"], os.path.dirname(path)
+    return [sys.executable, path], os.path.dirname(path)
+
+
+def _return_memory_at_once() -> None:
+    """Have glibc give large blocks back to the system as soon as they are free.
+
+    By itself it keeps what was freed, for each thread: after some logins, which take 16 MB
+    each, that would be 16 MB for every worker thread, for ever. See mallopt(3).
+    """
+    try:
+        import ctypes
+
+        mallopt = ctypes.CDLL(None).mallopt
+    except (ImportError, OSError, AttributeError):
+        return  # another C library, which does not keep them
+    mallopt(_M_MMAP_THRESHOLD, 1024 * 1024)
+    mallopt(_M_TRIM_THRESHOLD, 1024 * 1024)
+
+
+def run_daemon(daemon: Daemon, on_ready: Callable[[], object] = lambda: None) -> None:
+    """Run until SIGTERM or SIGINT; SIGHUP reads the files again. Raises ChasquidError.
+
+    Signals are minded before `on_ready` is called.
+    """
+    sys.setswitchinterval(0.0005)  # a finished fsync is noticed sooner while we compute
+    signal.set_wakeup_fd(daemon.loop.wakeup_fd, warn_on_full_buffer=False)
+    daemon.at_end(lambda: signal.set_wakeup_fd(-1))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: daemon.stop())
+    signal.signal(signal.SIGHUP, lambda *_: daemon.reload())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
+
+    def ready() -> None:
+        _return_memory_at_once()  # loads ctypes, which a client that waits need not wait for
+        on_ready()
+
+    daemon.run(ready)
+
+
+def exit_status(command: Callable[[], int]) -> int:
+    """Run a command; return its exit status, after a sentence on standard error if it failed."""
+    try:
+        return command()
+    except ChasquidError as error:
+        print(f"chasquid: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read our output has seen enough
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def examined_by_doctor(config: Config, overrides: str) -> list[Finding]:
+    """Have the set-up checked by the command `doctor`; return what it finds. Computes.
+
+    Raises ChasquidError if the command fails.
+    """
+    import subprocess  # loaded at the start
+
+    program, place = own_program()
+    options = ["--config-dir", os.path.abspath(config.config_dir), "--config-overrides", overrides]
+    try:
+        done = subprocess.run(
+            [*program, *options, "doctor", "--json"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_EXAMINE_SECONDS,
+            cwd=place,
+        )
+        found = [Finding(**finding) for finding in json.loads(done.stdout)]
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ChasquidError(f"doctor cannot be run: {reason(error)}") from error
+    except (ValueError, TypeError) as error:
+        said = done.stderr.decode("utf-8", "replace").strip() or "nothing that can be read"
+        raise ChasquidError(f"doctor says {printable(said, 500)}") from error
+    return [finding._replace(level=Level(finding.level)) for finding in found]
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Run the server; return its exit status. Raises ChasquidError."""
+    # whoever sees the ports open may ask for a reload, which would end us before it is minded
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+    config = load_config(arguments.config_dir, arguments.config_overrides)
+    write_no_core()
+    account = account_of_server(config) if os.geteuid() == 0 else None
+    examine = functools.partial(examined_by_doctor, config, arguments.config_overrides)
+    run_daemon(Daemon(config, examine=examine, account=account))
+    return 0
+
+
+def serve_if_asked(argv: Sequence[str] | None = None) -> int | None:
+    """Run the server if the command line asks for it, and return its exit status.
+
+    For anything else, mistakes too, the value is None; it is for `main` to see what to do.
+    """
+    if argv is None and os.path.basename(sys.argv[0]) == "sendmail":
+        return None
+    arguments = _plain_serve(sys.argv[1:] if argv is None else argv)
+    if arguments is None:
+        return None
+    if arguments.verb is None and not os.path.exists(f"{arguments.config_dir}/chasquid.conf"):
+        return None
+    return exit_status(lambda: serve(arguments))
 
 
 # ======================================================================================
@@ -16046,9 +17068,9 @@ _SENDMAIL_STATUS = {
 class _ProgramDialogue:
     """The client's side of SMTP, as far as a program needs it; it blocks."""
 
-    def __init__(self, connected: socket.socket) -> None:
+    def __init__(self, connected: socket.socket, replies: IO[bytes]) -> None:
         self._socket = connected
-        self._replies = connected.makefile("rb")
+        self._replies = replies
 
     def say(self, *data: bytes) -> str:
         """Send a command, and return the text of the reply. Raises NotSent if it refuses."""
@@ -16080,8 +17102,9 @@ def hand_over(connected: socket.socket, letter: Letter) -> str:
     Then it is safe, for all recipients. Raises NotSent: no recipient gets it.
     """
     try:
-        with connected:
-            dialogue = _ProgramDialogue(connected)
+        # while either is open, the server waits for the end of the connection
+        with connected, connected.makefile("rb") as replies:
+            dialogue = _ProgramDialogue(connected, replies)
             dialogue.reply()
             dialogue.say(b"EHLO localhost\r\n")
             said = ""
@@ -16610,6 +17633,7 @@ class _Restore:
         self._path = path
         self.places = {"config": config.config_dir, "data": config.data_dir, "mail": top}
         self._made = made
+        self._new: set[str] = set()  # files in a directory "new"
         self.counts: collections.Counter[str] = collections.Counter()
         self.unknown: set[str] = set()  # owners whom this system does not have
 
@@ -16645,7 +17669,25 @@ class _Restore:
         create_synced(target, iter(lambda: contents.read(CHUNK), b""), mode, owner)
         self._made.append(target)
         os.utime(target, (member.mtime, member.mtime))
-        self.counts[name.partition("/")[0]] += 1
+        part = name.partition("/")[0]
+        self.counts[part] += 1
+        if part != "config":
+            self._note_move(target, part)
+
+    def _note_move(self, target: str, part: str) -> None:
+        """Keep one copy of a message that went from new to cur while the backup was made.
+
+        The one in cur says what was done since, or with its name who has read it.
+        """
+        above, directory = os.path.split(os.path.dirname(target))
+        if directory == "new":
+            self._new.add(target)
+        before = os.path.join(above, "new", os.path.basename(target).partition(":2,")[0])
+        if directory == "cur" and before in self._new:
+            self._new.remove(before)
+            os.unlink(before)
+            self._made.remove(before)
+            self.counts[part] -= 1
 
     def _owner(self, member: TarInfo) -> tuple[int, int]:
         import grp
@@ -19639,7 +20681,8 @@ class Changes:
         """Make a symbolic link, which must not be there, by a relative path. Raises OSError."""
         path = self._host.path(path)
         os.symlink(os.path.relpath(self._host.path(target), os.path.dirname(path)), path)
-        self._undo.append((path, lambda: os.unlink(path)))
+        self._undo.append((path, lambda: discard_names(path)))
+        sync_directory(os.path.dirname(path))
 
     def run(self, *argv: str, undo: Sequence[str] = ()) -> None:
         """Run a program that must succeed. Raises ChasquidError with the last line it said."""
@@ -20853,16 +21896,6 @@ class Ledger:
             "delivered twice, which a crash may do": sum(count - 1 for count in copies if count),
         }
         return SelftestReport(figures, (*lost, *self._damaged))
-
-
-def own_program() -> tuple[list[str], str]:
-    """Return the command line that runs this program, archive or module, and from where."""
-    path = os.path.abspath(__file__)
-    while not os.path.isfile(path):  # inside an archive
-        path = os.path.dirname(path)
-    if path.endswith(".py"):
-        return [sys.executable, "-m", "chasquid"], os.path.dirname(path)
-    return [sys.executable, path], os.path.dirname(path)
 
 
 class SelftestServer:
@@ -24639,10 +25672,9 @@ def _route(method: str, path: str) -> tuple[_Action, tuple[str, ...]]:
 # The command line. Exit status 0; 1 for "no" or failed, with one line on standard error;
 # 2 for wrong usage. A command does one thing and prints what a person wants to know.
 #
-# Only here are there signal handlers, arguments, and text for the terminal.
+# Only here, and in SERVE, are there signal handlers, arguments, and text for the terminal.
 # ======================================================================================
 
-_CONFIG_DIR = "/etc/chasquid"
 _TRY_DOMAIN = "try.test"
 _TRY_USER = f"you@{_TRY_DOMAIN}"
 _TRY_PORTS = (2525, 2587, 2465)
@@ -24700,9 +25732,6 @@ _CAPTURE_MODULES = (
 )  # fmt: skip
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-
-
 class _NowhereCourier:
     """Takes what is for other servers, and fails it."""
 
@@ -24713,58 +25742,8 @@ class _NowhereCourier:
         return [Result(State.FAILED, "5.7.1", text)] * len(destinations)
 
 
-def _return_memory_at_once() -> None:
-    """Have glibc give large blocks back to the system as soon as they are free.
-
-    By itself it keeps what was freed, for each thread: after some logins, which take 16 MB
-    each, that would be 16 MB for every worker thread, for ever. See mallopt(3).
-    """
-    try:
-        import ctypes
-
-        mallopt = ctypes.CDLL(None).mallopt
-    except (ImportError, OSError, AttributeError):
-        return  # another C library, which does not keep them
-    mallopt(_M_MMAP_THRESHOLD, 1024 * 1024)
-    mallopt(_M_TRIM_THRESHOLD, 1024 * 1024)
-
-
-def run_daemon(daemon: Daemon, on_ready: Callable[[], object] = lambda: None) -> None:
-    """Run until SIGTERM or SIGINT; SIGHUP reads the files again. Raises ChasquidError.
-
-    Signals are minded before `on_ready` is called.
-    """
-    sys.setswitchinterval(0.0005)  # a finished fsync is noticed sooner while we compute
-    signal.set_wakeup_fd(daemon.loop.wakeup_fd, warn_on_full_buffer=False)
-    daemon.at_end(lambda: signal.set_wakeup_fd(-1))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: daemon.stop())
-    signal.signal(signal.SIGHUP, lambda *_: daemon.reload())
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
-
-    def ready() -> None:
-        _return_memory_at_once()  # loads ctypes, which a client that waits need not wait for
-        on_ready()
-
-    daemon.run(ready)
-
-
 def _load(arguments: argparse.Namespace) -> Config:
     return load_config(arguments.config_dir, arguments.config_overrides)
-
-
-def _serve(arguments: argparse.Namespace) -> int:
-    # whoever sees the ports open may ask for a reload, which would end us before it is minded
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
-    config = _load(arguments)
-    write_no_core()
-    account = account_of_server(config) if os.geteuid() == 0 else None
-
-    def examine() -> Sequence[Finding]:
-        return diagnose(facts_of(examine_files(config, ()), RealWorld(config)))
-
-    run_daemon(Daemon(config, examine=examine, account=account))
-    return 0
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -25758,6 +26737,7 @@ def _change(
         lock = DataDirectory(config.data_dir)
         lock.take()  # so that no server starts meanwhile
         try:
+            replay_journal(os.path.join(config.data_dir, JOURNAL_DIRECTORY))
             offline()
         except OSError as error:
             raise ChasquidError(f"data_dir cannot be written: {reason(error)}") from error
@@ -26109,7 +27089,7 @@ _VERBS: dict[str, _Verb] = {
         ),
         "make everything that a domain needs, and say what is left to do; again at any time",
     ),
-    "serve": _Verb(_serve, (), "run the server"),
+    "serve": _Verb(serve, (), "run the server"),
     "try": _Verb(
         _try,
         (
@@ -26360,23 +27340,13 @@ _VERBS: dict[str, _Verb] = {
 }
 
 
-# Options that stand before or after the command, and how many words follow each.
-_GLOBAL_OPTIONS = {"--config-dir": 1, "--config-overrides": 1, "--verbose": 0, "--version": 0}
-# As Go's flag package writes options, for the server and for chasquid-util.
-_GO_OPTIONS = {
-    "-C": "--config-dir", "-v": "--verbose", "-version": "--version", "-help": "--help",
-    "-config_dir": "--config-dir", "-config-dir": "--config-dir",
-    "-config_overrides": "--config-overrides", "-config-overrides": "--config-overrides",
-}  # fmt: skip
-
-
 def _argument_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """Return the parser, and those of the commands."""
     import argparse  # 7 ms, and no business of those who import the module
 
     parser = argparse.ArgumentParser(prog="chasquid", description="A mail server in one file.")
     parser.add_argument(
-        "--config-dir", default=_CONFIG_DIR, metavar="DIR",
+        "--config-dir", default=CONFIG_DIR, metavar="DIR",
         help="where chasquid.conf is (default: %(default)s); also -C DIR",
     )  # fmt: skip
     parser.add_argument(
@@ -26396,59 +27366,11 @@ def _argument_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argu
     return parser, subs
 
 
-def _in_our_spelling(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the options for all commands, and the rest, with Go's spelling undone.
-
-    Raises ValueError if an option lacks its value.
-    """
-    first: list[str] = []
-    rest: list[str] = []
-    queue = collections.deque(words)
-    while queue:
-        word = queue.popleft()
-        if word == "--" or (word == "sendmail" and all(one.startswith("-") for one in rest)):
-            rest += [word, *queue]
-            break
-        name, equals, value = word.partition("=")
-        name = _GO_OPTIONS.get(name, name)
-        if name.startswith("--"):
-            name = name.replace("_", "-")
-        follow = _GLOBAL_OPTIONS.get(name)
-        if follow is None:
-            rest.append(name + equals + value if word.startswith("-") else word)
-        elif not follow:
-            first.append(name)  # "-v=1" too
-        elif equals or queue:
-            first.append(f"{name}={value if equals else queue.popleft()}")
-        else:
-            raise ValueError(f"expected a value after {word}")
-    return first, rest
-
-
-def _plain_serve(words: Sequence[str]) -> Any:
-    """Parse what starts the server, without argparse, which would take as long as the start.
-
-    The value is None for anything else, mistakes too.
-    """
-    try:
-        first, rest = _in_our_spelling(words)
-    except ValueError:
-        return None
-    options = dict(word.partition("=")[::2] for word in first)
-    if rest not in ([], ["serve"]) or "--version" in options:
-        return None
-    return types.SimpleNamespace(
-        verb="serve" if rest else None,
-        config_dir=options.get("--config-dir", _CONFIG_DIR),
-        config_overrides=options.get("--config-overrides", ""),
-    )
-
-
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     """Parse arguments. Raises SystemExit with status 2 after a word on what is wrong."""
     parser, subs = _argument_parser()
     try:
-        first, rest = _in_our_spelling(words)
+        first, rest = in_our_spelling(words)
     except ValueError as error:
         parser.error(str(error))
     position = next((at for at, word in enumerate(rest) if not word.startswith("-")), None)
@@ -26456,7 +27378,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         command, options, own = rest[position], rest[:position], rest[position + 1 :]
         if command not in (*_VERBS, "help"):
             if options:
-                _unknown(parser, "option", options[0].partition("=")[0], _GLOBAL_OPTIONS)
+                _unknown(parser, "option", options[0].partition("=")[0], GLOBAL_OPTIONS)
             _unknown(parser, "command", command, _VERBS)
         rest = [command, *options, *(own if command != "sendmail" else ())]
     arguments, unknown = parser.parse_known_args(first + rest)
@@ -26483,31 +27405,22 @@ def _unknown(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
+    if (status := serve_if_asked(argv)) is not None:
+        return status
     words = sys.argv[1:] if argv is None else argv
     if argv is None and os.path.basename(sys.argv[0]) == "sendmail":
         words = ["sendmail", *words]
-    arguments = _plain_serve(words) or _parse(words)
-    config_dir = arguments.config_dir
+    arguments = _parse(words)
     if arguments.verb is None:
-        if not os.path.exists(os.path.join(config_dir, "chasquid.conf")):
-            program = sys.argv[0] if sys.argv[0].endswith((".py", ".pyz")) else ""
-            begin = f"python3 {program}" if program else "chasquid"
-            print(_BEGIN.format(version=__version__, program=begin, config_dir=config_dir), end="")
-            return 0
-        arguments.verb = "serve"
+        program = sys.argv[0] if sys.argv[0].endswith((".py", ".pyz")) else ""
+        begin = f"python3 {program}" if program else "chasquid"
+        config_dir = arguments.config_dir
+        print(_BEGIN.format(version=__version__, program=begin, config_dir=config_dir), end="")
+        return 0
     if getattr(arguments, "password", None) is not None:
         text = "warning: --password can be seen in the list of processes"
         print(f"chasquid: {text}", file=sys.stderr)
-    try:
-        return _VERBS[arguments.verb].action(arguments)
-    except ChasquidError as error:
-        print(f"chasquid: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read our output has seen enough
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return exit_status(lambda: _VERBS[arguments.verb].action(arguments))
 
 
 if __name__ == "__main__":

@@ -4,21 +4,60 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from support import CommandLine, Server  # it imports the module
 
-# A busy machine is no reason to fail.
-hypothesis.settings.register_profile("chasquid", deadline=None, print_blob=True)
-hypothesis.settings.load_profile("chasquid")
+import chasquid
+
+# Each program that a test starts would compile the module for itself, which takes longer than the
+# rest of its start; and each process of the tests would compile all tests.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not even read a directory of tests none of which is asked for."""
+    words = config.option.markexpr.split(" and ")
+    return f"not {collection_path.name}" in words or None
+
+
+def pytest_collection_finish() -> None:
+    """Spare the collector what stays until the end, or it would walk through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_synced() -> Iterator[None]:
+    """Have the calls that sync do nothing but look at their file: no power is cut here."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("fsync", "fdatasync"):
+            patch.setattr(os, name, lambda fd: os.fstat(fd) and None)
+        patch.setattr(os, "sync", lambda: None)
+        yield
+
+
+@pytest.fixture
+def cheap_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have new passwords cost next to nothing, where the costs are not what a test is about."""
+
+    def new_password(password: bytes) -> chasquid.Scrypt:
+        salt = os.urandom(11).hex().encode()
+        costs = chasquid.Scrypt(1, 8, 1, key_length=32, salt=salt, encrypted=b"")
+        encrypted = chasquid._derive(costs, chasquid._composed(password))
+        return costs._replace(encrypted=encrypted)
+
+    monkeypatch.setattr(chasquid, "new_password", new_password)
 
 
 @pytest.fixture
@@ -53,6 +92,19 @@ def behind(tmp_path: Path) -> Iterator[Callable[..., Server]]:
             return stack.enter_context(server)
 
         yield behind
+
+
+@pytest.fixture
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a failed login answered at once, where the pause is not what a test is about."""
+    monkeypatch.setattr(chasquid, "_AUTH_SECONDS", 0.0)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the probes wait for a short time only, where nobody will answer."""
+    monkeypatch.setattr(chasquid, "_PROBE_TRIES", (0.1, 0.2))
+    monkeypatch.setattr(chasquid, "_TALK_SECONDS", 0.2)
 
 
 @pytest.fixture

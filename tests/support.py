@@ -11,6 +11,7 @@ FakeClock     a clock that stands until it is moved
 RunningClock  the real clock, which can be moved ahead
 Inline        workers that work at once, so that a test takes the same way every time
 run           runs a coroutine on a loop
+is_quick      tells whether a call takes little of the processor's time
 Zone          the answers of the DNS, from a table
 FakeCourier   keeps what it is to deliver, and says what came of it
 searched      how the properties are searched
@@ -47,7 +48,8 @@ T = TypeVar("T")
 Serve = Callable[..., "Server"]  # the fixture: it starts a server for a test
 
 MODULE = Path(chasquid.__file__).resolve()
-SECONDS = 20.0  # after which a test has waited long enough for anything
+PROGRAM = (sys.executable, str(Path(__file__).resolve().parent / "program.py"))
+SECONDS = 60.0  # after which a test has waited long enough for anything
 HOST = "mail.here.example"
 MESSAGE = b"Subject: hello\r\n\r\nIt works.\r\n"
 LETTER = b"From: eva@there.example\r\n" + MESSAGE
@@ -59,13 +61,19 @@ needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="ther
 USERS = {"here.example": {"ana": "secret", "ben": "secret"}}
 
 
-#: How the properties are searched: without a limit of time, since the machine may be busy.
-searched = hypothesis.settings(
+#: How the properties are searched: without a limit of time, since the machine may be busy, and
+#: for the same each time, so that a test that begins to fail tells of a change. With EXPLORE=1 in
+#: the environment it is something new each time.
+hypothesis.settings.register_profile(
+    "chasquid",
     deadline=None,
-    max_examples=100,
     database=None,
+    derandomize=not os.environ.get("EXPLORE"),
+    print_blob=True,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
+hypothesis.settings.load_profile("chasquid")
+searched = hypothesis.settings(max_examples=100)
 searched_briefly = hypothesis.settings(searched, max_examples=30)
 
 
@@ -82,6 +90,20 @@ def wait_for(condition: Callable[[], T], what: str, seconds: float = SECONDS) ->
         assert time.monotonic() < end, f"waited {seconds:g} s in vain for {what}; seen: {value!r}"
         time.sleep(0.002)
     return value
+
+
+def is_quick(call: Callable[[], object], seconds: float) -> bool:
+    """Tell whether a call takes less than so much processor time of this thread, once in thrice.
+
+    What the machine, other threads and the collector do meanwhile says nothing of the call.
+    `seconds` is far above what it takes, and far below what a square of its length would take.
+    """
+    for _ in range(3):
+        began = time.thread_time()
+        call()
+        if time.thread_time() - began < seconds:
+            return True
+    return False
 
 
 # --- files ---
@@ -295,7 +317,9 @@ class Server:
     `Daemon` takes go there, all others into chasquid.conf.
     """
 
-    _FOR_DAEMON = frozenset(("clock", "ask", "spawn", "random", "remote", "on_result", "examine"))
+    _FOR_DAEMON = frozenset(
+        ("clock", "ask", "spawn", "random", "remote", "on_result", "examine", "segment_size")
+    )
 
     def __init__(
         self,
@@ -321,6 +345,7 @@ class Server:
         }
         self._daemon_keywords = {k: v for k, v in keywords.items() if k in self._FOR_DAEMON}
         self._daemon_keywords.setdefault("ask", Zone({}).ask)
+        self._daemon_keywords.setdefault("segment_size", 128 * 1024)  # which is made sooner
         settings |= {k: v for k, v in keywords.items() if k not in self._FOR_DAEMON}
         for domain, names in users.items():
             self.write(f"domains/{domain}/users", users_file(names))
@@ -346,6 +371,8 @@ class Server:
         return chasquid.Daemon(config, **self._daemon_keywords)
 
     def start(self) -> None:
+        path = self.directory / "server.log"
+        self._log_start = len(self.log) if path.exists() else 0  # where that of this run begins
         self.daemon = self.make()
         self._thread = threading.Thread(target=self._run, name="server", daemon=True)
         self._thread.start()
@@ -363,6 +390,10 @@ class Server:
 
         loop.post(lambda: loop.spawn(turn(), "turns"))
         return turned
+
+    def wait_until_ready(self) -> None:
+        """Wait until all is open that a server keeps open; mail is taken before."""
+        wait_for(lambda: "event=ready" in self.log[self._log_start :], "the server to be ready")
 
     def stop(self) -> None:
         """Stop the server, and wait until it is down."""
@@ -432,6 +463,13 @@ class Server:
         }
         return list(found.values())
 
+    def wait_for_attempts(self, count: int = 1) -> None:
+        """Wait until so many attempts are over after which a message goes on waiting.
+
+        Then it is all written down, in the queue and in the log.
+        """
+        wait_for(lambda: self.mail_log.count("event=next-attempt ") >= count, "the attempts")
+
     @property
     def log(self) -> str:
         return (self.directory / "server.log").read_text()
@@ -463,7 +501,7 @@ def started_by_systemd(
     """Start a process with sockets of these names, as systemd does; give it and their ports."""
     words = [sys.executable, "-c", START_WITH_SOCKETS, ":".join(names)]
     process = subprocess.Popen(
-        [*words, MODULE, "--config-dir", server.config_dir, "serve"],
+        [*words, *PROGRAM[1:], "--config-dir", server.config_dir, "serve"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -896,16 +934,17 @@ def _server_context(names: tuple[str, ...]) -> ssl.SSLContext:
 
 
 class FakeClock(chasquid.Clock):
-    """A clock that stands until it is moved."""
+    """A clock that stands until it is moved; `jumped` is how far its wall time was set ahead."""
 
     def __init__(self, now: float = 1_700_000_000.0) -> None:
         self.now = now
+        self.jumped = 0.0
 
     def advance(self, seconds: float) -> None:
         self.now += seconds
 
     def time(self) -> float:
-        return self.now
+        return self.now + self.jumped
 
     def monotonic(self) -> float:
         return self.now
@@ -915,10 +954,12 @@ class RunningClock(chasquid.Clock):
     """The real clock, and what `advance` has put on top of it. For any thread.
 
     `moved` is called after each move: a loop that sleeps must look at its timers again.
+    `jumped` is how far the wall time was set ahead, as anybody may who sets a clock.
     """
 
     def __init__(self, moved: Callable[[], object] = lambda: None) -> None:
         self._moved = moved
+        self.jumped = 0.0
         self._ahead = 0.0
         self._lock = threading.Lock()
 
@@ -932,7 +973,7 @@ class RunningClock(chasquid.Clock):
         self._moved()
 
     def time(self) -> float:
-        return time.time() + self._ahead
+        return time.time() + self._ahead + self.jumped
 
     def monotonic(self) -> float:
         return time.monotonic() + self._ahead

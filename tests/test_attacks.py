@@ -417,6 +417,7 @@ def test_thousands_of_slow_senders_keep_nobody_out(behind) -> None:
 # --- guessing: the time that an answer takes says who exists ---
 
 
+@pytest.mark.usefixtures("no_pause")
 def test_a_failed_login_computes_as_much_for_whoever_also_if_a_login_is_remembered(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -450,6 +451,7 @@ def test_a_failed_login_computes_as_much_for_whoever_also_if_a_login_is_remember
         assert all(seen == once for seen in costs[user, "wrong"]), (user, costs)
 
 
+@pytest.mark.usefixtures("no_pause")
 def test_a_refused_login_says_the_same_of_whoever(serve: Serve) -> None:
     server = serve()
     replies = set()

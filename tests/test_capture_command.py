@@ -13,7 +13,6 @@ import smtplib
 import socket
 import ssl
 import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from support import MODULE, SECONDS
+from support import PROGRAM, SECONDS
 
 import chasquid
 
@@ -67,7 +66,7 @@ def _free_port() -> int:
 @contextlib.contextmanager
 def capture(*options: str) -> Iterator[Capture]:
     """Run the command until the block ends; it must end well."""
-    command = [sys.executable, str(MODULE), "capture", *ANYWHERE, *options]
+    command = [*PROGRAM, "capture", *ANYWHERE, *options]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -93,7 +92,7 @@ def capture(*options: str) -> Iterator[Capture]:
 
 def refused(*options: str) -> str:
     """Run a command that must fail; return its one line."""
-    command = [sys.executable, str(MODULE), "capture", *ANYWHERE, *options]
+    command = [*PROGRAM, "capture", *ANYWHERE, *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     [line] = done.stderr.splitlines()
@@ -262,7 +261,7 @@ def test_what_is_said_of_the_end_holds_as_soon_as_it_is_said(
     tmp_path: Path, command: str, number: int
 ) -> None:
     options = ANYWHERE if command == "capture" else ("--dir", str(tmp_path))
-    words = [sys.executable, str(MODULE), command, *options]
+    words = [*PROGRAM, command, *options]
     for _ in range(2):
         with subprocess.Popen(
             words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

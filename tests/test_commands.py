@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Room COMMANDS: each command, what it prints, and with which status it ends."""
+"""Rooms COMMANDS, SERVE: each command, what it prints, and with which status it ends."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from support import (
     HOST,
     MODULE,
+    PROGRAM,
     SECONDS,
     CommandLine,
     Ended,
@@ -34,15 +36,22 @@ import chasquid
 def program(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
     """Run the module as a program."""
     options = {"capture_output": True, "text": True, "timeout": SECONDS, **options}
-    words = [sys.executable, str(MODULE), *(str(argument) for argument in arguments)]
+    words = [*PROGRAM, *(str(argument) for argument in arguments)]
     return subprocess.run(words, **options)  # type: ignore[call-overload, no-any-return]
+
+
+def has_wrong_usage(ended: Ended) -> bool:
+    """Tell whether a command ended with its usage, and no traceback."""
+    assert "Traceback" not in ended.err
+    return ended.status == 2 and ended.out == "" and ended.err.startswith("usage: chasquid ")
 
 
 # --- as a program ---
 
 
 def test_without_a_command_and_a_configuration_it_says_how_to_begin(tmp_path: Path) -> None:
-    ended = program("--config-dir", tmp_path)
+    words = [sys.executable, str(MODULE), "--config-dir", str(tmp_path)]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert ended.returncode == 0
     assert f"python3 {MODULE} try" in ended.stdout
     assert str(tmp_path) in ended.stdout
@@ -51,7 +60,7 @@ def test_without_a_command_and_a_configuration_it_says_how_to_begin(tmp_path: Pa
 
 def test_without_a_command_but_a_configuration_it_serves(tmp_path: Path) -> None:
     server = Server(tmp_path)
-    words = [sys.executable, str(MODULE), "--config-dir", str(server.config_dir)]
+    words = [*PROGRAM, "--config-dir", str(server.config_dir)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         log = tmp_path / "server.log"
@@ -74,7 +83,6 @@ def test_without_a_command_but_a_configuration_it_serves(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["no-such-command"],
         ["user-add"],
         ["queue"],
         ["queue", "burn"],
@@ -83,12 +91,15 @@ def test_without_a_command_but_a_configuration_it_serves(tmp_path: Path) -> None
         ["try", "--twice"],
     ],
 )
-def test_wrong_usage_ends_with_2_and_no_traceback(arguments: Sequence[str]) -> None:
-    ended = program(*arguments)
-    assert ended.returncode == 2
-    assert ended.stdout == ""
-    assert ended.stderr.startswith("usage: chasquid ")
-    assert "Traceback" not in ended.stderr
+def test_wrong_usage_ends_with_2_and_no_traceback(
+    commands: CommandLine, arguments: Sequence[str]
+) -> None:
+    assert has_wrong_usage(commands.run(*arguments))
+
+
+def test_wrong_usage_of_the_program_ends_with_2_and_no_traceback() -> None:
+    ended = program("no-such-command")
+    assert has_wrong_usage(Ended(ended.returncode, ended.stdout, ended.stderr))
 
 
 @pytest.mark.parametrize("action", ["show", "retry", "remove"])
@@ -125,7 +136,7 @@ def test_an_error_is_one_line_and_the_status_1(tmp_path: Path) -> None:
 
 def test_output_that_nobody_reads_is_no_traceback(tmp_path: Path) -> None:
     server = Server(tmp_path)
-    words = [sys.executable, str(MODULE), "--config-dir", str(server.config_dir), "print-config"]
+    words = [*PROGRAM, "--config-dir", str(server.config_dir), "print-config"]
     reader, writer = os.pipe()
     os.close(reader)
     process = subprocess.Popen(words, stdout=writer, stderr=subprocess.PIPE, text=True)
@@ -615,7 +626,7 @@ class Waiting:
 
     def send(self, subject: str = "hello") -> str:
         """Leave a message in the queue; return its id."""
-        before = len(self.server.queued("cur"))
+        before = self.server.mail_log.count("event=next-attempt ")
         with self.server.connect() as wire:
             wire.reply()
             wire.ask("EHLO client.example")
@@ -623,7 +634,7 @@ class Waiting:
             assert wire.ask("RCPT TO:<out@here.example>").startswith("250 ")
             wire.ask("DATA")
             id = wire.ask(f"Subject: {subject}\r\n\r\nbody\r\n.").split()[-1]
-        wait_for(lambda: len(self.server.queued("cur")) > before, "the first attempt")
+        self.server.wait_for_attempts(before + 1)
         return id
 
     def run(self, *arguments: str) -> Ended:
@@ -769,7 +780,7 @@ def test_try_once_sends_a_message_into_a_maildir(tmp_path: Path) -> None:
 
 
 def test_try_shows_what_comes_in(tmp_path: Path) -> None:
-    words = [sys.executable, str(MODULE), "try", "--dir", str(tmp_path / "try")]
+    words = [*PROGRAM, "try", "--dir", str(tmp_path / "try")]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -819,7 +830,7 @@ def test_the_queue_is_listed_for_programs_and_by_sender_and_domain(
                 assert wire.ask("DATA").startswith("354 ")
                 wire.send(b"Subject: x\r\n\r\nx\r\n.\r\n")
                 assert wire.reply().startswith("250 ")
-        wait_for(lambda: server.mail_log.count("event=next-attempt") == 2, "the first attempts")
+        server.wait_for_attempts(2)
     command = ["--config-dir", str(server.config_dir), "queue", "list", "--json"]
 
     def listed(*more: str) -> list[str]:
@@ -856,3 +867,22 @@ def test_a_plain_start_is_parsed_as_any_other(words: str) -> None:
 )
 def test_whatever_else_is_parsed_in_full(words: str) -> None:
     assert chasquid._plain_serve(words.split()) is None
+
+
+# --- the server's daily check, which is a command of its own ---
+
+
+def test_doctor_tells_the_server_what_it_finds(commands: CommandLine) -> None:
+    commands.configure(dns_server="127.0.0.1:1", no_such_key="x")
+    shutil.rmtree(commands.config_dir / "domains")
+    config = chasquid.Config(str(commands.config_dir))
+    files = chasquid.examined_by_doctor(config, "")[0]
+    assert (files.check, files.level, files.domain) == ("files", chasquid.Level.MEND, "")
+    assert isinstance(files.level, chasquid.Level)
+    assert "chasquid.conf:" in files.text
+    assert "no_such_key" in files.text
+
+
+def test_a_doctor_that_fails_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(chasquid.ChasquidError, match=r"doctor says chasquid: .*cannot be read"):
+        chasquid.examined_by_doctor(chasquid.Config(str(tmp_path)), "")

@@ -25,6 +25,7 @@ from support import (
     Wire,
     Zone,
     certificate,
+    greet,
     greeted,
     login,
     rcpt,
@@ -331,6 +332,83 @@ def test_each_name_gets_its_certificate(serve: Serve) -> None:
     assert certificate_of(server) == certificate(HOST)[0]
 
 
+class Resuming:
+    """A mail program that comes again, with the TLS session that it had."""
+
+    def __init__(self, server: Server, version: str = "TLSv1_3", port: str = "submission") -> None:
+        self._context = trusting()
+        self._context.minimum_version = ssl.TLSVersion[version]
+        self._context.maximum_version = ssl.TLSVersion[version]
+        self._server, self._port = server, port
+        self._session: ssl.SSLSession | None = None
+        self.certificate = b""
+
+    def resumes(self, name: str = HOST) -> bool:
+        """Connect, and tell whether the session of before was taken up."""
+        with self._server.connect(self._port) as wire:
+            if self._port != "submission over TLS":
+                greet(wire)
+                assert wire.ask("STARTTLS").startswith("220 ")
+            tls = wire.socket = self._context.wrap_socket(
+                wire.socket, server_hostname=name, session=self._session
+            )
+            assert wire.ask("NOOP").startswith("2")  # by then a ticket has come, if there is one
+            self._session = tls.session
+            self.certificate = tls.getpeercert(True) or b""
+            return bool(tls.session_reused)
+
+
+@pytest.mark.parametrize("port", ["submission", "submission over TLS"])
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+def test_a_mail_program_resumes_its_tls_session(serve: Serve, version: str, port: str) -> None:
+    server = serve(certificates=(HOST, "a.example"))
+    for name in (HOST, "a.example"):
+        program = Resuming(server, version, port)
+        assert [program.resumes(name) for _ in range(3)] == [False, True, True]
+        assert program.certificate == certificate_in_der(name)
+
+
+def test_other_servers_get_no_ticket(serve: Serve) -> None:
+    program = Resuming(serve(), port="smtp")
+    assert [program.resumes() for _ in range(2)] == [False, False]
+
+
+def test_a_ticket_of_before_the_keys_were_renewed_is_worth_nothing(serve: Serve) -> None:
+    clock = RunningClock()
+    server = serve(clock=clock)
+    program = Resuming(server)
+    assert [program.resumes() for _ in range(2)] == [False, True]
+    before = server.daemon._context.resuming_tls_context
+    clock.advance(12 * 3600 + 1)
+    server.settle()
+    wait_for(lambda: server.daemon._context.resuming_tls_context is not before, "new keys")
+    assert [program.resumes() for _ in range(2)] == [False, True]
+
+
+def test_a_resumed_session_is_never_one_with_an_old_certificate(serve: Serve) -> None:
+    server = serve()
+    program = Resuming(server)
+    assert [program.resumes() for _ in range(2)] == [False, True]
+    write_certificate(server.config_dir / "certs" / HOST, HOST, "new.example")
+    reload(server)
+    assert not program.resumes()
+    assert program.certificate == certificate_in_der(HOST, "new.example")
+
+
+def test_without_its_files_a_certificate_stays_and_tickets_end(serve: Serve) -> None:
+    server = serve()
+    (server.config_dir / "certs" / HOST / "privkey.pem").write_text("none")
+    server.daemon._certificates.renew_ticket_keys()
+    reload(server)
+    program = Resuming(server)
+    assert [program.resumes() for _ in range(2)] == [False, False]
+    assert program.certificate == certificate_in_der(HOST)
+
+
+def certificate_in_der(*names: str) -> bytes:
+    return ssl.PEM_cert_to_DER_cert(certificate(*names)[0])
+
+
 def test_a_wildcard_is_for_one_label(serve: Serve) -> None:
     server = serve()
     write_certificate(server.config_dir / "certs" / "wild", "*.wild.example")
@@ -405,7 +483,7 @@ def test_messages_are_attempted_again(serve: Serve) -> None:
     courier = FakeCourier()
     server = serve(remote=courier, aliases={"here.example": f"out: {EVE}\n"})
     ids = [send(server, "out@here.example") for _ in range(2)]
-    wait_for(lambda: len(server.queued("cur")) == 2, "the first attempts")
+    server.wait_for_attempts(2)
     assert ask(server, "queue-retry", ids[0]) == {"lines": ["1 message will be attempted now"]}
     wait_for(lambda: len(courier.deliveries) == 3, "another attempt")
     assert ask(server, "queue-retry", "all") == {"lines": ["2 messages will be attempted now"]}
@@ -415,7 +493,7 @@ def test_messages_are_attempted_again(serve: Serve) -> None:
 def test_a_message_is_removed(serve: Serve) -> None:
     server = serve(remote=FakeCourier(), aliases={"here.example": f"out: {EVE}\n"})
     id = send(server, "out@here.example")
-    wait_for(lambda: server.queued("cur"), "the first attempt")
+    server.wait_for_attempts()
     assert ask(server, "queue-remove", id) == {"lines": [f"{id} is removed"]}
     assert server.queued() == []
     assert "error" in ask(server, "queue-remove", id)
@@ -425,7 +503,8 @@ def test_a_message_is_removed(serve: Serve) -> None:
 def test_a_message_whose_file_is_gone_can_be_removed(serve: Serve) -> None:
     server = serve(remote=FakeCourier(), aliases={"here.example": f"out: {EVE}\n"})
     id = send(server, "out@here.example")
-    (name,) = wait_for(lambda: server.queued("cur"), "the first attempt")
+    server.wait_for_attempts()
+    (name,) = server.queued("cur")
     (server.data_dir / "queue" / name).unlink()
     assert ask(server, "queue-remove", id) == {"lines": [f"{id} is removed"]}
     assert "error" in ask(server, "queue-remove", id)
@@ -670,7 +749,7 @@ def test_what_is_not_delivered_is_kept_over_the_end(serve: Serve) -> None:
     courier = FakeCourier()
     server = serve(remote=courier, aliases={"here.example": f"out: {EVE}\n"})
     id = send(server, "out@here.example")
-    wait_for(lambda: server.queued("cur"), "the first attempt")
+    server.wait_for_attempts()
     server.stop()
     assert [name.partition(",")[0] for name in server.queued()] == [f"cur/{id}"]
     server.start()

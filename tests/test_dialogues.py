@@ -30,5 +30,6 @@ def dialogues() -> Iterator[object]:
 
 
 @pytest.mark.parametrize("text", list(dialogues()))
+@pytest.mark.usefixtures("no_pause")
 def test_the_dialogue_goes_as_written(text: str, serve: Callable[..., Server]) -> None:
     play(serve(users={**USERS, HOST: {}}, aliases=ALIASES, max_data_size_mb=1), text)

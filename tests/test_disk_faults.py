@@ -16,21 +16,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib.util
 import itertools
 import os
 import re
 import shutil
 import stat
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from support import MODULE, Server, Wire, greeted, send, wait_for
+from os_layer import Layer, copy_of_module
+from support import Server, Wire, greeted, send, wait_for
 
 import chasquid
 
@@ -53,7 +52,7 @@ def faults(call: int, errors: int = len(ERRORS)) -> list[Fault]:
     return [*(Fault(number, False) for number in numbers), Fault(numbers[0], True)]
 
 
-class Below:
+class Below(Layer):
     """`os`, for files below `directory` one that can fail; for all else the real one.
 
     `doubtful` are names that a failed sync leaves in doubt, until they are taken away;
@@ -61,19 +60,17 @@ class Below:
     """
 
     def __init__(self, directory: str) -> None:
-        self._directory = directory
+        super().__init__(directory)
         self._lock = threading.Lock()
-        self._paths: dict[int, str] = {}
         self._unsynced: dict[str, set[str]] = {}  # names by directory, since its last sync
         self._unwritten: set[str] = set()  # files that were made, and not synced yet
-        self._failed: set[str] = set()  # files whose sync failed
+        self._failed: set[str] = set()  # new files whose sync failed
+        self._dead: set[str] = set()  # files whose sync failed, until they are removed
         self.doubtful: set[str] = set()
         self.trusted: list[str] = []
         self.seen: list[tuple[str, str]] = []
+        self._lasting: frozenset[str] = frozenset()
         self.arm(0, NO_FAULT)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(os, name)
 
     def arm(self, call: int, fault: Fault) -> None:
         """Let the call of that number fail, counted from now; 0 for none."""
@@ -81,6 +78,16 @@ class Below:
             self.seen = []
             self.hit: tuple[str, str] | None = None
             self._call, self._fault = call, fault
+
+    @contextlib.contextmanager
+    def failing(self, names: Iterable[str], fault: Fault) -> Iterator[None]:
+        """Let all calls of these names fail within the block."""
+        self.arm(0, fault)
+        self._lasting = frozenset(names)
+        try:
+            yield
+        finally:
+            self._lasting = frozenset()
 
     def open(self, path: str, flags: int, mode: int = 0o777) -> int:
         fd = self._do("open", path, lambda: os.open(path, flags, mode), undo=os.close)
@@ -99,16 +106,41 @@ class Below:
 
         return self._do("write", self._paths.get(fd, ""), lambda: os.write(fd, data), instead=half)
 
+    def pwrite(self, fd: int, data: bytes, offset: int) -> int:
+        path = self._paths.get(fd, "")
+        if path in self._dead:
+            self.trusted.append(path)
+
+        def half() -> int:
+            return os.pwrite(fd, data[: max(1, len(data) // 2)], offset)
+
+        return self._do("pwrite", path, lambda: os.pwrite(fd, data, offset), instead=half)
+
+    def syncfs(self, fd: int) -> None:
+        try:
+            self._do("syncfs", self._paths.get(fd, ""), lambda: None)
+        except OSError:
+            for names in self._unsynced.values():
+                self.doubtful |= names
+            self._unsynced.clear()
+            raise
+        self._unsynced.clear()
+        self._unwritten.clear()
+
     def fsync(self, fd: int) -> None:
         path = self._paths.get(fd, "")
+        if path in self._dead:
+            self.trusted.append(path)
         is_directory = stat.S_ISDIR(os.fstat(fd).st_mode)
         try:
             self._do("fsync", path, lambda: None)  # no power is cut here, and it takes long
         except OSError:
             if is_directory:
                 self.doubtful |= self._unsynced.pop(path, set())
-            elif path in self._unwritten:
-                self._failed.add(path)
+            else:
+                self._dead.add(path)
+                if path in self._unwritten:
+                    self._failed.add(path)
             raise
         self._unsynced.pop(path, None)
         self._unwritten.discard(path)
@@ -141,11 +173,13 @@ class Below:
         self._gone(path)
 
     def _made(self, path: str) -> None:
+        self.doubtful.discard(path)  # it is another file now
         self._unsynced.setdefault(os.path.dirname(path), set()).add(path)
 
     def _gone(self, path: str) -> None:
         self.doubtful.discard(path)
         self._failed.discard(path)
+        self._dead.discard(path)
         self._unwritten.discard(path)
 
     def _do(
@@ -158,11 +192,11 @@ class Below:
         instead: Callable[[], Any] = lambda: None,
         undo: Callable[[Any], Any] = lambda result: None,
     ) -> Any:
-        if not path.startswith(self._directory):
+        if not self._is_ours(path):
             return call()
         with self._lock:
             self.seen.append((name, path))
-            fails = len(self.seen) == self._call
+            fails = len(self.seen) == self._call or name in self._lasting
             if fails:
                 self.hit = (name, path)
         if not fails:
@@ -172,20 +206,6 @@ class Below:
         else:
             instead()
         raise OSError(self._fault.number, os.strerror(self._fault.number), path)
-
-
-def copy_of_module(below: Below) -> Any:
-    """Return the module, made anew, with `below` for its `os`."""
-    spec = importlib.util.spec_from_file_location("chasquid_with_faults", MODULE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        del sys.modules[spec.name]
-    module.os = below
-    return module
 
 
 class Remote:
@@ -381,7 +401,13 @@ def held(server: Faulty) -> tuple[int, int]:
 @pytest.fixture
 def faulty(tmp_path: Path) -> Iterator[Callable[[str], Faulty]]:
     with contextlib.ExitStack() as stack:
-        yield lambda remote: stack.enter_context(Faulty(tmp_path, remote))
+
+        def start(remote: str) -> Faulty:
+            server = stack.enter_context(Faulty(tmp_path, remote))
+            server.wait_until_ready()
+            return server
+
+        yield start
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -407,7 +433,7 @@ def test_a_call_fails_on_the_way_of_a_message(faulty, name):
             if not attempt.id:  # or three errors would end it
                 wire.close()
                 wire = greeted(server)
-    assert hits >= {"open", "write", "fsync", "rename", "close"}
+    assert hits >= {"open", "write", "pwrite", "fsync", "rename", "close"}
     waiting = deferred if case.remote == "deferred" else 0
 
     def given_back() -> bool:
@@ -416,6 +442,92 @@ def test_a_call_fails_on_the_way_of_a_message(faulty, name):
 
     wait_for(given_back, f"descriptors and tasks to be {before} again")
     wire.close()
+
+
+LASTING = {
+    "no space": (("write",), errno.ENOSPC),
+    "no quota": (("write", "mkdir"), errno.EDQUOT),
+    "nothing can be synced": (("fsync",), errno.EIO),
+    "no descriptors": (("open",), errno.EMFILE),
+    "nothing can be renamed or removed": (("rename", "link", "unlink"), errno.EIO),
+    "nothing works": (("open", "write", "fsync", "rename", "link", "unlink", "mkdir"), errno.EIO),
+}
+
+
+@pytest.mark.parametrize("way", LASTING)
+def test_a_disk_fails_for_a_while(faulty, way):
+    """Nothing is taken meanwhile but what is stored; what waited before goes on afterwards."""
+    names, number = LASTING[way]
+    server = faulty("deferred")
+    kinds = (
+        "a mailbox",
+        "two mailboxes",
+        "a large message",
+        "a pipe",
+        "another server that is busy",
+    )
+    cases = {kind: CASES[kind]._replace(remote="deferred") for kind in kinds}
+    wires = {kind: greeted(server) for kind in kinds}
+    accepted: list[tuple[Case, bytes]] = []
+
+    def all_kinds(label: str) -> int:
+        before = len(accepted)
+        for kind, case in cases.items():
+            data = content(f"{label}, {kind}", case.octets)
+            reply = send(wires[kind], data, f"{case.recipient}@here.example")
+            assert reply[:3] in ("250", "451", "452"), reply
+            if reply.startswith("250 "):
+                accepted.append((case, data))
+        return len(accepted) - before
+
+    assert all_kinds("before") == len(kinds)
+    server.rest()
+    held_before = held(server)
+    with server.below.failing(names, Fault(number, False)):
+        assert all_kinds("meanwhile") < len(kinds)
+        with contextlib.suppress(chasquid.ChasquidError):
+            chasquid.ask_running_server(str(server.data_dir), "queue-retry", "all")
+        server.rest()
+        assert all_kinds("still") < len(kinds)
+    assert not server.below.trusted
+
+    def takes_mail_again() -> bool:
+        """After a failed sync it does so once all of before is safe."""
+        with contextlib.closing(greeted(server)) as wire:
+            data = content("is it safe", 100)
+            taken = send(wire, data, "ana@here.example").startswith("250 ")
+            if taken:
+                accepted.append((CASES["a mailbox"], data))
+            return taken
+
+    wait_for(takes_mail_again, "the server to take mail again")
+    for kind in kinds:  # the third error would end the dialogue
+        wires[kind].close()
+        wires[kind] = greeted(server)
+    assert all_kinds("after") == len(kinds)
+    server.remote.state = "sent"
+
+    def retried() -> bool:
+        with contextlib.suppress(chasquid.ChasquidError):
+            chasquid.ask_running_server(str(server.data_dir), "queue-retry", "all")
+        return not server.queued("new", "cur")
+
+    wait_for(retried, "an empty queue")
+    for case, data in accepted:
+        stored = data.replace(b"\r\n", b"\n")
+        for user in case.mailboxes:
+            found = [path.read_bytes() for path in server.maildir(user).glob("new/*")]
+            assert any(message.endswith(stored) for message in found), (user, data[:60])
+        if case.recipient == "far":
+            assert any(taken.endswith(data) for taken in server.remote.taken), data[:60]
+        if case.recipient == "pipe":
+            assert data in server.piped.read_bytes(), data[:60]
+    wait_for(
+        lambda: all(now <= then for now, then in zip(held(server), held_before, strict=True)),
+        f"descriptors and tasks to be {held_before} again",
+    )
+    for wire in wires.values():
+        wire.close()
 
 
 def started(server: Faulty) -> bool:

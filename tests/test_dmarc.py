@@ -21,11 +21,11 @@ from support import (
     Server,
     Zone,
     greeted,
+    is_quick,
     logged_in,
     run,
     send,
     turns,
-    wait_for,
 )
 
 import chasquid
@@ -312,9 +312,8 @@ def test_a_record_of_4_kb_is_read_and_a_longer_one_is_not(size: int, expected: s
 
 def test_a_record_that_would_take_long_takes_no_time() -> None:
     records = {"there.example": ["v" + " " * 60_000, "v=DMARC1" + " ;" * 30_000]}
-    start = time.process_time()
     assert policy(records) == ""
-    assert time.process_time() - start < 0.5
+    assert is_quick(lambda: policy(records), 0.5)
 
 
 # --- policies ---
@@ -707,7 +706,7 @@ def test_that_it_is_junk_survives_a_restart_of_the_queue(tmp_path: Path) -> None
     with server:
         with greeted(server) as wire:
             assert send(wire, LETTER, sender=SENDER).startswith("250 ")
-        wait_for(lambda: server.queued("cur"), "a first attempt that fails")
+        server.wait_for_attempts()
     obstacle.unlink()
     with server:
         clock.advance(300)

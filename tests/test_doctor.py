@@ -779,6 +779,7 @@ def test_waiting_ends_when_nothing_must_be_mended(setup: Setup) -> None:
 # --- the command, and the server's daily check ---
 
 
+@pytest.mark.usefixtures("impatient")
 def test_the_command_says_what_to_mend(commands: CommandLine) -> None:
     commands.configure(dns_server="127.0.0.1:1", data_dir=str(commands.config_dir))
     ended = commands.run("doctor")
@@ -790,6 +791,7 @@ def test_the_command_says_what_to_mend(commands: CommandLine) -> None:
     assert ended.err == ""
 
 
+@pytest.mark.usefixtures("impatient")
 def test_findings_for_programs(commands: CommandLine) -> None:
     commands.configure(dns_server="127.0.0.1:1", data_dir=str(commands.config_dir))
     ended = commands.run("doctor", "--json", "here.example")

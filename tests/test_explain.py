@@ -146,7 +146,7 @@ def test_of_a_message_that_the_log_does_not_know_the_queue_tells(
 ) -> None:
     server = serve(remote=Far({EVA: [LATER]}))
     id = send(server, ANA, EVA)
-    wait_for(lambda: server.queued("cur"), "the first attempt")
+    server.wait_for_attempts()
     (server.directory / "mail.log").write_text("")
     for what in (id, EVA, ANA, EVA.upper()):
         story = teller.story(what, server.config_dir)
@@ -158,7 +158,7 @@ def test_of_an_address_all_its_messages_and_sessions_are_told(serve: Serve, tell
     server = serve(remote=Far({EVA: [LATER]}))
     first, second = send(server, ANA, EVA), send(server, EVA, BEN)
     send(server, "max@else.example", BEN)
-    wait_for(lambda: server.queued("cur"), "the first attempt")
+    server.wait_for_attempts()
     story = teller.story(EVA, server.config_dir)
     assert f"{first}:\n" in story and f"{second}:\n" in story
     assert "max@else.example" not in story
@@ -199,7 +199,7 @@ def test_where_the_server_does_not_run_the_story_is_the_same(
     server = Server(tmp_path / "server", remote=Far({EVA: [LATER]}))
     with server:
         id = send(server, ANA, EVA)
-        wait_for(lambda: server.queued("cur"), "the first attempt")
+        server.wait_for_attempts()
         running = teller.story(id, server.config_dir)
     assert teller.story(id, server.config_dir).splitlines()[:3] == running.splitlines()[:3]
 

@@ -7,6 +7,7 @@ import os
 
 import fuzzing
 import pytest
+from support import FakeClock
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,8 +53,20 @@ def test_a_parser_that_raises_something_else_is_found():
 
 
 def test_a_parser_that_takes_its_square_is_found():
-    slow = fuzzing.Parser(lambda data: sum(1 for _ in data for _ in data * 3))
+    clock = FakeClock()
+    slow = fuzzing.Parser(lambda data: clock.advance(len(data) ** 2 * 1e-7))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(fuzzing.PARSERS, "address", slow)
-        with pytest.raises(fuzzing.Mistake, match="address takes"):
-            fuzzing.attempt("address", b"a" * 8000)
+        fuzzing.attempt("address", b"a" * 400, clock.monotonic)
+        with pytest.raises(fuzzing.Mistake, match="address takes 6.400 s for 8000 octets"):
+            fuzzing.attempt("address", b"a" * 8000, clock.monotonic)
+
+
+def test_a_parser_is_forgiven_what_the_machine_takes_once_or_twice():
+    clock = FakeClock()
+    pauses = [1.0, 1.0, 0.0]
+    with pytest.MonkeyPatch.context() as patch:
+        parser = fuzzing.Parser(lambda data: clock.advance(pauses.pop(0)))
+        patch.setitem(fuzzing.PARSERS, "address", parser)
+        fuzzing.attempt("address", b"a", clock.monotonic)
+    assert not pauses

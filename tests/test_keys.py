@@ -36,7 +36,7 @@ def pair(tmp_path_factory):
 
 
 def openssl(*arguments: str) -> str:
-    done = subprocess.run(["openssl", *arguments], capture_output=True, text=True, timeout=30)
+    done = subprocess.run(["openssl", *arguments], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -437,7 +437,7 @@ def test_openssl_makes_the_same_signature(tmp_path, length):
 
 def written(*arguments: str) -> bytes:
     """What openssl prints, as octets."""
-    done = subprocess.run(["openssl", *arguments], capture_output=True, timeout=30)
+    done = subprocess.run(["openssl", *arguments], capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -33,7 +33,7 @@ async def outcome(task: chasquid.Task) -> object:
 
 async def until(loop: chasquid.Loop, condition) -> None:
     """Wait for what threads or the system will do soon."""
-    with loop.deadline(30.0):
+    with loop.deadline(60.0):
         while not condition():
             await loop.sleep(0.001)
 
@@ -201,7 +201,7 @@ def test_an_interrupt_inside_a_task_ends_the_loop(kind, where):
         [sys.executable, "-c", code, str(MODULE.parent)], stdout=subprocess.PIPE
     )
     try:
-        output, _ = process.communicate(timeout=30)
+        output, _ = process.communicate(timeout=60)
     except subprocess.TimeoutExpired:
         output = b"it hung"
     finally:
@@ -315,7 +315,7 @@ def test_a_deadline_is_in_force_after_a_job_that_outlived_it():
 
         async def works():
             with loop.deadline(5):
-                assert await loop.work(lambda: gate.wait(30) and "done") == "done"
+                assert await loop.work(lambda: gate.wait(60) and "done") == "done"
                 await loop.sleep(1000)
 
         task = loop.spawn(works(), "works")
@@ -369,7 +369,7 @@ def test_cancelling_waits_for_a_job_in_a_worker():
         gate = threading.Event()
 
         def job():
-            gate.wait(30)
+            gate.wait(60)
             ran.append("job")
 
         async def works():
@@ -419,9 +419,9 @@ def test_input_that_nobody_waits_for_does_not_keep_the_loop_busy():
             other.send(b"a")
             await loop.readable(one.fileno())
             other.send(b"b")
-            began = time.process_time()
+            began = time.thread_time()
             await loop.sleep(0.3)
-            used = time.process_time() - began
+            used = time.thread_time() - began
             await loop.readable(one.fileno())  # it can still be waited for
             loop.forget(one.fileno())
             return used
@@ -482,7 +482,7 @@ def test_calls_from_other_threads_end_the_sleep_of_the_loop_and_none_is_lost():
         threads = [threading.Thread(target=post, args=(n * 500,)) for n in range(4)]
         for thread in threads:
             thread.start()
-        with loop.deadline(30):
+        with loop.deadline(60):
             await everything.wait()
         for thread in threads:
             thread.join()
@@ -542,7 +542,7 @@ def test_a_job_that_no_thread_can_be_started_for_leaves_its_task_whole():
         [sys.executable, "-c", code, str(MODULE.parent)],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
     )
     assert (done.stdout, done.stderr[-300:]) == ("done\n", "")
 
@@ -588,7 +588,7 @@ def test_a_job_that_is_shared_out_runs_in_as_many_threads_and_ends_when_all_have
         barrier, ended = threading.Barrier(3), []
 
         def job():
-            barrier.wait(30)  # which needs three at the same time
+            barrier.wait(60)  # which needs three at the same time
             ended.append(threading.get_ident())
 
         await loop.work_together(job, 3)
@@ -1040,7 +1040,7 @@ class Results:
 
     def wait(self, count: int) -> None:
         for _ in range(count):
-            assert self._came.acquire(timeout=30)
+            assert self._came.acquire(timeout=60)
 
 
 def test_each_job_is_done_once_and_reported_once():
@@ -1072,7 +1072,7 @@ def test_there_are_never_more_threads_than_agreed_and_none_before_the_first_job(
     assert threading.active_count() == before
     barrier = threading.Barrier(3)
     for _ in range(3):
-        workers.submit(lambda: barrier.wait(30), results.done)  # all three at the same time
+        workers.submit(lambda: barrier.wait(60), results.done)  # all three at the same time
     for _ in range(30):
         workers.submit(lambda: None, results.done)
     results.wait(33)
@@ -1085,7 +1085,7 @@ def test_closing_waits_for_what_was_submitted():
     workers, results = chasquid.Workers(2), Results()
     gate = threading.Event()
     for number in range(20):
-        workers.submit(lambda number=number: gate.wait(30) and number, results.done)
+        workers.submit(lambda number=number: gate.wait(60) and number, results.done)
     threading.Timer(0.02, gate.set).start()
     workers.close()
     assert sorted(result for result, _, _ in results.seen) == list(range(20))
@@ -1114,10 +1114,10 @@ def test_a_thread_that_cannot_be_started_is_told_and_the_rest_goes_on():
         workers, came = chasquid.Workers(2), threading.Semaphore(0)
         done = lambda result, error: came.release()
         workers.submit(lambda: 1, done)
-        assert came.acquire(timeout=30)
+        assert came.acquire(timeout=60)
         threading.stack_size(1 << 46)  # more than there is: the next thread cannot start
         workers.submit(lambda: 2, done)  # one thread is there, and does it
-        assert came.acquire(timeout=30)
+        assert came.acquire(timeout=60)
         workers.close()
     """
     done = subprocess.run(

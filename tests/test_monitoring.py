@@ -335,7 +335,7 @@ def test_the_page_of_a_server_that_has_done_nothing(serve: Serve) -> None:
 def test_the_page_shows_what_waits_and_why(serve: Serve) -> None:
     server = monitored(serve, remote=Refusing(), random=lambda: 0.5)  # pauses without chance
     mail(server, "ana@here.example", "eva@there.example", login=True)
-    wait_for(lambda: server.queued("cur"), "the first attempt")
+    server.wait_for_attempts()
     page = ask(server).body
     (file,) = server.queued("cur")
     assert f"<code>{file[4:20]}</code> from &lt;ana@here.example&gt;" in page
@@ -406,6 +406,7 @@ PASSWORD = base64.b64encode(b"secret").decode()
         f"C: AUTH CRAM-MD5 {SECRET}\nS: 504 …",
     ],
 )
+@pytest.mark.usefixtures("no_pause")
 def test_the_page_shows_no_password(serve: Serve, lines: str) -> None:
     server = monitored(serve)
     hello = "S: 220 …\nC: EHLO client.example\nS: 250-…\nS: 250 AUTH PLAIN LOGIN"
@@ -456,7 +457,7 @@ def test_what_clients_and_servers_say_is_escaped_wherever_it_is_shown(serve: Ser
         wire.ask(f'RCPT TO:<"{EVIL}"@here.example>')
         wire.ask("QUIT")
     mail(server, "ana@here.example", f'"{EVIL}"@there.example', login=True)
-    wait_for(lambda: server.queued("cur"), "the first attempt")
+    server.wait_for_attempts()
     page = ask(server).body
     assert "<script" not in page.lower()
     assert f"C: EHLO {ESCAPED}" in page
@@ -583,7 +584,7 @@ def test_metrics_count_what_happens(serve: Serve) -> None:
     server = monitored(serve, remote=Refusing())
     mail(server, "eva@there.example", "ana@here.example")
     mail(server, "ana@here.example", "eva@there.example", login=True)
-    wait_for(lambda: server.queued("cur") and not server.queued("new"), "the attempts")
+    server.wait_for_attempts()
     wait_for(lambda: server.daemon.queue.count == 1, "the end of the one that is delivered")
     with server.connect() as wire:
         wire.reply()
@@ -663,7 +664,7 @@ def test_metrics_tell_of_the_process_the_queue_the_last_reload_and_certificates(
 ) -> None:
     server = monitored(serve, remote=FakeCourier())
     mail(server, "ana@here.example", "eva@there.example", login=True)
-    wait_for(lambda: "event=next-attempt" in server.mail_log, "the first attempt")
+    server.wait_for_attempts()
     found = parse_metrics(ask(server, "/metrics")[2], False)
     assert found["process_resident_memory_bytes"] > 1e6
     assert 3 < found["process_open_fds"] <= found["process_max_fds"]

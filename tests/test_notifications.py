@@ -344,7 +344,7 @@ ALL_OF_IT = f"{EVA} NOTIFY=SUCCESS,FAILURE ORCPT=rfc822;eve+40old.example"
 def test_what_was_asked_for_is_in_the_queues_file(serve: Serve) -> None:
     server = serve(remote=Far({EVA: [LATER]}))
     send(server, ANA, ALL_OF_IT, parameters="RET=hdrs ENVID=QQ+20314")
-    wait_for(lambda: server.queued("cur"), "the first attempt")
+    server.wait_for_attempts()
     (path,) = (server.data_dir / "queue" / "cur").iterdir()
     lines = path.read_bytes()[int(path.name.split(",")[1].removeprefix("S=")) :].split(b"\n")
     envelope = json.loads(lines[0])
@@ -368,7 +368,7 @@ def test_what_was_asked_for_survives_a_restart(tmp_path: Path) -> None:
     server = Server(tmp_path, remote=far)
     with server:
         send(server, ANA, ALL_OF_IT, parameters="RET=HDRS ENVID=QQ314")
-        wait_for(lambda: server.queued("cur"), "the first attempt")
+        server.wait_for_attempts()
     with server:
         chasquid.ask_running_server(str(server.data_dir), "queue-retry", "all")
         wait_for(lambda: not server.queued(), "the second attempt")

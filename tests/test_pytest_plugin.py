@@ -20,7 +20,7 @@ SEND = """
     import smtplib
 
     def send(server, to="ana@here.example"):
-        with smtplib.SMTP(*server.address, timeout=20) as smtp:
+        with smtplib.SMTP(*server.address, timeout=60) as smtp:
             smtp.sendmail("a@a.example", [to], "Subject: x\\r\\n\\r\\nx\\r\\n")
 """
 

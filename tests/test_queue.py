@@ -15,10 +15,11 @@ import itertools
 import json
 import os
 import queue
+import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from email.message import EmailMessage
 from pathlib import Path
 from typing import Any, cast
@@ -1539,13 +1540,16 @@ class QueueMachine(RuleBasedStateMachine):
                 return results
 
         bench.queue = chasquid.Queue(
-            bench.loop, chasquid.Disk(bench.loop), record(self._directory, self.clock),
+            bench.loop, self.disk(bench.loop), record(self._directory, self.clock),
             chasquid.QueueSettings(str(bench.directory), HOST, GIVE_UP, 1000, "+"),
             chasquid.Couriers(
                 Courier(), Courier(), Courier(), bench.is_local, durable=self.durable
             ),
             itself, bench.is_local, lambda: 0.5, unsigned,
         )  # fmt: skip
+
+    def disk(self, loop: chasquid.Loop) -> chasquid.Disk:
+        return chasquid.Disk(loop)
 
     def attempt(self, delivery: Delivery, destination: Destination) -> Result:
         """Be the courier: on the thread of the loop, while the machine waits."""
@@ -1616,7 +1620,17 @@ class QueueMachine(RuleBasedStateMachine):
         tear=st.booleans(),
         changed=st.sampled_from([None, -1000.0, 500.0, 1e8]),
     )
-    def crash(self, turns: int, cut: int, tear: bool, changed: float | None) -> None:
+    def crash_anywhere(self, turns: int, cut: int, tear: bool, changed: float | None) -> None:
+        self.crash(turns, cut, tear, changed)
+
+    def crash(
+        self,
+        turns: int,
+        cut: int,
+        tear: bool,
+        changed: float | None,
+        damage: Callable[[Path], object] = lambda place: None,
+    ) -> None:
         self.go_on(turns)
         old, new = self._directory, self._home / str(next(self._numbers))
         shutil.copytree(old, new)
@@ -1625,6 +1639,7 @@ class QueueMachine(RuleBasedStateMachine):
             self.journaled |= self.this_life
         self.life.end()
         shutil.rmtree(old)
+        damage(new)
         if tear:
             self._tear(new / "queue", cut)
         if changed is not None:  # the times of files are hints, and no more
@@ -1680,6 +1695,8 @@ class QueueMachine(RuleBasedStateMachine):
 
             async def finish(bench: Bench) -> None:
                 for _ in range(20):
+                    if not files(self._directory / "queue"):
+                        break
                     self.clock.advance(2000)
                     for _ in range(60):
                         await bench.loop.turn()
@@ -1743,6 +1760,65 @@ class DirectMachine(QueueMachine):
 
 TestDirectMachine = DirectMachine.TestCase
 TestDirectMachine.settings = TestQueueMachine.settings
+
+
+class JournalMachine(QueueMachine):
+    """The same with a journal, and crashes that are power cuts.
+
+    What was written since all was last synced may be gone, be as it was, hold zeros, or be cut
+    short, and what was removed since may be back: each as it falls.
+    """
+
+    def __init__(self) -> None:
+        self.synced: dict[str, bytes] = {}
+        super().__init__()
+
+    def disk(self, loop: chasquid.Loop) -> chasquid.Disk:
+        directory = str(self._directory / "journal")
+        chasquid.replay_journal(directory)
+        journal = chasquid.Journal(directory, 2 * chasquid.CHUNK)
+        settle = journal.settle
+
+        def settled(segment: chasquid.Segment) -> None:
+            self.synced = self._content()
+            settle(segment)
+
+        journal.settle = settled  # type: ignore[method-assign]
+        self.synced = self._content()
+        disk = chasquid.Disk(loop)
+        disk._journal = journal
+        return disk
+
+    def _content(self) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in _paths(self._directory / "queue")}
+
+    @rule(
+        turns=st.integers(0, 12),
+        losses=st.lists(st.sampled_from(["", "gone", "old", "zeros", "short"]), min_size=1),
+    )
+    def cut_power(self, turns: int, losses: list[str]) -> None:
+        self.go_on(turns)
+        synced, loss = self.synced, itertools.cycle(losses)
+        self.crash(turns=0, cut=0, tear=False, changed=None, damage=lambda place: [
+            _lose(path, next(loss), synced) for path in sorted(_paths(place / "queue"))
+        ])  # fmt: skip
+
+
+def _lose(path: Path, loss: str, synced: Mapping[str, bytes]) -> None:
+    """Take from a file what a power cut may take."""
+    old, new = synced.get(path.name, b""), path.read_bytes()
+    if loss == "gone" and path.name not in synced:
+        path.unlink()
+    elif loss == "old" and path.name in synced:
+        path.write_bytes(old)
+    elif loss == "zeros":
+        path.write_bytes(old + bytes(len(new) - len(old)))
+    elif loss == "short":
+        path.write_bytes(new[: (len(old) + len(new)) // 2])
+
+
+TestJournalMachine = JournalMachine.TestCase
+TestJournalMachine.settings = TestQueueMachine.settings
 
 
 # --- straight into the mailboxes ---
@@ -2468,5 +2544,70 @@ def test_a_file_that_cannot_be_closed_ends_nothing(
             patched.setattr(os, "close", broken)
             draft.discard()
         assert files(tmp_path / "queue", "tmp") == []
+
+    on_bench(tmp_path, test)
+
+
+def test_who_has_a_message_that_was_refused_after_all_is_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(bench: Bench) -> None:
+        bench.local.plan = {CAROL: [State.DEFERRED]}
+
+        async def refuse(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "full")
+
+        monkeypatch.setattr(chasquid.Disk, "create", refuse)
+        with pytest.raises(chasquid.QueueFull):
+            await bench.accept("ana@here.example", CAROL)
+        assert re.findall(r"event=(\S+) .*to=<(\S+)>", bench.mail_log) == [
+            ("delivered", "ana@here.example")
+        ]
+        assert bench.queue.count == 0
+
+    on_bench(tmp_path, test, durable=True)
+
+
+def test_a_file_that_is_gone_although_its_removal_failed_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.unlink
+
+    def unlink(path: str) -> None:
+        real(path)
+        raise OSError(errno.EIO, "broken", path)
+
+    async def test(bench: Bench) -> None:
+        monkeypatch.setattr(os, "unlink", unlink)
+        item = await bench.accept("eva@there.example")
+        await bench.quiet()
+        monkeypatch.undo()
+        assert bench.files() == []
+        assert lines(bench, item.id)[-1] == "done" and "lost" not in bench.mail_log
+
+    on_bench(tmp_path, test)
+
+
+def test_all_that_is_retried_is_written_down_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = chasquid.make_durably
+    batches = []
+
+    def make_durably(changes: Sequence[chasquid.Change]) -> None:
+        batches.append(len(changes))
+        real(changes)
+
+    async def test(bench: Bench) -> None:
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED] * 5}
+        items = [await bench.accept("eva@there.example") for _ in range(5)]
+        await bench.quiet()
+        os.unlink(bench.path(items[0]))
+        monkeypatch.setattr(chasquid, "make_durably", make_durably)
+        assert await bench.queue.retry_all() == 4
+        assert batches == [4]
+        assert [bench.journal(item)[-1]["next_attempt"] for item in items[1:]] == [0.0] * 4
+        await bench.quiet()
+        assert len(bench.remote.deliveries) == 5 + 4
 
     on_bench(tmp_path, test)

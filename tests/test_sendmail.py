@@ -240,6 +240,18 @@ def test_a_failure_for_now_can_be_tried_again(serve: Serve):
     assert refused.value.status == os.EX_TEMPFAIL
 
 
+def test_a_connection_is_closed_also_if_the_server_refuses_the_message():
+    ours, theirs = socket.socketpair()
+    with theirs:
+        theirs.settimeout(SECONDS)
+        theirs.sendall(b"220 hello\r\n250 hello\r\n550 5.7.1 no\r\n221 bye\r\n")
+        with pytest.raises(chasquid.NotSent, match="no") as refused:
+            chasquid.hand_over(ours, letter("\nhello\n", "ana"))
+        said = b"".join(iter(lambda: theirs.recv(4096), b""))  # until it is closed
+    assert said.endswith(b"QUIT\r\n")
+    assert refused.value.status == os.EX_NOPERM
+
+
 def of_another_user(server) -> socket.socket:
     """Return a connection that is taken to be of a program of www-data."""
     ours, theirs = socket.socketpair()

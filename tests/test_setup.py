@@ -22,6 +22,8 @@ from support import run as run_on_loop
 
 import chasquid
 
+pytestmark = pytest.mark.usefixtures("cheap_passwords")
+
 ANA = "ana@example.com"
 IDS = (1234, 1235)
 DOVECOT_IDS = (200, 201)

@@ -498,8 +498,7 @@ def test_a_server_tries_by_itself_first_where_that_is_asked_for(
         )
         send(server, ANA, EVA)
         for count in (1, 2):
-            wait_for(lambda n=count: server.mail_log.count("event=deferred ") == n, "an attempt")  # type: ignore[misc]
-            wait_for(lambda: server.queued("cur"), "the attempt to be written down")
+            server.wait_for_attempts(count)
             server.settle()
             assert smart.messages == []
             chasquid.ask_running_server(str(server.data_dir), "queue-retry", "all")

@@ -151,7 +151,7 @@ def test_a_replacement_works_on_a_name_without_a_directory(tmp_path):
 
 def on_disk(call, crashes=None, threads=4):
     async def main(loop):
-        with loop.deadline(20):
+        with loop.deadline(60):
             return await call(loop, chasquid.Disk(loop))
 
     return run(main, crashes=crashes, threads=threads)
@@ -225,7 +225,7 @@ def test_a_job_that_fails_in_a_way_that_nobody_foresaw_is_told_and_the_disk_goes
 ):
     async def call(loop, disk):
         async def fails(work):
-            with pytest.raises((OSError, ValueError)), loop.deadline(1):
+            with pytest.raises((OSError, ValueError)), loop.deadline(60):
                 await work
 
         works = [
@@ -235,7 +235,7 @@ def test_a_job_that_fails_in_a_way_that_nobody_foresaw_is_told_and_the_disk_goes
         ]
         for task in [loop.spawn(fails(work), "fails") for work in works]:
             await task.join()
-        with loop.deadline(5):
+        with loop.deadline(60):
             await create(disk, tmp_path / "after")
 
     on_disk(call, crashes=[], threads=threads)
@@ -259,11 +259,11 @@ def test_a_moment_without_threads_is_told_and_the_disk_goes_on(tmp_path):
 
     async def main():
         disk = chasquid.Disk(loop)
-        with pytest.raises((OSError, chasquid.ChasquidError)) as caught, loop.deadline(1):
+        with pytest.raises((OSError, chasquid.ChasquidError)) as caught, loop.deadline(60):
             await create(disk, tmp_path / "first")
         assert not isinstance(caught.value, chasquid.Expired)
         workers.tired = False
-        with loop.deadline(5):
+        with loop.deadline(60):
             await create(disk, tmp_path / "second")
 
     try:

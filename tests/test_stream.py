@@ -13,7 +13,7 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import cuts, run, searched, socket_pair, turns
+from support import SECONDS, cuts, run, searched, socket_pair, turns
 
 import chasquid
 
@@ -33,7 +33,7 @@ def over_pair(call):
             other.setblocking(False)
             stream = Stream(loop, one)
             try:
-                with loop.deadline(20):
+                with loop.deadline(SECONDS):
                     return await call(loop, stream, other)
             finally:
                 stream.close()
@@ -287,7 +287,7 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
 def test_finish_delivers_the_last_reply_though_input_was_left_unread():
     """A reset, which unread input would bring about, may destroy what is on its way."""
     near, far = tcp_pair()
-    near.settimeout(20)
+    near.settimeout(SECONDS)
     seen = []
 
     def client() -> None:
@@ -301,7 +301,7 @@ def test_finish_delivers_the_last_reply_though_input_was_left_unread():
 
     async def main(loop):
         stream = Stream(loop, far)
-        with loop.deadline(20):
+        with loop.deadline(SECONDS):
             stream.write(b"221 " + await stream.read_line() + b"\r\n")
             await stream.finish()
 
@@ -382,7 +382,7 @@ def over_tls(pair, serve, use, name="mail.example.org", verify=True, server_cont
             return await serve(server)
 
         try:
-            with loop.deadline(20):
+            with loop.deadline(SECONDS):
                 task = loop.spawn(server_side(), "server")
                 context = chasquid.client_tls_context(verify, pair[0])
                 await client.start_tls(context, server_side=False, hostname=name)
@@ -483,7 +483,7 @@ def test_starttls_discards_what_was_sent_ahead_in_the_clear(pair):
             return await server.read_line()
 
         try:
-            with loop.deadline(20):
+            with loop.deadline(SECONDS):
                 task = loop.spawn(serve(), "server")
                 client.write(b"STARTTLS\r\nINJECTED\r\nINJ")
                 assert await client.read_line() == b"220 go"
@@ -512,7 +512,7 @@ def test_starttls_discards_replies_that_a_server_sent_ahead_in_the_clear(pair):
             await server.flush()
 
         try:
-            with loop.deadline(20):
+            with loop.deadline(SECONDS):
                 task = loop.spawn(serve(), "server")
                 await loop.sleep(0.02)
                 assert await client.read_line() == b"220 go"
@@ -539,7 +539,7 @@ def refused_by_client(pair, name: str, authorities: str | None, verify: bool = T
                 await server.read_line()
 
         try:
-            with loop.deadline(20):
+            with loop.deadline(SECONDS):
                 task = loop.spawn(serve(), "server")
                 context = chasquid.client_tls_context(verify, authorities)
                 try:
@@ -623,7 +623,7 @@ def test_the_server_may_choose_its_certificate_by_the_name_that_is_asked_for(pai
 
 def test_finish_over_tls_delivers_the_last_reply_and_says_goodbye(pair):
     near, far = tcp_pair()
-    near.settimeout(20)
+    near.settimeout(SECONDS)
     seen = []
 
     def client() -> None:
@@ -641,7 +641,7 @@ def test_finish_over_tls_delivers_the_last_reply_and_says_goodbye(pair):
 
     async def main(loop):
         stream = Stream(loop, far)
-        with loop.deadline(20):
+        with loop.deadline(SECONDS):
             await stream.start_tls(chasquid.server_tls_context(*pair), server_side=True)
             stream.write(b"221 " + await stream.read_line() + b"\r\n")
             await stream.finish()
@@ -678,7 +678,7 @@ def test_a_certificate_that_is_missing_or_none_is_refused_with_its_file(pair, tm
 
 def connected(host: str, port: int = 0):
     async def main(loop):
-        with loop.deadline(20):
+        with loop.deadline(SECONDS):
             stream = await chasquid.connect(loop, host, port)
         try:
             return await stream.read_line()

@@ -586,7 +586,7 @@ def test_a_server_that_has_just_started_keeps_to_the_policies_on_its_disk(tmp_pa
     (server.data_dir / "sts-cache" / "there.example").write_text(json.dumps(policy._asdict()))
     with server:
         submit(server, "")
-        wait_for(lambda: server.queued("cur"), "the first attempt")
+        server.wait_for_attempts()
         assert "none of the servers in the MTA-STS policy of there.example" in server.mail_log
 
 
@@ -712,7 +712,7 @@ def test_what_a_message_requires_goes_with_it_and_survives_a_restart(
     server = Server(tmp_path, clock=clock, remote=courier)
     with server:
         submit(server, parameters, fields.encode() + LETTER)
-        wait_for(lambda: server.queued("cur"), "the first attempt")
+        server.wait_for_attempts()
     courier.state = State.SENT
     with server:
         clock.advance(300)

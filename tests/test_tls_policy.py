@@ -665,6 +665,18 @@ def test_the_old_policy_holds_while_the_new_cannot_be_had_until_it_is_too_old(
     assert "the policy of there.example cannot be had" in (sts.directory / "server.log").read_text()
 
 
+def test_a_policy_that_came_while_the_clock_was_ahead_does_not_hold_for_ever(sts: Sts) -> None:
+    async def main() -> None:
+        sts.clock.jumped = 50 * 365 * 86400.0
+        assert await sts.mode() == "enforce"
+        sts.clock.jumped = 0.0
+        assert await sts.mode() == "enforce"
+        sts.records[ANNOUNCED] = []
+        await sts.follow(f"refresh; {SIX_HOURS}; enforce; wait 86401; no policy")
+
+    sts.live(main)
+
+
 def test_the_pause_is_of_one_domain_alone(sts: Sts) -> None:
     async def main() -> None:
         sts.announce("v=STSv1; id=1", domain="other.example")
@@ -897,7 +909,6 @@ ANSWERS: dict[str, tuple[Sequence[bytes], bytes | str]] = {
     "100": ([b"HTTP/1.1 100 Continue\r\n\r\n" + response()], POLICY),
     "LF": ([response().replace(b"\r\n", b"\n", 2)], POLICY),
     "empty": ([response(b"")], b""),
-    "a long field": ([response(X="y" * 70_000)], b""),  # the rest is not read
     "the largest": ([response(LARGEST)[start : start + 3000] for start in range(0, 11_000, 3000)],
                     LARGEST),
     "larger": ([response(LARGEST + b"\n")], TOO_LARGE),
@@ -913,7 +924,6 @@ ANSWERS: dict[str, tuple[Sequence[bytes], bytes | str]] = {
         f"the type {kind}": ([response(kind=kind)], "text/plain")
         for kind in ("text/html", "application/octet-stream", None, "", "policy", "text")
     },
-    "within the status line": ([b"HTTP/1.1 200"], "text/plain"),
     "cut short": ([response(Content_Length=len(POLICY) + 1)], "cut short"),
     **{
         what: ([answer], "no HTTP")
@@ -921,6 +931,12 @@ ANSWERS: dict[str, tuple[Sequence[bytes], bytes | str]] = {
             "within a chunk": chunked(POLICY)[:-20],
             "no last chunk": chunked(POLICY)[:-5],
             "no size of a chunk": response(b"zz\r\n" + POLICY, Transfer_Encoding="chunked"),
+            "a chunk of which less is said": chunked(POLICY).replace(b"\r\n\r\n", b"\r\n\r\n1", 1),
+            "another coding": response(Transfer_Encoding="gzip, chunked"),
+            "a length that is none": response(Content_Length="many"),
+            "a length below none": response(Content_Length=-1),
+            "a long field": response(X="y" * 70_000),  # the rest is not read
+            "within the status line": b"HTTP/1.1 200",
             "nothing": b"",
             "no status": b"HTTP/1.1 abc OK\r\n\r\n",
             "HTTP/7": response().replace(b"HTTP/1.1", b"HTTP/7"),

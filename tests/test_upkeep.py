@@ -397,6 +397,27 @@ def test_what_goes_away_or_moves_meanwhile_is_no_fault(home: Home) -> None:
     assert names == ["def,S=3", "9.large:2,", "1.M1.here:2,RS"]
 
 
+def test_a_message_that_moves_while_a_backup_is_made_is_restored_once(
+    home: Home, tmp_path: Path
+) -> None:
+    """Such a backup holds it twice, as if it had been in both places at once."""
+    moves = {
+        "data/queue/new/abc,S=3": "data/queue/cur/abc,S=3",
+        "data/mail/here.example/ana/new/7.M7.here": "data/mail/here.example/ana/cur/7.M7.here:2,S",
+    }
+    for number, path in enumerate([*moves, *moves.values()]):
+        (home.top / path).parent.mkdir(exist_ok=True)
+        (home.top / path).write_text(f"copy {number}")
+    home.back_up()
+    held = {name.rpartition("/")[2] for name in names_in(home.file)}
+    assert {"abc,S=3", "7.M7.here", "7.M7.here:2,S"} <= held
+    home.restore(tmp_path / "again")
+    for old, new in moves.items():
+        assert not (tmp_path / "again" / old).exists()
+        assert (tmp_path / "again" / new).read_bytes() == (home.top / new).read_bytes()
+    assert (tmp_path / "again/data/mail/here.example/ana/cur/1.M1.here:2,S").exists()
+
+
 def test_a_backup_of_a_running_server_keeps_its_queue(serve: Serve, tmp_path: Path) -> None:
     server = serve(remote=FakeCourier())
     with server.connect() as wire:

@@ -495,6 +495,7 @@ def test_a_mailbox_is_that_of_a_user(here: WorldServer) -> None:
             here.mailbox(address)
 
 
+@pytest.mark.usefixtures("no_pause")
 def test_what_a_server_refuses_is_told(here: WorldServer) -> None:
     with pytest.raises(SubmissionRefused) as refused:
         send(here, "nobody@here.example")

@@ -74,7 +74,7 @@ class Internet(Peer):
 
     def accepts(self, address: str, port: int) -> bool:
         probe = [*self.enter, sys.executable, "-c", _ACCEPTS, address, str(port)]
-        return subprocess.run(probe, capture_output=True, timeout=20).returncode == 0
+        return subprocess.run(probe, capture_output=True, timeout=60).returncode == 0
 
     def join(self, machine: Machine) -> None:
         """Lay a cable to a machine, which gets an address, a gateway and a name server."""
@@ -104,7 +104,7 @@ class Outside:
             assert process.poll() is None, self.log()  # type: ignore[attr-defined]
             return all(self.internet.accepts(self.place, port) for port in ports)
 
-        wait_for(ready, f"{type(self).__name__} to listen on {ports}", 30)
+        wait_for(ready, f"{type(self).__name__} to listen on {ports}")
 
 
 class Names(Outside, Peer):

@@ -124,7 +124,7 @@ class Machine:
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
         try:
-            wait_for(self._is_up, "systemd", 60)
+            wait_for(self._is_up, "systemd")
         except BaseException:
             self.__exit__()
             raise

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .peers import NameServer, Peer
-from .server import PROGRAM, Chasquid
+from .server import PROGRAM, Chasquid, write_users
 from .tools import LOOPBACK, free_port, make_certificate, program, run
 
 
@@ -28,10 +28,7 @@ def write_shared_configuration(
     lines = [f'dns_server: "{names.address}"', *settings]
     make_certificate(directory / "certs" / certificate_names[0], *certificate_names)
     (directory / "chasquid.conf").write_text("\n".join(lines) + "\n")
-    for address, password in users.items():
-        (directory / "domains" / address.partition("@")[2]).mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, PROGRAM, "--config-dir", str(directory)]
-        run(*command, "user-add", address, "--password", password)
+    write_users(directory, users)
     return directory
 
 

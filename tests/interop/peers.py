@@ -31,7 +31,7 @@ import dns.rcode
 import dns.rdataclass
 import dns.rdatatype
 import dns.rrset
-from support import wait_for
+from support import SECONDS, wait_for
 
 from .tools import (
     LOOPBACK,
@@ -95,7 +95,7 @@ class Peer:
         paths = [*self.directory.glob("output"), *sorted(self.directory.glob(self.logs))]
         return "".join(path.read_text("utf-8", "replace") for path in paths)
 
-    def wait_for_log(self, text: str, seconds: float = 20.0) -> None:
+    def wait_for_log(self, text: str, seconds: float = SECONDS) -> None:
         wait_for(lambda: text in self.log(), f"{text!r} in the log of {self.name}", seconds)
 
     def start(self) -> None:
@@ -134,7 +134,7 @@ class Peer:
                 raise AssertionError(f"{self.name} ended with {status}:\n{self.log()}")
             return all(accepts(port) for port in ports)
 
-        wait_for(ready, f"{self.name} to listen on {ports}", 30)
+        wait_for(ready, f"{self.name} to listen on {ports}")
 
 
 class MailboxPeer(Peer):
@@ -147,7 +147,7 @@ class MailboxPeer(Peer):
         return read_maildir(self.maildir(address))
 
     def wait_for_letters(
-        self, address: str, count: int = 1, seconds: float = 20.0
+        self, address: str, count: int = 1, seconds: float = SECONDS
     ) -> list[EmailMessage]:
         return wait_for_letters(self.maildir(address), count, seconds)
 
@@ -594,7 +594,7 @@ class SmtpSink(Peer):
         texts = [path.read_text("utf-8", "replace") for path in sorted(self.mail.iterdir())]
         return [text for text in texts if "X-Rcpt-Args" in text]
 
-    def wait_for_letters(self, count: int = 1, seconds: float = 20.0) -> list[str]:
+    def wait_for_letters(self, count: int = 1, seconds: float = SECONDS) -> list[str]:
         what = f"{count} message(s) in smtp-sink"
         wait_for(lambda: len(self.letters()) >= count, what, seconds)
         return self.letters()
@@ -686,7 +686,7 @@ class Rspamd(Peer):
     def check(self, message: bytes) -> dict[str, list[str]]:
         """Return rspamd's symbols for a message, such as R_DKIM_ALLOW, each with its options."""
         url = f"http://{LOOPBACK}:{self.port}/checkv2"
-        with urllib.request.urlopen(url, message, timeout=20) as response:
+        with urllib.request.urlopen(url, message, timeout=60) as response:
             symbols = json.load(response)["symbols"]
         return {name: symbol.get("options", []) for name, symbol in symbols.items()}
 
@@ -946,7 +946,7 @@ class Prometheus(Peer):
         """Return the values of an expression now, each with its labels ("name=value")."""
         query = urllib.parse.urlencode({"query": expression})
         url = f"http://{LOOPBACK}:{self.port}/api/v1/query?{query}"
-        with urllib.request.urlopen(url, timeout=20) as response:
+        with urllib.request.urlopen(url, timeout=60) as response:
             found = json.load(response)["data"]["result"]
         return {
             tuple(sorted(f"{name}={value}" for name, value in each["metric"].items())): float(
@@ -1056,7 +1056,7 @@ class UpdatedNames(Peer):
     def ask(self, name: str, kind: str) -> list[str]:
         """Return what the server has, each record as in a zone file."""
         query = dns.message.make_query(name, kind)
-        answer = dns.query.tcp(query, LOOPBACK, timeout=10, port=self.port).answer
+        answer = dns.query.tcp(query, LOOPBACK, timeout=60, port=self.port).answer
         return sorted(record.to_text() for rrset in answer for record in rrset)
 
 
@@ -1189,5 +1189,5 @@ class Pebble(Peer):
         """Return the certificate that all of its own lead to."""
         context = ssl.create_default_context(cafile=str(self.certificate))
         url = f"https://localhost:{self._management}/roots/0"
-        with urllib.request.urlopen(url, timeout=20, context=context) as answer:
+        with urllib.request.urlopen(url, timeout=60, context=context) as answer:
             return str(answer.read().decode())

@@ -15,13 +15,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from email.message import EmailMessage
 from pathlib import Path
 
+import support
+
 from .peers import NameServer, Peer
 from .tools import LOOPBACK, free_port, make_certificate, read_maildir, run, wait_for_letters
 
 # The program under test: the module, or an archive built from it.
-PROGRAM = os.environ.get(
-    "CHASQUID", str(Path(__file__).resolve().parent.parent.parent / "chasquid.py")
-)
+PROGRAM = os.environ.get("CHASQUID", support.PROGRAM[1])
 
 USERS = {"ana@here.example": "secret", "bob@here.example": "hidden"}
 
@@ -32,6 +32,19 @@ WORLD = {
 }
 
 Setting = str | int | Sequence[str]
+
+
+def write_users(config_dir: Path, users: Mapping[str, str]) -> None:
+    """Write the users of all domains, by address and with their passwords."""
+    for domain in {address.partition("@")[2] for address in users}:
+        directory = config_dir / "domains" / domain
+        directory.mkdir(parents=True, exist_ok=True)
+        theirs = {
+            address.partition("@")[0]: password
+            for address, password in users.items()
+            if address.partition("@")[2] == domain
+        }
+        (directory / "users").write_bytes(support.users_file(theirs))
 
 
 class Chasquid(Peer):
@@ -71,10 +84,7 @@ class Chasquid(Peer):
             **settings,
         }
         self.write_settings()
-        for address, password in self.users.items():
-            domain = address.partition("@")[2]
-            (self.config_dir / "domains" / domain).mkdir(parents=True, exist_ok=True)
-            self.command("user-add", address, "--password", password)
+        write_users(self.config_dir, self.users)
         for domain, text in (aliases or {}).items():
             (self.config_dir / "domains" / domain).mkdir(parents=True, exist_ok=True)
             (self.config_dir / "domains" / domain / "aliases").write_text(text)
@@ -111,7 +121,7 @@ class Chasquid(Peer):
         """Ask the process to end, and return at once."""
         os.kill(self.pid, signal.SIGTERM)
 
-    def wait_for_end(self, seconds: float = 15.0) -> int:
+    def wait_for_end(self, seconds: float = support.SECONDS) -> int:
         """Return the exit status."""
         assert self._process is not None
         return self._process.wait(seconds)
@@ -137,7 +147,7 @@ class Chasquid(Peer):
         return read_maildir(self.maildir(address))
 
     def wait_for_letters(
-        self, address: str, count: int = 1, seconds: float = 20.0
+        self, address: str, count: int = 1, seconds: float = support.SECONDS
     ) -> list[EmailMessage]:
         return wait_for_letters(self.maildir(address), count, seconds)
 
@@ -158,13 +168,13 @@ class Chasquid(Peer):
     @contextlib.contextmanager
     def smtp(self) -> Iterator[smtplib.SMTP]:
         """Connect as another server would."""
-        with smtplib.SMTP(LOOPBACK, self.smtp_port, "client.example", timeout=20) as client:
+        with smtplib.SMTP(LOOPBACK, self.smtp_port, "client.example", timeout=60) as client:
             yield client
 
     @contextlib.contextmanager
     def submission(self, address: str = "ana@here.example") -> Iterator[smtplib.SMTP]:
         """Connect and log in as a user would."""
-        with smtplib.SMTP("localhost", self.submission_port, "desk.example", timeout=20) as client:
+        with smtplib.SMTP("localhost", self.submission_port, "desk.example", timeout=60) as client:
             client.starttls(context=self.tls_context())
             client.ehlo()
             # smtplib's own login knows only ASCII

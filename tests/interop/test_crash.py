@@ -62,7 +62,7 @@ class TestKill:
     def test_with_several_under_way_those_answered_with_250_arrive(self, chasquid):
         accepted = set()
         for number in range(max(1, ROUNDS // 4)):
-            clients = [smtplib.SMTP("127.0.0.1", chasquid.smtp_port, timeout=20) for _ in range(4)]
+            clients = [smtplib.SMTP("127.0.0.1", chasquid.smtp_port, timeout=60) for _ in range(4)]
             for client in clients:
                 begin_letter(client, "ana@here.example", "bob@here.example")
             for index, client in enumerate(clients):
@@ -347,7 +347,7 @@ class TestFullDisk:
         with load:
             for _ in range(3):
                 refused = load.refused
-                wait_for(lambda refused=refused: load.refused >= refused + 8, "a full disk", 60)
+                wait_for(lambda refused=refused: load.refused >= refused + 8, "a full disk")
                 chasquid.kill()
                 chasquid.start()  # it must be able to on a full disk, too
                 empty()
@@ -357,7 +357,7 @@ class TestFullDisk:
                 )
         empty()
         chasquid.command("queue", "retry", "all")
-        wait_for(lambda: not chasquid.queue_ids(), "an empty queue", 60)
+        wait_for(lambda: not chasquid.queue_ids(), "an empty queue")
         empty()
         assert load.accepted <= set(found), "what was accepted is lost"
         assert len(load.accepted) > 100

@@ -47,7 +47,7 @@ def both(start, names):
 
 def login(chasquid, user, password):
     """Return code and text of the reply to a login."""
-    with smtplib.SMTP("localhost", chasquid.submission_port, "desk.example", timeout=20) as client:
+    with smtplib.SMTP("localhost", chasquid.submission_port, "desk.example", timeout=60) as client:
         client.starttls(context=chasquid.tls_context())
         client.ehlo()
         secret = base64.b64encode(f"\0{user}\0{password}".encode()).decode()

@@ -80,7 +80,7 @@ def test_who_never_wants_to_hear_does_not_hear_from_either(start, names):
 def test_we_report_success_to_a_sender_behind_postfix(start, names):
     postfix, chasquid = start_both(start, names)
     message = letter("asked", "dora@dest.example", "bob@here.example")
-    with smtplib.SMTP(LOOPBACK, postfix.port, timeout=20) as client:
+    with smtplib.SMTP(LOOPBACK, postfix.port, timeout=60) as client:
         client.send_message(
             message, "dora@dest.example", ["bob@here.example"],
             mail_options=["ENVID=XY314"], rcpt_options=["NOTIFY=SUCCESS,FAILURE"],

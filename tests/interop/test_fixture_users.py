@@ -240,7 +240,7 @@ def test_postfix_relays_and_tries_again(start, plain):
     fast = {"minimal_backoff_time": "1s", "maximal_backoff_time": "1s", "queue_run_delay": "1s"}
     postfix = start(Postfix, relay_port=plain.port, settings=fast)
     postfix.send(ANA, [BOB], letter("by Postfix", ANA, BOB))
-    check_arrived_from_postfix(plain.wait_for(1, timeout=30))
+    check_arrived_from_postfix(plain.wait_for(1, timeout=60))
     refusals = re.findall(r"status=deferred .*451 4\.2\.1 busy", postfix.log())
     assert len(refusals) == 2, postfix.log()
     wait_for(lambda: "is empty" in postfix.queue(), "an empty queue")
@@ -255,7 +255,7 @@ def test_postfix_trusts_the_certificate(start, make):
     }
     postfix = start(Postfix, relay_port=mail.port, settings=verify)
     postfix.send(ANA, [BOB], letter("by Postfix", ANA, BOB))
-    [message] = check_arrived_from_postfix(mail.wait_for(1, timeout=30))
+    [message] = check_arrived_from_postfix(mail.wait_for(1, timeout=60))
     assert message.tls.startswith("TLSv1.3 ")
     assert "Verified TLS connection established" in postfix.log()
 
@@ -264,7 +264,7 @@ def test_postfix_returns_what_is_refused_for_good(start, plain):
     plain.fault("RCPT", address=BOB, reply="550 5.1.1 nobody here")
     postfix = start(Postfix, relay_port=plain.port)
     postfix.send(ANA, [BOB], letter("to nobody", ANA, BOB))
-    [notification] = plain.wait_for(1, timeout=30)
+    [notification] = plain.wait_for(1, timeout=60)
     assert (notification.mail_from, notification.rcpt_tos) == ("", [ANA])
     assert "550 5.1.1 nobody here" in " ".join(notification.text.split())
 

@@ -306,7 +306,7 @@ class GoDirectory(Chasquid):
 
     def page(self, path: str) -> str:
         url = f"http://{LOOPBACK}:{self.monitoring_port}{path}"
-        with urllib.request.urlopen(url, timeout=20) as response:
+        with urllib.request.urlopen(url, timeout=60) as response:
             return response.read().decode()
 
 

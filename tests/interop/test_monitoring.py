@@ -44,7 +44,7 @@ def url(chasquid, path=""):
 
 def get(chasquid, path, accept=""):
     request = urllib.request.Request(url(chasquid, path), headers={"Accept": accept})
-    with urllib.request.urlopen(request, timeout=20) as response:
+    with urllib.request.urlopen(request, timeout=60) as response:
         return response.headers["Content-Type"], response.read().decode()
 
 

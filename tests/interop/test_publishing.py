@@ -134,7 +134,7 @@ def test_a_change_by_others_meanwhile_is_seen(
             other = dns.update.UpdateMessage("here.example.")
             other.add("here.example.", 60, "MX", "5 mx.else.example.")
             other.use_tsig(dns.tsig.Key(key.name, key.secret, key.algorithm))
-            sent.append(dns.query.tcp(other, host, timeout=10, port=port).rcode())
+            sent.append(dns.query.tcp(other, host, timeout=60, port=port).rcode())
         return chasquid.exchange_by_tcp(message, host, port)
 
     lines = publish(server, tmp_path, exchange=exchange)

@@ -263,7 +263,7 @@ def the_certificate_is_there(reader: Reader, done: Done) -> None:
     assert listing == "root chasquid 640\n"
     for port in (465, 993):  # the servers look by themselves
         show = f"openssl s_client -connect 127.0.0.1:{port} -verify_return_error </dev/null"
-        wait_for(lambda show=show: reader.root(show).status == 0, "the new certificate", 60)
+        wait_for(lambda show=show: reader.root(show).status == 0, "the new certificate")
 
 
 def both_arrive_in_the_inbox(reader: Reader, done: Done) -> None:

@@ -168,12 +168,12 @@ def test_a_server_goes_on_when_its_archive_is_replaced(
 
         # the operator
         for path, said in (("/", b"here.example"), ("/metrics", b"chasquid_messages_total")):
-            with urllib.request.urlopen(f"http://{LOOPBACK}:{web}{path}", timeout=20) as page:
+            with urllib.request.urlopen(f"http://{LOOPBACK}:{web}{path}", timeout=60) as page:
                 assert said in page.read()
         resolved = subprocess.run(
             [sys.executable, str(TOP / "chasquid.py"), "--config-dir", str(here.config_dir),
              "aliases-resolve", "list@here.example"],
-            capture_output=True, text=True, check=True, timeout=30,
+            capture_output=True, text=True, check=True, timeout=60,
         )  # fmt: skip
         assert "dora@dest.example" in resolved.stdout
         here.hang_up()
@@ -208,7 +208,7 @@ def test_capture_goes_on_when_its_archive_is_replaced(
             message = letter("große Grüße", ANA, "eva@münchen.example")
             message.add_alternative("<p>Hello <a href='https://a.example'>here</a></p>", "html")
             message.add_attachment(b"hello", "text", "plain", filename="größe.txt")
-            with smtplib.SMTP(LOOPBACK, int(ports[1].rpartition(":")[2]), timeout=20) as client:
+            with smtplib.SMTP(LOOPBACK, int(ports[1].rpartition(":")[2]), timeout=60) as client:
                 client.ehlo()
                 client.sendmail(
                     ANA, ["eva@münchen.example"], message.as_bytes(), ["SMTPUTF8", "BODY=8BITMIME"]
@@ -220,7 +220,7 @@ def test_capture_goes_on_when_its_archive_is_replaced(
                 [listed] = json.load(page)["messages"]
             page_path = f"message/{listed['ID']}?view=checks"
             for path in ("", page_path, f"api/v1/message/{listed['ID']}"):
-                with urllib.request.urlopen(top + path, timeout=20) as page:
+                with urllib.request.urlopen(top + path, timeout=60) as page:
                     assert page.read()
             later = modules() - before
             # the codecs of charsets are Python's own, and there are a hundred of them

@@ -153,4 +153,4 @@ def test_a_backup_of_a_busy_server_is_delivered_elsewhere(
     run(*options, "queue", "retry", "all")
     here.moved = options
     here.start()
-    wait_for(lambda: set(before) <= set(subjects(there.letters(DORA))), "all messages", 60)
+    wait_for(lambda: set(before) <= set(subjects(there.letters(DORA))), "all messages")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import pytest
-from support import wait_for
+from support import SECONDS, wait_for
 
 LOOPBACK = "127.0.0.1"
 ANA, BOB, DORA = "ana@here.example", "bob@here.example", "dora@dest.example"
@@ -39,6 +39,16 @@ def program(name: str, *places: str | Path) -> str:
 def need_root() -> None:
     if os.geteuid() != 0:
         unavailable("this needs root")
+
+
+def need_disks() -> None:
+    """Ask for what `disks` needs."""
+    need_root()
+    for name in ("mkfs.ext4", "mount", "umount"):
+        program(name)
+    for path in ("/dev/fuse", "/dev/loop-control"):
+        if not os.access(path, os.R_OK | os.W_OK):
+            unavailable(f"{path} is missing, or not ours to use")
 
 
 # Below the range from which the system takes the ports of outgoing connections.
@@ -137,7 +147,9 @@ def read_maildir(directory: Path) -> list[EmailMessage]:
     return [parse(path.read_bytes()) for path in paths]
 
 
-def wait_for_letters(directory: Path, count: int = 1, seconds: float = 20.0) -> list[EmailMessage]:
+def wait_for_letters(
+    directory: Path, count: int = 1, seconds: float = SECONDS
+) -> list[EmailMessage]:
     """Return the messages of a Maildir as soon as there are at least `count`."""
     what = f"{count} message(s) in {directory}"
     wait_for(lambda: len(read_maildir(directory)) >= count, what, seconds)
