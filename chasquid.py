@@ -23521,7 +23521,8 @@ class Mailbox:
         self._messages: dict[str, Captured] = {}
         self._octets = 0
         self.removed = 0  # how many messages
-        self._watchers: list[Callable[[], object]] = []
+        self._watchers: list[Callable[[], object]] = []  # while they wait for something
+        self._watchers_of_changes: list[Callable[[], object]] = []
         self._lock = threading.Lock()
         self.limits = keep, keep_octets
 
@@ -23535,7 +23536,7 @@ class Mailbox:
                 len(self._messages) > most or self._octets > most_octets
             ):
                 self._forget(next(iter(self._messages)))
-        self.tell()
+        self._tell()
 
     def all(self) -> list[Captured]:
         """Return what is kept, the oldest first."""
@@ -23550,26 +23551,35 @@ class Mailbox:
         """Forget messages."""
         with self._lock:
             self.removed += sum(self._forget(id) for id in ids)
-        self.tell()
+        self._tell()
 
     def _forget(self, id: str) -> bool:
         removed = self._messages.pop(id, None)
         self._octets -= len(removed.raw) if removed is not None else 0
         return removed is not None
 
-    def tell(self) -> None:
-        """Have those who watch look again."""
-        for call in list(self._watchers):
-            call()
+    def watch(self, call: Callable[[], object]) -> None:
+        """Have `call` called after each change, in the thread that made it."""
+        self._watchers_of_changes.append(call)
 
     @contextlib.contextmanager
     def watched(self, call: Callable[[], object]) -> Iterator[None]:
-        """Have `call` called after each change, in the thread that made it."""
+        """Have `call` called after each change, and by `wake`, while the block runs."""
         self._watchers.append(call)
         try:
             yield
         finally:
             self._watchers.remove(call)
+
+    def wake(self) -> None:
+        """Have those who wait look again."""
+        for call in list(self._watchers):
+            call()
+
+    def _tell(self) -> None:
+        self.wake()
+        for call in self._watchers_of_changes:
+            call()
 
     def wait(
         self, look: Callable[[], T | None], seconds: float, is_open: Callable[[], bool]
@@ -23938,7 +23948,7 @@ class CaptureServer:
             if self._run is not None:
                 self._run.stop()
                 self._run = None
-        self.mailbox.tell()
+        self.mailbox.wake()
 
     @property
     def is_running(self) -> bool:
