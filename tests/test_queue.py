@@ -2550,26 +2550,6 @@ def test_a_file_that_cannot_be_closed_ends_nothing(
     on_bench(tmp_path, test)
 
 
-def test_who_has_a_message_that_was_refused_after_all_is_in_the_log(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def test(bench: Bench) -> None:
-        bench.local.plan = {CAROL: [State.DEFERRED]}
-
-        async def refuse(*_: object) -> None:
-            raise OSError(errno.ENOSPC, "full")
-
-        monkeypatch.setattr(chasquid.Disk, "create", refuse)
-        with pytest.raises(chasquid.QueueFull):
-            await bench.accept("ana@here.example", CAROL)
-        assert re.findall(r"event=(\S+) .*to=<(\S+)>", bench.mail_log) == [
-            ("delivered", "ana@here.example")
-        ]
-        assert bench.queue.count == 0
-
-    on_bench(tmp_path, test, durable=True)
-
-
 def test_a_file_that_is_gone_although_its_removal_failed_is_not_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
