@@ -23523,18 +23523,14 @@ class Mailbox:
         self.removed = 0  # how many messages
         self._watchers: list[Callable[[], object]] = []
         self._lock = threading.Lock()
-        self.limit(keep, keep_octets)
-
-    def limit(self, keep: int, keep_octets: int) -> None:
-        """Keep no more than so much from the next message on."""
-        self._limits = keep or sys.maxsize, keep_octets or sys.maxsize
+        self.limits = keep, keep_octets
 
     def add(self, captured: Captured) -> None:
         """Keep a message, and let the oldest go beyond what may be kept."""
         with self._lock:
             self._messages[captured.id] = captured
             self._octets += len(captured.raw)
-            most, most_octets = self._limits
+            most, most_octets = (limit or sys.maxsize for limit in self.limits)
             while len(self._messages) > 1 and (
                 len(self._messages) > most or self._octets > most_octets
             ):
@@ -23576,7 +23572,7 @@ class Mailbox:
             self._watchers.remove(call)
 
     def wait(
-        self, look: Callable[[], T | None], seconds: float, is_over: Callable[[], bool]
+        self, look: Callable[[], T | None], seconds: float, is_open: Callable[[], bool]
     ) -> T | None:
         """Return what `look` finds here as soon as that is something.
 
@@ -23586,7 +23582,7 @@ class Mailbox:
         changed = threading.Event()
         with self.watched(changed.set):
             while (found := look()) is None:
-                left = 0.0 if is_over() else max(0.0, end - time.monotonic())
+                left = max(0.0, end - time.monotonic()) if is_open() else 0.0
                 if not changed.wait(left):  # if more has come while we looked, it is set
                     return None
                 changed.clear()
@@ -23965,7 +23961,7 @@ class CaptureServer:
         if fixed:
             raise ChasquidError(f"{fixed[0]} is decided when the server is made")
         self.settings = self._changed(self.settings, changes)
-        self.mailbox.limit(self.settings.keep, self.settings.keep_octets)
+        self.mailbox.limits = self.settings.keep, self.settings.keep_octets
         if self._run is not None:
             self._run.context.size_limit = self.settings.size_limit
 
@@ -24104,7 +24100,8 @@ class CaptureServer:
             text = "wait_for would block the event loop: say await server.arrived(…) instead"
             raise ChasquidError(text)
         seconds = self.settings.timeout if timeout is None else timeout
-        found = self.mailbox.wait(look, seconds, self._is_over) if found is None else found
+        if found is None:
+            found = self.mailbox.wait(look, seconds, lambda: self.is_running)
         return self._miss(what, seconds) if found is None else found
 
     if TYPE_CHECKING:
@@ -24127,7 +24124,7 @@ class CaptureServer:
         with self.mailbox.watched(lambda: loop.call_soon_threadsafe(changed.set)):
             try:
                 async with asyncio.timeout(seconds):
-                    while (found := look()) is None and not self._is_over():
+                    while (found := look()) is None and self.is_running:
                         await changed.wait()
                         changed.clear()
             except TimeoutError:
@@ -24137,7 +24134,7 @@ class CaptureServer:
     def expect_nothing(self, seconds: float = 0.5) -> None:
         """Wait so long; raise Unexpected if a message comes, or had come since `reset`."""
         __tracebackhide__ = True
-        if self.mailbox.wait(self._look_for(1), seconds, self._is_over):
+        if self.mailbox.wait(self._look_for(1), seconds, lambda: self.is_running):
             raise Unexpected(self._not_arrived(1, "nothing was to arrive; looked"))
 
     def _look_for(self, what: Any) -> Callable[[], Any]:
@@ -24160,9 +24157,6 @@ class CaptureServer:
         begin = "not started: call start(), or use it in a with block"
         state = "stopped" if self._was_started else begin
         raise ChasquidError(self._not_arrived(what, f"the server is {state}; it is vain to wait"))
-
-    def _is_over(self) -> bool:
-        return self._run is None
 
     def reset(self) -> None:
         """Forget messages and transcripts, and rules and functions added since the start."""
@@ -24411,11 +24405,6 @@ def _pytest_settings(config: Any) -> dict[str, Any]:
     return settings
 
 
-def _resolved(host: str) -> str:
-    socket.getaddrinfo(host, 0)
-    return host
-
-
 def _parse_login(text: str) -> dict[str, str]:
     user, _, password = text.partition(":")
     if not user or not password:
@@ -24427,7 +24416,8 @@ _SWITCH = {"true": True, "yes": True, "on": True, "1": True,
            "false": False, "no": False, "off": False, "0": False}  # fmt: skip
 # the setting of a server that each sets, its default, what reads it, and what it must be
 _PYTEST_OPTIONS: dict[str, tuple[str, str, Callable[[str], Any], str]] = {
-    "hostname": ("host", "127.0.0.1", _resolved, "the address to listen at"),
+    "hostname": ("host", "127.0.0.1",
+                 lambda host: socket.getaddrinfo(host, 0) and host, "the address to listen at"),
     "port": ("port", "0", int, "a port; 0 lets the system choose one for each"),
     "login": ("users", "user:password", _parse_login,
               "user:password, who may log in at secure_mail_server"),
@@ -24870,9 +24860,8 @@ class Inbox:
         """
         if self._login is not None or is_our_name(host):  # a stranger's page has no password
             return
-        with contextlib.suppress(ValueError):
-            if re.fullmatch(r"[a-z0-9_-]+", host_name(host)):
-                return
+        if re.fullmatch(r"[A-Za-z0-9_-]+(:[0-9]{1,5})?", host):
+            return
         shown = printable(host, 100)
         raise HttpRefused(421, f"this server has no name {shown!r}; ask localhost or an IP address")
 

@@ -366,8 +366,8 @@ LARGE_ROOMS = {
     "QUEUE": 800,  # from the 250 to the report, with what a crash leaves at each step
     "SESSION": 950,  # the command table, and an action for each row of it
     "DAEMON": 1000,  # the wiring diagram, what root opens, and the files that are read again
-    "CAPTURE": 1200,  # the fixture: what a test sees of a message, and of a server
-    "CAPTURE API": 1350,  # an interface as wide as Mailpit's, and a page
+    "CAPTURE": 1050,  # the fixture: what a test sees of a message, and of a server
+    "CAPTURE API": 1200,  # an interface as wide as Mailpit's, and a page
     "COMMANDS": 2000,  # forty commands, a few lines each
 }
 
