@@ -3323,13 +3323,15 @@ class Disk:
             await self._loop.sleep(min(self._usual / 3, _LONGEST_WAIT))
 
     async def _make(self, batch: _Batch) -> None:
-        start = self._loop.clock.monotonic()
+        start, journal = self._loop.clock.monotonic(), self._journal
         try:
+            if journal is not None and journal.failure is not None:
+                raise ChasquidError(f"it has failed: {reason(journal.failure)}")
             async with self._using:
                 await self._make_durable(batch.changes)
-        except ChasquidError as error:  # there is no thread
+        except ChasquidError as error:  # that, or there is no thread
             for change in batch.changes:
-                change.error = OSError(errno.EAGAIN, f"the disk was not reached: {error}")
+                change.error = OSError(errno.EAGAIN, f"the disk is out of reach: {error}")
         finally:
             batch.done.set()
         self._last = len(batch.changes)
@@ -9597,7 +9599,7 @@ class Envelope(NamedTuple):
 
         Raises NewerItem, and ValueError, TypeError or KeyError if the line is no envelope.
         """
-        fields = _line_fields(json.loads(line), _ENVELOPE, _envelope_from_version_0)
+        fields = _line_fields(json.loads(line.decode()), _ENVELOPE, _envelope_from_version_0)
         return cls(
             sender=fields.pop("reverse_path"), final_recipients=fields.pop("recipients"), **fields
         )
@@ -9686,7 +9688,7 @@ class Item:
         it says what cannot be.
         """
         try:
-            value = json.loads(line)
+            value = json.loads(line.decode())
         except ValueError:
             return
         if not isinstance(value, dict) or not value.keys() & {"v", "results"}:
@@ -9902,13 +9904,23 @@ def parse_item_name(path: str) -> tuple[str, int]:
     return match[1], int(match[2])
 
 
+def _octets_from(path: str, offset: int) -> bytes:
+    """Return what a file holds from `offset` on. At the start there may be 100,000 to read."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        data = b""
+        while piece := os.pread(fd, CHUNK, offset + len(data)):
+            data += piece
+        return data
+    finally:
+        os.close(fd)
+
+
 def read_item(path: str) -> Item:
     """Read a file of the queue. Raises NewerItem, UnreadableItem, OSError."""
     id, size = parse_item_name(path)
     try:
-        with open(path, "rb") as file:
-            file.seek(size)
-            lines = file.read().split(b"\n")
+        lines = _octets_from(path, size).split(b"\n")
         envelope = Envelope.from_line(lines[0])
         if envelope.id != id:
             raise ValueError("its name is not the id of its envelope")

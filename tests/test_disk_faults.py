@@ -490,6 +490,11 @@ def test_a_disk_fails_for_a_while(faulty, way):
         server.rest()
         assert all_kinds("still") < len(kinds)
     assert not server.below.trusted
+    disk = server.daemon._disk
+    wait_for(lambda: disk._recovery is None, "all that was accepted to be safe")
+    for kind in kinds:  # the third error would end the dialogue
+        wires[kind].close()
+        wires[kind] = greeted(server)
     assert all_kinds("after") == len(kinds)
     server.remote.state = "sent"
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol, Self
 
+import chasquid
 from tests.interop.peers import MAIL_USER, DovecotDirectory, MailboxPeer, NameServer, Postfix
 from tests.interop.server import Chasquid
 from tests.interop.tools import LOOPBACK, free_port, make_certificate, run
@@ -47,6 +48,10 @@ class Server(Protocol):
 class Ours(Chasquid):
     def __init__(self, directory: Path, names: NameServer) -> None:
         super().__init__(directory, names, users={RECIPIENT: PASSWORD, USER: PASSWORD})
+        # the tests' own hashes cost nothing
+        hashed = {name: chasquid.new_password(PASSWORD.encode()) for name in ("ana", "bob")}
+        users = self.config_dir / "domains" / DOMAIN / "users"
+        users.write_bytes(chasquid.format_users(hashed))
         self.port = self.smtp_port
 
     def sessions(self, logins: bool) -> list[int]:
@@ -187,11 +192,9 @@ class OpenSmtpd(Alone):
             )
         )
         self._config.chmod(0o600)
-
         for name in ("spool", "run"):
             (directory / name).mkdir()
             (directory / name).chmod(0o711)
-        Path("/var/spool/smtpd").mkdir(exist_ok=True)
         self._seen |= {
             Path("/var/spool/smtpd"): directory / "spool",
             Path("/run"): directory / "run",
@@ -206,6 +209,7 @@ class OpenSmtpd(Alone):
 _OPENSMTPD_CONF = """\
 table names {{ "@" = "{user}" }}
 smtp max-message-size "50M"
+smtp limit max-mails 100000
 queue ttl 1d
 listen on {LOOPBACK} port {port}
 action "deliver" mda "{maildir} {directory}/mail/%{{dest.user}}" virtual <names>

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from os import fsync, sync  # those of the system, which conftest has replaced in `os` for a test
 from pathlib import Path
 
 import disks
@@ -40,7 +41,7 @@ def write_synced(path: Path, data: bytes = b"x") -> None:
     with path.open("xb") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        fsync(file.fileno())
 
 
 def overwrite(path: Path, data: bytes) -> None:
@@ -104,7 +105,7 @@ def test_a_cut_loses_what_was_not_flushed(tmp_path: Path) -> None:
         (disk.path / "unsynced").write_bytes(NEW)
         kinds = [("none", 0), ("all", 0), ("random", 1), ("random", 1), ("random", 2)]
         images = [disk.cut(*kind) for kind in kinds]
-        os.sync()
+        sync()
         images.append(disk.cut("none"))
         assert blocks(disk.path / "file") == [NEW] * BLOCKS
     found = []
