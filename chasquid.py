@@ -2790,7 +2790,7 @@ class Segment:
         self._top = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(path))), "")
         with open(path, "rb") as file:
             head = file.read(_RECORD_HEAD)
-        if head[:7] == _MAGIC[:7] and head[:8] != _MAGIC:
+        if head[:7] == _MAGIC[:7] and head[:8] > _MAGIC:  # less is torn
             text = "it is of a newer chasquid, which must be started first to take up what it holds"
             raise ConfigError(path, 0, text)
         self.epoch = int.from_bytes(head[8:16], "big") if head.startswith(_MAGIC) else 0

@@ -276,6 +276,30 @@ def test_what_is_of_a_newer_version_is_left_and_said(place):
     assert path.read_bytes().startswith(b"journal\x02")
 
 
+@pytest.mark.parametrize("octets", range(0, 25, 3))
+def test_a_first_record_of_which_a_cut_has_left_so_much_does_not_count(place, octets):
+    place.open().close()
+    path = place.journal / "0"
+    before = path.read_bytes()
+    commit(place.open(), place.creation("a", b"x"))
+    os.unlink(place.path("a"))
+    data = path.read_bytes()
+    for begin in (octets, octets + 1):
+        path.write_bytes(data[:begin] + before[begin:])
+        assert place.replay() == 0
+    place.open().close()
+
+
+def test_a_file_that_has_two_names_after_a_cut_keeps_the_one_that_counts(place):
+    journal = place.open()
+    commit(journal, place.creation("a", b"x" * 99))
+    commit(journal, place.growth("a", b"line\n"))
+    os.link(place.path("a", "cur"), place.path("a"))
+    zeros(place.path("a"))
+    assert place.replay() == 1
+    assert place.content() == {"cur/a": b"x" * 99 + b"line\n"}
+
+
 def test_what_cannot_be_written_anew_stays_in_the_journal(place):
     commit(place.open(), place.creation("a", b"x"))
     os.unlink(place.path("a"))
