@@ -2856,6 +2856,30 @@ def _record_head(epoch: int, data: bytes) -> bytes:
     return start + binascii.crc32(data, binascii.crc32(start)).to_bytes(4, "big")
 
 
+class _Flagged:
+    """What files of Maildirs are called with the flags of a mail reader, by their names without.
+
+    A directory may hold very many, so it is read again only when it has changed.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[int, dict[str, list[str]]]] = {}
+
+    def find(self, directory: str, name: str) -> list[str]:
+        """Return the paths of what is called `name` and flags. Raises OSError."""
+        try:
+            changed = os.stat(directory).st_mtime_ns
+        except FileNotFoundError:
+            return []
+        if directory not in self._seen or self._seen[directory][0] != changed:
+            paths: dict[str, list[str]] = {}
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    paths.setdefault(entry.name.partition(":")[0], []).append(entry.path)
+            self._seen[directory] = changed, paths
+        return self._seen[directory][1].get(name, [])
+
+
 class _FileState:
     """What the records of the journal make of one file."""
 
@@ -2875,7 +2899,7 @@ class _FileState:
         elif entry.kind == "grow":
             self.grown.append((entry.offset, entry.data))
 
-    def names(self) -> list[str]:
+    def names(self, flagged: _Flagged) -> list[str]:
         """Return what the file is called now: in new or cur, or with flags of a mail reader.
 
         A cut may have left it both names of a move, and they may be of two files if another
@@ -2886,14 +2910,12 @@ class _FileState:
         usual = (self.path, os.path.join(top, "cur", name), os.path.join(top, "new", name))
         found = list(filter(os.path.exists, dict.fromkeys(usual)))
         if not found:
-            cur = os.path.join(top, "cur")
-            with contextlib.suppress(FileNotFoundError), os.scandir(cur) as there:
-                found = [entry.path for entry in there if entry.name.startswith(f"{name}:")]
+            found = flagged.find(os.path.join(top, "cur"), name)
         return found
 
-    def find(self) -> str | None:
+    def find(self, flagged: _Flagged) -> str | None:
         """Return the name that counts, if the file is there."""
-        return next(iter(self.names()), None)
+        return next(iter(self.names(flagged)), None)
 
     def restore(self, found: str | None, trusted: bool) -> bool:
         """Make the file what it must be, durably; tell whether it had to be written.
@@ -2972,15 +2994,15 @@ def replay_journal(directory: str) -> int:
     try:
         segments = [Segment(path) for path in paths if os.path.exists(path)]
         states = _file_states(segments)
-        written = 0
+        written, flagged = 0, _Flagged()
         with contextlib.suppress(OSError):  # what is on its way to the disk cannot be forgotten
-            _sync_all(_directories(states.values()))
+            _sync_all(_directories(states.values(), flagged))
         for state in states.values():
-            names = state.names()
+            names = state.names(flagged)
             written += state.restore(names[0] if names else None, trusted=True)
             for other in names[1:]:
                 os.unlink(other)
-        _sync_all(_directories(states.values()))
+        _sync_all(_directories(states.values(), flagged))
         for segment in segments:
             segment.drop()
     except OSError as error:
@@ -2992,8 +3014,8 @@ def replay_journal(directory: str) -> int:
     return written
 
 
-def _directories(states: Iterable[_FileState]) -> set[str]:
-    return {os.path.dirname(state.find() or state.path) for state in states}
+def _directories(states: Iterable[_FileState], flagged: _Flagged) -> set[str]:
+    return {os.path.dirname(state.find(flagged) or state.path) for state in states}
 
 
 def _sync_all(directories: Iterable[str]) -> None:
@@ -3128,9 +3150,9 @@ class Journal:
 
     def end(self) -> None:
         """Write anew all that a failed journal vouches for, and remove it. Raises OSError."""
-        states = _file_states([self._active, self._other])
+        states, flagged = _file_states([self._active, self._other]), _Flagged()
         for state in states.values():
-            state.restore(state.find(), trusted=False)
+            state.restore(state.find(flagged), trusted=False)
         for name in _SEGMENT_NAMES:
             remove_durably(os.path.join(self.directory, name))
         self.close()

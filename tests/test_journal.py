@@ -119,6 +119,25 @@ def test_a_message_that_a_reader_has_moved_is_mended_under_its_flags(place):
     assert place.content() == {"cur/a:2,FS": b"x" * 99}
 
 
+def test_a_large_mailbox_is_not_read_again_for_each_message_that_is_missing(place, monkeypatch):
+    journal = place.open()
+    commit(journal, *(place.creation(f"m{n}", b"x") for n in range(50)))
+    journal.close()
+    os.rename(place.path("m0"), place.path("m0:2,S", "cur"))
+    for n in range(1, 50):
+        os.unlink(place.path(f"m{n}"))
+    read, scandir = [], os.scandir
+
+    def noted(path):
+        read.append(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", noted)
+    assert place.replay() == 49
+    assert read == [str(place.mail / "cur")]
+    assert set(place.content()) == {"cur/m0:2,S", *(f"new/m{n}" for n in range(1, 50))}
+
+
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_what_was_appended_is_there_again(place, damage):
     journal = place.open()
