@@ -2578,7 +2578,7 @@ _SEGMENT_NAMES = ("0", "1")
 JOURNAL_DIRECTORY = "journal"  # below data_dir
 _RECORD_HEAD = 24  # octets: magic 8, epoch 8, length 4, CRC-32 4
 _MAGIC = b"journal\x01"
-_SYNC_WHOLE = {"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs"}
+_SYNC_WHOLE = {"btrfs", "ext2", "ext3", "ext4", "f2fs", "tmpfs", "xfs"}
 
 
 class Change:
@@ -2790,7 +2790,7 @@ class Segment:
         self._top = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(path))), "")
         with open(path, "rb") as file:
             head = file.read(_RECORD_HEAD)
-        if head[:7] == _MAGIC[:7] and head[:8] != _MAGIC:
+        if head[:7] == _MAGIC[:7] and head[:8] > _MAGIC:  # less is torn
             text = "it is of a newer chasquid, which must be started first to take up what it holds"
             raise ConfigError(path, 0, text)
         self.epoch = int.from_bytes(head[8:16], "big") if head.startswith(_MAGIC) else 0
@@ -2856,6 +2856,30 @@ def _record_head(epoch: int, data: bytes) -> bytes:
     return start + binascii.crc32(data, binascii.crc32(start)).to_bytes(4, "big")
 
 
+class _Flagged:
+    """What files of Maildirs are called with the flags of a mail reader, by their names without.
+
+    A directory may hold very many, so it is read again only when it has changed.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[int, dict[str, list[str]]]] = {}
+
+    def find(self, directory: str, name: str) -> list[str]:
+        """Return the paths of what is called `name` and flags. Raises OSError."""
+        try:
+            changed = os.stat(directory).st_mtime_ns
+        except FileNotFoundError:
+            return []
+        if directory not in self._seen or self._seen[directory][0] != changed:
+            paths: dict[str, list[str]] = {}
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    paths.setdefault(entry.name.partition(":")[0], []).append(entry.path)
+            self._seen[directory] = changed, paths
+        return self._seen[directory][1].get(name, [])
+
+
 class _FileState:
     """What the records of the journal make of one file."""
 
@@ -2875,7 +2899,7 @@ class _FileState:
         elif entry.kind == "grow":
             self.grown.append((entry.offset, entry.data))
 
-    def names(self) -> list[str]:
+    def names(self, flagged: _Flagged) -> list[str]:
         """Return what the file is called now: in new or cur, or with flags of a mail reader.
 
         A cut may have left it both names of a move, and they may be of two files if another
@@ -2886,14 +2910,12 @@ class _FileState:
         usual = (self.path, os.path.join(top, "cur", name), os.path.join(top, "new", name))
         found = list(filter(os.path.exists, dict.fromkeys(usual)))
         if not found:
-            cur = os.path.join(top, "cur")
-            with contextlib.suppress(FileNotFoundError), os.scandir(cur) as there:
-                found = [entry.path for entry in there if entry.name.startswith(f"{name}:")]
+            found = flagged.find(os.path.join(top, "cur"), name)
         return found
 
-    def find(self) -> str | None:
+    def find(self, flagged: _Flagged) -> str | None:
         """Return the name that counts, if the file is there."""
-        return next(iter(self.names()), None)
+        return next(iter(self.names(flagged)), None)
 
     def restore(self, found: str | None, trusted: bool) -> bool:
         """Make the file what it must be, durably; tell whether it had to be written.
@@ -2972,15 +2994,15 @@ def replay_journal(directory: str) -> int:
     try:
         segments = [Segment(path) for path in paths if os.path.exists(path)]
         states = _file_states(segments)
-        written = 0
+        written, flagged = 0, _Flagged()
         with contextlib.suppress(OSError):  # what is on its way to the disk cannot be forgotten
-            _sync_all(_directories(states.values()))
+            _sync_all(_directories(states.values(), flagged))
         for state in states.values():
-            names = state.names()
+            names = state.names(flagged)
             written += state.restore(names[0] if names else None, trusted=True)
             for other in names[1:]:
                 os.unlink(other)
-        _sync_all(_directories(states.values()))
+        _sync_all(_directories(states.values(), flagged))
         for segment in segments:
             segment.drop()
     except OSError as error:
@@ -2992,8 +3014,8 @@ def replay_journal(directory: str) -> int:
     return written
 
 
-def _directories(states: Iterable[_FileState]) -> set[str]:
-    return {os.path.dirname(state.find() or state.path) for state in states}
+def _directories(states: Iterable[_FileState], flagged: _Flagged) -> set[str]:
+    return {os.path.dirname(state.find(flagged) or state.path) for state in states}
 
 
 def _sync_all(directories: Iterable[str]) -> None:
@@ -3128,9 +3150,9 @@ class Journal:
 
     def end(self) -> None:
         """Write anew all that a failed journal vouches for, and remove it. Raises OSError."""
-        states = _file_states([self._active, self._other])
+        states, flagged = _file_states([self._active, self._other]), _Flagged()
         for state in states.values():
-            state.restore(state.find(), trusted=False)
+            state.restore(state.find(flagged), trusted=False)
         for name in _SEGMENT_NAMES:
             remove_durably(os.path.join(self.directory, name))
         self.close()
@@ -15258,6 +15280,24 @@ class DataDirectory:
             self._fd = -1
 
 
+def replay_unless_running(data_dir: str) -> None:
+    """Put in its place what a crash has left in the journal, if no server does it. For commands.
+
+    Raises ConfigError.
+    """
+    journal = os.path.join(data_dir, JOURNAL_DIRECTORY)
+    if not os.path.isdir(journal):
+        return
+    lock = DataDirectory(data_dir)
+    try:
+        lock.take()
+        replay_journal(journal)
+    except DataDirectoryInUse:
+        pass  # it has done so when it was started
+    finally:
+        lock.release()
+
+
 class _ControlPath:
     """A path short enough for a socket's address, however deep data_dir lies.
 
@@ -17542,6 +17582,7 @@ def write_backup(config: Config, stream: IO[bytes], leave: Sequence[str], mail: 
     """
     import tarfile  # only here
 
+    replay_unless_running(config.data_dir)
     try:
         with tarfile.open(
             fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT, dereference=True
@@ -26658,6 +26699,7 @@ def _queue_directory(config: Config) -> str:
 
 
 def _queue_items(config: Config) -> list[Item]:
+    replay_unless_running(config.data_dir)
     contents = read_queue(_queue_directory(config))
     for _, why in contents.unreadable + contents.unread + contents.newer:
         print(f"chasquid: {why}", file=sys.stderr)

@@ -119,6 +119,25 @@ def test_a_message_that_a_reader_has_moved_is_mended_under_its_flags(place):
     assert place.content() == {"cur/a:2,FS": b"x" * 99}
 
 
+def test_a_large_mailbox_is_not_read_again_for_each_message_that_is_missing(place, monkeypatch):
+    journal = place.open()
+    commit(journal, *(place.creation(f"m{n}", b"x") for n in range(50)))
+    journal.close()
+    os.rename(place.path("m0"), place.path("m0:2,S", "cur"))
+    for n in range(1, 50):
+        os.unlink(place.path(f"m{n}"))
+    read, scandir = [], os.scandir
+
+    def noted(path):
+        read.append(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", noted)
+    assert place.replay() == 49
+    assert read == [str(place.mail / "cur")]
+    assert set(place.content()) == {"cur/m0:2,S", *(f"new/m{n}" for n in range(1, 50))}
+
+
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_what_was_appended_is_there_again(place, damage):
     journal = place.open()
@@ -274,6 +293,30 @@ def test_what_is_of_a_newer_version_is_left_and_said(place):
     with pytest.raises(chasquid.ConfigError, match="of a newer chasquid"):
         place.replay()
     assert path.read_bytes().startswith(b"journal\x02")
+
+
+@pytest.mark.parametrize("octets", range(0, 25, 3))
+def test_a_first_record_of_which_a_cut_has_left_so_much_does_not_count(place, octets):
+    place.open().close()
+    path = place.journal / "0"
+    before = path.read_bytes()
+    commit(place.open(), place.creation("a", b"x"))
+    os.unlink(place.path("a"))
+    data = path.read_bytes()
+    for begin in (octets, octets + 1):
+        path.write_bytes(data[:begin] + before[begin:])
+        assert place.replay() == 0
+    place.open().close()
+
+
+def test_a_file_that_has_two_names_after_a_cut_keeps_the_one_that_counts(place):
+    journal = place.open()
+    commit(journal, place.creation("a", b"x" * 99))
+    commit(journal, place.growth("a", b"line\n"))
+    os.link(place.path("a", "cur"), place.path("a"))
+    zeros(place.path("a"))
+    assert place.replay() == 1
+    assert place.content() == {"cur/a": b"x" * 99 + b"line\n"}
 
 
 def test_what_cannot_be_written_anew_stays_in_the_journal(place):

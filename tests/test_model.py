@@ -360,11 +360,14 @@ class Model(RuleBasedStateMachine):
         sender=st.sampled_from([OUR_SENDER, OUTSIDER, ""]),
         large=st.sampled_from([0, 0, 0, chasquid.MEMORY_LIMIT, 200_000]),
         success=st.sampled_from([False, False, True]),
+        first=st.sampled_from([State.SENT, State.FAILED, State.DEFERRED]),
         turns=st.integers(0, 12),
     )
     def mail_comes_in(
-        self, names: list[str], sender: str, large: int, success: bool, turns: int
+        self, names: list[str], sender: str, large: int, success: bool, first: State, turns: int
     ) -> None:
+        self.plan[names[0]].insert(0, first)
+
         async def offer(life: Life) -> None:
             draft = life.queue.draft()
             body = f"Subject: {draft.id}\r\n\r\n".encode() + b"0123456789abcd\r\n" * (large // 16)
