@@ -2578,7 +2578,7 @@ _SEGMENT_NAMES = ("0", "1")
 JOURNAL_DIRECTORY = "journal"  # below data_dir
 _RECORD_HEAD = 24  # octets: magic 8, epoch 8, length 4, CRC-32 4
 _MAGIC = b"journal\x01"
-_SYNC_WHOLE = {"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs"}
+_SYNC_WHOLE = {"btrfs", "ext2", "ext3", "ext4", "f2fs", "tmpfs", "xfs"}
 
 
 class Change:
@@ -15285,6 +15285,24 @@ class DataDirectory:
             self._fd = -1
 
 
+def replay_unless_running(data_dir: str) -> None:
+    """Put in its place what a crash has left in the journal, if no server does it. For commands.
+
+    Raises ConfigError.
+    """
+    journal = os.path.join(data_dir, JOURNAL_DIRECTORY)
+    if not os.path.isdir(journal):
+        return
+    lock = DataDirectory(data_dir)
+    try:
+        lock.take()
+        replay_journal(journal)
+    except DataDirectoryInUse:
+        pass  # it has done so when it was started
+    finally:
+        lock.release()
+
+
 class _ControlPath:
     """A path short enough for a socket's address, however deep data_dir lies.
 
@@ -17569,6 +17587,7 @@ def write_backup(config: Config, stream: IO[bytes], leave: Sequence[str], mail: 
     """
     import tarfile  # only here
 
+    replay_unless_running(config.data_dir)
     try:
         with tarfile.open(
             fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT, dereference=True
@@ -23548,7 +23567,8 @@ class Mailbox:
         self._messages: dict[str, Captured] = {}
         self._octets = 0
         self.removed = 0  # how many messages
-        self._watchers: list[Callable[[], object]] = []
+        self._watchers: list[Callable[[], object]] = []  # while they wait for something
+        self._watchers_of_changes: list[Callable[[], object]] = []
         self._lock = threading.Lock()
         self.limits = keep, keep_octets
 
@@ -23562,7 +23582,7 @@ class Mailbox:
                 len(self._messages) > most or self._octets > most_octets
             ):
                 self._forget(next(iter(self._messages)))
-        self.tell()
+        self._tell()
 
     def all(self) -> list[Captured]:
         """Return what is kept, the oldest first."""
@@ -23577,26 +23597,35 @@ class Mailbox:
         """Forget messages."""
         with self._lock:
             self.removed += sum(self._forget(id) for id in ids)
-        self.tell()
+        self._tell()
 
     def _forget(self, id: str) -> bool:
         removed = self._messages.pop(id, None)
         self._octets -= len(removed.raw) if removed is not None else 0
         return removed is not None
 
-    def tell(self) -> None:
-        """Have those who watch look again."""
-        for call in list(self._watchers):
-            call()
+    def watch(self, call: Callable[[], object]) -> None:
+        """Have `call` called after each change, in the thread that made it."""
+        self._watchers_of_changes.append(call)
 
     @contextlib.contextmanager
     def watched(self, call: Callable[[], object]) -> Iterator[None]:
-        """Have `call` called after each change, in the thread that made it."""
+        """Have `call` called after each change, and by `wake`, while the block runs."""
         self._watchers.append(call)
         try:
             yield
         finally:
             self._watchers.remove(call)
+
+    def wake(self) -> None:
+        """Have those who wait look again."""
+        for call in list(self._watchers):
+            call()
+
+    def _tell(self) -> None:
+        self.wake()
+        for call in self._watchers_of_changes:
+            call()
 
     def wait(
         self, look: Callable[[], T | None], seconds: float, is_open: Callable[[], bool]
@@ -23965,7 +23994,7 @@ class CaptureServer:
             if self._run is not None:
                 self._run.stop()
                 self._run = None
-        self.mailbox.tell()
+        self.mailbox.wake()
 
     @property
     def is_running(self) -> bool:
@@ -26675,6 +26704,7 @@ def _queue_directory(config: Config) -> str:
 
 
 def _queue_items(config: Config) -> list[Item]:
+    replay_unless_running(config.data_dir)
     contents = read_queue(_queue_directory(config))
     for _, why in contents.unreadable + contents.unread + contents.newer:
         print(f"chasquid: {why}", file=sys.stderr)

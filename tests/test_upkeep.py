@@ -255,6 +255,19 @@ def test_a_backup_holds_what_a_server_needs(home: Home) -> None:
     assert os.listdir(home.top) != [] and not list(home.top.glob(".*"))
 
 
+def test_a_backup_after_a_power_cut_holds_what_the_journal_vouches_for(home: Home) -> None:
+    new = home.top / "data/queue/new"
+    (home.top / "data/queue/tmp").mkdir(exist_ok=True)
+    journal = chasquid.Journal(str(home.top / "data/journal"), 128 * 1024)
+    name = "0123456789abcdef,S=7"
+    assert journal.commit([chasquid.Creation(str(new / "t"), b"message", str(new / name))])
+    (new / name).write_bytes(bytes(7))  # as the cut leaves it
+    home.back_up()
+    with tarfile.open(home.file) as tar:
+        member = tar.extractfile(f"data/queue/new/{name}")
+        assert member is not None and member.read() == b"message"
+
+
 def test_the_mailboxes_are_in_it_only_if_they_are_wanted(home: Home) -> None:
     assert home.back_up(mail=False).endswith("no mailboxes")
     assert not [name for name in names_in(home.file) if "mail/here" in name]
