@@ -11365,7 +11365,8 @@ class Queue:
             await self._disk.remove(message.path)
         except OSError as error:
             if item is None:
-                self._waiting.add(message)  # it would be delivered after a restart
+                # it would be delivered after a restart; what still stands for it counts no more
+                self._waiting.add(message._replace())
                 self._schedule.go_on()
             elif any(recipient.is_open for recipient in item.recipients):
                 self._wait(item)
