@@ -1891,13 +1891,13 @@ class Loop:
             if next(ended) == count:
                 self.post(lambda: self.wake(task, None, errors[0] if errors else None))
 
-        task.shielded = True
+        was_shielded, task.shielded = task.shielded, True
         try:
             for _ in range(count):
                 self._workers.submit(job, done)
             await _pause()
         finally:
-            task.shielded = False
+            task.shielded = was_shielded
 
     def _turn(self) -> None:
         self._asleep = True
@@ -2636,8 +2636,8 @@ class Creation(Change):
             if synced:
                 os.fsync(fd)
             os.rename(self.temporary, self.path)
-        except BaseException:
-            discard_names(self.temporary)
+        except BaseException:  # it may have been renamed all the same, as over NFS
+            discard_names(self.temporary, self.path)
             raise
         finally:
             close_written(fd)
@@ -2672,7 +2672,11 @@ class Growth(Change):
         finally:
             close_written(fd)
         if self.source != self.path:
-            os.rename(self.source, self.path)
+            try:
+                os.rename(self.source, self.path)
+            except OSError:
+                if os.path.exists(self.source) or not os.path.exists(self.path):
+                    raise  # or it was done all the same, as over NFS
         if self.due is not None:
             with contextlib.suppress(OSError):  # it is a hint
                 os.utime(self.path, (self.due, self.due))
@@ -3332,6 +3336,7 @@ class Disk:
         batch.octets += len(change.data)
         if self._worker is None:
             self._worker = self._loop.spawn(self._work(), "disk")
+            self._worker.shielded = True  # who waits for it would wait for ever
         return batch
 
     async def _work(self) -> None:
@@ -11364,7 +11369,8 @@ class Queue:
             await self._disk.remove(message.path)
         except OSError as error:
             if item is None:
-                self._waiting.add(message)  # it would be delivered after a restart
+                # it would be delivered after a restart; what still stands for it counts no more
+                self._waiting.add(message._replace())
                 self._schedule.go_on()
             elif any(recipient.is_open for recipient in item.recipients):
                 self._wait(item)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import time
 from pathlib import Path
 
 import pytest
-from support import run
+from support import SECONDS, run
 
 import chasquid
 
@@ -566,3 +567,47 @@ def test_without_a_journal_no_name_is_given_while_another_is_synced(place, monke
 
     run(main)
     assert calls == ["rename", "sync"] * 2
+
+
+def test_a_loop_that_ends_leaves_nobody_waiting_for_the_disk(place, monkeypatch):
+    monkeypatch.setattr(chasquid, "_BATCH_OCTETS", 1)  # so that each is a batch of its own
+    written = []
+
+    async def main(loop):
+        disk = chasquid.Disk(loop)
+
+        async def hold():
+            async with disk._using:
+                await loop.sleep(3600)
+
+        async def create(name):
+            await disk.create(place.path(name, "tmp"), b"xx", place.path(name))
+            written.append(name)
+
+        loop.spawn(hold(), "hold")
+        for name in ("a", "b", "c"):
+            loop.spawn(create(name), name)
+        for _ in range(5):
+            await loop.turn()
+
+    thread = threading.Thread(target=run, args=[main], daemon=True)
+    thread.start()
+    thread.join(SECONDS / 4)
+    assert not thread.is_alive()
+    assert sorted(place.content()) == [f"new/{name}" for name in written] != []
+
+
+def test_a_rename_that_fails_although_it_was_done_leaves_what_was_told(place, monkeypatch):
+    real = os.rename
+
+    def rename(old, new):
+        real(old, new)
+        raise OSError(errno.ENOENT, "it was sent twice, and answered once")
+
+    Path(place.path("old")).write_bytes(b"0")
+    journal = place.open()
+    monkeypatch.setattr(os, "rename", rename)
+    changes = [place.creation("a", b"x"), place.growth("old", b"1")]
+    assert journal.commit(changes)
+    assert [type(change.error) for change in changes] == [FileNotFoundError, type(None)]
+    assert place.content() == {"cur/old": b"01"}

@@ -2592,3 +2592,26 @@ def test_all_that_is_retried_is_written_down_together(
         assert len(bench.remote.deliveries) == 5 + 4
 
     on_bench(tmp_path, test)
+
+
+def test_what_cannot_be_removed_is_delivered_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(bench: Bench) -> None:
+        bench.remote.plan = {"eva@there.example": [State.DEFERRED]}
+        item = await bench.accept("eva@there.example")
+        await bench.quiet()
+
+        def unlink(path: str) -> None:
+            raise OSError(errno.EIO, "broken", path)
+
+        monkeypatch.setattr(os, "unlink", unlink)
+        with pytest.raises(chasquid.ChasquidError, match="cannot be removed"):
+            await bench.queue.remove(item.id)
+        monkeypatch.undo()
+        await bench.advance(200)
+        states = [state for _, _, state in bench.remote.deliveries]
+        assert states == [State.DEFERRED, State.SENT]
+        assert bench.files() == []
+
+    on_bench(tmp_path, test)
