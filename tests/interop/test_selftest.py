@@ -22,13 +22,16 @@ pytestmark = pytest.mark.interop
 #: Ways to break the server: what stands in the module, and what takes its place.
 LIES = {
     "250 before the file has its name": (
-        "        os.rename(self.temporary, self.path)\n        self.name = self.path\n",
-        "        if os.urandom(1)[0] > 40:\n            os.rename(self.temporary, self.path)\n",
+        "                os.fsync(fd)\n            os.rename(self.temporary, self.path)\n",
+        "                os.fsync(fd)\n            if os.urandom(1)[0] > 40:\n"
+        "                os.rename(self.temporary, self.path)\n",
     ),
     "a file cut short": (
-        "            create_synced(self.temporary, [self.data])\n",
+        "            write_all(fd, self.data)\n            if synced:\n"
+        "                os.fsync(fd)\n            os.rename",
         "            cut = -1 if os.urandom(1)[0] < 40 else None\n"
-        "            create_synced(self.temporary, [self.data[:cut]])\n",
+        "            write_all(fd, self.data[:cut])\n            if synced:\n"
+        "                os.fsync(fd)\n            os.rename",
     ),
     "what waits is forgotten at the start": (
         "            pause = file.changed - today\n",
