@@ -16,6 +16,7 @@ each delivery once. `-m fuzz` tries many more orders of events.
 from __future__ import annotations
 
 import collections
+import contextlib
 import errno
 import itertools
 import json
@@ -440,14 +441,12 @@ class Model(RuleBasedStateMachine):
             mail = self.mail.get(id)
             if verb == "remove" and mail is None:
                 return  # it is a notification, and that would be lost
-            if verb == "remove" and mail is not None:
-                mail.removed = True  # from now on, whether that succeeds or not
-            try:
+            if mail is not None:  # from now on, whether that succeeds or not
+                mail.removed = mail.removed or verb == "remove"
+                if verb == "bounce":
+                    self.failed |= {(id, name) for name in mail.names}
+            with contextlib.suppress(chasquid.ChasquidError):
                 await getattr(life.queue, verb)(id)
-            except chasquid.ChasquidError:
-                return
-            if verb == "bounce" and mail is not None and not self.calls.killed:
-                self.failed |= {(id, name) for name in mail.names}
 
         async def begin(life: Life) -> None:
             self.tasks.append(life.loop.spawn(speak(life), verb))
