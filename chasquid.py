@@ -2576,6 +2576,7 @@ class FreeSpace:
 SEGMENT_SIZE = 4 * 1024 * 1024  # octets; a multiple of CHUNK
 _SEGMENT_NAMES = ("0", "1")
 JOURNAL_DIRECTORY = "journal"  # below data_dir
+_FREE_FOR_JOURNAL = 16  # segments; on a small disk there is none: the space is for mail
 _RECORD_HEAD = 24  # octets: magic 8, epoch 8, length 4, CRC-32 4
 _MAGIC = b"journal\x01"
 _SYNC_WHOLE = {"btrfs", "ext2", "ext3", "ext4", "f2fs", "tmpfs", "xfs"}
@@ -3171,6 +3172,9 @@ def _open_segment(path: str, size: int) -> Segment:
     if not os.path.exists(path) or os.path.getsize(path) != size:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
+        status = os.statvfs(os.path.dirname(path))
+        if status.f_bavail * status.f_frsize < _FREE_FOR_JOURNAL * size:
+            raise OSError(errno.ENOSPC, "too little of the disk is free for one")
         try:
             create_synced(path, itertools.repeat(bytes(CHUNK), size // CHUNK))
             sync_directory(os.path.dirname(path))

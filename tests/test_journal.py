@@ -380,6 +380,18 @@ def test_a_file_system_that_cannot_be_synced_as_a_whole_gets_no_journal(place, m
         place.open()
 
 
+def test_a_small_disk_is_left_to_mail(place, monkeypatch):
+    free = 15 * SIZE
+    status = os.statvfs(place.mail)
+    few = os.statvfs_result((4096, 4096, 9999, free // 4096, free // 4096, *tuple(status)[5:10]))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "statvfs", lambda path: few)
+        with pytest.raises(OSError, match="too little of the disk is free"):
+            place.open()
+    assert os.listdir(place.journal) == []
+    place.open().close()
+
+
 def test_a_mailbox_on_such_a_file_system_is_synced_file_by_file(place, monkeypatch):
     monkeypatch.setattr(
         chasquid, "_file_system_type", lambda path: "nfs" if "/mail" in path else "ext4"

@@ -45,6 +45,7 @@ def write_users(config_dir: Path, users: Mapping[str, str]) -> None:
             if address.partition("@")[2] == domain
         }
         (directory / "users").write_bytes(support.users_file(theirs))
+        (directory / "users").chmod(0o600)
 
 
 class Chasquid(Peer):
