@@ -644,7 +644,9 @@ class Careful:
         }
         rest = [destination for destination in destinations if destination not in results]
         stored = await self._maildirs.deliver(delivery, rest)
-        results |= zip(rest, stored, strict=True)
+        for destination, result in zip(rest, stored, strict=True):  # the disk may refuse
+            _note(self._model, delivery, destination.value, result.state)
+            results[destination] = result
         return [results[destination] for destination in destinations]
 
 
@@ -688,13 +690,18 @@ def _decision(model: Model, delivery: Delivery, destination: Destination) -> Res
     name = destination.value
     states = model.plan[name]
     state = states.pop(0) if states else State.SENT
+    _note(model, delivery, name, state)
+    status = {State.SENT: "2.0.0", State.DEFERRED: "4.0.0", State.FAILED: "5.0.0"}[state]
+    return Result(state, status, f"so it was decided: {state}")
+
+
+def _note(model: Model, delivery: Delivery, name: str, state: State) -> None:
+    """Note what fails, and which notifications must wait: they are given up in silence at last."""
     if not model.calls.killed:
         if delivery.id in model.mail and state == State.FAILED:
             model.failed.add((delivery.id, name))
         elif delivery.id not in model.mail and state != State.SENT:
-            model.failed.add(("report", name))  # at last, perhaps
-    status = {State.SENT: "2.0.0", State.DEFERRED: "4.0.0", State.FAILED: "5.0.0"}[state]
-    return Result(state, status, f"so it was decided: {state}")
+            model.failed.add(("report", name))
 
 
 def _destination(name: str) -> Destination:
