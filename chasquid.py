@@ -2753,8 +2753,10 @@ def _load_syncfs() -> Callable[[int], None] | None:
         return None
     if (int(release[1]), int(release[2])) < (5, 8):
         return None
-    import ctypes
-
+    try:
+        import ctypes
+    except ImportError:  # some Pythons are built without it
+        return None
     call = ctypes.CDLL(None, use_errno=True).syncfs
 
     def syncfs(fd: int) -> None:
@@ -2999,6 +3001,8 @@ def replay_journal(directory: str) -> int:
     try:
         segments = [Segment(path) for path in paths if os.path.exists(path)]
         states = _file_states(segments)
+        if not states:
+            return 0
         written, flagged = 0, _Flagged()
         with contextlib.suppress(OSError):  # what is on its way to the disk cannot be forgotten
             _sync_all(_directories(states.values(), flagged))
@@ -15726,8 +15730,8 @@ _TICKET_KEY_SECONDS = 12 * 3600.0
 _EXAMINE_AFTER = 60.0  # seconds; the network may come up later than we do
 # Everything that is imported when it is first used; see `load_modules`.
 _LATE_MODULES = (
-    "base64", "difflib", "dns.asyncresolver", "dns.rcode", "encodings.ascii", "encodings.idna",
-    "fcntl", "hashlib", "hmac", "idna", "idna.uts46data", "io", "ipaddress",
+    "base64", "ctypes", "difflib", "dns.asyncresolver", "dns.rcode", "encodings.ascii",
+    "encodings.idna", "fcntl", "hashlib", "hmac", "idna", "idna.uts46data", "io", "ipaddress",
     "precis_i18n.profile", "pwd", "resource", "shlex", "shutil", "subprocess", "tempfile",
     "unicodedata",
 )  # fmt: skip

@@ -258,6 +258,11 @@ class Faulty(Server):
         path = self.directory / "server.log"
         return path.read_text() if path.exists() else ""
 
+    def has_journal(self) -> bool:
+        """Tell whether what is written goes by way of the journal, and nothing is to be saved."""
+        disk = self.daemon._disk
+        return disk._recovery is None and disk._journal is not None
+
     def rest(self) -> None:
         """Wait until nothing happens on the disk any more."""
         before = -1
@@ -424,6 +429,7 @@ def test_a_call_fails_on_the_way_of_a_message(faulty, name):
     deferred = 0
     for call in range(1, first.calls + 1):
         for number, fault in enumerate(faults(call, 1 if case.fresh else 4)):
+            wait_for(server.has_journal, "what a failed sync has spoilt to be written anew")
             attempt = Attempt(server, wire, case, f"{call} {number}")
             if hit := attempt.send(call, fault):
                 hits.add(hit[0])
