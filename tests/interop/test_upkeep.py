@@ -52,7 +52,7 @@ def build(directory: Path, name: str, *changes: tuple[str, str]) -> None:
 
 
 VERSION = ('__version__ = "', '__version__ = "9.')
-START = "def _serve(arguments: argparse.Namespace) -> int:\n"
+START = "def serve(arguments: argparse.Namespace) -> int:\n"
 CHECK = "def _check(arguments: argparse.Namespace) -> int:\n"
 
 
