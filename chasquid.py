@@ -1872,30 +1872,16 @@ class Loop:
 
     async def work(self, job: Callable[[], T]) -> T:
         """Have `job` called in a worker thread and return its result."""
-        results: list[T] = []
-        await self.work_together(lambda: results.append(job()), 1)
-        return results[0]
-
-    async def work_together(self, job: Callable[[], object], count: int) -> None:
-        """Have `count` worker threads call `job`, which shares the work out itself.
-
-        The task goes on when all have ended; the first error of any is raised.
-        """
         task = self.current
-        ended = itertools.count(1)
-        errors: list[BaseException] = []
 
         def done(result: object, error: BaseException | None) -> None:
-            if error is not None:
-                errors.append(error)
-            if next(ended) == count:
-                self.post(lambda: self.wake(task, None, errors[0] if errors else None))
+            self.post(lambda: self.wake(task, result, error))
 
         was_shielded, task.shielded = task.shielded, True
         try:
-            for _ in range(count):
-                self._workers.submit(job, done)
-            await _pause()
+            self._workers.submit(job, done)
+            result: T = await _pause()
+            return result
         finally:
             task.shielded = was_shielded
 

@@ -583,42 +583,6 @@ def test_a_job_is_neither_lost_nor_abandoned_when_its_task_is_cancelled(plan, th
     assert all(number in began for number, (_, cancelled) in enumerate(plan) if not cancelled)
 
 
-def test_a_job_that_is_shared_out_runs_in_as_many_threads_and_ends_when_all_have():
-    async def main(loop):
-        barrier, ended = threading.Barrier(3), []
-
-        def job():
-            barrier.wait(60)  # which needs three at the same time
-            ended.append(threading.get_ident())
-
-        await loop.work_together(job, 3)
-        return len(ended), len(set(ended))
-
-    assert run(main, threads=3) == (3, 3)
-
-
-@pytest.mark.parametrize("turn", range(3))
-def test_a_job_that_is_shared_out_tells_the_error_of_any_of_its_threads(turn):
-    async def main(loop):
-        order = threading.Lock()
-        number = 0
-
-        def job():
-            nonlocal number
-            with order:
-                number += 1
-                mine = number - 1
-            if mine == turn:
-                raise KeyError("one of them")
-            time.sleep(0.005 * (mine + 1))  # the others end in any order
-
-        with pytest.raises(KeyError):
-            await loop.work_together(job, 3)
-        return True
-
-    assert run(main, threads=3)
-
-
 # --- Events and slots ---------------------------------------------------------------------
 
 
