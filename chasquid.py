@@ -2435,12 +2435,21 @@ def discard_names(*paths: str) -> None:
             pass
 
 
+def move_or_discard(source: str, target: str) -> None:
+    """As `move_synced`; neither name is left if that fails. Raises OSError."""
+    try:
+        move_synced(source, target)
+    except BaseException:
+        discard_names(source, target)
+        raise
+
+
 def create_durably(temporary: str, chunks: Iterable[bytes], path: Callable[[int], str]) -> str:
     """Write `chunks` to a file by way of `temporary`; return its name, when that is durable.
 
     `path` gets the size in octets. Neither name is left if that fails. Raises OSError.
     """
-    size, name = 0, ""
+    size = 0
 
     def counted() -> Iterator[bytes]:
         nonlocal size
@@ -2451,10 +2460,10 @@ def create_durably(temporary: str, chunks: Iterable[bytes], path: Callable[[int]
     create_synced(temporary, counted())
     try:
         name = path(size)
-        move_synced(temporary, name)
     except BaseException:
-        discard_names(temporary, name)
+        discard_names(temporary)
         raise
+    move_or_discard(temporary, name)
     return name
 
 
@@ -2465,14 +2474,20 @@ def remove_durably(path: str) -> None:
     sync_directory(os.path.dirname(path))
 
 
-def append_synced(path: str, data: bytes) -> None:
-    """Append `data` to the file at `path` and sync it. Raises OSError."""
+def append(path: str, data: bytes, *, synced: bool) -> None:
+    """Append `data` to the file at `path`, and sync it if that is asked for. Raises OSError."""
     fd = os.open(path, os.O_WRONLY | os.O_APPEND)
     try:
         write_all(fd, data)
-        os.fsync(fd)
+        if synced:
+            os.fsync(fd)
     finally:
         close_written(fd)
+
+
+def append_synced(path: str, data: bytes) -> None:
+    """Append `data` to the file at `path` and sync it. Raises OSError."""
+    append(path, data, synced=True)
 
 
 def replace_durably(path: str, data: bytes, mode: int = 0o600) -> None:
@@ -2650,13 +2665,7 @@ class Growth(Change):
 
     def make(self, synced: bool) -> None:
         """As `Change.make`."""
-        fd = os.open(self.source, os.O_WRONLY | os.O_APPEND)
-        try:
-            write_all(fd, self.data)
-            if synced:
-                os.fsync(fd)
-        finally:
-            close_written(fd)
+        append(self.source, self.data, synced=synced)
         if self.source != self.path:
             try:
                 os.rename(self.source, self.path)
@@ -3288,27 +3297,19 @@ class Disk:
 
     async def move(self, source: str, path: str) -> None:
         """Give a file that is synced another name; neither is left if that fails."""
-
-        def move() -> None:
-            try:
-                move_synced(source, path)
-            except BaseException:
-                discard_names(source, path)
-                raise
-
         async with self._moving:
-            await self._loop.work(move)
+            await self._loop.work(lambda: move_or_discard(source, path))
 
     # --- batches ---
 
     async def _do(self, change: Change) -> None:
         batch = self._batch(change)
         task = self._loop.current
-        task.shielded = True  # the job cannot be taken back
+        was_shielded, task.shielded = task.shielded, True  # the job cannot be taken back
         try:
             await batch.done.wait()
         finally:
-            task.shielded = False
+            task.shielded = was_shielded
         error = change.error
         if isinstance(error, OSError):
             raise error
