@@ -9,64 +9,65 @@ configuration directory of chasquid, the Go server, and follows its message flow
 The module is a row of rooms. A room uses only rooms above it, so the file can be read
 from the ground up; ``grep -n '^# ROOM'`` lists them with their lines.
 
-    ERRORS         failures as sentences, ids, the clock
-    TEXT           addresses, IDNA and PRECIS, dates, text made safe; pure functions
-    CONFIG         the key/value text format, Config, domain directories
-    LOG            events and metrics: each is declared here once
-    LOOP           tasks on one selector, timers, worker threads, child processes
-    STORAGE        files and directories that are synced, one at a time
-    JOURNAL        many files by one sync; what a crash has left, replayed
-    DISK           durable writes on the loop, in batches
-    STREAM         buffered sockets, TLS, deadlines
-    DNS            look-ups on the loop, with a cache
-    USERS          the users file, passwords
-    ALIASES        the aliases file and its expansion
-    MESSAGE        the header block, trace fields, a stored message
-    HOOKS          the operator's programs: alias-resolve, post-data
-    KEYS           DER and PEM, RSA and Ed25519, certificates
-    SPF            whether a client may send for a domain (RFC 7208)
-    DKIM           signatures: verifying those of others, making ours (RFC 6376)
-    KEY WATCH      keys that sign once their record has been seen in the DNS
-    DMARC          the policy of the author's domain (RFC 9989), results as header fields
-    TLS POLICY     DANE, MTA-STS, security levels
-    SMTP SYNTAX    replies, commands, parameters, transparency; no input or output
-    SMTP CLIENT    the client's side of SMTP and LMTP
-    COURIERS       Maildir, delivery agent, pipe, LMTP, SMTP by MX, via and smarthost
-    ITEMS          a message in the queue: its envelope, journal and file, and how it comes in
-    NOTIFICATIONS  delivery status notifications as messages (RFC 3464)
-    WAITING        the messages that wait: their files, when each is due, and for which place
-    QUEUE          attempts, pauses, the end
-    RATE LIMITS    how much a client or a user may do
-    SESSION        the dialogue: connection, transaction, command table
-    RECEPTION      the receiver of the mail server: who may send what to whom
-    HTTP           requests and responses, for pages and programs
-    MONITORING     the status page, the metrics
-    LISTENERS      sockets of our own or systemd's, accepting, certificates by name
-    WEB            challenges, MTA-STS policies and autoconfig over HTTP and HTTPS
-    ACME           certificates from an authority, and their renewal (RFC 8555)
-    CONTROL        the lock on data_dir; the sockets for commands, and for mail of this host
-    PRIVILEGES     from root to a user of its own, and whether secrets lie open
-    DAEMON         the wiring diagram, reload, the end
-    SERVE          the server as a process; the last room that it needs
-    SENDMAIL       mail from programs of this host, with a server or without
-    UPKEEP         versions of the program side by side; backup and restore
-    IMPORT         users, aliases and Maildirs of another server
-    PUBLISHING     the DNS records that a domain needs, shown or published
-    PROBES         how a set-up is looked at: DNS, ports, the machine
-    HOST CHECKS    whether files, server, ports and line are as mail needs them
-    DOMAIN CHECKS  whether the DNS of a domain is
-    DOCTOR         all checks at once, each finding with what to do
-    SMTP CHECK     how the servers of another domain look from here
-    CHANGES        what a command changes on this system, and how it is taken back
-    IMAP           Dovecot's configuration and users, from ours
-    SETUP          what a domain needs on this host, made by one command
-    SELFTEST       proof that a kill loses no message, on the user's own disk
-    FAULTS         fault injection, by a script
-    READER         what a person reads in a message: text, files, links, codes
-    CAPTURE        a server that keeps what it is sent, for tests
-    PYTEST         fixtures with such servers
-    CAPTURE API    what was captured, over HTTP: Mailpit's interface, and a page
-    COMMANDS       the command line
+    ERRORS           failures as sentences, ids, the clock
+    TEXT             addresses, IDNA and PRECIS, dates, text made safe; pure functions
+    CONFIG           the key/value text format, Config, domain directories
+    LOG              events and metrics: each is declared here once
+    LOOP             tasks on one selector, timers, worker threads, child processes
+    STORAGE          files and directories that are synced, one at a time
+    JOURNAL          many files by one sync; what a crash has left, replayed
+    STORAGE PROCESS  who writes it: a process of its own, or threads
+    DISK             durable writes on the loop, in batches
+    STREAM           buffered sockets, TLS, deadlines
+    DNS              look-ups on the loop, with a cache
+    USERS            the users file, passwords
+    ALIASES          the aliases file and its expansion
+    MESSAGE          the header block, trace fields, a stored message
+    HOOKS            the operator's programs: alias-resolve, post-data
+    KEYS             DER and PEM, RSA and Ed25519, certificates
+    SPF              whether a client may send for a domain (RFC 7208)
+    DKIM             signatures: verifying those of others, making ours (RFC 6376)
+    KEY WATCH        keys that sign once their record has been seen in the DNS
+    DMARC            the policy of the author's domain (RFC 9989), results as header fields
+    TLS POLICY       DANE, MTA-STS, security levels
+    SMTP SYNTAX      replies, commands, parameters, transparency; no input or output
+    SMTP CLIENT      the client's side of SMTP and LMTP
+    COURIERS         Maildir, delivery agent, pipe, LMTP, SMTP by MX, via and smarthost
+    ITEMS            a message in the queue: its envelope, journal and file, and how it comes in
+    NOTIFICATIONS    delivery status notifications as messages (RFC 3464)
+    WAITING          the messages that wait: their files, when each is due, and for which place
+    QUEUE            attempts, pauses, the end
+    RATE LIMITS      how much a client or a user may do
+    SESSION          the dialogue: connection, transaction, command table
+    RECEPTION        the receiver of the mail server: who may send what to whom
+    HTTP             requests and responses, for pages and programs
+    MONITORING       the status page, the metrics
+    LISTENERS        sockets of our own or systemd's, accepting, certificates by name
+    WEB              challenges, MTA-STS policies and autoconfig over HTTP and HTTPS
+    ACME             certificates from an authority, and their renewal (RFC 8555)
+    CONTROL          the lock on data_dir; the sockets for commands, and for mail of this host
+    PRIVILEGES       from root to a user of its own, and whether secrets lie open
+    DAEMON           the wiring diagram, reload, the end
+    SERVE            the server as a process; the last room that it needs
+    SENDMAIL         mail from programs of this host, with a server or without
+    UPKEEP           versions of the program side by side; backup and restore
+    IMPORT           users, aliases and Maildirs of another server
+    PUBLISHING       the DNS records that a domain needs, shown or published
+    PROBES           how a set-up is looked at: DNS, ports, the machine
+    HOST CHECKS      whether files, server, ports and line are as mail needs them
+    DOMAIN CHECKS    whether the DNS of a domain is
+    DOCTOR           all checks at once, each finding with what to do
+    SMTP CHECK       how the servers of another domain look from here
+    CHANGES          what a command changes on this system, and how it is taken back
+    IMAP             Dovecot's configuration and users, from ours
+    SETUP            what a domain needs on this host, made by one command
+    SELFTEST         proof that a kill loses no message, on the user's own disk
+    FAULTS           fault injection, by a script
+    READER           what a person reads in a message: text, files, links, codes
+    CAPTURE          a server that keeps what it is sent, for tests
+    PYTEST           fixtures with such servers
+    CAPTURE API      what was captured, over HTTP: Mailpit's interface, and a page
+    COMMANDS         the command line
 
 The way of a message, and what each room hands to the next:
 
@@ -99,9 +100,11 @@ import contextlib
 import enum
 import errno
 import functools
+import gc
 import heapq
 import itertools
 import json
+import marshal
 import os
 import queue as thread_queue
 import re
@@ -2600,12 +2603,19 @@ class Change:
         """Return what the journal says: kind, path as it is called at first, path, offset."""
         raise NotImplementedError
 
+    def frozen(self) -> tuple[Any, ...]:
+        """Return the kind, and what it is made of again in another process."""
+        raise NotImplementedError
+
     def make(self, synced: bool) -> None:
         """Do it; sync the data too if that is asked for, and no directory. Raises OSError."""
         raise NotImplementedError
 
     def undo(self) -> None:
         """Take back what could not be made durable."""
+
+    def start_over(self) -> None:
+        """Prepare for `make` after somebody died in it, and the journal was replayed."""
 
     def attempt(self, synced: bool) -> None:
         """As `make`, but note what fails."""
@@ -2629,6 +2639,10 @@ class Creation(Change):
         """As `Change.entry`."""
         return ("make", self.path, self.path, 0)
 
+    def frozen(self) -> tuple[Any, ...]:
+        """As `Change.frozen`."""
+        return ("make", self.temporary, self.data, self.path)
+
     def make(self, synced: bool) -> None:
         """As `Change.make`; neither name is left if that fails."""
         fd = os.open(self.temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -2647,6 +2661,10 @@ class Creation(Change):
         """Remove the file."""
         discard_names(self.path)
 
+    def start_over(self) -> None:
+        """As `Change.start_over`."""
+        discard_names(self.temporary, self.path)
+
 
 class Growth(Change):
     """A file that grows, and is called `path` from then on; `due` becomes its time."""
@@ -2663,6 +2681,10 @@ class Growth(Change):
         """As `Change.entry`."""
         return ("grow", self.source, self.path, self.offset)
 
+    def frozen(self) -> tuple[Any, ...]:
+        """As `Change.frozen`."""
+        return ("grow", self.source, self.data, self.path, self.due)
+
     def make(self, synced: bool) -> None:
         """As `Change.make`."""
         append(self.source, self.data, synced=synced)
@@ -2676,6 +2698,15 @@ class Growth(Change):
             with contextlib.suppress(OSError):  # it is a hint
                 os.utime(self.path, (self.due, self.due))
 
+    def start_over(self) -> None:
+        """As `Change.start_over`; what has been written is not written again. Raises OSError."""
+        if not os.path.exists(self.source) and os.path.exists(self.path):
+            self.source = self.path
+        with open(self.source, "rb", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            if os.pread(file.fileno(), len(self.data), max(0, end - len(self.data))) == self.data:
+                self.data = b""
+
 
 class Removal(Change):
     """A file that goes, if it is there."""
@@ -2685,6 +2716,10 @@ class Removal(Change):
     def entry(self) -> tuple[Any, ...]:
         """As `Change.entry`."""
         return ("remove", self.path, self.path, 0)
+
+    def frozen(self) -> tuple[Any, ...]:
+        """As `Change.frozen`."""
+        return ("remove", self.path)
 
     def make(self, synced: bool) -> None:
         """As `Change.make`."""
@@ -3135,19 +3170,21 @@ class Journal:
             except OSError as error:
                 self.failure = error
 
-    def switch(self) -> Segment:
-        """Go on with the other segment, which is settled; return this one, to be settled."""
+    def switch(self) -> None:
+        """Go on with the other segment, which is settled; this one is to be."""
         self._epoch += 1
         self._other.begin(self._epoch)
         self._active, self._other = self._other, self._active
-        return self._other
 
-    def settle(self, segment: Segment) -> None:
-        """Sync all that `segment` vouches for, and drop it. Raises OSError: the journal ends."""
+    def settle(self) -> None:
+        """Sync all that the segment before the last `switch` vouches for, and drop it.
+
+        Raises OSError: the journal ends.
+        """
         try:
-            for fd in segment.file_systems:
+            for fd in self._other.file_systems:
                 self._file_systems.sync(fd)
-            segment.drop()
+            self._other.drop()
         except OSError as error:
             self.failure = error
             raise
@@ -3188,6 +3225,332 @@ def _open_segment(path: str, size: int) -> Segment:
 
 
 # ======================================================================================
+# ROOM: STORAGE PROCESS
+#
+# Who writes the journal, and the files that it vouches for: a small process of its own, or else
+# threads of the server. A thread does it badly: beside a loop that is busy, it waits for the
+# interpreter's lock after each call of the system, which takes longer than the calls do.
+#
+# - It is forked before there are threads, and keeps nothing of the server's but its end of a
+#   channel, and standard error. Each request is a frame, and so is each answer; the older
+#   segment is settled by a thread of the process, while it goes on with what comes.
+# - It dies with the server, by the system's hand, so that nothing writes beside the next server;
+#   what is half done then is what any crash leaves. The signals that end a server are not for it.
+# - If it dies alone, threads take over: the journal is replayed, and what was being made is made
+#   from the beginning. Nobody is told of a failure that was none.
+# - What fails is in its answers; it writes no log.
+#
+# Only Linux has a journal, and so this. The room knows nothing of batches, nor of who waits.
+# ======================================================================================
+
+_LENGTH_OCTETS = 4  # a frame begins with the length of what follows
+_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15  # of linux/prctl.h
+_CHANGES: dict[str, Callable[..., Change]] = {"make": Creation, "grow": Growth, "remove": Removal}
+
+
+class StorageProcessDied(ChasquidError):
+    """The storage process has ended, by itself or by somebody's hand."""
+
+
+class JournalThreads:
+    """A journal that worker threads write."""
+
+    def __init__(self, loop: Loop, journal: Journal) -> None:
+        self._loop = loop
+        self.journal = journal
+        self.directory, self.segment_size = journal.directory, journal.segment_size
+
+    @property
+    def failure(self) -> OSError | None:
+        """Why nothing may be committed any more."""
+        return self.journal.failure
+
+    @property
+    def is_empty(self) -> bool:
+        """As `Journal.is_empty`."""
+        return self.journal.is_empty
+
+    async def commit(self, changes: Sequence[Change]) -> bool:
+        """As `Journal.commit`."""
+        return await self._loop.work(lambda: self.journal.commit(changes))
+
+    async def switch(self) -> None:
+        """As `Journal.switch`."""
+        self.journal.switch()
+
+    async def settle(self) -> None:
+        """As `Journal.settle`."""
+        try:
+            await self._loop.work(self.journal.settle)
+        except ChasquidError as error:  # there is no thread
+            self.journal.failure = OSError(errno.EIO, reason(error))
+            raise self.journal.failure from error
+
+    async def end(self) -> None:
+        """As `Journal.end`."""
+        await self._loop.work(self.journal.end)
+
+    async def close(self) -> None:
+        """As `Journal.close`."""
+        self.journal.close()
+
+
+class _Answer:
+    """What came of a request to the storage process."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.arrived = Event(loop)
+        self.result: Any = None
+        self.error: Exception | None = None
+
+
+class StorageProcess:
+    """The process, and the journal that it writes once `open` has returned.
+
+    It is forked when this is made, which must be before there are threads. Whatever waits
+    for it raises StorageProcessDied.
+    """
+
+    def __init__(self, loop: Loop, log: Log) -> None:
+        self._loop = loop
+        self._log = log
+        self.directory, self.segment_size = "", 0
+        self.failure: OSError | None = None
+        self.is_empty = True
+        self._numbers = itertools.count()
+        self._answers: dict[int, _Answer] = {}
+        self._reader: Task | None = None
+        self._sending = Slots(loop, 1)
+        self._channel, theirs = socket.socketpair()
+        gc.freeze()  # or a search for garbage would have most of the memory copied
+        self.pid = os.fork()
+        if self.pid == 0:
+            gc.disable()
+            _Storage(theirs).run_and_exit()
+        theirs.close()
+        self._channel.setblocking(False)
+
+    @property
+    def has_died(self) -> bool:
+        """Whether nothing can be asked of it any more."""
+        return self._channel.fileno() < 0
+
+    async def open(self, directory: str, segment_size: int) -> None:
+        """Open a journal, as `Journal` is made. Raises OSError."""
+        await self._ask("open", os.getpid(), directory, segment_size)
+        self.directory, self.segment_size = directory, segment_size
+
+    async def commit(self, changes: Sequence[Change]) -> bool:
+        """As `Journal.commit`."""
+        if self.failure is not None:
+            for change in changes:
+                change.error = self.failure
+            return True
+        done, errors = await self._ask("commit", [change.frozen() for change in changes])
+        for change, error in zip(changes, errors, strict=True):
+            change.error = _error(error)
+        return bool(done)
+
+    async def switch(self) -> None:
+        """As `Journal.switch`."""
+        await self._ask("switch")
+
+    async def settle(self) -> None:
+        """As `Journal.settle`."""
+        await self._ask("settle")
+
+    async def end(self) -> None:
+        """As `Journal.end`; if the process has died, as `replay_journal`."""
+        if self.has_died:
+            await self._loop.work(lambda: replay_journal(self.directory))
+        else:
+            await self._ask("end")
+
+    async def close(self) -> None:
+        """As `Journal.close`, and end the process."""
+        with contextlib.suppress(StorageProcessDied, OSError):
+            await self._ask("close")
+            self._forget(0)  # without the channel it ends
+        self.kill()
+
+    def kill(self) -> None:
+        """End the process, if it has not ended."""
+        if not self.has_died:
+            os.kill(self.pid, signal.SIGKILL)
+            self._forget(os.WNOHANG)  # while the disk hangs, it cannot end
+
+    def _forget(self, options: int) -> int:
+        """Close the channel; return how the process has ended, as `os.waitpid` says."""
+        self._loop.forget(self._channel.fileno())
+        self._channel.close()
+        return os.waitpid(self.pid, options)[1]
+
+    async def _ask(self, *request: Any) -> Any:
+        """Send a request and return the answer. Raises OSError: it has failed."""
+        if self.has_died:
+            raise StorageProcessDied("the storage process has ended")
+        number, answer, task = next(self._numbers), _Answer(self._loop), self._loop.current
+        self._answers[number] = answer
+        if self._reader is None:
+            self._reader = self._loop.spawn(self._read_answers(), "storage process")
+            self._reader.shielded = True  # who waits for it would wait for ever
+        was_shielded, task.shielded = task.shielded, True  # what is asked cannot be taken back
+        try:
+            await self._send(_frame((number, *request)))
+            await answer.arrived.wait()
+        finally:
+            task.shielded = was_shielded
+        if answer.error is not None:
+            raise answer.error
+        return answer.result
+
+    async def _send(self, frame: bytes) -> None:
+        rest = memoryview(frame)
+        async with self._sending:  # another one may have half of its request in the channel
+            while rest and not self.has_died:
+                try:
+                    rest = rest[self._channel.send(rest) :]
+                except BlockingIOError:
+                    await self._loop.writable(self._channel.fileno())
+                except OSError:
+                    return  # who reads the answers finds out
+
+    async def _read_answers(self) -> None:
+        data = bytearray()
+        while self._answers:
+            try:
+                received = self._channel.recv(CHUNK)
+            except BlockingIOError:
+                await self._loop.readable(self._channel.fileno())
+                continue
+            except OSError:
+                received = b""
+            if not received:
+                await self._see_death()
+                break
+            data += received
+            for number, result, error, failure, self.is_empty in _frames(data):
+                self.failure = _error(failure)
+                answer = self._answers.pop(number)
+                answer.result, answer.error = result, _error(error)
+                answer.arrived.set()
+        self._reader = None
+
+    async def _see_death(self) -> None:
+        async with self._sending:  # who was sending has found out
+            status = os.waitstatus_to_exitcode(self._forget(0))
+        how = f"signal {-status}" if status < 0 else f"status {status}"
+        text = f"the storage process has ended with {how}; threads do its work from now on"
+        self._log.error("disk", text)
+        self.is_empty = False
+        for answer in self._answers.values():
+            answer.error = StorageProcessDied(text)
+            answer.arrived.set()
+        self._answers.clear()
+
+
+if TYPE_CHECKING:
+    JournalWriter = JournalThreads | StorageProcess
+
+
+def _frame(content: tuple[Any, ...]) -> bytes:
+    data = marshal.dumps(content)
+    return len(data).to_bytes(_LENGTH_OCTETS, "big") + data
+
+
+def _frames(data: bytearray) -> Iterator[Any]:
+    """Take the frames that are complete out of `data`."""
+    while len(data) >= (end := _LENGTH_OCTETS + int.from_bytes(data[:_LENGTH_OCTETS], "big")):
+        content = marshal.loads(data[_LENGTH_OCTETS:end])
+        del data[:end]
+        yield content
+
+
+def _frozen_error(error: BaseException | None) -> tuple[Any, ...] | None:
+    if isinstance(error, OSError):
+        return error.errno, error.strerror, error.filename
+    return None if error is None else (errno.EIO, reason(error), None)
+
+
+def _error(frozen: tuple[Any, ...] | None) -> OSError | None:
+    return None if frozen is None else OSError(*frozen)
+
+
+class _Storage:
+    """What the storage process does."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+        self._answering = threading.Lock()
+        self._journal: Journal | None = None
+
+    def run_and_exit(self) -> NoReturn:
+        """Answer requests for as long as the server is there."""
+        status = 1
+        try:
+            self._detach()
+            data = bytearray()
+            while received := self._channel.recv(CHUNK):
+                data += received
+                for number, verb, *arguments in _frames(data):
+                    self._begin(number, verb, arguments)
+            status = 0
+        except Exception as error:
+            print(f"chasquid: the storage process ends: {error!r}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(status)
+
+    def _detach(self) -> None:
+        """Give up what belongs to the server."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        keep = {0, 1, 2, self._channel.fileno()}
+        for fd in {int(name) for name in os.listdir("/proc/self/fd")} - keep:
+            close_written(fd)
+
+    def _begin(self, number: int, verb: str, arguments: Sequence[Any]) -> None:
+        """Answer a request; others are answered while something is settled."""
+        whose = self if verb in ("open", "commit") else self._journal
+        call = functools.partial(getattr(whose, verb), *arguments)
+        if verb == "settle":
+            with contextlib.suppress(RuntimeError):  # there is no thread for it
+                threading.Thread(target=self._answer, args=(number, call), daemon=True).start()
+                return
+        self._answer(number, call)
+
+    def _answer(self, number: int, call: Callable[[], object]) -> None:
+        result = error = None
+        try:
+            result = call()
+        except (ChasquidError, OSError) as failed:
+            error = failed
+        journal = self._journal
+        failure = _frozen_error(journal.failure if journal else None)
+        is_empty = journal is None or journal.is_empty
+        frame = _frame((number, result, _frozen_error(error), failure, is_empty))
+        with self._answering:
+            self._channel.sendall(frame)
+
+    def open(self, server: int, directory: str, segment_size: int) -> None:
+        """Open the journal, and die with the server from now on."""
+        import ctypes  # without it there is no journal
+
+        prctl = ctypes.CDLL(None).prctl
+        prctl(_PR_SET_NAME, b"chasquid-disk")
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != server:
+            os._exit(1)
+        self._journal = Journal(directory, segment_size)
+
+    def commit(self, frozen: Sequence[tuple[Any, ...]]) -> tuple[bool, list[Any]]:
+        """Return what `Journal.commit` does, and the error of each change."""
+        assert self._journal is not None
+        changes = [_CHANGES[kind](*arguments) for kind, *arguments in frozen]
+        done = self._journal.commit(changes)
+        return done, [_frozen_error(change.error) for change in changes]
+
+
+# ======================================================================================
 # ROOM: DISK
 #
 # Durable writes, as tasks on the loop ask for them: when a call returns, what it asked for
@@ -3221,10 +3584,13 @@ class _Batch:
 class Disk:
     """Durable writes on the loop. All of it raises OSError."""
 
-    def __init__(self, loop: Loop, log: Log | None = None) -> None:
+    def __init__(
+        self, loop: Loop, log: Log | None = None, process: StorageProcess | None = None
+    ) -> None:
         self._loop = loop
         self._log = log
-        self._journal: Journal | None = None
+        self._process = process  # writes the journal, as long as it lives
+        self._journal: JournalWriter | None = None
         self._batches: collections.deque[_Batch] = collections.deque()
         self._worker: Task | None = None
         self._usual = 0.0  # seconds that a batch takes, averaged over the last ones
@@ -3241,11 +3607,21 @@ class Disk:
         What is in it must have been replayed.
         """
         try:
-            self._journal = await self._loop.work(lambda: Journal(directory, segment_size))
+            self._journal = await self._opened(directory, segment_size)
         except (ChasquidError, OSError) as error:
+            if self._process is not None:
+                self._process.kill()
             if self._log is not None:
                 text = f"there is no journal, so each file is synced for itself: {reason(error)}"
                 self._log.info("disk", text)
+
+    async def _opened(self, directory: str, segment_size: int) -> JournalWriter:
+        if self._process is not None:
+            with contextlib.suppress(StorageProcessDied):
+                await self._process.open(directory, segment_size)
+                return self._process
+        journal = await self._loop.work(lambda: Journal(directory, segment_size))
+        return JournalThreads(self._loop, journal)
 
     async def close(self) -> None:
         """Wait for what is under way, and leave nothing to be replayed."""
@@ -3258,10 +3634,11 @@ class Disk:
         await self._settled()
         journal, self._journal = self._journal, None
         if journal is not None and journal.failure is None:
-            if not journal.is_empty:
-                self._settle(journal)
-                await self._settled()
-            journal.close()
+            with contextlib.suppress(StorageProcessDied):
+                if not journal.is_empty:
+                    await self._settle(journal)
+                    await self._settled()
+                await journal.close()
 
     async def create(self, temporary: str, data: bytes, path: str) -> None:
         """Make a file with `data` under the name `path`, by way of `temporary`.
@@ -3361,17 +3738,41 @@ class Disk:
         self._usual += (self._loop.clock.monotonic() - start - self._usual) / 8
 
     async def _make_durable(self, changes: Sequence[Change]) -> None:
-        journal = self._journal
+        while (journal := self._journal) is not None:
+            try:
+                if await journal.commit(changes):
+                    break
+                await self._settled()
+                if journal.failure is None:
+                    await self._settle(journal)
+            except StorageProcessDied:
+                await self._take_over(changes)
         if journal is None:
             async with self._moving:
                 await self._loop.work(lambda: make_durably(changes))
-            return
-        while not await self._loop.work(lambda: journal.commit(changes)):
-            await self._settled()
-            if journal.failure is None:
-                self._settle(journal)
-        if journal.failure is not None:
+        elif journal.failure is not None:
             self._recover_soon(journal)
+
+    async def _take_over(self, changes: Sequence[Change]) -> None:
+        """Go on without the storage process, which has died while it made `changes`."""
+        process = self._process
+        assert process is not None
+
+        def prepare() -> None:
+            replay_journal(process.directory)
+            for change in changes:
+                try:
+                    change.start_over()
+                except OSError as error:
+                    change.error = error
+
+        try:
+            await self._loop.work(prepare)
+        except ChasquidError as error:
+            process.failure = OSError(errno.EIO, reason(error))
+        else:
+            self._journal = None
+            await self.open_journal(process.directory, process.segment_size)
 
     # --- what the journal vouches for ---
 
@@ -3381,26 +3782,31 @@ class Disk:
         if journal is not None and self._timer is None and not journal.is_empty:
             self._timer = self._loop.spawn(self._settle_later(journal), "journal")
 
-    async def _settle_later(self, journal: Journal) -> None:
+    async def _settle_later(self, journal: JournalWriter) -> None:
         try:
             await self._loop.sleep(_SETTLE_SECONDS)
             await self._settled()
             async with self._using:
                 if journal.failure is None and not journal.is_empty and self._settling is None:
-                    self._settle(journal)
+                    await self._settle(journal)
+        except StorageProcessDied:
+            async with self._using:
+                if journal is self._journal:
+                    await self._take_over(())
         finally:
             self._timer = None
 
-    def _settle(self, journal: Journal) -> None:
+    async def _settle(self, journal: JournalWriter) -> None:
         """Go on with the other segment, while all that this one vouches for is synced."""
-        segment = journal.switch()
+        await journal.switch()
 
         async def settle() -> None:
             try:
-                await self._loop.work(lambda: journal.settle(segment))
-            except (ChasquidError, OSError) as error:
-                journal.failure = OSError(errno.EIO, reason(error))
+                await journal.settle()
+            except OSError:
                 self._recover_soon(journal)
+            except StorageProcessDied:
+                self._settle_in_time()  # when a thread takes over
             finally:
                 self._settling = None
 
@@ -3411,11 +3817,11 @@ class Disk:
         if self._settling is not None:
             await ended(self._settling)
 
-    def _recover_soon(self, journal: Journal) -> None:
+    def _recover_soon(self, journal: JournalWriter) -> None:
         if self._recovery is None:
             self._recovery = self._loop.spawn(self._recover(journal), "journal recovers")
 
-    async def _recover(self, journal: Journal) -> None:
+    async def _recover(self, journal: JournalWriter) -> None:
         """Save all that a failed journal vouches for, then begin a new one."""
         failure: Exception | None = journal.failure
         pause, longest = _RECOVERY_PAUSES
@@ -3425,7 +3831,7 @@ class Disk:
             await self._settled()
             try:
                 async with self._using:  # not in the pauses: what is asked for then is refused
-                    await self._loop.work(journal.end)
+                    await journal.end()
                     self._journal = failure = None
                     await self.open_journal(journal.directory, journal.segment_size)
             except (ChasquidError, OSError) as error:
@@ -15886,7 +16292,8 @@ class Daemon:
 
     Sockets are bound when it is made, so that their numbers are known; then the process becomes
     `account`, if there is one. Unless it is to `deliver`, it attempts nothing of what is in the
-    queue. Raises ConfigError.
+    queue. If it is `alone`, in a process without other threads, that may be forked. Raises
+    ConfigError.
     """
 
     def __init__(
@@ -15905,8 +16312,10 @@ class Daemon:
         deliver: bool = True,
         examine: Callable[[], Sequence[Finding]] | None = None,
         segment_size: int = SEGMENT_SIZE,
+        alone: bool = False,
     ) -> None:
         self.config = config
+        self._alone = alone
         self._segment_size = segment_size
         self._connect = connect
         self._account = account
@@ -15951,6 +16360,11 @@ class Daemon:
         undo.callback(workers.close)
         self.loop = loop = Loop(clock, workers, self.log.crash)
         undo.callback(loop.close)
+        storage_process = None
+        if self._alone and sys.platform == "linux":
+            storage_process = StorageProcess(loop, self.log)
+            undo.callback(storage_process.kill)
+        self._disk = Disk(loop, self.log, storage_process)
         self._domains = load_domains(config)
         self._loading = Slots(loop, 1)
         self._reloaded = (clock.time(), not self.problems)
@@ -15974,7 +16388,6 @@ class Daemon:
         hooks = Hooks(programs, self.log, config.config_dir)
         self._dovecot = self._ask_dovecot()
         self._hooks = hooks
-        self._disk = Disk(loop, self.log)
         self._lookups = ExternalLookups(
             hooks.alias_destinations, self._dovecot.exists if self._dovecot else None
         )
@@ -16835,7 +17248,7 @@ def serve(arguments: argparse.Namespace) -> int:
     write_no_core()
     account = account_of_server(config) if os.geteuid() == 0 else None
     examine = functools.partial(examined_by_doctor, config, arguments.config_overrides)
-    run_daemon(Daemon(config, examine=examine, account=account))
+    run_daemon(Daemon(config, examine=examine, account=account, alone=True))
     return 0
 
 

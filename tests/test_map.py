@@ -261,8 +261,8 @@ def test_what_the_module_exports_exists():
 #: start pays for each: what is needed later is imported where it is needed.
 LOADED = set(
     "chasquid abc array base64 binascii codecs collections contextlib copyreg encodings enum"
-    " errno functools genericpath heapq io itertools json keyword linecache marshal math operator"
-    " os posix posixpath queue re reprlib select selectors signal socket ssl stat struct"
+    " errno functools gc genericpath heapq io itertools json keyword linecache marshal math"
+    " operator os posix posixpath queue re reprlib select selectors signal socket ssl stat struct"
     " threading time types warnings zipimport".split()
 )
 

@@ -1778,14 +1778,14 @@ class JournalMachine(QueueMachine):
         journal = chasquid.Journal(directory, 2 * chasquid.CHUNK)
         settle = journal.settle
 
-        def settled(segment: chasquid.Segment) -> None:
+        def settled() -> None:
             self.synced = self._content()
-            settle(segment)
+            settle()
 
         journal.settle = settled  # type: ignore[method-assign]
         self.synced = self._content()
         disk = chasquid.Disk(loop)
-        disk._journal = journal
+        disk._journal = chasquid.JournalThreads(loop, journal)
         return disk
 
     def _content(self) -> dict[str, bytes]:
