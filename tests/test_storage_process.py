@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import itertools
 import os
 import signal
@@ -52,6 +53,7 @@ def on_disk(place, call, segment_size=SEGMENT, close=True):
     try:
         result = run(main)
     finally:
+        gc.unfreeze()  # what tests before have left in cycles may be open files
         log.close()
         for process in made:
             if not process.has_died:
