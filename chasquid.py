@@ -1230,16 +1230,17 @@ class Sink:
                 self._file.close()
             self._syslog = self._file = None
 
-    def write(self, text: str) -> None:
-        """Write one line, with the time in front; a failure to write is swallowed."""
+    def write(self, *texts: str) -> None:
+        """Write lines, with the time in front; a failure to write is swallowed."""
         now = self._clock.time()
         with self._lock:
             try:
                 if self._syslog is not None:
-                    self._send_to_syslog(text)
+                    for text in texts:
+                        self._send_to_syslog(text)
                 elif self._file is not None:
                     stamp = "" if self._journal else f"{self._stamp(now)} "
-                    self._write_line(f"{stamp}{text}\n")
+                    self._write_lines([f"{stamp}{text}\n" for text in texts])
             except (OSError, ValueError):
                 pass  # the mail goes on when its log cannot
 
@@ -1258,19 +1259,22 @@ class Sink:
             self._second_text = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
         return f"{self._second_text}.{int(now % 1 * 1000):03}"
 
-    def _write_line(self, line: str) -> None:
-        """Write a line, unless it goes to a pipe that nobody empties.
+    def _write_lines(self, lines: Sequence[str]) -> None:
+        """Write lines, unless they go to a pipe that nobody empties.
 
         A pipe that can be written at all takes PIPE_BUF octets without blocking.
         """
         assert self._file is not None
-        if self._is_pipe:
+        if not self._is_pipe:
+            self._file.write("".join(lines))
+            self._file.flush()
+            return
+        for line in lines:
             if not select.select([], [self._file], [], 0)[1]:
                 return
-            line = line.encode("utf-8", "replace")[: select.PIPE_BUF - 1].decode("utf-8", "ignore")
-            line = line.rstrip("\n") + "\n"
-        self._file.write(line)
-        self._file.flush()
+            short = line.encode("utf-8", "replace")[: select.PIPE_BUF - 1].decode("utf-8", "ignore")
+            self._file.write(short.rstrip("\n") + "\n")
+            self._file.flush()
 
     def _send_to_syslog(self, text: str) -> None:
         # RFC 3164: facility mail (2), severity info (6)
@@ -1353,6 +1357,7 @@ def _event(name: str, fields: str, help: str, mail: bool = True) -> LogEvent:
 # A value without blanks, quotes and backslashes stands bare; `_quoted` has any other.
 _VALUE_LIMIT = 1500  # characters
 _BARE = re.compile(rf"[!#-\[\]-~]{{1,{_VALUE_LIMIT}}}")
+_ALL_BARE = re.compile(rf"[\n!#-\[\]-~]{{1,{_VALUE_LIMIT}}}")  # several, one a line
 _LOGGED_FIELD = re.compile(r'([a-z][a-z-]*)=(?:"((?:[^"\\]|\\.)*)"|(\S*))(?: |$)')
 
 
@@ -1375,6 +1380,25 @@ def _quoted(text: str) -> str:
     if re.search(r'[\s"\\]', text) or not text:
         return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
     return text
+
+
+def _event_line(event: LogEvent, values: Mapping[str, object]) -> str:
+    """Return what `Log.event` writes. Raises TypeError."""
+    said = {"event": event.name}
+    for key, name in event.fields.items():
+        value = values.get(key)
+        if value is None:
+            continue
+        if name in ("from", "to"):
+            value = _addresses(value)
+        if value != "":
+            said[name] = value if type(value) is str else str(value)
+    if not values.keys() <= event.fields.keys():
+        raise TypeError(f"{event.name} has no {', '.join(values.keys() - event.fields.keys())}")
+    if not _ALL_BARE.fullmatch("\n".join(said.values())):
+        for name, text in said.items():
+            said[name] = text if _BARE.fullmatch(text) else _quoted(text)
+    return " ".join(map("=".join, said.items()))
 
 
 def parse_event(line: str) -> tuple[str, dict[str, str]]:
@@ -1536,19 +1560,12 @@ class Log:
         `from_` and `to` are addresses, one or several. Raises TypeError for a field that the
         event has not.
         """
-        line = f"event={event.name}"
-        for key, name in event.fields.items():
-            if key not in values:
-                continue
-            value = values[key]
-            if value is not None and name in ("from", "to"):
-                value = _addresses(value)
-            if value is not None and value != "":
-                text = value if type(value) is str else str(value)
-                line += f" {name}={text if _BARE.fullmatch(text) else _quoted(text)}"
-        if not values.keys() <= event.fields.keys():
-            raise TypeError(f"{event.name} has no {', '.join(values.keys() - event.fields.keys())}")
-        (self._mail_log if event.mail else self._log).write(line)
+        self.events((event, values))
+
+    def events(self, *events: tuple[LogEvent, Mapping[str, object]]) -> None:
+        """Write lines of one log at once, each as `event` does."""
+        lines = [_event_line(event, values) for event, values in events]
+        (self._mail_log if events[0][0].mail else self._log).write(*lines)
 
     def info(self, source: str, text: str) -> None:
         """Write something to know to the server log; `source` names the part that says it."""
@@ -6879,8 +6896,8 @@ async def check_spf(names: Names, loop: Loop, ip: str, sender: str, hello: str, 
     validated: dict[Any, Any] = {}
     try:
         with loop.deadline(_SPF_SECONDS):
-            await _fetch(names, loop, [(domain, "TXT")], six=False, answers=answers)
-            if not _has_spf(answers[domain, "TXT"]):
+            answers[domain, "TXT"] = own = await _ask(names, domain, "TXT")
+            if not _has_spf(own):
                 return Spf("none", identity, domain)
             make_query = await load_library(loop, _spf_query)
             for _ in range(_SPF_ROUNDS):
@@ -6920,18 +6937,21 @@ def _run_spf(query: Any) -> tuple[str, str]:
     return str(result), in_ascii(str(explanation))
 
 
+async def _ask(names: Names, name: str, kind: str) -> Answer | TemporaryFailure:
+    try:
+        return await names.query(name, kind)
+    except TemporaryFailure as failure:
+        return failure
+
+
 async def _fetch(
     names: Names, loop: Loop, keys: Iterable[tuple[str, str]], six: bool, answers: _SpfAnswers
 ) -> None:
     """Get the answers to `keys`, and to what will surely be asked next, all at once."""
 
     async def get(name: str, kind: str) -> None:
-        try:
-            answers[name, kind] = answer = await names.query(name, kind)
-        except TemporaryFailure as failure:
-            answers[name, kind] = failure
-            return
-        if kind in ("MX", "PTR"):
+        answers[name, kind] = answer = await _ask(names, name, kind)
+        if isinstance(answer, Answer) and kind in ("MX", "PTR"):
             hosts = {record.split(" ")[-1].rstrip(".").lower() for record in answer.records}
             if len(hosts) <= _SPF_ADDRESSES:
                 wanted = {(host, "AAAA" if six else "A") for host in hosts if host}
@@ -6946,16 +6966,21 @@ async def _fetch(
     await ask(keys)
 
 
+_SPF_SAYS = {
+    "pass": "{} lets {} send its mail",
+    "fail": "{} does not let {} send its mail",
+    "softfail": "{} would rather not have {} send its mail",
+    "neutral": "{} says nothing of {}",
+}
+
+
 def received_spf(spf: Spf, ip: str, sender: str, hello: str, host: str) -> bytes:
     """Return the trace field of RFC 7208, 9.1."""
-    said = {
-        "pass": f"{spf.domain} lets {ip} send its mail",
-        "fail": f"{spf.domain} does not let {ip} send its mail",
-        "softfail": f"{spf.domain} would rather not have {ip} send its mail",
-        "neutral": f"{spf.domain} says nothing of {ip}",
-        "none": spf.explanation
-        or "there is no SPF record" + (f" of {spf.domain}" if spf.domain else ""),
-    }.get(spf.result, spf.explanation or "the check came to no end")
+    said = spf.explanation or "the check came to no end"
+    if spf.result in _SPF_SAYS:
+        said = _SPF_SAYS[spf.result].format(spf.domain, ip)
+    elif spf.result == "none" and not spf.explanation:
+        said = "there is no SPF record" + (f" of {spf.domain}" if spf.domain else "")
     parts = [f"{spf.result} ({field_comment(f'{host}: {said}')})"]
     values = {"client-ip": ip, "envelope-from": sender, "helo": hello, "receiver": host,
               "identity": spf.identity}  # fmt: skip
@@ -7139,7 +7164,9 @@ async def verify_signatures(
     thread, if a signature makes that necessary, and may raise OSError.
     """
     found, _ = choose_signatures(fields, authors)
-    results: list[Signature] = []
+    if not found:
+        return []
+    results = [Signature("neutral")] * len(found)
     claims: dict[int, tuple[_Claim, _Key]] = {}  # by place in `results`
     now = loop.clock.time()
 
@@ -7153,9 +7180,7 @@ async def verify_signatures(
         except _Unacceptable as refused:
             results[place] = results[place]._replace(result=refused.result, reason=str(refused))
 
-    results += [Signature("neutral")] * len(found)
-    if found:
-        await load_library(loop, _dkim)
+    await load_library(loop, _dkim)
     try:
         with loop.deadline(_DKIM_SECONDS):
             await together(loop, [prepare(n, found[n]) for n in range(len(results))])
@@ -11638,16 +11663,15 @@ class Queue:
             raise
         originals = dict.fromkeys(recipient.original for recipient in envelope.final_recipients)
         self._log.count(Metrics.MESSAGES, "queued")
-        self._log.event(
-            Events.QUEUED, id=item.id, from_=envelope.sender, to=originals,
-            size=item.message.size, **trace,
-        )  # fmt: skip
-        for recipient in sent:
-            self._tell(item, recipient, RouteKind.LOCAL, envelope.sender)
+        queued = {"id": item.id, "from_": envelope.sender, "to": originals, **trace}
+        events = [(Events.QUEUED, {**queued, "size": item.message.size})]
+        events += [self._told(item, one, RouteKind.LOCAL, envelope.sender) for one in sent]
         if len(sent) == len(item.recipients):
             draft.discard()
-            self._log.event(Events.DONE, id=item.id, attempts=1)
+            events.append((Events.DONE, {"id": item.id, "attempts": 1}))
+            self._log.events(*events)
         else:
+            self._log.events(*events)
             self._start(item)
             await self._let_deliveries_catch_up(routes)
         return item
@@ -11905,18 +11929,19 @@ class Queue:
 
     def _tell(self, item: Item, recipient: Recipient, kind: RouteKind, sender: str) -> None:
         """Count and log what became of a recipient, and pass it on."""
+        self._log.events(self._told(item, recipient, kind, sender))
+
+    def _told(
+        self, item: Item, recipient: Recipient, kind: RouteKind, sender: str
+    ) -> tuple[LogEvent, dict[str, object]]:
+        """Count what became of a recipient, and pass it on; return what is to be logged."""
         result = recipient.result
         self._log.count(Metrics.DELIVERIES, kind, result.state)
-        self._log.event(
-            _RESULT_EVENTS[result.state],
-            id=item.id,
-            from_=sender,
-            to=recipient.destination.value,
-            route=kind,
-            status=result.status,
-            text=result.text,
-        )
         self._on_result(item, recipient)
+        return _RESULT_EVENTS[result.state], {
+            "id": item.id, "from_": sender, "to": recipient.destination.value,
+            "route": kind, "status": result.status, "text": result.text,
+        }  # fmt: skip
 
     @contextlib.asynccontextmanager
     async def _places(self, route: Route) -> AsyncIterator[None]:
@@ -20899,9 +20924,9 @@ class _Remarks(Sink):
     def __init__(self) -> None:
         self.texts: list[str] = []
 
-    def write(self, text: str) -> None:
+    def write(self, *texts: str) -> None:
         """See `Sink`."""
-        self.texts.append(parse_event(text)[1].get("text", ""))
+        self.texts += [parse_event(text)[1].get("text", "") for text in texts]
 
     def reopen(self) -> None:
         """See `Sink`."""
@@ -24060,8 +24085,8 @@ class _Lines(Sink):
     def __init__(self) -> None:
         self.lines: collections.deque[str] = collections.deque(maxlen=1000)
 
-    def write(self, text: str) -> None:
-        self.lines.append(text)
+    def write(self, *texts: str) -> None:
+        self.lines.extend(texts)
 
 
 class CaptureSettings(NamedTuple):
