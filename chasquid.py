@@ -8571,7 +8571,7 @@ class Path(NamedTuple):
     """
 
     address: str
-    parameters: dict[str, str]
+    parameters: Mapping[str, str]
     written: str
 
 
@@ -8604,6 +8604,7 @@ _ADDRESS_LIMIT = 320  # octets: 64 for the local-part, 255 for the domain
 _PATH_LIMIT = 256  # octets, with "<" and ">"; RFC 5321, 4.5.3.1.3
 
 
+@functools.lru_cache(500)  # senders and recipients come again
 def parse_path(argument: str, keyword: str) -> Path:
     """Parse what follows MAIL or RCPT; `keyword` is "FROM:" or "TO:". Raises Refused."""
     if argument[: len(keyword)].upper() != keyword:
@@ -8724,7 +8725,8 @@ class DataDecoder:
         When the end was seen, `done` is true and `rest` holds what came after it.
         """
         data = self._held + data
-        end = data.find(self._END)
+        dot = data.find(b"\r\n.")  # most often the one at the end
+        end = dot if dot < 0 or data.startswith(self._END, dot) else data.find(self._END, dot)
         if end >= 0:
             piece, rest = data[: end + 2], data[end + len(self._END) :]
         else:
@@ -8735,7 +8737,9 @@ class DataDecoder:
         self.done, self.rest = end >= 0, rest
         skip = min(self._skip, len(piece))
         self._skip -= skip
-        return piece.replace(b"\r\n.", b"\r\n")[skip:]
+        if 0 <= dot < len(piece) - 2:
+            piece = piece.replace(b"\r\n.", b"\r\n")
+        return piece[skip:]
 
 
 def check_newlines(piece: bytes) -> None:
@@ -9248,6 +9252,8 @@ class MaildirCourier:
 
         What is stored together is synced together. Who is SENT has it durably.
         """
+        if len(destinations) == 1:
+            return [await self._deliver(delivery, destinations[0].value)]
         results: dict[Destination, Result] = {}
 
         async def store(destination: Destination) -> None:
@@ -9255,10 +9261,7 @@ class MaildirCourier:
 
         for start in range(0, len(destinations), STORED_TOGETHER):
             some = destinations[start : start + STORED_TOGETHER]
-            if len(some) == 1:
-                await store(some[0])
-            else:
-                await together(self._loop, [store(destination) for destination in some])
+            await together(self._loop, [store(destination) for destination in some])
         return [results[destination] for destination in destinations]
 
     async def _deliver(self, delivery: Delivery, address: str) -> Result:
@@ -9313,7 +9316,7 @@ class MaildirCourier:
         temporary, new = f"{directory}/tmp/{name}", f"{directory}/new/{name}"
         if delivery.message.data is not None:
             whole = delivery.message.prefix + delivery.message.data
-            data = head + whole.replace(b"\r\n", b"\n")
+            data = head + whole.replace(b"\r", b"")  # it came in CRLF only, or not at all
             path = f"{new},S={len(data)}"
             await self._disk.create(temporary, data, path)
         else:
@@ -10488,6 +10491,9 @@ def _recipient_from_go(entry: Entry, path: str) -> tuple[FinalRecipient, bool]:
     return FinalRecipient(destination, fields.text("original_address") or address), status == "SENT"
 
 
+_OURS_ALONE = ("authentication-results", "return-path")
+
+
 class Draft:
     """A message on its way in: in memory while it is small, then in tmp.
 
@@ -10637,10 +10643,13 @@ class Draft:
             fields = self._fields = header_fields(header)
         except ValueError:
             return header  # it is refused later
-        claims = [field for field in fields if field.name == "authentication-results"]
+        doubtful = [field for field in fields if field.name in _OURS_ALONE]
+        if not doubtful:
+            return header
+        claims = [field for field in doubtful if field.name == "authentication-results"]
         false = {field for field in claims[:_CLAIMS_LIMIT] if claims_results_of(field, hostname)}
         false |= set(claims[_CLAIMS_LIMIT:])
-        false |= {field for field in fields if field.name == "return-path"}
+        false |= {field for field in doubtful if field.name == "return-path"}
         return b"".join(field.raw for field in fields if field not in false) if false else header
 
     async def _spill(self) -> None:
