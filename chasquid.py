@@ -1593,9 +1593,8 @@ class Log:
 
     def count(self, metric: Metric, *values: str) -> None:
         """Add one to a metric, with the values of its labels."""
-        key = (metric.name, *values)
-        assert key in self.counters or len(values) == len(metric.labels), metric.name
-        self.counters[key] += 1
+        assert len(values) == len(metric.labels), metric.name
+        self.counters[metric.name, *values] += 1
 
     def reopen(self) -> None:
         """Open both logs anew, as after a rotation. Raises ConfigError."""

@@ -7,16 +7,20 @@ it has logins, from USER over TLS. What is not said here is as its package has i
 
 from __future__ import annotations
 
+import atexit
+import functools
 import importlib.util
 import os
 import pwd
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol, Self
 
 import chasquid
+from tests.bench.start import built
 from tests.interop.peers import MAIL_USER, DovecotDirectory, MailboxPeer, NameServer, Postfix
 from tests.interop.server import Chasquid
 from tests.interop.tools import LOOPBACK, free_port, make_certificate, run
@@ -54,8 +58,21 @@ class Ours(Chasquid):
         users.write_bytes(chasquid.format_users(hashed))
         self.port = self.smtp_port
 
+    @property
+    def serve_command(self) -> list[str]:
+        """Run the archive, as users do: to compile the module takes memory."""
+        return [sys.executable, str(archive()), "--config-dir", str(self.config_dir), "serve"]
+
     def sessions(self, logins: bool) -> list[int]:
         return [self.pid]
+
+
+@functools.cache
+def archive() -> Path:
+    """An archive of this checkout, until this program ends."""
+    place = tempfile.TemporaryDirectory()
+    atexit.register(place.cleanup)
+    return built(Path(place.name))
 
 
 class Passwords(DovecotDirectory):
