@@ -2683,14 +2683,16 @@ class Creation(Change):
 
 
 class Growth(Change):
-    """A file that grows, and is called `path` from then on; `due` becomes its time."""
+    """A file that grows, and is called `path` from then on; `times` are set, if there are any."""
 
-    __slots__ = ("due", "offset", "source")
+    __slots__ = ("offset", "source", "times")
 
-    def __init__(self, source: str, data: bytes, path: str, due: float | None) -> None:
+    def __init__(
+        self, source: str, data: bytes, path: str, times: tuple[float, float] | None
+    ) -> None:
         super().__init__(path, data)
         self.source = source
-        self.due = due  # in seconds since 1970
+        self.times = times  # of access and modification, in seconds since 1970
         self.offset = -1
 
     def entry(self) -> tuple[Any, ...]:
@@ -2699,7 +2701,7 @@ class Growth(Change):
 
     def frozen(self) -> tuple[Any, ...]:
         """As `Change.frozen`."""
-        return ("grow", self.source, self.data, self.path, self.due)
+        return ("grow", self.source, self.data, self.path, self.times)
 
     def make(self, synced: bool) -> None:
         """As `Change.make`."""
@@ -2710,9 +2712,9 @@ class Growth(Change):
             except OSError:
                 if os.path.exists(self.source) or not os.path.exists(self.path):
                     raise  # or it was done all the same, as over NFS
-        if self.due is not None:
-            with contextlib.suppress(OSError):  # it is a hint
-                os.utime(self.path, (self.due, self.due))
+        if self.times is not None:
+            with contextlib.suppress(OSError):  # they are hints
+                os.utime(self.path, self.times)
 
     def start_over(self) -> None:
         """As `Change.start_over`; what has been written is not written again. Raises OSError."""
@@ -3663,12 +3665,15 @@ class Disk:
         """
         await self._do(Creation(temporary, data, path))
 
-    async def append(self, source: str, data: bytes, path: str, due: float | None = None) -> None:
-        """Append to a file, which is called `path` then; its time of modification becomes `due`.
+    async def append(
+        self, source: str, data: bytes, path: str, times: tuple[float, float] | None = None
+    ) -> None:
+        """Append to a file, which is called `path` then.
 
-        That is in seconds since 1970, and not durable.
+        Its times of access and of modification become `times`, in seconds since 1970; that is
+        not durable.
         """
-        await self._do(Growth(source, data, path, due))
+        await self._do(Growth(source, data, path, times))
 
     async def remove(self, path: str) -> None:
         """Remove a file, if it is there; that this is durable is not promised."""
@@ -10960,9 +10965,10 @@ def dsn_by_destination(
 # - What counts is the entry under the message's id. Another one that is met in the heap or in
 #   a line was replaced or taken out, and is passed over.
 # - A line is in the order in which its messages became due.
-# - At the start a message is known by its name, and by its file's time of modification, which
-#   is a hint: what is due by it is read first, and then, whenever nothing is due, some of the
-#   others. The journal decides. (A crash leaves an older time, a copy may have a later one.)
+# - At the start a message is known by its name, and by its file's time of modification: it is
+#   read when it is due by that, and then its journal decides. (A crash leaves an older time; a
+#   copy may have a later one, but no more than the longest pause later counts.) The time of
+#   access is when it was received, or later if somebody has looked at it.
 #
 # One task, the schedule, reads what is due, some files at a time in a worker thread. It is the
 # only one to do so, but for what an operator asks for, which takes turns with it.
@@ -10977,10 +10983,11 @@ _SETTLING = 64  # items whose results wait for the disk, before no more files ar
 
 
 class FoundFile(NamedTuple):
-    """A file of the queue, unopened. `changed` is in seconds since 1970."""
+    """A file of the queue, unopened; its times are in seconds since 1970."""
 
     id: str
     path: str
+    accessed: float
     changed: float
 
 
@@ -11008,13 +11015,13 @@ def list_queue(directory: str, place: Place) -> QueueFiles:
 def _list_file(entry: os.DirEntry[str], files: QueueFiles) -> None:
     try:
         id, _ = parse_item_name(entry.path)
-        changed = entry.stat(follow_symlinks=False).st_mtime
+        status = entry.stat(follow_symlinks=False)
     except UnreadableItem as error:
         files.unreadable.append((entry.path, str(error)))
     except FileNotFoundError:
         pass  # delivered meanwhile
     else:
-        files.found.append(FoundFile(id, entry.path, changed))
+        files.found.append(FoundFile(id, entry.path, status.st_atime, status.st_mtime))
 
 
 class QueueContents(NamedTuple):
@@ -11151,7 +11158,6 @@ class Waiting:
         self._most = most
         self._messages: dict[str, WaitingMessage] = {}
         self._heap: list[WaitingMessage] = []
-        self._found: list[WaitingMessage] = []
         self._lines: dict[RouteKey, list[WaitingMessage]] = {}
         self._under_way: collections.Counter[RouteKey] = collections.Counter()
 
@@ -11173,11 +11179,6 @@ class Waiting:
         """Have a message wait until it is due, instead of what was known of it before."""
         self._messages[message.id] = message
         heapq.heappush(self._heap, message)
-
-    def add_found(self, message: WaitingMessage) -> None:
-        """As `add`, at the start; it is also one of the `unread`."""
-        self.add(message)
-        self._found.append(message)
 
     def line_up(self, message: WaitingMessage, routes: Iterable[RouteKey]) -> None:
         """Have a message wait for a place on one of `routes`, whichever comes first."""
@@ -11207,20 +11208,6 @@ class Waiting:
         while len(found) < count and self.next_due() <= now:
             found.append(heapq.heappop(self._heap))
         return found
-
-    @property
-    def has_unread(self) -> bool:
-        """Whether there may be something `unread`."""
-        return bool(self._found)
-
-    def unread(self, count: int) -> list[WaitingMessage]:
-        """Return up to `count` messages of those that were found and not read yet."""
-        messages: list[WaitingMessage] = []
-        while self._found and len(messages) < count:
-            message = self._found.pop()
-            if self.has(message):
-                messages.append(message)
-        return messages
 
     def _may_go_on(self, route: RouteKey) -> bool:
         return self._under_way[route] <= self._most(route) // 2
@@ -11334,7 +11321,6 @@ class Schedule:
             self._go_on.clear()
             count = _READ_AT_A_TIME if self._settling < _SETTLING else 0
             messages = self._waiting.due(self._loop.clock.monotonic(), count)
-            messages = messages or self._waiting.unread(count)
             self.is_reading = bool(messages)
             if messages:
                 await self._open(messages)
@@ -11390,8 +11376,8 @@ class Schedule:
 #     both that and an item   its file does not say what    as above, with this item instead
 #     in `unwritten`          came of it: the disk refuses  of the one in the file
 #
-# After an attempt a file's time of modification is set to the next one, unsynced: a hint for
-# the next start (WAITING).
+# After an attempt a file's time of modification is set to the next one, and that of access to
+# when it was received, unsynced: hints for the next start (WAITING).
 #
 # - 250 means that file and directory are synced.
 # - Mail for a few mailboxes here has no file here: it is written straight into them before its
@@ -11517,10 +11503,9 @@ class Queue:
         for file in recover_queue(self._settings.directory, self._log, today):
             pause = file.changed - today
             due = now + (pause if pause <= _LONGEST_PAUSE else 0.0)
-            received = min(file.changed, today)  # or before that
-            self._waiting.add_found(
-                WaitingMessage(due, file.id, file.path, received, since=now, found=True)
-            )
+            received = min(file.accessed, file.changed, today)  # or before that
+            found = WaitingMessage(due, file.id, file.path, received, since=now, found=True)
+            self._waiting.add(found)
         self._schedule.go_on()
 
     # --- what is due ---
@@ -11835,8 +11820,8 @@ class Queue:
         That is infinity if the queue is empty, minus infinity while something is done.
         """
         due, now = self._waiting.next_due(), self._loop.clock.monotonic()
-        reading = self._schedule.is_reading or self._waiting.has_unread
-        return float("-inf") if self._active or reading or due <= now else due
+        busy = self._active or self._schedule.is_reading or due <= now
+        return float("-inf") if busy else due
 
     # --- the end ---
 
@@ -12041,7 +12026,8 @@ class Queue:
     async def _write_down(self, item: Item) -> None:
         path, line = item.message.path, item.journal_line(self._loop.clock.time())
         target = os.path.join(self._settings.directory, Place.CUR, os.path.basename(path))
-        await self._disk.append(path, line, target, item.next_attempt)
+        times = item.envelope.received, item.next_attempt  # for the next start
+        await self._disk.append(path, line, target, times)
         item.message = item.message._replace(path=target, data=None)
 
     def _sender_for(self, item: Item, recipient: Recipient) -> str:

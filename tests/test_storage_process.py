@@ -102,7 +102,7 @@ async def many(place, loop, disk):
 
     async def one(n):
         await disk.create(place.path(f"m{n}", "tmp"), letter(n), place.path(f"m{n}"))
-        await disk.append(place.path(f"m{n}"), b"+", place.path(f"m{n}", "cur"), 1e9)
+        await disk.append(place.path(f"m{n}"), b"+", place.path(f"m{n}", "cur"), (1e8, 1e9))
         await disk.append(place.path(f"m{n}", "cur"), b"!", place.path(f"m{n}", "cur"))
         if n % 3 == 0:
             await disk.remove(place.path(f"m{n}", "cur"))

@@ -148,19 +148,6 @@ def test_files_are_listed_with_what_their_names_and_times_say(tmp_path: Path) ->
     assert chasquid.list_queue(str(tmp_path), chasquid.Place.NEW).found == []
 
 
-def test_of_what_was_found_each_is_read_once() -> None:
-    queue = waiting()
-    for id, due in (("a", 1), ("b", 2), ("c", 3), ("d", 4)):
-        queue.add_found(message(id, due))
-    assert ids(queue.due(1, 9)) == ["a"]
-    queue.add(message("a", 9))  # it was read, and put off
-    queue.remove("b")
-    assert ids(queue.unread(1)) == ["d"]
-    assert ids(queue.unread(9)) == ["c"]
-    assert queue.unread(9) == []
-    assert len(queue) == 3
-
-
 @pytest.mark.skipif(sys.gettrace() is not None, reason="a tracer has objects of its own")
 def test_a_message_that_waits_takes_less_than_a_kilobyte() -> None:
     count = 10_000
