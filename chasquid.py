@@ -8509,6 +8509,7 @@ class Reply(NamedTuple):
     text: str
     close: bool = False
 
+    @functools.lru_cache(100)  # noqa: B019 - most are said again and again
     def encode(self) -> bytes:
         """Return the lines, none longer than RFC 5321, 4.5.3.1.5 allows."""
         status = f"{self.status} " if self.status else ""
