@@ -22928,11 +22928,6 @@ class Script:
         with self._lock:
             self._rules.clear()
 
-    def rewind(self) -> None:
-        """Let all rules count from the beginning."""
-        with self._lock:
-            self._rules = {id: Effect(rule.fault, rule.reply) for id, rule in self._rules.items()}
-
     def describe(self) -> list[dict[str, Any]]:
         """Return the rules as JSON has them: what differs from the defaults, and how often
         each has matched and acted."""
@@ -23997,7 +23992,6 @@ class Mailbox:
         self._octets = 0
         self.removed = 0  # how many messages
         self._watchers: list[Callable[[], object]] = []  # while they wait for something
-        self._watchers_of_changes: list[Callable[[], object]] = []
         self._lock = threading.Lock()
         self.limits = keep, keep_octets
 
@@ -24011,7 +24005,7 @@ class Mailbox:
                 len(self._messages) > most or self._octets > most_octets
             ):
                 self._forget(next(iter(self._messages)))
-        self._tell()
+        self.wake()
 
     def all(self) -> list[Captured]:
         """Return what is kept, the oldest first."""
@@ -24026,16 +24020,12 @@ class Mailbox:
         """Forget messages."""
         with self._lock:
             self.removed += sum(self._forget(id) for id in ids)
-        self._tell()
+        self.wake()
 
     def _forget(self, id: str) -> bool:
         removed = self._messages.pop(id, None)
         self._octets -= len(removed.raw) if removed is not None else 0
         return removed is not None
-
-    def watch(self, call: Callable[[], object]) -> None:
-        """Have `call` called after each change, in the thread that made it."""
-        self._watchers_of_changes.append(call)
 
     @contextlib.contextmanager
     def watched(self, call: Callable[[], object]) -> Iterator[None]:
@@ -24049,11 +24039,6 @@ class Mailbox:
     def wake(self) -> None:
         """Have those who wait look again."""
         for call in list(self._watchers):
-            call()
-
-    def _tell(self) -> None:
-        self.wake()
-        for call in self._watchers_of_changes:
             call()
 
     def wait(

@@ -13,7 +13,7 @@ import pytest
 from bench.calls import Calls, from_outside, submission
 
 
-@pytest.mark.parametrize(("what", "most"), [(from_outside, 1020), (submission, 920)])
+@pytest.mark.parametrize(("what", "most"), [(from_outside, 970), (submission, 890)])
 def test_a_message_costs_few_calls(
     tmp_path: Path, what: Callable[[Path], Calls], most: int
 ) -> None:
