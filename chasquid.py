@@ -1395,7 +1395,8 @@ def _event_line(event: LogEvent, values: Mapping[str, object]) -> str:
             said[name] = value if type(value) is str else str(value)
     if not values.keys() <= event.fields.keys():
         raise TypeError(f"{event.name} has no {', '.join(values.keys() - event.fields.keys())}")
-    if not _ALL_BARE.fullmatch("\n".join(said.values())):
+    joined = "\n".join(said.values())
+    if not _ALL_BARE.fullmatch(joined) or joined.count("\n") >= len(said):
         for name, text in said.items():
             said[name] = text if _BARE.fullmatch(text) else _quoted(text)
     return " ".join(map("=".join, said.items()))
@@ -3388,8 +3389,13 @@ class StorageProcess:
         """As `Journal.close`, and end the process."""
         with contextlib.suppress(StorageProcessDied, OSError):
             await self._ask("close")
-            self._forget(0)  # without the channel it ends
+            self.dismiss()
         self.kill()
+
+    def dismiss(self) -> None:
+        """Let the process end, which has nothing to do."""
+        if not self.has_died:
+            self._forget(0)  # without the channel it ends
 
     def kill(self) -> None:
         """End the process, if it has not ended."""
@@ -3628,7 +3634,7 @@ class Disk:
             self._journal = await self._opened(directory, segment_size)
         except (ChasquidError, OSError) as error:
             if self._process is not None:
-                self._process.kill()
+                self._process.dismiss()
             if self._log is not None:
                 text = f"there is no journal, so each file is synced for itself: {reason(error)}"
                 self._log.info("disk", text)

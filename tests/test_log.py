@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from support import MODULE, FakeClock, searched
 
@@ -50,6 +50,8 @@ def test_a_line_begins_with_the_time_to_the_millisecond(tmp_path):
 
 @searched
 @given(st.text(st.characters(codec=None)))
+@example("two\nlines")
+@example("two\nevent=lines")
 def test_whatever_comes_in_makes_exactly_one_line(tmp_path_factory, text):
     made, (log, mail_log) = logs(tmp_path_factory.getbasetemp())
     made.info("source", text)

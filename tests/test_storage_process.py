@@ -288,6 +288,8 @@ def test_where_there_can_be_no_journal_the_process_ends(place, monkeypatch):
 
     async def call(loop, disk, process):
         assert process.has_died
+        with pytest.raises(ChildProcessError):
+            os.waitpid(process.pid, 0)
         await disk.create(place.path("a", "tmp"), b"x", place.path("a"))
 
     _, log = on_disk(place, call)
