@@ -2718,12 +2718,16 @@ class Growth(Change):
                 os.utime(self.path, self.times)
 
     def start_over(self) -> None:
-        """As `Change.start_over`; what has been written is not written again. Raises OSError."""
+        """As `Change.start_over`; what has been written is not written again. Raises OSError.
+
+        That is looked for at the end, before what was asked for at the same time: what is
+        appended is unlike all that is there.
+        """
         if not os.path.exists(self.source) and os.path.exists(self.path):
             self.source = self.path
         with open(self.source, "rb", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
-            if os.pread(file.fileno(), len(self.data), max(0, end - len(self.data))) == self.data:
+            if self.data in os.pread(file.fileno(), SEGMENT_SIZE, max(0, end - SEGMENT_SIZE)):
                 self.data = b""
 
 

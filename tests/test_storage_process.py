@@ -103,7 +103,8 @@ async def many(place, loop, disk):
     async def one(n):
         await disk.create(place.path(f"m{n}", "tmp"), letter(n), place.path(f"m{n}"))
         await disk.append(place.path(f"m{n}"), b"+", place.path(f"m{n}", "cur"), (1e8, 1e9))
-        await disk.append(place.path(f"m{n}", "cur"), b"!", place.path(f"m{n}", "cur"))
+        path = place.path(f"m{n}", "cur")
+        await chasquid.together(loop, [disk.append(path, end, path) for end in (b"!", b"?")])
         if n % 3 == 0:
             await disk.remove(place.path(f"m{n}", "cur"))
 
@@ -111,7 +112,7 @@ async def many(place, loop, disk):
         await task.join()
 
 
-MANY = {f"cur/m{n}": letter(n) + b"+!" for n in range(10) if n % 3}
+MANY = {f"cur/m{n}": letter(n) + b"+!?" for n in range(10) if n % 3}
 
 
 def test_the_process_writes_what_is_asked_for_and_ends_in_order(place):
