@@ -364,11 +364,12 @@ CPython {platform.python_version()}, by `python -m tests.bench.compare --rounds 
 of the rounds, and their bounds. Each column is a multiple of what Postfix did in the same round, \
 which the last one has: of messages a second more is better; of processor time a message, and of \
 memory while ten messages of 25 MB come in, less. Messages have 5 kB and count once they are in a \
-Maildir. Each server is set up as its package has it, with its checks of senders, its syncs and \
-its hash of passwords (Postfix with Dovecot's); chasquid.pyz remembers for a while a login that \
-was right, so that it need not hash again. A slow disk takes 8 ms for a flush. How often a \
-server has the disk flush is no multiple; with one session, one that does so less than once a \
-message says 250 before the message is safe from a power cut. aiosmtpd only receives.
+Maildir. Each server has a file system of its own (ext4, made anew) and is set up as its package \
+has it, with its checks of senders, its syncs and its hash of passwords (Postfix with Dovecot's); \
+chasquid.pyz remembers for a while a login that was right, so that it need not hash again. A slow \
+disk takes 8 ms for a flush. How often a server has the disk flush is no multiple; with one \
+session, one that does so less than once a message says 250 before the message is safe from a \
+power cut. aiosmtpd only receives.
 """
     return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False) + "\n"
 
