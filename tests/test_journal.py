@@ -29,6 +29,12 @@ class Place:
         for name in ("tmp", "new", "cur"):
             (self.mail / name).mkdir(parents=True)
         self.journal = directory / "journal"
+        self._opened: list[chasquid.Journal] = []
+
+    def close(self) -> None:
+        """Give back the descriptors, as the end of a process would."""
+        for journal in self._opened:
+            journal.close()
 
     def path(self, name: str, place: str = "new") -> str:
         return str(self.mail / place / name)
@@ -41,7 +47,8 @@ class Place:
         return chasquid.Growth(self.path(name, source), data, self.path(name, target), None)
 
     def open(self) -> chasquid.Journal:
-        return chasquid.Journal(str(self.journal), SIZE)
+        self._opened.append(chasquid.Journal(str(self.journal), SIZE))
+        return self._opened[-1]
 
     def replay(self) -> int:
         return chasquid.replay_journal(str(self.journal))
@@ -56,7 +63,9 @@ class Place:
 
 @pytest.fixture
 def place(tmp_path):
-    return Place(tmp_path)
+    place = Place(tmp_path)
+    yield place
+    place.close()
 
 
 def commit(journal, *changes):

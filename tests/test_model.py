@@ -219,6 +219,14 @@ class Life(threading.Thread):
             self._answer()
             self.join(SECONDS)
             self._machine.clock.runs = False
+        self._close()
+
+    def _close(self) -> None:
+        """Give back the journal's descriptors, as the end of a process would."""
+        journal = self.disk._journal if hasattr(self, "disk") else None
+        if isinstance(journal, chasquid.JournalThreads):
+            self._machine.patch.setattr(chasquid, "os", os)
+            journal.journal.close()
 
     def _answer(self) -> Any:
         value, error = self._answers.get(timeout=SECONDS)

@@ -1773,12 +1773,23 @@ class JournalMachine(QueueMachine):
 
     def __init__(self) -> None:
         self.synced: dict[str, bytes] = {}
+        self._journal: chasquid.Journal | None = None
         super().__init__()
 
+    def teardown(self) -> None:
+        super().teardown()
+        self._close()
+
+    def _close(self) -> None:
+        """Give back the descriptors, as the end of a process would."""
+        if self._journal is not None:
+            self._journal.close()
+
     def disk(self, loop: chasquid.Loop) -> chasquid.Disk:
+        self._close()
         directory = str(self._directory / "journal")
         chasquid.replay_journal(directory)
-        journal = chasquid.Journal(directory, 2 * chasquid.CHUNK)
+        journal = self._journal = chasquid.Journal(directory, 2 * chasquid.CHUNK)
         settle = journal.settle
 
         def settled() -> None:
