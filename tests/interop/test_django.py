@@ -79,7 +79,7 @@ class Controller:
         self.server = chasquid.CaptureServer(hostname, port, magic=False)
         if os.environ.get("FAULT"):
             self.server.fault("message", reply=os.environ["FAULT"])
-        self.server.mailbox.watch(self.hand_over)
+        self.server.on_message(self.hand_over)
 
     def start(self):
         self.server.start()
@@ -95,13 +95,10 @@ class Controller:
         with open(os.environ["REPORT"], "a") as report:
             report.write(json.dumps(said) + "\\n")
 
-    def hand_over(self):
-        """Give the handler what came last, in the thread that is about to accept it."""
-        captured = self.server.mailbox.all()[-1]
+    def hand_over(self, message):
+        """Give the handler what came, in the thread that is about to accept it."""
         envelope = SimpleNamespace(
-            content=captured.raw,
-            mail_from=captured.mail_from,
-            rcpt_tos=list(captured.rcpt_tos),
+            content=message.raw, mail_from=message.mail_from, rcpt_tos=message.rcpt_tos
         )
         handling = self.handler.handle_DATA(None, None, envelope)
         try:
