@@ -264,7 +264,7 @@ class Postfix(MailboxPeer):
         user = pwd.getpwnam(MAIL_USER)
         known = "".join(f"{name}@{domain} {name}/\n" for name in mailboxes)
         (self.config / "mailboxes").write_text(known)
-        main = {
+        self._settings: dict[str, object] = {
             "compatibility_level": "3.6",
             "config_directory": self.config,
             "queue_directory": directory / "queue",
@@ -302,8 +302,7 @@ class Postfix(MailboxPeer):
             "smtp_dns_support_level": "disabled",
             **(settings or {}),
         }
-        lines = [f"{key} = {value}\n" for key, value in main.items()]
-        (self.config / "main.cf").write_text("".join(lines))
+        self._write_settings()
         (self.config / "master.cf").write_text(_MASTER_CF.format(port=self.port))
 
     def start(self) -> None:
@@ -324,9 +323,15 @@ class Postfix(MailboxPeer):
     def change(self, **settings: object) -> None:
         """Start again with other settings in main.cf."""
         self.stop()
-        with (self.config / "main.cf").open("a") as file:
-            file.writelines(f"{key} = {value}\n" for key, value in settings.items())
+        self._settings |= settings
+        self._write_settings()
         self.start()
+
+    def _write_settings(self) -> None:
+        # Each key once: of a second one Postfix's logger tells itself, as each of its programs
+        # does, and hangs when its own socket is full of that.
+        lines = [f"{key} = {value}\n" for key, value in self._settings.items()]
+        (self.config / "main.cf").write_text("".join(lines))
 
     def send(self, sender: str, recipients: Iterable[str], message: EmailMessage) -> None:
         """Hand in a message with Postfix's own sendmail."""
