@@ -17125,6 +17125,7 @@ def notify_systemd(state: str) -> None:
 CONFIG_DIR = "/etc/chasquid"
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _EXAMINE_SECONDS = 3600.0  # a check waits for the network, host by host
+_HUNG_SECONDS = 60  # after which the end waits no longer for a disk; systemd kills after 90
 
 # Options that stand before or after the command, and how many words follow each.
 GLOBAL_OPTIONS = {"--config-dir": 1, "--config-overrides": 1, "--verbose": 0, "--version": 0}
@@ -17218,8 +17219,14 @@ def run_daemon(daemon: Daemon, on_ready: Callable[[], object] = lambda: None) ->
     sys.setswitchinterval(0.0005)  # a finished fsync is noticed sooner while we compute
     signal.set_wakeup_fd(daemon.loop.wakeup_fd, warn_on_full_buffer=False)
     daemon.at_end(lambda: signal.set_wakeup_fd(-1))
+
+    def stop(*_: object) -> None:
+        signal.alarm(_HUNG_SECONDS)
+        daemon.stop()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: daemon.stop())
+        signal.signal(number, stop)
+    signal.signal(signal.SIGALRM, _end_without_disk)
     signal.signal(signal.SIGHUP, lambda *_: daemon.reload())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
 
@@ -17227,7 +17234,18 @@ def run_daemon(daemon: Daemon, on_ready: Callable[[], object] = lambda: None) ->
         _return_memory_at_once()  # loads ctypes, which a client that waits need not wait for
         on_ready()
 
-    daemon.run(ready)
+    try:
+        daemon.run(ready)
+    finally:
+        signal.alarm(0)
+
+
+def _end_without_disk(*_: object) -> NoReturn:
+    """End at once, as a thread or a process that waits for a disk cannot be waited for."""
+    text = f"the disk has not answered for {_HUNG_SECONDS} seconds; ended without it"
+    with contextlib.suppress(OSError):
+        os.write(2, f"chasquid: {text}: nothing that was accepted is lost\n".encode())
+    os._exit(1)
 
 
 def exit_status(command: Callable[[], int]) -> int:
@@ -27251,7 +27269,9 @@ def _queue_remove(config: Config, arguments: argparse.Namespace) -> int:
     id = arguments.id
 
     def offline() -> None:
-        os.unlink(_queue_item(config, id).message.path)
+        path = _queue_item(config, id).message.path
+        os.unlink(path)
+        sync_directory(os.path.dirname(path))
 
     return _change(config, "queue-remove", id, offline)
 

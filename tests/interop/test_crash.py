@@ -7,8 +7,10 @@ import contextlib
 import itertools
 import os
 import re
+import signal
 import smtplib
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -43,6 +45,43 @@ def send_letter(
 ) -> tuple[int, bytes]:
     begin_letter(client, recipient)
     return end_letter(client, subject, octets)
+
+
+class Impatient(Chasquid):
+    """A server that waits three seconds at its end for a disk that hangs."""
+
+    @property
+    def serve_command(self) -> list[str]:
+        top = str(Path(__file__).parents[2])
+        program = f"""import sys
+sys.path.insert(0, {top!r})
+import chasquid
+chasquid._HUNG_SECONDS = 3
+sys.exit(chasquid.main(sys.argv[1:]))"""
+        return [sys.executable, "-c", program, "--config-dir", str(self.config_dir), "serve"]
+
+
+def test_it_ends_although_the_disk_hangs_and_nothing_is_lost(place, names):
+    with Impatient(place / "impatient", names) as server:
+        children = Path(f"/proc/{server.pid}/task/{server.pid}/children")
+        server.wait_for_log("event=ready")
+        with server.smtp() as client:
+            assert send_letter(client, "answered")[0] == 250
+            (storage_process,) = map(int, children.read_text().split())
+            os.kill(storage_process, signal.SIGSTOP)
+            begin_letter(client)
+            client.send("Subject: not answered\r\n\r\nHello.\r\n.\r\n")
+            server.terminate()
+            assert server.wait_for_end() == 1
+            with pytest.raises(smtplib.SMTPServerDisconnected):
+                client.getreply()
+        assert "the disk has not answered for 3 seconds; ended without it" in server.log()
+        wait_for(lambda: not Path(f"/proc/{storage_process}/exe").exists(), "its process to end")
+        server.restart()
+        with server.smtp() as client:
+            assert send_letter(client, "afterwards")[0] == 250
+        server.wait_for_letters("ana@here.example", 2)
+        assert {"answered", "afterwards"} == set(subjects(server.letters("ana@here.example")))
 
 
 class TestKill:
