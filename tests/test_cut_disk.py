@@ -614,3 +614,19 @@ def test_the_power_goes_as_a_message_is_submitted_without_a_server(scratch, monk
     for moment in moments(recorder.ops, Model(before), [letter], random.Random(1)):
         examiner.look(moment, recorder.ops)
     assert examiner.figures["letters"]
+
+
+def test_the_power_goes_as_a_message_is_removed_without_a_server(scratch, monkeypatch):
+    (scratch / "disk").mkdir()
+    with OnLayer(scratch, Recorder(str(scratch / "disk"))):
+        pass
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Subject: x\n\nx\n")))
+    command = ["--config-dir", str(scratch / "config")]
+    assert chasquid.main([*command, "sendmail", "eva@there.example"]) == 0
+    (path,) = (scratch / "disk").glob("**/queue/new/*")
+    before = copied(scratch / "disk", scratch / "before")
+    recorder = Recorder(str(scratch / "disk"))
+    words = [*command, "queue", "remove", path.name.partition(",")[0]]
+    assert copy_of_module(recorder).main(words) == 0
+    assert not path.exists()
+    assert look_at_edits(before, recorder.ops) > 1
