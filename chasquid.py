@@ -3330,8 +3330,8 @@ class _Answer:
 class StorageProcess:
     """The process, and the journal that it writes once `open` has returned.
 
-    It is forked when this is made, which must be before there are threads. Whatever waits
-    for it raises StorageProcessDied.
+    It is forked when this is made, which must be before there are threads, and raises OSError
+    if it cannot be. Whatever waits for it raises StorageProcessDied.
     """
 
     def __init__(self, loop: Loop, log: Log) -> None:
@@ -3344,12 +3344,14 @@ class StorageProcess:
         self._answers: dict[int, _Answer] = {}
         self._reader: Task | None = None
         self._sending = Slots(loop, 1)
-        self._channel, theirs = socket.socketpair()
-        gc.freeze()  # or a search for garbage would have most of the memory copied
-        self.pid = os.fork()
-        if self.pid == 0:
-            gc.disable()
-            _Storage(theirs).run_and_exit()
+        with contextlib.ExitStack() as undo:
+            self._channel, theirs = map(undo.enter_context, socket.socketpair())
+            gc.freeze()  # or a search for garbage would have most of the memory copied
+            self.pid = os.fork()
+            if self.pid == 0:
+                gc.disable()
+                _Storage(theirs).run_and_exit()
+            undo.pop_all()
         theirs.close()
         self._channel.setblocking(False)
 
@@ -16390,11 +16392,7 @@ class Daemon:
         undo.callback(workers.close)
         self.loop = loop = Loop(clock, workers, self.log.crash)
         undo.callback(loop.close)
-        storage_process = None
-        if self._alone and sys.platform == "linux":
-            storage_process = StorageProcess(loop, self.log)
-            undo.callback(storage_process.kill)
-        self._disk = Disk(loop, self.log, storage_process)
+        self._disk = Disk(loop, self.log, self._new_storage_process(undo))
         self._domains = load_domains(config)
         self._loading = Slots(loop, 1)
         self._reloaded = (clock.time(), not self.problems)
@@ -16488,6 +16486,18 @@ class Daemon:
         self._reopen_logs = False
         self._report_start(certificates)
         self._report_settings()
+
+    def _new_storage_process(self, undo: contextlib.ExitStack) -> StorageProcess | None:
+        if not self._alone or sys.platform != "linux":
+            return None
+        try:
+            process = StorageProcess(self.loop, self.log)
+        except OSError as error:
+            text = "there is no storage process, so threads write, which is slower"
+            self.log.warning("disk", f"{text}: {reason(error)}")
+            return None
+        undo.callback(process.kill)
+        return process
 
     def _take_as_root(self, undo: contextlib.ExitStack, lock: DataDirectory) -> Certificates:
         """Take what only root may have, if it is root who runs this, and give root up."""

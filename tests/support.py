@@ -318,7 +318,7 @@ class Server:
     """
 
     _FOR_DAEMON = frozenset(
-        ("clock", "ask", "spawn", "random", "remote", "on_result", "examine", "segment_size")
+        "alone ask clock examine on_result random remote segment_size spawn".split()
     )
 
     def __init__(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -91,6 +92,22 @@ def test_a_new_domain_is_known_after_a_reload(serve: Serve) -> None:
     assert rcpt(server, "ida@new.example").startswith("250 ")
     send(server, "ida@new.example")
     assert len(server.mail("ida", "new.example")) == 1
+
+
+def test_where_no_process_can_be_forked_threads_write(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fork() -> int:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(os, "fork", fork)
+    server = serve(alone=True)
+    send(server)
+    assert len(server.mail("ana")) == 1
+    assert "which is slower: Resource temporarily unavailable" in server.log
+    server.stop()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_new_aliases_are_known_after_a_reload(serve: Serve) -> None:
