@@ -10002,7 +10002,9 @@ class Couriers:
 # When an item is attempted, and what becomes of it, belongs to QUEUE.
 # ======================================================================================
 
-MEMORY_LIMIT = 64 * 1024  # octets of one message held in memory
+MEMORY_LIMIT = 64 * 1024  # octets of one message held in memory, as a rule
+_BORROWED = 192 * 1024  # octets more, which most messages fit into,
+_SPARE_MEMORY = 2 * 1024 * 1024  # while all that is borrowed is no more than this
 _CLAIMS_LIMIT = 100  # fields with results of others that are kept
 
 
@@ -10511,13 +10513,20 @@ def _recipient_from_go(entry: Entry, path: str) -> tuple[FinalRecipient, bool]:
 _OURS_ALONE = ("authentication-results", "return-path")
 
 
+class SpareMemory:
+    """Octets that all messages on their way in share, beyond what each has for itself."""
+
+    def __init__(self, octets: int = _SPARE_MEMORY) -> None:
+        self.left = octets
+
+
 class Draft:
     """A message on its way in: in memory while it is small, then in tmp.
 
     Of its header, fields that claim to be results of `hostname` are left out (none, if
-    that is None); the header is held back for that until it is whole. Up to `memory`
-    octets are not written to the disk. Once `add` has failed, the draft is discarded and
-    stays so.
+    that is None); the header is held back for that until it is whole. Up to MEMORY_LIMIT
+    octets are not written to the disk; more while there is `spare` memory. Once `add` has
+    failed, the draft is discarded and stays so.
     """
 
     def __init__(
@@ -10526,10 +10535,11 @@ class Draft:
         disk: Disk,
         directory: str,
         hostname: str | None,
-        memory: int = MEMORY_LIMIT,
+        spare: SpareMemory,
     ) -> None:
         self.id = new_id()
-        self._memory = memory  # octets
+        self._spare = spare
+        self._borrowed = 0  # octets
         self.size = 0
         self.eight_bit = False
         self._hostname = hostname
@@ -10556,7 +10566,7 @@ class Draft:
             self._look_for_header(piece)
         else:
             self._hold(piece)
-        if self._held > self._memory:
+        if not self._fits():
             await self._spill()
 
     def complete(self) -> bytes:
@@ -10591,14 +10601,15 @@ class Draft:
         self._pieces.append(piece)
         self._held += len(piece)
 
-    @property
-    def in_memory(self) -> bool:
-        """Whether all that has come is in memory, and no file."""
-        return self._fd < 0
+    async def message(self, prefix: bytes) -> Message:
+        """Return the message with the fields `prefix` in front; it is not safe yet.
 
-    def message(self, prefix: bytes) -> Message:
-        """Return the message that is `in_memory`, with the fields `prefix` in front."""
-        return Message(prefix, "", self.size, b"".join(self._pieces))
+        Raises OSError.
+        """
+        if self._fd < 0:
+            return Message(prefix, "", self.size, b"".join(self._pieces))
+        await self._spill()
+        return Message(prefix, self._path, self.size)
 
     async def store(self, envelope: Envelope, journal: bytes = b"") -> Message:
         """Write the rest, envelope and journal, and move it all into new. Raises OSError.
@@ -10617,12 +10628,14 @@ class Draft:
                 await self._disk.commit(fd, tail, self._path, target)
             finally:
                 close_written(fd)
-        small = self.size == len(data)
-        return Message(envelope.prefix, target, self.size, data if small else None)
+        self._give_back()
+        kept = data if self.size == len(data) <= MEMORY_LIMIT else None
+        return Message(envelope.prefix, target, self.size, kept)
 
     def discard(self) -> None:
         """Forget the message, unless it was stored."""
         self._pieces.clear()
+        self._give_back()
         if self._fd >= 0:
             close_written(self._fd)
             self._fd = -1
@@ -10669,10 +10682,27 @@ class Draft:
         false |= {field for field in doubtful if field.name == "return-path"}
         return b"".join(field.raw for field in fields if field not in false) if false else header
 
+    def _fits(self) -> bool:
+        """Tell whether all that is held may stay in memory; borrow some if that is enough."""
+        if self._held <= MEMORY_LIMIT + self._borrowed:
+            return True
+        if self._held > MEMORY_LIMIT + _BORROWED or self._spare.left < _BORROWED:
+            return False
+        if self._borrowed or self._fd >= 0:
+            return False
+        self._borrowed = _BORROWED
+        self._spare.left -= _BORROWED
+        return True
+
+    def _give_back(self) -> None:
+        self._spare.left += self._borrowed
+        self._borrowed = 0
+
     async def _spill(self) -> None:
         data = b"".join(self._pieces)
         self._pieces.clear()
         self._held = 0
+        self._give_back()
         await self._loop.work(lambda: self._append(data))
 
     def _append(self, data: bytes) -> None:
@@ -11394,12 +11424,12 @@ class Schedule:
 #
 # - 250 means that file and directory are synced.
 # - Mail for a few mailboxes here has no file here: it is written straight into them before its
-#   250, if the courier makes that durable (a Maildir), it is small, and nobody asked to hear of
-#   success. For one recipient as for several, a crash before all is synced leaves none, some or
-#   all of them with it, and a client without its 250, which sends it again; later, nothing is
-#   owed. If some cannot have it, it goes into new with a journal of who has it, in one write,
-#   and the rest is attempted from there; if that fails too, it is refused for now, and comes
-#   again. So after a crash or a refusal it may arrive twice; after a 250 it is never lost.
+#   250, if the courier makes that durable (a Maildir), and nobody asked to hear of success. For
+#   one recipient as for several, a crash before all is synced leaves none, some or all of them
+#   with it, and a client without its 250, which sends it again; later, nothing is owed. If some
+#   cannot have it, it goes into new with a journal of who has it, and the rest is attempted from
+#   there; if that fails too, it is refused for now, and comes again. So after a crash or a
+#   refusal it may arrive twice; after a 250 it is never lost.
 # - A notification is in the queue, or delivered, before the failure that it reports is written
 #   down, and a file is removed only when nothing in it is owed any more. So after a crash a
 #   message may be delivered, or a failure reported, twice; never not at all.
@@ -11419,7 +11449,10 @@ _PIPE_SLOTS = 4  # runs of one command at a time; of the delivery agent, as many
 _LOCAL_BACKLOG = 64  # deliveries here that may wait before their senders are slowed down,
 _CATCH_UP_SECONDS = 2.0  # at most by this for each message
 _CATCH_UP_STEPS = 100
-_DIRECT_RECIPIENTS = 16  # who get a message before its 250; for more that would take too long
+# Before the 250 of a message, so many recipients get it, and so many octets are written for
+# them; more would take too long.
+_DIRECT_RECIPIENTS = 16
+_DIRECT_OCTETS = 64 * 1024 * 1024
 _DELAY_NOTICE_SECONDS = 4 * 3600.0  # after which a sender hears that it takes longer
 _DESTINATION_SLOTS = 5  # attempts at a time for one destination elsewhere
 _SLOTS = {RouteKind.LOCAL: _LOCAL_SLOTS, RouteKind.PIPE: _PIPE_SLOTS}
@@ -11503,6 +11536,7 @@ class Queue:
         self._destinations: dict[tuple[str, ...], Slots] = {}
         self._waiting = Waiting(lambda route: _READY * _slots(route))
         self._active: dict[str, Item] = {}
+        self._spare = SpareMemory()
         self._schedule = Schedule(loop, log, self._waiting, self._opened)
         self._free_space = FreeSpace(loop.clock, settings.directory, settings.min_free_disk)
         self.expand = expand
@@ -11631,7 +11665,8 @@ class Queue:
 
     def _new_draft(self) -> Draft:
         settings = self._settings
-        return Draft(self._loop, self._disk, settings.directory, settings.hostname)
+        directory, hostname = settings.directory, settings.hostname
+        return Draft(self._loop, self._disk, directory, hostname, self._spare)
 
     def check_room(self) -> None:
         """Raise QueueFull if the queue takes no more messages from outside."""
@@ -11648,12 +11683,12 @@ class Queue:
         routes = {
             self._couriers.route(recipient.destination) for recipient in envelope.final_recipients
         }
-        direct = draft.in_memory and self._is_direct(routes, envelope)
-        item = Item(envelope, draft.message(envelope.prefix) if direct else Message(b"", "", 0))
+        item = Item(envelope, Message(b"", "", 0))
         sent: list[Recipient] = []
         try:
             self._check_programs(routes)
-            if direct:
+            if self._is_direct(routes, envelope, draft.size):
+                item.message = await draft.message(envelope.prefix)
                 sent = await self._deliver_directly(item)
             if len(sent) < len(item.recipients):
                 journal = item.journal_line(self._loop.clock.time()) if sent else b""
@@ -11683,10 +11718,12 @@ class Queue:
         return item
 
     @staticmethod
-    def _is_direct(routes: Iterable[Route], envelope: Envelope) -> bool:
+    def _is_direct(routes: Iterable[Route], envelope: Envelope, size: int) -> bool:
         """Tell whether all recipients are a few mailboxes, and nobody is to hear of success."""
         recipients = envelope.final_recipients
-        if len(recipients) > _DIRECT_RECIPIENTS or not all(route.durable for route in routes):
+        if len(recipients) > _DIRECT_RECIPIENTS or len(recipients) * size > _DIRECT_OCTETS:
+            return False
+        if not all(route.durable for route in routes):
             return False
         return not any(recipient.dsn.wants(Notify.SUCCESS) for recipient in recipients)
 

@@ -34,7 +34,7 @@ from test_setup import FakeHost, quick_key
 
 import chasquid
 
-LARGE = 150_000
+LARGE = 300_000
 EMPTY_RECORD = 24  # octets
 STARTS = 2  # of a server, for each way
 RECOVERIES = 3  # which the power goes in as well
@@ -604,7 +604,7 @@ def test_the_power_goes_as_a_message_is_submitted_without_a_server(scratch, monk
         pass
     recorder = Recorder(str(scratch / "disk"))
     before = copied(scratch / "disk", scratch / "before")
-    letter = Letter("a", "all", 70_000)  # not in memory alone
+    letter = Letter("a", "all", 300_000)  # not in memory alone
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(letter.data)))
     words = ["--config-dir", str(scratch / "config"), "sendmail", "-i", "all@here.example"]
     assert copy_of_module(recorder).main(words) == 0

@@ -379,7 +379,7 @@ class Model(RuleBasedStateMachine):
         | st.lists(st.sampled_from(LOCAL), min_size=1, unique=True)
         | st.just(CROWD),
         sender=st.sampled_from([OUR_SENDER, OUTSIDER, ""]),
-        large=st.sampled_from([0, 0, 0, chasquid.MEMORY_LIMIT, 200_000]),
+        large=st.sampled_from([0, 0, 0, chasquid.MEMORY_LIMIT, 300_000]),
         success=st.sampled_from([False, False, True]),
         first=st.sampled_from([State.SENT, State.FAILED, State.DEFERRED]),
         turns=st.integers(0, 12),

@@ -45,6 +45,7 @@ from chasquid import (
 
 GIVE_UP = 20 * HOUR
 OURS = "here.example"
+LARGE = MESSAGE.replace(b"\r\n\r\n", b"\r\n\r\n" + b"a line\r\n" * 40_000, 1)  # not in memory
 
 
 async def itself(name: str) -> list[Destination]:
@@ -272,10 +273,10 @@ def test_a_message_that_was_attempted_is_in_cur_with_a_line_for_the_attempt(
 def test_a_large_message_goes_to_tmp_as_it_comes(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
         draft = bench.queue.draft()
-        for _ in range(5):
+        for _ in range(10):
             await draft.add(b"Subject: x\r\n\r\n" + b"a line\r\n" * 4096)
         (path,) = (bench.directory / "tmp").iterdir()
-        assert path.stat().st_size >= 5 * 32768 - chasquid.MEMORY_LIMIT
+        assert path.stat().st_size >= 10 * 32768 - chasquid.MEMORY_LIMIT
         draft.discard()
         assert bench.files() == []
 
@@ -1867,6 +1868,54 @@ def test_what_is_for_mailboxes_here_is_delivered_when_it_is_accepted(tmp_path: P
     on_bench(tmp_path, test, durable=True)
 
 
+def test_one_that_is_not_in_memory_is_delivered_when_it_is_accepted(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        item = await bench.accept(*BOTH, data=LARGE)
+        assert bench.files() == files(tmp_path / "queue", "tmp") == []
+        assert bench.local.contents == [b"Received: by us\r\n" + LARGE]
+        assert [line.split()[0] for line in lines(bench, item.id)] == [
+            "queued", "delivered", "delivered", "done",
+        ]  # fmt: skip
+        assert f" size={len(LARGE)} " in bench.mail_log
+
+    on_bench(tmp_path, test, durable=True)
+
+
+@pytest.mark.parametrize("end", ["delivered", "queued", "refused", "dropped", "larger"])
+def test_the_memory_that_large_messages_share_is_given_back(tmp_path: Path, end: str) -> None:
+    async def test(bench: Bench) -> None:
+        spare, piece = bench.queue._spare, b"x" * 50_000
+        whole = spare.left
+        drafts = []
+        for _ in range(12):
+            draft = bench.queue.draft()
+            for part in (b"Subject: x\r\n\r\n", piece, piece):
+                await draft.add(part)
+            drafts.append(draft)
+        assert spare.left < whole - 9 * 150_000
+        assert len(files(tmp_path / "queue", "tmp")) == 2, "those that had to go to the disk"
+        if end == "refused":
+            bench.local.plan = {"ana@here.example": [State.DEFERRED] * 12}
+            (bench.directory / "new").rmdir()
+        for draft in drafts:
+            if end in ("dropped", "larger"):
+                for _ in range(4 if end == "larger" else 0):
+                    await draft.add(piece)
+                if end == "larger":
+                    assert spare.left == whole or draft is not drafts[-1]
+                draft.discard()
+                continue
+            draft.complete()
+            to = FinalRecipient(address("eva@far.example" if end == "queued" else BOTH[0]), "x")
+            envelope = Envelope(draft.id, "", (to,), bench.clock.time(), b"A: b\r\n")
+            with contextlib.suppress(chasquid.QueueFull):
+                await bench.queue.accept(draft, envelope, {})
+        assert spare.left == whole
+        await bench.quiet()
+
+    on_bench(tmp_path, test, durable=True)
+
+
 def test_who_meets_in_one_mailbox_gets_it_once(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
         ben = address("ben@here.example")
@@ -1889,7 +1938,7 @@ SUCCESS = FinalRecipient(address(DORA), DORA, DsnParameters((Notify.SUCCESS,)))
         (["ana@here.example", Destination("pipe", "cat")], 100),
         (["ana@here.example", Destination("address", "x@here.example", ("mx",))], 100),
         (["ana@here.example", SUCCESS], 100),
-        (["ana@here.example"], 70_000),
+        ([f"u{number}@here.example" for number in range(16)], 4_200_000),
     ],
 )
 def test_all_else_goes_into_the_queue_first(
@@ -1917,15 +1966,16 @@ def test_sixteen_mailboxes_are_few_enough(tmp_path: Path) -> None:
     on_bench(tmp_path, test, durable=True)
 
 
+@pytest.mark.parametrize("data", [MESSAGE, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("state", [State.DEFERRED, State.FAILED])
 def test_who_cannot_have_it_now_stays_in_the_queue_and_nobody_else(
-    tmp_path: Path, state: str
+    tmp_path: Path, state: str, data: bytes
 ) -> None:
     snapshot = tmp_path / "crash"
 
     async def test(bench: Bench) -> None:
         bench.local.plan = {CAROL: [state, State.SENT]}
-        item = await bench.accept("ana@here.example", CAROL, "ben@here.example")
+        item = await bench.accept("ana@here.example", CAROL, "ben@here.example", data=data)
         shutil.copytree(tmp_path / "queue", snapshot / "queue")
         assert bench.files() == [f"new/{item.id}"]
         envelope, journal = bench.journal(item)
@@ -1945,6 +1995,7 @@ def test_who_cannot_have_it_now_stays_in_the_queue_and_nobody_else(
     async def after(bench: Bench) -> None:  # a crash right after the 250
         await bench.quiet()
         assert [called for _, called in bench.local.messages] == [[CAROL]]
+        assert bench.local.contents == [b"Received: by us\r\n" + data]
         assert bench.files() == []
 
     on_bench(snapshot, after, durable=True)
@@ -1995,11 +2046,21 @@ class Unsteady(chasquid.Disk):
         await super().create(temporary, data, path)
         shutil.copytree(self._directory, self._copies / f"{number}-after")
 
+    async def move(self, source: str, path: str) -> None:
+        number = next(self._count)
+        shutil.copytree(self._directory, self._copies / f"{number}-before")
+        if number in self._broken:
+            chasquid.discard_names(source)
+            raise OSError(errno.ENOSPC, "no space left")
+        await super().move(source, path)
+        shutil.copytree(self._directory, self._copies / f"{number}-after")
 
+
+@pytest.mark.parametrize("data", [MESSAGE, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("names", [(DORA,), (*BOTH, DORA)])
 @pytest.mark.parametrize("broken", [(), (0,), (1,), (0, 2), (0, 1, 2)])
 def test_a_crash_at_any_time_loses_nothing_that_was_accepted(
-    tmp_path: Path, names: tuple[str, ...], broken: Sequence[int]
+    tmp_path: Path, names: tuple[str, ...], broken: Sequence[int], data: bytes
 ) -> None:
     disk_dir = tmp_path / "disk"
     disk_dir.mkdir()
@@ -2016,12 +2077,13 @@ def test_a_crash_at_any_time_loses_nothing_that_was_accepted(
     def holders(directory: Path) -> list[str]:
         found = []
         for path in directory.glob("mail/*/new/*"):
-            assert path.read_bytes().endswith(b"\n\nIt works.\n")
+            content = path.read_bytes()
+            assert content.endswith(b"\nIt works.\n") and len(content) > len(data) * 0.8
             found.append(f"{path.parts[-3]}@here.example")
         return sorted(found)
 
     async def accept(bench: Bench) -> None:
-        await bench.accept(*names)
+        await bench.accept(*names, data=data)
         shutil.copytree(disk_dir, tmp_path / "accepted")  # from here on it is owed
         await bench.quiet()
 
@@ -2401,7 +2463,7 @@ def test_a_file_that_fails_leaves_neither_name(
 def test_a_draft_that_cannot_be_removed_ends_nothing(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
         draft = bench.queue.draft()
-        await draft.add(b"Subject: x\r\n\r\n" + b"x" * 200_000)
+        await draft.add(b"Subject: x\r\n\r\n" + b"x" * 300_000)
         for path in (tmp_path / "queue" / "tmp").iterdir():
             path.unlink()
         draft.discard()
@@ -2554,7 +2616,7 @@ def test_a_file_that_cannot_be_closed_ends_nothing(
 
     async def test(bench: Bench) -> None:
         draft = bench.queue.draft()
-        await draft.add(b"Subject: x\r\n\r\n" + b"x" * 200_000)
+        await draft.add(b"Subject: x\r\n\r\n" + b"x" * 300_000)
         with monkeypatch.context() as patched:
             patched.setattr(os, "close", broken)
             draft.discard()

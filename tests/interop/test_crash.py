@@ -25,12 +25,13 @@ from .tools import letter, need_root, subjects, unavailable
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "20"))
 
 
-def begin_letter(client: smtplib.SMTP, *recipients: str) -> None:
+def begin_letter(client: smtplib.SMTP, *recipients: str, options: str = "") -> None:
     """Go as far as the 354."""
     client.ehlo()
-    assert client.docmd("MAIL FROM:<carl@client.example>")[0] == 250
+    sender = "" if options else "carl@client.example"  # who is to hear of nothing
+    assert client.docmd(f"MAIL FROM:<{sender}>")[0] == 250
     for recipient in recipients or ("ana@here.example",):
-        assert client.docmd(f"RCPT TO:<{recipient}>")[0] == 250
+        assert client.docmd(f"RCPT TO:<{recipient}>{options}")[0] == 250
     assert client.docmd("DATA")[0] == 354
 
 
@@ -41,9 +42,13 @@ def end_letter(client: smtplib.SMTP, subject: str, octets: int = 1000) -> tuple[
 
 
 def send_letter(
-    client: smtplib.SMTP, subject: str, recipient: str = "ana@here.example", octets: int = 1000
+    client: smtplib.SMTP,
+    subject: str,
+    recipient: str = "ana@here.example",
+    octets: int = 1000,
+    options: str = "",
 ) -> tuple[int, bytes]:
-    begin_letter(client, recipient)
+    begin_letter(client, recipient, options=options)
     return end_letter(client, subject, octets)
 
 
@@ -85,11 +90,16 @@ def test_it_ends_although_the_disk_hangs_and_nothing_is_lost(place, names):
 
 
 class TestKill:
-    @pytest.mark.parametrize("octets", [1000, 100_000], ids=["straight", "by way of the queue"])
-    def test_after_250_nothing_is_lost(self, chasquid, octets):
+    @pytest.mark.parametrize(
+        ("octets", "options"),
+        [(1000, ""), (300_000, ""), (1000, " NOTIFY=SUCCESS"), (300_000, " NOTIFY=SUCCESS")],
+        ids=["straight", "large", "by way of the queue", "large, by way of the queue"],
+    )
+    def test_after_250_nothing_is_lost(self, chasquid, octets, options):
         for number in range(ROUNDS):
             with chasquid.smtp() as client:
-                assert send_letter(client, f"round {number:02}", octets=octets)[0] == 250
+                subject = f"round {number:02}"
+                assert send_letter(client, subject, octets=octets, options=options)[0] == 250
                 time.sleep(number % 4 * 0.002)  # so that each step of a delivery is hit
                 chasquid.kill()
                 client.close()
@@ -301,7 +311,7 @@ class Load:
                 self._chasquid.smtp() as client,
             ):
                 while not self._ended.is_set():
-                    octets = (1000, 4000, 20_000, 100_000)[next(numbers) % 4]
+                    octets = (1000, 4000, 20_000, 300_000)[next(numbers) % 4]
                     self._send_one(client, f"{client_number}-{next(numbers)}-{octets}", octets)
 
     def _send_one(self, client: smtplib.SMTP, subject: str, octets: int) -> None:
@@ -328,7 +338,7 @@ class Load:
 
 class TestFullDisk:
     # the disk stands before `start`, so that it outlives what is started on it
-    @pytest.mark.parametrize("octets", [1000, 200_000], ids=["small", "large"])
+    @pytest.mark.parametrize("octets", [1000, 300_000], ids=["small", "large"])
     def test_mail_is_refused_for_now_until_there_is_space(self, small_disk, start, names, octets):
         chasquid = start(
             Chasquid, names, users=USERS, data_dir=str(small_disk / "data"), min_free_disk_mb=0

@@ -38,7 +38,7 @@ ROUNDS = int(os.environ.get("CUT_ROUNDS", "1"))
 CUTS = ("none", "random", "all", "random")
 CLIENTS = 4
 USERS = [f"user{number}@here.example" for number in range(40)]
-LARGE = 100_000
+LARGE = 300_000
 MEGABYTES = 192
 
 
