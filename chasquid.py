@@ -9332,8 +9332,9 @@ class MaildirCourier:
         head = f"Return-Path: <{delivery.sender}>\nDelivered-To: {address}\n".encode()
         temporary, new = f"{directory}/tmp/{name}", f"{directory}/new/{name}"
         if delivery.message.data is not None:
-            whole = delivery.message.prefix + delivery.message.data
-            data = head + whole.replace(b"\r", b"")  # it came in CRLF only, or not at all
+            # it came in CRLF only, or not at all
+            parts = (delivery.message.prefix, delivery.message.data)
+            data = b"".join([head, *[part.replace(b"\r", b"") for part in parts]])
             path = f"{new},S={len(data)}"
             await self._disk.create(temporary, data, path)
         else:
@@ -10607,7 +10608,8 @@ class Draft:
         Raises OSError.
         """
         if self._fd < 0:
-            return Message(prefix, "", self.size, b"".join(self._pieces))
+            self._pieces = [b"".join(self._pieces)]
+            return Message(prefix, "", self.size, self._pieces[0])
         await self._spill()
         return Message(prefix, self._path, self.size)
 
@@ -11424,12 +11426,11 @@ class Schedule:
 #
 # - 250 means that file and directory are synced.
 # - Mail for a few mailboxes here has no file here: it is written straight into them before its
-#   250, if the courier makes that durable (a Maildir), and nobody asked to hear of success. For
-#   one recipient as for several, a crash before all is synced leaves none, some or all of them
-#   with it, and a client without its 250, which sends it again; later, nothing is owed. If some
-#   cannot have it, it goes into new with a journal of who has it, and the rest is attempted from
-#   there; if that fails too, it is refused for now, and comes again. So after a crash or a
-#   refusal it may arrive twice; after a 250 it is never lost.
+#   250, if the courier makes that durable (a Maildir), and nobody asked to hear of success. A
+#   crash before all is synced leaves none, some or all of them with it, and a client without its
+#   250, which sends it again; later, nothing is owed. Who cannot have it gets it from new, where
+#   a journal says who has it; if that fails too, it is refused for now, and comes again. So after
+#   a crash or a refusal it may arrive twice; after a 250 it is never lost.
 # - A notification is in the queue, or delivered, before the failure that it reports is written
 #   down, and a file is removed only when nothing in it is owed any more. So after a crash a
 #   message may be delivered, or a failure reported, twice; never not at all.
@@ -11449,10 +11450,8 @@ _PIPE_SLOTS = 4  # runs of one command at a time; of the delivery agent, as many
 _LOCAL_BACKLOG = 64  # deliveries here that may wait before their senders are slowed down,
 _CATCH_UP_SECONDS = 2.0  # at most by this for each message
 _CATCH_UP_STEPS = 100
-# Before the 250 of a message, so many recipients get it, and so many octets are written for
-# them; more would take too long.
-_DIRECT_RECIPIENTS = 16
-_DIRECT_OCTETS = 64 * 1024 * 1024
+_DIRECT_RECIPIENTS = 16  # who get a message before its 250; for more that would take too long
+_DIRECT_OCTETS = 64 * 1024 * 1024  # that are written before it, for the same reason
 _DELAY_NOTICE_SECONDS = 4 * 3600.0  # after which a sender hears that it takes longer
 _DESTINATION_SLOTS = 5  # attempts at a time for one destination elsewhere
 _SLOTS = {RouteKind.LOCAL: _LOCAL_SLOTS, RouteKind.PIPE: _PIPE_SLOTS}
@@ -11664,9 +11663,8 @@ class Queue:
         return self._new_draft()
 
     def _new_draft(self) -> Draft:
-        settings = self._settings
-        directory, hostname = settings.directory, settings.hostname
-        return Draft(self._loop, self._disk, directory, hostname, self._spare)
+        directory, hostname = self._settings.directory, self._settings.hostname
+        return Draft(self._loop, self._disk, directory, hostname, spare=self._spare)
 
     def check_room(self) -> None:
         """Raise QueueFull if the queue takes no more messages from outside."""
@@ -11721,11 +11719,9 @@ class Queue:
     def _is_direct(routes: Iterable[Route], envelope: Envelope, size: int) -> bool:
         """Tell whether all recipients are a few mailboxes, and nobody is to hear of success."""
         recipients = envelope.final_recipients
-        if len(recipients) > _DIRECT_RECIPIENTS or len(recipients) * size > _DIRECT_OCTETS:
-            return False
-        if not all(route.durable for route in routes):
-            return False
-        return not any(recipient.dsn.wants(Notify.SUCCESS) for recipient in recipients)
+        few = len(recipients) <= _DIRECT_RECIPIENTS and len(recipients) * size <= _DIRECT_OCTETS
+        durable = all(route.durable for route in routes)
+        return few and durable and not any(one.dsn.wants(Notify.SUCCESS) for one in recipients)
 
     async def _deliver_directly(self, item: Item) -> list[Recipient]:
         """Deliver to mailboxes here, before the message is in the queue; return who has it."""
@@ -11734,9 +11730,8 @@ class Queue:
         found = await self._results(item, route.courier, delivery)
         sent = []
         for recipient in item.recipients:
-            result = found[recipient.destination]
-            if result.state == State.SENT:  # any other is found out anew by the queue
-                recipient.result = result
+            if found[recipient.destination].state == State.SENT:  # any other is found out anew
+                recipient.result = found[recipient.destination]
                 sent.append(recipient)
         return sent
 

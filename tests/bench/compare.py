@@ -69,6 +69,7 @@ class Load(NamedTuple):
     each: int = 0  # messages a connection; 0: as many as there are
     logins: bool = False
     disk: str = "local"
+    size: int = SMALL  # octets of a message
 
 
 LOADS = (
@@ -79,6 +80,9 @@ LOADS = (
     Load("submission, a login for each message", 200, each=1, logins=True),
     Load("slow disk: ten sessions", 500, disk="slow"),
     Load("slow disk: one session", 100, sessions=1, disk="slow"),
+    Load("messages of 100 kB: ten sessions", 500, size=100_000),
+    Load("messages of 1 MB: ten sessions", 100, size=1_000_000),
+    Load("messages of 100 kB, slow disk: one session", 50, sessions=1, disk="slow", size=100_000),
     Load("disk in memory: ten sessions", 2000, disk="memory"),
     Load("disk in memory: one session", 600, sessions=1, disk="memory"),
 )
@@ -88,14 +92,15 @@ PEAK = "peak of memory"
 # --- sending ---
 
 
-def send(server: Server, load: Load, count: int, size: int = SMALL) -> None:
+def send(server: Server, load: Load, count: int) -> None:
     if load.logins:
         share, rest = divmod(count, load.sessions)
         shares = [share + (number < rest) for number in range(load.sessions)]
         with concurrent.futures.ThreadPoolExecutor(load.sessions) as pool:
             list(pool.map(lambda messages: submit(server.tls_port, messages, load.each), shares))
         return
-    command = [program("smtp-source"), "-s", str(load.sessions), "-m", str(count), "-l", str(size)]
+    command = [program("smtp-source"), "-s", str(load.sessions), "-m", str(count)]
+    command += ["-l", str(load.size)]
     command += [] if load.each else ["-d"]
     command += ["-f", "load@source.example", "-t", RECIPIENT, f"{LOOPBACK}:{server.port}"]
     subprocess.run(command, check=True, timeout=SECONDS)
@@ -151,7 +156,7 @@ def submission(port: int) -> Iterator[Session]:
         session.ask("QUIT")
 
 
-def deliver(server: Server, load: Load, count: int, size: int = SMALL) -> float:
+def deliver(server: Server, load: Load, count: int) -> float:
     """Send `count` messages and return the seconds until all are in the Maildir."""
     new = server.maildir(RECIPIENT) / "new"
     before = len(os.listdir(new)) if new.is_dir() else 0
@@ -160,7 +165,7 @@ def deliver(server: Server, load: Load, count: int, size: int = SMALL) -> float:
         return new.is_dir() and len(os.listdir(new)) >= before + count
 
     start = time.perf_counter()
-    send(server, load, count, size)
+    send(server, load, count)
     wait_for(arrived, f"{count} messages in {new}", SECONDS)
     return time.perf_counter() - start
 
@@ -309,7 +314,7 @@ def run_round(results: Results, loads: Sequence[Load], names: Sequence[str], sha
                 results.add(flushes_of(load), name, figures.flushes)
                 if load is LOADS[0]:
                     with Memory(server.sessions(False)) as memory:
-                        deliver(server, load, load.sessions, LARGE)
+                        deliver(server, load._replace(size=LARGE), load.sessions)
                     results.add(PEAK, name, memory.peak)
                     show(PEAK, name, f"{memory.peak:.1f} MB")
             words = [f"{figures.rate:.0f} messages/s", f"{figures.processor:.2f} ms of processor"]
@@ -363,13 +368,13 @@ Measured side by side on a machine with {cores} processors and Linux {linux}, wi
 CPython {platform.python_version()}, by `python -m tests.bench.compare --rounds {rounds}`; medians \
 of the rounds, and their bounds. Each column is a multiple of what Postfix did in the same round, \
 which the last one has: of messages a second more is better; of processor time a message, and of \
-memory while ten messages of 25 MB come in, less. Messages have 5 kB and count once they are in a \
-Maildir. Each server has a file system of its own (ext4, made anew) and is set up as its package \
-has it, with its checks of senders, its syncs and its hash of passwords (Postfix with Dovecot's); \
-chasquid.pyz remembers for a while a login that was right, so that it need not hash again. A slow \
-disk takes 8 ms for a flush. How often a server has the disk flush is no multiple; with one \
-session, one that does so less than once a message says 250 before the message is safe from a \
-power cut. aiosmtpd only receives.
+memory while ten messages of 25 MB come in, less. Messages have 5 kB, where nothing else is said, \
+and count once they are in a Maildir. Each server has a file system of its own (ext4, made anew) \
+and is set up as its package has it, with its checks of senders, its syncs and its hash of \
+passwords (Postfix with Dovecot's); chasquid.pyz remembers for a while a login that was right, so \
+that it need not hash again. A slow disk takes 8 ms for a flush. How often a server has the disk \
+flush is no multiple; with one session, one that does so less than once a message says 250 before \
+the message is safe from a power cut. aiosmtpd only receives.
 """
     return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False) + "\n"
 
