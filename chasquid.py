@@ -3344,15 +3344,17 @@ class StorageProcess:
         self._answers: dict[int, _Answer] = {}
         self._reader: Task | None = None
         self._sending = Slots(loop, 1)
-        with contextlib.ExitStack() as undo:
-            self._channel, theirs = map(undo.enter_context, socket.socketpair())
-            gc.freeze()  # or a search for garbage would have most of the memory copied
-            self.pid = os.fork()
+        self._channel, theirs = socket.socketpair()
+        gc.freeze()  # or a search for garbage would have most of the memory copied
+        with theirs:
+            try:
+                self.pid = os.fork()
+            except OSError:
+                self._channel.close()
+                raise
             if self.pid == 0:
                 gc.disable()
                 _Storage(theirs).run_and_exit()
-            undo.pop_all()
-        theirs.close()
         self._channel.setblocking(False)
 
     @property
@@ -9332,9 +9334,9 @@ class MaildirCourier:
         head = f"Return-Path: <{delivery.sender}>\nDelivered-To: {address}\n".encode()
         temporary, new = f"{directory}/tmp/{name}", f"{directory}/new/{name}"
         if delivery.message.data is not None:
-            # it came in CRLF only, or not at all
-            parts = (delivery.message.prefix, delivery.message.data)
-            data = b"".join([head, *[part.replace(b"\r", b"") for part in parts]])
+            # each CR is one of a CRLF: others were not let in
+            prefix = delivery.message.prefix.replace(b"\r", b"")
+            data = b"".join([head, prefix, delivery.message.data.replace(b"\r", b"")])
             path = f"{new},S={len(data)}"
             await self._disk.create(temporary, data, path)
         else:
@@ -10517,8 +10519,8 @@ _OURS_ALONE = ("authentication-results", "return-path")
 class SpareMemory:
     """Octets that all messages on their way in share, beyond what each has for itself."""
 
-    def __init__(self, octets: int = _SPARE_MEMORY) -> None:
-        self.left = octets
+    def __init__(self) -> None:
+        self.left = _SPARE_MEMORY
 
 
 class Draft:
@@ -10688,11 +10690,9 @@ class Draft:
         """Tell whether all that is held may stay in memory; borrow some if that is enough."""
         if self._held <= MEMORY_LIMIT + self._borrowed:
             return True
-        if self._held > MEMORY_LIMIT + _BORROWED or self._spare.left < _BORROWED:
+        if self._held > MEMORY_LIMIT + _BORROWED or self._spare.left < _BORROWED or self._fd >= 0:
             return False
-        if self._borrowed or self._fd >= 0:
-            return False
-        self._borrowed = _BORROWED
+        self._borrowed = _BORROWED  # it had none, or would hold too much
         self._spare.left -= _BORROWED
         return True
 
@@ -11730,8 +11730,8 @@ class Queue:
         found = await self._results(item, route.courier, delivery)
         sent = []
         for recipient in item.recipients:
-            if found[recipient.destination].state == State.SENT:  # any other is found out anew
-                recipient.result = found[recipient.destination]
+            if (result := found[recipient.destination]).state == State.SENT:  # others: anew
+                recipient.result = result
                 sent.append(recipient)
         return sent
 
@@ -27311,9 +27311,7 @@ def _queue_remove(config: Config, arguments: argparse.Namespace) -> int:
     id = arguments.id
 
     def offline() -> None:
-        path = _queue_item(config, id).message.path
-        os.unlink(path)
-        sync_directory(os.path.dirname(path))
+        remove_durably(_queue_item(config, id).message.path)
 
     return _change(config, "queue-remove", id, offline)
 

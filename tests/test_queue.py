@@ -1897,12 +1897,12 @@ def test_the_memory_that_large_messages_share_is_given_back(tmp_path: Path, end:
         if end == "refused":
             bench.local.plan = {"ana@here.example": [State.DEFERRED] * 12}
             (bench.directory / "new").rmdir()
+        for draft in drafts if end == "larger" else ():
+            for _ in range(4):
+                await draft.add(piece)
+        assert (spare.left == whole) == (end == "larger")
         for draft in drafts:
             if end in ("dropped", "larger"):
-                for _ in range(4 if end == "larger" else 0):
-                    await draft.add(piece)
-                if end == "larger":
-                    assert spare.left == whole or draft is not drafts[-1]
                 draft.discard()
                 continue
             draft.complete()
@@ -2077,8 +2077,7 @@ def test_a_crash_at_any_time_loses_nothing_that_was_accepted(
     def holders(directory: Path) -> list[str]:
         found = []
         for path in directory.glob("mail/*/new/*"):
-            content = path.read_bytes()
-            assert content.endswith(b"\nIt works.\n") and len(content) > len(data) * 0.8
+            assert path.read_bytes().endswith(b"\n" + data.replace(b"\r\n", b"\n"))
             found.append(f"{path.parts[-3]}@here.example")
         return sorted(found)
 

@@ -57,13 +57,12 @@ class Impatient(Chasquid):
 
     @property
     def serve_command(self) -> list[str]:
+        code = (
+            "import sys; sys.path.insert(0, sys.argv.pop(1)); import chasquid\n"
+            "chasquid._HUNG_SECONDS = 3; sys.exit(chasquid.main())"
+        )
         top = str(Path(__file__).parents[2])
-        program = f"""import sys
-sys.path.insert(0, {top!r})
-import chasquid
-chasquid._HUNG_SECONDS = 3
-sys.exit(chasquid.main(sys.argv[1:]))"""
-        return [sys.executable, "-c", program, "--config-dir", str(self.config_dir), "serve"]
+        return [sys.executable, "-c", code, top, "--config-dir", str(self.config_dir), "serve"]
 
 
 def test_it_ends_although_the_disk_hangs_and_nothing_is_lost(place, names):
